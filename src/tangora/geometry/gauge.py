@@ -1,0 +1,89 @@
+r"""From a tangent vector to velocities of the factors: the gauge freedom of LoRA.
+
+Every $(H_A, H_B) = (K_B + X A,\; J_A - B X)$ with $K_B = G_B^+ B^\top g$, $J_A = (I - P_B)\, g A^\top G_A^+$ and any
+$r \times r$ matrix $X$ moves $B A$ by the same $P_T(g)$ to first order. The gauge $X$ decides what happens to the
+factors. For $W = W_0 + s B A$ the velocities are these divided by $s$.
+"""
+
+from typing import Literal, get_args
+
+from tangora._types import Core, FactorA, FactorB
+from tangora.geometry.gram import eigendecompose, gram, relative_cutoff
+from tangora.geometry.tangent import Frame, Tangent
+
+Gauge = Literal["zero", "symmetric", "sylvester", "lyapunov"]
+GAUGES: tuple[Gauge, ...] = get_args(Gauge)
+
+
+def factor_velocity(
+    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, gauge: Gauge
+) -> tuple[FactorA, FactorB]:
+    r"""Return $(H_A, H_B)$ with $B H_A + H_B A = \xi$ in the chosen gauge.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$, usually $P_T(g)$.
+        gauge: ``zero`` ($X = 0$), ``symmetric`` ($H_A = K_B (I - P_A/2)$, and likewise for $B$), ``sylvester`` (the
+            velocity of least norm, which keeps $B^\top B - A A^\top$; LoRA-Pro's default) or ``lyapunov`` (keeps
+            $B^\top B - A A^\top$ too, with symmetric $X$).
+
+    Returns:
+        $(H_A, H_B)$, shaped like $(A, B)$, for $s = 1$.
+
+    Source:
+        LoRA-Pro, arXiv:2407.18242, Theorems 2.1 and 2.3; Lyapunov: derivation in ``docs/theory/lora_pro.md``.
+    """
+    H_A = at.whiten_B @ tangent.K
+    H_B = tangent.J @ at.whiten_A.mT
+    if gauge == "zero":
+        return H_A, H_B
+    X = _gauge_matrix(A, B, at, H_A @ A.mT, gauge)
+    return H_A + X @ A, H_B - B @ X
+
+
+def _gauge_matrix(A: FactorA, B: FactorB, at: Frame, drift: Core, gauge: Gauge) -> Core:
+    # drift = G_B^+ (B^T g A^T): the overlap that both factors could carry, and that the gauge shares out
+    if gauge == "symmetric":
+        return -0.5 * drift @ (at.whiten_A @ at.whiten_A.mT)
+    gram_A, gram_B, drift64 = gram(A), gram(B.mT), drift.double()
+    cutoff = relative_cutoff(A.shape[-2], A.dtype)
+    if gauge == "sylvester":
+        return solve_sylvester(gram_B, gram_A, -drift64, cutoff).to(drift.dtype)
+    total = gram_A + gram_B
+    return solve_sylvester(total, total, -(drift64 + drift64.mT), cutoff).to(drift.dtype)
+
+
+def solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> Core:
+    r"""Solve $L X + X R = C$ for symmetric positive semi-definite $L$ and $R$.
+
+    Exact, by the two eigendecompositions; directions in which both vanish get the least-norm solution, zero.
+
+    Args:
+        left: $L$.
+        right: $R$.
+        constant: $C$.
+        cutoff: Sums of eigenvalues up to this share of the largest count as zero.
+
+    Returns:
+        $X$.
+    """
+    (l_values, l_vectors), (r_values, r_vectors) = eigendecompose(left), eigendecompose(right)
+    sums = l_values[..., :, None] + r_values[..., None, :]
+    rotated = l_vectors.mT @ constant @ r_vectors
+    solved = (rotated / sums).where(sums > cutoff * sums.amax((-2, -1), keepdim=True), 0.0)
+    return l_vectors @ solved @ r_vectors.mT
+
+
+def imbalance(A: FactorA, B: FactorB) -> Core:
+    r"""Return $B^\top B - A A^\top$, the invariant of gradient flow on the factors.
+
+    Args:
+        A: Factor.
+        B: Factor.
+
+    Returns:
+        The symmetric $r \times r$ imbalance, float64.
+    """
+    return gram(B.mT) - gram(A)

@@ -1,0 +1,189 @@
+r"""From a step in the tangent space back to rank r: $Y_+ \approx Y - h\,\xi$ with $Y = B A$.
+
+All retractions are independent of the gauge: they depend on $Y$, not on how it is split into $B$ and $A$.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tangora._types import Core, FactorA, FactorB
+from tangora.geometry.tangent import Frame, Tangent
+
+Retraction = Literal["auto", "orthographic", "svd"]
+RETRACTIONS: tuple[Retraction, ...] = get_args(Retraction)
+
+# `orthographic` is trusted while the core it inverts has at most this condition number (METHODS, section 2).
+MAX_CONDITION = 10.0
+# A direction of Y weaker than this share of the strongest keeps factors of at least this size (squared), so that the
+# adapter goes on seeing it: balanced factors of an exactly singular Y would be blind there for ever.
+_FLOOR = 1e-6
+
+
+class Factors(NamedTuple):
+    """A pair of factors."""
+
+    A: FactorA
+    B: FactorB
+
+
+def retract(
+    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, kind: Retraction = "auto"
+) -> Factors:
+    r"""Take the step $Y - h\,\xi$ and come back to rank r.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$.
+        step: $h$, in units of $B A$ (learning rate divided by the scaling $s$).
+        kind: ``orthographic``, ``svd``, or ``auto``: per matrix `orthographic` while it is well-conditioned, else
+            `svd_retract`.
+
+    Returns:
+        New factors.
+    """
+    if kind == "svd":
+        return svd_retract(A, B, at, tangent, step)
+    core = _relative_core(at, tangent, step)
+    if kind == "orthographic":
+        return _orthographic(A, B, at, tangent, step, core)
+    needs_svd = ~well_conditioned(core) | _ill_conditioned_factors(A, B, at)
+    if not needs_svd.any():  # one device synchronisation
+        return _orthographic(A, B, at, tangent, step, core)
+    return _mixed(A, B, at, tangent, step, core, needs_svd)
+
+
+def orthographic_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
+    r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
+
+    $A_+ = A - h K_B$ and $B_+ = B - h J_A (A_+ A^\top G_A^{-1})^{-1}$. Second order (equal to the SVD retraction up to
+    $O(h^3)$), one $r \times r$ solve, no SVD, works from $B = 0$. Leaves its domain when the step is larger than the
+    smallest singular value of $Y$; see `well_conditioned`.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$.
+        step: $h$.
+
+    Returns:
+        New factors.
+
+    Source:
+        Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
+    """
+    return _orthographic(A, B, at, tangent, step, _relative_core(at, tangent, step))
+
+
+def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
+    r"""Return balanced factors of the best rank-r approximation of $Y - h \xi$.
+
+    $Y - h\xi = [U\;\; J]\,[\,(U^\top B) A - h K;\; -h V]$, both thin matrices orthogonalised by QR, and an SVD of
+    the small core. Through QR and not through Gram matrices, which lose the small directions.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$.
+        step: $h$.
+
+    Returns:
+        $B_+ = U_+ \sqrt{\Sigma}$, $A_+ = \sqrt{\Sigma} V_+$; the old factors where nothing is left, $Y - h\xi = 0$.
+    """
+    left = torch.cat([at.U, tangent.J], dim=-1)
+    right = torch.cat([(at.U.mT @ B) @ A - step * tangent.K, -step * at.V], dim=-2)
+    return _balanced_product(left, right, A.shape[-2], Factors(A, B))
+
+
+def rebalance(A: FactorA, B: FactorB) -> Factors:
+    r"""Balance the factors, $B^\top B = A A^\top$, at unchanged $B A$.
+
+    Args:
+        A: Factor.
+        B: Factor.
+
+    Returns:
+        $B = U\sqrt{\Sigma}$, $A = \sqrt{\Sigma} V$ from the SVD of $B A$, by two QR factorisations and a small SVD;
+        the old factors where $B A = 0$.
+    """
+    return _balanced_product(B, A, A.shape[-2], Factors(A, B))
+
+
+def well_conditioned(core: Core) -> Bool[Tensor, "*b"]:
+    r"""Tell whether the orthographic retraction may be trusted.
+
+    Args:
+        core: $\Omega = I - h S^{-1} U^\top \xi V^\top$ with $S = U^\top Y V^\top$; a change of gauge rotates it.
+
+    Returns:
+        True where $\mathrm{cond}(\Omega) \le 10$.
+    """
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    # cond(I - E) <= (1 + |E|) / (1 - |E|): most matrices pass this cheap test and need no singular values
+    near = (MAX_CONDITION - 1) / (MAX_CONDITION + 1)
+    good = torch.linalg.matrix_norm(core - identity) <= near
+    if good.all():
+        return good
+    values = torch.linalg.svdvals(core.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    return good | (values[..., 0] <= MAX_CONDITION * values[..., -1])
+
+
+def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
+    identity = torch.eye(at.whiten_A.shape[-1], dtype=at.whiten_A.dtype, device=at.whiten_A.device)
+    return identity - step * (at.whiten_A.mT @ at.whiten_B) @ (tangent.K @ at.V.mT)
+
+
+def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, core: Core) -> Factors:
+    inverse, _ = torch.linalg.inv_ex(core)
+    A_new = A - step * (at.whiten_B @ tangent.K)
+    B_new = B - step * (tangent.J @ (inverse @ at.whiten_A.mT))
+    return Factors(A_new, B_new)
+
+
+def _ill_conditioned_factors(A: FactorA, B: FactorB, at: Frame) -> Bool[Tensor, "*b"]:
+    # |F|^2 |Z|^2 bounds the condition number of the Gram matrix from above; svd_retract returns balanced factors
+    limit = 1 / torch.finfo(A.dtype).eps
+    return torch.maximum(_condition_bound(A, at.whiten_A), _condition_bound(B, at.whiten_B)) > limit
+
+
+def _condition_bound(factor: FactorA | FactorB, whitening: Core) -> Float[Tensor, "*b"]:
+    return torch.linalg.matrix_norm(factor).square() * torch.linalg.matrix_norm(whitening).square()
+
+
+def _mixed(
+    A: FactorA,
+    B: FactorB,
+    at: Frame,
+    tangent: Tangent,
+    step: float,
+    core: Core,
+    needs_svd: Bool[Tensor, "*b"],
+) -> Factors:
+    A_new, B_new = _orthographic(A, B, at, tangent, step, core)
+    chosen = Frame(*(part[needs_svd] for part in at))
+    turned = Tangent(*(part[needs_svd] for part in tangent))
+    by_svd = svd_retract(A[needs_svd], B[needs_svd], chosen, turned, step)
+    A_new[needs_svd], B_new[needs_svd] = by_svd
+    return Factors(A_new, B_new)
+
+
+def _balanced_product(
+    left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"], rank: int, fallback: Factors
+) -> Factors:
+    # the best rank-r approximation of left @ right, in balanced factors
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    P, values, Qh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    P, values, Qh = P[..., :, :rank], values[..., :rank], Qh[..., :rank, :]
+    size = values.clamp(min=values[..., :1] * _FLOOR).sqrt()
+    weight = (values / size).nan_to_num(nan=0.0)
+    B_new = (Q_left @ P) * weight[..., None, :]
+    A_new = size[..., :, None] * (Qh @ Q_right.mT)
+    alive = (values[..., :1] > 0)[..., None]
+    return Factors(A_new.where(alive, fallback.A), B_new.where(alive, fallback.B))

@@ -1,0 +1,254 @@
+r"""The tangent space of the rank-r matrices at $Y = B A$, seen only through thin matrices.
+
+Convention: the adapted weight is $W = W_0 + s B A$ and $g = \partial L/\partial W$. Autograd gives
+$g_A = s B^\top g$ and $g_B = s\, g A^\top$; divided by $s$ they are the **cotangent** $(B^\top g,\; g A^\top)$, all
+that LoRA training ever sees of $g$. Nothing here depends on $s$, and nothing of size $m \times m$, $n \times n$ or
+$m \times n$ is formed (but for functions whose argument already is $m \times n$).
+
+Tangent vectors are held in orthonormal bases, $\xi = U K + J V$ with $U^\top J = 0$, where $U$ spans the columns of
+$B$ and $V$ the rows of $A$. They stay of the size of $\xi$ when $B$ or $A$ shrinks to zero, and they are the same in
+every gauge $(B, A) \to (B R, R^{-1} A)$ up to a rotation.
+
+Source: Vandereycken (2013), arXiv:1209.3834, section 2, for the fixed-rank manifold.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tangora._types import Core, FactorA, FactorB, Weight
+from tangora.geometry.gram import gram, relative_cutoff, whiten
+
+
+class Frame(NamedTuple):
+    r"""Orthonormal bases at $(B, A)$: $U = B\,Z_B$ and $V = Z_A^\top A$.
+
+    Directions in which a factor vanishes have zero columns in $U$ and $Z_B$ (zero rows in $V$, zero columns in $Z_A$).
+    """
+
+    U: FactorB
+    V: FactorA
+    whiten_A: Core
+    whiten_B: Core
+
+
+class Cotangent(NamedTuple):
+    r"""A matrix $M$ as LoRA sees it, $(B^\top M,\; M A^\top)$; determines $P_T(M)$ uniquely."""
+
+    A: FactorA
+    B: FactorB
+
+
+class Tangent(NamedTuple):
+    r"""A tangent vector $\xi = U K + J V$ with $U^\top J = 0$."""
+
+    K: FactorA
+    J: FactorB
+
+
+class Metric(NamedTuple):
+    r"""A diagonal metric $\langle Z, D_r Z D_c \rangle$ on the weights; both diagonals positive."""
+
+    rows: Float[Tensor, "*b m"]
+    columns: Float[Tensor, "*b n"]
+
+
+def frame(A: FactorA, B: FactorB) -> Frame:
+    r"""Build the orthonormal bases of the row space of $A$ and the column space of $B$.
+
+    Args:
+        A: $r \times n$ factor, floating point.
+        B: $m \times r$ factor.
+
+    Returns:
+        The frame, in the factors' dtype. Zero and rank-deficient factors are allowed.
+    """
+    cutoff = relative_cutoff(A.shape[-2], A.dtype)
+    whiten_A = whiten(gram(A), cutoff).to(A.dtype)
+    whiten_B = whiten(gram(B.mT), cutoff).to(B.dtype)
+    return Frame(B @ whiten_B, whiten_A.mT @ A, whiten_A, whiten_B)
+
+
+def project(at: Frame, cotangent: Cotangent) -> Tangent:
+    r"""Project a gradient onto the tangent space.
+
+    $P_T(g) = P_B g + g P_A - P_B g P_A$, the equivalent gradient nearest to $g$: $K = U^\top g$ and
+    $J = (I - U U^\top)\, g V^\top$.
+
+    Args:
+        at: Frame at the current factors.
+        cotangent: $(B^\top g,\; g A^\top)$, that is $(g_A, g_B)/s$.
+
+    Returns:
+        $P_T(g)$.
+
+    Source:
+        LoRA-Pro, arXiv:2407.18242, Theorem 2.1 (any gauge gives this matrix).
+    """
+    return split(at, at.whiten_B.mT @ cotangent.A, cotangent.B @ at.whiten_A, double_counted=True)
+
+
+def split(at: Frame, K: FactorA, J: FactorB, *, double_counted: bool = False) -> Tangent:
+    r"""Bring $U K + J V$ with any $J$ into normal form, $U^\top J = 0$.
+
+    Args:
+        at: Frame.
+        K: Row part.
+        J: Column part, not necessarily orthogonal to $U$.
+        double_counted: Whether $K$ already holds the part of $J$ along $U$, as in a gradient's
+            $(U^\top g,\, g V^\top)$.
+
+    Returns:
+        The same tangent vector (of $g$, when ``double_counted``).
+    """
+    overlap = at.U.mT @ J
+    J = J - at.U @ overlap
+    return Tangent(K if double_counted else K + overlap @ at.V, J)
+
+
+def project_metric(at: Frame, cotangent: Cotangent, metric: Metric) -> Tangent:
+    r"""Precondition a gradient with a diagonal metric and project it in that metric.
+
+    The result minimises $\|\xi - H^{-1} g\|_H$ over the tangent space for $H(Z) = D_r Z D_c$: the ordinary projection
+    in the coordinates $D_r^{1/2} Z D_c^{1/2}$. With $D_r = D_c = 1$ it is `project`.
+
+    Args:
+        at: Frame at the current factors.
+        cotangent: $(B^\top g,\; g A^\top)$.
+        metric: $D_r$ and $D_c$.
+
+    Returns:
+        The tangent vector, in normal form.
+
+    Source:
+        Closed form as in AdaPreLoRA, arXiv:2605.08734; derivation in ``docs/theory/tangent_adam.md``.
+    """
+    rows, columns = metric.rows.sqrt()[..., :, None], metric.columns.sqrt()[..., None, :]
+    scaled = frame(at.V * columns, at.U * rows)
+    U_gradient = at.whiten_B.mT @ cotangent.A / columns
+    V_gradient = cotangent.B @ at.whiten_A / rows
+    K, J = project(scaled, Cotangent(U_gradient, V_gradient))
+    return split(at, scaled.whiten_B @ K / columns, J @ scaled.whiten_A.mT / rows)
+
+
+def transport(at: Frame, momentum: Tangent, A: FactorA, B: FactorB) -> Cotangent:
+    r"""Carry a tangent vector to new factors by projection, in gradient form.
+
+    Args:
+        at: Frame at the old factors.
+        momentum: Tangent vector $M$ there.
+        A: New factor.
+        B: New factor.
+
+    Returns:
+        $(B_+^\top M,\; M A_+^\top)$; $P_{T_+}(M)$ is its `project`.
+    """
+    K, J = momentum
+    return Cotangent(
+        (B.mT @ at.U) @ K + (B.mT @ J) @ at.V,
+        at.U @ (K @ A.mT) + J @ (at.V @ A.mT),
+    )
+
+
+def cotangent(at: Frame, tangent: Tangent, A: FactorA, B: FactorB) -> Cotangent:
+    r"""Return the gradient form $(B^\top \xi,\; \xi A^\top)$ of a tangent vector at its own point.
+
+    Args:
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$.
+        A: Factor.
+        B: Factor.
+
+    Returns:
+        The inverse of `project` on the tangent space.
+    """
+    return transport(at, tangent, A, B)
+
+
+def second_moments(at: Frame, tangent: Tangent) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
+    r"""Return the row and column means of $\xi \circ \xi$ from the factors, in $O((m + n) r^2)$.
+
+    Args:
+        at: Frame.
+        tangent: $\xi = U K + J V$.
+
+    Returns:
+        Means over each row ($m$ numbers) and over each column ($n$ numbers).
+    """
+    (U, V), (K, J) = at[:2], tangent
+    mixed = U @ (K @ K.mT) + 2 * J @ (V @ K.mT)
+    rows = (mixed * U).sum(-1) + J.square().sum(-1)
+    columns = K.square().sum(-2) + ((J.mT @ J @ V) * V).sum(-2)
+    # the sums are non-negative; rounding may leave a row without gradient just below zero
+    return rows.clamp(min=0) / V.shape[-1], columns.clamp(min=0) / U.shape[-2]
+
+
+def squared_norm(tangent: Tangent) -> Float[Tensor, "*b"]:
+    r"""Return $\|\xi\|_F^2 = \|K\|_F^2 + \|J\|_F^2$.
+
+    Args:
+        tangent: $\xi$ in normal form; a frame's zero rows and columns carry nothing.
+
+    Returns:
+        One number per matrix of the stack.
+    """
+    return tangent.K.square().sum((-2, -1)) + tangent.J.square().sum((-2, -1))
+
+
+def captured_energy(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$, the share of the gradient that the adapter can follow.
+
+    Args:
+        tangent: $P_T(g)$.
+        gradient_norm: $\|g\|_F$.
+
+    Returns:
+        $\kappa \in [0, 1]$; zero where the gradient vanishes.
+    """
+    share = squared_norm(tangent) / gradient_norm.square()
+    return share.nan_to_num(nan=0.0, posinf=0.0).clamp(max=1)
+
+
+def alignment_error(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    r"""Return $\varepsilon = \|g - P_T(g)\|_F$ by Pythagoras.
+
+    Args:
+        tangent: $P_T(g)$.
+        gradient_norm: $\|g\|_F$.
+
+    Returns:
+        $\varepsilon$, in the gradient's units; accurate to $\sqrt{\mathrm{eps}}\,\|g\|$ (see `residual` for better).
+    """
+    return (gradient_norm.square() - squared_norm(tangent)).clamp(min=0).sqrt()
+
+
+def residual(at: Frame, gradient: Weight) -> Weight:
+    r"""Return $g - P_T(g) = (I - P_B)\, g\, (I - P_A)$ of a dense gradient, without cancellation.
+
+    Args:
+        at: Frame.
+        gradient: $g$, dense.
+
+    Returns:
+        What no LoRA step can follow; its Frobenius norm is the alignment error.
+    """
+    left = gradient - at.U @ (at.U.mT @ gradient)
+    return left - (left @ at.V.mT) @ at.V
+
+
+def dense_captured_energy(at: Frame, gradient: Weight) -> Float[Tensor, "*b"]:
+    r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$ of a dense gradient.
+
+    Args:
+        at: Frame.
+        gradient: $g$, dense.
+
+    Returns:
+        $\kappa \in [0, 1]$; zero where the gradient vanishes.
+    """
+    K = at.U.mT @ gradient
+    across = gradient @ at.V.mT
+    seen = Tangent(K, across - at.U @ (at.U.mT @ across))
+    return captured_energy(seen, torch.linalg.matrix_norm(gradient))
