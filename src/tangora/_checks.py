@@ -30,10 +30,10 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
 
 def check_number(
     name: str,
-    value: float,
+    value: float | int,  # spelled out for run-time checks, where an int is no float
     *,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:

@@ -1,5 +1,7 @@
 """Retractions: where they land, how well, and when `auto` changes over."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,7 +52,7 @@ def test_orthographic_is_second_order():
     for step in (4e-3, 2e-3, 1e-3):
         one, other = orthographic_retract(A, B, at, xi, step), svd_retract(A, B, at, xi, step)
         errors.append((one.B @ one.A - other.B @ other.A).norm().item())
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 2**3 * 0.8 < coarse / fine < 2**3 * 1.25
 
 

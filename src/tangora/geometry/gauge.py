@@ -8,7 +8,7 @@ factors. For $W = W_0 + s B A$ the velocities are these divided by $s$.
 from typing import Literal, get_args
 
 from tangora._types import Core, FactorA, FactorB
-from tangora.geometry.gram import eigendecompose, gram, relative_cutoff
+from tangora.geometry.gram import eigendecompose, gram, relative_cutoff, times
 from tangora.geometry.tangent import Frame, Tangent
 
 Gauge = Literal["zero", "symmetric", "sylvester", "lyapunov"]
@@ -36,11 +36,11 @@ def factor_velocity(
         LoRA-Pro, arXiv:2407.18242, Theorems 2.1 and 2.3; Lyapunov: derivation in ``docs/theory/lora_pro.md``.
     """
     H_A = at.whiten_B @ tangent.K
-    H_B = tangent.J @ at.whiten_A.mT
+    H_B = times(tangent.J, at.whiten_A.mT)
     if gauge == "zero":
         return H_A, H_B
     X = _gauge_matrix(A, B, at, H_A @ A.mT, gauge)
-    return H_A + X @ A, H_B - B @ X
+    return H_A + X @ A, H_B - times(B, X)
 
 
 def _gauge_matrix(A: FactorA, B: FactorB, at: Frame, drift: Core, gauge: Gauge) -> Core:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._types import Core, FactorA, FactorB, Weight
-from tangora.geometry.gram import gram, relative_cutoff, whiten
+from tangora.geometry.gram import gram, relative_cutoff, times, whiten
 
 
 class Frame(NamedTuple):
@@ -68,7 +68,7 @@ def frame(A: FactorA, B: FactorB) -> Frame:
     cutoff = relative_cutoff(A.shape[-2], A.dtype)
     whiten_A = whiten(gram(A), cutoff).to(A.dtype)
     whiten_B = whiten(gram(B.mT), cutoff).to(B.dtype)
-    return Frame(B @ whiten_B, whiten_A.mT @ A, whiten_A, whiten_B)
+    return Frame(times(B, whiten_B), whiten_A.mT @ A, whiten_A, whiten_B)
 
 
 def project(at: Frame, cotangent: Cotangent) -> Tangent:
@@ -87,7 +87,7 @@ def project(at: Frame, cotangent: Cotangent) -> Tangent:
     Source:
         LoRA-Pro, arXiv:2407.18242, Theorem 2.1 (any gauge gives this matrix).
     """
-    return split(at, at.whiten_B.mT @ cotangent.A, cotangent.B @ at.whiten_A, double_counted=True)
+    return split(at, at.whiten_B.mT @ cotangent.A, times(cotangent.B, at.whiten_A), double_counted=True)
 
 
 def split(at: Frame, K: FactorA, J: FactorB, *, double_counted: bool = False) -> Tangent:
@@ -104,7 +104,7 @@ def split(at: Frame, K: FactorA, J: FactorB, *, double_counted: bool = False) ->
         The same tangent vector (of $g$, when ``double_counted``).
     """
     overlap = at.U.mT @ J
-    J = J - at.U @ overlap
+    J = J - times(at.U, overlap)
     return Tangent(K if double_counted else K + overlap @ at.V, J)
 
 
@@ -128,9 +128,9 @@ def project_metric(at: Frame, cotangent: Cotangent, metric: Metric) -> Tangent:
     rows, columns = metric.rows.sqrt()[..., :, None], metric.columns.sqrt()[..., None, :]
     scaled = frame(at.V * columns, at.U * rows)
     U_gradient = at.whiten_B.mT @ cotangent.A / columns
-    V_gradient = cotangent.B @ at.whiten_A / rows
+    V_gradient = times(cotangent.B, at.whiten_A) / rows
     K, J = project(scaled, Cotangent(U_gradient, V_gradient))
-    return split(at, scaled.whiten_B @ K / columns, J @ scaled.whiten_A.mT / rows)
+    return split(at, scaled.whiten_B @ K / columns, times(J, scaled.whiten_A.mT) / rows)
 
 
 def transport(at: Frame, momentum: Tangent, A: FactorA, B: FactorB) -> Cotangent:
@@ -148,7 +148,7 @@ def transport(at: Frame, momentum: Tangent, A: FactorA, B: FactorB) -> Cotangent
     K, J = momentum
     return Cotangent(
         (B.mT @ at.U) @ K + (B.mT @ J) @ at.V,
-        at.U @ (K @ A.mT) + J @ (at.V @ A.mT),
+        times(at.U, K @ A.mT) + times(J, at.V @ A.mT),
     )
 
 
@@ -178,7 +178,7 @@ def second_moments(at: Frame, tangent: Tangent) -> tuple[Float[Tensor, "*b m"], 
         Means over each row ($m$ numbers) and over each column ($n$ numbers).
     """
     (U, V), (K, J) = at[:2], tangent
-    mixed = U @ (K @ K.mT) + 2 * J @ (V @ K.mT)
+    mixed = times(U, K @ K.mT) + times(J, 2 * (V @ K.mT))
     rows = (mixed * U).sum(-1) + J.square().sum(-1)
     columns = K.square().sum(-2) + ((J.mT @ J @ V) * V).sum(-2)
     # the sums are non-negative; rounding may leave a row without gradient just below zero

@@ -1,0 +1,8 @@
+"""Optimizers of LoRA pairs: one method per file, the pure step first, then the thin class."""
+
+from tangora.optim.base import PairOptimizer
+from tangora.optim.lora_pro import LoRAPro
+from tangora.optim.preconditioned_adamw import PreconditionedAdamW
+from tangora.optim.tangent_adam import TangentAdam
+
+__all__ = ["LoRAPro", "PairOptimizer", "PreconditionedAdamW", "TangentAdam"]

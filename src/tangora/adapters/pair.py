@@ -1,0 +1,100 @@
+"""One LoRA pair: the two factors of one update, whatever kind of layer they adapt."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tangora._types import FactorA, FactorB, Weight
+
+
+@dataclass(frozen=True, eq=False)
+class LoraPair:
+    r"""Two parameters that change a weight by $s B A$.
+
+    As matrices $A$ is $r \times n$ and $B$ is $m \times r$; convolution kernels are flattened to that shape.
+    """
+
+    name: str
+    """Path of the adapted layer in the model."""
+    layer: nn.Module
+    """The PEFT layer, asked for its scaling at every step."""
+    adapter: str
+    """Name of the adapter."""
+    A: nn.Parameter
+    """``lora_A`` (or ``lora_embedding_A``)."""
+    B: nn.Parameter
+    """``lora_B`` (or ``lora_embedding_B``)."""
+    transposed: bool = False
+    """Whether the layer stores its weight ``in x out``, so that it changes by the transpose of ``s B A``."""
+    tied: tuple[tuple[nn.Parameter, nn.Parameter], ...] = field(default=())
+    """Other parameters in the same memory (tied layers): each holds the transposes of (B, A) and its own gradient."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor $s$, as it is now: PEFT's ``set_scale`` and merging tools change it at run time."""
+        return float(self.layer.scaling[self.adapter])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(m, n, r)``: rows and columns of the update, and its rank."""
+        return self.B.shape[0], self.A[0].numel(), self.A.shape[0]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether both factors are trained; one alone has no tangent space to move in."""
+        return self.A.requires_grad and self.B.requires_grad
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter that belongs to the pair, tied ones included."""
+        return [self.A, self.B, *(parameter for pair in self.tied for parameter in pair)]
+
+    def factors(self) -> tuple[FactorA, FactorB]:
+        r"""Return the factors as matrices.
+
+        Returns:
+            $A$ ($r \times n$) and $B$ ($m \times r$), detached, sharing memory with the parameters where their layout
+            allows it.
+        """
+        return self.A.detach().flatten(1), self.B.detach().flatten(1)
+
+    def gradients(self) -> tuple[FactorA, FactorB] | None:
+        """Return the gradients of both factors as matrices.
+
+        Sparse gradients are made dense; tied parameters' gradients are added.
+
+        Returns:
+            ``(g_A, g_B)``, or ``None`` if one of the factors has no gradient.
+        """
+        totals = _dense(self.A.grad), _dense(self.B.grad)
+        for other_A, other_B in self.tied:  # B^T and A^T: their gradients are transposed too
+            totals = (
+                _add(totals[0], _dense(other_B.grad), self.A),
+                _add(totals[1], _dense(other_A.grad), self.B),
+            )
+        if totals[0] is None or totals[1] is None:
+            return None
+        return totals[0].flatten(1), totals[1].flatten(1)
+
+    def delta_weight(self) -> Weight:
+        r"""Return $s B A$ as a matrix, $m \times n$, in the factors' dtype.
+
+        Returns:
+            The change of the weight, for inspection; training never forms it.
+        """
+        A, B = self.factors()
+        return self.scaling * (B @ A)
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    if gradient is not None and gradient.layout != torch.strided:
+        return gradient.to_dense()
+    return gradient
+
+
+def _add(total: Tensor | None, transposed: Tensor | None, like: nn.Parameter) -> Tensor | None:
+    if transposed is None:
+        return total
+    addend = transposed.t().reshape(like.shape)
+    return addend if total is None else total + addend

@@ -1,0 +1,108 @@
+"""torch's AdamW as a function of lists of tensors: for everything that is no pair, and for moments on factors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from tangora._types import FactorA, FactorB
+from tangora.optim.stack import Factor, PairStack
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def adamw_update(
+    tensors: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """Take one AdamW step in place, ``steps`` included.
+
+    Args:
+        tensors: What is updated.
+        gradients: Their gradients.
+        exp_avgs: First moments.
+        exp_avg_sqs: Second moments.
+        steps: Number of steps taken so far, scalar tensors (on the CPU, or with their parameter when fused on a GPU).
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+    """
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(tensors),
+        list(gradients),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        [],
+        list(steps),
+        fused=all(tensor.device.type in _FUSED_DEVICES for tensor in tensors),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def adamw_parameters(
+    parameters: Sequence[nn.Parameter], state: dict[Tensor, Any], group: dict[str, Any]
+) -> None:
+    """Step ordinary parameters with AdamW, creating their states like ``torch.optim.AdamW``.
+
+    Args:
+        parameters: Parameters; those without gradient are left alone.
+        state: The optimizer's state.
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+    """
+    active = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter in active:
+        if not state[parameter]:
+            state[parameter]["step"] = torch.tensor(0.0, device=_step_device(parameter))
+            state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+            state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+    if active:
+        states = [state[parameter] for parameter in active]
+        adamw_update(
+            active,
+            [parameter.grad for parameter in active if parameter.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states],
+            group,
+        )
+
+
+def _step_device(parameter: Tensor) -> torch.device:
+    # torch's fused kernel reads the step on the device; elsewhere a CPU scalar avoids a synchronisation
+    return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+
+
+def adamw_factors(
+    stack: PairStack, velocities: tuple[FactorA, FactorB], group: dict[str, Any]
+) -> tuple[FactorA, FactorB]:
+    """Step a stack's factors with AdamW on directions in their own coordinates; keeps the moments.
+
+    Args:
+        stack: Pairs; its factors are changed in place.
+        velocities: What AdamW takes for the gradients of A and of B.
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+
+    Returns:
+        The new factors.
+    """
+    factors: dict[Factor, Tensor] = {"A": stack.A, "B": stack.B}
+    moments = {
+        key: [stack.state(factor, key, *tensor.shape[1:]) for factor, tensor in factors.items()]
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    steps = [torch.tensor(float(stack.step - 1), device=_step_device(tensor)) for tensor in factors.values()]
+    adamw_update([*factors.values()], velocities, moments["exp_avg"], moments["exp_avg_sq"], steps, group)
+    for index, factor in enumerate(factors):
+        stack.keep(factor, **{key: values[index] for key, values in moments.items()})
+    return stack.A, stack.B

@@ -1,0 +1,176 @@
+r"""LoRA-Pro: follow the projection of the full gradient onto what LoRA can express.
+
+Source: Wang, Liang, He, Wang, Tan (ICLR 2025), LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
+Differs from the released code in: the true scaling $s$ (there fixed to 2), bias correction from step 1 (there from 2),
+pseudo-inverses (there damped by 1e-8), no matrix larger than thin unless ``moments="weight"``, layers in batches.
+"""
+
+import warnings
+from typing import Any, Literal, get_args
+
+import torch
+
+from tangora._checks import InputError, check_choice
+from tangora._types import FactorA, FactorB, Weight
+from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
+from tangora.geometry.retraction import RETRACTIONS, Retraction, retract
+from tangora.geometry.tangent import Cotangent, Frame, Tangent, frame, project
+from tangora.optim.adamw import adamw_factors
+from tangora.optim.base import OnNonfinite, PairOptimizer, Params
+from tangora.optim.stack import PairStack
+
+Moments = Literal["weight", "factor"] | None
+MOMENTS = ("weight", "factor", None)
+LORA_PRO_RETRACTIONS = ("factors", *get_args(Retraction))
+
+# m x n temporaries are made for a few layers at a time: small enough for a cache, large enough to hide call overhead
+_CHUNK_NUMBERS = 2**21
+
+
+def adam_on_weight(
+    at: Frame,
+    tangent: Tangent,
+    exp_avg: Weight,
+    exp_avg_sq: Weight,
+    factors: tuple[FactorA, FactorB],
+    group: dict[str, Any],
+    step: int,
+) -> Cotangent:
+    r"""Update Adam's moments of the equivalent gradient and return its direction as LoRA sees it.
+
+    $U = \hat M / (\sqrt{\hat V} + \epsilon)$ with moments of $\tilde g = P_T(g)$; returns $(B^\top U, U A^\top)$.
+
+    Args:
+        at: Frame at the factors.
+        tangent: $\tilde g$.
+        exp_avg: $M$, updated in place.
+        exp_avg_sq: $V$, updated in place.
+        factors: $(A, B)$.
+        group: ``betas`` and ``eps``.
+        step: Number of this step, from 1.
+
+    Returns:
+        The cotangent of $U$.
+    """
+    (A, B), (beta1, beta2) = factors, group["betas"]
+    equivalent = at.U @ tangent.K + tangent.J @ at.V
+    exp_avg.lerp_(equivalent, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(equivalent, equivalent, value=1 - beta2)
+    denominator = torch.sqrt(exp_avg_sq, out=equivalent)  # reuses the memory: one m x n temporary, not three
+    denominator.div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    direction = torch.div(exp_avg, denominator, out=denominator)
+    scale = 1 / (1 - beta1**step)
+    return Cotangent((B.mT @ direction) * scale, (direction @ A.mT) * scale)
+
+
+class LoRAPro(PairOptimizer):
+    r"""LoRA-Pro as an ordinary optimizer, for any PEFT model, rank and scaling.
+
+    The factors move so that $W$ moves by the projection of the full gradient (or of Adam's direction) onto the
+    tangent space. The step of $W$ does not depend on alpha, so the learning rate is that of **full fine-tuning**, about
+    a tenth of LoRA's.
+
+    Args:
+        params: PEFT model, pairs, or parameter groups.
+        lr: Learning rate in units of full fine-tuning's.
+        moments: ``"weight"``: Adam on the equivalent gradient, two $m \times n$ states per layer (the paper's text and
+            code); ``"factor"``: AdamW on the factors' directions, two states per factor (the memory that the paper
+            reports); ``None``: plain descent.
+        gauge: How the step is shared between the factors: ``zero``, ``symmetric``, ``sylvester`` (paper), ``lyapunov``.
+        retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
+            ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
+        betas: Decay rates of the moments. Default as in the paper's code.
+        eps: Added to the root of the second moment. Default as in the paper's code.
+        weight_decay: Decoupled decay, per unit of ``lr``.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+
+    Raises:
+        InputError: For an option outside its range, or ``moments="factor"`` with a retraction.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from tangora import LoRAPro
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> optimizer = LoRAPro(model, lr=1e-4)
+        >>> model(torch.randn(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        *,
+        moments: Moments = "weight",
+        gauge: Gauge = "sylvester",
+        retraction: Retraction | Literal["factors"] = "factors",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        defaults = {
+            "lr": lr,
+            "moments": moments,
+            "gauge": gauge,
+            "retraction": retraction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, on_nonfinite)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("gauge", group["gauge"], GAUGES)
+        check_choice("retraction", group["retraction"], LORA_PRO_RETRACTIONS)
+        if group["moments"] == "factor" and group["retraction"] in RETRACTIONS:
+            raise InputError(
+                "moments='factor' needs retraction='factors': a retraction changes the basis in which factor moments "
+                f"are kept; got retraction={group['retraction']!r}"
+            )
+
+    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        A, B = stack.A, stack.B
+        at = frame(A, B)
+        tangent = project(at, stack.gradient)
+        if group["moments"] == "weight":
+            tangent = project(at, self._weight_moments(stack, at, tangent, group))
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if group["retraction"] in RETRACTIONS:
+            at, B = at._replace(whiten_B=at.whiten_B / decay), B * decay
+            return retract(A, B, at, tangent, group["lr"] / stack.scaling, group["retraction"])
+        H_A, H_B = (H.div_(stack.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
+        if group["moments"] == "factor":
+            return adamw_factors(stack, (H_A, H_B), group)
+        _warn_of_a_jump(stack, H_A, group)
+        return A * decay - group["lr"] * H_A, B * decay - group["lr"] * H_B
+
+    @staticmethod
+    def _weight_moments(stack: PairStack, at: Frame, tangent: Tangent, group: dict[str, Any]) -> Cotangent:
+        m, n, _ = stack.pairs[0].shape
+        moments = [stack.state("B", key, m, n) for key in ("exp_avg", "exp_avg_sq")]
+        size = max(1, _CHUNK_NUMBERS // (m * n))
+        parts = (*at, *tangent, *moments, stack.A, stack.B)
+        directions = []
+        for chunk in zip(*(part.split(size) for part in parts), strict=True):
+            frame_part, tangent_part, (M, V, A, B) = Frame(*chunk[:4]), Tangent(*chunk[4:6]), chunk[6:]
+            directions.append(adam_on_weight(frame_part, tangent_part, M, V, (A, B), group, stack.step))
+        stack.keep("B", exp_avg=moments[0], exp_avg_sq=moments[1])
+        return Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
+
+
+def _warn_of_a_jump(stack: PairStack, H_A: FactorA, group: dict[str, Any]) -> None:
+    # only the first steps after B = 0 can jump whatever the learning rate, so only they pay for the check
+    if stack.step > 3:
+        return
+    jump = group["lr"] * torch.linalg.matrix_norm(H_A) / torch.linalg.matrix_norm(stack.A)
+    if (jump > 1).any():
+        worst = stack.pairs[int(jump.argmax())].name
+        warnings.warn(
+            f"step {stack.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
+            "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero start",
+            stacklevel=2,
+        )

@@ -1,0 +1,82 @@
+r"""Preconditioned LoRA: AdamW on gradients scaled by the other factor's Gram matrix.
+
+Source: Zhang & Pilanci (ICML 2024), Riemannian Preconditioned LoRA, arXiv:2402.02347; the damping of LoRA-One
+(arXiv:2502.01235). Differs in: both preconditioners use the old factors, as in PEFT; the paper's code updates A first.
+"""
+
+from typing import Any
+
+from tangora._checks import check_number
+from tangora._types import FactorA, FactorB
+from tangora.geometry.gram import damped_inverse, gram, times
+from tangora.geometry.tangent import Cotangent
+from tangora.optim.adamw import adamw_factors
+from tangora.optim.base import OnNonfinite, PairOptimizer, Params
+from tangora.optim.stack import PairStack
+
+
+def precondition(A: FactorA, B: FactorB, g_A: FactorA, g_B: FactorB, damping: float) -> Cotangent:
+    r"""Return $H_A = (B^\top B + \lambda I)^{-1} g_A$ and $H_B = g_B (A A^\top + \lambda I)^{-1}$.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        g_A: Gradient with respect to ``A``, with the scaling in it.
+        g_B: Gradient with respect to ``B``.
+        damping: $\lambda > 0$, in units of the squared factors.
+
+    Returns:
+        $(H_A, H_B)$.
+    """
+    left, right = damped_inverse(gram(B.mT), damping), damped_inverse(gram(A), damping)
+    return Cotangent(left.to(A.dtype) @ g_A, times(g_B, right.to(A.dtype)))
+
+
+class PreconditionedAdamW(PairOptimizer):
+    r"""P-LoRA (Scaled AdamW), and the second half of LoRA-One.
+
+    Args:
+        params: PEFT model, pairs, or parameter groups.
+        lr: Learning rate, as for LoRA.
+        damping: $\lambda$ added to the Gram matrices. Default 1e-6, LoRA-One's; PEFT's ``create_riemannian_optimizer``
+            uses 1e-2.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of the factors, per unit of ``lr``.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+
+    Raises:
+        InputError: For an option outside its range.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from tangora import PreconditionedAdamW
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> optimizer = PreconditionedAdamW(model, lr=1e-3, damping=1e-2)
+        >>> model(torch.randn(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        *,
+        damping: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        defaults = {"lr": lr, "damping": damping, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, on_nonfinite)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("damping", group["damping"], low=0, open_low=True)
+
+    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        gradients = (g * stack.scaling for g in stack.gradient)
+        velocities = precondition(stack.A, stack.B, *gradients, group["damping"])
+        return adamw_factors(stack, velocities, group)

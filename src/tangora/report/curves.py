@@ -1,0 +1,152 @@
+"""The numbers behind the figures, for plotly and matplotlib alike."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tangora.report.records import Comparison, Record
+from tangora.report.selection import SweepPoint, judged_runs, sweep_points
+from tangora.report.summary import Row, group_by_recipe
+
+Values = NDArray[np.float64]
+
+# A window of 1/25 of the curve hides the noise of single batches and keeps the shape.
+_WINDOWS_PER_CURVE = 25
+_MAX_TICKS = 9
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Training loss of one recipe at its best learning rate.
+
+    Attributes:
+        recipe: Its name.
+        num_seeds: How many runs it is the mean of.
+        steps: Optimizer steps.
+        mean: Mean loss over the seeds.
+        smooth: `mean`, smoothed.
+        low: Smallest loss over the seeds, smoothed.
+        high: Largest loss over the seeds, smoothed.
+    """
+
+    recipe: str
+    num_seeds: int
+    steps: Values
+    mean: Values
+    smooth: Values
+    low: Values
+    high: Values
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Validation metric of one recipe against the learning rate.
+
+    Attributes:
+        recipe: Its name.
+        points: Ascending in the learning rate.
+        chosen: The learning rate chosen.
+    """
+
+    recipe: str
+    points: Sequence[SweepPoint]
+    chosen: float | None
+
+
+def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[LossCurve]:
+    """Average the training losses of each recipe over its seeds.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        One curve per recipe with a finished run, in the order of the rows.
+    """
+    groups = group_by_recipe(comparison)
+    runs = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
+    curves = [_loss_curve(recipe, records) for recipe, records in runs.items() if records]
+    return [curve for curve in curves if curve.steps.size]
+
+
+def _loss_curve(recipe: str, runs: Sequence[Record]) -> LossCurve:
+    by_step = [{entry.step: entry.loss for entry in run.history} for run in runs]
+    # Only steps that every seed has: a mean over changing seeds would jump.
+    steps = sorted(set.intersection(*(set(losses) for losses in by_step)))
+    losses = np.array([[run[step] for step in steps] for run in by_step], dtype=np.float64)
+    return LossCurve(
+        recipe=recipe,
+        num_seeds=len(runs),
+        steps=np.array(steps, dtype=np.float64),
+        mean=losses.mean(axis=0),
+        smooth=smooth(losses.mean(axis=0)),
+        low=smooth(losses.min(axis=0)),
+        high=smooth(losses.max(axis=0)),
+    )
+
+
+def smooth(values: Values) -> Values:
+    """Take a centred moving average whose window shrinks at the ends.
+
+    Args:
+        values: A curve.
+
+    Returns:
+        A curve of the same length; short curves come back as they are.
+    """
+    width = 2 * (values.size // (2 * _WINDOWS_PER_CURVE)) + 1
+    if width == 1:
+        return values
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def sweeps(comparison: Comparison, rows: Sequence[Row]) -> list[Sweep]:
+    """Gather each recipe's learning-rate sweep.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        One sweep per recipe, in the order of the rows.
+    """
+    groups = group_by_recipe(comparison)
+    return [
+        Sweep(row.recipe, sweep_points(groups[row.recipe], comparison.metric), row.learning_rate)
+        for row in rows
+    ]
+
+
+def worst_value(shown: Sequence[Sweep], *, higher_is_better: bool) -> float:
+    """Find the height at which diverged runs are marked, since they have none of their own.
+
+    Args:
+        shown: All sweeps of the figure.
+        higher_is_better: Whether the metric is to be maximized.
+
+    Returns:
+        The worst validation metric of any finished run, or 0 without one.
+    """
+    values = [value for sweep in shown for point in sweep.points for value in point.validation]
+    return (min if higher_is_better else max)(values, default=0.0)
+
+
+def rate_ticks(shown: Sequence[Sweep]) -> list[float]:
+    """Choose the learning rates to write below the sweep.
+
+    Args:
+        shown: All sweeps of the figure.
+
+    Returns:
+        Every learning rate with a mark in the figure, or the powers of ten when these are too many.
+    """
+    drawn = [point for sweep in shown for point in sweep.points if point.validation or point.num_diverged]
+    rates = sorted({point.learning_rate for point in drawn})
+    if len(rates) <= _MAX_TICKS:
+        return rates
+    exponents = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
+    return [10.0**exponent for exponent in exponents]

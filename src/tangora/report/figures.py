@@ -1,0 +1,235 @@
+"""Interactive figures. Text, axes and grids have no colour of their own: the page gives them one that fits."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tangora.report import formats
+from tangora.report.curves import LossCurve, Sweep, loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.records import Comparison
+from tangora.report.selection import SweepPoint
+from tangora.report.styles import Style, recipe_styles
+from tangora.report.summary import Row
+
+_BAND_OPACITY = 0.15
+_TRANSPARENT = "rgba(0,0,0,0)"
+_GREY = "#808080"
+_PARTS = {
+    "start": ("start", "x"),
+    "forward_backward": ("forward and backward", ""),
+    "optimizer": ("optimizer step", "/"),
+    "evaluation": ("evaluation", "."),
+}
+
+
+def loss_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
+    """Draw the training loss of each recipe at its best learning rate.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        Smoothed mean over the seeds, a band from the smallest to the largest, and the raw mean on hover.
+    """
+    styles = recipe_styles(row.recipe for row in rows)
+    figure = _figure("optimizer step", "training loss")
+    for curve in loss_curves(comparison, rows):
+        figure.add_traces(_loss_traces(curve, styles[curve.recipe]))
+    return figure
+
+
+def _loss_traces(curve: LossCurve, style: Style) -> list[go.Scatter]:
+    name = _label(curve.recipe)
+    steps = curve.steps.tolist()
+    line = go.Scatter(
+        x=steps,
+        y=curve.smooth.tolist(),
+        customdata=curve.mean.tolist(),
+        name=name,
+        legendgroup=name,
+        mode="lines",
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4f}}, raw %{{customdata:.4f}}<extra></extra>",
+    )
+    if curve.num_seeds == 1:
+        return [line]
+    band = go.Scatter(
+        x=steps + steps[::-1],
+        y=curve.high.tolist() + curve.low.tolist()[::-1],
+        fill="toself",
+        fillcolor=style.faded(_BAND_OPACITY),
+        line={"width": 0, "color": _TRANSPARENT},
+        mode="lines",
+        legendgroup=name,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    return [band, line]
+
+
+def sweep_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
+    """Draw the validation metric against the learning rate.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        One line per recipe with bars from the smallest to the largest seed, a ring around the chosen learning
+        rate, and a cross at the worst value for diverged runs.
+    """
+    styles = recipe_styles(row.recipe for row in rows)
+    shown = sweeps(comparison, rows)
+    floor = worst_value(shown, higher_is_better=comparison.higher_is_better)
+    figure = _figure("learning rate", f"validation {comparison.metric}")
+    ticks = rate_ticks(shown)
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[formats.learning_rate(rate) for rate in ticks])
+    for sweep in shown:
+        figure.add_traces(_sweep_traces(sweep, styles[sweep.recipe], floor))
+    return figure
+
+
+def _sweep_traces(sweep: Sweep, style: Style, floor: float) -> list[go.Scatter]:
+    name = _label(sweep.recipe)
+    finished = [(point, point.mean) for point in sweep.points if point.mean is not None]
+    diverged = [point for point in sweep.points if point.num_diverged]
+    line = go.Scatter(
+        x=[point.learning_rate for point, _ in finished],
+        y=[mean for _, mean in finished],
+        error_y=_spread(finished),
+        name=name,
+        legendgroup=name,
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        marker={"symbol": style.marker, "size": 8, "color": style.color},
+        text=[_point_text(point) for point, _ in finished],
+        hovertemplate=f"{name}<br>learning rate %{{x}}: %{{y:.4f}}<br>%{{text}}<extra></extra>",
+    )
+    ring = [(point.learning_rate, mean) for point, mean in finished if point.learning_rate == sweep.chosen]
+    marks = [
+        _mark(name, ring, {"symbol": "circle-open", "size": 18, "color": style.color, "line": {"width": 2}}),
+        _mark(
+            name,
+            [(point.learning_rate, floor) for point in diverged],
+            {
+                "symbol": "x-thin",
+                "size": 11,
+                "color": style.color,
+                "line": {"width": 3, "color": style.color},
+            },
+            [_point_text(point) for point in diverged],
+        ),
+    ]
+    return [line, *(mark for mark in marks if mark.x)]
+
+
+def _mark(
+    name: str,
+    places: Sequence[tuple[float, float]],
+    marker: dict[str, Any],
+    texts: Sequence[str] = (),
+) -> go.Scatter:
+    return go.Scatter(
+        x=[rate for rate, _ in places],
+        y=[value for _, value in places],
+        mode="markers",
+        marker=marker,
+        legendgroup=name,
+        showlegend=False,
+        text=texts,
+        hovertemplate=f"{name}<br>learning rate %{{x}}<br>%{{text}}<extra></extra>" if texts else None,
+        hoverinfo=None if texts else "skip",
+    )
+
+
+def _spread(finished: Sequence[tuple[SweepPoint, float]]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(point.validation) - mean for point, mean in finished],
+        "arrayminus": [mean - min(point.validation) for point, mean in finished],
+        "visible": any(len(point.validation) > 1 for point, _ in finished),
+        "thickness": 1,
+        "width": 3,
+    }
+
+
+def _point_text(point: SweepPoint) -> str:
+    parts = [formats.plural(len(point.validation), "finished run")]
+    if point.num_diverged:
+        parts.append(f"{point.num_diverged} diverged")
+    if point.num_failed:
+        parts.append(f"{point.num_failed} failed")
+    return ", ".join(parts)
+
+
+def time_figure(rows: Sequence[Row]) -> go.Figure:
+    """Draw where the time of each recipe's runs went.
+
+    Args:
+        rows: From `summarize`.
+
+    Returns:
+        One bar per recipe, in its colour, with a pattern for each part.
+    """
+    styles = recipe_styles(row.recipe for row in rows)
+    # Plotly draws the first bar at the bottom.
+    timed = [row for row in reversed(rows) if row.time]
+    figure = _figure("seconds per run", "")
+    figure.update_layout(barmode="stack", height=150 + 34 * len(timed), legend={"traceorder": "normal"})
+    figure.update_yaxes(type="category", showgrid=False)
+    for part, (title, pattern) in _PARTS.items():
+        bars = [
+            _bar(_label(row.recipe), getattr(row.time, part), title, styles[row.recipe].color, pattern)
+            for row in timed
+        ]
+        # An empty grey bar for the legend, which explains the patterns in no recipe's colour.
+        key = [_bar(_label(row.recipe), None, title, _GREY, pattern) for row in timed[:1]]
+        figure.add_traces([*bars, *key])
+    return figure
+
+
+def _bar(label: str, length: float | None, part: str, color: str, pattern: str) -> go.Bar:
+    shape = {"shape": pattern, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6, "solidity": 0.35}
+    return go.Bar(
+        x=[length],
+        y=[label],
+        name=part,
+        orientation="h",
+        marker={"color": color, "pattern": shape, "line": {"width": 0}},
+        showlegend=length is None,
+        hovertemplate=f"%{{y}}<br>{part}: %{{x:.2f}} s<extra></extra>",
+    )
+
+
+def _figure(x_title: str, y_title: str) -> go.Figure:
+    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": 440,
+            "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+            "paper_bgcolor": _TRANSPARENT,
+            "plot_bgcolor": _TRANSPARENT,
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+            "xaxis": axis | {"title": {"text": x_title}},
+            "yaxis": axis | {"title": {"text": _label(y_title), "standoff": 8}},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "itemwidth": 40,
+            },
+            "hovermode": "closest",
+        }
+    )
+
+
+def _label(name: str) -> str:
+    # Plotly reads a little HTML in its labels, and ``%{...}`` in hover templates.
+    return html.escape(name, quote=False).replace("%{", "%\N{ZERO WIDTH SPACE}{")

@@ -1,0 +1,173 @@
+"""How numbers are written in tables, sentences and figures. ``None`` becomes a dash."""
+
+from collections.abc import Iterable
+
+from tangora.report.bootstrap import Interval
+
+MISSING = "–"
+MINUS = "\N{MINUS SIGN}"
+
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_COUNT_UNITS = ("", " k", " M", " B")
+
+
+def metric(value: float | None) -> str:
+    """Write a metric with four decimals, or two when it is large.
+
+    Args:
+        value: The metric.
+
+    Returns:
+        For example "0.9620".
+    """
+    return MISSING if value is None else _signed(value, "")
+
+
+def difference(value: float | None) -> str:
+    """Write a difference of metrics, always with its sign.
+
+    Args:
+        value: The difference.
+
+    Returns:
+        For example "+0.0120".
+    """
+    return MISSING if value is None else _signed(value, "+")
+
+
+def interval(value: Interval | None, *, sign: bool = False) -> str:
+    """Write both ends of an interval.
+
+    Args:
+        value: The interval.
+        sign: Whether positive ends get a plus.
+
+    Returns:
+        For example "0.9510 to 0.9720".
+    """
+    if value is None:
+        return MISSING
+    low, high = (_signed(end, "+" if sign else "") for end in value)
+    return f"{low} to {high}"
+
+
+def _signed(value: float, sign: str) -> str:
+    decimals = 4 if abs(value) < 100 else 2
+    return f"{value:{sign}z.{decimals}f}".replace("-", MINUS)  # z: no negative zero
+
+
+def learning_rate(value: float | None) -> str:
+    """Write a learning rate in the shortest way that names it.
+
+    Args:
+        value: The learning rate.
+
+    Returns:
+        For example "2e-4" or "0.01".
+    """
+    if value is None:
+        return MISSING
+    if value >= 0.01:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def seconds(value: float | None) -> str:
+    """Write a duration.
+
+    Args:
+        value: Seconds.
+
+    Returns:
+        For example "0.4 s", "38 s", "4 min 05 s" or "2 h 10 min".
+    """
+    if value is None:
+        return MISSING
+    if value < 60:
+        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a short duration.
+
+    Args:
+        value: Milliseconds.
+
+    Returns:
+        For example "12.3 ms".
+    """
+    return MISSING if value is None else f"{value:.1f} ms"
+
+
+def size(value: int | None) -> str:
+    """Write an amount of memory, in powers of 1000.
+
+    Args:
+        value: Bytes.
+
+    Returns:
+        For example "1.2 MB".
+    """
+    return MISSING if value is None else _scaled(value, _BYTE_UNITS, " ")
+
+
+def count(value: int | None) -> str:
+    """Write a large number of things.
+
+    Args:
+        value: The number.
+
+    Returns:
+        For example "1.2 M".
+    """
+    return MISSING if value is None else _scaled(value, _COUNT_UNITS, "")
+
+
+def _scaled(value: int, units: tuple[str, ...], gap: str) -> str:
+    power = 0
+    while power < len(units) - 1 and value >= 999.5 * 1000**power:
+        power += 1
+    number = value / 1000**power
+    decimals = 0 if power == 0 or number >= 100 else 1
+    return f"{number:.{decimals}f}{gap}{units[power]}"
+
+
+def share(value: float | None) -> str:
+    """Write a share as a percentage.
+
+    Args:
+        value: The share; 1 is all.
+
+    Returns:
+        For example "63 %".
+    """
+    return MISSING if value is None else f"{100 * value:z.0f} %".replace("-", MINUS)
+
+
+def plural(number: int, noun: str) -> str:
+    """Write a number of things.
+
+    Args:
+        number: How many.
+        noun: The thing, in the singular.
+
+    Returns:
+        For example "1 seed" or "3 seeds".
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listing(names: Iterable[str]) -> str:
+    """Write a list of names as in a sentence.
+
+    Args:
+        names: The names.
+
+    Returns:
+        For example "a, b and c".
+    """
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

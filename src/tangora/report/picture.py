@@ -1,0 +1,101 @@
+"""One static picture of a comparison, for a README."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tangora.report import formats
+from tangora.report.curves import loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.files import write_atomic
+from tangora.report.records import Comparison
+from tangora.report.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, recipe_styles
+from tangora.report.summary import Row, summarize
+
+_BAND_OPACITY = 0.15
+
+
+def save_picture(comparison: Comparison, path: str | Path) -> Path:
+    """Draw training losses and the learning-rate sweep side by side, and write them as PNG.
+
+    Args:
+        comparison: The runs.
+        path: The PNG file.
+
+    Returns:
+        The path written.
+    """
+    # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
+    from matplotlib.figure import Figure
+
+    rows = summarize(comparison)
+    styles = recipe_styles(row.recipe for row in rows)
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_losses(left, comparison, rows, styles)
+    _draw_sweeps(right, comparison, rows, styles)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, handlelength=3.2)
+    figure.suptitle(_plain(comparison.title), fontsize="large", fontweight="bold")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return write_atomic(path, picture.getvalue())
+
+
+def _draw_losses(axes: Any, comparison: Comparison, rows: Sequence[Row], styles: dict[str, Style]) -> None:
+    for curve in loss_curves(comparison, rows):
+        style = styles[curve.recipe]
+        dash = MATPLOTLIB_DASHES[style.dash]
+        axes.plot(curve.steps, curve.smooth, color=style.color, linestyle=dash)
+        if curve.num_seeds > 1:
+            axes.fill_between(
+                curve.steps, curve.low, curve.high, color=style.color, alpha=_BAND_OPACITY, linewidth=0
+            )
+    _decorate(axes, "optimizer step", "training loss", "Training at the best learning rate")
+
+
+def _draw_sweeps(axes: Any, comparison: Comparison, rows: Sequence[Row], styles: dict[str, Style]) -> None:
+    shown = sweeps(comparison, rows)
+    floor = worst_value(shown, higher_is_better=comparison.higher_is_better)
+    for sweep in shown:
+        style = styles[sweep.recipe]
+        finished = [(point.learning_rate, point.mean) for point in sweep.points if point.mean is not None]
+        diverged = [point.learning_rate for point in sweep.points if point.num_diverged]
+        chosen = [pair for pair in finished if pair[0] == sweep.chosen]
+        axes.plot(
+            *_unzip(finished),
+            color=style.color,
+            linestyle=MATPLOTLIB_DASHES[style.dash],
+            marker=MATPLOTLIB_MARKERS[style.marker],
+            markersize=5,
+            label=_plain(sweep.recipe),
+        )
+        axes.plot(*_unzip(chosen), "o", markersize=12, markerfacecolor="none", markeredgecolor=style.color)
+        axes.plot(diverged, [floor] * len(diverged), "x", color=style.color, markersize=8, markeredgewidth=2)
+    axes.set_xscale("log")
+    ticks = rate_ticks(shown)
+    axes.set_xticks(ticks, [formats.learning_rate(rate) for rate in ticks])
+    axes.minorticks_off()
+    _decorate(
+        axes,
+        "learning rate (ring: chosen, cross: diverged)",
+        f"validation {comparison.metric}",
+        "Learning-rate sweep",
+    )
+
+
+def _decorate(axes: Any, x_title: str, y_title: str, title: str) -> None:
+    axes.set_xlabel(x_title)
+    axes.set_ylabel(_plain(y_title))
+    axes.set_title(title, fontsize="medium")
+    axes.grid(visible=True, color="#808080", alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _unzip(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _plain(text: str) -> str:
+    # Keep matplotlib from reading dollars as formulas, and a leading underscore as "not in the legend".
+    return text.replace("$", r"\$").lstrip("_")

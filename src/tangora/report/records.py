@@ -1,0 +1,251 @@
+"""The files a comparison leaves behind: one JSON file per run, one for what they have in common.
+
+A folder holds ``comparison.json`` and ``records/<id>.json``. Numbers that JSON cannot say (a diverged run's loss)
+are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and read back as floats wherever the field
+is a float; inside the free-form `settings` they stay strings.
+"""
+
+import json
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tangora._checks import InputError
+from tangora.report.files import write_atomic
+
+SCHEMA_VERSION = 1
+COMPARISON_FILE = "comparison.json"
+RECORDS_FOLDER = "records"
+
+
+def _check_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+IsoTime = Annotated[str, AfterValidator(_check_time)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Metrics = dict[str, float]
+
+
+class _Model(BaseModel):
+    """What all records share: no changes after creation, no unknown fields, NaN as a JSON string."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class StepRecord(_Model):
+    """One optimizer step of training."""
+
+    step: Count = Field(description="Optimizer steps done so far; the first is 1.")
+    loss: float = Field(description="Training loss of the step, mean over its batch.")
+    learning_rate: float = Field(description="Learning rate of the step, after the schedule.")
+    grad_norm: float | None = Field(default=None, description="Gradient norm before clipping.")
+
+
+class EvaluationRecord(_Model):
+    """One evaluation on validation data during training."""
+
+    step: Count = Field(description="Optimizer steps done before the evaluation.")
+    metrics: Metrics = Field(description='For example {"loss": 0.3, "accuracy": 0.9}.')
+
+
+class TimeSplit(_Model):
+    """Where the wall-clock time of a run went, in seconds."""
+
+    start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
+    forward_backward: Seconds = Field(description="All forward and backward passes of training.")
+    optimizer: Seconds = Field(description="All optimizer steps, without forward and backward.")
+    evaluation: Seconds = Field(description="All evaluations.")
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, in seconds."""
+        return self.start + self.forward_backward + self.optimizer + self.evaluation
+
+
+class MemoryUse(_Model):
+    """Memory of a run, in bytes."""
+
+    peak_bytes: Count | None = Field(
+        default=None, description="Peak allocated during training only; None where it cannot be measured."
+    )
+    optimizer_state_bytes: Count = Field(description="All tensors in the optimizer's state.")
+    adapter_bytes: Count = Field(description="All trained parameters.")
+
+
+class Record(_Model):
+    """One run: a recipe, a learning rate and a seed."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=@-]{0,199}$",
+        description="Unique in its comparison, and its file name without `.json`.",
+    )
+    recipe: str = Field(min_length=1, description="Name of the recipe.")
+    learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    seed: int = Field(description="Seed of start, data order and dropout.")
+    stage: Literal["sweep", "final"] = Field(
+        description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds."
+    )
+    status: Literal["finished", "diverged", "failed"] = Field(
+        description="`diverged`: the loss left the finite numbers or exploded; `failed`: an exception."
+    )
+    error: str | None = Field(default=None, description="What happened to a run that did not finish.")
+    settings: dict[str, Any] = Field(description="Everything needed to run it again.")
+    metrics: dict[str, Metrics] = Field(
+        description='Keys "validation" and "test" after training, "before" for the test set before it.'
+    )
+    history: list[StepRecord] = Field(description="Training steps, in order.")
+    evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
+    time: TimeSplit
+    memory: MemoryUse
+    trainable_parameters: Count
+    correct: list[bool] | None = Field(
+        default=None, description="Per test example, in the same order in every run: was it answered right?"
+    )
+    versions: dict[str, str] = Field(description="Package name to version.")
+    machine: str = Field(description="Processor, accelerator, threads.")
+    commit: str | None = Field(default=None, description="Commit of the code that ran.")
+    created: IsoTime = Field(description="When the run ended, ISO 8601.")
+
+
+class Comparison(_Model):
+    """Several recipes on one task, each with its own learning-rate sweep."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    title: str
+    command: str = Field(description="The command line that repeats it.")
+    metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')
+    higher_is_better: bool
+    settings: dict[str, Any] = Field(description="What all runs share.")
+    records: list[Record] = Field(default_factory=list)
+    created: IsoTime = Field(description="When the comparison was started, ISO 8601.")
+
+    @model_validator(mode="after")
+    def _check_records_differ(self) -> "Comparison":
+        ids = Counter(record.id for record in self.records)
+        runs = Counter((r.recipe, r.learning_rate, r.seed, r.stage) for r in self.records)
+        twice = [str(key) for counts in (ids, runs) for key, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"the same run is recorded more than once: {twice[0]}")
+        return self
+
+
+_ModelT = TypeVar("_ModelT", Record, Comparison)
+
+
+def save_json(model: BaseModel, path: str | Path) -> Path:
+    """Write a model as JSON, whole or not at all.
+
+    Args:
+        model: A `Record`, a `Comparison`, or any pydantic model.
+        path: The file; its folder is created when missing.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: If the settings hold something that JSON cannot say.
+    """
+    try:
+        text = model.model_dump_json(indent=1)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be written as JSON: {_one_line(error)}") from error
+    return write_atomic(path, text + "\n")
+
+
+def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
+    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run.
+
+    Args:
+        comparison: What to write.
+        folder: Where; created when missing. Records of other ids that are already there stay.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    for record in comparison.records:
+        save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
+    save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
+    return folder
+
+
+def load_record(path: str | Path) -> Record:
+    """Read one run.
+
+    Args:
+        path: A file written by `save_json`.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: If the file is missing, corrupt, or of another schema version; the message names it.
+    """
+    return _validate(Record, _read(Path(path)), Path(path))
+
+
+def load_comparison(folder: str | Path) -> Comparison:
+    """Read ``comparison.json`` and ``records/*.json`` of a folder.
+
+    A record that ``comparison.json`` holds as well is taken from its own file, which is the newer one.
+
+    Args:
+        folder: The folder of one comparison.
+
+    Returns:
+        The comparison with all its records, sorted by id.
+
+    Raises:
+        InputError: If a file is missing, corrupt, or of another schema version; the message names it.
+    """
+    folder = Path(folder)
+    path = folder / COMPARISON_FILE
+    shared = _validate(Comparison, _read(path), path)
+    files = sorted((folder / RECORDS_FOLDER).glob("*.json"))
+    by_id = {record.id: record for record in shared.records}
+    loaded: dict[str, Path] = {}
+    for file in files:
+        record = load_record(file)
+        if record.id in loaded:
+            raise InputError(f"{file} has the id {record.id!r} of {loaded[record.id]}")
+        loaded[record.id] = file
+        by_id[record.id] = record
+    records = [by_id[key] for key in sorted(by_id)]
+    # Rebuilt rather than copied, so that the check for repeated runs sees all of them.
+    return _validate(Comparison, dict(shared) | {"records": records}, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema_version {version!r}; this tangora reads {SCHEMA_VERSION}")
+    return content
+
+
+def _validate(model: type[_ModelT], content: dict[str, Any], path: Path) -> _ModelT:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        where = f" at {place}" if place else ""
+        raise InputError(f"{path} is no valid {model.__name__}{where}: {first['msg']}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

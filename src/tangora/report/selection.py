@@ -1,0 +1,153 @@
+"""The choice of a learning rate, on validation data only, and of the runs that are then judged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from tangora.report.records import Record
+
+Edge = Literal["low", "high"]
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One learning rate of a recipe's sweep.
+
+    Attributes:
+        learning_rate: The learning rate.
+        validation: Validation metric of each finished run, by seed.
+        num_diverged: Runs whose loss diverged.
+        num_failed: Runs that ended with an exception.
+    """
+
+    learning_rate: float
+    validation: tuple[float, ...]
+    num_diverged: int
+    num_failed: int
+
+    @property
+    def mean(self) -> float | None:
+        """The mean validation metric of the finished runs, or None without any."""
+        return fmean(self.validation) if self.validation else None
+
+
+def metric_value(record: Record, split: str, metric: str) -> float | None:
+    """Look up a metric of a finished run.
+
+    Args:
+        record: The run.
+        split: "validation", "test" or "before".
+        metric: The metric's name.
+
+    Returns:
+        The value, or None if the run did not finish, or has no such metric or no finite one.
+    """
+    value = record.metrics.get(split, {}).get(metric, math.nan)
+    return value if record.status == "finished" and math.isfinite(value) else None
+
+
+def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
+    """Gather the sweep of one recipe.
+
+    Only runs of stage ``sweep`` count when there are any: final runs exist at one learning rate only, so their
+    seeds would compare that one with others on different terms.
+
+    Args:
+        records: Runs of one recipe.
+        metric: The metric that decides.
+
+    Returns:
+        One point per learning rate, ascending.
+    """
+    pool = [record for record in records if record.stage == "sweep"] or list(records)
+    rates = sorted({record.learning_rate for record in pool})
+    return [_point(rate, [r for r in pool if r.learning_rate == rate], metric) for rate in rates]
+
+
+def _point(rate: float, records: Sequence[Record], metric: str) -> SweepPoint:
+    by_seed = sorted(records, key=lambda record: record.seed)
+    values = [metric_value(record, "validation", metric) for record in by_seed]
+    return SweepPoint(
+        learning_rate=rate,
+        validation=tuple(value for value in values if value is not None),
+        num_diverged=sum(record.status == "diverged" for record in records),
+        num_failed=sum(record.status == "failed" for record in records),
+    )
+
+
+def best_learning_rate(points: Sequence[SweepPoint], *, higher_is_better: bool) -> float | None:
+    """Choose a learning rate by its mean validation metric.
+
+    A learning rate at which a seed diverged is chosen only when every other one diverged as well: the seeds that
+    survived would flatter it. Ties go to the smaller learning rate.
+
+    Args:
+        points: The sweep of one recipe, from `sweep_points`.
+        higher_is_better: Whether the metric is to be maximized.
+
+    Returns:
+        The learning rate, or None if no run finished.
+    """
+    sign = -1.0 if higher_is_better else 1.0
+    keys = [
+        (point.num_diverged > 0, sign * point.mean, point.learning_rate)
+        for point in points
+        if point.mean is not None
+    ]
+    return min(keys)[-1] if keys else None
+
+
+def grid_edge(points: Sequence[SweepPoint], chosen: float | None) -> Edge | None:
+    """Tell whether the sweep ended before the best learning rate was bracketed.
+
+    Learning rates that diverged bracket; those whose runs all failed for other reasons say nothing.
+
+    Args:
+        points: The sweep of one recipe.
+        chosen: The learning rate chosen.
+
+    Returns:
+        The side on which a better learning rate may lie, or None; also None for a single learning rate, which
+        is no sweep.
+    """
+    known = [point.learning_rate for point in points if point.validation or point.num_diverged]
+    if chosen is None or len(known) < 2:
+        return None
+    if chosen == min(known):
+        return "low"
+    return "high" if chosen == max(known) else None
+
+
+def judged_runs(records: Sequence[Record], learning_rate: float | None) -> list[Record]:
+    """Select the finished runs of one recipe that its test result is computed from.
+
+    They are the final runs at the chosen learning rate, and the sweep runs there of other seeds if they trained
+    for as many steps; without final runs, the sweep runs.
+
+    Args:
+        records: Runs of one recipe.
+        learning_rate: The learning rate chosen.
+
+    Returns:
+        One run per seed, sorted by seed.
+    """
+    runs = [r for r in records if r.learning_rate == learning_rate and r.status == "finished"]
+    finals = [record for record in runs if record.stage == "final"]
+    lengths = {num_steps(record) for record in finals}
+    sweeps = [r for r in runs if r.stage == "sweep" and (not finals or num_steps(r) in lengths)]
+    by_seed = {record.seed: record for record in [*sweeps, *finals]}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def num_steps(record: Record) -> int:
+    """Count the optimizer steps of a run.
+
+    Args:
+        record: The run.
+
+    Returns:
+        The last step that was recorded or evaluated.
+    """
+    return max((entry.step for entry in [*record.history, *record.evaluations]), default=0)

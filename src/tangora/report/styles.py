@@ -1,0 +1,83 @@
+"""One colour, dash and marker per recipe, the same in every figure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tangora.report.summary import BASELINE, CEILING
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black: each of the others is
+# readable on a white and on a dark page.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_GREY = "#808080"
+
+# Five, because 5 and 6 have no common factor: all 30 pairs of colour and dash come before one repeats.
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
+
+SVG_DASHES = {"solid": "none", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "10 3"}
+MATPLOTLIB_DASHES = {
+    "solid": "-",
+    "dash": (0, (5, 2)),
+    "dot": (0, (1.2, 1.6)),
+    "dashdot": (0, (5, 2, 1.2, 2)),
+    "longdash": (0, (9, 2)),
+}
+MATPLOTLIB_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "cross": "P",
+    "star": "*",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a recipe is drawn.
+
+    Attributes:
+        color: As ``#rrggbb``.
+        dash: Plotly's name of the dash.
+        marker: Plotly's name of the marker.
+    """
+
+    color: str
+    dash: str
+    marker: str
+
+    def faded(self, alpha: float) -> str:
+        """Make the colour transparent.
+
+        Args:
+            alpha: Opacity in [0, 1].
+
+        Returns:
+            The colour as CSS ``rgba(...)``.
+        """
+        red, green, blue = (int(self.color[start : start + 2], 16) for start in (1, 3, 5))
+        return f"rgba({red},{green},{blue},{alpha})"
+
+
+_REFERENCES = {BASELINE: Style(_GREY, "dash", "cross"), CEILING: Style(_GREY, "solid", "star")}
+
+
+def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
+    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey.
+
+    Args:
+        recipes: Their names; the order does not matter.
+
+    Returns:
+        Recipe name to style.
+    """
+    names = set(recipes)
+    others = sorted(names - set(_REFERENCES))
+    styles = {name: style for name, style in _REFERENCES.items() if name in names}
+    return styles | {name: _style(index) for index, name in enumerate(others)}
+
+
+def _style(index: int) -> Style:
+    turn = index % len(_DASHES)
+    return Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])

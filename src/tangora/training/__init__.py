@@ -1,0 +1,1 @@
+"""Models, data and measures of training: takes names, gives objects of torch and transformers."""

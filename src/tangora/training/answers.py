@@ -1,0 +1,154 @@
+"""Lets a causal model answer, and compares its final answers with the right ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tangora._checks import InputError
+from tangora.training.generated import ANSWER_MARKER
+from tangora.training.numbers import check_whole
+from tangora.training.observe import Progress, device_of, length_batches, observed
+from tangora.training.text import encode_prompts
+
+
+def generate_completions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Let a causal model answer prompts, greedily.
+
+    Args:
+        model: A transformers model, with or without adapters.
+        tokenizer: Of the model.
+        examples: With ``prompt`` and ``completion``.
+        max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
+        batch_size: Prompts at a time, in [1, inf).
+        progress: Called after each batch.
+
+    Returns:
+        The completions, in order, without special tokens.
+
+    Raises:
+        InputError: If there is no example, or one without a prompt.
+    """
+    if not examples or not all(example.get("prompt") for example in examples):
+        raise InputError("examples must each have a prompt to complete; plain text has none")
+    if max_new_tokens is None:
+        completions = [example["completion"] for example in examples]
+        max_new_tokens = 8 + max(map(len, tokenizer(completions, verbose=False)["input_ids"]))
+    check_whole("max_new_tokens", max_new_tokens, low=1)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    prompts = encode_prompts([example["prompt"] for example in examples], tokenizer)
+    texts = [""] * len(prompts)
+    with observed(model):
+        for indices in length_batches([len(prompt) for prompt in prompts], batch_size, progress):
+            batch = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device_of(model))
+            tokens = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
+            for index, text in zip(
+                indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
+                texts[index] = text
+    return texts
+
+
+def exact_match(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Measure how often a causal model's final answer is right.
+
+    Args:
+        model: A transformers model, with or without adapters.
+        tokenizer: Of the model.
+        examples: With ``prompt``, ``completion`` and, if it is not the completion's, the final ``answer``.
+        max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
+        batch_size: Prompts at a time, in [1, inf).
+        progress: Called after each batch.
+
+    Returns:
+        ``exact_match``, the share of right answers, and ``answered``, the share that are not empty.
+    """
+    texts = generate_completions(
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    answered = sum(bool(final_answer(text)) for text in texts) / len(texts)
+    return {"exact_match": answers_match(texts, examples).double().mean().item(), "answered": answered}
+
+
+def answers_match(texts: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> Bool[Tensor, " n"]:
+    """Compare generated texts with the examples' answers.
+
+    Args:
+        texts: From `generate_completions`.
+        examples: The examples that they complete.
+
+    Returns:
+        Which texts are right.
+    """
+    return torch.tensor([_is_right(text, example) for text, example in zip(texts, examples, strict=True)])
+
+
+def final_answer(text: str) -> str:
+    r"""Extract the final answer: the line after the first ``####``, or else the last line that is not empty.
+
+    Args:
+        text: A completion.
+
+    Returns:
+        The answer, or nothing if there is none.
+
+    Example:
+        >>> final_answer("Half of 84 is 42.\n#### 42")
+        '42'
+    """
+    _, marker, after = text.partition(ANSWER_MARKER)
+    lines = [line.strip() for line in (after if marker else text).split("\n") if line.strip()]
+    if not lines:
+        return ""
+    return lines[0] if marker else lines[-1]
+
+
+def _is_right(text: str, example: Mapping[str, Any]) -> bool:
+    """Return whether an answer is right; one of several lines, such as a grid, is compared as a whole."""
+    expected = example.get("answer") or final_answer(example["completion"])
+    if "\n" in expected.strip():
+        return text.strip() == expected.strip()
+    return final_answer(text) == expected.strip()
+
+
+def _pad_left(
+    sequences: Sequence[list[int]], pad: Any, device: torch.device
+) -> dict[str, Int[Tensor, "b t"]]:
+    """Return prompts padded on their left, so that what is generated follows them at once."""
+    tokens = [torch.tensor(sequence) for sequence in sequences]
+    mask = [torch.ones_like(sequence) for sequence in tokens]
+    return {
+        "input_ids": pad_sequence(tokens, True, pad, "left").to(device),
+        "attention_mask": pad_sequence(mask, True, 0, "left").to(device),
+    }

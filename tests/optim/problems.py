@@ -1,0 +1,99 @@
+"""Small PEFT models whose loss and gradients are known in closed form or cheap to differentiate."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from tangora import LoRAPro, PreconditionedAdamW, TangentAdam
+
+OPTIMIZERS = {
+    "lora-pro-weight": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, **kw}),
+    "lora-pro-factor": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "moments": "factor", **kw}),
+    "lora-pro-sgd": lambda model, **kw: LoRAPro(model, **{"lr": 0.2, "moments": None, **kw}),
+    "lora-pro-auto": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "retraction": "auto", **kw}),
+    "tangent": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, **kw}),
+    "tangent-svd": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, "retraction": "svd", **kw}),
+    "p-lora": lambda model, **kw: PreconditionedAdamW(model, **{"lr": 1e-2, "damping": 1e-2, **kw}),
+}
+"""Every optimizer of the project that the battery must cover."""
+
+
+class TwoLayers(nn.Module):
+    """Two equal layers, one different, and a head without an adapter."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        self.one = nn.Linear(6, 6, bias=False, dtype=dtype)
+        self.two = nn.Linear(6, 6, bias=False, dtype=dtype)
+        self.three = nn.Linear(6, 4, bias=False, dtype=dtype)
+        self.head = nn.Linear(4, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.three(torch.tanh(self.two(torch.tanh(self.one(x))))))
+
+
+def problem(
+    seed: int = 0, *, dtype: torch.dtype = torch.float64, zero_B: bool = False, **config
+) -> tuple[PeftModel, Tensor, Tensor]:
+    """Return a model with LoRA on three layers and a trained head, inputs and targets."""
+    torch.manual_seed(seed)
+    options = {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["one", "two", "three"],
+        "modules_to_save": ["head"],
+    }
+    base = TwoLayers(dtype)
+    model = get_peft_model(base, LoraConfig(**{**options, **config}), autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and not (zero_B and "lora_B" in name):
+            parameter.data = (0.3 * torch.randn(parameter.shape, dtype=torch.float64)).to(dtype)
+    x, y = torch.randn(16, 6, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+    return model, x.to(dtype), y.to(dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - y).square().mean()
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.zero_grad()
+    loss = loss_of(model, x, y)
+    loss.backward()
+    return loss
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+class Quadratic:
+    """One layer with loss |W - target|^2 / 2 weighted, whose dense gradient is known: for reference comparisons."""
+
+    def __init__(self, m: int, n: int, r: int, seed: int, *, alpha: float = 3.0, zero_B: bool = False):
+        generator = torch.Generator().manual_seed(seed)
+        self.layer = nn.Linear(n, m, bias=False, dtype=torch.float64)
+        model = nn.Sequential(self.layer)
+        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=["0"])
+        self.model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        self.adapted = self.model.base_model.model[0]
+        self.A = self.adapted.lora_A["default"].weight
+        self.B = self.adapted.lora_B["default"].weight
+        self.s = self.adapted.scaling["default"]
+        self.target = torch.randn(m, n, dtype=torch.float64, generator=generator)
+        self.weights = 0.2 + torch.rand(m, n, dtype=torch.float64, generator=generator)
+        self.A.data = torch.randn(r, n, dtype=torch.float64, generator=generator)
+        self.B.data = (0 if zero_B else 1) * torch.randn(m, r, dtype=torch.float64, generator=generator)
+
+    def gradient(self, W: Tensor) -> Tensor:
+        """Dense gradient with respect to W = s B A (the frozen weight is not part of the problem)."""
+        return self.weights * (W - self.target)
+
+    @property
+    def W(self) -> Tensor:
+        return (self.s * self.B @ self.A).detach()
+
+    def set_gradients(self) -> None:
+        g = self.gradient(self.W)
+        self.A.grad = self.s * self.B.detach().T @ g
+        self.B.grad = self.s * g @ self.A.detach().T

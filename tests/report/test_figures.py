@@ -1,0 +1,143 @@
+import html
+import math
+
+import numpy as np
+import pytest
+
+from tangora.report import StepRecord, loss_figure, save_picture, summarize, sweep_figure, time_figure
+from tangora.report.curves import Sweep, loss_curves, rate_ticks, smooth, sweeps, worst_value
+from tangora.report.selection import SweepPoint
+from tangora.report.styles import recipe_styles
+from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
+
+
+def history(losses, start=1):
+    return [StepRecord(step=start + i, loss=loss, learning_rate=1e-4) for i, loss in enumerate(losses)]
+
+
+def curves(records):
+    comparison = make_comparison(records)
+    return loss_curves(comparison, summarize(comparison))
+
+
+def test_every_recipe_looks_different():
+    styles = recipe_styles(["lora", "full", *(f"method {index}" for index in range(30))])
+    assert len({(style.color, style.dash) for style in styles.values()}) == 32
+    assert recipe_styles(["b", "a"]) == recipe_styles(["a", "b"])
+
+
+def test_one_colour_per_recipe_in_every_figure():
+    comparison, rows = realistic(), realistic_rows()
+    styles = recipe_styles(row.recipe for row in rows)
+    for figure in (loss_figure(comparison, rows), sweep_figure(comparison, rows)):
+        named = {trace.name: trace.line for trace in figure.data if trace.name}
+        assert {name: line.color for name, line in named.items()} == {n: s.color for n, s in styles.items()}
+        assert {name: line.dash for name, line in named.items()} == {n: s.dash for n, s in styles.items()}
+    bars = [bar for bar in time_figure(rows).data if not bar.showlegend]
+    assert len(bars) == 4 * len(rows)
+    assert all(bar.marker.color == styles[bar.y[0]].color for bar in bars)
+
+
+def test_loss_curve_is_the_mean_over_seeds():
+    (curve,) = curves(
+        [
+            make_record(seed=0, history=history([3.0, 2.0, 1.0])),
+            make_record(seed=1, history=history([4.0, 3.0, 2.0, 9.0])),  # one step more: not shared
+        ]
+    )
+    assert curve.steps.tolist() == [1, 2, 3]
+    assert curve.mean.tolist() == [3.5, 2.5, 1.5]
+    assert curve.low.tolist() == [3.0, 2.0, 1.0]
+    assert curve.high.tolist() == [4.0, 3.0, 2.0]
+
+
+def test_no_curve_without_shared_steps_or_finished_runs():
+    records = [
+        make_record(seed=0, history=history([3.0])),
+        make_record(seed=1, history=history([3.0], start=2)),
+        diverged("full", 1e-4),
+    ]
+    assert curves(records) == []
+
+
+def test_smoothing_keeps_lines_and_their_length():
+    constant = np.full(200, 2.0)
+    assert smooth(constant) == pytest.approx(constant)
+    line = np.arange(200.0)
+    assert smooth(line)[10:-10] == pytest.approx(line[10:-10])
+    assert smooth(np.arange(5.0)).tolist() == [0, 1, 2, 3, 4]
+    assert smooth(np.arange(0.0)).size == 0
+
+
+def test_raw_losses_are_on_hover():
+    comparison, rows = realistic(), realistic_rows()
+    curve = loss_curves(comparison, rows)[0]
+    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.recipe)
+    assert list(line.customdata) == curve.mean.tolist()
+    assert list(line.y) != curve.mean.tolist()
+
+
+def test_sweep_marks_chosen_and_diverged():
+    comparison, rows = realistic(), realistic_rows()
+    figure = sweep_figure(comparison, rows)
+    assert figure.layout.xaxis.type == "log"
+    rings = {trace.legendgroup: trace.x[0] for trace in figure.data if trace.marker.symbol == "circle-open"}
+    assert rings == {row.recipe: row.learning_rate for row in rows}
+    (cross,) = [trace for trace in figure.data if trace.marker.symbol == "x-thin"]
+    assert (cross.legendgroup, cross.x) == ("lora-pro", (8e-4,))
+    assert cross.y[0] == worst_value(sweeps(comparison, rows), higher_is_better=True)
+
+
+def test_ticks_stay_readable():
+    def points(rates):
+        return [Sweep("x", [SweepPoint(rate, (0.5,), 0, 0) for rate in rates], None)]
+
+    assert rate_ticks(points([1e-4, 3e-4])) == [1e-4, 3e-4]
+    assert rate_ticks(points(np.geomspace(2e-6, 3e-3, 20).tolist())) == pytest.approx(
+        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+    )
+    assert rate_ticks([]) == []
+
+
+def test_time_bars_add_up():
+    rows = realistic_rows()
+    bars = [bar for bar in time_figure(rows).data if not bar.showlegend]
+    lengths = {row.recipe: sum(bar.x[0] for bar in bars if bar.y[0] == row.recipe) for row in rows}
+    assert lengths == {row.recipe: pytest.approx(row.time.total) for row in rows}
+
+
+def test_hostile_names_are_text():
+    comparison = make_comparison([make_record(HOSTILE)])
+    for figure in (
+        loss_figure(comparison, summarize(comparison)),
+        sweep_figure(comparison, summarize(comparison)),
+    ):
+        (name,) = [trace.name for trace in figure.data if trace.name]
+        assert "<script" not in name
+        assert html.unescape(name).replace("\N{ZERO WIDTH SPACE}", "") == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [make_record()],
+        [diverged("lora", 1e-4), diverged("full", 1e-4)],
+        [make_record(history=[], evaluations=[])],
+        [make_record(HOSTILE), make_record("_hidden"), make_record("$x_$")],
+        [make_record(history=history([1.0, math.nan, 2.0]))],
+    ],
+)
+def test_pictures_of_odd_comparisons(tmp_path, records):
+    comparison = make_comparison(records, title="costs $5 and $6")
+    first = save_picture(comparison, tmp_path / "a.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    rows = summarize(comparison)
+    assert loss_figure(comparison, rows).to_json()
+    assert sweep_figure(comparison, rows).to_json()
+    assert time_figure(rows).to_json()
+
+
+def test_the_same_picture_twice(tmp_path):
+    comparison = make_comparison([make_record(), make_record("full")])
+    paths = [save_picture(comparison, tmp_path / name) for name in ("a.png", "b.png")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()

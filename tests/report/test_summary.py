@@ -1,0 +1,276 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from tangora._checks import InputError
+from tangora.report import (
+    EvaluationRecord,
+    StepRecord,
+    TimeSplit,
+    best_learning_rate,
+    summarize,
+    sweep_points,
+)
+from tests.report.synthetic import (
+    NUM_EXAMPLES,
+    diverged,
+    make_comparison,
+    make_record,
+    realistic,
+    realistic_rows,
+)
+
+
+def row_of(records, recipe="lora", **changes):
+    return next(row for row in summarize(make_comparison(records, **changes)) if row.recipe == recipe)
+
+
+def sweep(validation, **changes):
+    """One run per learning rate 1e-4, 2e-4, …"""
+    return [
+        make_record("lora", (index + 1) * 1e-4, validation=value, **changes)
+        for index, value in enumerate(validation)
+    ]
+
+
+def steps(number):
+    return {"history": [StepRecord(step=number, loss=1.0, learning_rate=1e-4)], "evaluations": []}
+
+
+def test_validation_chooses_even_where_test_would_choose_otherwise():
+    records = [
+        make_record("lora", 1e-4, validation=0.90, test=0.99),
+        make_record("lora", 2e-4, validation=0.91, test=0.50),
+        make_record("lora", 4e-4, validation=0.89, test=0.98),
+    ]
+    row = row_of(records)
+    assert row.learning_rate == 2e-4
+    assert row.test == pytest.approx(0.50)
+    assert row.edge is None
+
+
+def test_choice_is_by_the_mean_over_seeds():
+    records = [
+        make_record("lora", 1e-4, 0, validation=0.9),
+        make_record("lora", 2e-4, 0, validation=1.0),
+        make_record("lora", 2e-4, 1, validation=0.7),
+    ]
+    assert row_of(records).learning_rate == 1e-4
+
+
+def test_ties_go_to_the_smaller_learning_rate():
+    assert row_of(sweep([0.9, 0.9, 0.9])).learning_rate == 1e-4
+
+
+def test_lower_may_be_better():
+    row = row_of(sweep([0.9, 0.95, 0.8]), metric="loss", higher_is_better=False)
+    assert row.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("validation", "edge"), [([0.9, 0.8, 0.7], "low"), ([0.7, 0.8, 0.9], "high"), ([0.7, 0.9, 0.8], None)]
+)
+def test_edge_of_the_grid(validation, edge):
+    assert row_of(sweep(validation)).edge == edge
+
+
+def test_one_learning_rate_has_no_edge():
+    assert row_of(sweep([0.9])).edge is None
+
+
+def test_a_diverged_learning_rate_brackets_but_a_failed_one_does_not():
+    records = sweep([0.8, 0.9])
+    assert row_of([*records, diverged("lora", 1e-3)]).edge is None
+    assert row_of([*records, make_record("lora", 1e-3, status="failed", error="bug")]).edge == "high"
+
+
+def test_diverged_runs_never_win_but_are_counted():
+    records = [*sweep([0.8, 0.7]), diverged("lora", 1e-2), diverged("lora", 1e-1)]
+    row = row_of(records)
+    assert row.learning_rate == 1e-4
+    assert (row.num_runs, row.num_diverged, row.num_failed) == (4, 2, 0)
+
+
+def test_survivors_do_not_speak_for_the_seeds_that_diverged():
+    records = [
+        make_record("lora", 1e-4, 0, validation=0.8),
+        make_record("lora", 2e-4, 0, validation=0.95),
+        diverged("lora", 2e-4, 1),
+    ]
+    assert row_of(records).learning_rate == 1e-4
+    assert row_of(records[1:]).learning_rate == 2e-4  # nothing better is left
+
+
+def test_finished_runs_with_a_nan_metric_do_not_win():
+    assert row_of([*sweep([0.8]), make_record("lora", 9e-4, validation=math.nan)]).learning_rate == 1e-4
+
+
+def test_nothing_finished():
+    row = row_of([diverged("lora", 1e-4), make_record("full", status="failed", error="bug", metrics={})])
+    assert (row.learning_rate, row.test, row.interval, row.time, row.num_seeds) == (None, None, None, None, 0)
+    assert row.num_diverged == 1
+
+
+def test_final_runs_do_not_move_the_choice():
+    records = [
+        make_record("lora", 1e-4, 0, validation=0.90),
+        make_record("lora", 2e-4, 0, validation=0.95),
+        *(make_record("lora", 2e-4, seed, validation=0.5, test=0.6, stage="final") for seed in (1, 2)),
+    ]
+    row = row_of(records)
+    assert row.learning_rate == 2e-4
+    assert row.num_seeds == 3
+    assert row.test == pytest.approx((0.9 + 0.6 + 0.6) / 3)
+
+
+def test_a_final_run_replaces_the_sweep_run_of_its_seed():
+    records = [
+        make_record("lora", 1e-4, 0, test=0.5),
+        *(make_record("lora", 1e-4, seed, test=0.7, stage="final") for seed in (0, 1)),
+    ]
+    assert row_of(records).test == pytest.approx(0.7)
+
+
+def test_shorter_sweep_runs_do_not_count_as_seeds():
+    records = [
+        make_record("lora", 1e-4, 0, test=0.5, **steps(10)),
+        *(make_record("lora", 1e-4, seed, test=0.7, stage="final", **steps(100)) for seed in (1, 2)),
+    ]
+    row = row_of(records)
+    assert (row.num_seeds, row.test) == (2, pytest.approx(0.7))
+
+
+def test_interval_over_seeds_needs_two():
+    assert row_of([make_record()]).interval is None
+    row = row_of([make_record(seed=seed, test=0.8 + seed / 100) for seed in range(5)])
+    assert row.interval_over == "seeds"
+    assert 0.8 <= row.interval[0] < 0.82 < row.interval[1] <= 0.84
+
+
+def test_interval_over_examples():
+    correct = [True] * 90 + [False] * 10
+    row = row_of([make_record(test=0.9, correct=correct)])
+    assert row.interval_over == "examples"
+    assert row.interval[0] < 0.9 < row.interval[1]
+    row = row_of([make_record(seed=seed, test=0.9, correct=correct) for seed in (0, 1)])
+    assert row.interval_over == "seeds and examples"
+
+
+@pytest.mark.parametrize(
+    "correct", [[[True] * 10, [True] * 9], [[True] * 5 + [False] * 5] * 2, [[True] * 10, None], [[], []]]
+)
+def test_answers_that_do_not_fit_the_metric_are_not_resampled(correct):
+    records = [make_record(seed=seed, test=1.0, correct=answers) for seed, answers in enumerate(correct)]
+    assert row_of(records).interval_over == "seeds"
+
+
+def gap(full, lora, other, num_seeds=3):
+    """Three recipes whose seeds differ from each other by 0.001."""
+    return [
+        make_record(recipe, seed=seed, test=value + seed / 1000)
+        for recipe, value in {"full": full, "lora": lora, "tangent": other}.items()
+        for seed in range(num_seeds)
+    ]
+
+
+def test_share_of_the_gap():
+    records = gap(0.95, 0.90, 0.93)
+    rows = {row.recipe: row for row in summarize(make_comparison(records))}
+    assert rows["tangent"].difference == pytest.approx(0.03)
+    assert rows["tangent"].difference_interval == pytest.approx((0.03, 0.03))
+    assert rows["tangent"].gap_closed == pytest.approx(0.6)
+    assert rows["full"].gap_closed == pytest.approx(1.0)
+    assert rows["lora"].gap_closed is None
+    assert rows["lora"].difference is None
+
+
+def test_share_of_the_gap_when_lower_is_better():
+    rows = {
+        row.recipe: row
+        for row in summarize(make_comparison(gap(0.95, 0.90, 0.93), metric="loss", higher_is_better=False))
+    }
+    assert rows["tangent"].difference == pytest.approx(-0.03)
+    assert rows["tangent"].gap_closed == pytest.approx(0.6)
+    assert [*rows] == ["full", "tangent", "lora"]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        gap(0.90, 0.95, 0.93),  # full fine-tuning is worse
+        gap(0.95, 0.90, 0.93, num_seeds=1),  # one seed says nothing about noise
+        [record for record in gap(0.95, 0.90, 0.93) if record.recipe != "full"],
+        [record for record in gap(0.95, 0.90, 0.93) if record.recipe != "lora"],
+        [
+            *(make_record("full", seed=seed, test=0.9 + 0.1 * (-1) ** seed) for seed in range(4)),
+            *(make_record("lora", seed=seed, test=0.89) for seed in range(4)),
+        ],
+    ],
+)
+def test_no_share_without_a_clear_gap(records):
+    assert {row.gap_closed for row in summarize(make_comparison(records))} == {None}
+
+
+def test_different_seeds_are_compared_unpaired():
+    records = [r for r in gap(0.95, 0.90, 0.93) if r.recipe != "tangent" or r.seed != 1]
+    row = row_of(records, "tangent")
+    assert row.difference_interval[0] < row.difference < row.difference_interval[1]
+
+
+def test_costs_are_means_at_the_chosen_learning_rate():
+    slow = TimeSplit(start=2.0, forward_backward=10.0, optimizer=1.0, evaluation=3.0)
+    fast = TimeSplit(start=0.0, forward_backward=6.0, optimizer=0.2, evaluation=1.0)
+    row = row_of(
+        [
+            make_record(seed=0, time=slow, **steps(20)),
+            make_record(seed=1, time=fast, **steps(20)),
+            make_record(
+                learning_rate=9e-4, validation=0.1, time=TimeSplit(**dict.fromkeys(dict(slow), 99.0))
+            ),
+        ]
+    )
+    assert row.time == TimeSplit(start=1.0, forward_backward=8.0, optimizer=0.6, evaluation=2.0)
+    assert row.time.total == pytest.approx(11.6)
+    assert row.step_milliseconds == pytest.approx(1000 * 1.2 / 40)
+    assert row.validation_loss == pytest.approx(0.1)
+    assert row.peak_bytes is None
+
+
+def test_steps_may_be_known_from_evaluations_only():
+    record = make_record(history=[], evaluations=[EvaluationRecord(step=8, metrics={})])
+    assert row_of([record]).step_milliseconds == pytest.approx(50.0)
+    assert row_of([make_record(history=[], evaluations=[])]).step_milliseconds is None
+
+
+def test_rows_are_sorted_and_deterministic():
+    comparison = realistic()
+    rows = realistic_rows()
+    assert [row.test for row in rows] == sorted((row.test for row in rows), reverse=True)
+    shuffled = comparison.model_copy(update={"records": comparison.records[::-1]})
+    assert summarize(shuffled) == rows
+    assert summarize(comparison, seed=1) != rows
+
+
+def test_summary_agrees_with_the_records():
+    row = next(row for row in realistic_rows() if row.recipe == "tangent")
+    runs = [r for r in realistic().records if r.recipe == "tangent" and r.learning_rate == row.learning_rate]
+    assert row.num_seeds == len(runs) == 3
+    assert row.test == pytest.approx(sum(sum(run.correct) for run in runs) / (3 * NUM_EXAMPLES))
+
+
+def test_the_rule_can_be_used_while_a_comparison_runs():
+    points = sweep_points([*sweep([0.7, 0.9, 0.8]), diverged("lora", 1e-2)], "accuracy")
+    assert [point.learning_rate for point in points] == [1e-4, 2e-4, pytest.approx(3e-4), 1e-2]
+    assert points[3].num_diverged == 1
+    assert best_learning_rate(points, higher_is_better=True) == 2e-4
+    assert best_learning_rate([], higher_is_better=True) is None
+    assert best_learning_rate([replace(points[0], validation=())], higher_is_better=True) is None
+
+
+@pytest.mark.messages
+def test_what_cannot_be_summarized():
+    with pytest.raises(InputError, match="has no records yet"):
+        summarize(make_comparison([]))
+    with pytest.raises(InputError, match=r"metric must be one .* \(accuracy, loss\); got 'f1'"):
+        summarize(make_comparison([make_record()], metric="f1"))

@@ -1,0 +1,97 @@
+import csv
+import io
+
+import pytest
+from rich.console import Console
+
+from tangora.report import formats, markdown_table, rich_table, summarize, write_csv
+from tangora.report.tables import columns
+from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
+
+
+def rendered(comparison, width, rows=None):
+    file = io.StringIO()
+    Console(file=file, width=width).print(rich_table(rows or summarize(comparison), comparison))
+    return file.getvalue()
+
+
+def test_terminal_shows_the_numbers_of_the_summary():
+    text = rendered(realistic(), 120, realistic_rows())
+    for row in realistic_rows():
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{row.recipe} "))
+        assert formats.metric(row.test) in line
+        assert formats.interval(row.interval) in line
+        assert formats.learning_rate(row.learning_rate) in line
+
+
+def test_eighty_columns_are_enough():
+    text = rendered(realistic(), 80, realistic_rows())
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(formats.metric(row.test) in text for row in realistic_rows())
+
+
+def test_terminal_does_not_read_markup_in_names():
+    metrics = {split: {"[/m]": 0.5} for split in ("validation", "test")}
+    text = rendered(make_comparison([make_record("[red]x[/nope]", metrics=metrics)], metric="[/m]"), 160)
+    assert "[red]x[/nope]" in text
+    assert "[/m]" in text
+
+
+def test_markdown():
+    comparison, rows = realistic(), realistic_rows()
+    lines = markdown_table(rows, comparison).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(columns(comparison)) + 1 == lines[0].count("|")
+    assert "8e-4 ↑" in next(line for line in lines if line.startswith("| dora"))
+
+
+def test_markdown_escapes():
+    comparison = make_comparison([make_record(f"a|b\n{HOSTILE}")])
+    line = markdown_table(summarize(comparison), comparison).splitlines()[2]
+    assert "a\\|b " in line
+    assert "<script" not in line.replace("\\<", "")
+
+
+def test_csv_is_unrounded(tmp_path):
+    rows = summarize(make_comparison([make_record(test=1 / 3), diverged("x", 1.0)]))
+    with write_csv(rows, tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [line["recipe"] for line in read] == ["lora", "x"]
+    assert float(read[0]["test"]) == 1 / 3
+    assert float(read[0]["seconds_forward_backward"]) == 8.0
+    assert read[1]["test"] == read[1]["seconds_start"] == read[1]["interval_low"] == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (formats.metric(0.96204), "0.9620"),
+        (formats.metric(1234.5), "1234.50"),
+        (formats.metric(None), "–"),
+        (formats.metric(float("nan")), "nan"),
+        (formats.difference(-0.003), "−0.0030"),
+        (formats.difference(-1e-9), "+0.0000"),
+        (formats.interval((-0.1, 0.2), sign=True), "−0.1000 to +0.2000"),
+        (formats.learning_rate(2e-4), "2e-4"),
+        (formats.learning_rate(1.25e-5), "1.25e-5"),
+        (formats.learning_rate(0.05), "0.05"),
+        (formats.seconds(0.0421), "0.042 s"),
+        (formats.seconds(38.04), "38.0 s"),
+        (formats.seconds(245.0), "4 min 05 s"),
+        (formats.seconds(7800.0), "2 h 10 min"),
+        (formats.size(0), "0 B"),
+        (formats.size(1_234_567), "1.2 MB"),
+        (formats.size(999_999), "1.0 MB"),
+        (formats.size(5 * 10**15), "5000 TB"),
+        (formats.count(250_000), "250 k"),
+        (formats.count(12), "12"),
+        (formats.share(0.627), "63 %"),
+        (formats.share(-0.1), "−10 %"),
+        (formats.listing(["a"]), "a"),
+        (formats.listing(["a", "b", "c"]), "a, b and c"),
+        (formats.plural(1, "seed"), "1 seed"),
+    ],
+)
+def test_formats(written, expected):
+    assert written == expected
