@@ -13,7 +13,7 @@ from tangora.geometry.retraction import (
     svd_retract,
     well_conditioned,
 )
-from tangora.geometry.tangent import Cotangent, frame, project
+from tangora.geometry.tangent import Cotangent, coordinates, frame, project
 from tests.cases import cases, gauge_transform, random_case
 from tests.reference import dense
 from tests.tolerances import assert_close
@@ -22,7 +22,7 @@ from tests.tolerances import assert_close
 def point(case):
     A, B, g, _ = case
     at = frame(A, B)
-    return at, project(at, Cotangent(B.T @ g, g @ A.T))
+    return at, project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T)))
 
 
 @given(cases())
@@ -61,7 +61,7 @@ def test_from_b_equal_zero(kind):
     A, _, g, _ = random_case(9, 7, 3, seed=1)
     B = torch.zeros(9, 3, dtype=A.dtype)
     at = frame(A, B)
-    A_new, B_new = retract(A, B, at, project(at, Cotangent(B.T @ g, g @ A.T)), 0.1, kind)
+    A_new, B_new = retract(A, B, at, project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T))), 0.1, kind)
     P_A, _ = dense.projectors(A, B)
     assert_close(B_new @ A_new, -0.1 * g @ P_A)
 
@@ -75,7 +75,7 @@ def test_auto_takes_svd_where_it_must_and_only_there():
     wild = wild._replace(g=wild.g + removal * torch.outer(U[:, 2], Vh[2]))
     A, B, g = (torch.stack([calm[i], wild[i]]) for i in range(3))
     at = frame(A, B)
-    xi = project(at, Cotangent(B.mT @ g, g @ A.mT))
+    xi = project(at, coordinates(at, Cotangent(B.mT @ g, g @ A.mT)))
     auto = retract(A, B, at, xi, step, "auto")
     orthographic, svd = orthographic_retract(A, B, at, xi, step), svd_retract(A, B, at, xi, step)
     assert torch.equal(auto.B[0], orthographic.B[0])
@@ -113,7 +113,7 @@ def test_a_lost_direction_can_come_back():
     A, B, g, _ = random_case(9, 7, 3, seed=4)
     B[:, 2] = 0  # Y has rank two, and the step is zero: nothing brings a third direction in
     at = frame(A, B)
-    still = project(at, Cotangent(torch.zeros_like(A), torch.zeros_like(B)))
+    still = project(at, coordinates(at, Cotangent(torch.zeros_like(A), torch.zeros_like(B))))
     A_new, B_new = svd_retract(A, B, at, still, 0.1)
     assert_close(B_new @ A_new, B @ A)
     there = frame(A_new, B_new)
@@ -124,7 +124,7 @@ def test_nothing_to_do_changes_nothing():
     A, _, _, _ = random_case(9, 7, 3, seed=4)
     B = torch.zeros(9, 3, dtype=A.dtype)
     at = frame(A, B)
-    still = project(at, Cotangent(torch.zeros_like(A), torch.zeros_like(B)))
+    still = project(at, coordinates(at, Cotangent(torch.zeros_like(A), torch.zeros_like(B))))
     for kind in ("auto", "orthographic", "svd"):
         A_new, B_new = retract(A, B, at, still, 0.1, kind)
         assert torch.equal(A_new, A)

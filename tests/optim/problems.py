@@ -9,7 +9,7 @@ from tangora import LoRAPro, PreconditionedAdamW, TangentAdam
 OPTIMIZERS = {
     "lora-pro-weight": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, **kw}),
     "lora-pro-factor": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "moments": "factor", **kw}),
-    "lora-pro-sgd": lambda model, **kw: LoRAPro(model, **{"lr": 0.2, "moments": None, **kw}),
+    "lora-pro-sgd": lambda model, **kw: LoRAPro(model, **{"lr": 0.1, "moments": None, **kw}),
     "lora-pro-auto": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "retraction": "auto", **kw}),
     "tangent": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, **kw}),
     "tangent-svd": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, "retraction": "svd", **kw}),

@@ -1,6 +1,7 @@
 """One LoRA pair: the two factors of one update, whatever kind of layer they adapt."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class LoraPair:
         """The factor $s$, as it is now: PEFT's ``set_scale`` and merging tools change it at run time."""
         return float(self.layer.scaling[self.adapter])  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """``(m, n, r)``: rows and columns of the update, and its rank."""
         return self.B.shape[0], self.A[0].numel(), self.A.shape[0]
@@ -57,7 +58,7 @@ class LoraPair:
             $A$ ($r \times n$) and $B$ ($m \times r$), detached, sharing memory with the parameters where their layout
             allows it.
         """
-        return self.A.detach().flatten(1), self.B.detach().flatten(1)
+        return as_matrix(self.A.detach()), as_matrix(self.B.detach())
 
     def gradients(self) -> tuple[FactorA, FactorB] | None:
         """Return the gradients of both factors as matrices.
@@ -75,7 +76,7 @@ class LoraPair:
             )
         if totals[0] is None or totals[1] is None:
             return None
-        return totals[0].flatten(1), totals[1].flatten(1)
+        return as_matrix(totals[0]), as_matrix(totals[1])
 
     def delta_weight(self) -> Weight:
         r"""Return $s B A$ as a matrix, $m \times n$, in the factors' dtype.
@@ -85,6 +86,18 @@ class LoraPair:
         """
         A, B = self.factors()
         return self.scaling * (B @ A)
+
+
+def as_matrix(factor: Tensor) -> Tensor:
+    """Flatten a convolution's factor to a matrix; others are returned as they are.
+
+    Args:
+        factor: Factor or its gradient.
+
+    Returns:
+        First dimension by all the others.
+    """
+    return factor if factor.dim() == 2 else factor.flatten(1)
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ factors. For $W = W_0 + s B A$ the velocities are these divided by $s$.
 from typing import Literal, get_args
 
 from tangora._types import Core, FactorA, FactorB
-from tangora.geometry.gram import eigendecompose, gram, relative_cutoff, times
+from tangora.geometry.gram import eigendecompose, gram, plus, plus_times, relative_cutoff, times
 from tangora.geometry.tangent import Frame, Tangent
 
 Gauge = Literal["zero", "symmetric", "sylvester", "lyapunov"]
@@ -40,7 +40,7 @@ def factor_velocity(
     if gauge == "zero":
         return H_A, H_B
     X = _gauge_matrix(A, B, at, H_A @ A.mT, gauge)
-    return H_A + X @ A, H_B - times(B, X)
+    return plus(H_A, X, A, fresh=True), plus_times(H_B, B, X, scale=-1, fresh=True)
 
 
 def _gauge_matrix(A: FactorA, B: FactorB, at: Frame, drift: Core, gauge: Gauge) -> Core:

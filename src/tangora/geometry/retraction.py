@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tangora._types import Core, FactorA, FactorB
-from tangora.geometry.gram import times
+from tangora.geometry.gram import plus, plus_times
 from tangora.geometry.tangent import Frame, Tangent
 
 Retraction = Literal["auto", "orthographic", "svd"]
@@ -142,8 +142,8 @@ def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
 
 def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, core: Core) -> Factors:
     inverse, _ = torch.linalg.inv_ex(core)
-    A_new = A - (step * at.whiten_B) @ tangent.K
-    B_new = B - times(tangent.J, step * (inverse @ at.whiten_A.mT))
+    A_new = plus(A, at.whiten_B, tangent.K, scale=-step)
+    B_new = plus_times(B, tangent.J, inverse @ at.whiten_A.mT, scale=-step)
     return Factors(A_new, B_new)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._types import Core, FactorA, FactorB, Weight
-from tangora.geometry.gram import gram, relative_cutoff, times, whiten
+from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
 
 
 class Frame(NamedTuple):
@@ -39,6 +39,13 @@ class Cotangent(NamedTuple):
 
     A: FactorA
     B: FactorB
+
+
+class Coordinates(NamedTuple):
+    r"""The same in the frame's orthonormal bases, $(U^\top M,\; M V^\top)$."""
+
+    left: FactorA
+    right: FactorB
 
 
 class Tangent(NamedTuple):
@@ -71,7 +78,20 @@ def frame(A: FactorA, B: FactorB) -> Frame:
     return Frame(times(B, whiten_B), whiten_A.mT @ A, whiten_A, whiten_B)
 
 
-def project(at: Frame, cotangent: Cotangent) -> Tangent:
+def coordinates(at: Frame, cotangent: Cotangent) -> Coordinates:
+    r"""Express a gradient, as LoRA sees it, in the orthonormal bases.
+
+    Args:
+        at: Frame at the current factors.
+        cotangent: $(B^\top M,\; M A^\top)$; for a gradient that is $(g_A, g_B)/s$.
+
+    Returns:
+        $(U^\top M,\; M V^\top)$.
+    """
+    return Coordinates(at.whiten_B.mT @ cotangent.A, times(cotangent.B, at.whiten_A))
+
+
+def project(at: Frame, seen: Coordinates) -> Tangent:
     r"""Project a gradient onto the tangent space.
 
     $P_T(g) = P_B g + g P_A - P_B g P_A$, the equivalent gradient nearest to $g$: $K = U^\top g$ and
@@ -79,7 +99,7 @@ def project(at: Frame, cotangent: Cotangent) -> Tangent:
 
     Args:
         at: Frame at the current factors.
-        cotangent: $(B^\top g,\; g A^\top)$, that is $(g_A, g_B)/s$.
+        seen: $(U^\top g,\; g V^\top)$.
 
     Returns:
         $P_T(g)$.
@@ -87,28 +107,10 @@ def project(at: Frame, cotangent: Cotangent) -> Tangent:
     Source:
         LoRA-Pro, arXiv:2407.18242, Theorem 2.1 (any gauge gives this matrix).
     """
-    return split(at, at.whiten_B.mT @ cotangent.A, times(cotangent.B, at.whiten_A), double_counted=True)
+    return Tangent(seen.left, plus_times(seen.right, at.U, seen.left @ at.V.mT, scale=-1))
 
 
-def split(at: Frame, K: FactorA, J: FactorB, *, double_counted: bool = False) -> Tangent:
-    r"""Bring $U K + J V$ with any $J$ into normal form, $U^\top J = 0$.
-
-    Args:
-        at: Frame.
-        K: Row part.
-        J: Column part, not necessarily orthogonal to $U$.
-        double_counted: Whether $K$ already holds the part of $J$ along $U$, as in a gradient's
-            $(U^\top g,\, g V^\top)$.
-
-    Returns:
-        The same tangent vector (of $g$, when ``double_counted``).
-    """
-    overlap = at.U.mT @ J
-    J = J - times(at.U, overlap)
-    return Tangent(K if double_counted else K + overlap @ at.V, J)
-
-
-def project_metric(at: Frame, cotangent: Cotangent, metric: Metric) -> Tangent:
+def project_metric(at: Frame, seen: Coordinates, metric: Metric) -> Tangent:
     r"""Precondition a gradient with a diagonal metric and project it in that metric.
 
     The result minimises $\|\xi - H^{-1} g\|_H$ over the tangent space for $H(Z) = D_r Z D_c$: the ordinary projection
@@ -116,71 +118,70 @@ def project_metric(at: Frame, cotangent: Cotangent, metric: Metric) -> Tangent:
 
     Args:
         at: Frame at the current factors.
-        cotangent: $(B^\top g,\; g A^\top)$.
+        seen: $(U^\top g,\; g V^\top)$.
         metric: $D_r$ and $D_c$.
 
     Returns:
-        The tangent vector, in normal form.
+        The tangent vector.
 
     Source:
         Closed form as in AdaPreLoRA, arXiv:2605.08734; derivation in ``docs/theory/tangent_adam.md``.
     """
-    rows, columns = metric.rows.sqrt()[..., :, None], metric.columns.sqrt()[..., None, :]
-    scaled = frame(at.V * columns, at.U * rows)
-    U_gradient = at.whiten_B.mT @ cotangent.A / columns
-    V_gradient = times(cotangent.B, at.whiten_A) / rows
-    K, J = project(scaled, Cotangent(U_gradient, V_gradient))
-    return split(at, scaled.whiten_B @ K / columns, times(J, scaled.whiten_A.mT) / rows)
+    # normal equations  U' H(xi) = U' g  and  H(xi) V' = g V'  for xi = U K + J V
+    gram_left = _inverse(at.U.mT @ (at.U * metric.rows[..., :, None]))
+    gram_right = _inverse((at.V * metric.columns[..., None, :]) @ at.V.mT)
+    left, right = seen.left / metric.columns[..., None, :], seen.right / metric.rows[..., :, None]
+    along = at.U.mT @ right
+    shared = (along - gram_left @ (seen.left @ at.V.mT)) @ gram_right
+    K = plus(gram_left @ left, shared, at.V, fresh=True)
+    return Tangent(K, times(plus_times(right, at.U, along, scale=-1, fresh=True), gram_right))
 
 
-def transport(at: Frame, momentum: Tangent, A: FactorA, B: FactorB) -> Cotangent:
-    r"""Carry a tangent vector to new factors by projection, in gradient form.
+def _inverse(weighted_gram: Core) -> Core:
+    # pseudo-inverse: directions that the frame lacks stay out
+    cutoff = relative_cutoff(weighted_gram.shape[-1], weighted_gram.dtype)
+    whitening = whiten(weighted_gram.double(), cutoff)
+    return (whitening @ whitening.mT).to(weighted_gram.dtype)
+
+
+def transport(at: Frame, seen: Coordinates, A: FactorA, B: FactorB) -> Cotangent:
+    r"""Carry a tangent vector to new factors by projection.
 
     Args:
         at: Frame at the old factors.
-        momentum: Tangent vector $M$ there.
+        seen: Coordinates $(U^\top M,\; M V^\top)$ of the tangent vector $M$ there.
         A: New factor.
         B: New factor.
 
     Returns:
-        $(B_+^\top M,\; M A_+^\top)$; $P_{T_+}(M)$ is its `project`.
+        $(B_+^\top M,\; M A_+^\top)$, which determine $P_{T_+}(M)$.
     """
-    K, J = momentum
+    core, from_V, from_U = seen.left @ at.V.mT, at.V @ A.mT, B.mT @ at.U
     return Cotangent(
-        (B.mT @ at.U) @ K + (B.mT @ J) @ at.V,
-        times(at.U, K @ A.mT) + times(J, at.V @ A.mT),
+        plus(from_U @ seen.left, B.mT @ seen.right - from_U @ core, at.V, fresh=True),
+        plus_times(times(seen.right, from_V), at.U, seen.left @ A.mT - core @ from_V, fresh=True),
     )
 
 
-def cotangent(at: Frame, tangent: Tangent, A: FactorA, B: FactorB) -> Cotangent:
-    r"""Return the gradient form $(B^\top \xi,\; \xi A^\top)$ of a tangent vector at its own point.
+def second_moments(at: Frame, seen: Coordinates) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
+    r"""Return the row and column means of $P_T(g) \circ P_T(g)$ from the factors, in $O((m + n) r^2)$.
 
-    Args:
-        at: Frame at ``A``, ``B``.
-        tangent: $\xi$.
-        A: Factor.
-        B: Factor.
-
-    Returns:
-        The inverse of `project` on the tangent space.
-    """
-    return transport(at, tangent, A, B)
-
-
-def second_moments(at: Frame, tangent: Tangent) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
-    r"""Return the row and column means of $\xi \circ \xi$ from the factors, in $O((m + n) r^2)$.
+    With $K = U^\top g$, $R = g V^\top$ and $C = U^\top g V^\top$ the row sums are the diagonals of
+    $R R^\top + U (K K^\top - C C^\top) U^\top$, the column sums those of $K^\top K + V^\top (R^\top R - C^\top C) V$.
 
     Args:
         at: Frame.
-        tangent: $\xi = U K + J V$.
+        seen: $(U^\top g,\; g V^\top)$.
 
     Returns:
         Means over each row ($m$ numbers) and over each column ($n$ numbers).
     """
-    (U, V), (K, J) = at[:2], tangent
-    mixed = times(U, K @ K.mT) + times(J, 2 * (V @ K.mT))
-    rows = (mixed * U).sum(-1) + J.square().sum(-1)
-    columns = K.square().sum(-2) + ((J.mT @ J @ V) * V).sum(-2)
+    (U, V), (left, right) = at[:2], seen
+    core = left @ V.mT
+    outside_V = left @ left.mT - core @ core.mT
+    outside_U = right.mT @ right - core.mT @ core
+    rows = times(U, outside_V).mul_(U).addcmul_(right, right).sum(-1)
+    columns = (outside_U @ V).mul_(V).addcmul_(left, left).sum(-2)
     # the sums are non-negative; rounding may leave a row without gradient just below zero
     return rows.clamp(min=0) / V.shape[-1], columns.clamp(min=0) / U.shape[-2]
 

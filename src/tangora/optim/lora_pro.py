@@ -14,7 +14,7 @@ from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
 from tangora.geometry.retraction import RETRACTIONS, Retraction, retract
-from tangora.geometry.tangent import Cotangent, Frame, Tangent, frame, project
+from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
 from tangora.optim.adamw import adamw_factors
 from tangora.optim.base import OnNonfinite, PairOptimizer, Params
 from tangora.optim.stack import PairStack
@@ -135,9 +135,9 @@ class LoRAPro(PairOptimizer):
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         A, B = stack.A, stack.B
         at = frame(A, B)
-        tangent = project(at, stack.gradient)
+        tangent = project(at, coordinates(at, stack.gradient))
         if group["moments"] == "weight":
-            tangent = project(at, self._weight_moments(stack, at, tangent, group))
+            tangent = project(at, coordinates(at, self._weight_moments(stack, at, tangent, group)))
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
             at, B = at._replace(whiten_B=at.whiten_B / decay), B * decay

@@ -1,5 +1,6 @@
 """Layers of equal shape as one stack: factors and gradients are gathered for a step and written back after it."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -10,14 +11,12 @@ from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
+from tangora.adapters.pair import as_matrix
 from tangora.geometry.tangent import Cotangent
 
 Factor = Literal["A", "B"]
-import os
-
-# On a CPU a step is bound by memory traffic: stacks whose temporaries stay in the cache are twice as fast as whole
-# models. A GPU wants as few kernels as possible.
-_CPU_STACK_NUMBERS = int(os.environ.get("CH", 2**18))
+# On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels.
+_CPU_STACK_NUMBERS = 2**20
 
 _Member: TypeAlias = tuple[LoraPair, tuple[FactorA, FactorB]]
 StateOf = Callable[[nn.Parameter], dict[str, Any]]
@@ -69,8 +68,8 @@ class PairStack:
         """
         self.scaling = self.pairs[0].scaling
         self.step = int(self.state("A", "step")[0]) + 1
-        self.A = _stack([A.flatten(1) for A in self._parameters["A"]])
-        self.B = _long_side_contiguous(_stack([B.flatten(1) for B in self._parameters["B"]]))
+        self.A = _stack([as_matrix(A) for A in self._parameters["A"]])
+        self.B = _long_side_contiguous(_stack([as_matrix(B) for B in self._parameters["B"]]))
         self.gradient = Cotangent(
             _stack([g_A for g_A, _ in gradients]).div_(self.scaling),
             _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(self.scaling),
@@ -88,9 +87,7 @@ class PairStack:
             The tensor that the states are views of: to be updated in place, or by `keep`.
         """
         states, cached = self._states[factor], self._buffers.get((factor, key))
-        if cached is not None and all(
-            s.get(key) is piece for s, piece in zip(states, cached.slices, strict=True)
-        ):
+        if cached is not None and all(map(operator.is_, [state.get(key) for state in states], cached.slices)):
             return cached.stacked
         if key in states[0]:
             stacked = torch.stack([state[key].reshape(shape) for state in states])
@@ -126,11 +123,10 @@ class PairStack:
             A: New factors, ``N r n``.
             B: New factors, ``N m r``.
         """
-        factors: dict[Factor, Tensor] = {"A": A, "B": B}
+        factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
-            pieces = [v.view(p.shape) for v, p in zip(values.unbind(), parameters, strict=True)]
-            torch._foreach_copy_(parameters, pieces)
+            torch._foreach_copy_(parameters, values.view(-1, *parameters[0].shape).unbind())
             self.state(factor, "step").add_(1)
 
     def _state_dtype(self, key: str) -> torch.dtype:
@@ -168,9 +164,9 @@ class StackCache:
             if gradients is None or scaling == 0:
                 continue
             age = float(state(pair.A).get("step", 0))
-            members[pair.shape, pair.A.dtype, pair.B.dtype, pair.A.device, scaling, age].append(
-                (pair, gradients)
-            )
+            members[
+                pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device, scaling, age
+            ].append((pair, gradients))
         stacks: dict[tuple[int, ...], PairStack] = {}
         for group in _in_cache_sized_parts(members.values()):
             key = tuple(id(pair) for pair, _ in group)

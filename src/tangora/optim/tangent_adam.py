@@ -15,10 +15,11 @@ from tangora._checks import check_choice
 from tangora._types import FactorA, FactorB
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, retract
 from tangora.geometry.tangent import (
+    Coordinates,
     Cotangent,
     Metric,
+    coordinates,
     frame,
-    project,
     project_metric,
     second_moments,
     transport,
@@ -91,15 +92,17 @@ def tangent_adam_step(
     """
     beta1, beta2 = betas
     at = frame(A, B)
-    momentum = Cotangent(*(m.lerp(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
-    now = second_moments(at, project(at, gradient))
-    rows, columns = (v.lerp(x, 1 - beta2) for v, x in zip(moments[1:], now, strict=True))
+    seen = coordinates(at, gradient)
+    momentum = Coordinates(
+        *(m.lerp_(g, 1 - beta1) for m, g in zip(coordinates(at, moments.momentum), seen, strict=True))
+    )
+    rows, columns = (v.lerp(x, 1 - beta2) for v, x in zip(moments[1:], second_moments(at, seen), strict=True))
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     metric = adafactor_metric(rows / correction2, columns / correction2, eps)
     direction = project_metric(at, momentum, metric)
     shrunk = at._replace(whiten_B=at.whiten_B / decay)
     new = retract(A, B * decay, shrunk, direction, step_size / correction1, retraction)
-    carried = transport(at, project(at, momentum), new.A, new.B)
+    carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)
 
 
