@@ -2,16 +2,33 @@
 
 from tangora._checks import InputError
 from tangora.adapters import LoraPair, find_pairs, initial_factors, load_adapter, save_adapter
+from tangora.experiments import CompareSettings, RunSettings, compare, train
 from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
+from tangora.recipes import Recipe, recipe, recipes
+from tangora.training.trainer import Trainer, optimizer_factory
 
 __all__ = [
-    "InputError",
-    "LoRAPro",
+    # pairs and adapters
     "LoraPair",
-    "PreconditionedAdamW",
-    "TangentAdam",
     "find_pairs",
     "initial_factors",
     "load_adapter",
     "save_adapter",
+    # optimizers
+    "LoRAPro",
+    "PreconditionedAdamW",
+    "TangentAdam",
+    # methods by name
+    "Recipe",
+    "recipe",
+    "recipes",
+    # training
+    "Trainer",
+    "optimizer_factory",
+    "RunSettings",
+    "train",
+    "CompareSettings",
+    "compare",
+    # errors
+    "InputError",
 ]

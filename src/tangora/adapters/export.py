@@ -7,6 +7,7 @@ ordinary adapter of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$.
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# what PEFT and this module write; a folder with anything else in it is never replaced
+_FILES = {_WEIGHTS, _CONFIG, "README.md", "adapter_model.bin"}
 # starts for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
@@ -31,12 +35,15 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
         model: PEFT model as `get_peft_model` returned it.
 
     Returns:
-        Copies of ``lora_A`` and ``lora_B`` by their saved names, on the CPU; empty where the base is untouched.
+        Copies of the factors by their saved names, on the CPU; empty where the base is untouched.
+
+    Raises:
+        InputError: If not exactly one adapter is active.
     """
     if not _mutates_base(model):
         return {}
-    state = get_peft_model_state_dict(model)
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _is_factor(name)}
+    state = get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
 
 
 def save_adapter(
@@ -56,29 +63,22 @@ def save_adapter(
         The folder.
 
     Raises:
-        InputError: If ``model`` is no PEFT model, if its start changed the base weights and ``initial`` is missing,
-            or if ``path`` holds something that is no adapter.
+        InputError: If ``model`` is no PEFT model with one active adapter, if its start changed the base weights and
+            ``initial`` is missing or another adapter's, or if ``path`` holds anything but an adapter.
     """
-    if not isinstance(model, PeftModel):
-        raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
-    if _mutates_base(model) and not initial:
-        raise InputError(
-            f"the start {_start(model)!r} changed the base weights: pass initial=initial_factors(model), "
-            "taken before training, so that the adapter loads on the untouched base"
-        )
-    target = Path(path)
-    if target.exists() and not (target / _CONFIG).exists() and (target.is_file() or any(target.iterdir())):
-        raise InputError(f"{target} exists and is no adapter folder; choose another path")
+    _check_model(model, initial)
+    target = Path(path).resolve()
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        written = _write(model, scratch)
+        written = _write(model, scratch / "adapter")  # mkdtemp's own folder is readable by its owner only
         if initial:
             _append_initial(written, initial)
         _replace_folder(written, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return Path(path)
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -100,30 +100,68 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     return PeftModel.from_pretrained(base, os.fspath(path), **options)
 
 
+def _active(model: PeftModel) -> str:
+    if len(model.active_adapters) != 1:
+        raise InputError(
+            f"model must have one active adapter; got {', '.join(model.active_adapters) or 'none'}"
+        )
+    return model.active_adapters[0]
+
+
 def _start(model: PeftModel) -> object:
-    return getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)
+    return getattr(model.peft_config[_active(model)], "init_lora_weights", True)
 
 
 def _mutates_base(model: PeftModel) -> bool:
-    return str(_start(model)).startswith(_MUTATING)
+    return str(_start(model)).lower().startswith(_MUTATING)
 
 
-def _is_factor(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
+    if not isinstance(model, PeftModel):
+        raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
+    if not _mutates_base(model):
+        return
+    if not initial:
+        raise InputError(
+            f"the start {_start(model)!r} changed the base weights: pass initial=initial_factors(model), "
+            "taken before training, so that the adapter loads on the untouched base"
+        )
+    if getattr(model.peft_config[_active(model)], "target_parameters", None):
+        raise InputError(
+            f"the start {_start(model)!r} cannot be saved together with target_parameters: their factors hold "
+            "several matrices; train those in an adapter of their own"
+        )
 
 
-def _write(model: PeftModel, scratch: Path) -> Path:
-    name = model.active_adapter
-    model.save_pretrained(str(scratch), safe_serialization=True, selected_adapters=[name])
-    return scratch if name == "default" else scratch / name  # PEFT gives other adapters a folder of their own
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if not target.is_dir() or (held and _CONFIG not in held):
+        raise InputError(f"{target} exists and is no adapter folder; choose another path")
+    if strangers := sorted(held - _FILES):
+        raise InputError(
+            f"{target} holds {strangers[0]} beside an adapter, which would be lost; choose another path"
+        )
+
+
+def _write(model: PeftModel, folder: Path) -> Path:
+    name = _active(model)
+    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[name])
+    return folder if name == "default" else folder / name  # PEFT gives other adapters a folder of their own
 
 
 def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
     tensors = load_file(folder / _WEIGHTS)
-    for name in filter(_is_factor, list(tensors)):
-        first = initial[name].to(tensors[name].dtype)
-        parts = [tensors[name], first] if ".lora_A." in name else [tensors[name], -first]
-        tensors[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1).contiguous()
+    # Embeddings and convolutions, whose base PEFT leaves alone, start from a zero factor: appending changes nothing.
+    for name, trained in tensors.items():
+        if (factor := _FACTOR.search(name)) is None:
+            continue
+        if name not in initial or initial[name].shape != trained.shape:
+            raise InputError(f"initial holds no start of {name}: take initial_factors(model) from this model")
+        first = initial[name].to(trained.dtype)
+        is_A = factor[1] == "A"
+        tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     (folder / _CONFIG).write_text(json.dumps(_doubled_rank(config), indent=2), encoding="utf-8")
@@ -148,5 +186,9 @@ def _replace_folder(source: Path, target: Path) -> None:
         return
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     target.rename(old)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old)

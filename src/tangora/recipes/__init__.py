@@ -1,0 +1,6 @@
+"""Named methods: a start, an optimizer, a PEFT configuration and a grid of learning rates."""
+
+from tangora.recipes.recipe import Recipe
+from tangora.recipes.table import recipe, recipes
+
+__all__ = ["Recipe", "recipe", "recipes"]

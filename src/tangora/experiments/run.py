@@ -1,0 +1,311 @@
+"""One run: load, prepare, train, evaluate, and say everything about it in one record."""
+
+import logging
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from tangora.adapters import initial_factors, load_adapter, save_adapter
+from tangora.experiments.settings import RunSettings
+from tangora.recipes import Recipe, recipe
+from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
+from tangora.training.answers import exact_match
+from tangora.training.callbacks import (
+    DivergedError,
+    History,
+    SealedCheckpoints,
+    StepTimer,
+    last_checkpoint,
+    read_history,
+)
+from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.evaluation import evaluate, predictions, summarize
+from tangora.training.models import LoadedModel, load_model
+from tangora.training.trainer import Trainer
+
+Stage = Literal["sweep", "final"]
+_PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate")
+_PROOF_EXAMPLES = 8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a run tells about its progress; does nothing by default.
+
+    Attributes:
+        phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``.
+        step: Called with the number of optimizer steps done and the loss.
+    """
+
+    phase: Callable[[str], None] = lambda _: None
+    step: Callable[[int, float], None] = lambda _step, _loss: None
+
+
+def load_run_task(settings: RunSettings) -> Task:
+    """Load the data of a run.
+
+    Args:
+        settings: The run's; the split does not depend on its seed.
+
+    Returns:
+        The task.
+    """
+    return load_task(settings.data, **settings.as_task())
+
+
+def load_base(settings: RunSettings, task: Task) -> LoadedModel:
+    """Load the untouched base model of a run; a new head is drawn from the run's seed.
+
+    Args:
+        settings: The run's.
+        task: Its data, for the labels.
+
+    Returns:
+        Model and tokenizer.
+    """
+    return load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
+
+
+def execute(
+    settings: RunSettings,
+    task: Task,
+    folder: Path,
+    *,
+    run_id: str,
+    stage: Stage = "final",
+    before: bool = False,
+    keep_model: bool = False,
+    watcher: Watcher = Watcher(),
+) -> Record:
+    """Train and evaluate one method, in a folder of its own.
+
+    Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
+    for full fine-tuning the model), and ``logits.pt`` for `verify_adapter`.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        folder: Where; created when missing.
+        run_id: Name of the record.
+        stage: What the run is for.
+        before: Whether to evaluate on the test set before training too.
+        keep_model: Whether to save the whole model of full fine-tuning, which may be large.
+        watcher: Hears of the progress.
+
+    Returns:
+        The record. A run that diverges has a record too, with the reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    method = recipe(settings.recipe)
+    timer, clock = StepTimer(), time.perf_counter()
+    watcher.phase("start")
+    loaded = load_base(settings, task)
+    metrics = {"before": _measure(loaded, loaded.model, task, settings)[0]} if before else {}
+    began = time.perf_counter()
+    model = _prepare(method, loaded.model, task, settings)
+    initial = initial_factors(model) if isinstance(model, PeftModel) else {}
+    start_seconds = time.perf_counter() - began
+    watcher.phase("training")
+    status, error, correct = "finished", None, None
+    trainer = _trainer(settings, loaded, model, task, folder, timer, watcher)
+    evaluation_seconds = 0.0
+    try:
+        checkpoint = last_checkpoint(folder / "checkpoints")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        watcher.phase("evaluation")
+        began = time.perf_counter()
+        metrics["validation"] = evaluate(
+            model, *_encoded(task.validation, loaded, settings), **_how(task, settings)
+        )
+        metrics["test"], correct = _measure(loaded, model, task, settings)
+        evaluation_seconds = time.perf_counter() - began
+        _save(model, folder, initial, loaded, task, settings)
+        if keep_model and not isinstance(model, PeftModel):
+            loaded.model.save_pretrained(folder / "model")
+            loaded.tokenizer.save_pretrained(folder / "model")
+    except (DivergedError, FloatingPointError) as problem:
+        status, error = "diverged", str(problem)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    logger.info("%s: %s in %.0f s", run_id, status, time.perf_counter() - clock)
+    history = [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
+    return Record(
+        id=run_id,
+        recipe=settings.recipe,
+        learning_rate=settings.peak,
+        seed=settings.seed,
+        stage=stage,
+        status=status,
+        error=error,
+        settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        metrics=metrics,
+        history=history,
+        evaluations=[
+            EvaluationRecord(step=len(history), metrics=metrics[key])
+            for key in ("validation",)
+            if key in metrics
+        ],
+        time=TimeSplit(
+            start=start_seconds,
+            forward_backward=timer.forward_backward,
+            optimizer=timer.optimizer,
+            evaluation=evaluation_seconds,
+        ),
+        memory=_memory(trainer.optimizer, model),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        correct=correct,
+        versions={package: version(package) for package in _PACKAGES},
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {_device_name()}",
+        commit=None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
+    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        folder: The run's folder.
+
+    Returns:
+        Largest absolute difference of the logits on a few test examples.
+    """
+    loaded = load_base(settings, task)
+    model = load_adapter(loaded.model, folder / "adapter")
+    expected = torch.load(folder / "logits.pt", weights_only=True)
+    return float((_logits(model, loaded, task, settings) - expected).abs().max())
+
+
+def _prepare(method: Recipe, base: PreTrainedModel, task: Task, settings: RunSettings) -> nn.Module:
+    return method.prepare(
+        base,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
+        total_steps=settings.steps,
+        seed=settings.seed,
+        target_modules=settings.target_modules,
+    )
+
+
+def _trainer(
+    settings: RunSettings,
+    loaded: LoadedModel,
+    model: nn.Module,
+    task: Task,
+    folder: Path,
+    timer: StepTimer,
+    watcher: Watcher,
+) -> Trainer:
+    data, collate = _encoded(task.train, loaded, settings)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.peak,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        max_grad_norm=settings.clip,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        log_level="error",
+    )
+    trainer = Trainer(
+        model=model,  # pyright: ignore[reportArgumentType]
+        args=arguments,
+        train_dataset=data,
+        data_collator=collate,
+        recipe=recipe(settings.recipe),
+        callbacks=[timer, History(folder / "metrics.jsonl", watcher.step), SealedCheckpoints()],
+    )
+    # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _encoded(examples: Any, loaded: LoadedModel, settings: RunSettings) -> tuple[Any, Any]:
+    data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
+    return data, collator(loaded.tokenizer, loaded.kind)
+
+
+def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
+    return {"kind": task.kind, "batch_size": 2 * settings.batch_size}
+
+
+def _measure(
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
+) -> tuple[dict[str, float], list[bool] | None]:
+    each = predictions(model, *_encoded(task.test, loaded, settings), **_how(task, settings))
+    metrics = summarize(each)
+    if settings.exact_match and task.kind == "causal":
+        metrics |= exact_match(model, loaded.tokenizer, task.test, batch_size=2 * settings.batch_size)
+    correct = [bool(value) for value in each["correct"]] if task.kind == "classification" else None
+    return metrics, correct
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    initial: dict[str, Tensor],
+    loaded: LoadedModel,
+    task: Task,
+    settings: RunSettings,
+) -> None:
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder / "adapter", initial=initial)
+        torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSettings) -> Tensor:
+    data, collate = _encoded(task.test[:_PROOF_EXAMPLES], loaded, settings)
+    batch = collate([data[index] for index in range(len(data))])
+    batch.pop("labels", None)
+    model.eval()
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
+
+
+def _memory(optimizer: Optimizer | None, model: nn.Module) -> MemoryUse:
+    states = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    tensors = [
+        v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
+    ]
+    return MemoryUse(
+        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"

@@ -1,0 +1,166 @@
+"""What a run needs to know, validated: every error names the key, the value and what is allowed."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tangora._checks import InputError
+from tangora.recipes import recipe
+from tangora.training.models import Kind
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSettings(Settings):
+    """Model, data and training budget: what all methods of a comparison share."""
+
+    model: str = Field("minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
+    data: str = Field("bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name.")
+    kind: Kind | None = Field(None, description="classification or causal; default: what the data is.")
+    text_column: str | None = Field(None, description="Column of the text.")
+    label_column: str | None = Field(None, description="Column of the label.")
+    prompt_column: str | None = Field(None, description="Column of the prompt.")
+    completion_column: str | None = Field(None, description="Column of the completion.")
+    num_train: int | None = Field(None, ge=1, description="Training examples; default: all that remain.")
+    num_validation: int = Field(200, ge=1, description="Examples that choose the learning rate.")
+    num_test: int = Field(500, ge=1, description="Examples that are reported.")
+    steps: int = Field(100, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Examples per step and micro-batch.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
+    max_length: int = Field(128, ge=2, description="Tokens per example; longer ones are cut.")
+    rank: int = Field(8, ge=1, description="LoRA's r.")
+    alpha: float = Field(16.0, gt=0, description="LoRA's alpha.")
+    target_modules: str | list[str] = Field("all-linear", description="Layers to adapt, as PEFT takes them.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps with rising learning rate.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient of what is trained.")
+    exact_match: bool = Field(False, description="Also generate answers on the test set and compare them.")
+
+    def as_task(self) -> dict[str, Any]:
+        """Return the arguments of ``load_task``.
+
+        Returns:
+            Keyword arguments but for ``spec``.
+        """
+        keys = ("kind", "num_train", "num_validation", "num_test")
+        columns = ("text_column", "label_column", "prompt_column", "completion_column")
+        return {key: getattr(self, key) for key in (*keys, *columns)}
+
+
+class RunSettings(TaskSettings):
+    """One run."""
+
+    recipe: str = Field("tangent", description="Name of the method.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak; default: the recipe's second smallest."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the start, the data order and dropout.")
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; default: no checkpoints."
+    )
+
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return recipe(name).name
+
+    @property
+    def peak(self) -> float:
+        """The learning rate, with the recipe's default filled in."""
+        return self.learning_rate if self.learning_rate is not None else recipe(self.recipe).learning_rates[1]
+
+
+_SettingsT = TypeVar("_SettingsT", bound=Settings)
+
+
+def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") -> _SettingsT:
+    """Make settings, with one-line errors.
+
+    Args:
+        kind: Class of the settings.
+        values: By key.
+        source: Where they come from, for the message.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: Naming the first bad key, its value and what is allowed.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
+
+
+def _first_problem(kind: type[Settings], error: ValidationError, source: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0]) if first["loc"] else "settings"
+    if first["type"] == "extra_forbidden":
+        return f"{source}unknown key {key!r}; allowed: {', '.join(kind.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source}{message}"
+    return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its keys and values.
+
+    Raises:
+        InputError: If it cannot be read or holds no mapping; the message names file and line.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
+    return values
+
+
+def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") -> None:
+    """Write the settings into an output folder, or check that it belongs to them.
+
+    Args:
+        folder: Output folder, created when missing.
+        settings: What will be run there.
+        name: Name of the file.
+
+    Raises:
+        InputError: If the folder belongs to another configuration (the message names the first difference), or holds
+            something else.
+    """
+    path = folder / name
+    wanted = json.loads(settings.model_dump_json())
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in wanted.keys() | found.keys():
+            if wanted.get(key) != found.get(key):
+                raise InputError(
+                    f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
+                    f"{wanted.get(key)!r} here; choose another --output"
+                )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,41 @@
+"""`tangora train`: one run in an output folder that can be interrupted and continued."""
+
+from pathlib import Path
+
+from tangora.experiments.logs import log_to
+from tangora.experiments.run import Watcher, execute, load_run_task
+from tangora.experiments.settings import RunSettings, claim_folder
+from tangora.report import Record, load_record, save_json
+
+RECORD = "record.json"
+
+
+def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None = None) -> Record:
+    """Train one model.
+
+    The output folder holds ``settings.json``, ``metrics.jsonl`` (a line per step), ``adapter/`` (full
+    fine-tuning: ``model/``) and ``record.json``.
+    Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
+
+    Args:
+        settings: What to train.
+        output: Output folder.
+        watcher: Hears of the progress.
+
+    Returns:
+        The record of the run.
+
+    Raises:
+        InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
+    """
+    folder = Path(output)
+    task = load_run_task(settings)
+    claim_folder(folder, settings)
+    if (folder / RECORD).exists():
+        return load_record(folder / RECORD)
+    with log_to(folder / "log.txt"):
+        record = execute(
+            settings, task, folder, run_id="run", before=True, keep_model=True, watcher=watcher or Watcher()
+        )
+    save_json(record, folder / RECORD)
+    return record

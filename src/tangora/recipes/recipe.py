@@ -1,0 +1,118 @@
+"""A recipe: everything that makes a method, but for the model, the data and the rank."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from tangora._checks import InputError, check_number
+from tangora.adapters import discover
+
+Adapter = Literal["lora", "adalora"] | None
+MakeOptimizer = Callable[..., Optimizer]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named method.
+
+    Attributes:
+        name: What ``tangora.recipe`` and the command line call it.
+        summary: One line.
+        paper: Where it comes from.
+        learning_rates: Default grid for a sweep, ascending, in units of the method's own optimizer.
+        make_optimizer: ``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer.
+        adapter: PEFT's method, or ``None`` for full fine-tuning.
+        options: Options of PEFT's configuration beyond rank, alpha and targets.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    learning_rates: tuple[float, ...]
+    make_optimizer: MakeOptimizer
+    adapter: Adapter = "lora"
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        *,
+        r: int,
+        lora_alpha: float,
+        task_type: str,
+        total_steps: int,
+        seed: int = 0,
+        target_modules: str | list[str] = "all-linear",
+    ) -> nn.Module:
+        """Make a base model ready for training with this method.
+
+        Args:
+            model: Base model, changed in place as PEFT does.
+            r: Rank.
+            lora_alpha: LoRA's alpha.
+            task_type: PEFT's task type, ``SEQ_CLS`` or ``CAUSAL_LM``.
+            total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
+            seed: Seed of the adapter's random start; the caller's random state is untouched.
+            target_modules: What PEFT should adapt.
+
+        Returns:
+            The PEFT model, or ``model`` with all weights trainable for full fine-tuning.
+
+        Raises:
+            InputError: If the rank is not in [1, smallest side of an adapted layer].
+        """
+        if self.adapter is None:
+            return model.requires_grad_(True)
+        check_number("rank", r, low=1)
+        common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
+        if self.adapter == "adalora":
+            config = _adalora_config(r, total_steps, common | dict(self.options))
+        else:
+            config = LoraConfig(r=r, **common, **self.options)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+        assert isinstance(adapted, PeftModel)
+        _check_rank(adapted, r)
+        return adapted
+
+    def create_optimizer(self, model: nn.Module, lr: float, **options: Any) -> Optimizer:
+        """Make the optimizer.
+
+        Args:
+            model: What `prepare` returned, possibly wrapped.
+            lr: Learning rate.
+            **options: ``weight_decay``, ``betas``, ``eps``.
+
+        Returns:
+            The optimizer of all trainable parameters.
+        """
+        return self.make_optimizer(model, lr=lr, **options)
+
+
+def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
+    # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
+    return AdaLoraConfig(
+        init_r=(3 * r + 1) // 2,
+        target_r=r,
+        total_step=total_steps,
+        tinit=total_steps // 10,
+        tfinal=total_steps // 3,
+        **options,
+    )
+
+
+def _check_rank(model: PeftModel, r: int) -> None:
+    for pair in discover(model).pairs:
+        m, n, rank = pair.shape
+        if rank > min(m, n):
+            raise InputError(
+                f"rank must be at most {min(m, n)}, the smaller side of layer {pair.name} ({m} x {n}); got {r}"
+            )

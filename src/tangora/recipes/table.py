@@ -1,0 +1,146 @@
+"""The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from tangora._checks import check_choice
+from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
+from tangora.recipes.recipe import Recipe
+
+_FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
+_LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def _adamw(model: nn.Module, **options: Any) -> Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
+
+
+def _lora_plus(model: nn.Module, **options: Any) -> Optimizer:
+    # ratio 16: the paper's recommendation; PEFT keeps weight decay off biases and norms
+    return create_loraplus_optimizer(
+        model,  # pyright: ignore[reportArgumentType]
+        torch.optim.AdamW,
+        loraplus_lr_ratio=16,
+        loraplus_weight_decay=options.pop("weight_decay", 0.0),
+        **options,
+    )
+
+
+def _lora_pro(**fixed: Any) -> Any:
+    def make(model: nn.Module, **options: Any) -> Optimizer:
+        return LoRAPro(model, **fixed, **options)
+
+    return make
+
+
+def _options(**options: Any) -> MappingProxyType[str, Any]:
+    return MappingProxyType(options)
+
+
+_TABLE = (
+    Recipe(
+        "full", "full fine-tuning with AdamW: the yardstick", "arXiv:1711.05101", _FULL_GRID, _adamw, None
+    ),
+    Recipe("lora", "LoRA with AdamW", "arXiv:2106.09685", _LORA_GRID, _adamw),
+    Recipe(
+        "rslora",
+        "LoRA scaled by alpha / sqrt(r)",
+        "arXiv:2312.03732",
+        _LORA_GRID,
+        _adamw,
+        options=_options(use_rslora=True),
+    ),
+    Recipe(
+        "lora+", "LoRA with a 16 times larger learning rate for B", "arXiv:2402.12354", _FULL_GRID, _lora_plus
+    ),
+    Recipe(
+        "pissa",
+        "LoRA started from the weight's principal directions",
+        "arXiv:2404.02948",
+        _FULL_GRID,
+        _adamw,
+        options=_options(init_lora_weights="pissa_niter_16"),
+    ),
+    Recipe(
+        "dora",
+        "LoRA for directions, a vector for magnitudes",
+        "arXiv:2402.09353",
+        _LORA_GRID,
+        _adamw,
+        options=_options(use_dora=True),
+    ),
+    Recipe(
+        "adalora",
+        "LoRA that moves rank between layers",
+        "arXiv:2303.10512",
+        _LORA_GRID,
+        _adamw,
+        adapter="adalora",
+    ),
+    Recipe(
+        "p-lora",
+        "LoRA with gradients preconditioned by the other factor",
+        "arXiv:2402.02347",
+        _LORA_GRID,
+        PreconditionedAdamW,
+    ),
+    Recipe(
+        "lora-pro",
+        "LoRA-Pro: Adam on the projected full gradient, moments of the weight's size",
+        "arXiv:2407.18242",
+        _FULL_GRID,
+        _lora_pro(moments="weight"),
+    ),
+    Recipe(
+        "lora-pro-factor",
+        "LoRA-Pro with moments of the factors' size",
+        "arXiv:2407.18242",
+        _FULL_GRID,
+        _lora_pro(moments="factor"),
+    ),
+    Recipe(
+        "lora-pro-sgd",
+        "LoRA-Pro without moments (Algorithm 1)",
+        "arXiv:2407.18242",
+        (1e-2, 3e-2, 1e-1, 3e-1),
+        _lora_pro(moments=None),
+    ),
+    Recipe(
+        "tangent",
+        "TangentAdam: Adam on the projected full gradient in half of LoRA's optimizer state",
+        "this project, from arXiv:2407.18242, 1804.04235, 2605.08734, 2507.12142",
+        _FULL_GRID,
+        TangentAdam,
+    ),
+)
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """List the named methods.
+
+    Returns:
+        All recipes, baselines first.
+    """
+    return _TABLE
+
+
+def recipe(name: str) -> Recipe:
+    """Look up a method.
+
+    Args:
+        name: Its name, as in ``tangora list``.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        InputError: If there is none of this name; the message lists all.
+    """
+    by_name = {entry.name: entry for entry in _TABLE}
+    check_choice("recipe", name, tuple(by_name))
+    return by_name[name]

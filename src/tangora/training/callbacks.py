@@ -1,0 +1,166 @@
+"""What a run writes and watches while it trains, as callbacks of the Hugging Face Trainer."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+_SEAL = "complete"
+
+# A loss this many times the first one is not coming back, and would only cost the time of the remaining steps.
+_EXPLOSION = 20.0
+
+
+class DivergedError(ArithmeticError):
+    """The loss left the finite numbers or exploded."""
+
+
+class StepTimer(TrainerCallback):
+    """Splits the time of training into forward + backward and optimizer steps.
+
+    Attributes:
+        forward_backward: Seconds so far, clipping included.
+        optimizer: Seconds so far.
+    """
+
+    def __init__(self) -> None:
+        self.forward_backward = 0.0
+        self.optimizer = 0.0
+        self._mark = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Count forward and backward."""
+        self.forward_backward += self._lap()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Count the optimizer step."""
+        self.optimizer += self._lap()
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._mark = now - self._mark, now
+        return elapsed
+
+
+class History(TrainerCallback):
+    """Appends one JSON line per step to a file, and stops a run that has diverged.
+
+    Args:
+        path: The file. When a run is resumed, lines after the checkpoint's step are dropped, so that no step is
+            recorded twice.
+        on_step: Called with the number of steps done and the loss.
+    """
+
+    def __init__(self, path: Path, on_step: Callable[[int, float], None] | None = None):
+        self._path = path
+        self._on_step = on_step
+        self._first: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Keep only the lines up to the step that training starts from."""
+        lines = read_history(self._path)
+        kept = [line for line in lines if line["step"] <= state.global_step]
+        self._first = kept[0]["loss"] if kept else None
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ):
+        """Write the line of a step.
+
+        Raises:
+            DivergedError: If the loss is not finite, or many times the first one.
+        """
+        if not logs or "loss" not in logs:
+            return
+        keys = ("loss", "learning_rate", "grad_norm")
+        line = {"step": state.global_step} | {key: float(logs[key]) for key in keys if key in logs}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        loss = line["loss"]
+        self._first = loss if self._first is None else self._first
+        if not math.isfinite(loss) or loss > _EXPLOSION * max(self._first, 1.0):
+            raise DivergedError(
+                f"loss {loss:.4g} at step {state.global_step}, {self._first:.4g} at the start"
+            )
+        if self._on_step is not None:
+            self._on_step(state.global_step, loss)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that `History` wrote.
+
+    Args:
+        path: The file; missing means nothing was written. A last line cut off by a crash is ignored.
+
+    Returns:
+        One dictionary per step.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class SealedCheckpoints(TrainerCallback):
+    """Marks every checkpoint that was written to its end, so that a killed run never resumes from half of one."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Seal the checkpoint that has just been written."""
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        (folder / _SEAL).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest whole checkpoint, and remove those that were cut off.
+
+    Args:
+        folder: Output folder of the Trainer.
+
+    Returns:
+        The checkpoint's folder, or ``None``.
+    """
+    found = {int(path.name.split("-")[1]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for step, path in list(found.items()):
+        if not (path / _SEAL).exists():
+            shutil.rmtree(path)
+            del found[step]
+    return found[max(found)] if found else None
+
+
+class AdaLoraAllocation(TrainerCallback):
+    """Calls AdaLoRA's rank allocation after every optimizer step, which PEFT leaves to the training loop."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ):
+        """Let AdaLoRA see the gradients of this step."""
+        model.base_model.update_and_allocate(state.global_step)

@@ -1,0 +1,114 @@
+"""`transformers.Trainer` with a recipe, and the two other ways of giving it one of our optimizers."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from tangora._checks import InputError
+from tangora.training.callbacks import AdaLoraAllocation
+
+
+@runtime_checkable
+class OptimizerRecipe(Protocol):
+    """What the trainer needs of a recipe."""
+
+    def create_optimizer(self, model: nn.Module, lr: float, **options: Any) -> Optimizer:
+        """Make the optimizer of a model that is ready to be trained."""
+        ...
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` whose optimizer is made by a recipe.
+
+    Learning rate, weight decay, betas and eps are those of ``TrainingArguments``; schedulers, clipping, accumulation
+    and resuming are the Trainer's own. To train with another trainer's data handling, put this class in front of it:
+    ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
+
+    Args:
+        *args: As for ``transformers.Trainer``.
+        recipe: What makes the optimizer, usually ``tangora.recipe("tangent")``; ``None`` leaves everything as it is.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Raises:
+        InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``.
+
+    Example:
+        >>> import tangora
+        >>> trainer = tangora.Trainer(  # doctest: +SKIP
+        ...     model, arguments, train_dataset=data, recipe=tangora.recipe("tangent")
+        ... )
+    """
+
+    def __init__(self, *args: Any, recipe: OptimizerRecipe | None = None, **kwargs: Any):
+        if recipe is not None and not isinstance(recipe, OptimizerRecipe):
+            raise InputError(f"recipe must be a recipe such as tangora.recipe('tangent'); got {recipe!r}")
+        given = [
+            key
+            for key in ("optimizers", "optimizer_cls_and_kwargs")
+            if kwargs.get(key) not in (None, (None, None))
+        ]
+        if recipe is not None and given:
+            raise InputError(f"recipe and {given[0]} both name an optimizer; give one of them")
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
+        if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
+            self.add_callback(AdaLoraAllocation())
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the optimizer, by the recipe when there is one.
+
+        Args:
+            model: The wrapped model; default the trainer's own.
+
+        Returns:
+            The optimizer, also kept in ``self.optimizer``.
+        """
+        if self.recipe is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        arguments = self.args
+        self.optimizer = self.recipe.create_optimizer(
+            model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
+            arguments.learning_rate,
+            weight_decay=arguments.weight_decay,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+        )
+        return self.optimizer
+
+
+def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tuple[type, dict[str, Any]]:
+    """Wrap an optimizer for the ``optimizer_cls_and_kwargs`` of any Trainer.
+
+    The Trainer then builds it from the whole model, which our optimizers need to see the pairs.
+
+    Args:
+        optimizer: `LoRAPro`, `TangentAdam`, `PreconditionedAdamW`, or any callable of a model.
+        **options: Its options; ``lr`` is required, because the Trainer does not pass its own on.
+
+    Returns:
+        What ``optimizer_cls_and_kwargs`` takes.
+
+    Raises:
+        InputError: If ``lr`` is missing.
+
+    Example:
+        >>> import transformers, tangora
+        >>> trainer = transformers.Trainer(  # doctest: +SKIP
+        ...     model,
+        ...     arguments,
+        ...     optimizer_cls_and_kwargs=tangora.optimizer_factory(tangora.TangentAdam, lr=1e-4),
+        ... )
+    """
+    if "lr" not in options:
+        raise InputError("optimizer_factory needs lr=...: the Trainer does not pass its learning rate on")
+
+    class Factory:
+        """Called by the Trainer with the model."""
+
+        def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> Optimizer:
+            return optimizer(model, **kwargs)
+
+    return Factory, options
