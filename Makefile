@@ -17,7 +17,7 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadscope
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" -p tests.shapes
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" --jaxtyping-packages=tangora,beartype.beartype
 
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow"

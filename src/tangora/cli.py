@@ -1,14 +1,16 @@
 """The command line: parses, calls, prints."""
 
-import contextlib
+import functools
+import inspect
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -25,7 +27,7 @@ from tangora.experiments.compare import (
     write_report,
 )
 from tangora.experiments.run import Watcher
-from tangora.experiments.settings import RunSettings, read_yaml, validated
+from tangora.experiments.settings import RunSettings, Settings, TaskSettings, read_yaml, validated
 from tangora.experiments.train import train
 from tangora.recipes import recipes as all_recipes
 from tangora.report import Record, load_comparison, rich_table, summarize, verdict
@@ -39,77 +41,61 @@ app = typer.Typer(
 )
 console = Console()
 
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="YAML file with any of these settings.")]  # noqa: UP045
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with any of these settings; flags win.")
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Output folder; the same command continues what is there.")
 ]
 
 
-def _flag(kind: Any, name: str, description: str) -> Any:
-    return Annotated[Optional[kind], typer.Option(name, help=description, show_default=False)]  # noqa: UP045
+def takes(
+    settings: type[Settings], *, skip: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each setting, described by it.
+
+    Args:
+        settings: Where names, types, descriptions and defaults come from.
+        skip: Settings that the command takes in another form.
+
+    Returns:
+        A decorator of a function with ``**values``, which receives the flags that were given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def call(**arguments: Any) -> None:
+            command(**{key: value for key, value in arguments.items() if key in own or value is not None})
+
+        signature = inspect.signature(command, eval_str=True)
+        own = {
+            key: p for key, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+        flags = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(key, field))
+            for key, field in settings.model_fields.items()
+            if key not in skip
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values()] + flags
+        call.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return decorate
 
 
-def _about(key: str) -> str:
-    field = RunSettings.model_fields[key]
+def _flag(key: str, field: FieldInfo) -> Any:
+    kinds = {kind for kind in (int, float, bool) if kind in (field.annotation, *get_args(field.annotation))}
     default = "" if field.default is None else f" [dim]\\[default: {field.default}][/dim]"
-    return f"{field.description}{default}"
-
-
-Model = _flag(str, "--model", _about("model"))
-Data = _flag(str, "--data", _about("data"))
-Kind = _flag(str, "--kind", _about("kind"))
-TextColumn_ = _flag(str, "--text-column", _about("text_column"))
-LabelColumn = _flag(str, "--label-column", _about("label_column"))
-PromptColumn = _flag(str, "--prompt-column", _about("prompt_column"))
-CompletionColumn = _flag(str, "--completion-column", _about("completion_column"))
-NumTrain = _flag(int, "--num-train", _about("num_train"))
-NumValidation = _flag(int, "--num-validation", _about("num_validation"))
-NumTest = _flag(int, "--num-test", _about("num_test"))
-Steps = _flag(int, "--steps", _about("steps"))
-BatchSize = _flag(int, "--batch-size", _about("batch_size"))
-Accumulate = _flag(int, "--accumulate", _about("accumulate"))
-MaxLength = _flag(int, "--max-length", _about("max_length"))
-Rank = _flag(int, "--rank", _about("rank"))
-Alpha = _flag(float, "--alpha", _about("alpha"))
-Targets = _flag(str, "--target-modules", _about("target_modules"))
-WeightDecay = _flag(float, "--weight-decay", _about("weight_decay"))
-Schedule = _flag(str, "--schedule", _about("schedule"))
-Warmup = _flag(float, "--warmup", _about("warmup"))
-Clip = _flag(float, "--clip", _about("clip"))
-ExactMatch = _flag(bool, "--exact-match", _about("exact_match"))
+    option = typer.Option(
+        f"--{key.replace('_', '-')}", help=f"{field.description}{default}", show_default=False
+    )
+    return Annotated[(kinds.pop() if kinds else str) | None, option]
 
 
 @app.command("train")
-def train_command(
-    output: Output,
-    config: ConfigFile = None,
-    recipe: _flag(str, "--recipe", _about("recipe")) = None,
-    learning_rate: _flag(float, "--learning-rate", _about("learning_rate")) = None,
-    seed: _flag(int, "--seed", _about("seed")) = None,
-    save_every: _flag(int, "--save-every", _about("save_every")) = None,
-    model: Model = None,
-    data: Data = None,
-    kind: Kind = None,
-    text_column: TextColumn_ = None,
-    label_column: LabelColumn = None,
-    prompt_column: PromptColumn = None,
-    completion_column: CompletionColumn = None,
-    num_train: NumTrain = None,
-    num_validation: NumValidation = None,
-    num_test: NumTest = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    accumulate: Accumulate = None,
-    max_length: MaxLength = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    target_modules: Targets = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    warmup: Warmup = None,
-    clip: Clip = None,
-    exact_match: ExactMatch = None,
-) -> None:
+@takes(RunSettings)
+def train_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
     """Train one model with one method; writes the adapter, metrics.jsonl and record.json.
 
     [dim]Examples:[/dim]
@@ -117,52 +103,31 @@ def train_command(
       tangora train --model smollm2-135m --data reasoning-gym:chain_sum --recipe tangent --exact-match --output out
       tangora train --model ./my-model --data data.jsonl --recipe lora-pro --learning-rate 1e-4 --output out
     """
-    settings = validated(RunSettings, _given(locals()), str(config or ""))
+    settings = validated(RunSettings, _with_file(values, config), str(config or ""))
     with _bars() as bars:
-        record = train(
-            settings, output, watcher=_watch(bars, bars.add_task(settings.recipe, total=settings.steps))
-        )
+        bar = bars.add_task(settings.recipe, total=settings.steps, note="")
+        record = train(settings, output, watcher=_watch(bars, bar))
     _print_run(record, output)
 
 
 @app.command("compare")
+@takes(TaskSettings)
 def compare_command(
     output: Output,
-    preset_name: _flag(
-        str, "--preset", "quickstart (minutes) or smoke (seconds); other flags change it."
-    ) = None,
     config: ConfigFile = None,
-    recipes: _flag(str, "--recipes", "Names of the methods, separated by commas.") = None,
-    learning_rates: _flag(
-        str,
-        "--learning-rates",
-        "One grid for all methods, separated by commas; a YAML file can give one for each.",
-    ) = None,
-    seeds: _flag(str, "--seeds", "Seeds, separated by commas; the first one sweeps.") = None,
-    seed: _flag(int, "--seed", "The same as --seeds with one number.") = None,
-    title: _flag(str, "--title", "Heading of the report.") = None,
-    model: Model = None,
-    data: Data = None,
-    kind: Kind = None,
-    text_column: TextColumn_ = None,
-    label_column: LabelColumn = None,
-    prompt_column: PromptColumn = None,
-    completion_column: CompletionColumn = None,
-    num_train: NumTrain = None,
-    num_validation: NumValidation = None,
-    num_test: NumTest = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    accumulate: Accumulate = None,
-    max_length: MaxLength = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    target_modules: Targets = None,
-    weight_decay: WeightDecay = None,
-    schedule: Schedule = None,
-    warmup: Warmup = None,
-    clip: Clip = None,
-    exact_match: ExactMatch = None,
+    preset_name: Annotated[
+        str | None,
+        typer.Option("--preset", help="quickstart (minutes) or smoke (seconds); other flags change it."),
+    ] = None,
+    recipes: Annotated[str | None, typer.Option(help="Names of the methods, separated by commas.")] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="One grid for all, separated by commas; a YAML file can give one for each method."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first one sweeps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as --seeds with one number.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
+    **values: Any,
 ) -> None:
     """Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
 
@@ -171,9 +136,16 @@ def compare_command(
       tangora compare --recipes full,lora,tangent --data reviews.csv --seeds 0,1,2 --output results/reviews
       tangora compare --config plan.yaml --output results/plan
     """
-    values = _given({key: value for key, value in locals().items() if key != "preset_name"})
+    lists = {
+        "recipes": recipes,
+        "learning_rates": learning_rates,
+        "seeds": seeds,
+        "seed": seed,
+        "title": title,
+    }
+    values |= {key: value for key, value in lists.items() if value is not None}
     base = preset(preset_name).model_dump() if preset_name else {}
-    settings = validated(CompareSettings, base | _lists(values, base), str(config or ""))
+    settings = validated(CompareSettings, base | _lists(_with_file(values, config), base), str(config or ""))
     with _bars() as bars:
         outcome = compare(
             settings, output, command=shlex.join(["tangora", *sys.argv[1:]]), watcher=_Bars(bars)
@@ -211,16 +183,8 @@ def list_command() -> None:
     console.print(table)
 
 
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    # flags win over the YAML file
-    config = arguments["config"]
-    values = read_yaml(config) if config is not None else {}
-    flags = {
-        key: value
-        for key, value in arguments.items()
-        if key not in ("config", "output") and value is not None
-    }
-    return values | flags
+def _with_file(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    return (read_yaml(config) if config is not None else {}) | flags
 
 
 def _lists(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -229,10 +193,10 @@ def _lists(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         values["seeds"] = [values.pop("seed")]
     if isinstance(values.get("recipes"), str):
         values["recipes"] = [name.strip() for name in values["recipes"].split(",")]
-    if isinstance(values.get("seeds"), str):
-        values["seeds"] = [_number("seeds", text, int) for text in values["seeds"].split(",")]
-    if isinstance(values.get("learning_rates"), str):
-        grid = [_number("learning_rates", text, float) for text in values["learning_rates"].split(",")]
+    if isinstance(seeds := values.get("seeds"), str):
+        values["seeds"] = [_number("seeds", text, int) for text in seeds.split(",")]
+    if isinstance(rates := values.get("learning_rates"), str):
+        grid = [_number("learning_rates", text, float) for text in rates.split(",")]
         values["learning_rates"] = dict.fromkeys(values.get("recipes", base.get("recipes", [])), grid)
     return values
 
@@ -244,23 +208,15 @@ def _number(name: str, text: str, kind: type) -> Any:
         raise InputError(f"{name} must be numbers separated by commas; got {text!r}") from None
 
 
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    columns = (
+def _bars() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
+        console=console,
     )
-    with Progress(*columns, console=console) as bars:
-        original = bars.add_task
-
-        def add_task(description: str, **options: Any) -> TaskID:
-            return original(description, **({"note": ""} | options))
-
-        bars.add_task = add_task  # every bar has a note
-        yield bars
 
 
 def _watch(bars: Progress, bar: TaskID) -> Watcher:
@@ -276,8 +232,8 @@ class _Bars(CompareWatcher):
     def __init__(self, bars: Progress):
         super().__init__()
         self._bars = bars
-        self._runs = bars.add_task("runs")
-        self._steps = bars.add_task("")
+        self._runs = bars.add_task("runs", total=None, note="")
+        self._steps = bars.add_task("", total=None, note="")
 
     def plan(self, total: int) -> None:
         self._bars.update(self._runs, total=total)
@@ -334,3 +290,7 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues where it stopped")
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

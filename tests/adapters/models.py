@@ -16,7 +16,6 @@ LAYERS = {
     "gpt2-conv1d": lambda: Conv1D(5, 7),
     "embedding": lambda: nn.Embedding(11, 6),
     "embedding-padding": lambda: nn.Embedding(11, 6, padding_idx=1),
-    "embedding-sparse": lambda: nn.Embedding(11, 6, sparse=True),
     "conv1d": lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1),
     "conv2d": lambda: nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=1),
     "conv2d-pointwise": lambda: nn.Conv2d(3, 5, 1),
@@ -35,6 +34,17 @@ class Holder(nn.Module):
 
     def forward(self, *inputs):
         return self.it(*inputs)
+
+
+class Experts(nn.Module):
+    """A bank of matrices without layers, as mixture-of-experts models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 8) / 8)
+
+    def forward(self, x):
+        return torch.einsum("eoi,bi->bo", self.weight, x)
 
 
 def inputs_of(name: str) -> tuple[Tensor, ...]:
@@ -82,15 +92,12 @@ def dense_gradient(pair: LoraPair, inputs: tuple[Tensor, ...], magnitude: Tensor
     With a magnitude the layer's weight is that of DoRA, whose norm PEFT detaches.
     """
     base = copy.deepcopy(pair.layer.get_base_layer())
-    if isinstance(base, nn.Embedding):
-        base.sparse = False
-    key = "in_proj_weight" if isinstance(base, nn.MultiheadAttention) else "weight"
-    stored = getattr(base, key).detach()
+    stored = base.weight.detach()
     W0 = stored.T if pair.transposed else stored.flatten(1)
     V = (W0 + pair.delta_weight()).requires_grad_()
     W = V if magnitude is None else magnitude.view(-1, 1) * V / V.detach().norm(dim=1, keepdim=True)
     weight = W.T if pair.transposed else W.view(stored.shape)
-    loss = loss_of(functional_call(base, {key: weight}, inputs))
+    loss = loss_of(functional_call(base, {"weight": weight}, inputs))
     loss.backward()
     return loss.detach(), V.grad
 

@@ -109,3 +109,17 @@ def test_bad_retraction():
     model, _, _ = problem()
     with pytest.raises(InputError, match="retraction must be one of auto, orthographic, svd; got 'factors'"):
         TangentAdam(model, lr=1e-3, retraction="factors")
+
+
+def test_momentum_belongs_to_the_factors_as_they_are_stored():
+    """In bf16 the parameters are rounded after the step; (B'M) A' = B' (M A') must hold for the rounded ones."""
+    model, x, y = problem(dtype=torch.bfloat16)
+    optimizer = TangentAdam(model, lr=1e-2)
+    for _ in range(3):
+        backward(model, x, y)
+        optimizer.step()
+    for pair in find_pairs(model):
+        A, B = (factor.float() for factor in pair.factors())
+        left = optimizer.state[pair.A]["exp_avg"] @ A.T
+        right = B.T @ optimizer.state[pair.B]["exp_avg"]
+        assert_close(left, right, 1e-4)

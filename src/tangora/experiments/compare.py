@@ -40,8 +40,10 @@ class CompareSettings(TaskSettings):
     learning_rates: dict[str, list[float]] = Field(
         default_factory=dict, description="Grid by recipe; default: the recipe's own."
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="The first one sweeps, all are reported.")
-    title: str = Field("Comparison", description="Heading of the report.")
+    seeds: list[int] = Field(
+        default=[0, 1, 2], min_length=1, description="The first one sweeps, all are reported."
+    )
+    title: str = Field(default="Comparison", description="Heading of the report.")
 
     @field_validator("recipes")
     @classmethod

@@ -21,28 +21,52 @@ class Settings(BaseModel):
 class TaskSettings(Settings):
     """Model, data and training budget: what all methods of a comparison share."""
 
-    model: str = Field("minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
-    data: str = Field("bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name.")
-    kind: Kind | None = Field(None, description="classification or causal; default: what the data is.")
-    text_column: str | None = Field(None, description="Column of the text.")
-    label_column: str | None = Field(None, description="Column of the label.")
-    prompt_column: str | None = Field(None, description="Column of the prompt.")
-    completion_column: str | None = Field(None, description="Column of the completion.")
-    num_train: int | None = Field(None, ge=1, description="Training examples; default: all that remain.")
-    num_validation: int = Field(200, ge=1, description="Examples that choose the learning rate.")
-    num_test: int = Field(500, ge=1, description="Examples that are reported.")
-    steps: int = Field(100, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Examples per step and micro-batch.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
-    max_length: int = Field(128, ge=2, description="Tokens per example; longer ones are cut.")
-    rank: int = Field(8, ge=1, description="LoRA's r.")
-    alpha: float = Field(16.0, gt=0, description="LoRA's alpha.")
-    target_modules: str | list[str] = Field("all-linear", description="Layers to adapt, as PEFT takes them.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
-    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps with rising learning rate.")
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient of what is trained.")
-    exact_match: bool = Field(False, description="Also generate answers on the test set and compare them.")
+    model: str = Field(default="minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
+    data: str = Field(
+        default="bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name."
+    )
+    kind: Kind | None = Field(
+        default=None, description="classification or causal; default: what the data is."
+    )
+    text_column: str | None = Field(default=None, description="Column of the text.")
+    label_column: str | None = Field(default=None, description="Column of the label.")
+    prompt_column: str | None = Field(default=None, description="Column of the prompt.")
+    completion_column: str | None = Field(default=None, description="Column of the completion.")
+    num_train: int | None = Field(
+        default=None, ge=1, description="Training examples; default: all that remain."
+    )
+    num_validation: int = Field(default=200, ge=1, description="Examples that choose the learning rate.")
+    num_test: int = Field(default=500, ge=1, description="Examples that are reported.")
+    steps: int = Field(default=100, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(default=16, ge=1, description="Examples per step and micro-batch.")
+    accumulate: int = Field(default=1, ge=1, description="Micro-batches per step.")
+    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut.")
+    rank: int = Field(default=8, ge=1, description="LoRA's r.")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA's alpha.")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="Layers to adapt, as PEFT takes them."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="After the warm-up."
+    )
+    warmup: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps with rising learning rate."
+    )
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient of what is trained.")
+    exact_match: bool = Field(
+        default=False, description="Also generate answers on the test set and compare them."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _separated(cls, targets: str | list[str]) -> str | list[str]:
+        # PEFT reads a single string as a pattern; names come separated by commas from the command line
+        return (
+            [name.strip() for name in targets.split(",")]
+            if isinstance(targets, str) and "," in targets
+            else targets
+        )
 
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.
@@ -58,11 +82,11 @@ class TaskSettings(Settings):
 class RunSettings(TaskSettings):
     """One run."""
 
-    recipe: str = Field("tangent", description="Name of the method.")
+    recipe: str = Field(default="tangent", description="Name of the method.")
     learning_rate: float | None = Field(
         None, gt=0, description="Peak; default: the recipe's second smallest."
     )
-    seed: int = Field(0, ge=0, description="Seed of the start, the data order and dropout.")
+    seed: int = Field(default=0, ge=0, description="Seed of the start, the data order and dropout.")
     save_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; default: no checkpoints."
     )
@@ -153,7 +177,7 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
     wanted = json.loads(settings.model_dump_json())
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        for key in wanted.keys() | found.keys():
+        for key in sorted(wanted.keys() | found.keys()):
             if wanted.get(key) != found.get(key):
                 raise InputError(
                     f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "

@@ -40,7 +40,7 @@ def factor_velocity(
     if gauge == "zero":
         return H_A, H_B
     X = _gauge_matrix(A, B, at, H_A @ A.mT, gauge)
-    return plus(H_A, X, A, fresh=True), plus_times(H_B, B, X, scale=-1, fresh=True)
+    return plus(H_A, X, A, fresh=True), plus_times(H_B, B, X, scale=-1.0, fresh=True)
 
 
 def _gauge_matrix(A: FactorA, B: FactorB, at: Frame, drift: Core, gauge: Gauge) -> Core:

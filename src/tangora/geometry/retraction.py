@@ -153,7 +153,7 @@ def _ill_conditioned_factors(A: FactorA, B: FactorB, at: Frame) -> Bool[Tensor, 
     return torch.maximum(_condition_bound(A, at.whiten_A), _condition_bound(B, at.whiten_B)) > limit
 
 
-def _condition_bound(factor: FactorA | FactorB, whitening: Core) -> Float[Tensor, "*b"]:
+def _condition_bound(factor: Float[Tensor, "*b p q"], whitening: Core) -> Float[Tensor, "*b"]:
     return torch.linalg.matrix_norm(factor).square() * torch.linalg.matrix_norm(whitening).square()
 
 

@@ -107,7 +107,7 @@ def project(at: Frame, seen: Coordinates) -> Tangent:
     Source:
         LoRA-Pro, arXiv:2407.18242, Theorem 2.1 (any gauge gives this matrix).
     """
-    return Tangent(seen.left, plus_times(seen.right, at.U, seen.left @ at.V.mT, scale=-1))
+    return Tangent(seen.left, plus_times(seen.right, at.U, seen.left @ at.V.mT, scale=-1.0))
 
 
 def project_metric(at: Frame, seen: Coordinates, metric: Metric) -> Tangent:
@@ -134,7 +134,7 @@ def project_metric(at: Frame, seen: Coordinates, metric: Metric) -> Tangent:
     along = at.U.mT @ right
     shared = (along - gram_left @ (seen.left @ at.V.mT)) @ gram_right
     K = plus(gram_left @ left, shared, at.V, fresh=True)
-    return Tangent(K, times(plus_times(right, at.U, along, scale=-1, fresh=True), gram_right))
+    return Tangent(K, times(plus_times(right, at.U, along, scale=-1.0, fresh=True), gram_right))
 
 
 def _inverse(weighted_gram: Core) -> Core:

@@ -137,6 +137,8 @@ class PairOptimizer(Optimizer, ABC):
         check_number("lr", group["lr"], low=0)
         check_number("weight_decay", group["weight_decay"], low=0)
         check_number("eps", group["eps"], low=0)
+        # at one and beyond, decay would turn the weights over instead of shrinking them
+        check_number("lr * weight_decay", group["lr"] * group["weight_decay"], low=0, high=1, open_high=True)
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, low=0, high=1, open_high=True)
 
@@ -190,7 +192,7 @@ def parameter_groups(params: Params) -> list[dict[str, Any]]:
     if items and all(isinstance(item, LoraPair) for item in items):
         return [{"pairs": items}]
     if items and all(isinstance(item, dict) for item in items):
-        return [dict(item) for item in items]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return [item for item in items if isinstance(item, dict)]
     raise InputError(
         "params must be a PEFT model, LoRA pairs from tangora.find_pairs(model), or parameter groups with 'pairs' "
         f"or 'params'; got {type(items[0]).__name__ + 's' if items else 'nothing'}"

@@ -81,7 +81,7 @@ class LoRAPro(PairOptimizer):
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
         betas: Decay rates of the moments. Default as in the paper's code.
         eps: Added to the root of the second moment. Default as in the paper's code.
-        weight_decay: Decoupled decay, per unit of ``lr``.
+        weight_decay: Decoupled decay, per unit of ``lr``: of each factor with ``retraction="factors"``, else of $B A$.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
 
     Raises:

@@ -77,6 +77,6 @@ class PreconditionedAdamW(PairOptimizer):
         check_number("damping", group["damping"], low=0, open_low=True)
 
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        gradients = (g * stack.scaling for g in stack.gradient)
-        velocities = precondition(stack.A, stack.B, *gradients, group["damping"])
+        g_A, g_B = (g * stack.scaling for g in stack.gradient)
+        velocities = precondition(stack.A, stack.B, g_A, g_B, group["damping"])
         return adamw_factors(stack, velocities, group)

@@ -126,7 +126,7 @@ class PairStack:
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
-            torch._foreach_copy_(parameters, values.view(-1, *parameters[0].shape).unbind())
+            torch._foreach_copy_([*parameters], values.view(-1, *parameters[0].shape).unbind())
             self.state(factor, "step").add_(1)
 
     def _state_dtype(self, key: str) -> torch.dtype:

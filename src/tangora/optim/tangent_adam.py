@@ -8,6 +8,7 @@ arXiv:2507.12142). Derivation: ``docs/theory/tangent_adam.md``.
 
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,6 +73,7 @@ def tangent_adam_step(
     betas: tuple[float, float],
     eps: float,
     retraction: Retraction,
+    stored: torch.dtype,
 ) -> tuple[Factors, TangentMoments]:
     r"""Take one TangentAdam step on $Y = B A$.
 
@@ -86,6 +88,7 @@ def tangent_adam_step(
         betas: Decay rates of the momentum and of the second moments.
         eps: See `adafactor_metric`.
         retraction: How to come back to rank r.
+        stored: Dtype of the parameters; the momentum must belong to the factors as they are stored.
 
     Returns:
         New factors and the state transported to them.
@@ -102,6 +105,7 @@ def tangent_adam_step(
     direction = project_metric(at, momentum, metric)
     shrunk = at._replace(whiten_B=at.whiten_B / decay)
     new = retract(A, B * decay, shrunk, direction, step_size / correction1, retraction)
+    new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)
 
@@ -110,7 +114,7 @@ class TangentAdam(PairOptimizer):
     r"""Adam along the projected full gradient, with half of the state of AdamW on the adapters.
 
     Everything it keeps belongs to the weight $W$ and not to the factors, so the sequence of weights is the same for
-    $(B, A)$ and $(B R, R^{-1} A)$, and $B = 0$ needs no special care. With rank $\min(m, n)$ it is Adafactor with
+    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype, and $B = 0$ needs no special care. With rank $\min(m, n)$ it is Adafactor with
     momentum on $W$. The learning rate is that of **full fine-tuning**.
 
     Args:
@@ -177,6 +181,7 @@ class TangentAdam(PairOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             retraction=group["retraction"],
+            stored=stack.pairs[0].A.dtype,
         )
         stack.keep("A", exp_avg=moments.momentum.A, exp_avg_sq_col=moments.columns)
         stack.keep("B", exp_avg=moments.momentum.B, exp_avg_sq_row=moments.rows)

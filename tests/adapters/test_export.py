@@ -1,0 +1,375 @@
+"""A saved adapter gives the same logits on the original base, with nothing but PEFT."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import AdaLoraConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft.tuners.lora import preprocess_loraga
+from safetensors.torch import load_file
+from torch import nn
+
+from tangora import InputError, find_pairs
+from tangora.adapters import export, initial_factors, load_adapter, save_adapter
+from tests.adapters.models import Experts, randomize, tiny_llama
+from tests.tolerances import assert_close
+
+IDS = torch.arange(12).view(2, 6)
+# PEFT says so whenever an embedding is adapted
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+
+PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 20}}
+CONFIGS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "patterns": PATTERNS,
+    "patterns-rslora": {**PATTERNS, "use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora-bias": {"lora_bias": True, "target_modules": ["one", "two"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "dora-embedding": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "modules-to-save": {"modules_to_save": ["lm_head"]},
+    "olora": {"init_lora_weights": "olora"},
+    "olora-spelled-otherwise": {"init_lora_weights": "OLoRA"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa-niter": {"init_lora_weights": "pissa_niter_4"},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa-patterns": {"init_lora_weights": "pissa", **PATTERNS},
+    "pissa-patterns-rslora": {"init_lora_weights": "pissa", **PATTERNS, "use_rslora": True},
+    "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "pissa-embedding": {"init_lora_weights": "pissa", "target_modules": ["embed_tokens", "q_proj"]},
+    "pissa-modules-to-save": {"init_lora_weights": "pissa", "modules_to_save": ["lm_head"]},
+    "kasa": {"kasa_config": KasaConfig()},
+}
+MUTATING = [name for name in CONFIGS if name.startswith(("olora", "pissa"))]
+
+
+class Biased(nn.Module):
+    """Layers with a bias, which tiny Llama has none of."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.one, self.two = nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids):
+        return self.two(torch.tanh(self.one(self.embed(input_ids))))
+
+
+def base_of(name):
+    return Biased() if name == "lora-bias" else tiny_llama()
+
+
+def logits(model):
+    with torch.no_grad():
+        output = model(input_ids=IDS)
+    return getattr(output, "logits", output)
+
+
+def adapted(name="lora", adapter="default", **config):
+    torch.manual_seed(0)
+    options = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **CONFIGS[name], **config}
+    return get_peft_model(base_of(name), LoraConfig(**options), adapter_name=adapter)
+
+
+def train(model):
+    """Move everything trainable, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return model
+
+
+def saved(tmp_path, name, adapter="default"):
+    model = adapted(name, adapter)
+    initial = initial_factors(model)
+    train(model)
+    return model, save_adapter(model, tmp_path / "adapter", initial=initial)
+
+
+# --- what is saved is what was trained ---
+
+
+@pytest.mark.filterwarnings("ignore:.*rslora.*")
+@pytest.mark.filterwarnings("ignore:.*lora_B.bias")  # PEFT takes a bias for a factor that was not gathered
+@pytest.mark.parametrize("adapter", ["default", "other"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_adapter_on_the_original_base_gives_the_same_logits(name, adapter, tmp_path):
+    model, path = saved(tmp_path, name, adapter)
+    assert path == tmp_path / "adapter"
+    base = base_of(name)
+    plain = logits(base)
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 1e-3
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(path))
+    assert_close(logits(loaded), expected, 1e-6)
+    assert_close(logits(load_adapter(base, path)), expected, 1e-6)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.filterwarnings("ignore:.*rslora.*")
+@pytest.mark.parametrize("name", MUTATING)
+def test_a_start_that_changes_the_base_is_saved_with_twice_the_rank(name, tmp_path):
+    model, path = saved(tmp_path, name)
+    config = json.loads((path / "adapter_config.json").read_text())
+    before = model.peft_config["default"]
+    assert config["init_lora_weights"] is True
+    assert config["r"] == 2 * before.r
+    assert config["rank_pattern"] == {key: 2 * rank for key, rank in before.rank_pattern.items()}
+    assert set(config["target_modules"]) == set(before.target_modules)
+    loaded = load_adapter(base_of(name), path)
+    for pair, trained in zip(find_pairs(loaded), find_pairs(model), strict=True):
+        assert pair.name == trained.name
+        assert pair.scaling == pytest.approx(trained.scaling)
+        assert pair.shape[2] == 2 * trained.shape[2]
+
+
+def test_before_training_a_changed_base_and_its_adapter_are_the_original(tmp_path):
+    model = adapted("pissa")
+    path = save_adapter(model, tmp_path / "adapter", initial=initial_factors(model))
+    assert_close(logits(load_adapter(tiny_llama(), path)), logits(tiny_llama()), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's hook on a first layer
+def test_a_gradient_start_with_convolutions_that_peft_leaves_alone(tmp_path):
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.linear = nn.Conv1d(1, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, input_ids):
+            return self.linear(self.conv(input_ids[:, None, :] / 8).mT)
+
+    model, config = (
+        Small(),
+        LoraConfig(
+            r=2, target_modules=["conv", "linear"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+        ),
+    )
+    preprocess_loraga(model, config, lambda: model(input_ids=IDS).square().mean().backward())
+    model = get_peft_model(model, config)
+    initial = initial_factors(model)
+    train(model)
+    path = save_adapter(model, tmp_path / "adapter", initial=initial)
+    assert_close(logits(load_adapter(Small(), path)), logits(model), 1e-6)
+
+
+def test_initial_factors_are_copies_of_the_factors_alone():
+    model = adapted("pissa-embedding")
+    initial = initial_factors(model)
+    kept = {name: tensor.clone() for name, tensor in initial.items()}
+    assert len(initial) == 4
+    train(model)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in initial.items())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "embedding", "kasa"])
+def test_initial_factors_are_empty_where_the_base_is_untouched(name):
+    assert initial_factors(adapted(name)) == {}
+
+
+def test_tied_adapters_stay_tied(tmp_path):
+    base = tiny_llama(tie_word_embeddings=True)
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    config = LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True)
+    model = randomize(get_peft_model(base, config))
+    path = save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(tiny_llama(tie_word_embeddings=True), path)
+    assert_close(logits(loaded), logits(model), 1e-6)
+    assert len(find_pairs(loaded)) == len(find_pairs(model)) == 2
+
+
+def test_only_the_active_adapter_is_saved(tmp_path):
+    model = train(adapted())
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    train(model)
+    path = save_adapter(model, tmp_path / "adapter")
+    assert len(load_file(path / "adapter_model.safetensors")) == 2
+    assert_close(logits(load_adapter(tiny_llama(), path)), logits(model), 1e-6)
+
+
+def test_a_loaded_adapter_can_be_trained_on_and_saved_again(tmp_path):
+    _, path = saved(tmp_path, "pissa")
+    again = load_adapter(tiny_llama(), path, is_trainable=True)
+    assert all(pair.trainable for pair in find_pairs(again))
+    assert initial_factors(again) == {}
+    train(again)
+    second = save_adapter(again, tmp_path / "second")
+    assert_close(logits(load_adapter(tiny_llama(), second)), logits(again), 1e-6)
+
+
+def test_saving_changes_nothing_in_the_model(tmp_path):
+    model = adapted("pissa")
+    initial = initial_factors(model)
+    before = {name: tensor.clone() for name, tensor in train(model).state_dict().items()}
+    save_adapter(model, tmp_path / "adapter", initial=initial)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.peft_config["default"].init_lora_weights == "pissa"
+    assert not model.peft_config["default"].inference_mode
+
+
+# --- folders ---
+
+
+def test_an_existing_adapter_is_replaced(tmp_path):
+    _, path = saved(tmp_path, "lora")
+    other, _ = saved(tmp_path, "pissa")
+    assert_close(logits(load_adapter(tiny_llama(), path)), logits(other), 1e-6)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
+    model = train(adapted())
+    (tmp_path / "empty").mkdir()
+    assert load_adapter(tiny_llama(), save_adapter(model, tmp_path / "empty"))
+    assert load_adapter(tiny_llama(), save_adapter(model, str(tmp_path / "some" / "where")))
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        save_adapter(train(adapted()), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "adapter_config.json").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_folder_has_ordinary_permissions(tmp_path):
+    _, path = saved(tmp_path, "lora")
+    (tmp_path / "ordinary").mkdir()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.messages
+def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
+    model = train(adapted())
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(InputError, match="exists and is no adapter folder; choose another path"):
+        save_adapter(model, tmp_path / "thesis")
+    with pytest.raises(InputError, match="is no adapter folder"):
+        save_adapter(model, tmp_path / "thesis" / "chapter.tex")
+    checkpoint = save_adapter(model, tmp_path / "checkpoint")
+    (checkpoint / "optimizer.pt").write_text("state")
+    with pytest.raises(InputError, match=r"holds optimizer\.pt beside an adapter, which would be lost"):
+        save_adapter(model, checkpoint)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+    assert (checkpoint / "optimizer.pt").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "thesis"]
+
+
+@pytest.mark.parametrize("where", ["_write", "_append_initial", "_replace_folder"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_path, monkeypatch):
+    target = tmp_path / "adapter"
+    if existing:
+        save_adapter(train(adapted()), target)
+    held = {entry.name: entry.read_bytes() for entry in target.iterdir()} if existing else None
+    model = adapted("pissa")
+    initial = initial_factors(model)
+    original = getattr(export, where)
+
+    def fail(*arguments):
+        if where != "_replace_folder":
+            original(*arguments)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export, where, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, target, initial=initial)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["adapter"] if existing else [])
+    if existing:
+        assert {entry.name: entry.read_bytes() for entry in target.iterdir()} == held
+
+
+def test_the_old_adapter_comes_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
+    target = save_adapter(train(adapted()), tmp_path / "adapter")
+    held = {entry.name: entry.read_bytes() for entry in target.iterdir()}
+    rename = export.Path.rename
+
+    def fail(source, destination):
+        if source.parent.parent == tmp_path:  # the new folder leaves its scratch place
+            raise OSError("disk full")
+        return rename(source, destination)
+
+    monkeypatch.setattr(export.Path, "rename", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(train(adapted()), target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+    assert {entry.name: entry.read_bytes() for entry in target.iterdir()} == held
+
+
+# --- errors ---
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("name", MUTATING)
+@pytest.mark.filterwarnings("ignore:.*rslora.*")
+def test_a_changed_base_needs_its_start(name, tmp_path):
+    with pytest.raises(InputError, match="changed the base weights: pass initial=initial_factors"):
+        save_adapter(adapted(name), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.messages
+def test_the_start_of_another_model_is_refused(tmp_path):
+    model = adapted("pissa")
+    for other in (adapted("pissa", r=3), adapted("pissa", target_modules=["k_proj"])):
+        with pytest.raises(InputError, match=r"initial holds no start of .*q_proj"):
+            save_adapter(model, tmp_path / "adapter", initial=initial_factors(other))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.messages
+def test_a_changed_base_with_experts_is_refused(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.experts = nn.Linear(8, 8), Experts()
+
+        def forward(self, x):
+            return self.experts(self.linear(x))
+
+    config = LoraConfig(
+        r=2,
+        target_modules=["linear"],
+        target_parameters=["experts.weight"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    model = get_peft_model(Both(), config)
+    with pytest.raises(InputError, match="cannot be saved together with target_parameters"):
+        save_adapter(model, tmp_path / "adapter", initial=initial_factors(model))
+
+
+@pytest.mark.messages
+def test_what_is_no_model_with_one_active_adapter_is_refused(tmp_path):
+    with pytest.raises(InputError, match="needs a PeftModel; got Biased"):
+        save_adapter(Biased(), tmp_path / "adapter")
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match="one active adapter; got default, second"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.messages
+def test_a_missing_adapter_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no adapter \(adapter_config.json is missing\)"):
+        load_adapter(tiny_llama(), tmp_path)
+    with pytest.raises(InputError, match="holds no adapter"):
+        load_adapter(tiny_llama(), tmp_path / "nowhere")
+
+
+def test_adalora_is_saved_as_peft_saves_it(tmp_path):
+    config = AdaLoraConfig(init_r=2, target_modules=["q_proj"], total_step=10, tinit=0, tfinal=1)
+    model = train(get_peft_model(tiny_llama(), config))
+    path = save_adapter(model, tmp_path / "adapter")
+    assert_close(logits(load_adapter(tiny_llama(), path)), logits(model), 1e-6)

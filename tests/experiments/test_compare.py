@@ -1,0 +1,108 @@
+"""Comparisons: the plan, the choice of learning rate, resuming, and the files they leave."""
+
+import json
+
+import pytest
+
+from tangora import CompareSettings, InputError, compare
+from tangora.experiments.compare import CompareWatcher, preset, write_report
+from tangora.report import load_comparison, summarize
+from tests.experiments.small import write_classifier
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    small = write_classifier(tmp_path_factory.mktemp("data"))
+    return CompareSettings(
+        **small,
+        recipes=["full", "lora", "tangent"],
+        learning_rates={"full": [1e-3, 3e-3], "lora": [3e-3, 1e-2], "tangent": [1e-3, 1e2]},
+        seeds=[0, 1],
+        steps=6,
+        batch_size=8,
+    )
+
+
+class Log(CompareWatcher):
+    def __init__(self):
+        super().__init__()
+        self.began, self.ended = [], []
+
+    def begin(self, cell):
+        self.began.append(cell.id)
+        return super().begin(cell)
+
+    def end(self, cell, record):
+        self.ended.append((cell.id, record.status))
+
+
+@pytest.fixture(scope="module")
+def done(settings, tmp_path_factory):
+    folder, log = tmp_path_factory.mktemp("compare") / "out", Log()
+    return settings, folder, compare(settings, folder, command="test", watcher=log), log
+
+
+def test_every_method_is_swept_and_repeated(done):
+    _, _, outcome, log = done
+    assert log.total == 6 + 3
+    assert len(outcome.comparison.records) == 9
+    stages = [(r.recipe, r.stage, r.seed) for r in outcome.comparison.records]
+    assert stages.count(("tangent", "sweep", 0)) == 2
+    assert stages.count(("tangent", "final", 1)) == 1
+    wild = next(r for r in outcome.comparison.records if r.learning_rate == 1e2)
+    rows = {row.recipe: row for row in summarize(outcome.comparison)}
+    assert rows["tangent"].learning_rate == 1e-3
+    assert wild.status in ("diverged", "finished")
+
+
+def test_files(done):
+    _, folder, outcome, _ = done
+    for name in ("settings.json", "comparison.json", "summary.csv", "report.html", "picture.png", "log.txt"):
+        assert (folder / name).stat().st_size > 0 or name == "log.txt"
+    assert (outcome.adapter / "adapter_config.json").exists()
+    assert outcome.difference <= 1e-5
+    assert outcome.adapter_recipe in ("lora", "tangent")
+
+
+def test_same_data_order_for_every_method(done):
+    _, _, outcome, _ = done
+    first = {r.history[0].loss for r in outcome.comparison.records if r.seed == 0}
+    assert len(first) == 1
+
+
+def test_a_second_call_repeats_nothing_and_a_missing_run_is_made_up(done):
+    settings, folder, outcome, _ = done
+    victim = folder / "records" / f"{outcome.comparison.records[2].id}.json"
+    victim.unlink()
+    log = Log()
+    again = compare(settings, folder, command="test", watcher=log)
+    assert log.began == [victim.stem]
+    losses = [[[s.loss for s in r.history] for r in o.comparison.records] for o in (outcome, again)]
+    assert losses[0] == losses[1]
+
+
+def test_the_report_can_be_written_again(done, tmp_path):
+    _, folder, outcome, _ = done
+    loaded = load_comparison(folder)
+    assert {r.id for r in loaded.records} == {r.id for r in outcome.comparison.records}
+    assert write_report(loaded, tmp_path).exists()
+
+
+def test_presets_are_valid_and_real():
+    assert preset("quickstart").model == preset("smoke").model == "minilm-l6"
+    assert len(preset("quickstart").seeds) >= 3
+    assert {"full", "lora", "lora-pro", "tangent"} <= set(preset("quickstart").recipes)
+
+
+@pytest.mark.messages
+def test_bad_input_is_named(done):
+    settings, folder, _, _ = done
+    with pytest.raises(InputError, match="preset must be one of quickstart, smoke; got 'quick'"):
+        preset("quick")
+    other = settings.model_copy(update={"steps": 7})
+    with pytest.raises(InputError, match="steps is 6 there and 7 here"):
+        compare(other, folder)
+    (folder / "records" / "broken.json").write_text(json.dumps({"schema_version": 1}))
+    with pytest.raises(InputError, match=r"broken\.json"):
+        load_comparison(folder)
+    (folder / "records" / "broken.json").unlink()

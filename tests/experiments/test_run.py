@@ -1,0 +1,154 @@
+"""Runs: every recipe trains, the adapter proves itself, and a killed run goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tangora import InputError, RunSettings, recipes, train
+from tangora.experiments.run import execute, load_run_task, verify_adapter
+from tangora.training.callbacks import last_checkpoint, read_history
+from tests.experiments.small import write_classifier, write_generator
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:step .* changes A of",
+    "ignore:The following rank_pattern keys did not match",  # PEFT, loading an AdaLoRA adapter
+    "ignore:Adapter .default.. \\d+ LoRA tensor",  # AdaLoRA takes some layers their whole rank
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in recipes()])
+def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classifier, tmp_path, name):
+    settings = RunSettings(**classifier, recipe=name, steps=10, batch_size=8)
+    task = load_run_task(settings)
+    record = execute(settings, task, tmp_path, run_id="run")
+    assert record.status == "finished", record.error
+    assert len(record.history) == 10
+    assert record.history[-1].learning_rate < record.history[2].learning_rate  # the schedule runs
+    assert record.memory.optimizer_state_bytes > 0
+    assert record.time.forward_backward > 0
+    assert record.time.optimizer > 0
+    assert record.metrics["test"]["accuracy"] == pytest.approx(sum(record.correct) / len(record.correct))
+    if name != "full":
+        assert verify_adapter(settings, task, tmp_path) <= 1e-5
+
+
+def test_training_improves_and_says_so(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="tangent", learning_rate=3e-3, steps=40, batch_size=16)
+    record = train(settings, tmp_path / "out")
+    assert record.metrics["test"]["loss"] < record.metrics["before"]["loss"]
+    lines = read_history(tmp_path / "out" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert train(settings, tmp_path / "out") == record  # a finished run is not repeated
+
+
+def test_full_fine_tuning_saves_its_model(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="full", steps=2, batch_size=4)
+    train(settings, tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_causal_run_with_exact_match(tmp_path):
+    small = write_generator(tmp_path)
+    settings = RunSettings(**small, recipe="lora-pro", steps=3, batch_size=4, exact_match=True)
+    record = train(settings, tmp_path / "out")
+    assert {"loss", "perplexity", "exact_match"} <= record.metrics["test"].keys()
+    assert record.correct is None
+
+
+def test_the_same_settings_give_the_same_run(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="tangent", steps=4, batch_size=4)
+    one, other = (train(settings, tmp_path / name) for name in ("one", "other"))
+    assert [step.loss for step in one.history] == [step.loss for step in other.history]
+
+
+def test_methods_start_from_the_same_loss(classifier, tmp_path):
+    losses = {}
+    for name in ("full", "lora", "tangent", "lora-pro"):
+        settings = RunSettings(**classifier, recipe=name, steps=1, batch_size=16)
+        losses[name] = train(settings, tmp_path / name).metrics["before"]["loss"]
+    assert len(set(losses.values())) == 1
+
+
+def test_a_diverging_run_is_recorded(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="full", learning_rate=1e4, steps=20, batch_size=8)
+    record = train(settings, tmp_path / "out")
+    assert record.status == "diverged"
+    assert "step" in record.error
+
+
+SCRIPT = """
+import sys, json, torch
+torch.set_num_threads(1)
+from tangora import RunSettings, train
+import tangora.training.callbacks as callbacks, time
+original = callbacks.History.on_log
+def slow(self, args, state, control, logs=None, **kwargs):
+    original(self, args, state, control, logs, **kwargs)
+    time.sleep(float(sys.argv[3]))
+callbacks.History.on_log = slow
+train(RunSettings(**json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["tangent", "lora-pro", "lora"])
+def test_resume_after_kill_equals_an_uninterrupted_run(classifier, tmp_path, name):
+    settings = {**classifier, "recipe": name, "steps": 12, "batch_size": 8, "save_every": 4, "accumulate": 2}
+
+    def start(folder, pause):
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, json.dumps(settings), str(folder), str(pause)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(killed, 0.3)
+    deadline = time.time() + 60
+    while len(read_history(killed / "metrics.jsonl")) < 6:
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last_checkpoint(killed / "checkpoints").name == "checkpoint-4"
+    assert start(killed, 0).wait() == 0
+    assert start(whole, 0).wait() == 0
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert read_history(whole / "metrics.jsonl") == read_history(killed / "metrics.jsonl")
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path):
+    for step, sealed in ((4, True), (8, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if sealed:
+            (folder / "complete").touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+@pytest.mark.messages
+def test_bad_input_is_named(classifier, tmp_path):
+    with pytest.raises(InputError, match=r"rank must be at most \d+, the smaller side of layer .*; got 999"):
+        train(RunSettings(**{**classifier, "rank": 999}), tmp_path / "a")
+    settings = RunSettings(**classifier, steps=1, batch_size=4)
+    train(settings, tmp_path / "b")
+    with pytest.raises(InputError, match="belongs to another configuration: steps is 1 there and 2 here"):
+        train(settings.model_copy(update={"steps": 2}), tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is no tangora output folder"):
+        train(settings, tmp_path / "c")

@@ -1,0 +1,59 @@
+"""The table of methods."""
+
+import pytest
+import torch
+
+from tangora import InputError, recipe, recipes
+from tests.training.tiny import tiny_bert
+
+EXPECTED = {
+    "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
+    "p-lora", "lora-pro", "lora-pro-factor", "lora-pro-sgd", "tangent",
+}  # fmt: skip
+
+
+def test_all_methods_are_there():
+    assert {entry.name for entry in recipes()} == EXPECTED
+
+
+def test_grids_are_ascending_and_the_aligned_methods_share_that_of_full_fine_tuning():
+    for entry in recipes():
+        assert list(entry.learning_rates) == sorted(set(entry.learning_rates))
+        assert min(entry.learning_rates) > 0
+    full = recipe("full").learning_rates
+    assert all(recipe(name).learning_rates == full for name in ("lora-pro", "lora-pro-factor", "tangent"))
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(AttributeError):
+        recipe("lora").name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        recipe("dora").options["use_dora"] = False
+
+
+def test_the_start_depends_on_the_seed_only():
+    state = torch.get_rng_state()
+    starts = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        model = recipe("lora").prepare(
+            tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1, seed=seed
+        )
+        starts.append(torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    torch.set_rng_state(state)
+
+
+def test_lora_plus_uses_the_papers_ratio():
+    model = recipe("lora+").prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
+    optimizer = recipe("lora+").create_optimizer(model, 1e-4, weight_decay=0.0)
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-4, 16e-4}
+
+
+@pytest.mark.messages
+def test_unknown_recipe():
+    with pytest.raises(
+        InputError, match=r"recipe must be one of full, lora, .*; got 'tangnt' \(did you mean tangent\?\)"
+    ):
+        recipe("tangnt")
