@@ -20,10 +20,10 @@ def test_converges(name):
     model, x, y = problem()
     optimizer = OPTIMIZERS[name](model)
     first = loss_of(model, x, y).item()
-    for _ in range(400):
+    for _ in range(150):
         backward(model, x, y)
         optimizer.step()
-    assert loss_of(model, x, y).item() < 0.3 * first
+    assert loss_of(model, x, y).item() < 0.5 * first
 
 
 @every
