@@ -1,8 +1,8 @@
 """Does `retraction="auto"` save the runs that `orthographic` alone loses?
 
 SmolLM2-135M on chain_sum from a start like LoRA-One's: B A is one rank-8 step of gradient descent, balanced, with the
-gradient's decaying singular values. TangentAdam at a fixed learning rate with each retraction; recorded are the losses, the
-number of layers that `auto` handed to the SVD at each step, and the largest rise of the smoothed loss.
+gradient's decaying singular values. TangentAdam at a fixed learning rate with each retraction; recorded are the losses,
+the number of layers that `auto` handed to the SVD at each step, and the largest rise of the smoothed loss.
 """
 
 from collections.abc import Iterator

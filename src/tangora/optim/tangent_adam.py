@@ -114,8 +114,8 @@ class TangentAdam(PairOptimizer):
     r"""Adam along the projected full gradient, with half of the state of AdamW on the adapters.
 
     Everything it keeps belongs to the weight $W$ and not to the factors, so the sequence of weights is the same for
-    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype, and $B = 0$ needs no special
-    care. With rank $\min(m, n)$ it is Adafactor with momentum on $W$. The learning rate is that of **full fine-tuning**.
+    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype, and $B = 0$ needs no special care. With rank
+    $\min(m, n)$ it is Adafactor with momentum on $W$. The learning rate is that of **full fine-tuning**.
 
     Args:
         params: PEFT model, pairs, or parameter groups.
