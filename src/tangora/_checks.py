@@ -58,3 +58,19 @@ def check_number(
     left = "(" if open_low or math.isinf(low) else "["
     right = ")" if open_high or math.isinf(high) else "]"
     raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}{right}; got {value!r}")
+
+
+def check_whole(name: str, value: int, *, low: int) -> None:
+    """Raise `InputError` unless a value is a whole number that is large enough.
+
+    Args:
+        name: The argument as the user knows it.
+        value: What was given.
+        low: Smallest allowed value.
+
+    Raises:
+        InputError: If ``value`` is no whole number or below ``low``.
+    """
+    check_number(name, value, low=low)
+    if not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number; got {value!r}")

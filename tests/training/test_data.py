@@ -7,10 +7,9 @@ import datasets
 import pytest
 
 from tangora._checks import InputError
-from tangora.training import generated, sources
-from tangora.training.columns import Columns, content_key, to_examples
-from tangora.training.data import load_task
-from tangora.training.splits import Counts, make_splits, stratified_order
+from tangora.training.data import generated, load_task, sources
+from tangora.training.data.columns import Columns, content_key, to_examples
+from tangora.training.data.splits import Counts, make_splits, stratified_order
 
 SMALL = {"num_validation": 3, "num_test": 4}
 
@@ -150,7 +149,7 @@ def test_hub_data_set_with_config(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(
-        "tangora.training.data.hub_problem",
+        "tangora.training.data.task.hub_problem",
         lambda name, _: (None, False) if name == "glue" else ("the hub has no such dataset", False),
     )
     task = load_task("glue/sst2", num_validation=2, num_test=4)

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from tangora._checks import InputError
 from tangora.training.data import collator, encode
+from tangora.training.data.text import EncodedDataset
 from tangora.training.evaluation import (
     answers_match,
     evaluate,
@@ -17,7 +18,6 @@ from tangora.training.evaluation import (
     predictions,
     summarize,
 )
-from tangora.training.text import EncodedDataset
 from tests.training.tiny import (
     causal_examples,
     labelled_examples,

@@ -6,10 +6,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tangora._checks import InputError
-from tangora.training import gguf, models
-from tangora.training.gguf import cache_folder, dequantized
-from tangora.training.models import PACKAGED_MODELS, load_model
-from tangora.training.packaged import PackagedFiles, install_command
+from tangora.training.models import PACKAGED_MODELS, gguf, load_model
+from tangora.training.models import loading as models
+from tangora.training.models.gguf import cache_folder, dequantized
+from tangora.training.models.packaged import PackagedFiles, install_command
 from tests.training.tiny import rng_state_unchanged, tiny_bert, tiny_llama, tiny_tokenizer
 
 

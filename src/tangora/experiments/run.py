@@ -2,13 +2,11 @@
 
 import logging
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tangora.adapters import initial_factors, load_adapter, save_adapter
+from tangora.experiments.provenance import commit, machine, versions
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
@@ -38,7 +37,6 @@ from tangora.training.models import LoadedModel, load_model
 from tangora.training.trainer import Trainer
 
 Stage = Literal["sweep", "final"]
-_PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate")
 _PROOF_EXAMPLES = 8
 
 logger = logging.getLogger(__name__)
@@ -169,9 +167,9 @@ def execute(
         memory=_memory(trainer.optimizer, model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=correct,
-        versions={package: version(package) for package in _PACKAGES},
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {_device_name()}",
-        commit=None,
+        versions=versions(),
+        machine=machine(),
+        commit=commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -305,7 +303,3 @@ def _memory(optimizer: Optimizer | None, model: nn.Module) -> MemoryUse:
         optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
     )
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"

@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from tangora._checks import InputError
-from tangora.training.generated import ANSWER_MARKER
-from tangora.training.numbers import check_whole
+from tangora._checks import InputError, check_whole
+from tangora.training.data.generated import ANSWER_MARKER
+from tangora.training.data.text import encode_prompts
 from tangora.training.observe import Progress, device_of, length_batches, observed
-from tangora.training.text import encode_prompts
 
 
 def generate_completions(

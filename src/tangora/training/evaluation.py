@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from tangora._checks import InputError, check_choice
 from tangora.training.answers import answers_match, exact_match, final_answer, generate_completions
+from tangora.training.data.text import IGNORED, Collator, EncodedDataset
 from tangora.training.models import KINDS, Kind
 from tangora.training.observe import Progress, device_of, length_batches, observed
-from tangora.training.text import IGNORED, Collator, EncodedDataset
 
 __all__ = [
     "Progress",

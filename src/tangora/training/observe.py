@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from tangora.training.numbers import check_whole
+from tangora._checks import check_whole
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the number of examples done and of all examples."""

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, check_whole
 from tangora.training.models import KINDS, Kind
-from tangora.training.numbers import check_whole
 
 IGNORED = -100
 """Label of a token that counts for no loss; what torch's and transformers' losses skip."""

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tangora._checks import InputError, check_choice
-from tangora.training.columns import Columns, Example, infer_kind, to_examples
-from tangora.training.generated import PREFIX, generate_splits
-from tangora.training.hub import hub_problem
+from tangora._checks import InputError, check_choice, check_whole
+from tangora.training.data.columns import Columns, Example, infer_kind, to_examples
+from tangora.training.data.generated import PREFIX, generate_splits
+from tangora.training.data.sources import PACKAGED_CORPORA, RawData, read_file, read_folder, read_hub
+from tangora.training.data.splits import Counts, make_splits
 from tangora.training.models import KINDS, Kind
-from tangora.training.numbers import check_whole
-from tangora.training.packaged import locate, near_hint
-from tangora.training.sources import PACKAGED_CORPORA, RawData, read_file, read_folder, read_hub
-from tangora.training.splits import Counts, make_splits
-from tangora.training.text import EncodedDataset, collator, encode
-
-__all__ = ["EncodedDataset", "Example", "Task", "collator", "encode", "load_task"]
+from tangora.training.models.hub import hub_problem
+from tangora.training.models.packaged import locate, near_hint
 
 
 @dataclass(frozen=True)

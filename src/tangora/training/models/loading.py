@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice
-from tangora.training.gguf import dequantized
-from tangora.training.hub import hub_problem
-from tangora.training.numbers import check_whole
-from tangora.training.packaged import PackagedFiles, installed_version, locate, near_hint
+from tangora._checks import InputError, check_choice, check_whole
+from tangora.training.models.gguf import dequantized
+from tangora.training.models.hub import hub_problem
+from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
 
 Kind: TypeAlias = Literal["classification", "causal"]
 """What a model is trained for: one label per text, or the next token."""

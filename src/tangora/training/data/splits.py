@@ -5,9 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from tangora._checks import InputError
-from tangora.training.columns import Example, content_key
-from tangora.training.numbers import check_whole
+from tangora._checks import InputError, check_whole
+from tangora.training.data.columns import Example, content_key
 
 
 class Counts(NamedTuple):

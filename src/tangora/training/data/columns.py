@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tangora._checks import InputError, check_choice
+from tangora.training.data.sources import RawData, Row
 from tangora.training.models import Kind
-from tangora.training.sources import RawData, Row
 
 Example: TypeAlias = dict[str, Any]
 """``text`` and ``label`` (a number), or ``prompt``, ``completion`` and sometimes ``answer``."""

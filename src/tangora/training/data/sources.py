@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tangora._checks import InputError
-from tangora.training.packaged import PackagedFiles
+from tangora.training.models.packaged import PackagedFiles
 
 
 class Row(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from tangora._checks import InputError, check_choice
-from tangora.training.columns import Example
-from tangora.training.splits import Counts, Splits, unique
+from tangora.training.data.columns import Example
+from tangora.training.data.splits import Counts, Splits, unique
 
 PREFIX = "reasoning-gym:"
 

@@ -1,0 +1,42 @@
+"""Where a number comes from: versions, machine and commit."""
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
+
+
+def machine() -> str:
+    """Return processor architecture, number of threads and accelerator; nothing that names a host."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}"
+
+
+@cache
+def commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, or ``None`` for an installed package."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode != 0:  # some other project's repository, with tangora installed below it
+            return None
+        head = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()
