@@ -144,6 +144,7 @@ def test_a_comparison_with_an_unknown_recipe(call, small, tmp_path):
     assert "lorra" in err
 
 
+@pytest.mark.slow
 def test_the_module_prints_no_traceback(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "tangora.cli", "train", "--recipe", "none", "--output", str(tmp_path / "out")],

@@ -102,6 +102,7 @@ train(RunSettings(**json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tangent", "lora-pro", "lora"])
 def test_resume_after_kill_equals_an_uninterrupted_run(classifier, tmp_path, name):
     settings = {**classifier, "recipe": name, "steps": 12, "batch_size": 8, "save_every": 4, "accumulate": 2}

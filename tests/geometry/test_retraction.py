@@ -13,7 +13,7 @@ from tangora.geometry.retraction import (
     svd_retract,
     well_conditioned,
 )
-from tangora.geometry.tangent import Cotangent, coordinates, frame, project
+from tangora.geometry.tangent import Cotangent, coordinates, frame, project, transport
 from tests.cases import cases, gauge_transform, random_case
 from tests.reference import dense
 from tests.tolerances import assert_close
@@ -129,3 +129,14 @@ def test_nothing_to_do_changes_nothing():
         A_new, B_new = retract(A, B, at, still, 0.1, kind)
         assert torch.equal(A_new, A)
         assert torch.equal(B_new, B)
+
+
+def test_rebalancing_leaves_the_momentum_unchanged():
+    A, B, g, _ = random_case(9, 7, 3, seed=5)
+    at = frame(A, B)
+    M = dense.project(A, B, g)
+    A_new, B_new = rebalance(A, B)
+    moved = transport(at, coordinates(at, Cotangent(B.T @ M, M @ A.T)), A_new, B_new)
+    there = frame(A_new, B_new)
+    xi = project(there, coordinates(there, moved))
+    assert_close(there.U @ xi.K + xi.J @ there.V, M)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tangora import InputError, TangentAdam, find_pairs
+from tangora.geometry.tangent import Cotangent, coordinates, frame, project
 from tangora.optim.tangent_adam import adafactor_metric
 from tests.cases import gauge_transform
 from tests.optim.problems import Quadratic, backward, problem
@@ -123,3 +124,31 @@ def test_momentum_belongs_to_the_factors_as_they_are_stored():
         left = optimizer.state[pair.A]["exp_avg"] @ A.T
         right = B.T @ optimizer.state[pair.B]["exp_avg"]
         assert_close(left, right, 1e-4)
+
+
+def momentum_of(toy, optimizer):
+    """Rebuild the dense momentum from the state."""
+    A, B = toy.A.detach(), toy.B.detach()
+    at = frame(A, B)
+    state = Cotangent(optimizer.state[toy.A]["exp_avg"], optimizer.state[toy.B]["exp_avg"])
+    tangent = project(at, coordinates(at, state))
+    return at.U @ tangent.K + tangent.J @ at.V
+
+
+def test_the_state_belongs_to_w_and_changes_basis_with_the_factors():
+    """Under (B, A) -> (B R, R^-1 A) the dense momentum stays, and the state is (B^T M, M A^T) in either basis."""
+    found = []
+    for change in (False, True):
+        toy = Quadratic(9, 6, 3, seed=3)
+        if change:
+            toy.A.data, toy.B.data = gauge_transform(toy.A.data, toy.B.data, 100.0, seed=1)
+        optimizer = TangentAdam(toy.model, lr=1e-2)
+        for _ in range(5):
+            toy.set_gradients()
+            optimizer.step()
+        M = momentum_of(toy, optimizer)
+        assert_close(optimizer.state[toy.A]["exp_avg"], toy.B.detach().T @ M, 1e-9)
+        assert_close(optimizer.state[toy.B]["exp_avg"], M @ toy.A.detach().T, 1e-9)
+        found.append((M, optimizer.state[toy.A]["exp_avg_sq_col"], optimizer.state[toy.B]["exp_avg_sq_row"]))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 1e-8)
