@@ -49,14 +49,11 @@ Output = Annotated[
 ]
 
 
-def takes(
-    settings: type[Settings], *, skip: tuple[str, ...] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each setting, described by it.
 
     Args:
         settings: Where names, types, descriptions and defaults come from.
-        skip: Settings that the command takes in another form.
 
     Returns:
         A decorator of a function with ``**values``, which receives the flags that were given.
@@ -74,7 +71,6 @@ def takes(
         flags = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(key, field))
             for key, field in settings.model_fields.items()
-            if key not in skip
         ]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values()] + flags
         call.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]

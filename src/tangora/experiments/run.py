@@ -55,6 +55,18 @@ class Watcher:
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
+@dataclass
+class _Result:
+    """What a run has found so far."""
+
+    metrics: dict[str, dict[str, float]]
+    status: Literal["finished", "diverged"] = "finished"
+    error: str | None = None
+    correct: list[bool] | None = None
+    evaluation_seconds: float = 0.0
+    peak_bytes: int | None = None
+
+
 def load_run_task(settings: RunSettings) -> Task:
     """Load the data of a run.
 
@@ -110,63 +122,50 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    method = recipe(settings.recipe)
-    timer, clock = StepTimer(), time.perf_counter()
     watcher.phase("start")
     loaded = load_base(settings, task)
-    metrics = {"before": _measure(loaded, loaded.model, task, settings)[0]} if before else {}
+    result = _Result(metrics={"before": _measure(loaded, loaded.model, task, settings)[0]} if before else {})
     began = time.perf_counter()
-    model = _prepare(method, loaded.model, task, settings)
+    model = _prepare(recipe(settings.recipe), loaded.model, task, settings)
     initial = initial_factors(model) if isinstance(model, PeftModel) else {}
-    start_seconds = time.perf_counter() - began
-    watcher.phase("training")
-    status, error, correct = "finished", None, None
+    start_seconds, timer = time.perf_counter() - began, StepTimer()
     trainer = _trainer(settings, loaded, model, task, folder, timer, watcher)
-    evaluation_seconds = 0.0
     try:
-        checkpoint = last_checkpoint(folder / "checkpoints")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        watcher.phase("training")
+        result.peak_bytes = _train(trainer, folder / "checkpoints")
         watcher.phase("evaluation")
-        began = time.perf_counter()
-        metrics["validation"] = evaluate(
-            model, *_encoded(task.validation, loaded, settings), **_how(task, settings)
-        )
-        metrics["test"], correct = _measure(loaded, model, task, settings)
-        evaluation_seconds = time.perf_counter() - began
+        _evaluate(result, loaded, model, task, settings)
         _save(model, folder, initial, loaded, task, settings)
         if keep_model and not isinstance(model, PeftModel):
             loaded.model.save_pretrained(folder / "model")
             loaded.tokenizer.save_pretrained(folder / "model")
     except (DivergedError, FloatingPointError) as problem:
-        status, error = "diverged", str(problem)
+        result.status, result.error = "diverged", str(problem)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    logger.info("%s: %s in %.0f s", run_id, status, time.perf_counter() - clock)
+    logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
     history = [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
+    validation = result.metrics.get("validation")
     return Record(
         id=run_id,
         recipe=settings.recipe,
         learning_rate=settings.peak,
         seed=settings.seed,
         stage=stage,
-        status=status,
-        error=error,
+        status=result.status,
+        error=result.error,
         settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
-        metrics=metrics,
+        metrics=result.metrics,
         history=history,
-        evaluations=[
-            EvaluationRecord(step=len(history), metrics=metrics[key])
-            for key in ("validation",)
-            if key in metrics
-        ],
+        evaluations=[EvaluationRecord(step=len(history), metrics=validation)] if validation else [],
         time=TimeSplit(
             start=start_seconds,
             forward_backward=timer.forward_backward,
             optimizer=timer.optimizer,
-            evaluation=evaluation_seconds,
+            evaluation=result.evaluation_seconds,
         ),
-        memory=_memory(trainer.optimizer, model),
+        memory=_memory(trainer.optimizer, model, result.peak_bytes),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        correct=correct,
+        correct=result.correct,
         versions=versions(),
         machine=machine(),
         commit=commit(),
@@ -250,6 +249,25 @@ def _trainer(
     return trainer
 
 
+def _train(trainer: Trainer, checkpoints: Path) -> int | None:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    checkpoint = last_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return torch.cuda.max_memory_allocated() if on_gpu else None
+
+
+def _evaluate(
+    result: _Result, loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
+) -> None:
+    began = time.perf_counter()
+    validation = _encoded(task.validation, loaded, settings)
+    result.metrics["validation"] = evaluate(model, *validation, **_how(task, settings))
+    result.metrics["test"], result.correct = _measure(loaded, model, task, settings)
+    result.evaluation_seconds = time.perf_counter() - began
+
+
 def _encoded(examples: Any, loaded: LoadedModel, settings: RunSettings) -> tuple[Any, Any]:
     data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
     return data, collator(loaded.tokenizer, loaded.kind)
@@ -293,13 +311,13 @@ def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSett
     return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
 
 
-def _memory(optimizer: Optimizer | None, model: nn.Module) -> MemoryUse:
+def _memory(optimizer: Optimizer | None, model: nn.Module, peak_bytes: int | None) -> MemoryUse:
     states = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     tensors = [
         v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
     ]
     return MemoryUse(
-        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_bytes=peak_bytes,
         optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
     )
