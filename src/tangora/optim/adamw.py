@@ -83,6 +83,19 @@ def _step_device(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
 
 
+def step_counters(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
+    """Make the counters that `adamw_update` takes.
+
+    Args:
+        tensors: What will be updated.
+        step: Number of the step that is being taken, from 1.
+
+    Returns:
+        One scalar per tensor that says ``step - 1``.
+    """
+    return [torch.tensor(float(step - 1), device=_step_device(tensor)) for tensor in tensors]
+
+
 def adamw_factors(
     stack: PairStack, velocities: tuple[FactorA, FactorB], group: dict[str, Any]
 ) -> tuple[FactorA, FactorB]:
@@ -101,7 +114,7 @@ def adamw_factors(
         key: [stack.state(factor, key, *tensor.shape[1:]) for factor, tensor in factors.items()]
         for key in ("exp_avg", "exp_avg_sq")
     }
-    steps = [torch.tensor(float(stack.step - 1), device=_step_device(tensor)) for tensor in factors.values()]
+    steps = step_counters([*factors.values()], stack.step)
     adamw_update([*factors.values()], velocities, moments["exp_avg"], moments["exp_avg_sq"], steps, group)
     for index, factor in enumerate(factors):
         stack.keep(factor, **{key: values[index] for key, values in moments.items()})

@@ -15,7 +15,7 @@ from tangora._types import FactorA, FactorB, Weight
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
 from tangora.geometry.retraction import RETRACTIONS, Retraction, retract
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
-from tangora.optim.adamw import adamw_factors
+from tangora.optim.adamw import adamw_factors, adamw_update, step_counters
 from tangora.optim.base import OnNonfinite, PairOptimizer, Params
 from tangora.optim.stack import PairStack
 
@@ -23,8 +23,8 @@ Moments = Literal["weight", "factor"] | None
 MOMENTS = ("weight", "factor", None)
 LORA_PRO_RETRACTIONS = ("factors", *get_args(Retraction))
 
-# m x n temporaries are made for a few layers at a time: small enough for a cache, large enough to hide call overhead
-_CHUNK_NUMBERS = 2**21
+# m x n temporaries are made for a few layers at a time: the memory of a few layers, and little call overhead
+_CHUNK_NUMBERS = 2**22
 
 
 def adam_on_weight(
@@ -52,15 +52,16 @@ def adam_on_weight(
     Returns:
         The cotangent of $U$.
     """
-    (A, B), (beta1, beta2) = factors, group["betas"]
-    equivalent = at.U @ tangent.K + tangent.J @ at.V
-    exp_avg.lerp_(equivalent, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(equivalent, equivalent, value=1 - beta2)
-    denominator = torch.sqrt(exp_avg_sq, out=equivalent)  # reuses the memory: one m x n temporary, not three
-    denominator.div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    direction = torch.div(exp_avg, denominator, out=denominator)
-    scale = 1 / (1 - beta1**step)
-    return Cotangent((B.mT @ direction) * scale, (direction @ A.mT) * scale)
+    (A, B) = factors
+    basis = torch.cat([at.U.mT, tangent.J.mT], dim=-2)
+    equivalent = basis.mT @ torch.cat([tangent.K, at.V], dim=-2)
+    # torch's fused AdamW does all of Adam in one pass over the four matrices: a unit step from zero is -U
+    direction = torch.zeros_like(equivalent)
+    unit_step = {**group, "lr": 1.0, "weight_decay": 0.0}
+    adamw_update(
+        [direction], [equivalent], [exp_avg], [exp_avg_sq], step_counters([direction], step), unit_step
+    )
+    return Cotangent((B.mT @ direction).neg_(), (direction @ A.mT).neg_())
 
 
 class LoRAPro(PairOptimizer):
