@@ -45,7 +45,7 @@ class Recipe:
         model: PreTrainedModel,
         *,
         r: int,
-        lora_alpha: float,
+        lora_alpha: float | int,
         task_type: str,
         total_steps: int,
         seed: int = 0,
