@@ -1,0 +1,346 @@
+"""`initialize`: give the adapter of a PEFT model a start, never changing a base weight."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from tangora._checks import InputError, check_choice
+from tangora._types import FactorA, FactorB, LossFn
+from tangora.adapters import (
+    LoraPair,
+    attach_offset,
+    base_weight,
+    check_unmutated,
+    detach_offset,
+    find_pairs,
+    offset_factors,
+    refresh_magnitude,
+)
+from tangora.init.lora_ga import lora_ga
+from tangora.init.lora_one import lora_one, lora_one_v1
+from tangora.init.one_step import STEP_SIZES, one_step
+from tangora.init.orthogonal import orthogonal
+from tangora.init.pissa import pissa
+from tangora.probes import GradientSpectrum, Report, gradient_spectra, mean_loss, probed_layers
+
+Factors = tuple[FactorA, FactorB]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `initialize` did.
+
+    Attributes:
+        method: The start's name.
+        names: Layers that got it.
+        skipped: Layers that kept the plain LoRA start, with the reason.
+        seconds: What it took.
+        step: Step size of ``one-step``.
+        line_search: Held-out loss by step size, where ``one-step`` searched.
+    """
+
+    method: str
+    names: tuple[str, ...]
+    skipped: Mapping[str, str]
+    seconds: float
+    step: float | None = None
+    line_search: Mapping[float, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One layer to start, and what its start is made of."""
+
+    pair: LoraPair
+    spectrum: GradientSpectrum | None
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class _Method:
+    """One start."""
+
+    factors: Callable[..., Factors]
+    """``(site, **options)`` -> $(A_0, B_0)$."""
+    options: tuple[str, ...]
+    directions: int = 0
+    """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
+    offset: bool = False
+    """Whether $-s B_0 A_0$ is carried along, so that the model starts from the base."""
+
+
+def initialize(
+    model: PeftModel,
+    method: str,
+    batches: Iterable[Any] | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    adapter_name: str | None = None,
+    progress: Report = True,
+    **options: Any,
+) -> Start:
+    r"""Give an adapter one of the published starts.
+
+    Base weights are never changed, so quantized models work and `save_adapter` (as PEFT's own ``save_pretrained``)
+    writes an adapter for the original base. Gradients are read through probes in the memory of LoRA training. Call it
+    before making the optimizer.
+
+    ============= ============================================= ===============================================
+    method        start                                         options (default)
+    ============= ============================================= ===============================================
+    lora          PEFT's: A random, B = 0
+    orthogonal    random orthogonal A and B                     size (0.577)
+    pissa         principal directions of the weight            niter (None: exact)
+    lora-ga       singular directions of the gradient           direction (ArB2r), scale (stable), stable_gamma (16)
+    lora-one      rank-r step of gradient descent               gamma (128)
+    lora-one-v1   its directions, the model starts at the base  gamma (128)
+    one-step      the step itself, not to be trained further    step, or held_out batches to search it on
+    ============= ============================================= ===============================================
+
+    The methods that read gradients also take ``oversampling`` (8), ``power_iterations`` (1) and ``one_pass`` (False) of
+    `gradient_spectra`.
+
+    Args:
+        model: PEFT model with LoRA; its adapter's earlier start or training is lost.
+        method: Which start.
+        batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
+        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
+        seed: Seed of everything random; the global random state is untouched.
+        adapter_name: Which adapter; default the active one.
+        progress: Whether to draw a progress bar on a terminal, or what hears of it.
+        **options: As in the table.
+
+    Returns:
+        Which layers got the start.
+
+    Raises:
+        InputError: If method, options or batches cannot be used. The model is then as it was.
+
+    Example:
+        >>> tangora.initialize(model, "lora-ga", batches)  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    chosen = _check(method, batches, options)
+    adapter, pairs = _adapter(model, adapter_name)
+    with _restored_on_error(model, adapter, pairs):
+        _reset(model, adapter, pairs, seed)
+        spectra: Mapping[str, GradientSpectrum] = {}
+        if chosen.directions:
+            probing = {key: options.pop(key) for key in _PROBE_OPTIONS if key in options}
+            spectra = _spectra(
+                model,
+                batches,
+                chosen,
+                adapter,
+                pairs,
+                seed=seed,
+                loss_fn=loss_fn,
+                progress=progress,
+                **probing,
+            )
+        sites, skipped = _sites(pairs, spectra, chosen, seed)
+        losses: Mapping[float, float] = {}
+        if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
+            losses = _line_search(model, sites, held_out, loss_fn)
+            options["step"] = min(losses, key=losses.__getitem__)
+        _write(model, adapter, chosen, sites, options)
+    if skipped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=2)
+    names = tuple(site.pair.name for site in sites)
+    return Start(method, names, skipped, time.perf_counter() - began, options.get("step"), losses)
+
+
+def starts() -> tuple[str, ...]:
+    """List the starts.
+
+    Returns:
+        Names for `initialize`.
+    """
+    return tuple(_METHODS)
+
+
+def needs_batches(method: str) -> bool:
+    """Tell whether a start reads gradients.
+
+    Args:
+        method: Its name.
+
+    Returns:
+        Whether `initialize` needs batches for it.
+    """
+    return _METHODS[method].directions > 0
+
+
+def _check(method: str, batches: Iterable[Any] | None, options: Mapping[str, Any]) -> _Method:
+    check_choice("method", method, tuple(_METHODS))
+    chosen = _METHODS[method]
+    allowed = chosen.options + (_PROBE_OPTIONS if chosen.directions else ())
+    for key in options:
+        if key not in allowed:
+            raise InputError(f"start {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}")
+    if chosen.directions and batches is None:
+        raise InputError(
+            f"start {method!r} reads gradients: give batches, a list of model inputs with labels"
+        )
+    if method == "one-step" and ("step" in options) == (options.get("held_out") is not None):
+        raise InputError("start 'one-step' needs either step=... or held_out=batches to search the step on")
+    return chosen
+
+
+def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, list[LoraPair]]:
+    if not isinstance(model, PeftModel):
+        raise InputError(f"model must be a PeftModel with a LoRA adapter; got {type(model).__name__}")
+    if adapter_name is None and len(model.active_adapters) != 1:
+        raise InputError(f"adapter_name must be given: {len(model.active_adapters)} adapters are active")
+    adapter = adapter_name or model.active_adapters[0]
+    pairs = find_pairs(model, adapter)
+    if not pairs:
+        raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")
+    check_unmutated(model, adapter)
+    return adapter, pairs
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: PeftModel, adapter: str, pairs: list[LoraPair]) -> Iterator[None]:
+    before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+    offset = offset_factors(model, adapter)
+    try:
+        yield
+    except BaseException:
+        for pair, (A, B) in zip(pairs, before, strict=True):
+            pair.A.data.copy_(A)
+            pair.B.data.copy_(B)
+        if offset is not None:
+            attach_offset(model, adapter, offset)
+        raise
+
+
+def _reset(model: PeftModel, adapter: str, pairs: list[LoraPair], seed: int) -> None:
+    detach_offset(model, adapter)
+    with torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    ):
+        torch.manual_seed(seed)
+        for pair in pairs:
+            pair.layer.reset_lora_parameters(adapter, True)  # pyright: ignore[reportCallIssue]
+            refresh_magnitude(pair)
+
+
+def _spectra(
+    model: PeftModel,
+    batches: Iterable[Any] | None,
+    chosen: _Method,
+    adapter: str,
+    pairs: list[LoraPair],
+    **options: Any,
+) -> dict[str, GradientSpectrum]:
+    assert batches is not None
+    ranks = {pair.name: chosen.directions * pair.shape[2] for pair in pairs}
+    layers = probed_layers(model, adapter_name=adapter)
+    return gradient_spectra(model, batches, ranks, layers=layers, **options)
+
+
+def _sites(
+    pairs: list[LoraPair], spectra: Mapping[str, GradientSpectrum], chosen: _Method, seed: int
+) -> tuple[list[_Site], dict[str, str]]:
+    sites, skipped = [], {}
+    for index, pair in enumerate(pairs):
+        m, n, r = pair.shape
+        spectrum = spectra.get(pair.name)
+        if r > min(m, n):
+            skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
+        elif chosen.directions and spectrum is None:
+            skipped[pair.name] = "its gradient cannot be read"
+        elif spectrum is not None and not spectrum.svd.S[0] > 0:
+            skipped[pair.name] = "its gradient is zero on these batches"
+        else:
+            generator = torch.Generator().manual_seed((seed << 20) + index)
+            sites.append(_Site(pair, spectrum, generator))
+    return sites, skipped
+
+
+@torch.no_grad()
+def _write(
+    model: PeftModel, adapter: str, chosen: _Method, sites: list[_Site], options: Mapping[str, Any]
+) -> None:
+    offset = {}
+    for site in sites:
+        pair = site.pair
+        for parameter, factor in zip((pair.A, pair.B), chosen.factors(site, **options), strict=True):
+            parameter.copy_(factor.reshape(parameter.shape))
+        if chosen.offset:
+            A, B = pair.factors()  # as rounded to the adapter's dtype, so that they cancel exactly
+            offset[pair.name] = (B.clone(), A.clone())
+        else:
+            refresh_magnitude(pair)
+    if chosen.offset:
+        attach_offset(model, adapter, offset)
+
+
+def _line_search(
+    model: PeftModel, sites: list[_Site], held_out: Iterable[Any], loss_fn: LossFn | None
+) -> dict[float, float]:
+    losses = {}
+    for step in STEP_SIZES:
+        _write(model, sites[0].pair.adapter, _METHODS["one-step"], sites, {"step": step})
+        losses[step] = mean_loss(model, held_out, loss_fn=loss_fn)
+    return losses
+
+
+def _lora_ga(site: _Site, **options: Any) -> Factors:
+    assert site.spectrum is not None
+    values = None
+    if options.get("scale") == "weight_svd":
+        values = torch.linalg.svdvals(base_weight(site.pair))
+    r, scaling = site.pair.shape[2], site.pair.scaling
+    return lora_ga(
+        site.spectrum.svd, r, scaling, weight_singular_values=values, generator=site.generator, **options
+    )
+
+
+def _lora_one(site: _Site, **options: Any) -> Factors:
+    assert site.spectrum is not None
+    return lora_one(site.spectrum.svd, site.pair.shape[2], **options)
+
+
+def _lora_one_v1(site: _Site, **options: Any) -> Factors:
+    assert site.spectrum is not None
+    return lora_one_v1(site.spectrum.svd, site.pair.shape[2], **options)
+
+
+def _one_step(site: _Site, **options: Any) -> Factors:
+    assert site.spectrum is not None
+    return one_step(site.spectrum.svd, site.pair.shape[2], site.pair.scaling, **options)
+
+
+def _orthogonal(site: _Site, **options: Any) -> Factors:
+    return orthogonal(*site.pair.shape, generator=site.generator, **options)
+
+
+def _pissa(site: _Site, **options: Any) -> Factors:
+    return pissa(base_weight(site.pair), site.pair.shape[2], site.pair.scaling, **options)
+
+
+def _lora(site: _Site) -> Factors:
+    return site.pair.factors()  # as `_reset` drew them
+
+
+_METHODS = {
+    "lora": _Method(_lora, ()),
+    "orthogonal": _Method(_orthogonal, ("size",), offset=True),
+    "pissa": _Method(_pissa, ("niter",), offset=True),
+    "lora-ga": _Method(_lora_ga, ("direction", "scale", "stable_gamma"), directions=2, offset=True),
+    "lora-one": _Method(_lora_one, ("gamma",), directions=1),
+    "lora-one-v1": _Method(_lora_one_v1, ("gamma",), directions=1, offset=True),
+    "one-step": _Method(_one_step, ("step", "held_out"), directions=1),
+}
+_PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")

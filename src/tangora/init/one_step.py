@@ -1,0 +1,29 @@
+r"""One step of full gradient descent, cut to rank $r$, and no training after it: a baseline that costs almost nothing."""
+
+from tangora._checks import check_number
+from tangora._types import FactorA, FactorB
+from tangora.geometry.sketch import LowRankSVD
+
+STEP_SIZES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+"""What the line search tries, large to small."""
+
+
+def one_step(gradient: LowRankSVD, r: int, scaling: float, *, step: float) -> tuple[FactorA, FactorB]:
+    r"""Build balanced factors with $s B_0 A_0 = -\eta\, G_r$, where $G_r$ is the best rank-$r$ part of $G$.
+
+    Args:
+        gradient: Leading singular triplets of $G$.
+        r: Rank, at most $\min(m, n)$.
+        scaling: LoRA's $s$.
+        step: $\eta$, the step size of gradient descent on the weights.
+
+    Returns:
+        $A_0$ and $B_0$; the base weight stays as it is.
+
+    Source:
+        The "one-step gradient descent" rows of arXiv:2502.01235; its authors search $\eta$ between 10 and 1e-4.
+    """
+    check_number("step", step, low=0)
+    U, S, Vh = gradient.truncate(r)
+    root = (S * (step / scaling)).sqrt()
+    return root[:, None] * Vh, -U * root

@@ -1,0 +1,31 @@
+"""PiSSA: train the weight's own principal directions."""
+
+import torch
+from torch import Tensor
+
+from tangora._types import FactorA, FactorB
+
+
+def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -> tuple[FactorA, FactorB]:
+    r"""Build PiSSA's start, $B_0 = U_r \sqrt{S_r / s}$ and $A_0 = \sqrt{S_r / s}\, V_r^\top$ of $W_0 = U S V^\top$.
+
+    Args:
+        weight: $W_0$, ``m x n``, floating point.
+        r: Rank, at most $\min(m, n)$.
+        scaling: LoRA's $s$.
+        niter: Rounds of randomized subspace iteration; default the exact decomposition. Draws from torch's global
+            random state.
+
+    Returns:
+        $A_0$ and $B_0$; the base weight must become $W_0 - s B_0 A_0$.
+
+    Source:
+        arXiv:2404.02948, equations 2 to 4.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(weight, q=min(r + 8, *weight.shape), niter=niter)
+        Vh = V.T
+    root = (S[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root

@@ -1,0 +1,20 @@
+"""Full gradients read through thin products: no gradient of the weights' size is ever held."""
+
+from tangora.probes.batches import as_batches, mean_loss
+from tangora.probes.gradient import GradientProbe, Reading, Request
+from tangora.probes.layers import ProbedLayer, probed_layers
+from tangora.probes.spectrum import GradientSpectrum, Report, gradient_norms, gradient_spectra
+
+__all__ = [
+    "GradientProbe",
+    "GradientSpectrum",
+    "ProbedLayer",
+    "Reading",
+    "Report",
+    "Request",
+    "as_batches",
+    "gradient_norms",
+    "gradient_spectra",
+    "mean_loss",
+    "probed_layers",
+]

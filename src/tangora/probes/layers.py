@@ -1,0 +1,162 @@
+r"""Layers whose gradient can be read from their input $X$ and output $Y$ alone: $G = (\partial L/\partial Y)^\top X$.
+
+Nothing here touches a weight, so quantized layers of any backend work like the others. $G$ is $m \times n$ in the
+orientation of the update $s B A$: for an embedding, whose update is $(B A)^\top$, that is features by vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from transformers.pytorch_utils import Conv1D
+
+from tangora._checks import InputError
+from tangora.adapters import discover
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedLayer:
+    """A linear map inside a model."""
+
+    name: str
+    """Its path in the model."""
+    module: nn.Module
+    """What is called: the layer, or PEFT's wrapper around it."""
+    m: int
+    """Rows of the gradient."""
+    n: int
+    """Columns of the gradient."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer that holds the weight."""
+        unwrap = getattr(self.module, "get_base_layer", None)
+        return unwrap() if unwrap is not None else self.module
+
+    def times(self, x: Tensor, right: Tensor) -> Tensor:
+        r"""Return $X\,\Omega$, one row for each row of the output.
+
+        Args:
+            x: The layer's input.
+            right: $\Omega$, ``n x k``.
+
+        Returns:
+            ``N x k``; everything that the gradient's product $G\,\Omega$ needs of the input.
+        """
+        base = self.base
+        if isinstance(base, nn.Embedding):
+            rows = right[x.reshape(-1)]
+            return rows if base.padding_idx is None else rows * (x.reshape(-1, 1) != base.padding_idx)
+        if isinstance(base, nn.modules.conv._ConvNd):
+            kernel = right.T.reshape(-1, *base.weight.shape[1:])
+            return _rows(_CONV[x.dim() - 2](x.to(right.dtype), kernel, **_geometry(base)))
+        return x.reshape(-1, self.n).to(right.dtype) @ right
+
+    def gradient_times(self, grad: Tensor, product: Tensor) -> Tensor:
+        r"""Return $G\,\Omega$.
+
+        Args:
+            grad: Gradient of the layer's output.
+            product: $X\,\Omega$ from `times`.
+
+        Returns:
+            ``m x k``.
+        """
+        return self._output_rows(grad, product.dtype).T @ product
+
+    def times_gradient(self, left: Tensor | None, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        r"""Return $Q^\top G$.
+
+        Args:
+            left: $Q$, ``m x k``; ``None`` stands for the identity.
+            grad: Gradient of the layer's output.
+            x: The layer's input.
+            dtype: What to compute in.
+
+        Returns:
+            ``k x n``.
+        """
+        base, rows = self.base, self._output_rows(grad, dtype)
+        rows = rows if left is None else rows @ left
+        if isinstance(base, nn.Embedding):
+            if base.padding_idx is not None:
+                rows = rows * (x.reshape(-1, 1) != base.padding_idx)
+            return rows.new_zeros(self.n, rows.shape[1]).index_add_(0, x.reshape(-1), rows).T
+        if isinstance(base, nn.modules.conv._ConvNd):
+            spatial = [1, *range(2, grad.dim())]
+            channels = rows.reshape(grad.shape[0], *(grad.shape[d] for d in spatial[1:]), -1).movedim(-1, 1)
+            shape = (rows.shape[1], *base.weight.shape[1:])
+            kernel = _CONV_WEIGHT_GRADIENT[x.dim() - 2](x.to(dtype), shape, channels, **_geometry(base))
+            return kernel.flatten(1)
+        return rows.T @ x.reshape(-1, self.n).to(dtype)
+
+    def _output_rows(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        base = self.base
+        if isinstance(base, nn.modules.conv._ConvNd):
+            return _rows(grad.to(dtype))
+        rows = grad.reshape(-1, self.m).to(dtype)
+        # Gemma's embeddings scale what they look up, and PEFT scales the adapter's share alike
+        scale = getattr(base, "embed_scale", None) if isinstance(base, nn.Embedding) else None
+        return rows if scale is None else rows * scale
+
+
+def probed_layers(
+    model: nn.Module, *, adapter_name: str | None = None, names: Sequence[str] | None = None
+) -> list[ProbedLayer]:
+    """List the layers of a model whose gradient can be read.
+
+    Args:
+        model: A PEFT model, whose adapted layers are listed, or a plain model, all of whose linear layers are.
+        adapter_name: Only layers with this adapter; default all.
+        names: Only layers whose name is, or ends with, one of these (PEFT's ``target_modules``).
+
+    Returns:
+        The layers in the order of the model.
+
+    Raises:
+        InputError: If ``names`` leaves none, or the model has none.
+    """
+    pairs = discover(model, adapter_name).pairs
+    if pairs:
+        shapes = {pair.name: (pair.layer, *pair.shape[:2]) for pair in pairs}
+    else:
+        shapes = {name: (layer, *shape) for name, layer in model.named_modules() if (shape := _shape(layer))}
+    found = [
+        ProbedLayer(name, layer, m, n)
+        for name, (layer, m, n) in shapes.items()
+        if names is None or any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+    ]
+    if not found:
+        wanted = f" called {', '.join(names)}" if names is not None else ""
+        raise InputError(f"model has no linear layer{wanted} whose gradient could be read")
+    return found
+
+
+def _shape(layer: nn.Module) -> tuple[int, int] | None:
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1 and not layer.transposed:
+        return layer.out_channels, layer.weight[0].numel()
+    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    has_weight = isinstance(getattr(layer, "weight", None), Tensor)  # quantized layers keep theirs packed
+    return sizes if has_weight and isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # pyright: ignore[reportReturnType]
+
+
+def _rows(channels: Tensor) -> Tensor:
+    # N x C x space -> (N space) x C
+    return channels.movedim(1, -1).reshape(-1, channels.shape[1])
+
+
+def _geometry(layer: Any) -> dict[str, Any]:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise InputError(
+            f"convolutions with padding {layer.padding!r} in mode {layer.padding_mode} cannot be probed"
+        )
+    return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}

@@ -1,0 +1,88 @@
+"""Hold a model still while it is read, and give it back as it was; the same for the random state."""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Freeze all weights, switch dropout and caches off; restore everything afterwards.
+
+    Layers that checkpoint their activations do so in training mode only, so they alone stay in it, with their own
+    dropout rates at zero.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
+            stack.callback(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)
+        training = [module for module in model.modules() if module.training]
+        stack.callback(_set_training, model, training)
+        _set_training(
+            model, checkpointing := [m for m in training if getattr(m, "gradient_checkpointing", False)]
+        )
+        for module in checkpointing:
+            for name in [key for key, value in vars(module).items() if _is_dropout_rate(key, value)]:
+                _set(stack, module, name, 0.0)
+        if checkpointing:
+            _let_gradients_through(stack, model)
+        if getattr(config := getattr(model, "config", None), "use_cache", False):  # would only take memory
+            _set(stack, config, "use_cache", False)
+        yield
+
+
+@contextlib.contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Put back the random state of torch (all devices), numpy and Python afterwards.
+
+    Yields:
+        Nothing.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's state, whatever uses it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _set_training(model: nn.Module, training: Iterable[nn.Module]) -> None:
+    for module in model.modules():
+        module.training = False
+    for module in training:
+        module.training = True
+
+
+def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _is_dropout_rate(name: str, value: object) -> bool:
+    return isinstance(value, float) and "drop" in name
+
+
+def _let_gradients_through(stack: contextlib.ExitStack, model: nn.Module) -> None:
+    # reentrant checkpointing gives gradients only where its inputs require them, and with frozen weights none do
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None:
+        return
+
+    def require(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_leaf and output.is_floating_point():
+            output.requires_grad_(True)
+
+    stack.callback(embeddings.register_forward_hook(require).remove)
