@@ -1,8 +1,17 @@
 """tangora: LoRA fine-tuning that follows full fine-tuning, shows how far it is from it, and proves it."""
 
 from tangora._checks import InputError
-from tangora.adapters import LoraPair, find_pairs, initial_factors, load_adapter, save_adapter
-from tangora.experiments import CompareSettings, RunSettings, compare, train
+from tangora.adapters import (
+    LoraPair,
+    SavedAdapter,
+    find_pairs,
+    initial_factors,
+    load_adapter,
+    save_adapter,
+    save_merged,
+)
+from tangora.experiments import CompareSettings, RunSettings, compare, export, train
+from tangora.init import Start, initialize
 from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
 from tangora.recipes import Recipe, recipe, recipes
 from tangora.training.trainer import Trainer, optimizer_factory
@@ -10,10 +19,15 @@ from tangora.training.trainer import Trainer, optimizer_factory
 __all__ = [
     # pairs and adapters
     "LoraPair",
+    "SavedAdapter",
     "find_pairs",
     "initial_factors",
     "load_adapter",
     "save_adapter",
+    "save_merged",
+    # starts
+    "Start",
+    "initialize",
     # optimizers
     "LoRAPro",
     "PreconditionedAdamW",
@@ -27,6 +41,7 @@ __all__ = [
     "optimizer_factory",
     "RunSettings",
     "train",
+    "export",
     "CompareSettings",
     "compare",
     # errors

@@ -26,6 +26,7 @@ from tangora.experiments.compare import (
     preset,
     write_report,
 )
+from tangora.experiments.export import export
 from tangora.experiments.run import Watcher
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings, read_yaml, validated
 from tangora.experiments.train import train
@@ -147,6 +148,25 @@ def compare_command(
             settings, output, command=shlex.join(["tangora", *sys.argv[1:]]), watcher=_Bars(bars)
         )
     _print_outcome(outcome)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Output folder of tangora train, or a run of tangora compare.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Cut every update to this rank; default: exact.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with its tokenizer.")] = False,
+) -> None:
+    """Write the adapter of a run at another rank, or merged into its base model.
+
+    [dim]Examples:[/dim]
+      tangora export out --rank 8 --output small
+      tangora export out --merge --output model
+    """
+    exported = export(run, output, rank=rank, merge=merge)
+    console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
+    if rank is not None:
+        console.print(f"cut to rank {rank}: relative error of the updates {exported.relative_error:.2e}")
 
 
 @app.command("report")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tangora import InputError, find_pairs
-from tangora.adapters import export, initial_factors, load_adapter, save_adapter
+from tangora.adapters import export, folder, initial_factors, load_adapter, save_adapter
 from tests.adapters.models import Experts, randomize, tiny_llama
 from tests.tolerances import assert_close
 
@@ -86,7 +86,7 @@ def saved(tmp_path, name, adapter="default"):
     model = adapted(name, adapter)
     initial = initial_factors(model)
     train(model)
-    return model, save_adapter(model, tmp_path / "adapter", initial=initial)
+    return model, save_adapter(model, tmp_path / "adapter", initial=initial).path
 
 
 # --- what is saved is what was trained ---
@@ -188,7 +188,7 @@ def test_only_the_active_adapter_is_saved(tmp_path):
     model.set_adapter("second")
     train(model)
     path = save_adapter(model, tmp_path / "adapter")
-    assert len(load_file(path / "adapter_model.safetensors")) == 2
+    assert len(load_file(path.path / "adapter_model.safetensors")) == 2
     assert_close(logits(load_adapter(tiny_llama(), path)), logits(model), 1e-6)
 
 
@@ -256,16 +256,16 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
         save_adapter(model, tmp_path / "thesis")
     with pytest.raises(InputError, match="is no adapter folder"):
         save_adapter(model, tmp_path / "thesis" / "chapter.tex")
-    checkpoint = save_adapter(model, tmp_path / "checkpoint")
+    checkpoint = save_adapter(model, tmp_path / "checkpoint").path
     (checkpoint / "optimizer.pt").write_text("state")
-    with pytest.raises(InputError, match=r"holds optimizer\.pt beside an adapter, which would be lost"):
+    with pytest.raises(InputError, match=r"holds optimizer\.pt beside the adapter, which would be lost"):
         save_adapter(model, checkpoint)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
     assert (checkpoint / "optimizer.pt").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "thesis"]
 
 
-@pytest.mark.parametrize("where", ["_write", "_append_initial", "_replace_folder"])
+@pytest.mark.parametrize("where", ["_write", "_append_initial", "model_card", "replace_folder"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_path, monkeypatch):
     target = tmp_path / "adapter"
@@ -277,7 +277,7 @@ def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_pat
     original = getattr(export, where)
 
     def fail(*arguments):
-        if where != "_replace_folder":
+        if where != "replace_folder":
             original(*arguments)
         raise OSError("disk full")
 
@@ -290,16 +290,16 @@ def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_pat
 
 
 def test_the_old_adapter_comes_back_when_the_new_one_cannot_be_moved(tmp_path, monkeypatch):
-    target = save_adapter(train(adapted()), tmp_path / "adapter")
+    target = save_adapter(train(adapted()), tmp_path / "adapter").path
     held = {entry.name: entry.read_bytes() for entry in target.iterdir()}
-    rename = export.Path.rename
+    rename = folder.Path.rename
 
     def fail(source, destination):
         if source.parent.parent == tmp_path:  # the new folder leaves its scratch place
             raise OSError("disk full")
         return rename(source, destination)
 
-    monkeypatch.setattr(export.Path, "rename", fail)
+    monkeypatch.setattr(folder.Path, "rename", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(train(adapted()), target)
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]

@@ -28,7 +28,7 @@ def classifier(tmp_path_factory):
     return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in recipes()])
+@pytest.mark.parametrize("name", [entry.name for entry in recipes() if entry.trains])
 def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classifier, tmp_path, name):
     settings = RunSettings(**classifier, recipe=name, steps=10, batch_size=8)
     task = load_run_task(settings)
@@ -42,6 +42,29 @@ def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classif
     assert record.metrics["test"]["accuracy"] == pytest.approx(sum(record.correct) / len(record.correct))
     if name != "full":
         assert verify_adapter(settings, task, tmp_path) <= 1e-5
+
+
+def test_one_step_is_a_start_without_training(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="one-step", batch_size=8)
+    task = load_run_task(settings)
+    record = execute(settings, task, tmp_path, run_id="run", before=True)
+    assert record.status == "finished", record.error
+    assert record.history == []
+    assert record.metrics["test"]["loss"] != record.metrics["before"]["loss"]
+    assert verify_adapter(settings, task, tmp_path) <= 1e-5
+
+
+def test_a_rank_plan_gives_single_layers_their_own_rank(classifier, tmp_path):
+    plan = {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1}, "alpha_pattern": {}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    settings = RunSettings(
+        **classifier, recipe="lora", steps=1, batch_size=4, rank_plan=str(tmp_path / "plan.json")
+    )
+    train(settings, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    ranks = {name: factor.shape[0] for name, factor in saved.items() if "lora_A" in name}
+    assert {rank for name, rank in ranks.items() if "layer.0.attention.self.query" in name} == {1}
+    assert {rank for name, rank in ranks.items() if "layer.0.attention.self.query" not in name} == {2}
 
 
 def test_training_improves_and_says_so(classifier, tmp_path):

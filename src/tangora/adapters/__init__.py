@@ -1,15 +1,33 @@
 """The only readers of PEFT's layer types: which parameters form a pair (A, B), and how an adapter is written."""
 
 from tangora.adapters.discover import Discovery, discover, find_pairs
-from tangora.adapters.export import initial_factors, load_adapter, save_adapter
+from tangora.adapters.export import SavedAdapter, initial_factors, load_adapter, save_adapter
+from tangora.adapters.merge import merged_model, save_merged
+from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
 from tangora.adapters.pair import LoraPair
+from tangora.adapters.switch import adapters_off, check_unmerged
+from tangora.adapters.weight import base_weight, magnitude_scale, module_weight, refresh_magnitude
 
 __all__ = [
     "Discovery",
     "LoraPair",
+    "SavedAdapter",
+    "adapters_off",
+    "attach_offset",
+    "base_weight",
+    "check_unmerged",
+    "detach_offset",
     "discover",
     "find_pairs",
+    "has_offset",
     "initial_factors",
     "load_adapter",
+    "magnitude_scale",
+    "merged_model",
+    "module_weight",
+    "mutates_base",
+    "offset_factors",
+    "refresh_magnitude",
     "save_adapter",
+    "save_merged",
 ]

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tangora._checks import InputError
+from tangora.adapters.offset_layer import inner_variant
 from tangora.adapters.pair import LoraPair
 
 # PEFT variants of the forward pass under which g_A = s B'g and g_B = s g A' still hold for the weight W0 + s B A.
@@ -135,7 +136,8 @@ def _same_memory(one: nn.Parameter, other: nn.Parameter) -> bool:
 
 
 def _why_not_plain(layer: LoraLayer, adapter: str, A: Any, B: Any) -> str | None:
-    variant = type(layer.lora_variant.get(adapter)).__name__ if layer.lora_variant.get(adapter) else ""
+    inner = inner_variant(layer.lora_variant.get(adapter))  # an offset is constant, and changes no gradient
+    variant = type(inner).__name__ if inner else ""
     kind = type(layer).__name__
     if hasattr(layer, "lora_E"):
         return "AdaLoRA (a third factor)"

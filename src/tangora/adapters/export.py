@@ -1,35 +1,64 @@
 r"""Write and read adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
-PEFT's PiSSA changes the base weight to $W_0 - s B_0 A_0$. The trained model is then $W_0 + s (B A - B_0 A_0)$: an
-ordinary adapter of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$.
+A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
+of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$. That holds for an offset (`attach_offset`), whose layers say so
+themselves, and for PEFT's PiSSA and its like, which change the base weight.
 """
 
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_whole
+from tangora.adapters.card import model_card
+from tangora.adapters.compress import compress, ranks_of
+from tangora.adapters.config import doubled_rank, with_ranks
+from tangora.adapters.discover import Discovery, discover
+from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
+from tangora.adapters.offset import has_offset, mutates_base
+from tangora.adapters.pair import LoraPair
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
-_FILES = {_WEIGHTS, _CONFIG, "README.md", "adapter_model.bin"}
-# starts for which PEFT overwrites the base weights
-_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FILES = {_WEIGHTS, _CONFIG, _CARD, "adapter_model.bin"}
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
+@dataclass(frozen=True)
+class SavedAdapter(os.PathLike[str]):
+    """An adapter on disk; it can be given wherever a path can."""
+
+    path: Path
+    """Its folder."""
+    rank: int
+    """Largest rank of a layer; 0 for an adapter without plain pairs."""
+    relative_error: float = 0.0
+    """Frobenius norm of what compression cut off all updates, relative to that of the updates."""
+    worst_layer: str | None = None
+    """The layer that lost the largest share of its own update."""
+    worst_error: float = 0.0
+    """That share."""
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
-    """Copy the adapter's factors, to be taken before training where the start changed the base weights.
+    """Copy the adapter's factors, to be taken before training where PEFT's start changed the base weights.
 
     Args:
         model: PEFT model as `get_peft_model` returned it.
@@ -40,16 +69,21 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         InputError: If not exactly one adapter is active.
     """
-    if not _mutates_base(model):
+    if not mutates_base(model.peft_config[_active(model)]):
         return {}
     state = get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
 
 
 def save_adapter(
-    model: PeftModel, path: str | os.PathLike[str], *, initial: dict[str, Tensor] | None = None
-) -> Path:
-    """Write the active adapter as one plain LoRA adapter.
+    model: PeftModel,
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    initial: dict[str, Tensor] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> SavedAdapter:
+    r"""Write the active adapter as one plain LoRA adapter.
 
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
     adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all.
@@ -57,28 +91,39 @@ def save_adapter(
     Args:
         model: PEFT model with one active adapter.
         path: Folder to write; an existing adapter there is replaced.
-        initial: What `initial_factors` returned before training, for starts that change the base weights (PiSSA).
+        rank: Cut every layer's update $s (B A - B_0 A_0)$ to this rank, by its singular values; the result says what
+            was lost. DoRA's magnitudes stay, so that there the cut changes the direction only. Default: exact, which
+            is twice the rank for an adapter that carries an offset.
+        initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
+            (PiSSA).
+        card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
 
     Returns:
-        The folder.
+        The folder, usable as a path, with its rank and the error of the compression.
 
     Raises:
         InputError: If ``model`` is no PEFT model with one active adapter, if its start changed the base weights and
-            ``initial`` is missing or another adapter's, or if ``path`` holds anything but an adapter.
+            ``initial`` is missing or another adapter's, if a scaling was changed at run time, if ``rank`` is given and
+            a layer is no plain pair, or if ``path`` holds anything but an adapter.
     """
-    _check_model(model, initial)
+    if rank is not None:
+        check_whole("rank", rank, low=1)
+    found = _check_model(model, initial)
+    if rank is not None and found.skipped:
+        name, reason = next(iter(found.skipped.items()))
+        raise InputError(f"rank must be None, because {name} is no plain pair: {reason}; got {rank}")
     target = Path(path).resolve()
-    _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        written = _write(model, scratch / "adapter")  # mkdtemp's own folder is readable by its owner only
+    check_replaceable(target, what="adapter", marker=_CONFIG, known=_FILES.__contains__)
+    with scratch_beside(target) as scratch:
+        front = _write(model, scratch)
+        written = scratch if _active(model) == "default" else scratch / _active(model)
         if initial:
             _append_initial(written, initial)
-        _replace_folder(written, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return Path(path)
+        saved = SavedAdapter(Path(path), *_compress(written, _scalings(model) if found.pairs else {}, rank))
+        text = model_card(front, _read_config(written), _of_rank(model, saved, rank), card or {})
+        (written / _CARD).write_text(text, encoding="utf-8")
+        replace_folder(written, target)
+    return saved
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -87,7 +132,8 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     Args:
         base: The original base model, without adapters.
         path: Folder that `save_adapter` (or PEFT) wrote.
-        **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …).
+        **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …). With
+            ``is_trainable`` the whole pair is trained, offset or not: a saved adapter has none.
 
     Returns:
         The PEFT model.
@@ -108,47 +154,55 @@ def _active(model: PeftModel) -> str:
     return model.active_adapters[0]
 
 
-def _start(model: PeftModel) -> object:
-    return getattr(model.peft_config[_active(model)], "init_lora_weights", True)
-
-
-def _mutates_base(model: PeftModel) -> bool:
-    return str(_start(model)).lower().startswith(_MUTATING)
-
-
-def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
+def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
     if not isinstance(model, PeftModel):
         raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
-    if not _mutates_base(model):
+    _check_start(model, initial)
+    if not any(hasattr(module, "lora_A") for module in model.modules()):
+        return Discovery([], {})
+    found = discover(model, _active(model))
+    for pair in found.pairs:
+        _check_scaling(pair)
+    return found
+
+
+def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
+    config = model.peft_config[_active(model)]
+    start = getattr(config, "init_lora_weights", None)
+    if not mutates_base(config):
+        if initial:
+            raise InputError(
+                f"initial must be empty, because the start {start!r} left the base weights alone"
+            )
         return
     if not initial:
         raise InputError(
-            f"the start {_start(model)!r} changed the base weights: pass initial=initial_factors(model), "
+            f"the start {start!r} changed the base weights: pass initial=initial_factors(model), "
             "taken before training, so that the adapter loads on the untouched base"
         )
-    if getattr(model.peft_config[_active(model)], "target_parameters", None):
+    if getattr(config, "target_parameters", None):
         raise InputError(
-            f"the start {_start(model)!r} cannot be saved together with target_parameters: their factors hold "
+            f"the start {start!r} cannot be saved together with target_parameters: their factors hold "
             "several matrices; train those in an adapter of their own"
         )
 
 
-def _check_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
-    if not target.is_dir() or (held and _CONFIG not in held):
-        raise InputError(f"{target} exists and is no adapter folder; choose another path")
-    if strangers := sorted(held - _FILES):
+def _check_scaling(pair: LoraPair) -> None:
+    layer: Any = pair.layer
+    rank, alpha = layer.r[pair.adapter], layer.lora_alpha[pair.adapter]
+    expected = alpha / (math.sqrt(rank) if layer.use_rslora.get(pair.adapter) else rank)
+    if not math.isclose(pair.scaling, expected, rel_tol=1e-9):
         raise InputError(
-            f"{target} holds {strangers[0]} beside an adapter, which would be lost; choose another path"
+            f"the scaling of {pair.name} must be {expected:g}, as its rank and alpha say, because the files of an "
+            f"adapter hold no other; got {pair.scaling:g}: undo set_scale or scale_layer first"
         )
 
 
-def _write(model: PeftModel, folder: Path) -> Path:
-    name = _active(model)
-    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[name])
-    return folder if name == "default" else folder / name  # PEFT gives other adapters a folder of their own
+def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
+    # returns the front matter of PEFT's card
+    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[_active(model)])
+    card = folder / _CARD  # other adapters than "default" get a folder of their own; the card stays outside
+    return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
 
 def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
@@ -162,33 +216,48 @@ def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
         first = initial[name].to(trained.dtype)
         is_A = factor[1] == "A"
         tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    (folder / _CONFIG).write_text(json.dumps(_doubled_rank(config), indent=2), encoding="utf-8")
+    _rewrite(folder, tensors, doubled_rank(_read_config(folder)))
 
 
-def _doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
-    # the scaling must not change: alpha / r, or alpha / sqrt(r) with rsLoRA. A rank pattern without its own alpha
-    # still works, because every rank doubles.
-    growth = math.sqrt(2) if config.get("use_rslora") else 2
-    return config | {
-        "r": 2 * config["r"],
-        "lora_alpha": growth * config["lora_alpha"],
-        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
-        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
-        "init_lora_weights": True,
+def _scalings(model: PeftModel) -> dict[str, float]:
+    # tied layers are one pair, but saved each under its own name
+    name = _active(model)
+    held = ((key, getattr(module, "scaling", None)) for key, module in model.named_modules())
+    return {
+        key: float(scaling[name]) for key, scaling in held if isinstance(scaling, dict) and name in scaling
     }
 
 
-def _replace_folder(source: Path, target: Path) -> None:
-    if not target.exists():
-        source.rename(target)
-        return
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    target.rename(old)
-    try:
-        source.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+def _compress(
+    folder: Path, scalings: dict[str, float], rank: int | None
+) -> tuple[int, float, str | None, float]:
+    if not scalings:
+        return 0, 0.0, None, 0.0
+    tensors = load_file(folder / _WEIGHTS)
+    largest = max(ranks_of(tensors).values())
+    if rank is None or rank >= largest:
+        return largest, 0.0, None, 0.0
+    smaller = compress(tensors, rank, scalings)
+    _rewrite(folder, smaller.tensors, with_ranks(_read_config(folder), smaller.ranks, scalings))
+    worst = max(smaller.errors, key=smaller.errors.__getitem__)
+    return max(smaller.ranks.values()), smaller.relative_error, worst, smaller.errors[worst]
+
+
+def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
+    if saved.relative_error:
+        return (
+            f"Cut to rank {rank} by singular values: the update differs from the trained one by "
+            f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
+        )
+    if has_offset(model, _active(model)) or mutates_base(model.peft_config[_active(model)]):
+        return "Exact: half of the rank holds what was trained, the other half the start that is subtracted."
+    return "Exact: the factors are those that were trained."
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+
+
+def _rewrite(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -2,9 +2,10 @@
 
 import logging
 import math
+import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +16,10 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
-from tangora.adapters import initial_factors, load_adapter, save_adapter
+from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.provenance import commit, machine, versions
-from tangora.experiments.settings import RunSettings
+from tangora.experiments.settings import RunSettings, TaskSettings
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
 from tangora.training.answers import exact_match
@@ -126,16 +126,16 @@ def execute(
     loaded = load_base(settings, task)
     result = _Result(metrics={"before": _measure(loaded, loaded.model, task, settings)[0]} if before else {})
     began = time.perf_counter()
-    model = _prepare(recipe(settings.recipe), loaded.model, task, settings)
-    initial = initial_factors(model) if isinstance(model, PeftModel) else {}
+    method = recipe(settings.recipe)
+    model = _prepare(method, loaded, task, settings)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
     trainer = _trainer(settings, loaded, model, task, folder, timer, watcher)
     try:
         watcher.phase("training")
-        result.peak_bytes = _train(trainer, folder / "checkpoints")
+        result.peak_bytes = _train(trainer, folder / "checkpoints") if method.trains else None
         watcher.phase("evaluation")
         _evaluate(result, loaded, model, task, settings)
-        _save(model, folder, initial, loaded, task, settings)
+        _save(model, folder, loaded, task, settings)
         if keep_model and not isinstance(model, PeftModel):
             loaded.model.save_pretrained(folder / "model")
             loaded.tokenizer.save_pretrained(folder / "model")
@@ -190,16 +190,68 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
     return float((_logits(model, loaded, task, settings) - expected).abs().max())
 
 
-def _prepare(method: Recipe, base: PreTrainedModel, task: Task, settings: RunSettings) -> nn.Module:
-    return method.prepare(
-        base,
+def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSettings) -> nn.Module:
+    model = method.prepare(
+        loaded.model,
         r=settings.rank,
         lora_alpha=settings.alpha,
         task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
         total_steps=settings.steps,
         seed=settings.seed,
         target_modules=settings.target_modules,
+        rank_plan=settings.rank_plan,
     )
+    batches = held_out = None
+    if method.reads_gradients:
+        chosen = random.Random(settings.seed).sample(
+            range(len(task.train)), min(settings.start_examples, len(task.train))
+        )
+        batches = encoded_batches([task.train[index] for index in chosen], loaded, settings)
+        held_out = encoded_batches(task.validation, loaded, settings)
+    method.initialize(model, batches, held_out=held_out, seed=settings.seed)
+    return model
+
+
+def encoded_batches(
+    examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
+) -> list[dict[str, Tensor]]:
+    """Make padded batches of examples.
+
+    Args:
+        examples: Of a task.
+        loaded: Model and tokenizer.
+        settings: For batch size and length.
+
+    Returns:
+        Model inputs with labels, in the examples' order.
+    """
+    data, collate = _encoded(examples, loaded, settings)
+    size = settings.batch_size
+    return [
+        dict(collate([data[index] for index in range(first, min(first + size, len(data)))]))
+        for first in range(0, len(data), size)
+    ]
+
+
+def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
+    """Return what a model card should tell of a run.
+
+    Args:
+        task: Its data.
+        settings: The run's.
+
+    Returns:
+        Facts by name.
+    """
+    return {
+        "recipe": settings.recipe,
+        "learning rate": settings.peak,
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "batch size": settings.batch_size * settings.accumulate,
+        "data": task.name,
+        "data fingerprint": task.fingerprint,
+    } | versions()
 
 
 def _trainer(
@@ -268,7 +320,7 @@ def _evaluate(
     result.evaluation_seconds = time.perf_counter() - began
 
 
-def _encoded(examples: Any, loaded: LoadedModel, settings: RunSettings) -> tuple[Any, Any]:
+def _encoded(examples: Any, loaded: LoadedModel, settings: TaskSettings) -> tuple[Any, Any]:
     data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
     return data, collator(loaded.tokenizer, loaded.kind)
 
@@ -291,13 +343,12 @@ def _measure(
 def _save(
     model: nn.Module,
     folder: Path,
-    initial: dict[str, Tensor],
     loaded: LoadedModel,
     task: Task,
     settings: RunSettings,
 ) -> None:
     if isinstance(model, PeftModel):
-        save_adapter(model, folder / "adapter", initial=initial)
+        save_adapter(model, folder / "adapter", card=model_card_facts(task, settings))
         torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
 
 

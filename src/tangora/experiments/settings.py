@@ -46,6 +46,12 @@ class TaskSettings(Settings):
     target_modules: str | list[str] = Field(
         default="all-linear", description="Layers to adapt, as PEFT takes them."
     )
+    start_examples: int = Field(
+        default=32, ge=1, description="Training examples whose gradient a data-driven start reads."
+    )
+    rank_plan: dict[str, Any] | None = Field(
+        default=None, description="rank_plan.json of tangora diagnose: other ranks for single layers."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="After the warm-up."
@@ -67,6 +73,21 @@ class TaskSettings(Settings):
             if isinstance(targets, str) and "," in targets
             else targets
         )
+
+    @field_validator("rank_plan", mode="before")
+    @classmethod
+    def _read_plan(cls, plan: object) -> object:
+        # the plan itself is kept, so that a record says what was run
+        if not isinstance(plan, str):
+            return plan
+        try:
+            read = json.loads(Path(plan).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"rank_plan cannot be read: {error}") from None
+        keys = ("rank_pattern", "alpha_pattern")
+        if not isinstance(read, dict) or any(not isinstance(read.get(key), dict) for key in keys):
+            raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+        return {key: read[key] for key in keys}
 
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.
@@ -99,7 +120,8 @@ class RunSettings(TaskSettings):
     @property
     def peak(self) -> float:
         """The learning rate, with the recipe's default filled in."""
-        return self.learning_rate if self.learning_rate is not None else recipe(self.recipe).learning_rates[1]
+        given = self.learning_rate
+        return given if given is not None else recipe(self.recipe).default_learning_rate
 
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)

@@ -66,7 +66,9 @@ def svd_from_range(basis: FactorB, seen: FactorA) -> LowRankSVD:
     return LowRankSVD(basis @ U, S, Vh)
 
 
-def svd_from_one_pass(right: FactorB, left: FactorA, left_probe: FactorA) -> LowRankSVD:
+def svd_from_one_pass(
+    right: Float[Tensor, "*b m k"], left: Float[Tensor, "*b l n"], left_probe: Float[Tensor, "*b l m"]
+) -> LowRankSVD:
     r"""Factorise $Q (\Psi Q)^+ (\Psi G)$ with $Q$ a basis of $G \Omega$: both products come from one reading of $G$.
 
     Args:
@@ -84,7 +86,9 @@ def svd_from_one_pass(right: FactorB, left: FactorA, left_probe: FactorA) -> Low
     return svd_from_range(basis, torch.linalg.lstsq(left_probe @ basis, left).solution)
 
 
-def outside_energy(basis: FactorB, probed: FactorB) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+def outside_energy(
+    basis: FactorB, probed: Float[Tensor, "*b m t"]
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     r"""Estimate $\|(I - Q Q^\top) G\|_F^2$ from products of $G$ with fresh standard normal vectors.
 
     Args:

@@ -1,6 +1,7 @@
 """`initialize`: give the adapter of a PEFT model a start, never changing a base weight."""
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
@@ -17,9 +19,9 @@ from tangora.adapters import (
     LoraPair,
     attach_offset,
     base_weight,
-    check_unmutated,
     detach_offset,
     find_pairs,
+    mutates_base,
     offset_factors,
     refresh_magnitude,
 )
@@ -28,7 +30,14 @@ from tangora.init.lora_one import lora_one, lora_one_v1
 from tangora.init.one_step import STEP_SIZES, one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
-from tangora.probes import GradientSpectrum, Report, gradient_spectra, mean_loss, probed_layers
+from tangora.probes import (
+    GradientSpectrum,
+    Report,
+    as_batches,
+    gradient_spectra,
+    mean_loss,
+    probed_layers,
+)
 
 Factors = tuple[FactorA, FactorB]
 
@@ -129,9 +138,13 @@ def initialize(
     """
     began = time.perf_counter()
     chosen = _check(method, batches, options)
+    model = _unwrapped(model)
     adapter, pairs = _adapter(model, adapter_name)
-    with _restored_on_error(model, adapter, pairs):
+    with _restored_on_error(model, adapter, pairs), _active(model, adapter):
         _reset(model, adapter, pairs, seed)
+        if chosen.offset:  # layers that cannot carry one are named before any work is done
+            attach_offset(model, adapter, {})
+            detach_offset(model, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
             probing = {key: options.pop(key) for key in _PROBE_OPTIONS if key in options}
@@ -149,7 +162,7 @@ def initialize(
         sites, skipped = _sites(pairs, spectra, chosen, seed)
         losses: Mapping[float, float] = {}
         if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
-            losses = _line_search(model, sites, held_out, loss_fn)
+            losses = _line_search(model, adapter, sites, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
         _write(model, adapter, chosen, sites, options)
     if skipped:
@@ -196,6 +209,11 @@ def _check(method: str, batches: Iterable[Any] | None, options: Mapping[str, Any
     return chosen
 
 
+def _unwrapped(model: Any) -> Any:
+    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return model.module if wrapped else model
+
+
 def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, list[LoraPair]]:
     if not isinstance(model, PeftModel):
         raise InputError(f"model must be a PeftModel with a LoRA adapter; got {type(model).__name__}")
@@ -205,31 +223,61 @@ def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, list[Lora
     pairs = find_pairs(model, adapter)
     if not pairs:
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")
-    check_unmutated(model, adapter)
+    if mutates_base(model.peft_config[adapter]):
+        raise InputError(
+            f"PEFT's start has changed the base weights of adapter {adapter!r}: make it with init_lora_weights=True"
+        )
+    if merged := next((name for pair in pairs for name in pair.layer.merged_adapters), None):  # pyright: ignore
+        raise InputError(f"adapter {merged!r} is merged into the base weights: unmerge_adapter first")
     return adapter, pairs
 
 
 @contextlib.contextmanager
 def _restored_on_error(model: PeftModel, adapter: str, pairs: list[LoraPair]) -> Iterator[None]:
-    before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
-    offset = offset_factors(model, adapter)
+    # factors, and what else an adapter may train in these layers: biases, magnitudes
+    own = [p for pair in pairs for name, p in pair.layer.named_parameters() if name.startswith("lora_")]
+    before = [parameter.detach().clone() for parameter in own]
+    offset = {pair.name: factors for pair in pairs if (factors := offset_factors(pair)) is not None}
     try:
         yield
     except BaseException:
-        for pair, (A, B) in zip(pairs, before, strict=True):
-            pair.A.data.copy_(A)
-            pair.B.data.copy_(B)
-        if offset is not None:
+        for parameter, value in zip(own, before, strict=True):
+            parameter.data.copy_(value)
+        detach_offset(model, adapter)
+        if offset:
             attach_offset(model, adapter, offset)
         raise
 
 
+@contextlib.contextmanager
+def _active(model: PeftModel, adapter: str) -> Iterator[None]:
+    # the gradient is that of the model in which the adapter will be trained
+    if adapter in model.active_adapters:
+        yield
+        return
+    outer, inner = model.active_adapter, model.base_model.active_adapter
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(inner)  # pyright: ignore
+        model.active_adapter = outer
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def _reset(model: PeftModel, adapter: str, pairs: list[LoraPair], seed: int) -> None:
     detach_offset(model, adapter)
-    with torch.random.fork_rng(
-        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    ):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         for pair in pairs:
             pair.layer.reset_lora_parameters(adapter, True)  # pyright: ignore[reportCallIssue]
             refresh_magnitude(pair)
@@ -256,7 +304,7 @@ def _sites(
     for index, pair in enumerate(pairs):
         m, n, r = pair.shape
         spectrum = spectra.get(pair.name)
-        if r > min(m, n):
+        if r > min(m, n) and chosen.factors is not _lora:
             skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
         elif chosen.directions and spectrum is None:
             skipped[pair.name] = "its gradient cannot be read"
@@ -277,6 +325,8 @@ def _write(
         pair = site.pair
         for parameter, factor in zip((pair.A, pair.B), chosen.factors(site, **options), strict=True):
             parameter.copy_(factor.reshape(parameter.shape))
+            if chosen.directions and dist.is_available() and dist.is_initialized():
+                dist.broadcast(parameter.data, src=0)  # to the last bit the same on all ranks
         if chosen.offset:
             A, B = pair.factors()  # as rounded to the adapter's dtype, so that they cancel exactly
             offset[pair.name] = (B.clone(), A.clone())
@@ -287,12 +337,15 @@ def _write(
 
 
 def _line_search(
-    model: PeftModel, sites: list[_Site], held_out: Iterable[Any], loss_fn: LossFn | None
+    model: PeftModel, adapter: str, sites: list[_Site], held_out: Iterable[Any], loss_fn: LossFn | None
 ) -> dict[float, float]:
     losses = {}
+    held_out = as_batches(held_out, "held_out")
     for step in STEP_SIZES:
-        _write(model, sites[0].pair.adapter, _METHODS["one-step"], sites, {"step": step})
+        _write(model, adapter, _METHODS["one-step"], sites, {"step": step})
         losses[step] = mean_loss(model, held_out, loss_fn=loss_fn)
+    if not any(math.isfinite(loss) for loss in losses.values()):
+        raise InputError("held_out has no finite loss at any step size")
     return losses
 
 
@@ -327,7 +380,8 @@ def _orthogonal(site: _Site, **options: Any) -> Factors:
 
 
 def _pissa(site: _Site, **options: Any) -> Factors:
-    return pissa(base_weight(site.pair), site.pair.shape[2], site.pair.scaling, **options)
+    with _seeded(site.generator.initial_seed()):  # the randomized decomposition knows the global state only
+        return pissa(base_weight(site.pair), site.pair.shape[2], site.pair.scaling, **options)
 
 
 def _lora(site: _Site) -> Factors:

@@ -10,9 +10,10 @@ from tangora.geometry.sketch import LowRankSVD
 
 
 def lora_one(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[FactorA, FactorB]:
-    r"""Build LoRA-One's start, $B_0 = -U_r \sqrt{S_r / (\sigma_1 \gamma)}$ and $A_0 = \sqrt{S_r / (\sigma_1 \gamma)}\, V_r^\top$.
+    r"""Build LoRA-One's start.
 
-    The update $s B_0 A_0$ has spectral norm $s/\gamma$ in every layer, whatever the size of the gradient.
+    With $R = (S_r / (\sigma_1 \gamma))^{1/2}$ it is $B_0 = -U_r R$ and $A_0 = R\, V_r^\top$: the update $s B_0 A_0$ has
+    spectral norm $s/\gamma$ in every layer, whatever the size of the gradient.
 
     Args:
         gradient: Leading singular triplets of $G$, not of $-G$; $\sigma_1 > 0$.

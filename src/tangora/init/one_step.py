@@ -1,4 +1,4 @@
-r"""One step of full gradient descent, cut to rank $r$, and no training after it: a baseline that costs almost nothing."""
+r"""One step of full gradient descent, cut to rank $r$, and no training after it: a baseline for nothing."""
 
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB

@@ -1,10 +1,13 @@
 """Batches as users give them: what they are checked for, their loss and their weight in a mean."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from tangora._checks import InputError
 from tangora._types import LossFn
@@ -69,9 +72,18 @@ def num_labels(model: nn.Module, batch: Mapping[str, Any]) -> float:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         return 1.0
-    if getattr(model, "loss_type", None) == "ForCausalLM":  # the first token has nothing to be predicted from
+    if labels.is_floating_point():
+        return float(len(labels))
+    if labels.dim() > 1 and _predicts_next_token(model):  # the first token has nothing to be predicted from
         labels = labels[..., 1:]
-    return float((labels != -100).sum()) if not labels.is_floating_point() else float(len(labels))
+    return float((labels != -100).sum())
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False  # the decoder's inputs are shifted instead
+    # transformers takes this loss too where a class name (GPT2LMHeadModel) tells it nothing
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss  # pyright: ignore
 
 
 def on_device(batch: Any, model: nn.Module) -> Any:
@@ -90,9 +102,44 @@ def on_device(batch: Any, model: nn.Module) -> Any:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def weighted_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[float, Tensor]:
+    """Return the loss of a batch and its weight in the mean over batches.
+
+    Args:
+        model: The model.
+        batch: What ``loss_fn`` takes, or keyword arguments of the model.
+        loss_fn: The user's loss, weighted 1; default the model's own, weighted by the number of labels.
+
+    Returns:
+        Weight and scalar loss.
+    """
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise InputError(f"loss_fn must return a tensor with one number; got {_described(loss)}")
+        return 1.0, loss
+    batch = on_device(batch, model)
+    return num_labels(model, batch), model_loss(model, batch)
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Add up tensors over all ranks in place, where ``torch.distributed`` runs.
+
+    Args:
+        *tensors: As many, of the same shapes, on every rank.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | None = None) -> float:
-    """Return the mean loss over batches, weighted as gradients are, in evaluation mode.
+    """Return the mean loss over batches (of all ranks), weighted as gradients are, in evaluation mode.
 
     Args:
         model: The model; left as it was.
@@ -100,20 +147,20 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | Non
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
 
     Returns:
-        The mean; infinite if a loss is not finite.
+        The mean; infinite if it is not a number.
 
     Raises:
-        InputError: If there is no batch.
+        InputError: If there is no batch with a label.
     """
-    total = weights = 0.0
-    with still(model), preserved_randomness():
-        for batch in batches:
-            if loss_fn is not None:
-                weight, loss = 1.0, loss_fn(model, batch)
-            else:
-                batch = on_device(batch, model)
-                weight, loss = num_labels(model, batch), model_loss(model, batch)
-            total, weights = total + weight * float(loss), weights + weight
+    batches = as_batches(batches)
+    with still(model), preserved_randomness(batches):
+        weighted = [weighted_loss(model, batch, loss_fn) for batch in batches]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for weight, loss in weighted:
+        totals += totals.new_tensor([weight, weight * float(loss)])
+    sum_over_ranks(totals)
+    weights, total = totals.tolist()
     if weights == 0:
-        raise InputError("held-out batches must hold at least one label; got none")
-    return total / weights if total == total else float("inf")
+        raise InputError("batches must hold at least one batch with at least one label; got none")
+    return math.inf if math.isnan(total) else total / weights

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora._types import LossFn
-from tangora.probes.batches import model_loss, num_labels, on_device
+from tangora.probes.batches import sum_over_ranks, weighted_loss
 from tangora.probes.layers import ProbedLayer
 from tangora.probes.stillness import preserved_randomness, still
 
@@ -136,7 +135,7 @@ class GradientProbe:
         self._readings = {name: self._zeros(name, request) for name, request in requests.items()}
         total_weight = total_loss = 0.0
         count = 0
-        with preserved_randomness():
+        with preserved_randomness(batches):
             for batch in batches:
                 weight, loss = self._backward(batch, count)
                 total_weight, total_loss, count = total_weight + weight, total_loss + weight * loss, count + 1
@@ -153,13 +152,8 @@ class GradientProbe:
         return readings
 
     def _backward(self, batch: Any, index: int) -> tuple[float, float]:
-        self._weight, loss = 1.0, None
         with torch.enable_grad():
-            if self._loss_fn is not None:
-                loss = self._loss_fn(self.model, batch)
-            else:
-                batch = on_device(batch, self.model)
-                self._weight, loss = num_labels(self.model, batch), model_loss(self.model, batch)
+            self._weight, loss = weighted_loss(self.model, batch, self._loss_fn)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InputError(f"batch {index} has loss {value}; the gradient is not defined")
@@ -248,12 +242,8 @@ def _is_data_parallel(model: nn.Module) -> bool:
 
 
 def _over_ranks(readings: dict[str, Reading], weight: float, loss: float) -> tuple[float, float]:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return weight, loss
-    for reading in readings.values():
-        for tensor in reading.tensors():
-            dist.all_reduce(tensor)
-    device = next(iter(readings.values())).right.device
+    tensors = [tensor for reading in readings.values() for tensor in reading.tensors() if tensor.numel()]
+    device = tensors[0].device if tensors else None
     totals = torch.tensor([weight, loss], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
+    sum_over_ranks(*tensors, totals)
     return float(totals[0]), float(totals[1])

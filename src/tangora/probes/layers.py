@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from tangora._checks import InputError
 from tangora.adapters import discover
 
+# called as functions of their weights, never as layers
+_NEVER_CALLED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_WEIGHT_GRADIENT = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
@@ -133,6 +135,7 @@ def probed_layers(
         for name, (layer, m, n) in shapes.items()
         if names is None or any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
     ]
+    found = [layer for layer in found if not isinstance(layer.base, _NEVER_CALLED)]
     if not found:
         wanted = f" called {', '.join(names)}" if names is not None else ""
         raise InputError(f"model has no linear layer{wanted} whose gradient could be read")

@@ -93,7 +93,7 @@ def gradient_spectra(
     wanted = {name: r + oversampling for name, r in _ranks(layers, rank).items()}
     passes = 1 if one_pass else 2 * (power_iterations + 1)
     with (
-        _reporting(progress, batches, passes) as heard,
+        reporting(progress, batches, passes) as heard,
         GradientProbe(model, layers, loss_fn=loss_fn, progress=heard) as probe,
     ):
         draw = _Gaussian(probe, seed)
@@ -126,10 +126,10 @@ def gradient_norms(
     """
     batches = as_batches(batches)
     layers = probed_layers(model) if layers is None else layers
-    groups = list(_groups(layers, memory))
+    groups = list(grouped(layers, memory))
     norms: dict[str, float] = {}
     with (
-        _reporting(progress, batches, len(groups)) as heard,
+        reporting(progress, batches, len(groups)) as heard,
         GradientProbe(model, layers, loss_fn=loss_fn, progress=heard) as probe,
     ):
         for group in groups:
@@ -154,7 +154,7 @@ def _several_passes(
         right = {name: orthonormalize(reading.left.T) for name, reading in readings.items()}
     basis = _bases(probe, batches, right)
     requests = {
-        name: Request(right=draw.right(name, tail_probes), left=Q)  # fresh vectors, independent of Q
+        name: Request(right=draw.tail(name, tail_probes), left=Q)  # fresh vectors, independent of Q
         for name, Q in basis.items()
     }
     spectra = {}
@@ -179,7 +179,7 @@ def _one_pass(
 ) -> dict[str, GradientSpectrum]:
     requests = {
         name: Request(
-            right=torch.cat([draw.right(name, width), draw.right(name, tail_probes)], dim=1),
+            right=torch.cat([draw.right(name, width), draw.tail(name, tail_probes)], dim=1),
             left=draw.left(name, 2 * width),
         )
         for name, width in wanted.items()
@@ -220,12 +220,24 @@ class _Gaussian:
         layer = self._probe.layers[name]
         return self._draw(name, layer.m, min(width, layer.m))
 
+    def tail(self, name: str, count: int) -> Tensor:
+        return self._draw(name, self._probe.layers[name].n, count)
+
     def _draw(self, name: str, rows: int, columns: int) -> Tensor:
         drawn = torch.randn(rows, columns, generator=self._generators[name], dtype=self._probe.dtype)
         return drawn.to(self._probe.device)
 
 
-def _groups(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedLayer]]:
+def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedLayer]]:
+    """Split layers into groups whose dense gradients fit into memory together.
+
+    Args:
+        layers: The layers.
+        memory: Bytes for float32 gradients; a layer that needs more gets a group of its own.
+
+    Yields:
+        Neighbouring layers.
+    """
     group: list[ProbedLayer] = []
     held = 0
     for layer in layers:
@@ -239,7 +251,17 @@ def _groups(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedL
 
 
 @contextlib.contextmanager
-def _reporting(progress: Report, batches: Iterable[Any], passes: int) -> Iterator[Callable[[int], None]]:
+def reporting(progress: Report, batches: Iterable[Any], passes: int) -> Iterator[Callable[[int], None]]:
+    """Count batches over several passes, on a bar or for whoever listens.
+
+    Args:
+        progress: See `Report`.
+        batches: What each pass reads.
+        passes: How many there will be.
+
+    Yields:
+        What to call after each batch.
+    """
     total = passes * len(batches) if isinstance(batches, Sized) else None
     done = 0
 

@@ -43,20 +43,32 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_randomness() -> Iterator[None]:
+def preserved_randomness(batches: Any = None) -> Iterator[None]:
     """Put back the random state of torch (all devices), numpy and Python afterwards.
+
+    Args:
+        batches: A DataLoader, whose own generators are put back too, so that it replays the same order.
 
     Yields:
         Nothing.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's state, whatever uses it
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in own:
+            generator.set_state(state)
+
+
+def _generators(batches: Any) -> set[torch.Generator]:
+    holders = batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    held = (getattr(holder, "generator", None) for holder in holders)
+    return {generator for generator in held if isinstance(generator, torch.Generator)}
 
 
 def _set_training(model: nn.Module, training: Iterable[nn.Module]) -> None:

@@ -1,6 +1,6 @@
 """A recipe: everything that makes a method, but for the model, the data and the rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from tangora._checks import InputError, check_number
 from tangora.adapters import discover
+from tangora.init import Start, initialize, needs_batches
+from tangora.probes import Report
 
 Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., Optimizer]
@@ -30,6 +32,9 @@ class Recipe:
         make_optimizer: ``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer.
         adapter: PEFT's method, or ``None`` for full fine-tuning.
         options: Options of PEFT's configuration beyond rank, alpha and targets.
+        start: What `tangora.initialize` gives the adapter; ``None`` for PEFT's own start.
+        start_options: Its options.
+        trains: Whether training follows the start.
     """
 
     name: str
@@ -39,6 +44,19 @@ class Recipe:
     make_optimizer: MakeOptimizer
     adapter: Adapter = "lora"
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    start: str | None = None
+    start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    trains: bool = True
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the start needs batches."""
+        return self.start is not None and needs_batches(self.start)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The second smallest of the grid: safe, and seldom far from the best."""
+        return self.learning_rates[min(1, len(self.learning_rates) - 1)]
 
     def prepare(
         self,
@@ -50,6 +68,7 @@ class Recipe:
         total_steps: int,
         seed: int = 0,
         target_modules: str | list[str] = "all-linear",
+        rank_plan: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """Make a base model ready for training with this method.
 
@@ -61,27 +80,61 @@ class Recipe:
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
             seed: Seed of the adapter's random start; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
+            rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, as ``tangora diagnose`` writes them.
 
         Returns:
             The PEFT model, or ``model`` with all weights trainable for full fine-tuning.
 
         Raises:
-            InputError: If the rank is not in [1, smallest side of an adapted layer].
+            InputError: If the rank is not in [1, smallest side of an adapted layer], or the method takes no rank plan.
         """
         if self.adapter is None:
             return model.requires_grad_(True)
         check_number("rank", r, low=1)
+        if rank_plan and self.adapter != "lora":
+            raise InputError(
+                f"rank_plan cannot be used with recipe {self.name}, which chooses its ranks itself"
+            )
         common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
         if self.adapter == "adalora":
             config = _adalora_config(r, total_steps, common | dict(self.options))
         else:
-            config = LoraConfig(r=r, **common, **self.options)
+            config = LoraConfig(r=r, **common, **self.options, **dict(rank_plan or {}))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
         assert isinstance(adapted, PeftModel)
         _check_rank(adapted, r)
         return adapted
+
+    def initialize(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        *,
+        held_out: Iterable[Any] | None = None,
+        seed: int = 0,
+        progress: Report = False,
+    ) -> Start | None:
+        """Give the adapter this method's start.
+
+        Args:
+            model: What `prepare` returned.
+            batches: Model inputs with labels, for starts that read gradients.
+            held_out: Others, for a start that is tuned on them (``one-step``).
+            seed: Seed of what is random in it.
+            progress: Whether to draw a progress bar, or what hears of it.
+
+        Returns:
+            What was done; ``None`` where PEFT's own start stays.
+        """
+        if self.start is None:
+            return None
+        assert isinstance(model, PeftModel)
+        options: dict[str, Any] = dict(self.start_options) | (
+            {"held_out": held_out} if self.start == "one-step" else {}
+        )
+        return initialize(model, self.start, batches, seed=seed, progress=progress, **options)
 
     def create_optimizer(self, model: nn.Module, lr: float, **options: Any) -> Optimizer:
         """Make the optimizer.

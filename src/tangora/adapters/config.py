@@ -1,0 +1,90 @@
+"""What the config of a saved adapter says of ranks and scalings, when its files hold another rank than the model."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+
+from tangora._checks import InputError
+
+_BASE = "base_model.model."
+
+
+class OffsetConfig(LoraConfig):
+    """Config of an adapter with an offset: rank r in memory, and in files the rank 2r that its state has.
+
+    It is never constructed: a model's config becomes one by its ``__class__``.
+    """
+
+    def __post_init__(self) -> None:
+        # dataclasses.replace gets here, with which PEFT derives the config of a combination of adapters
+        raise InputError(
+            "an adapter with an offset cannot be combined with others: save_adapter it, load_adapter on the base, "
+            "combine that"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the adapter as its files hold it.
+
+        Returns:
+            The config of a plain adapter of twice the rank with the same scaling.
+        """
+        return doubled_rank(super().to_dict())
+
+
+def doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """Double every rank of a config and keep every scaling.
+
+    Args:
+        config: Config as a dictionary.
+
+    Returns:
+        The new one, for factors that were joined with others of the same shapes.
+    """
+    # alpha / r, or alpha / sqrt(r) with rsLoRA. A rank pattern without its own alpha still works, because every rank
+    # doubles.
+    growth = math.sqrt(2) if config.get("use_rslora") else 2
+    return config | {
+        "r": 2 * config["r"],
+        "lora_alpha": growth * config["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+        "init_lora_weights": True,
+    }
+
+
+def with_ranks(
+    config: dict[str, Any], ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> dict[str, Any]:
+    """Give every layer a rank and a scaling.
+
+    Args:
+        config: Config as a dictionary.
+        ranks: Ranks by the names of the adapted layers.
+        scalings: Scalings likewise.
+
+    Returns:
+        The new config: the commonest rank and alpha, and patterns for the layers that have others.
+    """
+    power = 0.5 if config.get("use_rslora") else 1
+    alphas = {name: scalings[name] * rank**power for name, rank in ranks.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return config | {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_key(name): own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {_key(name): own for name, own in alphas.items() if own != alpha},
+        "init_lora_weights": True,
+    }
+
+
+def _commonest(values: Any) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _key(name: str) -> str:
+    # PEFT reads keys as regular expressions for the ends of names
+    return f"^{re.escape(name.removeprefix(_BASE))}"

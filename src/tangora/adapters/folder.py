@@ -1,0 +1,71 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tangora._checks import InputError
+
+
+def check_replaceable(target: Path, *, what: str, marker: str, known: Callable[[str], bool]) -> None:
+    """Refuse to replace a folder that holds anything but what is to be written.
+
+    Args:
+        target: The folder.
+        what: What it may hold, for the message: ``"an adapter"``.
+        marker: File that such a folder has.
+        known: Whether a name is one of the files of such a folder.
+
+    Raises:
+        InputError: If something would be lost.
+    """
+    if not target.exists():
+        return
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if not target.is_dir() or (held and marker not in held):
+        raise InputError(f"{target} exists and is no {what} folder; choose another path")
+    if strangers := sorted(name for name in held if not known(name)):
+        raise InputError(
+            f"{target} holds {strangers[0]} beside the {what}, which would be lost; choose another path"
+        )
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """Make a temporary folder on the same file system, and remove it in any case.
+
+    Args:
+        target: Where the result will go.
+
+    Yields:
+        A new folder inside of it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch / "new"  # mkdtemp's own folder is readable by its owner only
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move a folder to its place; what was there comes back if that fails.
+
+    Args:
+        source: The finished folder.
+        target: Its place.
+    """
+    if not target.exists():
+        source.rename(target)
+        return
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    target.rename(old)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

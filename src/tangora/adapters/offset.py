@@ -1,0 +1,184 @@
+r"""Starts that need $W_0 - s B_0 A_0$ as their base get it without a change of the base weights.
+
+A start that sets $A = A_0$, $B = B_0$ must not change the model. Subtracting the product from the base weight is
+inexact in low precision, impossible in 4 bit, and leaves a base that saved adapters no longer fit. Here every layer
+carries the subtracted pair beside its own.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from tangora._checks import InputError
+from tangora.adapters.config import OffsetConfig
+from tangora.adapters.discover import discover
+from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
+from tangora.adapters.pair import LoraPair, as_matrix
+
+# starts for which PEFT overwrites the base weights
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def mutates_base(config: Any) -> bool:
+    """Say whether PEFT's own start overwrote the base weights.
+
+    Args:
+        config: Config of an adapter.
+
+    Returns:
+        Whether it did.
+    """
+    return str(getattr(config, "init_lora_weights", True)).lower().startswith(_MUTATING)
+
+
+def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    r"""Make every layer of an adapter compute $W_0 x + s (B A x - B_0 A_0 x)$, with $B_0$ and $A_0$ frozen.
+
+    The layer does what PEFT's does on the base weight $W_0 - s B_0 A_0$, dropout and DoRA's norm included, while the
+    base weights stay bit for bit what they are: while $A = A_0$ and $B = B_0$, a plain adapter changes no bit of the
+    output, and without the adapter the model is the base. Whoever saves the model (PEFT, a Trainer's checkpoints,
+    `save_adapter`) writes one plain adapter of rank $2r$ that fits the original base; loading it back into this model
+    restores both pairs.
+
+    Under DistributedDataParallel pass ``broadcast_buffers=False``: the frozen pairs are buffers and never change.
+
+    Args:
+        model: PEFT model.
+        adapter_name: The adapter, of plain LoRA, rsLoRA or DoRA.
+        factors: $(B_0, A_0)$ by the names of `LoraPair`, as matrices of shapes m × r and r × n; they are copied, in the
+            factors' dtype. Layers that are missing get zeros, so that the rank doubles everywhere. An offset that is
+            there already is replaced.
+
+    Raises:
+        InputError: If a layer of the adapter cannot carry an offset, a shape or a name does not fit, the adapter is
+            merged, or its start changed the base weights. The model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> x = torch.randn(2, 4)
+        >>> before = base(x)
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> attach_offset(
+        ...     model, "default", {pair.name: pair.factors()[::-1] for pair in discover(model).pairs}
+        ... )
+        >>> torch.equal(model(x), before)
+        True
+    """
+    pairs = _pairs(model, adapter_name)
+    _check_factors(pairs, factors)
+    for pair in pairs:
+        B0, A0 = factors.get(pair.name, (None, None))
+        put_offset(pair.layer, adapter_name, _like(A0, pair.A), _like(B0, pair.B))
+    # a copy, since other adapters may have been made from the same config
+    config = copy.copy(model.peft_config[adapter_name])
+    config.__class__ = OffsetConfig
+    model.peft_config[adapter_name] = config
+
+
+def detach_offset(model: PeftModel, adapter_name: str) -> None:
+    """Take the offset away: the model then computes what PEFT's does with the same trained factors.
+
+    Args:
+        model: PEFT model.
+        adapter_name: The adapter; without an offset nothing happens.
+
+    Raises:
+        InputError: If the adapter is merged, or not one of the model's.
+    """
+    found = [pair for pair in discover(model, adapter_name).pairs if get_offset(pair.layer, adapter_name)]
+    for pair in found:
+        _check_unmerged(pair)
+    for pair in found:
+        drop_offset(pair.layer, adapter_name)
+    if isinstance(model.peft_config[adapter_name], OffsetConfig):
+        model.peft_config[adapter_name].__class__ = LoraConfig
+
+
+def has_offset(model: PeftModel, adapter_name: str) -> bool:
+    """Say whether an adapter carries an offset.
+
+    Args:
+        model: PEFT model.
+        adapter_name: The adapter.
+
+    Returns:
+        Whether it does.
+    """
+    return any(get_offset(module, adapter_name) for module in model.modules())
+
+
+def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
+    r"""Return the frozen factors of a pair as matrices.
+
+    Args:
+        pair: The pair.
+
+    Returns:
+        $(B_0, A_0)$, m × r and r × n, sharing memory with the model; ``None`` without an offset.
+    """
+    offset = get_offset(pair.layer, pair.adapter)
+    return None if offset is None else (as_matrix(offset.B0), as_matrix(offset.A0))
+
+
+def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
+    if not isinstance(model, PeftModel):
+        raise InputError(f"attach_offset needs a PeftModel; got {type(model).__name__}")
+    found = discover(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]
+    if mutates_base(config):
+        raise InputError(
+            f"the start {config.init_lora_weights!r} of adapter {adapter_name!r} changed the base weights; "
+            "make the adapter with init_lora_weights=True"
+        )
+    for name, reason in found.skipped.items():
+        _refuse(name, f"its adapter is no plain pair: {reason}")
+    if type(config) not in (LoraConfig, OffsetConfig):
+        raise InputError(f"adapter {adapter_name!r} must be LoRA; got {type(config).__name__}")
+    for pair in found.pairs:
+        if pair.tied:
+            _refuse(pair.name, "its factors are tied to another layer's")
+        if reason := why_no_carrier(pair.layer, adapter_name):
+            _refuse(pair.name, reason)
+        _check_unmerged(pair)
+    return found.pairs
+
+
+def _refuse(name: str, reason: str) -> None:
+    raise InputError(
+        f"{name} cannot carry an offset: {reason}; leave it out of target_modules, or take a start that needs no "
+        "offset (lora, lora-one)"
+    )
+
+
+def _check_unmerged(pair: LoraPair) -> None:
+    if pair.adapter in pair.layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
+        raise InputError(f"adapter {pair.adapter!r} is merged into {pair.name}: unmerge_adapter first")
+
+
+def _check_factors(pairs: list[LoraPair], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    shapes = {pair.name: pair.shape for pair in pairs}
+    if unknown := sorted(factors.keys() - shapes.keys()):
+        raise InputError(
+            f"factors must name layers of the adapter, such as {next(iter(shapes))}; got {unknown[0]}"
+        )
+    for name, (B0, A0) in factors.items():
+        m, n, r = shapes[name]
+        if B0.shape != (m, r) or A0.shape != (r, n):
+            raise InputError(
+                f"factors of {name} must have shapes ({m}, {r}) and ({r}, {n}); "
+                f"got {tuple(B0.shape)} and {tuple(A0.shape)}"
+            )
+        if not (torch.isfinite(B0).all() and torch.isfinite(A0).all()):
+            raise InputError(f"factors of {name} must be finite")
+
+
+def _like(frozen: Tensor | None, live: Tensor) -> Tensor:
+    if frozen is None:
+        return torch.zeros_like(live, requires_grad=False)
+    return frozen.detach().reshape(live.shape).to(live, copy=True)

@@ -1,0 +1,79 @@
+"""`tangora export`: a trained run as the adapter or the model that someone else needs."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tangora._checks import InputError
+from tangora.adapters import load_adapter, save_adapter, save_merged
+from tangora.experiments.run import load_base, load_run_task, model_card_facts
+from tangora.experiments.settings import RunSettings, validated
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        merged: Whether it holds a whole model; an adapter otherwise.
+        relative_error: Share of the update lost by cutting its rank, in Frobenius norm; 0 for an exact export.
+    """
+
+    path: Path
+    merged: bool
+    relative_error: float = 0.0
+
+
+def export(run: str | Path, output: str | Path, *, rank: int | None = None, merge: bool = False) -> Exported:
+    """Write the adapter of a finished run once more: at another rank, or merged into its base.
+
+    Args:
+        run: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
+        output: Folder to write.
+        rank: Cut every layer's update to this rank; default exact.
+        merge: Write the whole model, with tokenizer, instead of an adapter.
+
+    Returns:
+        The folder and what was lost.
+
+    Raises:
+        InputError: If the folder is no finished run with an adapter, or ``output`` is in use by something else.
+    """
+    folder = Path(run)
+    settings = _settings(folder)
+    if not (folder / "adapter").is_dir():
+        raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
+    task = load_run_task(settings)
+    loaded = load_base(settings, task)
+    model = load_adapter(loaded.model, folder / "adapter")
+    facts = model_card_facts(task, settings)
+    if not merge:
+        saved = save_adapter(model, output, rank=rank, card=facts)
+        return Exported(Path(output), False, saved.relative_error)
+    error = 0.0
+    if rank is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            error = save_adapter(model, Path(scratch) / "adapter", rank=rank).relative_error
+            model = load_adapter(load_base(settings, task).model, Path(scratch) / "adapter")
+    path = save_merged(model, output)
+    loaded.tokenizer.save_pretrained(path)
+    return Exported(path, True, error)
+
+
+def _settings(folder: Path) -> RunSettings:
+    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
+    source = own if own.is_file() else record
+    try:
+        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise InputError(
+            f"{folder} is no run folder: it has no settings.json, and no record beside it"
+        ) from None
+    values = values if source is own else values.get("settings", {})
+    known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
+    if "recipe" not in known:
+        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
+    return validated(RunSettings, known, str(source))
