@@ -1,5 +1,9 @@
 import huggingface_hub.constants
 import pytest
+import torch
+
+# the tests run in one process per core: more threads would only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,31 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
+import yaml
 from peft import AdaLoraConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from tangora import InputError, find_pairs
-from tangora.adapters import export, folder, initial_factors, load_adapter, save_adapter
-from tests.adapters.models import Experts, randomize, tiny_llama
+from tangora.adapters import (
+    attach_offset,
+    export,
+    folder,
+    initial_factors,
+    load_adapter,
+    merged_model,
+    offset_factors,
+    save_adapter,
+    save_merged,
+)
+from tangora.adapters.compress import truncate
+from tests.adapters.models import Experts, Holder, randomize, tiny_llama
 from tests.tolerances import assert_close
 
 IDS = torch.arange(12).view(2, 6)
@@ -212,6 +226,273 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.peft_config["default"].init_lora_weights == "pissa"
     assert not model.peft_config["default"].inference_mode
+
+
+# --- compression ---
+
+
+def with_offset(name="lora", **config):
+    model = adapted(name, **config)
+    generator = torch.Generator().manual_seed(3)
+    factors = {}
+    for pair in find_pairs(model):
+        for parameter in (pair.A, pair.B):
+            parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        A, B = pair.factors()
+        factors[pair.name] = (B + 0.3 * torch.randn(B.shape, generator=generator), A)
+    attach_offset(model, "default", factors)
+    return train(model).double()
+
+
+def updates(model):
+    """s (B A - B0 A0) of every layer, dense."""
+    found = {}
+    for pair in find_pairs(model):
+        A, B = pair.factors()
+        B0, A0 = offset_factors(pair) or (B[:, :0], A[:0])
+        found[pair.name] = pair.scaling * (B @ A - B0 @ A0)
+    return found
+
+
+COMPRESSED = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 20}},
+    "patterns-rslora": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 20}, "use_rslora": True},
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "modules-to-save": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*rslora.*")
+@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compression_is_the_truncated_svd_and_says_what_it_lost(name, rank, tmp_path):
+    model = with_offset(name, **COMPRESSED[name])
+    result = save_adapter(model, tmp_path / "adapter", rank=rank)
+    again = PeftModel.from_pretrained(tiny_llama().double(), str(result), autocast_adapter_dtype=False)
+    lost, total, worst = 0.0, 0.0, {}
+    for (layer, update), pair in zip(updates(model).items(), find_pairs(model), strict=True):
+        (cut,) = (other for other in find_pairs(again) if other.name == layer)
+        own = min(rank, 2 * pair.shape[2])
+        assert cut.shape[2] == own
+        assert cut.scaling == pytest.approx(pair.scaling, rel=1e-14)
+        U, values, Vh = torch.linalg.svd(update)
+        assert_close(cut.delta_weight().detach(), (U[:, :own] * values[:own]) @ Vh[:own], 1e-10)
+        error = float(values[own:].square().sum())
+        lost, total = lost + error, total + float(update.square().sum())
+        worst[layer] = (error / float(update.square().sum())) ** 0.5
+    # singular values that are zero in exact arithmetic are not in floating point
+    assert result.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-9, abs=1e-12)
+    assert result.worst_error == pytest.approx(max(worst.values()), rel=1e-9, abs=1e-12)
+    assert result.rank == max(min(rank, 2 * pair.shape[2]) for pair in find_pairs(model))
+    if rank == 6:  # nothing is cut at rank 4, so that everything is as without a rank
+        keep = [pair.name for pair in find_pairs(model) if 2 * pair.shape[2] <= rank]
+        exact = load_file(save_adapter(model, tmp_path / "exact").path / "adapter_model.safetensors")
+        cut = load_file(result.path / "adapter_model.safetensors")
+        assert all(
+            torch.equal(cut[key], value) for key, value in exact.items() if key.startswith(tuple(keep))
+        )
+    for key in ("lm_head", "magnitude"):
+        held = {k: v for k, v in again.state_dict().items() if key in k}
+        assert all(torch.equal(value, model.state_dict()[k]) for k, value in held.items())
+
+
+@pytest.mark.parametrize("shape", [(30, 20, 4), (3, 20, 8), (20, 3, 8), (1, 1, 1), (5, 5, 5)])
+def test_truncation_needs_the_factors_alone(shape):
+    m, n, r = shape
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((m, r), (r, n)))
+    U, values, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+    for rank in (1, 2, r):
+        B_k, A_k, found = truncate(B, A, rank)
+        assert (B_k.shape, A_k.shape) == ((m, rank), (rank, n))
+        assert_close(B_k @ A_k, (U[:, :rank] * values[:rank]) @ Vh[:rank], 1e-12)
+        assert_close(B_k.T @ B_k, A_k @ A_k.T, 1e-12)  # balanced
+        size = min(len(found), len(values))
+        assert_close(found[:size], values[:size], 1e-12)
+
+
+def test_convolutions_and_started_models_are_compressed(tmp_path):
+    torch.manual_seed(0)
+    base = Holder(nn.Conv2d(3, 5, (3, 2)).double())
+    config = LoraConfig(r=3, target_modules=["it"], init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    result = save_adapter(model, tmp_path / "conv", rank=1)
+    again = PeftModel.from_pretrained(base, str(result), autocast_adapter_dtype=False)
+    U, values, Vh = torch.linalg.svd(find_pairs(model)[0].delta_weight().detach())
+    assert_close(find_pairs(again)[0].delta_weight().detach(), values[0] * U[:, :1] @ Vh[:1], 1e-10)
+    assert result.relative_error == pytest.approx(float(values[1:].norm() / values.norm()))
+    model = adapted("pissa")
+    initial = initial_factors(model)
+    train(model)
+    full, cut = (save_adapter(model, tmp_path / str(rank), initial=initial, rank=rank) for rank in (4, 2))
+    assert (full.rank, full.relative_error, cut.rank) == (4, 0.0, 2)
+    assert_close(logits(load_adapter(tiny_llama(), full)), logits(model), 1e-6)
+    before = updates(load_adapter(tiny_llama(), full))
+    after = updates(load_adapter(tiny_llama(), cut))
+    lost = sum(float((before[key] - after[key]).square().sum()) for key in before)
+    total = sum(float(before[key].square().sum()) for key in before)
+    assert cut.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+
+
+def test_tied_adapters_are_compressed_alike(tmp_path):
+    targets = ["embed_tokens", "lm_head"]
+    config = LoraConfig(r=3, target_modules=targets, ensure_weight_tying=True)
+    model = randomize(get_peft_model(tiny_llama(tie_word_embeddings=True), config))
+    result = save_adapter(model, tmp_path / "adapter", rank=1)
+    again = load_adapter(tiny_llama(tie_word_embeddings=True), result)
+    (pair,), (cut,) = find_pairs(model), find_pairs(again)
+    U, values, Vh = torch.linalg.svd(pair.delta_weight().detach())
+    assert_close(cut.delta_weight().detach(), values[0] * U[:, :1] @ Vh[:1], 1e-5)
+
+
+@pytest.mark.messages
+def test_ranks_that_cannot_be_had_are_refused(tmp_path):
+    for bad, message in ((0, r"rank must be a number in \[1"), (1.5, "rank must be a whole number")):
+        with pytest.raises(InputError, match=message):
+            save_adapter(adapted(), tmp_path / "adapter", rank=bad)
+    with pytest.raises(InputError, match=r"rank must be None, because .*q_proj is no plain pair: Kasa"):
+        save_adapter(adapted("kasa"), tmp_path / "adapter", rank=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is written beside the weights ---
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/some-model")
+def test_the_card_says_what_is_known_and_no_path(tmp_path):
+    model = with_offset(task_type="CAUSAL_LM")
+    model.peft_config["default"].base_model_name_or_path = "someone/some-model"
+    facts = {
+        "recipe": "lora-ga",
+        "seed": 3,
+        "learning rate": 2e-5,
+        "data": tmp_path / "secret" / "train.jsonl",
+        "note": f"read from {tmp_path}/secret/train.jsonl | see https://example.org/a/b",
+        "versions": {"transformers": "5"},
+        "betas": (0.9, 0.999),
+    }
+    text = (save_adapter(model, tmp_path / "a", card=facts, rank=1).path / "README.md").read_text()
+    data = front_matter(text)
+    assert data["library_name"] == "peft"
+    assert data["base_model"] == "someone/some-model"
+    assert {"lora", "tangora"} <= set(data["tags"])
+    assert str(tmp_path) not in text
+    for line in (
+        "| recipe | lora-ga |",
+        "| learning rate | 2e-05 |",
+        "| data | train.jsonl |",
+        "| note | read from train.jsonl \\| see https://example.org/a/b |",
+        "| versions: transformers | 5 |",
+        "| betas | 0.9, 0.999 |",
+        "Cut to rank 1 by singular values",
+        'AutoModelForCausalLM.from_pretrained("someone/some-model")',
+    ):
+        assert line in text
+    assert "More Information Needed" not in text
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_every_folder_has_a_card_and_safetensors_alone(adapter, tmp_path):
+    _, path = saved(tmp_path, "lora", adapter)
+    names = {entry.name for entry in path.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    text = (path / "README.md").read_text()
+    assert "Exact: the factors are those that were trained" in text
+    assert "base_model" not in front_matter(text)
+
+
+def test_what_is_saved_is_a_path(tmp_path):
+    result = save_adapter(with_offset(), tmp_path / "adapter")
+    assert os.fspath(result) == str(result) == str(tmp_path / "adapter")
+    assert (result.rank, result.relative_error, result.worst_layer) == (4, 0.0, None)
+    assert PeftModel.from_pretrained(tiny_llama(), result.path)
+
+
+@pytest.mark.messages
+def test_a_scaling_that_no_file_can_hold_is_refused(tmp_path):
+    model = adapted()
+    find_pairs(model)[0].layer.set_scale("default", 0.5)
+    with pytest.raises(InputError, match=r"scaling of .*q_proj must be 3, .* got 1\.5: undo set_scale"):
+        save_adapter(model, tmp_path / "adapter")
+    find_pairs(model)[0].layer.unscale_layer()
+    save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.messages
+def test_a_start_is_only_for_changed_bases(tmp_path):
+    with pytest.raises(
+        InputError, match="initial must be empty, because the start True left the base weights"
+    ):
+        save_adapter(adapted(), tmp_path / "adapter", initial=initial_factors(adapted("pissa")))
+
+
+# --- merged models ---
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "embedding", "modules-to-save", "patterns"])
+def test_merged_models_need_nothing_and_leave_the_trained_one_alone(name, tmp_path):
+    model = with_offset(name)
+    expected = logits(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert_close(logits(merged_model(model)), expected, 1e-12)
+    path = save_merged(model, tmp_path / "merged")
+    assert save_merged(model, path) == path  # replaces what it wrote
+    assert_close(logits(LlamaForCausalLM.from_pretrained(path, dtype=torch.float64)), expected, 1e-12)
+    assert {entry.name for entry in path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(logits(model), expected)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head", "q_proj"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
+def test_embeddings_that_share_their_memory_are_untied(targets, tmp_path):
+    config = LoraConfig(
+        r=2, target_modules=targets, ensure_weight_tying=len(targets) == 2 and "q_proj" not in targets
+    )
+    model = randomize(get_peft_model(tiny_llama(tie_word_embeddings=True), config))
+    expected = logits(model)
+    path = save_merged(model, tmp_path / "merged")
+    assert_close(logits(LlamaForCausalLM.from_pretrained(path)), expected, 1e-5)
+    base = model.get_base_model()
+    assert base.config.tie_word_embeddings
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.messages
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    holder = Holder(bitsandbytes.nn.Linear4bit(64, 32, bias=False).to("cpu"))
+    holder.is_loaded_in_4bit = True
+    quantized = get_peft_model(holder, LoraConfig(r=2, target_modules=["it"]))
+    with pytest.raises(InputError, match="a quantized base cannot be merged"):
+        merged_model(quantized)
+    with pytest.raises(InputError, match="must be a PeftModel"):
+        save_merged(tiny_llama(), tmp_path / "merged")
+    with pytest.raises(InputError, match="needs a transformers model as base; got Biased"):
+        save_merged(adapted("lora-bias"), tmp_path / "merged")
+    model = adapted()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(InputError, match="is no model folder"):
+        save_merged(model, tmp_path / "thesis")
+    model.merge_adapter()
+    with pytest.raises(InputError, match="is merged already"):
+        save_merged(model, tmp_path / "merged")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis"]
 
 
 # --- folders ---

@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tangora import InputError, TangentAdam, find_pairs
-from tangora.adapters import attach_offset, detach_offset, has_offset, offset_factors, save_adapter
+from tangora.adapters import (
+    attach_offset,
+    detach_offset,
+    has_offset,
+    offset_factors,
+    offset_layer,
+    save_adapter,
+)
 from tests.adapters.models import LAYERS, Experts, Holder, adapted, inputs_of, loss_of, tiny_llama
 from tests.tolerances import assert_close
 
@@ -27,6 +34,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:.*rslora.*"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_model_card(monkeypatch):
+    """PEFT compiles the template of its card at every saving, which takes longer than all the rest."""
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
 
 
 # --- models ---
@@ -166,9 +179,7 @@ def test_saved_adapters_fit_the_original_base(name, tmp_path):
     base = base_of(name)
     before, expected_base = base.state_dict(), run(base, name)
     model = start(plain(name))
-    if "dora" not in name:
-        assert torch.equal(run(model, name), expected_base)
-    assert_close(run(model, name), expected_base, 1e-6 if name == "nf4-dora" else 1e-14)
+    assert torch.equal(run(model, name), expected_base)
     train(model)
     trained = run(model, name)
     assert float((trained - expected_base).abs().max()) > 1e-3
@@ -285,7 +296,7 @@ def loss_and_gradients(model, name):
     return loss.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rs"])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("name", SINGLE)
 def test_loss_and_gradients_are_those_on_the_changed_base(name, dropout, config):
@@ -309,6 +320,16 @@ def test_a_bias_of_lora_is_kept():
     assert_close(model(*inputs).detach(), expected, 1e-12)
     model.merge_adapter()
     assert_close(model(*inputs).detach(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "gpt2-conv1d", "conv2d"])
+def test_factors_that_are_sharded_are_only_used_through_their_modules(name, monkeypatch):
+    model, mutated = beside_mutated(name, lora_dropout=0.4)
+    expected, others = loss_and_gradients(mutated, name)
+    monkeypatch.setattr(offset_layer, "_readable", lambda *_: False)
+    loss, gradients = loss_and_gradients(model, name)
+    assert_close(loss, expected, 1e-12)
+    assert all(torch.allclose(gradients[key], others[key], rtol=1e-10) for key in gradients)
 
 
 def test_an_embedding_that_scales_its_output():
@@ -416,7 +437,7 @@ def test_an_adapter_with_and_one_without_an_offset(tmp_path):
     outputs = {}
     for names in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(names)
-        outputs[tuple(names)] = layer(x)
+        outputs[tuple(names)] = layer(x).detach()
     sum_of_both = outputs["default",] + outputs["second",] - layer.base_layer(x)
     assert_close(outputs["default", "second"], sum_of_both, 1e-12)
     with model.disable_adapter():
@@ -453,10 +474,9 @@ def test_the_scaling_is_read_at_each_call():
     model = train(start(plain()))
     pair = find_pairs(model)[0]
     x = torch.randn(3, 16, dtype=torch.float64)
-    part = pair.layer(x) - pair.layer.base_layer(x)
+    part = (pair.layer(x) - pair.layer.base_layer(x)).detach()
     pair.layer.set_scale("default", 0.5)
-    assert_close(pair.layer(x) - pair.layer.base_layer(x), 0.5 * part, 1e-12)
-    attach_offset(model, "default", {})
+    assert_close((pair.layer(x) - pair.layer.base_layer(x)).detach(), 0.5 * part, 1e-12)
 
 
 def test_dropout_falls_on_the_trained_pair_alone():
@@ -602,7 +622,7 @@ def test_an_optimizer_moves_the_trained_pair_alone():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     for pair in find_pairs(model):
         assert all(torch.equal(a, b) for a, b in zip(offset_factors(pair), frozen[pair.name], strict=True))
@@ -797,6 +817,18 @@ def test_merged_adapters_are_refused():
         detach_offset(model, "default")
     model.unmerge_adapter()
     detach_offset(model, "default")
+
+
+@pytest.mark.messages
+def test_a_config_with_an_offset_makes_no_other_adapter(tmp_path):
+    model = start(plain())
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    with pytest.raises(InputError, match="'second' was made from the config of an adapter with an offset"):
+        save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded(tmp_path / "second")
 
 
 @pytest.mark.messages

@@ -28,6 +28,7 @@ def classifier(tmp_path_factory):
     return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [entry.name for entry in recipes() if entry.trains])
 def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classifier, tmp_path, name):
     settings = RunSettings(**classifier, recipe=name, steps=10, batch_size=8)

@@ -33,10 +33,8 @@ def model_card(
         Markdown with a YAML front matter.
     """
     base = str(config.get("base_model_name_or_path") or "")
-    data = dict(front) | {
-        "library_name": "peft",
-        "tags": sorted({*(front.get("tags") or []), "lora", "tangora"}),
-    }
+    tags = {tag for tag in front.get("tags") or [] if not tag.endswith(":")}  # of a base without a name
+    data = dict(front) | {"library_name": "peft", "tags": sorted({*tags, "lora", "tangora"})}
     if base:
         data["base_model"] = base
     else:

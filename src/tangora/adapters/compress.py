@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
-
-from tangora._types import FactorA, FactorB
 
 _FACTOR = re.compile(r"^(?P<layer>.*)\.lora_(?:embedding_)?(?P<letter>[AB])(?:\.weight)?$")
 
@@ -28,7 +27,9 @@ class Compression:
     """The same for each layer."""
 
 
-def truncate(B: FactorB, A: FactorA, rank: int) -> tuple[FactorB, FactorA, Tensor]:
+def truncate(
+    B: Float[Tensor, "m r"], A: Float[Tensor, "r n"], rank: int
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"], Float[Tensor, " p"]]:
     r"""Cut a product to a smaller rank.
 
     With $B = Q_B R_B$, $A^\top = Q_A R_A$ and $R_B R_A^\top = P \Sigma Q^\top$, the best approximation of $BA$ has the

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tangora._checks import InputError, check_whole
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of
-from tangora.adapters.config import doubled_rank, with_ranks
+from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
 from tangora.adapters.discover import Discovery, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
 from tangora.adapters.offset import has_offset, mutates_base
@@ -160,7 +160,12 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
     _check_start(model, initial)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         return Discovery([], {})
-    found = discover(model, _active(model))
+    name = _active(model)
+    if isinstance(model.peft_config[name], OffsetConfig) and not has_offset(model, name):
+        raise InputError(
+            f"adapter {name!r} was made from the config of an adapter with an offset; give it a LoraConfig of its own"
+        )
+    found = discover(model, name)
     for pair in found.pairs:
         _check_scaling(pair)
     return found
@@ -244,7 +249,7 @@ def _compress(
 
 
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
-    if saved.relative_error:
+    if saved.worst_layer is not None:
         return (
             f"Cut to rank {rank} by singular values: the update differs from the trained one by "
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def merged_model(model: PeftModel) -> nn.Module:
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
         for parameter in model.parameters()
     }
+    for tensor in _tied_views(model):
+        shared[id(tensor)] = tensor.detach()
     twin = copy.deepcopy(model, shared)
     _untie(twin)
     return twin.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
@@ -94,6 +97,13 @@ def _check_mergeable(model: PeftModel) -> None:
         )
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
+
+
+def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
+    # PEFT keeps what it tied an adapter to, views with a history, which cannot be copied
+    for module in model.modules():
+        kwargs: Any = getattr(module, "kwargs", None) or {}
+        yield from (kwargs.get("tied_adapter") or {}).values()
 
 
 def _untie(model: Any) -> None:

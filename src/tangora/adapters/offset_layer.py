@@ -277,7 +277,7 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
 
 
 def _factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
-    # container in the layer, what it holds for the adapter, its frozen counterpart, and along which dimension the rank is
+    # container in the layer, what it holds for the adapter, its frozen counterpart, and the dimension of the rank
     offset, kind = layer.lora_offset[adapter], "embedding_" if _is_embedding(layer, adapter) else ""
     for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
         container = f"lora_{kind}{letter}"

@@ -82,7 +82,8 @@ class LoraPair:
         r"""Return $s B A$ as a matrix, $m \times n$, in the factors' dtype.
 
         Returns:
-            The change of the weight, for inspection; training never forms it.
+            The change of the weight, for inspection; training never forms it. An offset (`offset_factors`) is not
+            subtracted.
         """
         A, B = self.factors()
         return self.scaling * (B @ A)

@@ -79,7 +79,7 @@ def equivalent_gradient(
     seen: Coordinates,
     *,
     scaling: float,
-    row_scale: Float[Tensor, "m"] | None = None,
+    row_scale: Float[Tensor, " m"] | None = None,
 ) -> EquivalentGradient:
     r"""Compare plain LoRA's equivalent gradient with the full one.
 

@@ -273,19 +273,21 @@ def preset(name: str) -> CompareSettings:
 PRESETS = {
     "quickstart": CompareSettings(
         title="MiniLM on BBC News",
-        recipes=["full", "lora", "lora-pro", "tangent"],
+        recipes=["full", "lora", "lora-ga", "lora-pro", "tangent"],
         learning_rates={
             "full": [1e-4, 3e-4, 1e-3],
             "lora": [1e-3, 3e-3, 1e-2],
-            "lora-pro": [1e-4, 3e-4, 1e-3],
-            "tangent": [1e-4, 3e-4, 1e-3],
+            "lora-ga": [3e-4, 1e-3, 3e-3],
+            "lora-pro": [3e-4, 1e-3, 3e-3],
+            "tangent": [3e-4, 1e-3, 3e-3],
         },
         steps=40,
         batch_size=8,
-        max_length=64,
+        max_length=48,
         num_train=1000,
-        num_validation=150,
-        num_test=300,
+        num_validation=100,
+        num_test=200,
+        start_examples=16,
     ),
     "smoke": CompareSettings(
         title="MiniLM on BBC News, the smallest comparison",

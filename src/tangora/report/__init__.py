@@ -1,5 +1,13 @@
 """From the records of a comparison to tables, figures and one self-contained page."""
 
+from tangora.report.diagnosis import (
+    DiagnosisRecord,
+    diagnosis_tables,
+    findings,
+    load_diagnosis,
+    render_diagnosis,
+    write_diagnosis,
+)
 from tangora.report.figures import loss_figure, sweep_figure, time_figure
 from tangora.report.page import render_page, write_page
 from tangora.report.picture import save_picture
@@ -22,6 +30,7 @@ from tangora.report.verdict import verdict
 
 __all__ = [
     "Comparison",
+    "DiagnosisRecord",
     "EvaluationRecord",
     "MemoryUse",
     "Record",
@@ -30,10 +39,14 @@ __all__ = [
     "SweepPoint",
     "TimeSplit",
     "best_learning_rate",
+    "diagnosis_tables",
+    "findings",
     "load_comparison",
+    "load_diagnosis",
     "load_record",
     "loss_figure",
     "markdown_table",
+    "render_diagnosis",
     "render_page",
     "rich_table",
     "save_comparison",
@@ -45,5 +58,6 @@ __all__ = [
     "time_figure",
     "verdict",
     "write_csv",
+    "write_diagnosis",
     "write_page",
 ]

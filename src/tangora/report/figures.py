@@ -35,14 +35,14 @@ def loss_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
         Smoothed mean over the seeds, a band from the smallest to the largest, and the raw mean on hover.
     """
     styles = recipe_styles(row.recipe for row in rows)
-    figure = _figure("optimizer step", "training loss")
+    figure = empty_figure("optimizer step", "training loss")
     for curve in loss_curves(comparison, rows):
         figure.add_traces(_loss_traces(curve, styles[curve.recipe]))
     return figure
 
 
 def _loss_traces(curve: LossCurve, style: Style) -> list[go.Scatter]:
-    name = _label(curve.recipe)
+    name = label_text(curve.recipe)
     steps = curve.steps.tolist()
     line = go.Scatter(
         x=steps,
@@ -84,7 +84,7 @@ def sweep_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
     styles = recipe_styles(row.recipe for row in rows)
     shown = sweeps(comparison, rows)
     floor = worst_value(shown, higher_is_better=comparison.higher_is_better)
-    figure = _figure("learning rate", f"validation {comparison.metric}")
+    figure = empty_figure("learning rate", f"validation {comparison.metric}")
     ticks = rate_ticks(shown)
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[formats.learning_rate(rate) for rate in ticks])
     for sweep in shown:
@@ -93,7 +93,7 @@ def sweep_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
 
 
 def _sweep_traces(sweep: Sweep, style: Style, floor: float) -> list[go.Scatter]:
-    name = _label(sweep.recipe)
+    name = label_text(sweep.recipe)
     finished = [(point, point.mean) for point in sweep.points if point.mean is not None]
     diverged = [point for point in sweep.points if point.num_diverged]
     line = go.Scatter(
@@ -178,16 +178,16 @@ def time_figure(rows: Sequence[Row]) -> go.Figure:
     styles = recipe_styles(row.recipe for row in rows)
     # Plotly draws the first bar at the bottom.
     timed = [row for row in reversed(rows) if row.time]
-    figure = _figure("seconds per run", "")
+    figure = empty_figure("seconds per run", "")
     figure.update_layout(barmode="stack", height=150 + 34 * len(timed), legend={"traceorder": "normal"})
     figure.update_yaxes(type="category", showgrid=False)
     for part, (title, pattern) in _PARTS.items():
         bars = [
-            _bar(_label(row.recipe), getattr(row.time, part), title, styles[row.recipe].color, pattern)
+            _bar(label_text(row.recipe), getattr(row.time, part), title, styles[row.recipe].color, pattern)
             for row in timed
         ]
         # An empty grey bar for the legend, which explains the patterns in no recipe's colour.
-        key = [_bar(_label(row.recipe), None, title, _GREY, pattern) for row in timed[:1]]
+        key = [_bar(label_text(row.recipe), None, title, _GREY, pattern) for row in timed[:1]]
         figure.add_traces([*bars, *key])
     return figure
 
@@ -205,7 +205,16 @@ def _bar(label: str, length: float | None, part: str, color: str, pattern: str) 
     )
 
 
-def _figure(x_title: str, y_title: str) -> go.Figure:
+def empty_figure(x_title: str, y_title: str) -> go.Figure:
+    """Make a figure that takes its colours from the page.
+
+    Args:
+        x_title: Of the horizontal axis.
+        y_title: Of the vertical axis.
+
+    Returns:
+        Axes and a legend above them.
+    """
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
     return go.Figure(
         layout={
@@ -216,7 +225,7 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
             "plot_bgcolor": _TRANSPARENT,
             "font": {"family": "system-ui, sans-serif", "size": 13},
             "xaxis": axis | {"title": {"text": x_title}},
-            "yaxis": axis | {"title": {"text": _label(y_title), "standoff": 8}},
+            "yaxis": axis | {"title": {"text": label_text(y_title), "standoff": 8}},
             "legend": {
                 "orientation": "h",
                 "x": 0,
@@ -230,6 +239,14 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
     )
 
 
-def _label(name: str) -> str:
+def label_text(name: str) -> str:
+    """Make any text safe inside of a figure.
+
+    Args:
+        name: The text.
+
+    Returns:
+        Text that plotly shows as it is.
+    """
     # Plotly reads a little HTML in its labels, and ``%{...}`` in hover templates.
     return html.escape(name, quote=False).replace("%{", "%\N{ZERO WIDTH SPACE}{")

@@ -147,6 +147,35 @@ def share(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:z.0f} %".replace("-", MINUS)
 
 
+def small_share(value: float | None) -> str:
+    """Write a share as a percentage with two figures, for shares that may be small.
+
+    Args:
+        value: The share, not negative; 1 is all.
+
+    Returns:
+        For example "63 %", "1.4 %" or "0.021 %".
+    """
+    if value is None:
+        return MISSING
+    percent = 100 * value
+    if percent >= 9.95:
+        return f"{percent:.0f} %"
+    return f"{percent:.1f} %" if percent >= 0.95 or percent == 0 else f"{percent:.2g} %"
+
+
+def significant(value: float | None) -> str:
+    """Write a number of any size with three figures.
+
+    Args:
+        value: The number.
+
+    Returns:
+        For example "0.0123", "4.57" or "1.2e+05".
+    """
+    return MISSING if value is None else f"{value:.3g}".replace("-", MINUS)
+
+
 def plural(number: int, noun: str) -> str:
     """Write a number of things.
 

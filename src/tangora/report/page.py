@@ -4,18 +4,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from tangora.report import formats
 from tangora.report.figures import loss_figure, sweep_figure, time_figure
 from tangora.report.files import write_atomic
+from tangora.report.layout import Chart, flat, plain, render
 from tangora.report.records import Comparison, Record
 from tangora.report.selection import judged_runs
 from tangora.report.styles import SVG_DASHES, recipe_styles
@@ -25,16 +19,6 @@ from tangora.report.verdict import verdict
 
 _TEMPLATE = "page.html.j2"
 _ERROR_CHARACTERS = 120
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """One figure of the page; `name` is the id of its element, fixed so that equal inputs give equal bytes."""
-
-    name: str
-    title: str
-    caption: str
-    figure: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,13 +63,9 @@ def render_page(comparison: Comparison) -> str:
     rows = summarize(comparison)
     groups = group_by_recipe(comparison)
     shown = [c for c in columns(comparison) if any(c.cell(row) != formats.MISSING for row in rows)]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("tangora.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    )
-    return template.render(
+    return render(
+        _TEMPLATE,
+        comparison.title,
         comparison=comparison,
         verdict=verdict(rows),
         headers=[column.header for column in shown if not column.beneath],
@@ -95,12 +75,11 @@ def render_page(comparison: Comparison) -> str:
         notes=_notes(rows, comparison),
         charts=_charts(comparison, rows),
         runs=[run for row in rows for run in _runs(groups[row.recipe], row)],
-        settings=_flat(comparison.settings),
+        settings=flat(comparison.settings),
         recipe_settings=[(row.recipe, _example_settings(groups[row.recipe], row)) for row in rows],
         versions=_versions(comparison.records),
         machines=sorted({record.machine for record in comparison.records}),
         commits=sorted({record.commit for record in comparison.records if record.commit}),
-        plotly=Markup(get_plotlyjs()),
     )
 
 
@@ -115,35 +94,31 @@ def _cells(shown: Sequence[Column], row: Row) -> list[list[str]]:
     return cells
 
 
-def _charts(comparison: Comparison, rows: Sequence[Row]) -> list[_Chart]:
+def _charts(comparison: Comparison, rows: Sequence[Row]) -> list[Chart]:
     best = "highest" if comparison.higher_is_better else "lowest"
     return [
-        _Chart(
+        Chart(
             "loss",
             "Training loss",
             "Mean over the seeds at each recipe's best learning rate, lightly smoothed; the band reaches from the "
             "smallest to the largest seed. Point at a line for the raw value.",
-            _plain(loss_figure(comparison, rows)),
+            plain(loss_figure(comparison, rows)),
         ),
-        _Chart(
+        Chart(
             "sweep",
             "Learning-rate sweep",
             f"Mean validation {comparison.metric} over the seeds, with bars from the smallest to the largest. A "
             f"ring marks the chosen learning rate ({best} mean); a cross marks runs that diverged, which have no "
             "value and are drawn at the worst one.",
-            _plain(sweep_figure(comparison, rows)),
+            plain(sweep_figure(comparison, rows)),
         ),
-        _Chart(
+        Chart(
             "time",
             "Where the time went",
             "Seconds per run at the best learning rate, mean over the seeds.",
-            _plain(time_figure(rows)),
+            plain(time_figure(rows)),
         ),
     ]
-
-
-def _plain(figure: go.Figure) -> dict[str, Any]:
-    return json.loads(figure.to_json() or "{}")
 
 
 def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
@@ -197,18 +172,6 @@ def _run(record: Record, metric: str, *, in_result: bool) -> _Run:
 def _example_settings(records: Sequence[Record], row: Row) -> str:
     run = next(iter(judged_runs(records, row.learning_rate)), records[0])
     return json.dumps({"id": run.id} | run.settings, indent=2, default=str, ensure_ascii=False)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    # Spread nested settings over dotted keys.
-    pairs = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            pairs.append((f"{prefix}{key}", text))
-    return pairs
 
 
 def _versions(records: Iterable[Record]) -> list[tuple[str, str]]:

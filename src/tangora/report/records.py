@@ -32,13 +32,13 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metrics = dict[str, float]
 
 
-class _Model(BaseModel):
+class FrozenModel(BaseModel):
     """What all records share: no changes after creation, no unknown fields, NaN as a JSON string."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
-class StepRecord(_Model):
+class StepRecord(FrozenModel):
     """One optimizer step of training."""
 
     step: Count = Field(description="Optimizer steps done so far; the first is 1.")
@@ -47,14 +47,14 @@ class StepRecord(_Model):
     grad_norm: float | None = Field(default=None, description="Gradient norm before clipping.")
 
 
-class EvaluationRecord(_Model):
+class EvaluationRecord(FrozenModel):
     """One evaluation on validation data during training."""
 
     step: Count = Field(description="Optimizer steps done before the evaluation.")
     metrics: Metrics = Field(description='For example {"loss": 0.3, "accuracy": 0.9}.')
 
 
-class TimeSplit(_Model):
+class TimeSplit(FrozenModel):
     """Where the wall-clock time of a run went, in seconds."""
 
     start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
@@ -68,7 +68,7 @@ class TimeSplit(_Model):
         return self.start + self.forward_backward + self.optimizer + self.evaluation
 
 
-class MemoryUse(_Model):
+class MemoryUse(FrozenModel):
     """Memory of a run, in bytes."""
 
     peak_bytes: Count | None = Field(
@@ -78,7 +78,7 @@ class MemoryUse(_Model):
     adapter_bytes: Count = Field(description="All trained parameters.")
 
 
-class Record(_Model):
+class Record(FrozenModel):
     """One run: a recipe, a learning rate and a seed."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -114,7 +114,7 @@ class Record(_Model):
     created: IsoTime = Field(description="When the run ended, ISO 8601.")
 
 
-class Comparison(_Model):
+class Comparison(FrozenModel):
     """Several recipes on one task, each with its own learning-rate sweep."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

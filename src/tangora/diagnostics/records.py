@@ -1,0 +1,237 @@
+"""What a diagnosis found, as plain dataclasses that JSON can hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tangora._checks import InputError
+from tangora.diagnostics.ranks import RankPlan, Spectrum
+
+SHARES = (50, 80, 90)
+"""Shares of the gradient's energy, in percent, whose rank is looked for."""
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    r"""One layer's adapter as it stands, measured on the gradient $G$ of the adapted model.
+
+    Attributes:
+        rank: Its $r$.
+        scaling: Its $s$.
+        gradient: Of the adapted model; the base model's where the adapter has not moved yet.
+        captured_energy: $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$.
+        alignment_error: $\varepsilon = \|G - P_T(G)\|_F$, in the gradient's units.
+        cosine: Between $G$ and the weight's step under plain LoRA gradients; $\sqrt\kappa$ is the best possible.
+            ``None`` where one of them is zero.
+        condition_A: Ratio of the extreme eigenvalues of $A A^\top$; ``None`` for a factor without full rank.
+        condition_B: The same of $B^\top B$; ``None`` at the start $B = 0$.
+        imbalance: $\|B^\top B - A A^\top\|_F$.
+        relative_imbalance: The same over $\|B^\top B\|_F + \|A A^\top\|_F$: 0 is balanced, 1 is a zero factor.
+        effective_rank: Exponential of the entropy of the singular values of $B A$; 0 for $B A = 0$.
+    """
+
+    rank: int
+    scaling: float
+    gradient: Spectrum
+    captured_energy: float
+    alignment_error: float
+    cosine: float | None
+    condition_A: float | None
+    condition_B: float | None
+    imbalance: float
+    relative_imbalance: float
+    effective_rank: float
+
+    @property
+    def missed_energy(self) -> float:
+        r"""$\varepsilon^2$, what the adapter cannot follow."""
+        return self.alignment_error**2
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    r"""One layer.
+
+    Attributes:
+        name: Its path in the base model.
+        m: Rows of the weight's update.
+        n: Columns of the weight's update.
+        rank: Rank of the starts.
+        gradient: Of the base model.
+        adapter: The adapter as it stands; ``None`` for a model without one.
+        starts: Captured energy $\kappa$ of the base model's gradient by start, at `rank`.
+        reachable: The largest $\kappa$ that any adapter of `rank` could have there.
+        ranks_needed: Smallest rank that could capture 50, 80 and 90 % of the base model's gradient, by ``"50"`` and so
+            on; ``None`` if it lies beyond the singular values that were looked at.
+    """
+
+    name: str
+    m: int
+    n: int
+    rank: int
+    gradient: Spectrum
+    adapter: AdapterState | None
+    starts: dict[str, float]
+    reachable: float
+    ranks_needed: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Totals:
+    r"""The same over all layers, each weighted with its energy.
+
+    Attributes:
+        starts: Captured energy by start.
+        reachable: The largest that any adapters of these ranks could have.
+        adapter: Captured energy of the adapter as it stands; ``None`` without one.
+        cosine: Between the full gradient and the step of plain LoRA gradients, over all layers at once.
+        energy_error: Standard error of the gradient's energy, relative; 0 where the norms are exact.
+        adapter_energy_error: The same of the adapted model's gradient.
+    """
+
+    starts: dict[str, float]
+    reachable: float
+    adapter: float | None
+    cosine: float | None
+    energy_error: float
+    adapter_energy_error: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """How much of the full gradient adapters can see.
+
+    Attributes:
+        layers: In the order of the model.
+        totals: Over all of them.
+        plan: Ranks by layer for the same number of parameters as a uniform rank.
+        plain_start: Whether the adapter still leaves the model as the base is, so that both have one gradient.
+        exact_norms: Whether the gradients' norms are exact, or estimated from random probes.
+        num_batches: Batches read; ``None`` if they have no length.
+        loss: Mean loss of the base model on them.
+        adapter_loss: The adapted model's; ``None`` without an adapter.
+        skipped: Adapted layers that could not be looked at, with the reason.
+        seconds: What it took.
+    """
+
+    layers: tuple[LayerDiagnosis, ...]
+    totals: Totals
+    plan: RankPlan
+    plain_start: bool
+    exact_norms: bool
+    num_batches: int | None
+    loss: float
+    adapter_loss: float | None
+    skipped: dict[str, str]
+    seconds: float
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Names of the starts that were compared."""
+        return tuple(self.totals.starts)
+
+    def starving(self, count: int = 5) -> list[LayerDiagnosis]:
+        """List the layers whose gradient is missed most.
+
+        Args:
+            count: How many.
+
+        Returns:
+            By the energy that the adapter (without one: the first start) cannot follow, in falling order.
+        """
+        return sorted(self.layers, key=missed_energy, reverse=True)[:count]
+
+    def missed_share(self, layer: LayerDiagnosis) -> float:
+        """Return what is missed in one layer, as a share of the energy of all layers' gradients.
+
+        Args:
+            layer: One of `layers`.
+
+        Returns:
+            In [0, 1].
+        """
+        total = sum((each.adapter.gradient if each.adapter else each.gradient).energy for each in self.layers)
+        return missed_energy(layer) / total if total > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it.
+
+        Returns:
+            Nested dictionaries and lists.
+        """
+        return TypeAdapter(Diagnosis).dump_python(self, mode="json")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
+        """Make a diagnosis from what `to_dict` returned.
+
+        Args:
+            content: Nested dictionaries.
+
+        Returns:
+            The diagnosis.
+
+        Raises:
+            InputError: If something is missing or of the wrong type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"no valid diagnosis: {place}: {first['msg']}") from error
+
+
+def missed_energy(layer: LayerDiagnosis) -> float:
+    """Return the energy of a layer's gradient that the adapter cannot follow.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        Of the adapter as it stands; without one, of the first start.
+    """
+    if layer.adapter is not None:
+        return layer.adapter.missed_energy
+    captured = next(iter(layer.starts.values()), layer.reachable)
+    return (1 - captured) * layer.gradient.energy
+
+
+def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
+    """Add up over layers.
+
+    Args:
+        layers: All of them.
+        cosine: Of the whole step, which single layers do not tell.
+
+    Returns:
+        The totals.
+    """
+    gradients = [layer.gradient for layer in layers]
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    return Totals(
+        starts={
+            name: _mean([layer.starts[name] for layer in layers], gradients) for name in layers[0].starts
+        },
+        reachable=_mean([layer.reachable for layer in layers], gradients),
+        adapter=_mean([a.captured_energy for a in adapters], [a.gradient for a in adapters])
+        if adapters
+        else None,
+        cosine=cosine,
+        energy_error=_relative_error(gradients),
+        adapter_energy_error=_relative_error([adapter.gradient for adapter in adapters] or gradients),
+    )
+
+
+def _mean(shares: Sequence[float], gradients: Sequence[Spectrum]) -> float:
+    total = sum(gradient.energy for gradient in gradients)
+    captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
+    return captured / total if total > 0 else 0.0
+
+
+def _relative_error(gradients: Sequence[Spectrum]) -> float:
+    total = sum(gradient.energy for gradient in gradients)
+    error = sum(gradient.energy_error**2 for gradient in gradients) ** 0.5
+    return error / total if total > 0 else 0.0

@@ -1,0 +1,109 @@
+"""A diagnosis as one HTML page that needs no network and nothing beside it."""
+
+import json
+from pathlib import Path
+
+from tangora.diagnostics import Diagnosis
+from tangora.report import formats
+from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
+from tangora.report.diagnosis.record import DiagnosisRecord
+from tangora.report.diagnosis.summary import findings
+from tangora.report.diagnosis.tables import kind_table, layer_table
+from tangora.report.files import write_atomic
+from tangora.report.layout import Chart, flat, plain, render
+
+_TEMPLATE = "diagnosis.html.j2"
+
+
+def write_diagnosis(record: DiagnosisRecord, path: str | Path) -> Path:
+    """Write the page of a diagnosis.
+
+    Args:
+        record: What was found.
+        path: The HTML file.
+
+    Returns:
+        The path written.
+    """
+    return write_atomic(path, render_diagnosis(record))
+
+
+def render_diagnosis(record: DiagnosisRecord) -> str:
+    """Make the page of a diagnosis; the same record gives the same text.
+
+    Args:
+        record: What was found.
+
+    Returns:
+        A whole HTML page: findings, maps of all layers, the rank plan, all numbers, and what is needed to repeat it.
+    """
+    diagnosis = record.diagnosis
+    return render(
+        _TEMPLATE,
+        record.title,
+        record=record,
+        findings=findings(diagnosis),
+        num_layers=formats.plural(len(diagnosis.layers), "layer"),
+        kinds=kind_table(diagnosis),
+        layers=layer_table(diagnosis),
+        views=view_names(diagnosis),
+        captured=Chart(
+            "captured",
+            "What each layer's adapter can see",
+            "Share of the energy of each layer's gradient that an adapter can follow, in percent. The table of all "
+            "layers below has the same numbers.",
+            plain(captured_figure(diagnosis)),
+        ),
+        reach=Chart(
+            "reach",
+            "What more rank would bring",
+            "Share of the gradient's energy that the best adapters of one rank could follow: the first 2 × rank "
+            "singular values of each gradient, squared.",
+            plain(reach_figure(diagnosis)),
+        ),
+        plan=Chart(
+            "plan",
+            "Rank plan",
+            _plan_caption(diagnosis),
+            plain(plan_figure(diagnosis)),
+        ),
+        plan_config=json.dumps(diagnosis.plan.config(), indent=1),
+        notes=_notes(diagnosis),
+        settings=flat(record.settings),
+        versions=sorted(record.versions.items()),
+    )
+
+
+def _plan_caption(diagnosis: Diagnosis) -> str:
+    plan = diagnosis.plan
+    return (
+        f"Ranks that cost {formats.count(plan.parameters)} adapter parameters, within the {formats.count(plan.budget)} "
+        f"of rank {plan.r} everywhere, and could see {formats.small_share(plan.captured_energy)} of the gradient "
+        f"instead of {formats.small_share(plan.uniform_captured_energy)}."
+    )
+
+
+def _notes(diagnosis: Diagnosis) -> list[str]:
+    notes = [
+        "Captured energy: the squared norm of the gradient's projection on the directions that the adapter can move the "
+        "weight in, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part "
+        "in the loss's first-order fall.",
+        "Best: what an adapter of this rank could capture at most at its start, twice its rank in singular values; "
+        "LoRA-GA's start is made to reach it.",
+        "The gradient is the mean over the examples read. Of few examples it has a lower rank than that of the whole "
+        "data set, so that shares come out too high and needed ranks too low.",
+    ]
+    if not diagnosis.exact_norms:
+        notes.append(
+            "Norms are estimates from random probes; relative standard error of the whole gradient's energy: "
+            f"{formats.small_share(diagnosis.totals.energy_error)}."
+        )
+    if diagnosis.totals.cosine is not None:
+        notes.append(
+            "Cosine: between the gradient and the step that plain LoRA gradients make of it; over all layers "
+            f"{formats.significant(diagnosis.totals.cosine)}. The square root of the captured energy is the best possible."
+        )
+    if diagnosis.skipped:
+        names = ", ".join(f"{name} ({reason})" for name, reason in list(diagnosis.skipped.items())[:5])
+        notes.append(f"Not looked at: {formats.plural(len(diagnosis.skipped), 'layer')}: {names}.")
+    return notes

@@ -1,0 +1,233 @@
+"""A diagnosis in few numbers: by kind of layer, and in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tangora.diagnostics import Diagnosis, LayerDiagnosis, Spectrum
+from tangora.diagnostics.records import SHARES
+from tangora.report import formats
+from tangora.report.diagnosis.grid import places
+
+ALL = "all layers"
+START_NAMES = {
+    "lora": "plain LoRA",
+    "orthogonal": "orthogonal",
+    "pissa": "PiSSA",
+    "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
+}
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """Layers of one kind, each weighted with the energy of its gradient.
+
+    Attributes:
+        kind: ``q_proj`` and so on, or `ALL`.
+        num_layers: How many.
+        energy_share: Their part in the energy of all layers' base gradients.
+        adapter: Captured energy of the adapter as it stands; None without one.
+        starts: Captured energy by start.
+        reachable: The largest that any adapter of these ranks could have.
+        ranks_needed: Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`.
+        known_rank: Largest rank of which it is known what it could capture.
+    """
+
+    kind: str
+    num_layers: int
+    energy_share: float
+    adapter: float | None
+    starts: Mapping[str, float]
+    reachable: float
+    ranks_needed: Mapping[int, int | None]
+    known_rank: int
+
+
+def kind_rows(diagnosis: Diagnosis) -> list[KindRow]:
+    """Sum a diagnosis up by kind of layer.
+
+    Args:
+        diagnosis: What was found.
+
+    Returns:
+        One row for each kind in the order of the model, and one for all layers.
+    """
+    where = places(layer.name for layer in diagnosis.layers)
+    groups: dict[str, list[LayerDiagnosis]] = {}
+    for layer in diagnosis.layers:
+        groups.setdefault(where[layer.name].kind, []).append(layer)
+    total = sum(layer.gradient.energy for layer in diagnosis.layers)
+    rows = [_row(kind, layers, total) for kind, layers in groups.items()]
+    return [*rows, _row(ALL, diagnosis.layers, total)]
+
+
+def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
+    gradients = [layer.gradient for layer in layers]
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    return KindRow(
+        kind=kind,
+        num_layers=len(layers),
+        energy_share=sum(gradient.energy for gradient in gradients) / total if total > 0 else 0.0,
+        adapter=_mean([a.captured_energy for a in adapters], [a.gradient for a in adapters])
+        if adapters
+        else None,
+        starts={
+            start: _mean([layer.starts[start] for layer in layers], gradients) for start in layers[0].starts
+        },
+        reachable=_mean([layer.reachable for layer in layers], gradients),
+        ranks_needed={share: _common_rank(gradients, share / 100) for share in SHARES},
+        known_rank=known_rank(gradients),
+    )
+
+
+def _mean(shares: Sequence[float], gradients: Sequence[Spectrum]) -> float:
+    total = sum(gradient.energy for gradient in gradients)
+    captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
+    return captured / total if total > 0 else 0.0
+
+
+def known_rank(gradients: Sequence[Spectrum]) -> int:
+    """Return the largest rank of which it is known what it could capture in every layer.
+
+    Args:
+        gradients: Of the layers.
+
+    Returns:
+        The rank; a layer whose spectrum is complete sets no limit, unless all are.
+    """
+    limits = [gradient.largest_rank for gradient in gradients]
+    return min(
+        (limit for limit, gradient in zip(limits, gradients, strict=True) if not gradient.complete),
+        default=max(limits),
+    )
+
+
+def reachable_shares(gradients: Sequence[Spectrum]) -> list[float]:
+    """Return what adapters of one rank could capture at most, for the ranks 1, 2, ….
+
+    Args:
+        gradients: Of the layers.
+
+    Returns:
+        Shares of their energy, as far as they are known.
+    """
+    total = sum(gradient.energy for gradient in gradients)
+    if not total > 0:
+        return []
+    return [
+        sum(gradient.reachable(rank) for gradient in gradients) / total
+        for rank in range(1, known_rank(gradients) + 1)
+    ]
+
+
+def _common_rank(gradients: Sequence[Spectrum], share: float) -> int | None:
+    shares = enumerate(reachable_shares(gradients), 1)
+    return next((rank for rank, reachable in shares if reachable >= share * (1 - 1e-6)), None)
+
+
+def needed(rank: int | None, known: int) -> str:
+    """Write a rank that may lie beyond what is known.
+
+    Args:
+        rank: The rank.
+        known: Largest rank that was looked at.
+
+    Returns:
+        For example "5" or "> 16".
+    """
+    return f"> {known}" if rank is None else str(rank)
+
+
+def findings(diagnosis: Diagnosis) -> list[str]:
+    """Say in words what was found, the most important first.
+
+    Args:
+        diagnosis: What was found.
+
+    Returns:
+        Sentences in plain text.
+    """
+    return [
+        *_of_adapter(diagnosis),
+        *_of_starts(diagnosis),
+        *_of_ranks(diagnosis),
+        *_of_plan(diagnosis),
+        *_of_hungry(diagnosis),
+        "This is what a first step from there can follow of the gradient on this data, not how training will end.",
+    ]
+
+
+def _of_adapter(diagnosis: Diagnosis) -> list[str]:
+    totals, ranks = diagnosis.totals, _ranks(layer.rank for layer in diagnosis.layers)
+    lora = totals.starts.get("lora")
+    if diagnosis.plain_start and lora is not None:
+        return [f"A plain LoRA start of {ranks} sees {formats.small_share(lora)} of the full gradient."]
+    if totals.adapter is None:
+        return []
+    own = _ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
+    sentences = [
+        f"The adapter as it stands, of {own}, sees {formats.small_share(totals.adapter)} of the full gradient at its "
+        "own weights."
+    ]
+    if lora is not None:
+        sentences.append(f"A plain LoRA start of {ranks} on the base model sees {formats.small_share(lora)}.")
+    return sentences
+
+
+def _of_starts(diagnosis: Diagnosis) -> list[str]:
+    totals = diagnosis.totals
+    others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
+    limit = f"no adapter of this rank can see more than {formats.small_share(totals.reachable)}"
+    if not others:
+        return [f"{limit[0].upper()}{limit[1:]}."]
+    first, *rest = [f"{START_NAMES[start]}'s start" for start in others]
+    shares = [formats.small_share(totals.starts[start]) for start in others]
+    seen = [f"{first} would see {shares[0]}"] + [
+        f"{name} {share}" for name, share in zip(rest, shares[1:], strict=True)
+    ]
+    text = "; ".join([", ".join(seen), limit])
+    return [f"{text[0].upper()}{text[1:]}."]
+
+
+def _of_ranks(diagnosis: Diagnosis) -> list[str]:
+    row = kind_rows(diagnosis)[-1]
+    parts = [f"{share} % of it {_at_rank(row.ranks_needed[share], row.known_rank)}" for share in SHARES]
+    return [f"With one rank for all layers, the best adapters could see {formats.listing(parts)}."]
+
+
+def _at_rank(rank: int | None, known: int) -> str:
+    return f"only beyond rank {known}" if rank is None else f"at rank {rank}"
+
+
+def _of_plan(diagnosis: Diagnosis) -> list[str]:
+    plan = diagnosis.plan
+    parameters = formats.count(plan.budget)
+    if not plan.rank_pattern:
+        return [f"No other sharing of rank {plan.r}'s {parameters} parameters is expected to see more."]
+    text = (
+        f"For the {parameters} parameters of rank {plan.r} everywhere, the rank plan (ranks {min(plan.ranks.values())} "
+        f"to {max(plan.ranks.values())}) could see {formats.small_share(plan.captured_energy)} instead of "
+        f"{formats.small_share(plan.uniform_captured_energy)}."
+    )
+    if plan.at_limit:
+        text += (
+            f" {formats.plural(len(plan.at_limit), 'layer')} got the largest rank whose worth is known; a larger "
+            "num_values may find more."
+        )
+    return [text]
+
+
+def _of_hungry(diagnosis: Diagnosis) -> list[str]:
+    parts = [
+        f"{layer.name} ({formats.small_share(diagnosis.missed_share(layer))})"
+        for layer in diagnosis.starving(3)
+    ]
+    whom = "the adapter" if diagnosis.totals.adapter is not None else "the first start"
+    return [
+        f"Most of what {whom} misses lies in {formats.listing(parts)}, as shares of the whole gradient's energy."
+    ]
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    distinct = sorted(set(ranks))
+    return f"rank {distinct[0]}" if len(distinct) == 1 else f"ranks {distinct[0]} to {distinct[-1]}"

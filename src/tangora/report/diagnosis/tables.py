@@ -1,0 +1,151 @@
+"""A diagnosis as tables: short ones for a terminal, a full one for the page."""
+
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tangora.diagnostics import Diagnosis, LayerDiagnosis
+from tangora.diagnostics.records import SHARES
+from tangora.report import formats
+from tangora.report.diagnosis.summary import START_NAMES, KindRow, kind_rows, needed
+
+_MAX_WORST = 5
+
+Cells = list[list[str]]
+
+
+def kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+    """Make the table of kinds of layers.
+
+    Args:
+        diagnosis: What was found.
+
+    Returns:
+        Headers and rows, as text.
+    """
+    with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
+    headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
+    headers += [START_NAMES[start] for start in diagnosis.starts]
+    headers += ["best", *(f"rank for {share} %" for share in SHARES)]
+    return headers, [_kind_cells(row, with_adapter=with_adapter) for row in kind_rows(diagnosis)]
+
+
+def _adapter_is_lora(diagnosis: Diagnosis) -> bool:
+    # one column would repeat the other
+    return diagnosis.totals.adapter == diagnosis.totals.starts.get("lora")
+
+
+def _kind_cells(row: KindRow, *, with_adapter: bool) -> list[str]:
+    share = formats.small_share
+    return [
+        row.kind,
+        str(row.num_layers),
+        share(row.energy_share),
+        *([share(row.adapter)] if with_adapter else []),
+        *(share(captured) for captured in row.starts.values()),
+        share(row.reachable),
+        *(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
+    ]
+
+
+def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+    """Make the table of all layers.
+
+    Args:
+        diagnosis: What was found.
+
+    Returns:
+        Headers and rows, as text.
+    """
+    columns: dict[str, Callable[[LayerDiagnosis], str]] = {
+        "layer": lambda layer: layer.name,
+        "m × n": lambda layer: f"{layer.m} × {layer.n}",
+        "‖G‖": norm_text,
+    }
+    if diagnosis.totals.adapter is not None:
+        columns |= _adapter_columns(plain=diagnosis.plain_start)
+    for start in diagnosis.starts:
+        columns[f"{START_NAMES[start]} start"] = lambda layer, start=start: formats.small_share(
+            layer.starts[start]
+        )
+    columns["best"] = lambda layer: formats.small_share(layer.reachable)
+    for share in SHARES:
+        columns[f"rank for {share} %"] = lambda layer, share=share: needed(
+            layer.ranks_needed[str(share)], layer.gradient.largest_rank
+        )
+    columns["planned rank"] = lambda layer: str(diagnosis.plan.ranks[layer.name])
+    return list(columns), [[cell(layer) for cell in columns.values()] for layer in diagnosis.layers]
+
+
+def _adapter_columns(*, plain: bool) -> dict[str, Callable[[LayerDiagnosis], str]]:
+    def of(write: Callable[..., str], name: str) -> Callable[[LayerDiagnosis], str]:
+        return lambda layer: write(getattr(layer.adapter, name))
+
+    columns = {
+        "rank": of(str, "rank"),
+        "adapter": of(formats.small_share, "captured_energy"),
+        "ε": of(formats.significant, "alignment_error"),
+        "cosine": of(formats.significant, "cosine"),
+        "cond AAᵀ": of(formats.significant, "condition_A"),
+        "cond BᵀB": of(formats.significant, "condition_B"),
+        "imbalance": of(formats.small_share, "relative_imbalance"),
+        "effective rank": of(formats.significant, "effective_rank"),
+    }
+    says_nothing_at_start = ("cond BᵀB", "imbalance", "effective rank")
+    return {key: cell for key, cell in columns.items() if not (plain and key in says_nothing_at_start)}
+
+
+def norm_text(layer: LayerDiagnosis) -> str:
+    """Write the norm of a layer's base gradient, with its standard error where it is an estimate.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        For example "0.123" or "0.123 ± 0.004".
+    """
+    gradient = layer.gradient
+    text = formats.significant(gradient.norm)
+    if not gradient.energy_error or not gradient.norm:
+        return text
+    return f"{text} ± {gradient.energy_error / (2 * gradient.norm):.1g}"
+
+
+def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
+    """Make the tables for a terminal.
+
+    Args:
+        diagnosis: What was found.
+
+    Returns:
+        Captured energy by kind of layer, and the layers that are missed most.
+    """
+    ranks = sorted({layer.rank for layer in diagnosis.layers})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    headers, rows = kind_table(diagnosis)
+    kinds = _rich(f"Share of the gradient's energy that adapters of {rank} can follow", headers, rows)
+    worst = [
+        [
+            layer.name,
+            formats.small_share(diagnosis.missed_share(layer)),
+            formats.small_share(
+                layer.adapter.captured_energy if layer.adapter else next(iter(layer.starts.values()), 0.0)
+            ),
+            formats.small_share(layer.reachable),
+            str(diagnosis.plan.ranks[layer.name]),
+        ]
+        for layer in diagnosis.starving(_MAX_WORST)
+    ]
+    title = "Layers that are missed most, as shares of the whole gradient's energy"
+    return [kinds, _rich(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
+
+
+def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(Text(header), justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
