@@ -249,9 +249,8 @@ def in_own_process(case: str, settings: Settings, *, traced: bool) -> dict[str, 
         What `measure` found.
     """
     task = json.dumps({"case": case, "traced": traced, "settings": asdict(settings)})
-    done = subprocess.run(
-        [sys.executable, __file__, "--task", task], stdout=subprocess.PIPE, text=True, check=True
-    )
+    command = [sys.executable, "-W", "ignore", __file__, "--task", task]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -299,8 +298,14 @@ def main(
     ]
     print_targets(targets, judged=not quick)
     if output is not None:
-        details = {"settings": asdict(settings), "cases": found, "targets": target_records(targets)}
-        save_record(output, facts | details)
+        record = {
+            "benchmark": "start_memory",
+            "environment": facts,
+            "settings": asdict(settings),
+            "cases": found,
+            "targets": target_records(targets),
+        }
+        typer.echo(f"wrote {save_record(output, record).name}")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,21 @@ from tangora.experiments.compare import (
     preset,
     write_report,
 )
+from tangora.experiments.diagnose import DiagnoseSettings, DiagnosisFiles, diagnose_task
 from tangora.experiments.export import export
 from tangora.experiments.run import Watcher
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings, read_yaml, validated
 from tangora.experiments.train import train
 from tangora.recipes import recipes as all_recipes
-from tangora.report import Record, load_comparison, rich_table, summarize, verdict
+from tangora.report import (
+    Record,
+    diagnosis_tables,
+    findings,
+    load_comparison,
+    rich_table,
+    summarize,
+    verdict,
+)
 
 app = typer.Typer(
     name="tangora",
@@ -169,6 +178,29 @@ def export_command(
         console.print(f"cut to rank {rank}: relative error of the updates {exported.relative_error:.2e}")
 
 
+@app.command("diagnose")
+@takes(DiagnoseSettings)
+def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
+    """Measure how much of the full gradient LoRA sees; writes diagnosis.html and rank_plan.json.
+
+    [dim]Examples:[/dim]
+      tangora diagnose --output out
+      tangora diagnose --model smollm2-135m --data reasoning-gym:chain_sum --budget-rank 8 --output out
+      tangora diagnose --model ./my-model --data data.jsonl --adapter out/adapter --output after
+    """
+    settings = validated(DiagnoseSettings, _with_file(values, config), str(config or ""))
+    with _bars() as bars:
+        bar = bars.add_task("diagnose", total=None, note="")
+        files = diagnose_task(
+            settings,
+            output,
+            command=shlex.join(["tangora", *sys.argv[1:]]),
+            phase=lambda name: bars.update(bar, note=name),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    _print_diagnosis(files)
+
+
 @app.command("report")
 def report_command(folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")]) -> None:
     """Write the table, the picture and report.html of a comparison again from its records.
@@ -293,6 +325,17 @@ def _print_outcome(outcome: Outcome) -> None:
             "proof    plain PEFT on the untouched base gives the trained model's logits: "
             f"largest difference {outcome.difference:.1e}"
         )
+
+
+def _print_diagnosis(files: DiagnosisFiles) -> None:
+    diagnosis = files.record.diagnosis
+    for table in diagnosis_tables(diagnosis):
+        console.print(table)
+    for sentence in findings(diagnosis):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"plan     {escape(str(files.plan))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
 
 
 def main() -> None:

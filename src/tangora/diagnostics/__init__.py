@@ -3,10 +3,12 @@
 from tangora.diagnostics.diagnose import diagnose
 from tangora.diagnostics.ranks import RankPlan, Spectrum, plan_ranks, required_rank
 from tangora.diagnostics.records import AdapterState, Diagnosis, LayerDiagnosis, Totals
+from tangora.diagnostics.sites import DEFAULT_RANK
 from tangora.diagnostics.starts import STARTS
 
 __all__ = [
     "AdapterState",
+    "DEFAULT_RANK",
     "Diagnosis",
     "LayerDiagnosis",
     "RankPlan",

@@ -14,7 +14,7 @@ from tangora.probes import ProbedLayer, probed_layers
 
 _BASE = "base_model.model."
 _CLASSIFIER_HEADS = ("score", "classifier")  # PEFT's list, for models without output embeddings
-_PLAIN_RANK = 8
+DEFAULT_RANK = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,9 @@ def find_subject(
         name, reason = next(iter(found.skipped.items()))
         raise InputError(f"model has no plain LoRA pair to diagnose; {name} is {reason}")
     if not found.pairs:
-        sites = [Site(layer.name, layer, None, rank or _PLAIN_RANK) for layer in _linear_layers(model, names)]
+        sites = [
+            Site(layer.name, layer, None, rank or DEFAULT_RANK) for layer in _linear_layers(model, names)
+        ]
         plain_start = True
     else:
         if names is not None:

@@ -6,7 +6,6 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
-from tangora.report import formats
 from tangora.report.diagnosis.grid import Place, natural, places
 from tangora.report.diagnosis.summary import ALL, START_NAMES, known_rank, reachable_shares
 from tangora.report.figures import empty_figure, label_text
@@ -162,7 +161,7 @@ def _heat(
 
 
 def _axes(where: Mapping[str, Place]) -> tuple[list[str], list[str], str]:
-    """Return rows, columns, and what all rows' names begin with."""
+    # rows, columns, and what all rows' names begin with
     blocks = sorted({place.block for place in where.values()}, key=natural)
     kinds = list(dict.fromkeys(place.kind for place in where.values()))
     stems = {block.rpartition(".")[0] for block in blocks if block}

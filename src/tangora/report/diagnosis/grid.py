@@ -62,7 +62,7 @@ def _last_block(name: str) -> str:
 
 
 def _shortest(kinds: set[str]) -> dict[str, str]:
-    """Map each kind to its shortest ending that no other kind has."""
+    # each kind's shortest ending that no other kind has
     found = {}
     for kind in kinds:
         parts = _parts(kind)

@@ -13,6 +13,19 @@ from tangora.report.files import write_atomic
 from tangora.report.layout import Chart, flat, plain, render
 
 _TEMPLATE = "diagnosis.html.j2"
+_CAPTURED = (
+    "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move the "
+    "weight, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part in the "
+    "first-order fall of the loss."
+)
+_BEST = (
+    "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the gradient. "
+    "LoRA-GA's start is made to reach it."
+)
+_SAMPLE = (
+    "The gradient is the mean over the examples that were read. The starts that are made from it (LoRA-GA, LoRA-One), the "
+    "best and the rank plan fit these examples, and see less of the gradient of others; the fewer were read, the more so."
+)
 
 
 def write_diagnosis(record: DiagnosisRecord, path: str | Path) -> Path:
@@ -84,15 +97,7 @@ def _plan_caption(diagnosis: Diagnosis) -> str:
 
 
 def _notes(diagnosis: Diagnosis) -> list[str]:
-    notes = [
-        "Captured energy: the squared norm of the gradient's projection on the directions that the adapter can move the "
-        "weight in, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part "
-        "in the loss's first-order fall.",
-        "Best: what an adapter of this rank could capture at most at its start, twice its rank in singular values; "
-        "LoRA-GA's start is made to reach it.",
-        "The gradient is the mean over the examples read. Of few examples it has a lower rank than that of the whole "
-        "data set, so that shares come out too high and needed ranks too low.",
-    ]
+    notes = [_CAPTURED, _BEST, _SAMPLE]
     if not diagnosis.exact_norms:
         notes.append(
             "Norms are estimates from random probes; relative standard error of the whole gradient's energy: "
@@ -101,7 +106,8 @@ def _notes(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.totals.cosine is not None:
         notes.append(
             "Cosine: between the gradient and the step that plain LoRA gradients make of it; over all layers "
-            f"{formats.significant(diagnosis.totals.cosine)}. The square root of the captured energy is the best possible."
+            f"{formats.significant(diagnosis.totals.cosine)}. The square root of the captured energy is the best "
+            "possible."
         )
     if diagnosis.skipped:
         names = ", ".join(f"{name} ({reason})" for name, reason in list(diagnosis.skipped.items())[:5])

@@ -165,10 +165,8 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
     if totals.adapter is None:
         return []
     own = _ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
-    sentences = [
-        f"The adapter as it stands, of {own}, sees {formats.small_share(totals.adapter)} of the full gradient at its "
-        "own weights."
-    ]
+    seen = formats.small_share(totals.adapter)
+    sentences = [f"The adapter as it stands, of {own}, sees {seen} of the full gradient at its own weights."]
     if lora is not None:
         sentences.append(f"A plain LoRA start of {ranks} on the base model sees {formats.small_share(lora)}.")
     return sentences
