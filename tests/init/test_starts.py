@@ -97,9 +97,9 @@ def test_an_aligned_start_sees_half_the_directions():
 
 def test_the_plain_start_sees_r_out_of_n_on_average():
     G = gradient(20, 16)
-    seen = [energy(normal(4, 16, seed=seed), torch.zeros(20, 4).double(), G) for seed in range(400)]
+    seen = [energy(normal(4, 16, seed=seed), torch.zeros(20, 4).double(), G) for seed in range(150)]
     mean = sum(seen) / len(seen)
-    assert mean == pytest.approx(4 / 16, abs=0.01)
+    assert mean == pytest.approx(4 / 16, abs=0.015)
     assert mean < 0.6 * float(shares(G)[7])
 
 

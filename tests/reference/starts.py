@@ -1,4 +1,4 @@
-"""Starts by the formulas of the published code, from the dense singular value decomposition, one direction at a time."""
+"""Starts by the formulas of the published code, on the dense decomposition, one direction at a time."""
 
 import torch
 from torch import Tensor

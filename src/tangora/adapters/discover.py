@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -47,6 +48,26 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
     if found.skipped:
         warnings.warn(describe_skipped(found.skipped), stacklevel=2)
     return found.pairs
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Return the name of the one active adapter.
+
+    Args:
+        model: PEFT model.
+
+    Returns:
+        Its name.
+
+    Raises:
+        InputError: If ``model`` is no PEFT model, or not exactly one adapter is active.
+    """
+    if not isinstance(model, PeftModel):
+        raise InputError(f"model must be a PeftModel; got {type(model).__name__}")
+    active = model.active_adapters
+    if len(active) != 1:
+        raise InputError(f"model must have one active adapter; got {', '.join(active) or 'none'}")
+    return active[0]
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:

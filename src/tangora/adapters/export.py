@@ -24,7 +24,7 @@ from tangora._checks import InputError, check_whole
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of
 from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
-from tangora.adapters.discover import Discovery, discover
+from tangora.adapters.discover import Discovery, active_adapter, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
 from tangora.adapters.offset import has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
@@ -69,9 +69,9 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         InputError: If not exactly one adapter is active.
     """
-    if not mutates_base(model.peft_config[_active(model)]):
+    if not mutates_base(model.peft_config[active_adapter(model)]):
         return {}
-    state = get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
 
 
@@ -116,7 +116,7 @@ def save_adapter(
     check_replaceable(target, what="adapter", marker=_CONFIG, known=_FILES.__contains__)
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
-        written = scratch if _active(model) == "default" else scratch / _active(model)
+        written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
         if initial:
             _append_initial(written, initial)
         saved = SavedAdapter(Path(path), *_compress(written, _scalings(model) if found.pairs else {}, rank))
@@ -146,21 +146,13 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     return PeftModel.from_pretrained(base, os.fspath(path), **options)
 
 
-def _active(model: PeftModel) -> str:
-    if len(model.active_adapters) != 1:
-        raise InputError(
-            f"model must have one active adapter; got {', '.join(model.active_adapters) or 'none'}"
-        )
-    return model.active_adapters[0]
-
-
 def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
     if not isinstance(model, PeftModel):
         raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
     _check_start(model, initial)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         return Discovery([], {})
-    name = _active(model)
+    name = active_adapter(model)
     if isinstance(model.peft_config[name], OffsetConfig) and not has_offset(model, name):
         raise InputError(
             f"adapter {name!r} was made from the config of an adapter with an offset; give it a LoraConfig of its own"
@@ -172,7 +164,7 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
 
 
 def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
-    config = model.peft_config[_active(model)]
+    config = model.peft_config[active_adapter(model)]
     start = getattr(config, "init_lora_weights", None)
     if not mutates_base(config):
         if initial:
@@ -205,7 +197,7 @@ def _check_scaling(pair: LoraPair) -> None:
 
 def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
     # returns the front matter of PEFT's card
-    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[_active(model)])
+    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[active_adapter(model)])
     card = folder / _CARD  # other adapters than "default" get a folder of their own; the card stays outside
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
@@ -226,7 +218,7 @@ def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
 
 def _scalings(model: PeftModel) -> dict[str, float]:
     # tied layers are one pair, but saved each under its own name
-    name = _active(model)
+    name = active_adapter(model)
     held = ((key, getattr(module, "scaling", None)) for key, module in model.named_modules())
     return {
         key: float(scaling[name]) for key, scaling in held if isinstance(scaling, dict) and name in scaling
@@ -254,7 +246,7 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
             f"Cut to rank {rank} by singular values: the update differs from the trained one by "
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
         )
-    if has_offset(model, _active(model)) or mutates_base(model.peft_config[_active(model)]):
+    if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return "Exact: half of the rank holds what was trained, the other half the start that is subtracted."
     return "Exact: the factors are those that were trained."
 

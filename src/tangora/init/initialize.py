@@ -17,6 +17,7 @@ from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, LossFn
 from tangora.adapters import (
     LoraPair,
+    active_adapter,
     attach_offset,
     base_weight,
     detach_offset,
@@ -214,12 +215,8 @@ def _unwrapped(model: Any) -> Any:
     return model.module if wrapped else model
 
 
-def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, list[LoraPair]]:
-    if not isinstance(model, PeftModel):
-        raise InputError(f"model must be a PeftModel with a LoRA adapter; got {type(model).__name__}")
-    if adapter_name is None and len(model.active_adapters) != 1:
-        raise InputError(f"adapter_name must be given: {len(model.active_adapters)} adapters are active")
-    adapter = adapter_name or model.active_adapters[0]
+def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair]]:
+    adapter = adapter_name or active_adapter(model)
     pairs = find_pairs(model, adapter)
     if not pairs:
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")

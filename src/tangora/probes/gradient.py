@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class GradientProbe:
         self._readings: dict[str, Reading] = {}
         self._weight = 1.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "GradientProbe":
         with contextlib.ExitStack() as stack:
             stack.enter_context(still(self.model))
             anchor = torch.zeros((), device=self.device, requires_grad=True)
