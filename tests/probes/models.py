@@ -70,7 +70,7 @@ OWN_LOSS_TOLERANCE = {**TOLERANCE, "gpt2": 1e-6}
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc", "wte"],
-    "t5": ["q", "v", "wi", "wo", "embed_tokens"],
+    "t5": ["q", "v", "wi", "wo"],
     "vit": ["query", "value", "fc1", "fc2", "projection"],
     "bert": ["query", "value", "dense", "word_embeddings"],
     "llama": "all-linear",

@@ -71,7 +71,7 @@ def state_of(model):
 
 
 def random_state():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
 def assert_equal_states(one, other):
@@ -123,6 +123,13 @@ def test_everything_is_as_it_was(name, checkpointing):
     gradient_norms(model, batches[:1], loss_fn=spends_randomness())
     assert_equal_states(before, state_of(model))
     assert random_state() == randomness
+
+
+@pytest.mark.messages  # run-time type checks draw from Python's random state themselves
+def test_the_random_state_of_python():
+    model, before = model_of("bert"), random.getstate()
+    gradient_spectra(model, batches_of("bert", 1), 2, loss_fn=spends_randomness())
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

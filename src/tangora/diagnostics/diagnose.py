@@ -41,7 +41,7 @@ def diagnose(
     *,
     rank: int | None = None,
     budget_rank: int | None = None,
-    alpha: float | None = None,
+    alpha: float | int | None = None,
     starts: Sequence[str] = STARTS,
     target_modules: Sequence[str] | None = None,
     num_values: int | None = None,
@@ -230,7 +230,7 @@ def _whole_cosine(states: Sequence[tuple[AdapterState, EquivalentGradient]]) -> 
 
 
 def _plan(
-    subject: Subject, layers: Sequence[LayerDiagnosis], budget_rank: int, alpha: float | None
+    subject: Subject, layers: Sequence[LayerDiagnosis], budget_rank: int, alpha: float | int | None
 ) -> RankPlan:
     pair = subject.sites[0].pair
     use_rslora = pair is not None and bool(pair.layer.use_rslora[pair.adapter])  # pyright: ignore[reportArgumentType, reportIndexIssue]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB, LossFn
@@ -163,10 +164,13 @@ class _Stack:
         assert self.request.right is not None
         for label, (columns, rows) in self.widths.items():
             on_left, on_right = slice(left, left + columns), slice(right, right + rows)
-            U, V = self.request.left[:, on_left], self.request.right[:, on_right].mT
+            U, V = self.request.left[:, on_left].double(), self.request.right[:, on_right].mT.double()
+            by_U, by_V = reading.left[on_left].to(U), reading.right[:, on_right].to(U)
+            # bases of different widths (B = 0 has none) are filled up with zeros, as in every frame
+            more_U, more_V = (max(columns, rows) - width for width in (columns, rows))
             none = U.new_zeros(0, 0)
-            at = Frame(U.double(), V.double(), none, none)
-            seen = Coordinates(reading.left[on_left].to(at.U), reading.right[:, on_right].to(at.U))
+            at = Frame(F.pad(U, (0, more_U)), F.pad(V, (0, 0, 0, more_V)), none, none)
+            seen = Coordinates(F.pad(by_U, (0, 0, 0, more_U)), F.pad(by_V, (0, more_V)))
             views[label] = View(at, seen)
             left, right = left + columns, right + rows
         return views

@@ -105,10 +105,10 @@ class RankPlan:
     """
 
     r: int
-    lora_alpha: float
+    lora_alpha: float | int
     use_rslora: bool
     rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    alpha_pattern: dict[str, float | int]
     ranks: dict[str, int]
     budget: int
     parameters: int
@@ -138,7 +138,7 @@ def plan_ranks(
     *,
     min_rank: int = 1,
     max_rank: int | None = None,
-    alpha: float | None = None,
+    alpha: float | int | None = None,
     use_rslora: bool = False,
 ) -> RankPlan:
     r"""Deal out the adapter parameters of a uniform rank so that they capture the most gradient energy.
@@ -277,6 +277,6 @@ def _parameters(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> in
     return sum(ranks[name] * (spectrum.m + spectrum.n) for name, spectrum in spectra.items())
 
 
-def _whole(alpha: float) -> float:
+def _whole(alpha: float | int) -> float | int:
     # PEFT's alphas are whole numbers by convention, and the config shows them
     return int(alpha) if float(alpha).is_integer() else float(alpha)

@@ -20,6 +20,7 @@ from tangora.adapters import (
     active_adapter,
     attach_offset,
     base_weight,
+    check_unmerged,
     detach_offset,
     find_pairs,
     mutates_base,
@@ -118,8 +119,12 @@ def initialize(
     The methods that read gradients also take ``oversampling`` (8), ``power_iterations`` (1) and ``one_pass`` (False) of
     `gradient_spectra`.
 
+    With ``torch.distributed`` running, every rank calls it with its own batches, and all get the start that belongs to
+    the mean gradient.
+
     Args:
-        model: PEFT model with LoRA; its adapter's earlier start or training is lost.
+        model: PEFT model with LoRA, also inside DistributedDataParallel; the adapter's earlier start or training is
+            lost.
         method: Which start.
         batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
@@ -224,26 +229,36 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[Lora
         raise InputError(
             f"PEFT's start has changed the base weights of adapter {adapter!r}: make it with init_lora_weights=True"
         )
-    if merged := next((name for pair in pairs for name in pair.layer.merged_adapters), None):  # pyright: ignore
-        raise InputError(f"adapter {merged!r} is merged into the base weights: unmerge_adapter first")
+    check_unmerged(model)
     return adapter, pairs
 
 
 @contextlib.contextmanager
 def _restored_on_error(model: PeftModel, adapter: str, pairs: list[LoraPair]) -> Iterator[None]:
-    # factors, and what else an adapter may train in these layers: biases, magnitudes
-    own = [p for pair in pairs for name, p in pair.layer.named_parameters() if name.startswith("lora_")]
-    before = [parameter.detach().clone() for parameter in own]
+    before = [
+        (holder, key, parameter, parameter.detach().clone())
+        for pair in pairs
+        for holder, key, parameter in _own_parameters(pair.layer)
+    ]
     offset = {pair.name: factors for pair in pairs if (factors := offset_factors(pair)) is not None}
     try:
         yield
     except BaseException:
-        for parameter, value in zip(own, before, strict=True):
+        for holder, key, parameter, value in before:
             parameter.data.copy_(value)
+            holder.register_parameter(key, parameter)  # PEFT makes new ones for magnitudes
         detach_offset(model, adapter)
         if offset:
             attach_offset(model, adapter, offset)
         raise
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    # factors, and what else an adapter may train in these layers: biases, magnitudes
+    for name, holder in layer.named_modules():
+        for key, parameter in holder.named_parameters(recurse=False):
+            if f"{name}.{key}".startswith("lora_"):
+                yield holder, key, parameter
 
 
 @contextlib.contextmanager

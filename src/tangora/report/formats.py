@@ -164,6 +164,18 @@ def small_share(value: float | None) -> str:
     return f"{percent:.1f} %" if percent >= 0.95 or percent == 0 else f"{percent:.2g} %"
 
 
+def tenths(value: float) -> str:
+    """Write a share as a percentage with one decimal, for shares that are compared with each other.
+
+    Args:
+        value: The share.
+
+    Returns:
+        For example "98.7 %".
+    """
+    return f"{100 * value:.1f} %"
+
+
 def significant(value: float | None) -> str:
     """Write a number of any size with three figures.
 

@@ -13,7 +13,7 @@ from tangora.report.styles import recipe_styles
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12
-_ROW, _MARGIN = 22, 130
+_ROW, _MARGIN = 24, 150
 
 
 def view_names(diagnosis: Diagnosis) -> dict[str, str]:

@@ -14,17 +14,18 @@ from tangora.report.layout import Chart, flat, plain, render
 
 _TEMPLATE = "diagnosis.html.j2"
 _CAPTURED = (
-    "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move the "
-    "weight, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part in the "
-    "first-order fall of the loss."
+    "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move "
+    "the weight, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part "
+    "in the first-order fall of the loss."
 )
 _BEST = (
-    "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the gradient. "
-    "LoRA-GA's start is made to reach it."
+    "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the "
+    "gradient. LoRA-GA's start is made to reach it."
 )
 _SAMPLE = (
-    "The gradient is the mean over the examples that were read. The starts that are made from it (LoRA-GA, LoRA-One), the "
-    "best and the rank plan fit these examples, and see less of the gradient of others; the fewer were read, the more so."
+    "The gradient is the mean over the examples that were read. The starts that are made from it (LoRA-GA, LoRA-One), "
+    "the best and the rank plan fit these examples, and see less of the gradient of others; the fewer were read, the "
+    "more so."
 )
 
 
@@ -91,8 +92,8 @@ def _plan_caption(diagnosis: Diagnosis) -> str:
     plan = diagnosis.plan
     return (
         f"Ranks that cost {formats.count(plan.parameters)} adapter parameters, within the {formats.count(plan.budget)} "
-        f"of rank {plan.r} everywhere, and could see {formats.small_share(plan.captured_energy)} of the gradient "
-        f"instead of {formats.small_share(plan.uniform_captured_energy)}."
+        f"of rank {plan.r} everywhere, and could see {formats.tenths(plan.captured_energy)} of the gradient instead of "
+        f"{formats.tenths(plan.uniform_captured_energy)}."
     )
 
 

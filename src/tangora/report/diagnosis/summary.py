@@ -16,6 +16,12 @@ START_NAMES = {
     "lora-ga": "LoRA-GA",
     "lora-one": "LoRA-One",
 }
+_IN_SENTENCES = {
+    "orthogonal": "a random orthogonal start",
+    "pissa": "PiSSA's start",
+    "lora-ga": "LoRA-GA's start",
+    "lora-one": "LoRA-One's start",
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
     limit = f"no adapter of this rank can see more than {formats.small_share(totals.reachable)}"
     if not others:
         return [f"{limit[0].upper()}{limit[1:]}."]
-    first, *rest = [f"{START_NAMES[start]}'s start" for start in others]
+    first, *rest = [_IN_SENTENCES[start] for start in others]
     shares = [formats.small_share(totals.starts[start]) for start in others]
     seen = [f"{first} would see {shares[0]}"] + [
         f"{name} {share}" for name, share in zip(rest, shares[1:], strict=True)
@@ -204,8 +210,8 @@ def _of_plan(diagnosis: Diagnosis) -> list[str]:
         return [f"No other sharing of rank {plan.r}'s {parameters} parameters is expected to see more."]
     text = (
         f"For the {parameters} parameters of rank {plan.r} everywhere, the rank plan (ranks {min(plan.ranks.values())} "
-        f"to {max(plan.ranks.values())}) could see {formats.small_share(plan.captured_energy)} instead of "
-        f"{formats.small_share(plan.uniform_captured_energy)}."
+        f"to {max(plan.ranks.values())}) could see {formats.tenths(plan.captured_energy)} instead of "
+        f"{formats.tenths(plan.uniform_captured_energy)}."
     )
     if plan.at_limit:
         text += (

@@ -113,6 +113,16 @@ def norm_text(layer: LayerDiagnosis) -> str:
     return f"{text} ± {gradient.energy_error / (2 * gradient.norm):.1g}"
 
 
+_SHORT = {
+    "energy": "ener-\ngy",
+    "adapter": "adap-\nter",
+    "plain LoRA": "plain\nLoRA",
+    "orthogonal": "ortho-\ngonal",
+    "LoRA-GA": "LoRA-\nGA",
+    "LoRA-One": "LoRA-\nOne",
+} | {f"rank for {share} %": f"r for\n{share} %" for share in SHARES}
+
+
 def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     """Make the tables for a terminal.
 
@@ -125,7 +135,11 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     ranks = sorted({layer.rank for layer in diagnosis.layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     headers, rows = kind_table(diagnosis)
-    kinds = _rich(f"Share of the gradient's energy that adapters of {rank} can follow", headers, rows)
+    kinds = _rich(
+        f"Percentage of the gradient's energy that adapters of {rank} can follow",
+        [_SHORT.get(header, header) for header in headers if header != "number"],
+        [[cell.removesuffix(" %") for cell in row[:1] + row[2:]] for row in rows],
+    )
     worst = [
         [
             layer.name,
@@ -143,9 +157,14 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
 
 
 def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, header in enumerate(headers):
-        table.add_column(Text(header), justify="right" if index else "left", overflow="fold")
+        # names may be folded on a narrow terminal, numbers not
+        table.add_column(
+            Text(header), justify="right" if index else "left", overflow="fold", no_wrap=index > 0
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table

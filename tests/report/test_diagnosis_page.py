@@ -1,0 +1,268 @@
+"""The page, the sentences and the tables of a diagnosis that is made up, so that every number is known."""
+
+import html
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from plotly.offline import get_plotlyjs
+from rich.console import Console
+
+from tangora._checks import InputError
+from tangora.diagnostics import AdapterState, Diagnosis, LayerDiagnosis, Spectrum, Totals, plan_ranks
+from tangora.diagnostics.ranks import required_rank
+from tangora.report import (
+    DiagnosisRecord,
+    diagnosis_tables,
+    findings,
+    load_diagnosis,
+    render_diagnosis,
+    save_json,
+    write_diagnosis,
+)
+from tangora.report.diagnosis import kind_rows
+from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
+from tangora.report.diagnosis.grid import natural, places
+from tangora.report.diagnosis.tables import kind_table, layer_table
+from tests.report.synthetic import HOSTILE
+from tests.report.test_page import Page
+
+STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
+NAMES = [f"model.layers.{i}.{kind}" for i in range(11) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def layer(name, *, energy=100.0, lora=0.02, adapter=None, values=(8, 4, 2, 1), error=0.0):
+    gradient = Spectrum(16, 24, tuple(map(float, values)), energy, error)
+    shares = dict(zip(STARTS, (lora, 0.05, 0.1, 0.8, 0.7), strict=True))
+    return LayerDiagnosis(
+        name=name,
+        m=16,
+        n=24,
+        rank=2,
+        gradient=gradient,
+        adapter=adapter,
+        starts=shares,
+        reachable=0.85,
+        ranks_needed={str(share): required_rank(gradient, share / 100) for share in (50, 80, 90)},
+    )
+
+
+def state(captured, gradient, *, B=None):
+    error = ((1 - captured) * gradient.energy) ** 0.5
+    return AdapterState(
+        2, 2.0, gradient, captured, error, 0.123, 1.5, B, 3.0, 1.0 if B is None else 0.25, 1.7
+    )
+
+
+def diagnosis(names=NAMES, *, adapter=0.02, plain=True, error=0.0, **changes):
+    layers = []
+    for index, name in enumerate(names):
+        one = layer(name, energy=100.0 + index, error=error, values=(8 + index / 10, 4, 2, 1))
+        if adapter is not None:
+            one = replace(one, adapter=state(adapter, one.gradient, B=None if plain else 4.0))
+        layers.append(one)
+    shares = dict(zip(STARTS, (0.02, 0.05, 0.1, 0.8, 0.7), strict=True))
+    totals = Totals(shares, 0.85, adapter, None if adapter is None else 0.123, error / 1000, 0.0)
+    plan = plan_ranks({each.name: each.gradient for each in layers}, 1)
+    values = {
+        "layers": tuple(layers),
+        "totals": totals,
+        "plan": plan,
+        "plain_start": plain,
+        "exact_norms": not error,
+        "num_batches": 8,
+        "loss": 1.0,
+        "adapter_loss": None if adapter is None else 0.5,
+        "skipped": {},
+        "seconds": 1.0,
+    }
+    return Diagnosis(**values | changes)
+
+
+def record(found=None, **changes):
+    values = {
+        "title": "a model on data",
+        "command": "tangora diagnose --output out",
+        "settings": {"rank": 2, "nested": {"key": "value"}},
+        "diagnosis": found or diagnosis(),
+        "versions": {"torch": "2.13.0"},
+        "machine": "two cores",
+        "commit": "abc123",
+        "created": "2026-01-01T10:00:00+00:00",
+    }
+    return DiagnosisRecord(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return render_diagnosis(record())
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_nothing_is_loaded_from_anywhere(page, text):
+    loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
+    assert [tag for tag in page.tags if loading & set(tag[1])] == []
+    rest = text.replace(get_plotlyjs(), "")
+    assert "http" not in rest.replace("http-equiv", "")
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_elements_are_closed_and_labelled(page):
+    assert page.open == []
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    labels = {attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs}
+    assert labels <= set(ids)
+    assert {attrs["for"] for tag, attrs in page.tags if tag == "label"} <= set(ids)
+    described = [attrs for _, attrs in page.tags if attrs.get("class") == "plot"]
+    assert [attrs["id"] for attrs in described] == ["captured", "reach", "plan"]
+    assert all(attrs["aria-label"] for attrs in described)
+
+
+def test_the_tables_hold_the_numbers(page):
+    found = diagnosis()
+    assert page.tables["kinds-table"] == [kind_table(found)[0], *kind_table(found)[1]]
+    assert page.tables["layers-table"] == [layer_table(found)[0], *layer_table(found)[1]]
+    header, first, *_ = page.tables["layers-table"]
+    cells = dict(zip(header, first, strict=True))
+    assert cells["layer"] == NAMES[0]
+    assert cells["m × n"] == "16 × 24"
+    assert cells["‖G‖"] == "10"
+    assert cells["plain LoRA start"] == cells["adapter"] == "2.0 %"
+    assert cells["LoRA-GA start"] == "80 %"
+    assert (cells["rank for 50 %"], cells["rank for 90 %"]) == ("1", "> 2")
+    assert cells["planned rank"] == str(found.plan.ranks[NAMES[0]])
+    assert "cond BᵀB" not in header  # B is zero
+
+
+def test_a_trained_adapter_has_its_own_columns():
+    header, rows = layer_table(diagnosis(adapter=0.4, plain=False))
+    cells = dict(zip(header, rows[0], strict=True))
+    assert (cells["adapter"], cells["cond BᵀB"], cells["imbalance"]) == ("40 %", "4", "25 %")
+    assert "adapter" in kind_table(diagnosis(adapter=0.4, plain=False))[0]
+    assert "adapter" not in kind_table(diagnosis())[0]
+
+
+def test_what_is_needed_to_repeat_it(page, text):
+    shown = "".join(page.text)
+    for part in ("tangora diagnose --output out", "nested.key", "2.13.0", "two cores", "abc123"):
+        assert part in shown
+    assert html.escape(json.dumps(diagnosis().plan.config(), indent=1), quote=False)[:40] in text.replace(
+        "&#34;", '"'
+    )
+
+
+def test_every_view_can_be_chosen(page):
+    options = [attrs["value"] for tag, attrs in page.tags if tag == "option"]
+    assert options == list(view_names(diagnosis())) == ["adapter", *STARTS, "reachable"]
+    figure = captured_figure(diagnosis())
+    assert len(figure.data) == len(options)
+    assert [trace.visible for trace in figure.data] == [True] + [False] * 6
+    assert "adapter" not in view_names(diagnosis(adapter=None))
+
+
+def test_findings():
+    plain = findings(diagnosis())
+    assert plain[0] == "A plain LoRA start of rank 2 sees 2.0 % of the full gradient."
+    assert plain[1] == (
+        "LoRA-GA's start would see 80 %, LoRA-One's start 70 %, PiSSA's start 10 %, a random orthogonal start 5.0 %; "
+        "no adapter of this rank can see more than 85 %."
+    )
+    trained = findings(diagnosis(adapter=0.4, plain=False))
+    assert trained[0].startswith("The adapter as it stands, of rank 2, sees 40 %")
+    assert trained[1] == "A plain LoRA start of rank 2 on the base model sees 2.0 %."
+    assert findings(diagnosis(adapter=None))[0] == plain[0]
+    assert all("None" not in sentence for sentence in plain + trained)
+
+
+def test_kinds_are_weighted_with_their_energy():
+    rows = {row.kind: row for row in kind_rows(diagnosis())}
+    assert list(rows) == ["q_proj", "up_proj", "all layers"]
+    assert rows["all layers"].num_layers == 22
+    assert rows["q_proj"].energy_share + rows["up_proj"].energy_share == pytest.approx(1.0)
+    found = diagnosis(NAMES[:2])
+    heavy = replace(found.layers[0], starts=found.layers[0].starts | {"lora": 0.5})
+    row = kind_rows(replace(found, layers=(heavy, found.layers[1])))[-1]
+    assert row.starts["lora"] == pytest.approx((100 * 0.5 + 101 * 0.02) / 201)
+    # 64 + 16 of 100, then 4 + 1 more
+    first = kind_rows(diagnosis(NAMES[:1]))[-1]
+    assert first.ranks_needed == {50: 1, 80: 1, 90: None}
+    assert first.known_rank == 2
+
+
+def test_terminal_tables():
+    console = Console(width=100, record=True, file=io.StringIO())
+    for table in diagnosis_tables(diagnosis()):
+        console.print(table)
+    shown = console.export_text()
+    assert "q_proj" in shown
+    assert "model.layers.10.mlp.up_proj" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_estimates_show_their_error():
+    found = diagnosis(error=4.0)
+    assert layer_table(found)[1][0][2] == "10 ± 0.2"
+    assert "standard error" in render_diagnosis(record(found))
+    assert "standard error" not in render_diagnosis(record())
+
+
+def test_hostile_text_stays_text():
+    names = [f"layers.{index}.{HOSTILE.replace('.', '')}" for index in range(2)] + ["%{x}</script>"]
+    found = diagnosis(names, skipped={HOSTILE: HOSTILE})
+    shown = render_diagnosis(
+        record(found, title=HOSTILE, command=HOSTILE, machine=HOSTILE, settings={HOSTILE: 1})
+    )
+    assert "<script>alert" not in shown
+    parsed = Page(shown)
+    assert parsed.open == []
+    assert len(parsed.scripts) == 5
+    assert names[0] in parsed.tables["layers-table"][1]
+    for figure in (captured_figure(found), plan_figure(found), reach_figure(found)):
+        assert "<script" not in (figure.to_json() or "").replace("\\u003c", "<").replace("&lt;", "")
+
+
+def test_little_is_enough():
+    nothing = layer("only", energy=0.0, values=(0, 0))
+    found = diagnosis(["only"], adapter=None)
+    found = replace(found, layers=(nothing,), totals=Totals({}, 0.0, None, None, 0.0, 0.0))
+    found = replace(found, layers=(replace(nothing, starts={}),))
+    assert Page(render_diagnosis(record(found, versions={}, commit=None, settings={}))).open == []
+
+
+def test_round_trip_and_bytes(tmp_path, text):
+    path = save_json(record(), tmp_path / "diagnosis.json")
+    assert load_diagnosis(path) == record()
+    assert write_diagnosis(record(), tmp_path / "page.html").read_bytes() == text.encode()
+    path.write_text("{}")
+    with pytest.raises(InputError, match="no valid diagnosis"):
+        load_diagnosis(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        load_diagnosis(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_diagnosis(tmp_path / "none.json")
+
+
+def test_places():
+    llama = places(NAMES)
+    assert llama[NAMES[1]] == ("model.layers.0", "up_proj")
+    bert = places([f"bert.encoder.layer.0.{end}" for end in ("attention.output.dense", "output.dense")])
+    assert [place.kind for place in bert.values()] == ["attention.output.dense", "output.dense"]
+    t5 = places(
+        [f"{side}.block.3.layer.{i}.{end}" for side in ("encoder", "decoder") for i, end in enumerate("qw")]
+    )
+    assert t5["decoder.block.3.layer.1.w"] == ("decoder.block.3", "w")
+    experts = places([f"layers.0.experts.{i}.up" for i in range(3)])
+    assert experts["layers.0.experts.2.up"] == ("layers.0.experts.2", "up")
+    assert places(["0", "2"]) == {"0": ("", "0"), "2": ("", "2")}
+    assert places(["bert.pooler.dense"])["bert.pooler.dense"].block == ""
+    odd = places(["a.0.b", "a.0.1.b", "a.0.1.2.b"])
+    assert len(set(odd.values())) == 3
+    assert sorted(["layers.10", "layers.9", ""], key=natural) == ["", "layers.9", "layers.10"]
