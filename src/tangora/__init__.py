@@ -10,6 +10,7 @@ from tangora.adapters import (
     save_adapter,
     save_merged,
 )
+from tangora.diagnostics import Diagnosis, diagnose, plan_ranks
 from tangora.experiments import CompareSettings, RunSettings, compare, export, train
 from tangora.init import Start, initialize
 from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
@@ -28,6 +29,10 @@ __all__ = [
     # starts
     "Start",
     "initialize",
+    # measures
+    "Diagnosis",
+    "diagnose",
+    "plan_ranks",
     # optimizers
     "LoRAPro",
     "PreconditionedAdamW",

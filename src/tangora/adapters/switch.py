@@ -11,7 +11,7 @@ from tangora._checks import InputError
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module, *, keep_heads: bool = False) -> Iterator[None]:
     """Let a model compute what it would without adapters and modules to save.
 
     PEFT's own ``disable_adapter`` leaves the active adapter trainable, whether it was or not; here only the switch
@@ -19,6 +19,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Any model with PEFT layers.
+        keep_heads: Whether modules to save stay as they are, and only adapters are switched off.
 
     Yields:
         Nothing.
@@ -26,8 +27,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: If an adapter is merged: the base is not there to be looked at.
     """
-    switched = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     check_unmerged(model)
+    kinds = (BaseTunerLayer,) if keep_heads else (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    switched = [module for module in model.modules() if isinstance(module, kinds)]
     before = [module.disable_adapters for module in switched]
     try:
         for module in switched:

@@ -1,6 +1,5 @@
 """`diagnose`: how much of the full gradient each adapter can see, which layers starve, and which ranks would do."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence, Sized
@@ -108,8 +107,8 @@ def diagnose(
     read = partial(measure, model, layers, batches, how=how, keep=_ADAPTER)
     points = 1 if subject.plain_start else 2
     with reporting(progress, batches, points * how.passes(layers)) as heard:
-        # at B = 0 both models have one gradient, and everything is seen in the same passes
-        with contextlib.nullcontext() if subject.plain_start else adapters_off(model):
+        # at B = 0 both models have one gradient, everything is seen in the same passes, and the adapter only takes time
+        with adapters_off(model, keep_heads=subject.plain_start):
             base, loss = read(propose=_proposal(subject, starts, seed), heard=heard)
         adapted, adapter_loss = base, loss
         if not subject.plain_start:
@@ -225,8 +224,10 @@ def _layer(site: Site, base: Measured, state: AdapterState | None, starts: Seque
 
 
 def _whole_cosine(states: Sequence[tuple[AdapterState, EquivalentGradient]]) -> float | None:
-    inner, squared_norm = (sum(part) for part in zip((0.0, 0.0), *(step for _, step in states), strict=True))
-    return cosine(EquivalentGradient(inner, squared_norm), sum(state.gradient.energy for state, _ in states))
+    whole = EquivalentGradient(
+        math.fsum(step.inner for _, step in states), math.fsum(step.squared_norm for _, step in states)
+    )
+    return cosine(whole, math.fsum(state.gradient.energy for state, _ in states))
 
 
 def _plan(

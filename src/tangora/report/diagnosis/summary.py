@@ -16,6 +16,7 @@ START_NAMES = {
     "lora-ga": "LoRA-GA",
     "lora-one": "LoRA-One",
 }
+_WORTH_IT = 0.01  # what a rank plan must promise more, as a share of the gradient's energy
 _IN_SENTENCES = {
     "orthogonal": "a random orthogonal start",
     "pissa": "PiSSA's start",
@@ -208,11 +209,15 @@ def _of_plan(diagnosis: Diagnosis) -> list[str]:
     parameters = formats.count(plan.budget)
     if not plan.rank_pattern:
         return [f"No other sharing of rank {plan.r}'s {parameters} parameters is expected to see more."]
-    text = (
-        f"For the {parameters} parameters of rank {plan.r} everywhere, the rank plan (ranks {min(plan.ranks.values())} "
-        f"to {max(plan.ranks.values())}) could see {formats.tenths(plan.captured_energy)} instead of "
-        f"{formats.tenths(plan.uniform_captured_energy)}."
+    spread = f"the rank plan (ranks {min(plan.ranks.values())} to {max(plan.ranks.values())})"
+    shares = (
+        f"{formats.tenths(plan.captured_energy)} instead of {formats.tenths(plan.uniform_captured_energy)}"
     )
+    if plan.gain < _WORTH_IT:
+        return [
+            f"To share rank {plan.r}'s {parameters} parameters out otherwise promises little: {spread} could see {shares}."
+        ]
+    text = f"For the {parameters} parameters of rank {plan.r} everywhere, {spread} could see {shares}."
     if plan.at_limit:
         text += (
             f" {formats.plural(len(plan.at_limit), 'layer')} got the largest rank whose worth is known; a larger "
