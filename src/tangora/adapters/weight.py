@@ -1,5 +1,7 @@
 """The frozen weight under a pair, whatever it is stored as."""
 
+from typing import Any
+
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -38,7 +40,10 @@ def module_weight(module: nn.Module, *, transposed: bool | None = None) -> Tenso
     """
     if transposed is None:
         transposed = isinstance(module, (Conv1D, nn.Embedding))
+    held = getattr(module, "weight", None)
     weight = as_matrix(dequantize_module_weight(module).detach())
+    if held is not None and module.weight is not held:
+        module.weight = held  # PEFT leaves a copy there that an 8-bit layer on the CPU cannot be called with
     weight = weight.t() if transposed else weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -78,10 +83,15 @@ def refresh_magnitude(pair: LoraPair) -> None:
     magnitudes = getattr(layer, "lora_magnitude_vector", None) or {}
     if pair.adapter not in magnitudes:
         return
+    holder: Any = magnitudes[pair.adapter]
+    magnitude = holder.weight
     embedding = pair.adapter in layer.lora_embedding_A  # pyright: ignore[reportOperatorIssue]
-    magnitudes[pair.adapter].update_layer(
+    holder.update_layer(
         base_layer=layer.get_base_layer(),  # pyright: ignore[reportCallIssue]
         lora_A=pair.A.detach() if embedding else pair.A,
         lora_B=pair.B.detach() if embedding else pair.B,
         scaling=pair.scaling,
     )
+    # PEFT makes a new parameter; an optimizer may know the old one
+    magnitude.data.copy_(holder.weight.detach())
+    holder.weight = magnitude
