@@ -12,9 +12,9 @@ from tangora import find_pairs
 from tests.training.tiny import tiny_bert
 
 
-def classifier_batches(sizes=(4, 3, 1)) -> list[dict[str, Tensor]]:
+def classifier_batches(sizes=(4, 3, 1), seed=0) -> list[dict[str, Tensor]]:
     """Texts of three classes, in batches of different sizes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return [
         {
             "input_ids": torch.randint(4, 20, (size, 6), generator=generator),

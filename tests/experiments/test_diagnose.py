@@ -55,8 +55,9 @@ def test_the_files_say_the_same(classifier, tmp_path):
     assert isinstance(found, Diagnosis)
     assert found.plain_start
     assert found.num_batches == 3
-    assert heard[-1] == (15, 15)
+    assert heard[-1] == (23, 23)  # 5 passes over 3 batches, and 8 more of other examples
     assert json.loads(done.plan.read_text()) == found.plan.config()
+    assert found.totals.held_out["lora-ga"] < found.totals.starts["lora-ga"]
     assert found.totals.adapter == found.totals.starts["lora"] < found.totals.starts["lora-ga"]
 
 
@@ -71,13 +72,14 @@ def test_the_plan_makes_the_adapter_it_promises(generator, tmp_path):
 
 
 def test_again_and_another_configuration(classifier, tmp_path):
-    settings = validated(DiagnoseSettings, of(classifier, starts="lora", power_iterations=0))
+    settings = validated(DiagnoseSettings, of(classifier, starts="lora", power_iterations=0, num_held_out=0))
     first = diagnose_task(settings, tmp_path / "out").record
     assert first.diagnosis.starts == ("lora",)
+    assert first.diagnosis.totals.held_out is None
     again = diagnose_task(settings, tmp_path / "out").record
     assert again.diagnosis.totals == first.diagnosis.totals
     other = validated(DiagnoseSettings, of(classifier, starts="lora", seed=1))
-    with pytest.raises(InputError, match="another configuration: power_iterations is 0 there and 1 here"):
+    with pytest.raises(InputError, match="another configuration: num_held_out is 0 there and 32 here"):
         diagnose_task(other, tmp_path / "out")
 
 

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from tangora._checks import InputError
-from tangora.diagnostics import AdapterState, Diagnosis, LayerDiagnosis, Spectrum, Totals, plan_ranks
+from tangora.diagnostics import AdapterState, Diagnosis, HeldOut, LayerDiagnosis, Spectrum, Totals, plan_ranks
 from tangora.diagnostics.ranks import required_rank
 from tangora.report import (
     DiagnosisRecord,
@@ -28,6 +28,7 @@ from tangora.report.diagnosis.tables import kind_table, layer_table
 from tests.report.synthetic import HOSTILE
 from tests.report.test_page import Page
 
+NEW = {"lora-ga": 0.4, "lora-one": 0.6}
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 NAMES = [f"model.layers.{i}.{kind}" for i in range(11) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -55,15 +56,25 @@ def state(captured, gradient, *, B=None):
     )
 
 
-def diagnosis(names=NAMES, *, adapter=0.02, plain=True, error=0.0, **changes):
+def diagnosis(names=NAMES, *, adapter=0.02, plain=True, error=0.0, held_out=False, **changes):
     layers = []
     for index, name in enumerate(names):
         one = layer(name, energy=100.0 + index, error=error, values=(8 + index / 10, 4, 2, 1))
         if adapter is not None:
             one = replace(one, adapter=state(adapter, one.gradient, B=None if plain else 4.0))
+        if held_out:
+            one = replace(one, held_out=HeldOut(90.0, 0.0, one.starts | NEW))
         layers.append(one)
     shares = dict(zip(STARTS, (0.02, 0.05, 0.1, 0.8, 0.7), strict=True))
-    totals = Totals(shares, 0.85, adapter, None if adapter is None else 0.123, error / 1000, 0.0)
+    totals = Totals(
+        shares,
+        shares | NEW if held_out else None,
+        0.85,
+        adapter,
+        None if adapter is None else 0.123,
+        error / 1000,
+        0.0,
+    )
     plan = plan_ranks({each.name: each.gradient for each in layers}, 1)
     values = {
         "layers": tuple(layers),
@@ -181,6 +192,24 @@ def test_findings():
     assert all("None" not in sentence for sentence in plain + trained)
 
 
+def test_other_examples():
+    found = diagnosis(held_out=True)
+    assert findings(found)[2] == (
+        "Of the gradient on other examples than it was made from, LoRA-GA's start sees 40 % and LoRA-One's start sees "
+        "60 %."
+    )
+    assert list(view_names(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
+    header, rows = kind_table(found)
+    assert rows[0][header.index("LoRA-GA") : header.index("LoRA-GA") + 4] == ["80 %", "40 %", "70 %", "60 %"]
+    header, rows = layer_table(found)
+    assert rows[0][header.index("LoRA-One on other examples")] == "60 %"
+    assert captured_figure(found).data[-2].z[0][0] == 0.6
+    assert Page(render_diagnosis(record(found))).open == []
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(diagnosis_tables(found)[0])
+    assert "80 | 40" in console.export_text()
+
+
 def test_kinds_are_weighted_with_their_energy():
     rows = {row.kind: row for row in kind_rows(diagnosis())}
     assert list(rows) == ["q_proj", "up_proj", "all layers"]
@@ -231,7 +260,7 @@ def test_hostile_text_stays_text():
 def test_little_is_enough():
     nothing = layer("only", energy=0.0, values=(0, 0))
     found = diagnosis(["only"], adapter=None)
-    found = replace(found, layers=(nothing,), totals=Totals({}, 0.0, None, None, 0.0, 0.0))
+    found = replace(found, layers=(nothing,), totals=Totals({}, None, 0.0, None, None, 0.0, 0.0))
     found = replace(found, layers=(replace(nothing, starts={}),))
     assert Page(render_diagnosis(record(found, versions={}, commit=None, settings={}))).open == []
 

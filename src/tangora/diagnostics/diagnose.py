@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from tangora.diagnostics.alignment import (
 )
 from tangora.diagnostics.measure import How, Measured, Propose, measure
 from tangora.diagnostics.ranks import RankPlan, plan_ranks, required_rank
-from tangora.diagnostics.records import SHARES, AdapterState, Diagnosis, LayerDiagnosis, totals
+from tangora.diagnostics.records import SHARES, AdapterState, Diagnosis, HeldOut, LayerDiagnosis, totals
 from tangora.diagnostics.sites import Site, Subject, find_subject
 from tangora.diagnostics.starts import STARTS, start_factors
 from tangora.geometry.sketch import LowRankSVD
@@ -38,6 +38,7 @@ def diagnose(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    held_out: Iterable[Any] | None = None,
     rank: int | None = None,
     budget_rank: int | None = None,
     alpha: float | int | None = None,
@@ -58,12 +59,15 @@ def diagnose(
     state of the adapter's factors. And over all layers, how a budget of adapter parameters is best shared out.
 
     Gradients are read through probes, in the memory of LoRA training at some 6 times the adapter's rank; the model is
-    left as it was. An adapter that has been trained is measured on its own gradient too, which doubles the time. All
-    figures are of the mean gradient over these batches: with few examples it is of low rank for that reason alone.
+    left as it was. An adapter that has been trained is measured on its own gradient too, which doubles the time.
+
+    All figures are of the mean gradient over ``batches``. The starts that are made from it are flattered by that, and
+    so are the best share, the ranks and the plan; ``held_out`` shows by how much.
 
     Args:
         model: PEFT model, or a plain one, whose linear layers but the head are looked at; also quantized.
         batches: Model inputs with labels, iterated several times.
+        held_out: Other examples, for a fair view of the starts that are made from ``batches``; one more pass over them.
         rank: Rank of the starts that are compared; default that of the adapter, or 8.
         budget_rank: Uniform rank whose parameters the rank plan may spend; default the commonest of these ranks.
         alpha: LoRA's alpha for the rank plan, at ``budget_rank``; default: such that the scaling stays what it is.
@@ -104,12 +108,12 @@ def diagnose(
         loss_fn,
     )
     batches = as_batches(batches)
+    held_out = None if held_out is None else as_batches(held_out, "held_out")
     read = partial(measure, model, layers, batches, how=how, keep=_ADAPTER)
-    points = 1 if subject.plain_start else 2
-    with reporting(progress, batches, points * how.passes(layers)) as heard:
+    with reporting(progress, _all_batches(subject, batches, held_out, how), 1) as heard:
         # at B = 0 both models have one gradient, everything is seen in the same passes, and the adapter only takes time
         with adapters_off(model, keep_heads=subject.plain_start):
-            base, loss = read(propose=_proposal(subject, starts, seed), heard=heard)
+            base, loss = read(propose=_proposal(subject, starts, seed), heard=heard, held_out=held_out)
         adapted, adapter_loss = base, loss
         if not subject.plain_start:
             adapted, adapter_loss = read(propose=_proposal(subject, None, seed), heard=heard)
@@ -146,6 +150,18 @@ def _num_values(subject: Subject, budget_rank: int, num_values: int | None) -> i
         return 4 * largest
     check_whole("num_values", num_values, low=2 * largest)
     return num_values
+
+
+def _all_batches(
+    subject: Subject, batches: Iterable[Any], held_out: Iterable[Any] | None, how: How
+) -> Iterable[Any]:
+    # something as long as all that will be read, or of unknown length
+    held_out = () if held_out is None else held_out
+    if not (isinstance(batches, Sized) and isinstance(held_out, Sized)):
+        return iter(())
+    layers = [site.layer for site in subject.sites]
+    points = 1 if subject.plain_start else 2
+    return range(points * how.passes(layers) * len(batches) + len(how.groups(layers)) * len(held_out))
 
 
 def _fit(layers: Sequence[ProbedLayer]) -> bool:
@@ -205,10 +221,8 @@ def _state(pair: LoraPair, measured: Measured) -> tuple[AdapterState, Equivalent
 
 
 def _layer(site: Site, base: Measured, state: AdapterState | None, starts: Sequence[str]) -> LayerDiagnosis:
-    gradient, captured = base.spectrum, base.captured
-    if "lora" in starts and "lora" not in captured and _ADAPTER in captured:
-        captured = captured | {"lora": captured[_ADAPTER]}
-    shares = {start: captured_share(captured.get(start, 0.0), gradient.energy) for start in starts}
+    gradient, other = base.spectrum, base.held_out
+    shares = _shares(base.captured, gradient.energy, starts)
     return LayerDiagnosis(
         name=site.name,
         m=site.layer.m,
@@ -220,7 +234,16 @@ def _layer(site: Site, base: Measured, state: AdapterState | None, starts: Seque
         # the singular values are estimates from below, and what a start captures is measured
         reachable=max(captured_share(gradient.reachable(site.rank), gradient.energy), *shares.values(), 0.0),
         ranks_needed={str(share): required_rank(gradient, share / 100) for share in SHARES},
+        held_out=HeldOut(other.energy, other.energy_error, _shares(other.captured, other.energy, starts))
+        if other
+        else None,
     )
+
+
+def _shares(captured: Mapping[str, float], energy: float, starts: Sequence[str]) -> dict[str, float]:
+    # an adapter that has not moved was looked through instead of the start that it is
+    energies = {"lora": captured.get(_ADAPTER, 0.0)} | dict(captured)
+    return {start: captured_share(energies.get(start, 0.0), energy) for start in starts}
 
 
 def _whole_cosine(states: Sequence[tuple[AdapterState, EquivalentGradient]]) -> float | None:

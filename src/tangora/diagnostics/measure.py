@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tangora._types import FactorA, FactorB, LossFn
 from tangora.diagnostics.alignment import bases, captured
 from tangora.diagnostics.ranks import Spectrum
-from tangora.geometry.sketch import LowRankSVD
+from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
 from tangora.probes import (
     GradientProbe,
@@ -28,6 +28,8 @@ from tangora.probes import (
 from tangora.probes.spectrum import grouped
 
 _MEMORY = 512 * 2**20  # bytes of dense gradients held at once
+_TAIL_PROBES = 8
+_OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
 
 Factors = tuple[FactorA, FactorB]
 Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
@@ -96,6 +98,15 @@ class Measured:
     """Energy by label."""
     views: dict[str, View] = field(default_factory=dict)
     """Of the labels that were to be kept."""
+    held_out: "HeldOutEnergy | None" = None
+
+
+class HeldOutEnergy(NamedTuple):
+    """What the same adapters see of the gradient on other examples."""
+
+    energy: float
+    energy_error: float
+    captured: dict[str, float]
 
 
 def measure(
@@ -107,6 +118,7 @@ def measure(
     *,
     keep: str,
     heard: Callable[[int], None],
+    held_out: Iterable[Any] | None = None,
 ) -> tuple[dict[str, Measured], float]:
     """Read the gradients of a model as it is.
 
@@ -118,6 +130,7 @@ def measure(
         how: Numbers.
         keep: Label whose view is kept.
         heard: Called after each batch.
+        held_out: Other examples, on which the adapters are looked through too.
 
     Returns:
         By name of the layer, and the mean loss.
@@ -132,22 +145,32 @@ def measure(
         loss_fn=how.loss_fn,
         progress=lambda done, _: heard(done),
     )
-    proposed = {layer.name: _stack(propose(layer, spectra[layer.name].svd), how) for layer in layers}
+    stacks = {
+        layer.name: _stack(propose(layer, spectra[layer.name].svd), spectra[layer.name].svd, how)
+        for layer in layers
+    }
     found: dict[str, Measured] = {}
     with GradientProbe(model, layers, loss_fn=how.loss_fn, progress=heard) as probe:
         for group in how.groups(layers):
-            readings = probe.read(batches, {layer.name: proposed[layer.name].request for layer in group})
+            readings = probe.read(batches, {layer.name: stacks[layer.name].request for layer in group})
             for layer in group:
-                stack, reading = proposed.pop(layer.name), readings.pop(layer.name)
-                spectrum = _spectrum(layer, spectra[layer.name], reading, how)
-                views = stack.views(reading)
+                reading = readings.pop(layer.name)
+                views = stacks[layer.name].views(reading)
                 found[layer.name] = Measured(
-                    spectrum,
+                    _spectrum(layer, spectra[layer.name], reading, how),
                     {label: view.captured for label, view in views.items()},
                     {label: view for label, view in views.items() if label == keep},
                 )
-        assert probe.loss is not None
-        return found, probe.loss
+        loss = probe.loss
+        assert loss is not None
+        for group in how.groups(layers) if held_out is not None else ():
+            wider = {
+                layer.name: _Wider(layer, stacks[layer.name], spectra[layer.name].svd, how) for layer in group
+            }
+            readings = probe.read(held_out or (), {name: each.request for name, each in wider.items()})
+            for name, each in wider.items():
+                found[name].held_out = each.energies(readings.pop(name))
+    return found, loss
 
 
 @dataclass(frozen=True)
@@ -160,10 +183,10 @@ class _Stack:
 
     def views(self, reading: Reading) -> dict[str, View]:
         views, left, right = {}, 0, 0
-        assert self.request.left is not None
-        assert self.request.right is not None
         for label, (columns, rows) in self.widths.items():
             on_left, on_right = slice(left, left + columns), slice(right, right + rows)
+            assert self.request.left is not None
+            assert self.request.right is not None
             U, V = self.request.left[:, on_left].double(), self.request.right[:, on_right].mT.double()
             by_U, by_V = reading.left[on_left].to(U), reading.right[:, on_right].to(U)
             # bases of different widths (B = 0 has none) are filled up with zeros, as in every frame
@@ -176,17 +199,47 @@ class _Stack:
         return views
 
 
-def _stack(proposed: Mapping[str, Factors], how: How) -> _Stack:
-    frames = {label: _narrow(bases(A.cpu(), B.cpu())) for label, (A, B) in proposed.items()}
+class _Wider:
+    """A stack, and what tells the energy of a gradient whose spectrum has not been read."""
+
+    def __init__(self, layer: ProbedLayer, stack: _Stack, svd: LowRankSVD, how: How):
+        self._stack = stack
+        self._leading = leading = svd.U
+        self.request = stack.request
+        if not how.exact_norms:
+            # most of the energy lies along the leading directions on the first examples, and the rest is sampled
+            generator = torch.Generator().manual_seed(how.seed ^ _OTHER_STREAM)
+            probes = torch.randn(layer.n, _TAIL_PROBES, generator=generator, dtype=leading.dtype)
+            self.request = Request(_beside(stack.request.right, probes), _beside(stack.request.left, leading))
+
+    def energies(self, reading: Reading) -> HeldOutEnergy:
+        captured = {label: view.captured for label, view in self._stack.views(reading).items()}
+        if self.request.dense:
+            return HeldOutEnergy(_energy(reading.dense), 0.0, captured)
+        along = reading.left[-self._leading.shape[1] :]
+        tail, error = outside_energy(self._leading, reading.right[:, -_TAIL_PROBES:])
+        return HeldOutEnergy(_energy(along) + float(tail), float(error), captured)
+
+
+def _beside(stacked: Tensor | None, more: Tensor) -> Tensor:
+    return more if stacked is None else torch.cat([stacked, more.to(stacked)], dim=1)
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum())
+
+
+def _stack(proposed: Mapping[str, Factors], svd: LowRankSVD, how: How) -> _Stack:
+    frames = {label: _narrow(bases(A.cpu(), B.cpu()), svd.S.dtype) for label, (A, B) in proposed.items()}
     widths = {label: (U.shape[1], V.shape[0]) for label, (U, V) in frames.items()}
     left = torch.cat([U for U, _ in frames.values()], dim=1) if frames else None
     right = torch.cat([V for _, V in frames.values()]).mT if frames else None
     return _Stack(Request(right, left, dense=how.exact_norms), widths)
 
 
-def _narrow(at: Frame) -> tuple[Tensor, Tensor]:
+def _narrow(at: Frame, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # directions that a factor lacks are zero in its basis, and need not be read
-    return at.U[:, at.U.any(0)], at.V[at.V.any(1)]
+    return at.U[:, at.U.any(0)].to(dtype), at.V[at.V.any(1)].to(dtype)
 
 
 def _spectrum(layer: ProbedLayer, read: GradientSpectrum, reading: Reading, how: How) -> Spectrum:
@@ -196,5 +249,4 @@ def _spectrum(layer: ProbedLayer, read: GradientSpectrum, reading: Reading, how:
     found = Spectrum(layer.m, layer.n, tuple(values), read.energy, read.energy_error)
     if not how.exact_norms:
         return found
-    norm = float(torch.linalg.matrix_norm(reading.dense.double()))
-    return replace(found, energy=norm**2, energy_error=0.0)
+    return replace(found, energy=_energy(reading.dense), energy_error=0.0)

@@ -48,7 +48,7 @@ class Spectrum:
     @property
     def tail(self) -> float:
         """Energy outside of the known singular values."""
-        return max(self.energy - sum(value**2 for value in self.singular_values), 0.0)
+        return max(self.energy - math.fsum(value**2 for value in self.singular_values), 0.0)
 
     @property
     def largest_rank(self) -> int:
@@ -64,7 +64,7 @@ class Spectrum:
         Returns:
             In units of `energy`.
         """
-        return min(sum(value**2 for value in self.singular_values[: 2 * rank]), self.energy)
+        return min(math.fsum(value**2 for value in self.singular_values[: 2 * rank]), self.energy)
 
 
 def required_rank(spectrum: Spectrum, share: float) -> int | None:
@@ -264,7 +264,7 @@ def _greedy(
 
 def _gain(spectrum: Spectrum, rank: int) -> float:
     known = spectrum.singular_values[2 * rank : 2 * rank + 2]
-    return sum(value**2 for value in known) if known or spectrum.complete else math.nan
+    return math.fsum(value**2 for value in known) if known or spectrum.complete else math.nan
 
 
 def _captured(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> float:

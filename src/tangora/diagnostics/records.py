@@ -51,6 +51,21 @@ class AdapterState:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    r"""The base model's gradient on examples that no start was made from.
+
+    Attributes:
+        energy: Its squared norm.
+        energy_error: Standard error of that; 0 where it is exact.
+        starts: Captured energy $\kappa$ by start.
+    """
+
+    energy: float
+    energy_error: float
+    starts: dict[str, float]
+
+
+@dataclass(frozen=True)
 class LayerDiagnosis:
     r"""One layer.
 
@@ -65,6 +80,7 @@ class LayerDiagnosis:
         reachable: The largest $\kappa$ that any adapter of `rank` could have there.
         ranks_needed: Smallest rank that could capture 50, 80 and 90 % of the base model's gradient, by ``"50"`` and so
             on; ``None`` if it lies beyond the singular values that were looked at.
+        held_out: The same starts on other examples; ``None`` if there were none.
     """
 
     name: str
@@ -76,6 +92,7 @@ class LayerDiagnosis:
     starts: dict[str, float]
     reachable: float
     ranks_needed: dict[str, int | None]
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ class Totals:
 
     Attributes:
         starts: Captured energy by start.
+        held_out: The same on other examples than the starts were made from; ``None`` if there were none.
         reachable: The largest that any adapters of these ranks could have.
         adapter: Captured energy of the adapter as it stands; ``None`` without one.
         cosine: Between the full gradient and the step of plain LoRA gradients, over all layers at once.
@@ -92,6 +110,7 @@ class Totals:
     """
 
     starts: dict[str, float]
+    held_out: dict[str, float] | None
     reachable: float
     adapter: float | None
     cosine: float | None
@@ -210,13 +229,16 @@ def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
         The totals.
     """
     gradients = [layer.gradient for layer in layers]
+    others = [layer.held_out for layer in layers if layer.held_out is not None]
+    names = list(layers[0].starts)
     adapters = [layer.adapter for layer in layers if layer.adapter is not None]
     return Totals(
-        starts={
-            name: _mean([layer.starts[name] for layer in layers], gradients) for name in layers[0].starts
-        },
-        reachable=_mean([layer.reachable for layer in layers], gradients),
-        adapter=_mean([a.captured_energy for a in adapters], [a.gradient for a in adapters])
+        starts={name: mean_share([layer.starts[name] for layer in layers], gradients) for name in names},
+        held_out={name: mean_share([each.starts[name] for each in others], others) for name in names}
+        if others
+        else None,
+        reachable=mean_share([layer.reachable for layer in layers], gradients),
+        adapter=mean_share([a.captured_energy for a in adapters], [a.gradient for a in adapters])
         if adapters
         else None,
         cosine=cosine,
@@ -225,7 +247,16 @@ def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
     )
 
 
-def _mean(shares: Sequence[float], gradients: Sequence[Spectrum]) -> float:
+def mean_share(shares: Sequence[float], gradients: Sequence[Spectrum] | Sequence[HeldOut]) -> float:
+    """Average captured shares over layers.
+
+    Args:
+        shares: Of each layer's energy.
+        gradients: Where the energies are.
+
+    Returns:
+        The share of the energy of all; 0 if there is none.
+    """
     total = sum(gradient.energy for gradient in gradients)
     captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
     return captured / total if total > 0 else 0.0

@@ -15,6 +15,9 @@ from tangora.probes.stillness import preserved_randomness
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 """Starts that can be compared."""
 
+GRADIENT_STARTS = ("lora-ga", "lora-one")
+"""Those that are made from the gradient, and fit the examples it was read on."""
+
 # above this smaller side the weight's principal directions come from randomized iteration
 _EXACT_SIDE = 256
 _PISSA_ITERATIONS = 16  # as PEFT users take it, "pissa_niter_16"

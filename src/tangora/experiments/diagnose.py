@@ -45,6 +45,9 @@ class DiagnoseSettings(Settings):
     num_validation: int = Field(default=200, ge=1, description="Examples kept apart, as in train.")
     num_test: int = Field(default=500, ge=1, description="Examples kept apart, as in train.")
     num_examples: int = Field(default=32, ge=1, description="Training examples whose gradient is read.")
+    num_held_out: int = Field(
+        default=32, ge=0, description="Further training examples, on which the starts are looked at too."
+    )
     batch_size: int = Field(default=4, ge=1, description="Examples at once.")
     max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut.")
     adapter: str | None = Field(
@@ -139,9 +142,11 @@ def diagnose_task(
     with log_to(folder / "log.txt"):
         loaded, model = _load_model(settings, task)
         phase("gradients")
+        batches, held_out = _batches(settings, task, loaded)
         found = diagnose(
             model,
-            _batches(settings, task, loaded),
+            batches,
+            held_out=held_out or None,
             rank=settings.rank,
             budget_rank=settings.budget_rank,
             alpha=settings.alpha,
@@ -194,12 +199,17 @@ def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn
     )
 
 
-def _batches(settings: DiagnoseSettings, task: Task, loaded: LoadedModel) -> list[dict[str, Tensor]]:
-    data = encode(
-        task.train[: settings.num_examples],
-        loaded.tokenizer,
-        kind=task.kind,
-        max_length=settings.max_length,
-    )
-    collate, size = collator(loaded.tokenizer, task.kind), settings.batch_size
-    return [dict(collate(data.encodings[first : first + size])) for first in range(0, len(data), size)]
+def _batches(
+    settings: DiagnoseSettings, task: Task, loaded: LoadedModel
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    # of the first training examples, and of the next ones
+    collate, size, end = collator(loaded.tokenizer, task.kind), settings.batch_size, settings.num_examples
+    batches = []
+    for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
+        data = (
+            encode(examples, loaded.tokenizer, kind=task.kind, max_length=settings.max_length).encodings
+            if examples
+            else []
+        )
+        batches.append([dict(collate(data[first : first + size])) for first in range(0, len(data), size)])
+    return batches[0], batches[1]

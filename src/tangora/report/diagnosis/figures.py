@@ -7,12 +7,13 @@ import plotly.graph_objects as go
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.report.diagnosis.grid import Place, natural, places
-from tangora.report.diagnosis.summary import ALL, START_NAMES, known_rank, reachable_shares
+from tangora.report.diagnosis.summary import ALL, START_NAMES, fitted, known_rank, reachable_shares
 from tangora.report.figures import empty_figure, label_text
 from tangora.report.styles import recipe_styles
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12
+_OTHERS = "/others"
 _ROW, _MARGIN = 24, 150
 
 
@@ -27,6 +28,7 @@ def view_names(diagnosis: Diagnosis) -> dict[str, str]:
     """
     names = {"adapter": "the adapter as it stands"} if diagnosis.totals.adapter is not None else {}
     names |= {start: f"{START_NAMES[start]} start" for start in diagnosis.starts}
+    names |= {f"{start}{_OTHERS}": f"{names[start]}, on other examples" for start in fitted(diagnosis.layers)}
     return names | {"reachable": "the best possible at this rank"}
 
 
@@ -60,6 +62,9 @@ def _captured(layer: LayerDiagnosis, key: str) -> float:
     if key == "adapter":
         assert layer.adapter is not None
         return layer.adapter.captured_energy
+    if key.endswith(_OTHERS):
+        assert layer.held_out is not None
+        return layer.held_out.starts[key.removesuffix(_OTHERS)]
     return layer.reachable if key == "reachable" else layer.starts[key]
 
 

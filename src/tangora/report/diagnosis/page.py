@@ -24,8 +24,8 @@ _BEST = (
 )
 _SAMPLE = (
     "The gradient is the mean over the examples that were read. The starts that are made from it (LoRA-GA, LoRA-One), "
-    "the best and the rank plan fit these examples, and see less of the gradient of others; the fewer were read, the "
-    "more so."
+    "the best and the rank plan fit these examples, and see less of the gradient on others; the fewer were read, the "
+    "more so. Columns “on other examples” say how much less."
 )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tangora.diagnostics import Diagnosis, LayerDiagnosis, Spectrum
-from tangora.diagnostics.records import SHARES
+from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, Spectrum
+from tangora.diagnostics.records import SHARES, mean_share
 from tangora.report import formats
 from tangora.report.diagnosis.grid import places
 
@@ -35,6 +35,7 @@ class KindRow:
         energy_share: Their part in the energy of all layers' base gradients.
         adapter: Captured energy of the adapter as it stands; None without one.
         starts: Captured energy by start.
+        held_out: The same on other examples, of the starts that are made from the gradient; empty without any.
         reachable: The largest that any adapter of these ranks could have.
         ranks_needed: Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`.
         known_rank: Largest rank of which it is known what it could capture.
@@ -45,6 +46,7 @@ class KindRow:
     energy_share: float
     adapter: float | None
     starts: Mapping[str, float]
+    held_out: Mapping[str, float]
     reachable: float
     ranks_needed: Mapping[int, int | None]
     known_rank: int
@@ -71,26 +73,38 @@ def kind_rows(diagnosis: Diagnosis) -> list[KindRow]:
 def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
     gradients = [layer.gradient for layer in layers]
     adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    others = [layer.held_out for layer in layers if layer.held_out is not None]
     return KindRow(
         kind=kind,
         num_layers=len(layers),
         energy_share=sum(gradient.energy for gradient in gradients) / total if total > 0 else 0.0,
-        adapter=_mean([a.captured_energy for a in adapters], [a.gradient for a in adapters])
+        adapter=mean_share([a.captured_energy for a in adapters], [a.gradient for a in adapters])
         if adapters
         else None,
         starts={
-            start: _mean([layer.starts[start] for layer in layers], gradients) for start in layers[0].starts
+            start: mean_share([layer.starts[start] for layer in layers], gradients)
+            for start in layers[0].starts
         },
-        reachable=_mean([layer.reachable for layer in layers], gradients),
+        held_out={
+            start: mean_share([other.starts[start] for other in others], others) for start in fitted(layers)
+        },
+        reachable=mean_share([layer.reachable for layer in layers], gradients),
         ranks_needed={share: _common_rank(gradients, share / 100) for share in SHARES},
         known_rank=known_rank(gradients),
     )
 
 
-def _mean(shares: Sequence[float], gradients: Sequence[Spectrum]) -> float:
-    total = sum(gradient.energy for gradient in gradients)
-    captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
-    return captured / total if total > 0 else 0.0
+def fitted(layers: Sequence[LayerDiagnosis]) -> list[str]:
+    """List the starts that were made from the gradient, and looked at on other examples too.
+
+    Args:
+        layers: All of them, or some.
+
+    Returns:
+        Their names.
+    """
+    other = layers[0].held_out
+    return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
 
 
 def known_rank(gradients: Sequence[Spectrum]) -> int:
@@ -182,16 +196,23 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
 def _of_starts(diagnosis: Diagnosis) -> list[str]:
     totals = diagnosis.totals
     others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
-    limit = f"no adapter of this rank can see more than {formats.small_share(totals.reachable)}"
-    if not others:
-        return [f"{limit[0].upper()}{limit[1:]}."]
-    first, *rest = [_IN_SENTENCES[start] for start in others]
-    shares = [formats.small_share(totals.starts[start]) for start in others]
-    seen = [f"{first} would see {shares[0]}"] + [
-        f"{name} {share}" for name, share in zip(rest, shares[1:], strict=True)
-    ]
-    text = "; ".join([", ".join(seen), limit])
-    return [f"{text[0].upper()}{text[1:]}."]
+    parts = [f"no adapter of this rank can see more than {formats.small_share(totals.reachable)}"]
+    if others:
+        seen = [
+            f"{_IN_SENTENCES[start]} {'' if index else 'would see '}{formats.small_share(totals.starts[start])}"
+            for index, start in enumerate(others)
+        ]
+        parts.insert(0, ", ".join(seen))
+    text = "; ".join(parts)
+    sentences = [f"{text[0].upper()}{text[1:]}."]
+    if totals.held_out and (starts := fitted(diagnosis.layers)):
+        shares = [
+            f"{_IN_SENTENCES[start]} sees {formats.small_share(totals.held_out[start])}" for start in starts
+        ]
+        sentences.append(
+            f"Of the gradient on other examples than it was made from, {formats.listing(shares)}."
+        )
+    return sentences
 
 
 def _of_ranks(diagnosis: Diagnosis) -> list[str]:
@@ -214,9 +235,8 @@ def _of_plan(diagnosis: Diagnosis) -> list[str]:
         f"{formats.tenths(plan.captured_energy)} instead of {formats.tenths(plan.uniform_captured_energy)}"
     )
     if plan.gain < _WORTH_IT:
-        return [
-            f"To share rank {plan.r}'s {parameters} parameters out otherwise gains little: {spread} could see {shares}."
-        ]
+        text = f"To share the {parameters} parameters of rank {plan.r} out otherwise gains little: {spread} could see "
+        return [f"{text}{shares}."]
     text = f"For the {parameters} parameters of rank {plan.r} everywhere, {spread} could see {shares}."
     if plan.at_limit:
         text += (

@@ -1,6 +1,6 @@
 """A diagnosis as tables: short ones for a terminal, a full one for the page."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -9,9 +9,10 @@ from rich.text import Text
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.diagnostics.records import SHARES
 from tangora.report import formats
-from tangora.report.diagnosis.summary import START_NAMES, KindRow, kind_rows, needed
+from tangora.report.diagnosis.summary import START_NAMES, KindRow, fitted, kind_rows, needed
 
 _MAX_WORST = 5
+_OTHERS = "on other examples"
 
 Cells = list[list[str]]
 
@@ -27,7 +28,8 @@ def kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
     """
     with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
     headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
-    headers += [START_NAMES[start] for start in diagnosis.starts]
+    for start in diagnosis.starts:
+        headers += [START_NAMES[start], *([_OTHERS] if start in fitted(diagnosis.layers) else [])]
     headers += ["best", *(f"rank for {share} %" for share in SHARES)]
     return headers, [_kind_cells(row, with_adapter=with_adapter) for row in kind_rows(diagnosis)]
 
@@ -44,10 +46,14 @@ def _kind_cells(row: KindRow, *, with_adapter: bool) -> list[str]:
         str(row.num_layers),
         share(row.energy_share),
         *([share(row.adapter)] if with_adapter else []),
-        *(share(captured) for captured in row.starts.values()),
+        *(share(captured) for start in row.starts for captured in _both(start, row.starts, row.held_out)),
         share(row.reachable),
         *(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
     ]
+
+
+def _both(start: str, starts: Mapping[str, float], held_out: Mapping[str, float]) -> list[float]:
+    return [starts[start], *([held_out[start]] if start in held_out else [])]
 
 
 def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
@@ -70,6 +76,10 @@ def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
         columns[f"{START_NAMES[start]} start"] = lambda layer, start=start: formats.small_share(
             layer.starts[start]
         )
+        if start in fitted(diagnosis.layers):
+            columns[f"{START_NAMES[start]} {_OTHERS}"] = lambda layer, start=start: formats.small_share(
+                layer.held_out and layer.held_out.starts[start]
+            )
     columns["best"] = lambda layer: formats.small_share(layer.reachable)
     for share in SHARES:
         columns[f"rank for {share} %"] = lambda layer, share=share: needed(
@@ -114,13 +124,12 @@ def norm_text(layer: LayerDiagnosis) -> str:
 
 
 _SHORT = {
-    "energy": "ener-\ngy",
-    "adapter": "adap-\nter",
-    "plain LoRA": "plain\nLoRA",
+    "lora": "plain\nLoRA",
     "orthogonal": "ortho-\ngonal",
-    "LoRA-GA": "LoRA-\nGA",
-    "LoRA-One": "LoRA-\nOne",
-} | {f"rank for {share} %": f"r for\n{share} %" for share in SHARES}
+    "pissa": "PiSSA",
+    "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
+}
 
 
 def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
@@ -134,11 +143,9 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     """
     ranks = sorted({layer.rank for layer in diagnosis.layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    headers, rows = kind_table(diagnosis)
     kinds = _rich(
         f"Percentage of the gradient's energy that adapters of {rank} can follow",
-        [_SHORT.get(header, header) for header in headers if header != "number"],
-        [[cell.removesuffix(" %") for cell in row[:1] + row[2:]] for row in rows],
+        *_short_kind_table(diagnosis),
     )
     worst = [
         [
@@ -156,6 +163,31 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     return [kinds, _rich(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
 
 
+def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+    # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
+    with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
+    made = fitted(diagnosis.layers)
+    headers = ["layers", "energy", *(["adapter"] if with_adapter else [])]
+    headers += [_SHORT[start] + ("\nown | new" if start in made else "") for start in diagnosis.starts]
+    headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]
+
+    def cells(row: KindRow) -> list[str]:
+        shares = [row.energy_share, *([row.adapter] if with_adapter else [])]
+        return [
+            row.kind,
+            *map(_bare, shares),
+            *(" | ".join(map(_bare, _both(start, row.starts, row.held_out))) for start in row.starts),
+            _bare(row.reachable),
+            "/".join(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
+        ]
+
+    return headers, [cells(row) for row in kind_rows(diagnosis)]
+
+
+def _bare(share: float | None) -> str:
+    return formats.small_share(share).removesuffix(" %")
+
+
 def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
@@ -163,7 +195,11 @@ def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
     for index, header in enumerate(headers):
         # names may be folded on a narrow terminal, numbers not
         table.add_column(
-            Text(header), justify="right" if index else "left", overflow="fold", no_wrap=index > 0
+            Text(header),
+            justify="right" if index else "left",
+            overflow="fold",
+            no_wrap=index > 0,
+            min_width=8 if index == 0 else None,
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
