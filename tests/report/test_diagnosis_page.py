@@ -207,7 +207,7 @@ def test_other_examples():
     assert Page(render_diagnosis(record(found))).open == []
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(diagnosis_tables(found)[0])
-    assert "80 | 40" in console.export_text()
+    assert "80|40" in console.export_text()
 
 
 def test_kinds_are_weighted_with_their_energy():

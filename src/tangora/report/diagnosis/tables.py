@@ -167,8 +167,8 @@ def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
     with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
     made = fitted(diagnosis.layers)
-    headers = ["layers", "energy", *(["adapter"] if with_adapter else [])]
-    headers += [_SHORT[start] + ("\nown | new" if start in made else "") for start in diagnosis.starts]
+    headers = ["layers", "ener-\ngy", *(["adap-\nter"] if with_adapter else [])]
+    headers += [_SHORT[start] + ("\nown|new" if start in made else "") for start in diagnosis.starts]
     headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]
 
     def cells(row: KindRow) -> list[str]:
@@ -176,7 +176,7 @@ def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
         return [
             row.kind,
             *map(_bare, shares),
-            *(" | ".join(map(_bare, _both(start, row.starts, row.held_out))) for start in row.starts),
+            *("|".join(map(_bare, _both(start, row.starts, row.held_out))) for start in row.starts),
             _bare(row.reachable),
             "/".join(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
         ]
