@@ -16,7 +16,8 @@ _TEMPLATE = "diagnosis.html.j2"
 _CAPTURED = (
     "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move "
     "the weight, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part "
-    "in the first-order fall of the loss."
+    "in the first-order fall of the loss: the adapter's with the gradient at its own weights, all others with the base "
+    "model's."
 )
 _BEST = (
     "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the "
