@@ -10,7 +10,7 @@ from tangora.adapters import (
     save_adapter,
     save_merged,
 )
-from tangora.diagnostics import Diagnosis, diagnose, plan_ranks
+from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
 from tangora.experiments import CompareSettings, RunSettings, compare, export, train
 from tangora.init import Start, initialize
 from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
@@ -31,6 +31,7 @@ __all__ = [
     "initialize",
     # measures
     "Diagnosis",
+    "RankPlan",
     "diagnose",
     "plan_ranks",
     # optimizers

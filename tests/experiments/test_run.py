@@ -68,6 +68,15 @@ def test_a_rank_plan_gives_single_layers_their_own_rank(classifier, tmp_path):
     assert {rank for name, rank in ranks.items() if "layer.0.attention.self.query" not in name} == {2}
 
 
+@pytest.mark.parametrize(("key", "value"), [("r", 3), ("lora_alpha", 5), ("use_rslora", True)])
+def test_a_rank_plan_for_other_settings_is_refused(classifier, tmp_path, key, value):
+    plan = {"rank_pattern": {}, "alpha_pattern": {}, key: value}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    settings = RunSettings(**classifier, recipe="lora", steps=1, rank_plan=str(tmp_path / "plan.json"))
+    with pytest.raises(InputError, match=f"rank_plan was made for {key} = {value}; got {key} = "):
+        train(settings, tmp_path / "out")
+
+
 def test_training_improves_and_says_so(classifier, tmp_path):
     settings = RunSettings(**classifier, recipe="tangent", learning_rate=3e-3, steps=40, batch_size=16)
     record = train(settings, tmp_path / "out")

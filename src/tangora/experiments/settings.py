@@ -87,7 +87,8 @@ class TaskSettings(Settings):
         keys = ("rank_pattern", "alpha_pattern")
         if not isinstance(read, dict) or any(not isinstance(read.get(key), dict) for key in keys):
             raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
-        return {key: read[key] for key in keys}
+        made_for = ("r", "lora_alpha", "use_rslora")
+        return {key: read[key] for key in (*keys, *made_for) if key in read}
 
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.

@@ -80,13 +80,15 @@ class Recipe:
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
             seed: Seed of the adapter's random start; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
-            rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, as ``tangora diagnose`` writes them.
+            rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
+                ``lora_alpha``, ``use_rslora``), as ``tangora diagnose`` writes them.
 
         Returns:
             The PEFT model, or ``model`` with all weights trainable for full fine-tuning.
 
         Raises:
-            InputError: If the rank is not in [1, smallest side of an adapted layer], or the method takes no rank plan.
+            InputError: If the rank is not in [1, smallest side of an adapted layer], or the method takes no rank plan,
+                or the plan was made for another rank, alpha or scaling.
         """
         if self.adapter is None:
             return model.requires_grad_(True)
@@ -99,7 +101,9 @@ class Recipe:
         if self.adapter == "adalora":
             config = _adalora_config(r, total_steps, common | dict(self.options))
         else:
-            config = LoraConfig(r=r, **common, **self.options, **dict(rank_plan or {}))
+            scaled = {"use_rslora": False} | dict(self.options)
+            plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
+            config = LoraConfig(r=r, **common, **self.options, **plan)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
@@ -160,6 +164,14 @@ def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLor
         tfinal=total_steps // 3,
         **options,
     )
+
+
+def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    # the plan leaves layers out that keep the common rank: under another one they would silently get that
+    for key in ("r", "lora_alpha", "use_rslora"):
+        if key in plan and plan[key] != config[key]:
+            raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
+    return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
 
 
 def _check_rank(model: PeftModel, r: int) -> None:
