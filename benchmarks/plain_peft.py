@@ -7,6 +7,7 @@ Called by ``round_trip.py`` in a process of its own; tangora is not imported.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -25,7 +26,7 @@ def base_model(source: str, kind: str) -> PreTrainedModel:
     Returns:
         The model in evaluation mode.
     """
-    options = {"dtype": torch.bfloat16 if kind == "bfloat16" else torch.float32}
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if kind == "bfloat16" else torch.float32}
     if kind == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
