@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from tangora import find_pairs
+from tangora import InputError, find_pairs
 from tangora.init import initialize
 from tangora.probes import GradientProbe, Request, gradient_norms, mean_loss, probed_layers
 from tests.probes.models import adapted, batches_of
@@ -49,6 +49,10 @@ def work(rank, folder):
             found["empty"] = read_one(model, batches)
         else:
             found["empty"] = read_one(model, [])
+        for name, read in (("probe", read_one), ("loss", mean_loss)):
+            with pytest.raises(InputError) as caught:
+                read(model, batches if rank == 0 else [{"input_ids": batches[0]["input_ids"]}])
+            found["failure", name] = str(caught.value)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -84,6 +88,8 @@ def test_two_processes_agree_with_one(tmp_path):
         assert one["norms"] == pytest.approx(norms, rel=1e-10)
         assert_close(one["empty"][0], dense)
         assert one["empty"][1] == pytest.approx(dense_loss, rel=1e-10)
+    for name in ("probe", "loss"):  # nobody waits for a rank that failed
+        assert [one["failure", name][:12] for one in found] == ["another rank", "the model re"]
     own_share = started(made(), "lora-one", batches[::RANKS], held_out)
     name = next(iter(norms))
     whole = found[0][False, "lora-one"][name]

@@ -1,5 +1,6 @@
 """Batches as users give them: what they are checked for, their loss and their weight in a mean."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -137,6 +138,29 @@ def sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+@contextlib.contextmanager
+def failing_together(device: torch.device | None = None) -> Iterator[None]:
+    """Raise on all ranks what one of them raises, so that none waits for it in the next sum.
+
+    Args:
+        device: Where tensors can travel from; default the CPU.
+
+    Raises:
+        InputError: On the other ranks.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = torch.tensor(float(failure is not None), device=device)
+    sum_over_ranks(failures)
+    if failure is not None:
+        raise failure
+    if failures:
+        raise InputError("another rank could not read its batches; its own message says why")
+
+
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | None = None) -> float:
     """Return the mean loss over batches (of all ranks), weighted as gradients are, in evaluation mode.
@@ -153,9 +177,9 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | Non
         InputError: If there is no batch with a label.
     """
     batches = as_batches(batches)
-    with still(model), preserved_randomness(batches):
-        weighted = [weighted_loss(model, batch, loss_fn) for batch in batches]
     device = next((parameter.device for parameter in model.parameters()), None)
+    with failing_together(device), still(model), preserved_randomness(batches):
+        weighted = [weighted_loss(model, batch, loss_fn) for batch in batches]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for weight, loss in weighted:
         totals += totals.new_tensor([weight, weight * float(loss)])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora._types import LossFn
-from tangora.probes.batches import sum_over_ranks, weighted_loss
+from tangora.probes.batches import failing_together, sum_over_ranks, weighted_loss
 from tangora.probes.layers import ProbedLayer
 from tangora.probes.stillness import preserved_randomness, still
 
@@ -135,7 +135,7 @@ class GradientProbe:
         self._readings = {name: self._zeros(name, request) for name, request in requests.items()}
         total_weight = total_loss = 0.0
         count = 0
-        with preserved_randomness(batches):
+        with failing_together(self.device), preserved_randomness(batches):
             for batch in batches:
                 weight, loss = self._backward(batch, count)
                 total_weight, total_loss, count = total_weight + weight, total_loss + weight * loss, count + 1
