@@ -1,8 +1,11 @@
-"""Random pairs for the geometry: shapes, ranks and degenerate factors, as hypothesis strategies."""
+"""Random pairs for the geometry as hypothesis strategies: shapes, ranks and degenerate factors; tables of cases."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from torch import Tensor
 
@@ -49,3 +52,14 @@ def gauge_transform(A: Tensor, B: Tensor, condition: float, seed: int) -> tuple[
     values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), r, dtype=A.dtype)
     R = left @ torch.diag(values) @ right
     return torch.linalg.solve(R, A), B @ R
+
+
+def combinations(*axes: Iterable[Any], quick: Callable[..., bool]) -> list[Any]:
+    """All combinations as parameters of a test; those that are not quick are marked slow.
+
+    The quick ones take every value of each axis and every pair of values that meet in a branch of the code.
+    """
+    return [
+        pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow)
+        for case in itertools.product(*axes)
+    ]

@@ -1,9 +1,27 @@
+import functools
+import gc
+
 import huggingface_hub.constants
+import jinja2
 import pytest
 import torch
 
 # the tests run in one process per core: more threads would only wait for each other
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Take what the imports left out of garbage collection: every run of a Trainer collects all there is."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _templates_compiled_once():
+    """PEFT compiles the template of its card at every saving, which takes longer than the saving."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
 
 
 @pytest.fixture(autouse=True)

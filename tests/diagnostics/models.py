@@ -31,7 +31,8 @@ def causal_batches(sizes=(3, 1)) -> list[dict[str, Tensor]]:
 
 
 def bert() -> nn.Module:
-    return tiny_bert(hidden_size=16, intermediate_size=20, hidden_dropout_prob=0.1).double().train()
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    return tiny_bert(**sizes, hidden_dropout_prob=0.1).double().train()
 
 
 def gpt2() -> nn.Module:

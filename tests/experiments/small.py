@@ -8,7 +8,7 @@ from tests.training.tiny import WORDS, tiny_bert, tiny_llama, tiny_tokenizer
 
 def write_classifier(folder: Path) -> dict:
     """Write a tiny BERT and labelled texts; return the settings that name them."""
-    tiny_bert(hidden_dropout_prob=0.1).save_pretrained(folder / "model")
+    tiny_bert(num_hidden_layers=1, hidden_dropout_prob=0.1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     words = WORDS[:7]
     texts = [f"{a} {b} {c}" for a in words for b in words for c in words]
@@ -28,7 +28,7 @@ def write_classifier(folder: Path) -> dict:
 
 def write_generator(folder: Path) -> dict:
     """Write a tiny Llama and sums; return the settings that name them."""
-    tiny_llama().save_pretrained(folder / "model")
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [{"prompt": f"{a} + {b} =", "completion": str(a + b)} for a in range(12) for b in range(12)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,6 +13,7 @@ from tangora.adapters import attach_offset, has_offset, offset_factors
 from tangora.geometry.tangent import dense_captured_energy, frame
 from tangora.init import initialize, needs_batches, starts
 from tangora.init.one_step import STEP_SIZES
+from tests.cases import combinations
 from tests.init.test_starts import assert_same_up_to_signs
 from tests.probes.models import adapted, batch_of, batches_of, dense_gradients, exact_loss, model_of
 from tests.reference import starts as reference
@@ -212,8 +213,15 @@ def test_every_layer_of_whole_models(name):
 # --- what the model computes ---
 
 
-@pytest.mark.parametrize("method", OFFSET)
-@pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "bert", "llama"])
+# PiSSA reads the weights of every architecture, and LoRA-GA its gradients
+@pytest.mark.parametrize(
+    ("name", "method"),
+    combinations(
+        ["gpt2", "t5", "vit", "bert", "llama"],
+        OFFSET,
+        quick=lambda name, method: name == "vit" or method in ("pissa", "lora-ga"),
+    ),
+)
 def test_starts_with_an_offset_change_no_bit(name, method):
     model, batches = adapted(name, lora_dropout=0.3), batches_of(name, 2)
     weights = base_weights(model)

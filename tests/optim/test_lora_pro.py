@@ -5,7 +5,7 @@ import torch
 
 from tangora import InputError, LoRAPro
 from tangora.geometry.gauge import GAUGES
-from tests.cases import gauge_transform
+from tests.cases import combinations, gauge_transform
 from tests.optim.problems import Quadratic, problem
 from tests.reference import dense
 from tests.reference.optimizers import DenseLoRAPro
@@ -15,16 +15,19 @@ SHAPES = [(9, 6, 3), (5, 8, 2), (7, 7, 1), (4, 6, 4)]
 quiet = pytest.mark.filterwarnings("ignore:step .* changes A of")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("gauge", GAUGES)
-@pytest.mark.parametrize("zero_B", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "gauge", "zero_B"),
+    combinations(
+        SHAPES, GAUGES, [False, True], quick=lambda shape, _, zero_B: not zero_B or shape == SHAPES[0]
+    ),
+)
 @quiet
 def test_weight_moments_equal_the_published_algorithm(shape, gauge, zero_B):
     # seed 3: with other seeds the sign matrix of the first step from B = 0 happens to be singular to 1e-8
     toy = Quadratic(*shape, seed=3 if zero_B else 1, zero_B=zero_B)
     optimizer = LoRAPro(toy.model, lr=1e-2, gauge=gauge)
     reference = DenseLoRAPro(toy.A.detach(), toy.B.detach(), toy.s, 1e-2, gauge, adam=True)
-    for _ in range(20):
+    for _ in range(10):
         toy.set_gradients()
         optimizer.step()
         reference.step(toy.gradient(reference.s * reference.B @ reference.A))

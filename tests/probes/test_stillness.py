@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from tangora.probes import GradientProbe, Request, gradient_norms, gradient_spectra, probed_layers
 from tests.adapters.models import Holder, inputs_of, loss_of
+from tests.cases import combinations
 from tests.probes.models import adapted, batch_of, batches_of, dense_gradients, exact_loss, model_of
 from tests.tolerances import assert_close
 
@@ -111,8 +112,14 @@ def spends_randomness(loss_of=exact_loss):
     return loss_fn
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    combinations(
+        ["gpt2", "t5", "vit", "bert", "llama"],
+        [False, True],
+        quick=lambda name, checkpointing: not checkpointing or name in ("gpt2", "t5"),
+    ),
+)
 def test_everything_is_as_it_was(name, checkpointing):
     model, batches = untidy(name), batches_of(name)
     if checkpointing:
@@ -235,9 +242,15 @@ def test_the_output_is_that_of_evaluation_mode_to_the_last_bit(name):
         assert not torch.equal(model.train()(**batch).logits, expected), "dropout would show"
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("peft", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "t5", "vit", "bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "peft", "reentrant"),
+    combinations(
+        ["gpt2", "t5", "vit", "bert", "llama"],
+        [False, True],
+        [False, True],
+        quick=lambda name, peft, reentrant: peft != reentrant or name == "t5",
+    ),
+)
 def test_gradient_checkpointing_changes_no_reading(name, peft, reentrant):
     options = DROPOUT[name]
     model = adapted(name, model_options=options) if peft else model_of(name, **options)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from tangora._checks import InputError
+from tangora.adapters.offset_output import difference, frozen_part, is_embedding
 
 # PEFT's layers that ask `lora_variant` in the forward pass, in merging and in unmerging
 _CARRIERS = {
@@ -97,14 +97,16 @@ class OffsetVariant(LoraVariant):
             The output; bit-identical to ``result`` while a plain pair equals its offset.
         """
         if self.inner is None:
-            return result + _difference(module, active_adapter, x)
+            return result + difference(module, active_adapter, x)
         whole = with_both_pairs(module, active_adapter)
-        dropout: Any = None if _is_embedding(module, active_adapter) else module.lora_dropout[active_adapter]
+        dropout: Any = None if is_embedding(module, active_adapter) else module.lora_dropout[active_adapter]
         if module.training and dropout is not None and not isinstance(dropout, nn.Identity):
             # DoRA drops out the input of the whole weight. On the base W0 - s B0 A0 the layer's own output would
             # still come from the whole input: s B0 A0 (x_dropped - x) makes up for it.
             dropped = dropout(x)
-            result = result + module.scaling[active_adapter] * _frozen(module, active_adapter, dropped - x)
+            result = result + module.scaling[active_adapter] * frozen_part(
+                module, active_adapter, dropped - x
+            )
             x = dropped
             _replace(whole, "lora_dropout", active_adapter, _AlreadyDropped())
         return self.inner.forward(whole, active_adapter=active_adapter, x=x, result=result, **kwargs)
@@ -278,14 +280,10 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
 
 def _factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
     # container in the layer, what it holds for the adapter, its frozen counterpart, and the dimension of the rank
-    offset, kind = layer.lora_offset[adapter], "embedding_" if _is_embedding(layer, adapter) else ""
+    offset, kind = layer.lora_offset[adapter], "embedding_" if is_embedding(layer, adapter) else ""
     for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
         container = f"lora_{kind}{letter}"
         yield container, getattr(layer, container)[adapter], frozen, dim
-
-
-def _is_embedding(layer: Any, adapter: str) -> bool:
-    return adapter in layer.lora_embedding_A
 
 
 def _weight(live: Any) -> Tensor:
@@ -302,64 +300,6 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     # where Accelerate spreads a model over devices, this is bound to the original module and its weight
     twin.__dict__.pop("forward", None)
     return twin
-
-
-def _difference(layer: Any, adapter: str, x: Tensor) -> Tensor:
-    # B A x - B0 A0 x = (B - B0) A x + B0 (A - A0) x: exactly zero at the start, and in low precision not a small
-    # difference of two large rounded products
-    if _is_embedding(layer, adapter):
-        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        A0, B0 = _frozen_factors(layer, adapter, A.dtype)
-        rows = layer._embed(x, A.T)
-        change = rows @ (B - B0).T + (rows - layer._embed(x, A0.T)) @ B0.T
-        return layer.scaling[adapter] * _scaled_like_the_table(layer, change)
-    return layer.scaling[adapter] * _change(layer, adapter, x, layer.lora_dropout[adapter](x))
-
-
-def _change(layer: Any, adapter: str, x: Tensor, dropped: Tensor) -> Tensor:
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    A0, B0 = _frozen_factors(layer, adapter, down.weight.dtype)
-    hidden = down(dropped)
-    if not (_readable(down.weight, A0) and _readable(up.weight, B0)):
-        return up(hidden) - _frozen(layer, adapter, x)
-    change = _apply(layer, up, hidden, up.weight - B0, up.bias)
-    change = change + _apply(layer, up, _apply(layer, down, dropped, down.weight - A0), B0)
-    # the frozen pair sees the whole input
-    return change if dropped is x else change + _frozen(layer, adapter, dropped - x)
-
-
-def _readable(live: Tensor, frozen: Tensor) -> bool:
-    # sharded and offloaded factors have their values only while their own module is called
-    return (
-        type(live) in (nn.Parameter, Tensor) and live.shape == frozen.shape and live.device == frozen.device
-    )
-
-
-def _frozen(layer: Any, adapter: str, x: Tensor) -> Tensor:
-    if _is_embedding(layer, adapter):
-        A0, B0 = _frozen_factors(layer, adapter, layer.lora_embedding_A[adapter].dtype)
-        return _scaled_like_the_table(layer, layer._embed(x, A0.T) @ B0.T)
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    A0, B0 = _frozen_factors(layer, adapter, down.weight.dtype)
-    return _apply(layer, up, _apply(layer, down, x, A0), B0)
-
-
-def _frozen_factors(layer: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    offset = layer.lora_offset[adapter]
-    return offset.A0.to(dtype), offset.B0.to(
-        dtype
-    )  # PEFT casts an adapter's parameters and leaves buffers alone
-
-
-def _apply(layer: Any, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
-    return layer.conv_fn(x, weight, bias, stride=module.stride, padding=module.padding)
-
-
-def _scaled_like_the_table(layer: Any, rows: Tensor) -> Tensor:
-    scale = layer._get_embed_scale()  # some embeddings multiply their output; PEFT follows them
-    return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def _delta(whole: Any, adapter: str) -> Tensor:
@@ -380,9 +320,9 @@ def _subtract_in_mixed_batch(
     for adapter in layer.lora_offset:
         if rows := [row for row, name in enumerate(names) if name == adapter]:
             x = args[0][rows]
-            if not _is_embedding(layer, adapter):
+            if not is_embedding(layer, adapter):
                 x = x.to(layer.lora_A[adapter].weight.dtype)
-            part = layer.scaling[adapter] * _frozen(layer, adapter, x)
+            part = layer.scaling[adapter] * frozen_part(layer, adapter, x)
             output[rows] = (output[rows] - part).to(output.dtype)
     return output
 

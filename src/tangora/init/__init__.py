@@ -1,8 +1,9 @@
 """Starts: what a LoRA adapter's factors are before training. One start per file, pure function first."""
 
-from tangora.init.initialize import Start, initialize, needs_batches, starts
+from tangora.init.initialize import Start, initialize
 from tangora.init.lora_ga import lora_ga
 from tangora.init.lora_one import lora_one, lora_one_v1
+from tangora.init.methods import needs_batches, starts
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from tangora._checks import InputError, check_choice
-from tangora._types import FactorA, FactorB, LossFn
+from tangora._checks import InputError
+from tangora._types import LossFn
 from tangora.adapters import (
     LoraPair,
     active_adapter,
     attach_offset,
-    base_weight,
     check_unmerged,
     detach_offset,
     find_pairs,
@@ -27,11 +26,8 @@ from tangora.adapters import (
     offset_factors,
     refresh_magnitude,
 )
-from tangora.init.lora_ga import lora_ga
-from tangora.init.lora_one import lora_one, lora_one_v1
-from tangora.init.one_step import STEP_SIZES, one_step
-from tangora.init.orthogonal import orthogonal
-from tangora.init.pissa import pissa
+from tangora.init.methods import PROBE_OPTIONS, Method, Site, check_method, find_sites, seeded
+from tangora.init.one_step import STEP_SIZES
 from tangora.probes import (
     GradientSpectrum,
     Report,
@@ -40,8 +36,6 @@ from tangora.probes import (
     mean_loss,
     probed_layers,
 )
-
-Factors = tuple[FactorA, FactorB]
 
 
 @dataclass(frozen=True)
@@ -63,28 +57,6 @@ class Start:
     seconds: float
     step: float | None = None
     line_search: Mapping[float, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Site:
-    """One layer to start, and what its start is made of."""
-
-    pair: LoraPair
-    spectrum: GradientSpectrum | None
-    generator: torch.Generator
-
-
-@dataclass(frozen=True)
-class _Method:
-    """One start."""
-
-    factors: Callable[..., Factors]
-    """``(site, **options)`` -> $(A_0, B_0)$."""
-    options: tuple[str, ...]
-    directions: int = 0
-    """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
-    offset: bool = False
-    """Whether $-s B_0 A_0$ is carried along, so that the model starts from the base."""
 
 
 def initialize(
@@ -143,7 +115,7 @@ def initialize(
         >>> tangora.initialize(model, "lora-ga", batches)  # doctest: +SKIP
     """
     began = time.perf_counter()
-    chosen = _check(method, batches, options)
+    chosen = check_method(method, options, has_batches=batches is not None)
     model = _unwrapped(model)
     adapter, pairs = _adapter(model, adapter_name)
     with _restored_on_error(model, adapter, pairs), _active(model, adapter):
@@ -153,7 +125,7 @@ def initialize(
             detach_offset(model, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
-            probing = {key: options.pop(key) for key in _PROBE_OPTIONS if key in options}
+            probing = {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
                 model,
                 batches,
@@ -165,10 +137,10 @@ def initialize(
                 progress=progress,
                 **probing,
             )
-        sites, skipped = _sites(pairs, spectra, chosen, seed)
+        sites, skipped = find_sites(pairs, spectra, chosen, seed)
         losses: Mapping[float, float] = {}
         if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
-            losses = _line_search(model, adapter, sites, held_out, loss_fn)
+            losses = _line_search(model, adapter, chosen, sites, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
         _write(model, adapter, chosen, sites, options)
     if skipped:
@@ -176,43 +148,6 @@ def initialize(
         warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=2)
     names = tuple(site.pair.name for site in sites)
     return Start(method, names, skipped, time.perf_counter() - began, options.get("step"), losses)
-
-
-def starts() -> tuple[str, ...]:
-    """List the starts.
-
-    Returns:
-        Names for `initialize`.
-    """
-    return tuple(_METHODS)
-
-
-def needs_batches(method: str) -> bool:
-    """Tell whether a start reads gradients.
-
-    Args:
-        method: Its name.
-
-    Returns:
-        Whether `initialize` needs batches for it.
-    """
-    return _METHODS[method].directions > 0
-
-
-def _check(method: str, batches: Iterable[Any] | None, options: Mapping[str, Any]) -> _Method:
-    check_choice("method", method, tuple(_METHODS))
-    chosen = _METHODS[method]
-    allowed = chosen.options + (_PROBE_OPTIONS if chosen.directions else ())
-    for key in options:
-        if key not in allowed:
-            raise InputError(f"start {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}")
-    if chosen.directions and batches is None:
-        raise InputError(
-            f"start {method!r} reads gradients: give batches, a list of model inputs with labels"
-        )
-    if method == "one-step" and ("step" in options) == (options.get("held_out") is not None):
-        raise InputError("start 'one-step' needs either step=... or held_out=batches to search the step on")
-    return chosen
 
 
 def _unwrapped(model: Any) -> Any:
@@ -279,17 +214,9 @@ def _active(model: PeftModel, adapter: str) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def _reset(model: PeftModel, adapter: str, pairs: list[LoraPair], seed: int) -> None:
     detach_offset(model, adapter)
-    with _seeded(seed):
+    with seeded(seed):
         for pair in pairs:
             pair.layer.reset_lora_parameters(adapter, True)  # pyright: ignore[reportCallIssue]
             refresh_magnitude(pair)
@@ -298,7 +225,7 @@ def _reset(model: PeftModel, adapter: str, pairs: list[LoraPair], seed: int) -> 
 def _spectra(
     model: PeftModel,
     batches: Iterable[Any] | None,
-    chosen: _Method,
+    chosen: Method,
     adapter: str,
     pairs: list[LoraPair],
     **options: Any,
@@ -309,28 +236,9 @@ def _spectra(
     return gradient_spectra(model, batches, ranks, layers=layers, **options)
 
 
-def _sites(
-    pairs: list[LoraPair], spectra: Mapping[str, GradientSpectrum], chosen: _Method, seed: int
-) -> tuple[list[_Site], dict[str, str]]:
-    sites, skipped = [], {}
-    for index, pair in enumerate(pairs):
-        m, n, r = pair.shape
-        spectrum = spectra.get(pair.name)
-        if r > min(m, n) and chosen.factors is not _lora:
-            skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
-        elif chosen.directions and spectrum is None:
-            skipped[pair.name] = "its gradient cannot be read"
-        elif spectrum is not None and not spectrum.svd.S[0] > 0:
-            skipped[pair.name] = "its gradient is zero on these batches"
-        else:
-            generator = torch.Generator().manual_seed((seed << 20) + index)
-            sites.append(_Site(pair, spectrum, generator))
-    return sites, skipped
-
-
 @torch.no_grad()
 def _write(
-    model: PeftModel, adapter: str, chosen: _Method, sites: list[_Site], options: Mapping[str, Any]
+    model: PeftModel, adapter: str, chosen: Method, sites: list[Site], options: Mapping[str, Any]
 ) -> None:
     offset = {}
     for site in sites:
@@ -349,64 +257,18 @@ def _write(
 
 
 def _line_search(
-    model: PeftModel, adapter: str, sites: list[_Site], held_out: Iterable[Any], loss_fn: LossFn | None
+    model: PeftModel,
+    adapter: str,
+    chosen: Method,
+    sites: list[Site],
+    held_out: Iterable[Any],
+    loss_fn: LossFn | None,
 ) -> dict[float, float]:
     losses = {}
     held_out = as_batches(held_out, "held_out")
     for step in STEP_SIZES:
-        _write(model, adapter, _METHODS["one-step"], sites, {"step": step})
+        _write(model, adapter, chosen, sites, {"step": step})
         losses[step] = mean_loss(model, held_out, loss_fn=loss_fn)
     if not any(math.isfinite(loss) for loss in losses.values()):
         raise InputError("held_out has no finite loss at any step size")
     return losses
-
-
-def _lora_ga(site: _Site, **options: Any) -> Factors:
-    assert site.spectrum is not None
-    values = None
-    if options.get("scale") == "weight_svd":
-        values = torch.linalg.svdvals(base_weight(site.pair))
-    r, scaling = site.pair.shape[2], site.pair.scaling
-    return lora_ga(
-        site.spectrum.svd, r, scaling, weight_singular_values=values, generator=site.generator, **options
-    )
-
-
-def _lora_one(site: _Site, **options: Any) -> Factors:
-    assert site.spectrum is not None
-    return lora_one(site.spectrum.svd, site.pair.shape[2], **options)
-
-
-def _lora_one_v1(site: _Site, **options: Any) -> Factors:
-    assert site.spectrum is not None
-    return lora_one_v1(site.spectrum.svd, site.pair.shape[2], **options)
-
-
-def _one_step(site: _Site, **options: Any) -> Factors:
-    assert site.spectrum is not None
-    return one_step(site.spectrum.svd, site.pair.shape[2], site.pair.scaling, **options)
-
-
-def _orthogonal(site: _Site, **options: Any) -> Factors:
-    return orthogonal(*site.pair.shape, generator=site.generator, **options)
-
-
-def _pissa(site: _Site, **options: Any) -> Factors:
-    with _seeded(site.generator.initial_seed()):  # the randomized decomposition knows the global state only
-        return pissa(base_weight(site.pair), site.pair.shape[2], site.pair.scaling, **options)
-
-
-def _lora(site: _Site) -> Factors:
-    return site.pair.factors()  # as `_reset` drew them
-
-
-_METHODS = {
-    "lora": _Method(_lora, ()),
-    "orthogonal": _Method(_orthogonal, ("size",), offset=True),
-    "pissa": _Method(_pissa, ("niter",), offset=True),
-    "lora-ga": _Method(_lora_ga, ("direction", "scale", "stable_gamma"), directions=2, offset=True),
-    "lora-one": _Method(_lora_one, ("gamma",), directions=1),
-    "lora-one-v1": _Method(_lora_one_v1, ("gamma",), directions=1, offset=True),
-    "one-step": _Method(_one_step, ("step", "held_out"), directions=1),
-}
-_PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")
