@@ -14,6 +14,7 @@ from tangora.diagnostics import STARTS, Diagnosis, diagnose
 from tangora.init import initialize
 from tests.adapters.models import Holder, dense_gradient, inputs_of, loss_of
 from tests.adapters.models import adapted as adapted_layer
+from tests.cases import combinations
 from tests.diagnostics.models import (
     adapted,
     bert,
@@ -194,7 +195,12 @@ def test_full_rank_adapters_see_everything():
 
 
 @pytest.mark.parametrize(
-    ("method", "dora"), [("lora-ga", False), ("lora-ga", True), ("lora-one-v1", False), ("pissa", False)]
+    ("method", "dora"),
+    combinations(
+        ["lora-ga", "lora-one-v1", "pissa"],
+        [False, True],
+        quick=lambda method, dora: (method == "lora-ga") == dora and method != "lora-one-v1",
+    ),
 )
 def test_a_start_that_was_made_sees_what_was_foreseen(method, dora):
     batches = classifier_batches()

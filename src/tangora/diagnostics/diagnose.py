@@ -20,7 +20,7 @@ from tangora.diagnostics.alignment import (
     equivalent_gradient,
     imbalance_norms,
 )
-from tangora.diagnostics.measure import How, Measured, Propose, measure
+from tangora.diagnostics.measure import How, Measured, Propose, fit_into_memory, measure
 from tangora.diagnostics.ranks import RankPlan, plan_ranks, required_rank
 from tangora.diagnostics.records import SHARES, AdapterState, Diagnosis, HeldOut, LayerDiagnosis, totals
 from tangora.diagnostics.sites import Site, Subject, find_subject
@@ -30,8 +30,6 @@ from tangora.probes import ProbedLayer, Report, as_batches
 from tangora.probes.spectrum import reporting
 
 _ADAPTER = "adapter"
-# float32 gradients up to this many bytes in all are formed for their norms, in two or three passes
-_EXACT_LIMIT = 2**30
 
 
 def diagnose(
@@ -102,7 +100,7 @@ def diagnose(
     budget_rank = subject.common_rank if budget_rank is None else budget_rank
     how = How(
         _num_values(subject, budget_rank, num_values),
-        _fit(layers) if exact_norms is None else exact_norms,
+        fit_into_memory(layers) if exact_norms is None else exact_norms,
         power_iterations,
         seed,
         loss_fn,
@@ -162,10 +160,6 @@ def _all_batches(
     layers = [site.layer for site in subject.sites]
     points = 1 if subject.plain_start else 2
     return range(points * how.passes(layers) * len(batches) + len(how.groups(layers)) * len(held_out))
-
-
-def _fit(layers: Sequence[ProbedLayer]) -> bool:
-    return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
 def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Propose:

@@ -28,6 +28,8 @@ from tangora.probes import (
 from tangora.probes.spectrum import grouped
 
 _MEMORY = 512 * 2**20  # bytes of dense gradients held at once
+# float32 gradients up to this many bytes in all are formed for their norms, in two or three passes
+_EXACT_LIMIT = 2**30
 _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
 
@@ -75,6 +77,18 @@ class How:
             All in one, unless dense gradients have to fit into memory.
         """
         return [*grouped(layers, _MEMORY)] if self.exact_norms else [layers]
+
+
+def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
+    """Say whether gradients should be formed for their exact norms where nobody has decided.
+
+    Args:
+        layers: Which would be read.
+
+    Returns:
+        Whether all together take at most 1 GiB.
+    """
+    return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
 class View(NamedTuple):

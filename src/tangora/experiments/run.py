@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.provenance import commit, machine, versions
 from tangora.experiments.settings import RunSettings, TaskSettings
+from tangora.experiments.trajectory import summary, trajectory_recorder
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
 from tangora.training.answers import exact_match
@@ -106,7 +107,8 @@ def execute(
     """Train and evaluate one method, in a folder of its own.
 
     Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
-    for full fine-tuning the model), and ``logits.pt`` for `verify_adapter`.
+    for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl`` and ``snapshots/`` of
+    a run that is measured.
 
     Args:
         settings: The run's.
@@ -129,7 +131,11 @@ def execute(
     method = recipe(settings.recipe)
     model = _prepare(method, loaded, task, settings)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
-    trainer = _trainer(settings, loaded, model, task, folder, timer, watcher)
+    recorder = trajectory_recorder(
+        settings, task, loaded, model, folder, lambda chosen: encoded_batches(chosen, loaded, settings)
+    )
+    callbacks: list[transformers.TrainerCallback] = [timer, *([recorder] if recorder else [])]
+    trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
     try:
         watcher.phase("training")
         result.peak_bytes = _train(trainer, folder / "checkpoints") if method.trains else None
@@ -159,11 +165,14 @@ def execute(
         evaluations=[EvaluationRecord(step=len(history), metrics=validation)] if validation else [],
         time=TimeSplit(
             start=start_seconds,
-            forward_backward=timer.forward_backward,
-            optimizer=timer.optimizer,
+            # gradients of further stages are evaluated inside of the optimizer's step
+            forward_backward=timer.forward_backward + trainer.replay_seconds,
+            optimizer=max(0.0, timer.optimizer - trainer.replay_seconds),
             evaluation=result.evaluation_seconds,
         ),
         memory=_memory(trainer.optimizer, model, result.peak_bytes),
+        gradient_evaluations=getattr(_unwrapped(trainer.optimizer), "evaluations", len(history)),
+        trajectory=summary(folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         versions=versions(),
@@ -260,7 +269,7 @@ def _trainer(
     model: nn.Module,
     task: Task,
     folder: Path,
-    timer: StepTimer,
+    callbacks: list[transformers.TrainerCallback],
     watcher: Watcher,
 ) -> Trainer:
     data, collate = _encoded(task.train, loaded, settings)
@@ -294,7 +303,7 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
-        callbacks=[timer, History(folder / "metrics.jsonl", watcher.step), SealedCheckpoints()],
+        callbacks=[*callbacks, History(folder / "metrics.jsonl", watcher.step), SealedCheckpoints()],
     )
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
@@ -362,8 +371,12 @@ def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSett
     return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
 
 
+def _unwrapped(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+
+
 def _memory(optimizer: Optimizer | None, model: nn.Module, peak_bytes: int | None) -> MemoryUse:
-    states = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    states = _unwrapped(optimizer)
     tensors = [
         v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
     ]

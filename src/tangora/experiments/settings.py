@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tangora._checks import InputError
 from tangora.recipes import recipe
@@ -112,11 +112,29 @@ class RunSettings(TaskSettings):
     save_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; default: no checkpoints."
     )
+    measure_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between measured points of the trajectory, and snapshots of full; default: none.",
+    )
+    measure_gradient: int | None = Field(
+        None, ge=1, description="Training examples whose gradient is read at every measured step."
+    )
+    reference: str | None = Field(
+        default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
+    )
 
     @field_validator("recipe")
     @classmethod
     def _known(cls, name: str) -> str:
         return recipe(name).name
+
+    @model_validator(mode="after")
+    def _measured(self) -> "RunSettings":
+        for key in ("measure_gradient", "reference"):
+            if getattr(self, key) is not None and self.measure_every is None:
+                raise ValueError(f"{key} needs measure_every; got {key} = {getattr(self, key)!r} alone")
+        return self
 
     @property
     def peak(self) -> float:

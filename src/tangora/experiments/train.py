@@ -5,6 +5,7 @@ from pathlib import Path
 from tangora.experiments.logs import log_to
 from tangora.experiments.run import Watcher, execute, load_run_task
 from tangora.experiments.settings import RunSettings, claim_folder
+from tangora.experiments.trajectory import check_reference
 from tangora.report import Record, load_record, save_json
 
 RECORD = "record.json"
@@ -14,7 +15,8 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     """Train one model.
 
     The output folder holds ``settings.json``, ``metrics.jsonl`` (a line per step), ``adapter/`` (full
-    fine-tuning: ``model/``) and ``record.json``.
+    fine-tuning: ``model/``) and ``record.json``; with ``measure_every`` also ``trajectory.jsonl`` and, for full
+    fine-tuning, ``snapshots/``.
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
 
     Args:
@@ -30,6 +32,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     """
     folder = Path(output)
     task = load_run_task(settings)
+    check_reference(settings, task)
     claim_folder(folder, settings)
     if (folder / RECORD).exists():
         return load_record(folder / RECORD)

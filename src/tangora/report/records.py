@@ -104,7 +104,15 @@ class Record(FrozenModel):
     evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
     time: TimeSplit
     memory: MemoryUse
+    gradient_evaluations: Count | None = Field(
+        default=None,
+        description="Gradients of whole batches in training: one per step, more for schemes with several stages.",
+    )
     trainable_parameters: Count
+    trajectory: Metrics = Field(
+        default_factory=dict,
+        description="Totals of the last measured point of the trajectory and its step; empty if none was.",
+    )
     correct: list[bool] | None = Field(
         default=None, description="Per test example, in the same order in every run: was it answered right?"
     )

@@ -5,13 +5,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tangora._checks import InputError, check_whole
+from tangora.diagnostics import Trajectory, TrajectoryPoint
+
 _SEAL = "complete"
+_SUMS = "trajectory.json"
 
 # A loss this many times the first one is not coming back, and would only cost the time of the remaining steps.
 _EXPLOSION = 20.0
@@ -125,13 +131,113 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+class TrajectoryRecorder(TrainerCallback):
+    """Follows every step and appends a `TrajectoryPoint` as a JSON line every few of them; training stays what it is.
+
+    Points are measured at the start, every ``every`` steps and at the end. A checkpoint keeps what a resumed run needs;
+    put this callback before `SealedCheckpoints`.
+
+    Args:
+        path: The file. When a run is resumed, lines after the checkpoint's step are dropped.
+        trajectory: What measures.
+        every: Steps between points, in [1, inf).
+        on_point: Called with the number of steps done after each point but the start, to save weights.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        trajectory: Trajectory,
+        every: int,
+        on_point: Callable[[int], object] | None = None,
+    ):
+        check_whole("every", every, low=1)
+        self._path = path
+        self._trajectory = trajectory
+        self._every = every
+        self._on_point = on_point
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Measure the start, or go on from a checkpoint."""
+        step = state.global_step
+        lines = [line for line in read_history(self._path) if line["step"] <= step] if step else []
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        if step:
+            sums = _checkpoint(args, step) / _SUMS
+            self._trajectory.begin(json.loads(sums.read_text(encoding="utf-8")))
+        else:
+            self._trajectory.begin()
+            self._append(0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Follow the step, and measure where it led if its turn has come.
+
+        Raises:
+            DivergedError: If the loss on the examples whose gradient is read is not finite.
+        """
+        self._trajectory.advance()
+        step = state.global_step
+        if step % self._every and step != state.max_steps:
+            return
+        if not math.isfinite(self._trajectory.path_length):  # the next loss will end the run
+            return
+        try:
+            self._append(step)
+        except InputError as problem:  # the same examples were fine at the start
+            raise DivergedError(f"step {step}: {problem}") from problem
+        if self._on_point is not None:
+            self._on_point(step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Keep the sums with the checkpoint."""
+        sums = _checkpoint(args, state.global_step) / _SUMS
+        sums.write_text(json.dumps(self._trajectory.state()), encoding="utf-8")
+
+    def _append(self, step: int) -> None:
+        point = self._trajectory.measure(step)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(point)) + "\n")
+
+
+def measured_steps(steps: int, every: int) -> list[int]:
+    """List the steps at which `TrajectoryRecorder` measures.
+
+    Args:
+        steps: Optimizer steps of the run.
+        every: Steps between points.
+
+    Returns:
+        Ascending, from 0 to ``steps``.
+    """
+    return [*range(0, steps, every), steps]
+
+
+def read_trajectory(path: str | Path) -> list[TrajectoryPoint]:
+    """Read the points that `TrajectoryRecorder` wrote.
+
+    Args:
+        path: ``trajectory.jsonl``; missing means nothing was written. A last line cut off by a crash is ignored.
+
+    Returns:
+        In the order of the steps.
+    """
+    return TypeAdapter(list[TrajectoryPoint]).validate_python(read_history(Path(path)))
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
 class SealedCheckpoints(TrainerCallback):
     """Marks every checkpoint that was written to its end, so that a killed run never resumes from half of one."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Seal the checkpoint that has just been written."""
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        (folder / _SEAL).touch()
+        (_checkpoint(args, state.global_step) / _SEAL).touch()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,0 +1,267 @@
+r"""A training run as a path of weights: how long it is, where it leads, and how adapters stand to the gradient on it.
+
+`Trajectory` is told of every optimizer step and asked for a `TrajectoryPoint` at some of them. It only reads: model,
+gradients, training mode and random states stay as they were.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from tangora.diagnostics.alignment import captured_share, condition_number, effective_rank, imbalance_norms
+from tangora.diagnostics.following import GradientView, gradient_views
+from tangora.diagnostics.motion import Overlap, overlap
+from tangora.diagnostics.snapshots import Reference
+from tangora.diagnostics.tracks import AdapterTrack, Track
+
+
+@dataclass(frozen=True)
+class Measures:
+    r"""Where one layer, or all of them, stands at one step.
+
+    All norms are Frobenius norms of weights ($m \times n$), those over all layers of all of them together. A value is
+    ``None`` where it is not defined or was not asked for.
+
+    Attributes:
+        path_length: $\sum_t \|W_{t+1} - W_t\|_F$ over every optimizer step so far; over all layers, of the norms of
+            the whole step.
+        change: $\|W_t - W_0\|_F$ with the base weight $W_0$ (a start that moves it has a change at step 0).
+        imbalance: $\|B^\top B - A A^\top\|_F$.
+        relative_imbalance: The same over $\|B^\top B\|_F + \|A A^\top\|_F$, in [0, 1]; the mean over all layers.
+        condition_A: Ratio of the extreme eigenvalues of $A A^\top$; the largest over all layers. ``None`` for a factor
+            without full rank.
+        condition_B: The same of $B^\top B$.
+        effective_rank: Exponential of the entropy of the singular values of $W_t - W_0$ (without DoRA's $D$); the mean
+            over all layers.
+        distance: $\|W_t - W_t^{\text{full}}\|_F$ to full fine-tuning at the same step.
+        relative_distance: The same over $\|W_t^{\text{full}} - W_0\|_F$; 1 for a weight that has not moved.
+        cosine: Between $W_t - W_0$ and $W_t^{\text{full}} - W_0$, in [-1, 1].
+        gradient_norm: $\|G\|_F$ at $W_t$, on the examples given.
+        captured_energy: $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$, in [0, 1].
+        alignment_error: $\varepsilon = \|G - P_T(G)\|_F$.
+        left_angle: Largest principal angle between the columns of $B$ and the $r$ leading left singular vectors of $G$,
+            in degrees; over all layers the largest.
+        mean_left_angle: The mean angle.
+        right_angle: The largest between the rows of $A$ and the $r$ leading right singular vectors.
+        mean_right_angle: The mean angle.
+    """
+
+    path_length: float
+    change: float
+    imbalance: float | None = None
+    relative_imbalance: float | None = None
+    condition_A: float | None = None
+    condition_B: float | None = None
+    effective_rank: float | None = None
+    distance: float | None = None
+    relative_distance: float | None = None
+    cosine: float | None = None
+    gradient_norm: float | None = None
+    captured_energy: float | None = None
+    alignment_error: float | None = None
+    left_angle: float | None = None
+    mean_left_angle: float | None = None
+    right_angle: float | None = None
+    mean_right_angle: float | None = None
+
+    def known(self) -> dict[str, float]:
+        """Return the values that there are, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """One measured step.
+
+    Attributes:
+        step: Optimizer steps done; 0 is the start.
+        totals: Over all layers.
+        layers: By path in the base model.
+        gradient_loss: Mean loss on the examples whose gradient was read.
+    """
+
+    step: int
+    totals: Measures
+    layers: dict[str, Measures]
+    gradient_loss: float | None = None
+
+
+class Trajectory:
+    """Follows the weights of one model through training.
+
+    Call `begin` before the first step, `advance` after each, and `measure` whenever a point is wanted.
+
+    Args:
+        model: The model.
+        tracks: What to follow, from ``find_tracks``.
+        reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
+            layers must have been checked.
+        batches: Examples whose gradient is read at every measured step, seven passes each; needs adapters.
+        seed: Of the random vectors for that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tracks: Sequence[Track],
+        *,
+        reference: Reference | None = None,
+        batches: Iterable[Any] | None = None,
+        seed: int = 0,
+    ):
+        self.tracks = tracks
+        self._model = model
+        self._reference = reference
+        self._batches = batches
+        self._seed = seed
+        self._whole = 0.0
+        self._paths = {track.name: 0.0 for track in tracks}
+
+    @property
+    def path_length(self) -> float:
+        """Length of the path of all weights so far."""
+        return self._whole
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on, as JSON can hold it."""
+        return {"whole": self._whole, "layers": dict(self._paths)}
+
+    @torch.no_grad()
+    def begin(self, state: Mapping[str, Any] | None = None) -> None:
+        """Start from where the model is.
+
+        Args:
+            state: What `state` returned when the model was there; default the start of training.
+        """
+        self._whole = state["whole"] if state else 0.0
+        self._paths = {track.name: state["layers"][track.name] if state else 0.0 for track in self.tracks}
+        for track in self.tracks:
+            track.remember()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Add the step that has just been taken to the path."""
+        steps = torch.stack(
+            [track.advance().double() for track in self.tracks]
+        ).tolist()  # one synchronisation
+        self._whole += math.hypot(*steps)
+        for track, step in zip(self.tracks, steps, strict=True):
+            self._paths[track.name] += step
+
+    def measure(self, step: int) -> TrajectoryPoint:
+        """Measure where the model is.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            The point.
+
+        Raises:
+            InputError: If a loss or gradient on the examples is not finite.
+        """
+        with torch.no_grad():
+            changes = torch.stack([track.change_norm().double() for track in self.tracks]).tolist()
+            overlaps = [self._overlap(track, step) for track in self.tracks] if self._reference else None
+            factors = [_factors(track) for track in self.tracks if isinstance(track, AdapterTrack)]
+        views, loss = self._gradient()
+        layers = {
+            track.name: Measures(
+                self._paths[track.name],
+                changes[index],
+                **(factors[index] if factors else {}),
+                **_of_overlap(overlaps[index] if overlaps else None),
+                **_of_views(views[index : index + 1]),
+            )
+            for index, track in enumerate(self.tracks)
+        }
+        totals = Measures(
+            self._whole,
+            math.hypot(*changes),
+            **_over_layers(factors),
+            **_of_overlap(sum(overlaps, Overlap()) if overlaps else None),
+            **_of_views(views),
+        )
+        return TrajectoryPoint(step, totals, layers, loss)
+
+    def _overlap(self, track: Track, step: int) -> Overlap:
+        base = track.base()
+        if step == 0:
+            return overlap(track.change(), lambda rows: torch.zeros_like(base(rows)), track.shape[0])
+        assert self._reference is not None
+        weight = self._reference.weight(step, track.name)
+
+        def other(rows: slice) -> Any:
+            first = base(rows)
+            return weight[rows].to(first) - first
+
+        return overlap(track.change(), other, track.shape[0])
+
+    def _gradient(self) -> tuple[list[GradientView], float | None]:
+        if self._batches is None:
+            return [], None
+        pairs = [track.pair for track in self.tracks if isinstance(track, AdapterTrack)]
+        views, loss = gradient_views(self._model, pairs, self._batches, seed=self._seed)
+        return [views[pair.name] for pair in pairs], loss
+
+
+def _factors(track: AdapterTrack) -> dict[str, Any]:
+    A, B = track.pair.factors()
+    imbalance, relative = imbalance_norms(A, B)
+    update = track.place().update
+    return {
+        "imbalance": imbalance,
+        "relative_imbalance": relative,
+        "condition_A": condition_number(A),
+        "condition_B": condition_number(B.mT),
+        "effective_rank": effective_rank(*update),
+    }
+
+
+def _over_layers(factors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not factors:
+        return {}
+
+    def each(key: str) -> list[Any]:
+        return [layer[key] for layer in factors]
+
+    def worst(key: str) -> float | None:
+        return None if None in each(key) else max(each(key))
+
+    return {
+        "imbalance": math.hypot(*each("imbalance")),
+        "relative_imbalance": fmean(each("relative_imbalance")),
+        "condition_A": worst("condition_A"),
+        "condition_B": worst("condition_B"),
+        "effective_rank": fmean(each("effective_rank")),
+    }
+
+
+def _of_overlap(sums: Overlap | None) -> dict[str, Any]:
+    if sums is None:
+        return {}
+    keys = ("distance", "relative_distance", "cosine")
+    return {key: getattr(sums, key) for key in keys}
+
+
+def _of_views(views: Sequence[GradientView]) -> dict[str, Any]:
+    if not views:
+        return {}
+    energy, captured = math.fsum(v.energy for v in views), math.fsum(v.captured for v in views)
+    found: dict[str, Any] = {
+        "gradient_norm": math.sqrt(energy),
+        "captured_energy": captured_share(captured, energy),
+        "alignment_error": math.sqrt(math.fsum(v.alignment_error**2 for v in views)),
+    }
+    for side in ("left", "right"):
+        angles = [angle for view in views if (angle := getattr(view, side)) is not None]
+        if angles:
+            found[f"{side}_angle"] = max(angle.largest for angle in angles)
+            found[f"mean_{side}_angle"] = fmean(angle.mean for angle in angles)
+    return found

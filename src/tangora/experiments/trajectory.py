@@ -1,0 +1,157 @@
+"""The trajectory of a run by name: what is followed, and the full fine-tuning run that it is compared with."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from tangora._checks import InputError
+from tangora.adapters import discover
+from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
+from tangora.experiments.settings import RunSettings
+from tangora.recipes import recipe
+from tangora.report import load_record
+from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
+from tangora.training.data import Task
+from tangora.training.models import LoadedModel
+
+TRAJECTORY, SNAPSHOTS = "trajectory.jsonl", "snapshots"
+
+# what makes two runs see the same examples in the same order
+_SHARED = ("seed", "batch_size", "accumulate", "max_length")
+
+
+def trajectory_recorder(
+    settings: RunSettings,
+    task: Task,
+    loaded: LoadedModel,
+    model: nn.Module,
+    folder: Path,
+    as_batches: Callable[[Sequence[Any]], list[Any]],
+) -> TrajectoryRecorder | None:
+    """Make what follows a run, before training.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        loaded: Its base model.
+        model: The same, prepared for training.
+        folder: The run's folder.
+        as_batches: Makes model inputs of examples.
+
+    Returns:
+        The callback; ``None`` for a run that is not measured.
+
+    Raises:
+        InputError: If the reference is of another run, or there is no adapter whose gradient could be read.
+    """
+    if settings.measure_every is None or not recipe(settings.recipe).trains:
+        return None
+    whole = not isinstance(model, PeftModel)
+    if whole and settings.measure_gradient:
+        raise InputError(
+            f"measure_gradient needs an adapter, and recipe {settings.recipe} has none; "
+            f"got {settings.measure_gradient}"
+        )
+    tracks = find_tracks(model, target_layers(loaded, task, settings) if whole else None)
+    reference = check_reference(settings, task)
+    if reference is not None:
+        reference.check_layers(tracks)
+    batches = None
+    if settings.measure_gradient:
+        count = min(settings.measure_gradient, len(task.train))
+        chosen = random.Random(settings.seed).sample(range(len(task.train)), count)
+        batches = as_batches([task.train[index] for index in chosen])
+    followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
+    weights = [track for track in tracks if isinstance(track, WeightTrack)]
+    base = fingerprint(weights) if weights else ""
+
+    def save(step: int) -> None:
+        write_snapshot(folder / SNAPSHOTS, step, weights, base)
+
+    return TrajectoryRecorder(
+        folder / TRAJECTORY, followed, settings.measure_every, save if weights else None
+    )
+
+
+def check_reference(settings: RunSettings, task: Task) -> Reference | None:
+    """Check that the reference of a run is full fine-tuning on the same examples in the same order.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+
+    Returns:
+        Its snapshots; ``None`` without a reference.
+
+    Raises:
+        InputError: Naming the first setting that differs.
+    """
+    if settings.reference is None:
+        return None
+    folder = Path(settings.reference)
+    if not (folder / "record.json").is_file():
+        raise InputError(f"reference {folder} is no finished run: record.json is missing")
+    record = load_record(folder / "record.json")
+    if record.recipe != "full" or record.status != "finished":
+        raise InputError(
+            f"reference must be a finished run of recipe full; {folder} holds one of {record.recipe}, {record.status}"
+        )
+    ours = settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint}
+    if record.settings.get("data_fingerprint") != task.fingerprint:
+        raise InputError(
+            f"reference {folder} was trained on other examples: data is {record.settings.get('data')!r} there and "
+            f"{settings.data!r} here, num_train {record.settings.get('num_train')} and {settings.num_train}"
+        )
+    for key in _SHARED:
+        if record.settings.get(key) != ours[key]:
+            raise InputError(
+                f"reference {folder} is of another run: {key} is {record.settings.get(key)!r} there and "
+                f"{ours[key]!r} here"
+            )
+    reference = Reference(folder)
+    assert settings.measure_every is not None
+    reference.check_steps(measured_steps(settings.steps, settings.measure_every))
+    return reference
+
+
+def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> list[str]:
+    """List the layers that an adapter of these settings would have, for a model that is trained whole.
+
+    Args:
+        loaded: The base model.
+        task: Its data.
+        settings: For ``target_modules``.
+
+    Returns:
+        Paths in the base model.
+    """
+    # PEFT itself chooses, on a twin that holds no weights
+    with torch.random.fork_rng(), torch.device("meta"):
+        twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
+        adapted = recipe("lora").prepare(
+            twin,
+            r=1,
+            lora_alpha=1,
+            task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
+            total_steps=1,
+            target_modules=settings.target_modules,
+        )
+    return [pair.name.removeprefix("base_model.model.") for pair in discover(adapted).pairs]
+
+
+def summary(folder: Path) -> dict[str, float]:
+    """Return the totals of the last measured point of a run.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Values by name, and ``step``; empty for a run that was not measured.
+    """
+    points = read_trajectory(folder / TRAJECTORY)
+    return {"step": points[-1].step} | points[-1].totals.known() if points else {}
