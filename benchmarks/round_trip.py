@@ -1,8 +1,9 @@
 """Is what is saved what was trained? SmolLM2-135M, ten steps from LoRA-GA, read back by plain PEFT in a new process.
 
 For every base (float32, bfloat16, NF4) and every configuration: the largest difference between the trained model's
-logits and those of PEFT's model on a freshly loaded base; whether the base's tensors are the same bit for bit as before
-the start; and whether `disable_adapter` gives the base's logits.
+logits and those of PEFT's model on a freshly loaded base, next to the rounding of the trained model's own (float32
+against float64, where the base allows it); whether the base's tensors are the same bit for bit as before the start; and
+whether `disable_adapter` gives the base's logits.
 
     python benchmarks/round_trip.py --output benchmarks/round_trip.json
     python benchmarks/round_trip.py --bases nf4 --configs lora,dora
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from plain_peft import base_model
 from record import ROOT, Target, environment, print_targets, save_record, target_records
 from tangora import initialize, save_adapter
+from tangora.training.data import encode, load_task
 from tangora.training.models import load_model
 
 MODEL, RANK, STEPS, BATCH, LEARNING_RATE = "smollm2-135m", 8, 10, (2, 64), 1e-4
@@ -86,14 +88,33 @@ def train(model: PeftModel, batches: list[dict[str, Tensor]]) -> list[float]:
     return losses
 
 
-def round_trip(source: str, base: str, options: dict[str, Any], ids: Tensor, folder: Path) -> dict[str, Any]:
+def texts(tokenizer: Any) -> tuple[list[Tensor], Tensor]:
+    """Cut news articles into batches.
+
+    Args:
+        tokenizer: Of the model.
+
+    Returns:
+        Four batches to train on, and one to compare logits on.
+    """
+    task = load_task("bbc-news", kind="causal", num_train=4 * BATCH[0], num_validation=0, num_test=BATCH[0])
+    batches = []
+    for examples in (task.train, task.test):
+        encoded = encode(examples, tokenizer, kind="causal", max_length=BATCH[1]).encodings
+        batches.append(torch.tensor([row["input_ids"] for row in encoded]).view(-1, *BATCH))
+    return list(batches[0]), batches[1][0]
+
+
+def round_trip(
+    source: str, base: str, options: dict[str, Any], data: tuple[list[Tensor], Tensor], folder: Path
+) -> dict[str, Any]:
     """Train, save, and read back in a new process.
 
     Args:
         source: Folder of the base model.
         base: ``float32``, ``bfloat16`` or ``nf4``.
         options: Of the LoRA configuration.
-        ids: Tokens on which logits are compared.
+        data: Tokens of the training batches, and those on which logits are compared.
         folder: Scratch folder.
 
     Returns:
@@ -105,7 +126,7 @@ def round_trip(source: str, base: str, options: dict[str, Any], ids: Tensor, fol
     config = LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
-    tokens = torch.randint(model.config.vocab_size, (4, *BATCH), generator=torch.Generator().manual_seed(1))
+    tokens, ids = data
     losses = train(adapted, [{"input_ids": batch, "labels": batch} for batch in tokens])
     with torch.no_grad():
         trained = adapted.eval()(input_ids=ids).logits.float()
@@ -118,8 +139,13 @@ def round_trip(source: str, base: str, options: dict[str, Any], ids: Tensor, fol
     arguments = [source, folder / "adapter", folder / "ids.safetensors", folder / "logits.safetensors"]
     subprocess.run([sys.executable, script, *arguments, "--dtype", base], check=True, cwd=ROOT)
     read = load_file(folder / "logits.safetensors")
+    rounding = None
+    if base == "float32":
+        with torch.no_grad():
+            rounding = (adapted.double()(input_ids=ids).logits - trained).abs().max().item()
     return {
         "logits": (read["adapted"] - trained).abs().max().item(),
+        "rounding_of_trained": rounding,
         "disabled": (disabled - read["base"]).abs().max().item(),
         "base_unchanged": before == after,
         "rank": saved.rank,
@@ -143,14 +169,15 @@ def main(
         output: JSON file to write.
     """
     facts = environment()
-    source = str(load_model(MODEL, kind="causal").model.name_or_path)
-    ids = torch.randint(1000, (2, 48), generator=torch.Generator().manual_seed(2))
+    loaded = load_model(MODEL, kind="causal")
+    source, data = str(loaded.model.name_or_path), texts(loaded.tokenizer)
+    del loaded
     found: dict[str, dict[str, Any]] = {}
     targets = []
     for base in bases.split(","):
         for name in configs.split(","):
             with tempfile.TemporaryDirectory() as scratch:
-                result = round_trip(source, base, CONFIGS[name], ids, Path(scratch))
+                result = round_trip(source, base, CONFIGS[name], data, Path(scratch))
             found[f"{base} {name}"] = result
             targets += [
                 Target(f"{base} {name}: logits", result["logits"], LIMITS[base]),

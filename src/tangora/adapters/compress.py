@@ -87,6 +87,58 @@ def compress(tensors: Mapping[str, Tensor], rank: int, scalings: Mapping[str, fl
     return Compression(result, ranks, _ratio(sum(lost.values()), sum(total.values())), errors)
 
 
+def resolve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""Write updates that are a difference of two products by their singular values, at the same rank.
+
+    Where $B_0 A_0$ is larger than what was trained, $B A - B_0 A_0$ cancels in every forward pass and loses digits: on
+    SmolLM2-135M from LoRA-GA's start with rsLoRA, 1.8e-4 in the logits instead of 6.5e-5. The product's own balanced
+    factors have nothing to cancel. Factors below float32, which cannot hold them as exactly, stay as they are, and so
+    do those of a product that is of smaller rank but for rounding, which could not be trained further from zeros.
+
+    Args:
+        tensors: Tensors of a saved adapter of plain pairs.
+
+    Returns:
+        All tensors; those of resolved layers are new.
+    """
+    result = dict(tensors)
+    for key_A, key_B in _layers(tensors).values():
+        A, B = tensors[key_A], tensors[key_B]
+        precision = torch.finfo(A.dtype).eps
+        if precision > torch.finfo(torch.float32).eps:
+            continue
+        B_k, A_k, values = truncate(B.flatten(1), A.flatten(1), len(A))
+        rounding = precision * float(B.double().norm() * A.double().norm())
+        if len(values) == len(A) and values[-1] > rounding:
+            result[key_A] = A_k.reshape(A.shape).to(A).contiguous()
+            result[key_B] = B_k.reshape(B.shape).to(B).contiguous()
+    return result
+
+
+def trim(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Leave out the ranks of an adapter that are exactly zero in both factors.
+
+    Training with a rank-adaptive method (``ODELoRA(scheme="bug", tolerance=...)``) leaves them. A rank that is zero in
+    one factor only, as all are in a fresh adapter, stays: its gradient is not zero.
+
+    Args:
+        tensors: Tensors of a saved adapter.
+
+    Returns:
+        All tensors, those of shortened layers new, and the ranks by the names of the layers, at least 1.
+    """
+    result, ranks = dict(tensors), {}
+    for layer, (key_A, key_B) in _layers(tensors).items():
+        A, B = tensors[key_A], tensors[key_B]
+        used = (A.flatten(1) != 0).any(1) | (B.transpose(0, 1).flatten(1) != 0).any(1)
+        if not used.any():
+            used[0] = True  # PEFT knows no rank 0
+        ranks[layer] = int(used.sum())
+        if ranks[layer] < len(used):
+            result[key_A], result[key_B] = A[used].contiguous(), B[:, used].contiguous()
+    return result, ranks
+
+
 def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Read the ranks of a saved adapter.
 

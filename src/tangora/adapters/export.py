@@ -1,8 +1,9 @@
 r"""Write and read adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
 A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
-of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$. That holds for an offset (`attach_offset`), whose layers say so
-themselves, and for PEFT's PiSSA and its like, which change the base weight.
+of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolve`). That holds for an
+offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA and its like, which change the base
+weight.
 """
 
 import json
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError, check_whole
 from tangora.adapters.card import model_card
-from tangora.adapters.compress import compress, ranks_of
+from tangora.adapters.compress import compress, ranks_of, resolve, trim
 from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
 from tangora.adapters.discover import Discovery, active_adapter, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
@@ -80,6 +81,7 @@ def save_adapter(
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,
+    trim_ranks: bool = True,
     initial: dict[str, Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> SavedAdapter:
@@ -94,6 +96,9 @@ def save_adapter(
         rank: Cut every layer's update $s (B A - B_0 A_0)$ to this rank, by its singular values; the result says what
             was lost. DoRA's magnitudes stay, so that there the cut changes the direction only. Default: exact, which
             is twice the rank for an adapter that carries an offset.
+        trim_ranks: Leave out ranks that are exactly zero in both factors, as rank-adaptive training leaves them; a
+            fresh adapter has none. Each layer gets the rank that was found, at its old scaling, and every update stays
+            as it is. A loaded adapter cannot grow those ranks again.
         initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
             (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
@@ -119,6 +124,10 @@ def save_adapter(
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
         if initial:
             _append_initial(written, initial)
+        if initial or has_offset(model, active_adapter(model)):
+            _rewrite(written, resolve(load_file(written / _WEIGHTS)), _read_config(written))
+        if trim_ranks and not found.skipped:
+            _trim(written, _scalings(model))
         saved = SavedAdapter(Path(path), *_compress(written, _scalings(model) if found.pairs else {}, rank))
         text = model_card(front, _read_config(written), _of_rank(model, saved, rank), card or {})
         (written / _CARD).write_text(text, encoding="utf-8")
@@ -225,6 +234,13 @@ def _scalings(model: PeftModel) -> dict[str, float]:
     }
 
 
+def _trim(folder: Path, scalings: dict[str, float]) -> None:
+    tensors = load_file(folder / _WEIGHTS)
+    shorter, ranks = trim(tensors)
+    if ranks != ranks_of(tensors):
+        _rewrite(folder, shorter, with_ranks(_read_config(folder), ranks, scalings))
+
+
 def _compress(
     folder: Path, scalings: dict[str, float], rank: int | None
 ) -> tuple[int, float, str | None, float]:
@@ -247,8 +263,8 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
-        return "Exact: half of the rank holds what was trained, the other half the start that is subtracted."
-    return "Exact: the factors are those that were trained."
+        return "Exact: twice the rank holds what was trained less the start, by its singular values."
+    return "Exact: the factors are those that were trained, without ranks that are zero."
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def adamw_update(
         list(exp_avg_sqs),
         [],
         list(steps),
-        fused=all(tensor.device.type in _FUSED_DEVICES for tensor in tensors),
+        fused=all(map(_can_be_fused, tensors, gradients, exp_avgs, exp_avg_sqs)),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -48,6 +48,11 @@ def adamw_update(
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _can_be_fused(tensor: Tensor, *others: Tensor) -> bool:
+    # torch's kernel walks through memory: tensors of different strides would be paired up wrongly, without an error
+    return tensor.device.type in _FUSED_DEVICES and all(other.stride() == tensor.stride() for other in others)
 
 
 def adamw_parameters(
