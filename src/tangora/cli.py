@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+import yaml
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +29,8 @@ from tangora.experiments.compare import (
 )
 from tangora.experiments.diagnose import DiagnoseSettings, DiagnosisFiles, diagnose_task
 from tangora.experiments.export import export
+from tangora.experiments.reproduce.registry import EXPERIMENTS, experiment
+from tangora.experiments.reproduce.run import ReproductionFiles, reproduce, settings_of
 from tangora.experiments.run import Watcher
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings, read_yaml, validated
 from tangora.experiments.train import train
@@ -41,6 +44,7 @@ from tangora.report import (
     summarize,
     verdict,
 )
+from tangora.report.reproduction import outcome, rich_checks
 
 app = typer.Typer(
     name="tangora",
@@ -201,6 +205,51 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
     _print_diagnosis(files)
 
 
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the experiment; without it they are listed.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Output folder [dim]\\[default: reproduced/NAME][/dim]."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds instead of minutes.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+) -> None:
+    """Repeat an experiment of the papers; writes reproduction.html and checks what the paper states.
+
+    Ends with exit code 1 if a check fails at full size.
+
+    [dim]Examples:[/dim]
+      tangora reproduce
+      tangora reproduce toy --output out
+      tangora reproduce linear-shift --quick --seed 3 --set rank=8 --output out
+    """
+    if name is None:
+        console.print(_experiment_table())
+        return
+    wanted = experiment(name)
+    settings = settings_of(wanted, _assignments(changes or []), quick=quick, seed=seed)
+    with _bars() as bars:
+        bar = bars.add_task(name, total=None, note="")
+        files = reproduce(
+            wanted,
+            settings,
+            output or Path("reproduced") / name,
+            quick=quick,
+            command=shlex.join(["tangora", *sys.argv[1:]]),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    _print_reproduction(files)
+    if not (quick or files.record.result.passed):
+        raise typer.Exit(1)
+
+
 @app.command("report")
 def report_command(folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")]) -> None:
     """Write the table, the picture and report.html of a comparison again from its records.
@@ -216,7 +265,7 @@ def report_command(folder: Annotated[Path, typer.Argument(help="Output folder of
 
 @app.command("list")
 def list_command() -> None:
-    """List the methods.
+    """List the methods, and the experiments that can be repeated.
 
     [dim]Example:[/dim]
       tangora list
@@ -229,6 +278,29 @@ def list_command() -> None:
             entry.name, entry.summary, entry.paper, ", ".join(f"{lr:g}" for lr in entry.learning_rates)
         )
     console.print(table)
+    console.print(_experiment_table())
+
+
+def _experiment_table() -> Table:
+    table = Table(box=None)
+    for heading in ("experiment", "what it is", "source", "full size"):
+        table.add_column(heading, overflow="fold")
+    for entry in EXPERIMENTS.values():
+        table.add_row(entry.name, entry.title, entry.source, entry.duration)
+    return table
+
+
+def _assignments(changes: list[str]) -> dict[str, Any]:
+    values = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise InputError(f"set must be KEY=VALUE; got {change!r}")
+        try:
+            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"set must be KEY=VALUE with a value as in YAML; got {change!r}") from None
+    return values
 
 
 def _with_file(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
@@ -336,6 +408,18 @@ def _print_diagnosis(files: DiagnosisFiles) -> None:
     console.print(f"report   {escape(str(files.page))}")
     console.print(f"plan     {escape(str(files.plan))}")
     console.print(f"numbers  {escape(str(files.record_path))}")
+
+
+def _print_reproduction(files: ReproductionFiles) -> None:
+    record = files.record
+    for sentence in record.result.findings:
+        console.print(escape(sentence))
+    console.print(rich_checks(record.result.checks))
+    console.print(escape(outcome(record)))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+    for picture in files.pictures:
+        console.print(f"picture  {escape(str(picture))}")
 
 
 def main() -> None:

@@ -78,6 +78,26 @@ def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
     return styles | {name: _style(index) for index, name in enumerate(others)}
 
 
+def series_styles(names: Iterable[str]) -> dict[str, Style]:
+    """Give every curve of a figure its style; the first six are solid lines.
+
+    Args:
+        names: In the order of the figure; repeated names count once.
+
+    Returns:
+        Name to style.
+    """
+    num_colors = len(_COLORS)
+    return {
+        name: Style(
+            _COLORS[index % num_colors],
+            _DASHES[index // num_colors % len(_DASHES)],
+            _MARKERS[index % len(_MARKERS)],
+        )
+        for index, name in enumerate(dict.fromkeys(names))
+    }
+
+
 def _style(index: int) -> Style:
     turn = index % len(_DASHES)
     return Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])

@@ -1,0 +1,112 @@
+"""`tangora reproduce`: run an experiment of a paper by name and write what it found."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tangora._checks import InputError
+from tangora.experiments.provenance import commit, machine, versions
+from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.settings import Settings, claim_folder, validated
+from tangora.report.reproduction import (
+    ReproductionRecord,
+    save_pictures,
+    save_reproduction,
+    write_reproduction,
+)
+
+RECORD, PAGE = "reproduction.json", "reproduction.html"
+
+
+@dataclass(frozen=True)
+class ReproductionFiles:
+    """What an experiment leaves in its output folder."""
+
+    record: ReproductionRecord
+    record_path: Path
+    page: Path
+    pictures: tuple[Path, ...]
+
+
+def settings_of(
+    wanted: Experiment, values: Mapping[str, Any], *, quick: bool = False, seed: int | None = None
+) -> Settings:
+    """Make the settings of an experiment.
+
+    Args:
+        wanted: The experiment.
+        values: By key; they win.
+        quick: Whether the small size is the default.
+        seed: Shorthand for ``seed``, or for ``seeds`` with one number where the experiment has that.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: Naming the first bad key, its value and what is allowed.
+    """
+    given = dict(values)
+    if seed is not None:
+        fields = wanted.settings.model_fields
+        if "seed" not in fields and "seeds" not in fields:
+            raise InputError(f"{wanted.name} takes no seed; allowed: {', '.join(fields)}")
+        given |= {"seed": seed} if "seed" in fields else {"seeds": (seed,)}
+    return validated(wanted.settings, (dict(wanted.quick) if quick else {}) | given)
+
+
+def reproduce(
+    wanted: Experiment,
+    settings: Settings,
+    output: str | Path,
+    *,
+    quick: bool = False,
+    command: str = "",
+    progress: Progress = lambda _done, _total: None,
+) -> ReproductionFiles:
+    """Run an experiment and write what it found.
+
+    The output folder holds ``settings.json``, ``reproduction.json`` (everything), ``reproduction.html`` and one PNG for
+    each figure. Called again it writes them anew.
+
+    Args:
+        wanted: The experiment, for example ``EXPERIMENTS["toy"]``.
+        settings: Of its class.
+        output: Output folder.
+        quick: Whether the small size was asked for, for the record.
+        command: The command line, for the record.
+        progress: Hears of parts done, and their total.
+
+    Returns:
+        The record, and where the files are.
+
+    Raises:
+        InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
+    """
+    folder = Path(output)
+    claim_folder(folder, settings)
+    start = time.perf_counter()
+    result = wanted.run(settings, progress)
+    record = ReproductionRecord(
+        name=wanted.name,
+        title=wanted.title,
+        source=wanted.source,
+        stand_ins=wanted.stand_ins,
+        quick=quick,
+        command=command,
+        settings=settings.model_dump(mode="json"),
+        result=result,
+        seconds=time.perf_counter() - start,
+        versions=versions(),
+        machine=machine(),
+        commit=commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return ReproductionFiles(
+        record,
+        save_reproduction(record, folder / RECORD),
+        write_reproduction(record, folder / PAGE),
+        tuple(save_pictures(result.figures, folder)),
+    )

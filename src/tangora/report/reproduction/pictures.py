@@ -1,0 +1,178 @@
+"""Figures of an experiment as PNG files."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tangora.report.files import write_atomic
+from tangora.report.reproduction.records import Figure, Numbers, Panel, Series
+from tangora.report.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, series_styles
+
+MAX_MARKED = 12
+"""Curves of at most so many points show them."""
+
+_BAND_OPACITY = 0.15
+_WIDTH, _HEIGHT, _LEGEND_ROW = 4.4, 3.7, 0.24
+_LETTERS_PER_INCH = 12
+_FEW_DECADES = 2.2
+
+
+def figure_styles(figure: Figure) -> dict[str, Style]:
+    """Give every series of a figure its style.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        Style by name, the same in all panels.
+    """
+    return series_styles(series.name for panel in figure.panels for series in panel.series)
+
+
+def save_pictures(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
+    """Draw figures and write each as ``<name>.png``.
+
+    Args:
+        figures: The figures.
+        folder: Where; created when missing.
+
+    Returns:
+        The paths written.
+    """
+    return [write_atomic(Path(folder) / f"{figure.name}.png", _png(figure)) for figure in figures]
+
+
+def _png(figure: Figure) -> bytes:
+    # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
+    from matplotlib.figure import Figure as Drawing
+
+    styles = figure_styles(figure)
+    width = max(_WIDTH * len(figure.panels), 6.0)
+    fit = max(1, int(width * _LETTERS_PER_INCH / (8 + max(map(len, styles), default=1))))
+    rows = -(-len(styles) // fit)
+    columns = -(-len(styles) // max(rows, 1))
+    drawing = Drawing(figsize=(width, _HEIGHT + 0.35 + _LEGEND_ROW * rows), dpi=150, layout="constrained")
+    all_axes = drawing.subplots(1, len(figure.panels), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(all_axes, figure.panels, strict=True):
+        handles = _draw_panel(drawing, axes, panel, styles) | handles
+    if len(handles) > 1:
+        ordered = [(handles[name], _plain(name)) for name in styles]
+        drawing.legend(
+            *zip(*ordered, strict=True),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize="small",
+            handlelength=2.6,
+        )
+    drawing.suptitle(_plain(figure.title), fontsize="large", fontweight="bold")
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _draw_panel(drawing: Any, axes: Any, panel: Panel, styles: Mapping[str, Style]) -> dict[str, Any]:
+    if panel.heatmap is not None:
+        heatmap = panel.heatmap
+        mesh = axes.pcolormesh(
+            _floats(heatmap.x),
+            _floats(heatmap.y),
+            [_floats(row) for row in heatmap.z],
+            cmap="cividis",
+            shading="nearest",
+            rasterized=True,
+        )
+        drawing.colorbar(mesh, ax=axes, label=_plain(heatmap.label))
+    handles = {
+        series.name: _draw_series(axes, drawable(series, panel), styles[series.name])
+        for series in panel.series
+    }
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if getattr(panel, f"{name}scale") == "log":
+            getattr(axes, f"set_{name}scale")("log")
+            _tick_logarithms(axis)
+    axes.set_xlabel(_plain(panel.xlabel))
+    axes.set_ylabel(_plain(panel.ylabel))
+    axes.set_title(_plain(panel.title), fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.heatmap is None:
+        axes.grid(visible=True, color="#808080", alpha=0.25, linewidth=0.6)
+    return handles
+
+
+def _draw_series(axes: Any, series: Series, style: Style) -> Any:
+    x, y = _floats(series.x), _floats(series.y)
+    marker = MATPLOTLIB_MARKERS[style.marker]
+    dash = "dash" if series.style == "dashed" else style.dash
+    if series.low is not None and series.high is not None:
+        axes.fill_between(
+            x,
+            _floats(series.low),
+            _floats(series.high),
+            color=style.color,
+            alpha=_BAND_OPACITY,
+            linewidth=0,
+        )
+    (line,) = axes.plot(
+        x,
+        y,
+        color=style.color,
+        linestyle="none" if series.style == "points" else MATPLOTLIB_DASHES[dash],
+        linewidth=1.6,
+        marker=marker if series.style == "points" or _few(series) else "none",
+        markersize=6 if series.style == "points" else 4,
+    )
+    return line
+
+
+def drawable(series: Series, panel: Panel) -> Series:
+    """Leave out what a logarithmic axis has no place for.
+
+    Args:
+        series: The series.
+        panel: Where it is drawn.
+
+    Returns:
+        The series with ``None`` for such values.
+    """
+    return replace(
+        series,
+        x=_positive(series.x) if panel.xscale == "log" else series.x,
+        **{
+            key: _positive(values)
+            for key in ("y", "low", "high")
+            if panel.yscale == "log" and (values := getattr(series, key)) is not None
+        },
+    )
+
+
+def _positive(values: Numbers) -> Numbers:
+    return tuple(value if value is not None and value > 0 else None for value in values)
+
+
+def _tick_logarithms(axis: Any) -> None:
+    # matplotlib's own labels of minor ticks overlap when an axis spans one or two decades
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if low > 0 and math.log10(high / low) < _FEW_DECADES:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _few(series: Series) -> bool:
+    return series.style == "line" and len(series.x) <= MAX_MARKED
+
+
+def _floats(values: Numbers) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _plain(text: str) -> str:
+    # Keep matplotlib from reading dollars as formulas, and a leading underscore as "not in the legend".
+    return text.replace("$", r"\$").lstrip("_")
