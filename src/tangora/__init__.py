@@ -13,7 +13,7 @@ from tangora.adapters import (
 from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
 from tangora.experiments import CompareSettings, RunSettings, compare, export, train
 from tangora.init import Start, initialize
-from tangora.optim import LoRAPro, PreconditionedAdamW, TangentAdam
+from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
 from tangora.recipes import Recipe, recipe, recipes
 from tangora.training.trainer import Trainer, optimizer_factory
 
@@ -36,6 +36,7 @@ __all__ = [
     "plan_ranks",
     # optimizers
     "LoRAPro",
+    "ODELoRA",
     "PreconditionedAdamW",
     "TangentAdam",
     # methods by name

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tangora import LoRAPro, PreconditionedAdamW, TangentAdam
+from tangora import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
 
 OPTIMIZERS = {
     "lora-pro-weight": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, **kw}),
@@ -13,6 +13,10 @@ OPTIMIZERS = {
     "lora-pro-auto": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "retraction": "auto", **kw}),
     "tangent": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, **kw}),
     "tangent-svd": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, "retraction": "svd", **kw}),
+    "odelora-euler": lambda model, **kw: ODELoRA(model, **{"lr": 0.1, "scheme": "euler", **kw}),
+    "odelora-bug": lambda model, **kw: ODELoRA(
+        model, **{"lr": 0.1, "scheme": "bug", "tolerance": 1e-3, **kw}
+    ),
     "p-lora": lambda model, **kw: PreconditionedAdamW(model, **{"lr": 1e-2, "damping": 1e-2, **kw}),
 }
 """Every optimizer of the project that the battery must cover."""

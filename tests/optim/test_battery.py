@@ -20,7 +20,7 @@ def test_converges(name):
     model, x, y = problem()
     optimizer = OPTIMIZERS[name](model)
     first = loss_of(model, x, y).item()
-    for _ in range(150):
+    for _ in range(60):
         backward(model, x, y)
         optimizer.step()
     assert loss_of(model, x, y).item() < 0.5 * first
@@ -31,7 +31,7 @@ def test_converges_from_b_equal_zero(name):
     model, x, y = problem(zero_B=True)
     optimizer = OPTIMIZERS[name](model)
     first = loss_of(model, x, y).item()
-    for _ in range(100):
+    for _ in range(60):
         backward(model, x, y)
         optimizer.step()
     assert loss_of(model, x, y).item() < 0.5 * first

@@ -1,9 +1,13 @@
 """Three ways into a Trainer, and what it must refuse."""
 
 import copy
+import os
+import socket
+import warnings
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import transformers
 from peft import LoraConfig, get_peft_model
 
@@ -99,6 +103,161 @@ def test_adalora_moves_its_ranks(tmp_path):
     trainer.train()
     ranks = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(ranks) < 3 * len(ranks)  # it started with rank 3 everywhere
+
+
+class Recorder(tangora.Trainer):
+    """Keeps what each micro-batch was, and the random state it was first evaluated with."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.__dict__.setdefault("seen", []).append((dict(inputs), torch.get_rng_state()))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [("odelora-heun", 1), ("odelora-heun", 2), ("odelora-rk4", 1)]
+)
+def test_several_gradients_per_step_equal_a_loop_with_a_closure(tmp_path, name, accumulate):
+    """With dropout: all stages of a step see one function of the weights."""
+    options = parts(
+        tmp_path,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=0.05,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+    )
+    twin = copy.deepcopy(options["model"]).train()
+    losses = []
+    trainer = Recorder(**options, recipe=tangora.recipe(name), callbacks=[Steps(losses)])
+    trainer.model_accepts_loss_kwargs = False  # else losses of micro-batches are added, not averaged
+    trainer.train()
+    optimizer = tangora.recipe(name).create_optimizer(twin, 1e-3)
+    parameters = [p for p in twin.parameters() if p.requires_grad]
+    expected = []
+    for first in range(0, len(trainer.seen), accumulate):
+
+        def closure(batches=trainer.seen[first : first + accumulate]):
+            optimizer.zero_grad()
+            total = 0.0
+            for batch, state in batches:
+                torch.set_rng_state(state)
+                loss = twin(**batch).loss / accumulate
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+            return total
+
+        expected.append(optimizer.step(closure))
+    assert len(expected) == 4
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert optimizer.evaluations == trainer.optimizer.optimizer.evaluations
+    assert trainer.replay_seconds > 0
+    mine = [p for p in options["model"].parameters() if p.requires_grad]
+    for a, b in zip(mine, parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Steps(transformers.TrainerCallback):
+    """Keeps the logged losses."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def test_the_closure_of_the_trainer_is_a_function(tmp_path):
+    """Evaluated again at the same weights, the gradient is the same to the last bit, dropout and all."""
+    options = parts(tmp_path, gradient_accumulation_steps=2)
+    trainer = tangora.Trainer(**options, recipe=tangora.recipe("odelora-heun"))
+    found = []
+
+    class Compare(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            first = [p.grad.clone() for p in options["model"].parameters() if p.grad is not None]
+            before = torch.get_rng_state()
+            trainer.optimizer.optimizer.replay()
+            again = [p.grad for p in options["model"].parameters() if p.grad is not None]
+            found.append(all(torch.equal(a, b) for a, b in zip(first, again, strict=True)))
+            found.append(torch.equal(before, torch.get_rng_state()))
+
+    trainer.add_callback(Compare())
+    trainer.train()
+    assert found == [True] * 8
+
+
+def test_replay_works_in_front_of_another_trainer_and_with_its_loss(tmp_path):
+    calls = []
+
+    class Other(transformers.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            calls.append(inputs.pop("labels"))  # as losses of other trainers do
+            return model(**inputs).logits.square().mean()
+
+    class Both(tangora.Trainer, Other):
+        pass
+
+    trainer = Both(**parts(tmp_path), recipe=tangora.recipe("odelora-heun"))
+    trainer.train()
+    assert len(calls) == 8
+    assert all(torch.equal(calls[k], calls[k + 1]) for k in range(0, 8, 2))
+
+
+def train_two_stages(folder, accumulate=1, size=4):
+    options = parts(
+        folder, gradient_accumulation_steps=accumulate, max_grad_norm=0.05, lr_scheduler_type="constant"
+    )
+    options["args"].per_device_train_batch_size = size
+    options["model"].eval()
+    for module in options["model"].modules():  # masks are drawn per process
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for parameter in options["model"].parameters():
+        parameter.data = parameter.data.double()
+    trainer = tangora.Trainer(**options, recipe=tangora.recipe("odelora-heun"))
+    trainer.model_accepts_loss_kwargs = False  # else losses of micro-batches are added, not averaged
+    trainer.train()
+    return weights(options["model"])
+
+
+def distributed_work(rank, folder, port):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    found = {k: train_two_stages(f"{folder}/{rank}-{k}", accumulate=k, size=4 // (2 * k)) for k in (1, 2)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(distributed_work, args=(str(tmp_path), port), nprocs=2)
+    expected = train_two_stages(tmp_path / "one")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for k in (1, 2):
+            for a, b in zip(found[k], expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.messages
+def test_modes_that_allow_one_gradient_only_are_refused(tmp_path):
+    trainer = tangora.Trainer(**parts(tmp_path), recipe=tangora.recipe("odelora-heun"))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(InputError, match="fp16 must be False for an optimizer with several gradients"):
+        trainer.train()
+    plain = transformers.Trainer(
+        **parts(tmp_path), optimizer_cls_and_kwargs=tangora.optimizer_factory(tangora.ODELoRA, lr=0.1)
+    )
+    with pytest.raises(InputError, match=r"step needs a closure.*tangora\.Trainer does that by itself"):
+        plain.train()
 
 
 @pytest.mark.messages

@@ -99,7 +99,7 @@ def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float
     """
     left = torch.cat([at.U, tangent.J], dim=-1)
     right = torch.cat([(at.U.mT @ B) @ A - step * tangent.K, -step * at.V], dim=-2)
-    return _balanced_product(left, right, A.shape[-2], Factors(A, B))
+    return balanced_product(left, right, A.shape[-2], Factors(A, B))
 
 
 def rebalance(A: FactorA, B: FactorB) -> Factors:
@@ -113,7 +113,34 @@ def rebalance(A: FactorA, B: FactorB) -> Factors:
         $B = U\sqrt{\Sigma}$, $A = \sqrt{\Sigma} V$ from the SVD of $B A$, by two QR factorisations and a small SVD;
         the old factors where $B A = 0$.
     """
-    return _balanced_product(B, A, A.shape[-2], Factors(A, B))
+    return balanced_product(B, A, A.shape[-2], Factors(A, B))
+
+
+def balanced_product(
+    left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"], rank: int, fallback: Factors
+) -> Factors:
+    r"""Return balanced factors of the best rank-r approximation of a product of thin matrices.
+
+    Args:
+        left: $m \times k$.
+        right: $k \times n$.
+        rank: $r$.
+        fallback: What to return where the product is zero.
+
+    Returns:
+        $B = U\sqrt{\Sigma}$ and $A = \sqrt{\Sigma} V$, by falling singular value; weights of $A$ have a floor, see
+        `svd_retract`.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    P, values, Qh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    P, values, Qh = P[..., :, :rank], values[..., :rank], Qh[..., :rank, :]
+    size = values.clamp(min=values[..., :1] * _FLOOR).sqrt()
+    weight = (values / size).nan_to_num(nan=0.0)
+    B_new = (Q_left @ P) * weight[..., None, :]
+    A_new = size[..., :, None] * (Qh @ Q_right.mT)
+    alive = (values[..., :1] > 0)[..., None]
+    return Factors(A_new.where(alive, fallback.A), B_new.where(alive, fallback.B))
 
 
 def well_conditioned(core: Core) -> Bool[Tensor, "*b"]:
@@ -172,19 +199,3 @@ def _mixed(
     by_svd = svd_retract(A[needs_svd], B[needs_svd], chosen, turned, step)
     A_new[needs_svd], B_new[needs_svd] = by_svd
     return Factors(A_new, B_new)
-
-
-def _balanced_product(
-    left: Float[Tensor, "*b m k"], right: Float[Tensor, "*b k n"], rank: int, fallback: Factors
-) -> Factors:
-    # the best rank-r approximation of left @ right, in balanced factors
-    Q_left, R_left = torch.linalg.qr(left)
-    Q_right, R_right = torch.linalg.qr(right.mT)
-    P, values, Qh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
-    P, values, Qh = P[..., :, :rank], values[..., :rank], Qh[..., :rank, :]
-    size = values.clamp(min=values[..., :1] * _FLOOR).sqrt()
-    weight = (values / size).nan_to_num(nan=0.0)
-    B_new = (Q_left @ P) * weight[..., None, :]
-    A_new = size[..., :, None] * (Qh @ Q_right.mT)
-    alive = (values[..., :1] > 0)[..., None]
-    return Factors(A_new.where(alive, fallback.A), B_new.where(alive, fallback.B))

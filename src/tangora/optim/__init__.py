@@ -2,7 +2,8 @@
 
 from tangora.optim.base import PairOptimizer
 from tangora.optim.lora_pro import LoRAPro
+from tangora.optim.ode_lora import ODELoRA
 from tangora.optim.preconditioned_adamw import PreconditionedAdamW
 from tangora.optim.tangent_adam import TangentAdam
 
-__all__ = ["LoRAPro", "PairOptimizer", "PreconditionedAdamW", "TangentAdam"]
+__all__ = ["LoRAPro", "ODELoRA", "PairOptimizer", "PreconditionedAdamW", "TangentAdam"]

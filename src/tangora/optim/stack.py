@@ -123,11 +123,21 @@ class PairStack:
             A: New factors, ``N r n``.
             B: New factors, ``N m r``.
         """
+        self.place(A, B)
+        for factor in self._parameters:
+            self.state(factor, "step").add_(1)
+
+    def place(self, A: FactorA, B: FactorB) -> None:
+        """Write factors into the parameters, for a look at the gradient there: no step is counted.
+
+        Args:
+            A: Factors, ``N r n``.
+            B: Factors, ``N m r``.
+        """
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
             torch._foreach_copy_([*parameters], values.view(-1, *parameters[0].shape).unbind())
-            self.state(factor, "step").add_(1)
 
     def _state_dtype(self, key: str) -> torch.dtype:
         return (

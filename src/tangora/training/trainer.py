@@ -1,14 +1,18 @@
 """`transformers.Trainer` with a recipe, and the two other ways of giving it one of our optimizers."""
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import transformers
-from torch import nn
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tangora._checks import InputError
 from tangora.training.callbacks import AdaLoraAllocation
+from tangora.training.replay import MicroBatch
 
 
 @runtime_checkable
@@ -24,13 +28,18 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer` whose optimizer is made by a recipe.
 
     Learning rate, weight decay, betas and eps are those of ``TrainingArguments``; schedulers, clipping, accumulation
-    and resuming are the Trainer's own. To train with another trainer's data handling, put this class in front of it:
-    ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
+    and resuming are the Trainer's own. Optimizers that evaluate the gradient several times per step (`ODELoRA`) get all
+    micro-batches of the update again for each further stage, with the same dropout, averaging over processes and
+    clipping; the logged loss is that of the first stage. To train with another trainer's data handling, put this class
+    in front of it: ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
 
     Args:
         *args: As for ``transformers.Trainer``.
         recipe: What makes the optimizer, usually ``tangora.recipe("tangent")``; ``None`` leaves everything as it is.
         **kwargs: As for ``transformers.Trainer``.
+
+    Attributes:
+        replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
 
     Raises:
         InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``.
@@ -54,6 +63,9 @@ class Trainer(transformers.Trainer):
             raise InputError(f"recipe and {given[0]} both name an optimizer; give one of them")
         super().__init__(*args, **kwargs)
         self.recipe = recipe
+        self.replay_seconds = 0.0
+        self._update: list[MicroBatch] = []
+        self._update_is_whole = False
         if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
             self.add_callback(AdaLoraAllocation())
 
@@ -77,6 +89,58 @@ class Trainer(transformers.Trainer):
             eps=arguments.adam_epsilon,
         )
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step.
+
+        Args:
+            model: The wrapped model.
+            inputs: Its inputs.
+            num_items_in_batch: As for ``transformers.Trainer``.
+
+        Returns:
+            The loss.
+
+        Raises:
+            InputError: If the optimizer needs several gradients per step and the mode of training allows one.
+        """
+        optimizer = _unwrapped(self.optimizer)
+        if getattr(optimizer, "multistage", False):
+            self._check_multistage()
+            optimizer.replay = self._evaluate_again
+            self._update = [] if self._update_is_whole else self._update
+            self._update.append(MicroBatch.of(inputs, num_items_in_batch))
+            self._update_is_whole = self.accelerator.sync_gradients
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _evaluate_again(self) -> None:
+        began = time.perf_counter()
+        model, last = self.model_wrapped, self._update[-1]
+        model.zero_grad()
+        for batch in self._update:
+            # like the Trainer's own loop: processes average their gradients once, with the last micro-batch
+            alone = contextlib.nullcontext() if batch is last else self.accelerator.no_sync(model)
+            with alone, batch.again() as inputs:
+                super().training_step(model, inputs, batch.num_items)
+        if self.args.max_grad_norm and self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.replay_seconds += time.perf_counter() - began
+
+    def _check_multistage(self) -> None:
+        if self.accelerator.scaler is not None:
+            raise InputError(
+                "fp16 must be False for an optimizer with several gradients per step: GradScaler cannot scale those "
+                "after the first; use bf16"
+            )
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise InputError(
+                "an optimizer with several gradients per step must run on one device or with DistributedDataParallel; "
+                f"got {self.accelerator.distributed_type.value}"
+            )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
 
 
 def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tuple[type, dict[str, Any]]:
