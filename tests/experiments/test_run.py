@@ -68,6 +68,19 @@ def test_a_rank_plan_gives_single_layers_their_own_rank(classifier, tmp_path):
     assert {rank for name, rank in ranks.items() if "layer.0.attention.self.query" not in name} == {2}
 
 
+def test_micro_batches_are_averaged(classifier, tmp_path):
+    first = {}
+    for accumulate in (1, 4):
+        settings = RunSettings(
+            **classifier, recipe="lora", steps=1, batch_size=8 // accumulate, accumulate=accumulate
+        )
+        train(settings, tmp_path / str(accumulate))
+        (first[accumulate],) = read_history(tmp_path / str(accumulate) / "metrics.jsonl")
+    # dropout differs, the batch does not; added up they would be four times as large
+    assert first[4]["loss"] == pytest.approx(first[1]["loss"], rel=0.2)
+    assert first[4]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=0.6)
+
+
 @pytest.mark.parametrize(("key", "value"), [("r", 3), ("lora_alpha", 5), ("use_rslora", True)])
 def test_a_rank_plan_for_other_settings_is_refused(classifier, tmp_path, key, value):
     plan = {"rank_pattern": {}, "alpha_pattern": {}, key: value}

@@ -305,6 +305,10 @@ def _trainer(
         recipe=recipe(settings.recipe),
         callbacks=[*callbacks, History(folder / "metrics.jsonl", watcher.step), SealedCheckpoints()],
     )
+    if task.kind == "classification":
+        # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
+        # mean of each micro-batch: their losses and gradients would be added up, not averaged
+        trainer.model_accepts_loss_kwargs = False
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
