@@ -115,7 +115,8 @@ class Trainer(transformers.Trainer):
 
     def _evaluate_again(self) -> None:
         began = time.perf_counter()
-        model, last = self.model_wrapped, self._update[-1]
+        model: Any = self.model_wrapped
+        last = self._update[-1]
         model.zero_grad()
         for batch in self._update:
             # like the Trainer's own loop: processes average their gradients once, with the last micro-batch

@@ -19,7 +19,13 @@ from tangora.experiments.reproduce.pinn.equations import (
     collocation,
 )
 from tangora.experiments.reproduce.pinn.figures import rate_figure, training_figure
-from tangora.experiments.reproduce.pinn.findings import findings, mean_error, ranges, table
+from tangora.experiments.reproduce.pinn.findings import (
+    best_adapter_error,
+    findings,
+    mean_error,
+    ranges,
+    table,
+)
 from tangora.experiments.reproduce.pinn.methods import METHODS, first_powers, rate
 from tangora.experiments.reproduce.pinn.network import PeriodicMLP, field_on
 from tangora.experiments.reproduce.pinn.reference import solve
@@ -161,12 +167,17 @@ def test_ranges_of_a_sweep():
         fake(power, error, status="diverged" if math.isinf(error) else None)
         for power, error in errors.items()
     )
-    found = ranges(Sweep(METHODS["LoRA"], runs, (runs[2],)))
+    of_method = Sweep(METHODS["LoRA"], runs, (runs[2],))
+    found = ranges(of_method, 0.06)
     assert (found.stable, found.headroom, found.near_best) == (2.0, 1.0, 1.0)
     assert found.censored  # the smallest rate still helps
+    assert found.useful == 0.5
+    assert ranges(of_method, 0.04).useful is None
+    assert best_adapter_error([of_method]) == 0.1
     lost = tuple(replace(done, status="diverged", error=math.inf) for done in runs)
-    none = ranges(Sweep(METHODS["LoRA"], lost, (lost[0],)))
+    none = ranges(Sweep(METHODS["LoRA"], lost, (lost[0],)), 0.1)
     assert (none.stable, none.headroom, none.near_best, none.censored) == (0.0, 0.0, 0.0, False)
+    assert none.useful is None
 
 
 def test_sweep_goes_on_at_its_edges(problem, monkeypatch):
@@ -193,7 +204,7 @@ def test_lost_seeds_are_named_and_not_averaged_away(problem):
     assert mean_error(lost) == math.inf
     sentences = findings(problem, [lost, kept])
     assert "P-LoRA ends with the smallest error" in sentences[0]
-    assert "diverged at the best rate: LoRA (1)" in sentences[-1]
+    assert "at the best rate: LoRA (1)" in sentences[-1]
     made = table(problem, [lost, kept])
     assert [row[0] for row in made.rows] == ["P-LoRA", "LoRA"]
     assert made.rows[1][2] == "diverged"

@@ -203,5 +203,5 @@ EXPERIMENT = Experiment(
         "pretrain_polish": 100,
     },
     run=run,
-    duration="about 15 minutes",
+    duration="about 10 minutes on a quiet machine",
 )

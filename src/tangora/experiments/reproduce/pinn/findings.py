@@ -20,20 +20,24 @@ class Ranges:
         stable: Of the rates around the best one that end below the starting error.
         censored: Whether that reaches an end of the rates tried, so that it is a lower bound.
         headroom: From the best rate up to the largest of them.
-        near_best: Of the rates around the one of the smallest error that end within twice that error.
+        near_best: Of the rates around the one of the smallest error that end within twice that error. A method that
+            hardly moves at any rate has a wide one.
+        useful: Of those that end within twice the target's error; ``None`` if no rate does.
     """
 
     stable: float
     censored: bool
     headroom: float
     near_best: float
+    useful: float | None
 
 
-def ranges(sweep: Sweep) -> Ranges:
+def ranges(sweep: Sweep, target: float) -> Ranges:
     """Measure the ranges of a sweep.
 
     Args:
         sweep: Of a method.
+        target: An error that all methods are held against.
 
     Returns:
         Zeros where the best rate itself is not stable.
@@ -42,14 +46,19 @@ def ranges(sweep: Sweep) -> Ranges:
     chosen = next(index for index, run in enumerate(runs) if run.rate == sweep.best[0].rate)
     first, last = _around(chosen, [run.status == "better" for run in runs])
     smallest = min(range(len(runs)), key=lambda index: runs[index].error)
-    limit = WITHIN * runs[smallest].error
-    near = _around(smallest, [run.status == "better" and run.error <= limit for run in runs])
+    near = _around(smallest, _within(runs, runs[smallest].error))
+    reached = _within(runs, target)
     return Ranges(
         stable=_decades(runs, first, last),
         censored=runs[chosen].status == "better" and (first == 0 or last == len(runs) - 1),
         headroom=_decades(runs, chosen, last) if runs[chosen].status == "better" else 0.0,
         near_best=_decades(runs, *near),
+        useful=_decades(runs, *_around(smallest, reached)) if reached[smallest] else None,
     )
+
+
+def _within(runs: Sequence[Run], error: float) -> list[bool]:
+    return [run.status == "better" and run.error <= WITHIN * error for run in runs]
 
 
 def _around(index: int, good: Sequence[bool]) -> tuple[int, int]:
@@ -75,6 +84,19 @@ def mean_error(sweep: Sweep) -> float:
         The mean; infinite if any of the seeds diverged.
     """
     return fmean(run.error for run in sweep.best)
+
+
+def best_adapter_error(sweeps: Sequence[Sweep]) -> float:
+    """Return the smallest error of any adapter in its sweep, the target of the useful range.
+
+    Args:
+        sweeps: One per method.
+
+    Returns:
+        The error; infinite if all adapters diverged or none ran.
+    """
+    adapters = (sweep for sweep in sweeps if sweep.method.family != "full")
+    return min((run.error for sweep in adapters for run in sweep.runs), default=math.inf)
 
 
 def start_error(sweep: Sweep) -> float:
@@ -111,7 +133,8 @@ def table(problem: Problem, sweeps: Sequence[Sweep]) -> Table:
     Returns:
         One row per method, the smallest mean error first.
     """
-    rows = [_row(sweep) for sweep in sorted(sweeps, key=mean_error)]
+    target = best_adapter_error(sweeps)
+    rows = [_row(sweep, target) for sweep in sorted(sweeps, key=mean_error)]
     return Table(
         f"{label(problem)}: error at the best rate, and the width of the range of rates",
         (
@@ -123,7 +146,8 @@ def table(problem: Problem, sweeps: Sequence[Sweep]) -> Table:
             "held-out residual",
             "stable decades",
             "decades above the best",
-            "decades within 2x",
+            "decades within 2x of its best",
+            "decades within 2x of the best adapter",
             "diverged",
             "ms per gradient",
         ),
@@ -132,13 +156,14 @@ def table(problem: Problem, sweeps: Sequence[Sweep]) -> Table:
         f"{start_error(sweeps[0]):.3g}, and the pretrained network has {problem.pretrained_error:.2g} at its own "
         "coefficient. The best rate has the smallest held-out residual with the first seed. Stable: not diverged (loss "
         f"not finite or beyond {DIVERGED_AT:g} times the first one) and ended below the starting error; ≥ where the "
-        "rates tried end first. Diverged: runs of the sweep. Time: of the processor, all included.",
+        "rates tried end first. A method that hardly moves at any rate is wide within 2x of its own best. Diverged: "
+        "runs of the sweep. Time: of the processor, all included.",
     )
 
 
-def _row(sweep: Sweep) -> tuple[Cell, ...]:
+def _row(sweep: Sweep, target: float) -> tuple[Cell, ...]:
     errors = [run.error for run in sweep.best]
-    width = ranges(sweep)
+    width = ranges(sweep, target)
     diverged = sum(run.status == "diverged" for run in sweep.runs)
     times = [1e3 * run.seconds / run.evaluations for run in sweep.best if run.evaluations]
     return (
@@ -151,6 +176,7 @@ def _row(sweep: Sweep) -> tuple[Cell, ...]:
         f"{'≥ ' if width.censored else ''}{width.stable:.1f}",
         f"{width.headroom:.1f}",
         f"{width.near_best:.1f}",
+        "none" if width.useful is None else f"{width.useful:.1f}",
         f"{diverged} of {len(sweep.runs)}",
         fmean(times) if times else None,
     )
@@ -176,20 +202,27 @@ def findings(problem: Problem, sweeps: Sequence[Sweep]) -> list[str]:
         f"{label(problem)}: of the adapters {adapters[0].method.name} ends with the smallest error, "
         f"{_spread(adapters[0])}" + (_runner_up(adapters))
     ]
+    target = best_adapter_error(sweeps)
     full = [sweep for sweep in ordered if sweep.method.family == "full"]
     if full:
         sentences.append(f"{label(problem)}: {full[0].method.name} ends at {_spread(full[0])}.")
     for family, name in (("ode", "ODELoRA"), ("baseline", "baseline")):
         members = [sweep for sweep in adapters if sweep.method.family == family]
         if members:
-            widest = max(members, key=lambda sweep: (ranges(sweep).near_best, -mean_error(sweep)))
+            near = sum(ranges(sweep, target).useful is not None for sweep in members)
             sentences.append(
-                f"{label(problem)}: the best {name} is {members[0].method.name} with {_spread(members[0])}; the widest "
-                f"range within twice the best error is {ranges(widest).near_best:.1f} decades ({widest.method.name})."
+                f"{label(problem)}: the best {name} is {members[0].method.name} with {_spread(members[0])}; {near} of "
+                f"{len(members)} come within twice the best adapter's error ({target:.3g}) at any rate."
             )
+    plain = [f"{sweep.method.name} {mean_error(sweep):.3g}" for sweep in ordered if not sweep.method.moments]
+    if plain:
+        sentences.append(f"{label(problem)}: without moments: {', '.join(plain)}.")
     lost = [f"{sweep.method.name} ({_lost(sweep)})" for sweep in ordered if _lost(sweep)]
     if lost:
-        sentences.append(f"{label(problem)}: seeds that diverged at the best rate: {', '.join(lost)}.")
+        sentences.append(
+            f"{label(problem)}: seeds that diverged or ended above the starting error at the best rate: "
+            f"{', '.join(lost)}."
+        )
     return sentences
 
 
@@ -203,7 +236,7 @@ def _spread(sweep: Sweep) -> str:
 
 
 def _lost(sweep: Sweep) -> int:
-    return sum(run.status == "diverged" for run in sweep.best)
+    return sum(run.status != "better" for run in sweep.best)
 
 
 def checks(problem: Problem, sweeps: Sequence[Sweep]) -> list[Check]:
@@ -231,9 +264,10 @@ def checks(problem: Problem, sweeps: Sequence[Sweep]) -> list[Check]:
     if not ode or not baseline:
         return found
     ratio = min(map(mean_error, ode)) / min(map(mean_error, baseline))
-    width = max(ranges(sweep).near_best for sweep in ode) - max(ranges(sweep).near_best for sweep in baseline)
-    room = max(ranges(sweep).headroom for sweep in ode) - max(ranges(sweep).headroom for sweep in baseline)
-    name = label(problem)
+    target, name = best_adapter_error(sweeps), label(problem)
+    ode_ranges, baseline_ranges = ([ranges(sweep, target) for sweep in group] for group in (ode, baseline))
+    width = max(_reach(found) for found in ode_ranges) - max(_reach(found) for found in baseline_ranges)
+    room = max(found.headroom for found in ode_ranges) - max(found.headroom for found in baseline_ranges)
     return [
         *found,
         Check(
@@ -248,3 +282,8 @@ def checks(problem: Problem, sweeps: Sequence[Sweep]) -> list[Check]:
         ),
         Check(f"{name}: decades above the best rate before it fails, likewise", room, 0.0, None, SOURCE),
     ]
+
+
+def _reach(found: Ranges) -> float:
+    # one rate has no width; a method that has none at all is half a decade, the spacing of rates, below that
+    return -0.5 if found.useful is None else found.useful

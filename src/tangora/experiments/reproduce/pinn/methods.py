@@ -23,6 +23,7 @@ class Method:
         center: Middle of the first rates, as a power of ten.
         start: Start of the adapter, ``None`` for PEFT's own.
         gradients_per_step: Of the optimizer.
+        moments: Whether it keeps any: plain descent and flows do not.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     center: float
     start: str | None = None
     gradients_per_step: int = 1
+    moments: bool = True
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -66,17 +68,17 @@ def _ode(scheme: Scheme) -> Callable[[nn.Module, float], Optimizer]:
 # apart; plain descent shows what Adam's moments alone are worth.
 _METHODS = (
     Method("full (Adam)", "full", _adam, -2.5),
-    Method("full (descent)", "full", _descent, -2.0),
+    Method("full (descent)", "full", _descent, -2.0, moments=False),
     Method("LoRA", "baseline", _adam, -2.0),
     Method("LoRA (orthogonal start)", "baseline", _adam, -2.0, "orthogonal"),
-    Method("LoRA (descent)", "baseline", _descent, -1.0, "orthogonal"),
+    Method("LoRA (descent)", "baseline", _descent, -1.0, "orthogonal", moments=False),
     Method("P-LoRA", "baseline", _preconditioned, -2.0),
     Method("LoRA-Pro", "baseline", _pro, -2.5, "orthogonal"),
     Method("TangentAdam", "other", _tangent, -2.5),
-    Method("ODELoRA Euler", "ode", _ode("euler"), -1.5, "orthogonal"),
-    Method("ODELoRA Heun", "ode", _ode("heun"), -1.5, "orthogonal", 2),
-    Method("ODELoRA RK4", "ode", _ode("rk4"), -1.0, "orthogonal", 4),
-    Method("ODELoRA BUG", "ode", _ode("bug"), -1.5, "orthogonal"),
+    Method("ODELoRA Euler", "ode", _ode("euler"), -1.5, "orthogonal", moments=False),
+    Method("ODELoRA Heun", "ode", _ode("heun"), -1.5, "orthogonal", 2, moments=False),
+    Method("ODELoRA RK4", "ode", _ode("rk4"), -1.0, "orthogonal", 4, moments=False),
+    Method("ODELoRA BUG", "ode", _ode("bug"), -1.5, "orthogonal", moments=False),
 )
 
 METHODS = {method.name: method for method in _METHODS}
