@@ -1,0 +1,5 @@
+"""``python -m tangora.cli``."""
+
+from tangora.cli import main
+
+main()

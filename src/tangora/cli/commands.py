@@ -1,0 +1,252 @@
+"""One function per command: parses, calls, prints."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tangora._checks import InputError
+from tangora.cli.flags import assignments, takes, with_file, with_lists
+from tangora.cli.output import (
+    ComparisonBars,
+    console,
+    experiment_table,
+    print_diagnosis,
+    print_outcome,
+    print_reproduction,
+    print_run,
+    progress_bars,
+    watcher_of,
+)
+from tangora.experiments.compare import (
+    CompareSettings,
+    compare,
+    preset,
+    write_report,
+)
+from tangora.experiments.diagnose import DiagnoseSettings, diagnose_task
+from tangora.experiments.export import export
+from tangora.experiments.reproduce.registry import experiment
+from tangora.experiments.reproduce.run import reproduce, settings_of
+from tangora.experiments.settings import RunSettings, TaskSettings, validated
+from tangora.experiments.train import train
+from tangora.recipes import recipes as all_recipes
+from tangora.report import (
+    load_comparison,
+    rich_table,
+    summarize,
+)
+
+app = typer.Typer(
+    name="tangora",
+    help="LoRA fine-tuning that follows full fine-tuning.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with any of these settings; flags win.")
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Output folder; the same command continues what is there.")
+]
+
+
+@app.command("train")
+@takes(RunSettings)
+def train_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
+    """Train one model with one method; writes the adapter, metrics.jsonl and record.json.
+
+    [dim]Examples:[/dim]
+      tangora train --output out
+      tangora train --model smollm2-135m --data reasoning-gym:chain_sum --recipe tangent --exact-match --output out
+      tangora train --model ./my-model --data data.jsonl --recipe lora-pro --learning-rate 1e-4 --output out
+    """
+    settings = validated(RunSettings, with_file(values, config), str(config or ""))
+    with progress_bars() as bars:
+        bar = bars.add_task(settings.recipe, total=settings.steps, note="")
+        record = train(settings, output, watcher=watcher_of(bars, bar))
+    print_run(record, output)
+
+
+@app.command("compare")
+@takes(TaskSettings)
+def compare_command(
+    output: Output,
+    config: ConfigFile = None,
+    preset_name: Annotated[
+        str | None,
+        typer.Option("--preset", help="quickstart (minutes) or smoke (seconds); other flags change it."),
+    ] = None,
+    recipes: Annotated[str | None, typer.Option(help="Names of the methods, separated by commas.")] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="One grid for all, separated by commas; a YAML file can give one for each method."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first one sweeps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as --seeds with one number.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
+    **values: Any,
+) -> None:
+    """Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
+
+    [dim]Examples:[/dim]
+      tangora compare --preset quickstart --output results/quickstart
+      tangora compare --recipes full,lora,tangent --data reviews.csv --seeds 0,1,2 --output results/reviews
+      tangora compare --config plan.yaml --output results/plan
+    """
+    lists = {
+        "recipes": recipes,
+        "learning_rates": learning_rates,
+        "seeds": seeds,
+        "seed": seed,
+        "title": title,
+    }
+    values |= {key: value for key, value in lists.items() if value is not None}
+    base = preset(preset_name).model_dump() if preset_name else {}
+    settings = validated(
+        CompareSettings, base | with_lists(with_file(values, config), base), str(config or "")
+    )
+    with progress_bars() as bars:
+        outcome = compare(
+            settings, output, command=shlex.join(["tangora", *sys.argv[1:]]), watcher=ComparisonBars(bars)
+        )
+    print_outcome(outcome)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Output folder of tangora train, or a run of tangora compare.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Cut every update to this rank; default: exact.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with its tokenizer.")] = False,
+) -> None:
+    """Write the adapter of a run at another rank, or merged into its base model.
+
+    [dim]Examples:[/dim]
+      tangora export out --rank 8 --output small
+      tangora export out --merge --output model
+    """
+    exported = export(run, output, rank=rank, merge=merge)
+    console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
+    if rank is not None:
+        console.print(f"cut to rank {rank}: relative error of the updates {exported.relative_error:.2e}")
+
+
+@app.command("diagnose")
+@takes(DiagnoseSettings)
+def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
+    """Measure how much of the full gradient LoRA sees; writes diagnosis.html and rank_plan.json.
+
+    [dim]Examples:[/dim]
+      tangora diagnose --output out
+      tangora diagnose --model smollm2-135m --data reasoning-gym:chain_sum --budget-rank 8 --output out
+      tangora diagnose --model ./my-model --data data.jsonl --adapter out/adapter --output after
+    """
+    settings = validated(DiagnoseSettings, with_file(values, config), str(config or ""))
+    with progress_bars() as bars:
+        bar = bars.add_task("diagnose", total=None, note="")
+        files = diagnose_task(
+            settings,
+            output,
+            command=shlex.join(["tangora", *sys.argv[1:]]),
+            phase=lambda name: bars.update(bar, note=name),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    print_diagnosis(files)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the experiment; without it they are listed.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Output folder [dim]\\[default: reproduced/NAME][/dim]."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds instead of minutes.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+) -> None:
+    """Repeat an experiment of the papers; writes reproduction.html and checks what the paper states.
+
+    Ends with exit code 1 if a check fails at full size.
+
+    [dim]Examples:[/dim]
+      tangora reproduce
+      tangora reproduce toy --output out
+      tangora reproduce linear-shift --quick --seed 3 --set rank=8 --output out
+    """
+    if name is None:
+        console.print(experiment_table())
+        return
+    wanted = experiment(name)
+    settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
+    with progress_bars() as bars:
+        bar = bars.add_task(name, total=None, note="")
+        files = reproduce(
+            wanted,
+            settings,
+            output or Path("reproduced") / name,
+            quick=quick,
+            command=shlex.join(["tangora", *sys.argv[1:]]),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    print_reproduction(files)
+    if not (quick or files.record.result.passed):
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")]) -> None:
+    """Write the table, the picture and report.html of a comparison again from its records.
+
+    [dim]Example:[/dim]
+      tangora report results/quickstart
+    """
+    comparison = load_comparison(folder)
+    page = write_report(comparison, folder)
+    console.print(rich_table(summarize(comparison), comparison))
+    console.print(f"report   {escape(str(page))}")
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the methods, and the experiments that can be repeated.
+
+    [dim]Example:[/dim]
+      tangora list
+    """
+    table = Table(box=None)
+    for heading in ("recipe", "what it is", "source", "default learning rates"):
+        table.add_column(heading, overflow="fold")
+    for entry in all_recipes():
+        table.add_row(
+            entry.name, entry.summary, entry.paper, ", ".join(f"{lr:g}" for lr in entry.learning_rates)
+        )
+    console.print(table)
+    console.print(experiment_table())
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues where it stopped")
+        raise SystemExit(130) from None

@@ -1,0 +1,178 @@
+"""What the terminal shows: progress, tables, sentences, and where the files are."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tangora._checks import InputError
+from tangora.experiments.compare import (
+    Cell,
+    CompareWatcher,
+    Outcome,
+)
+from tangora.experiments.diagnose import DiagnosisFiles
+from tangora.experiments.reproduce.registry import EXPERIMENTS
+from tangora.experiments.reproduce.run import ReproductionFiles
+from tangora.experiments.run import Watcher
+from tangora.report import (
+    Record,
+    diagnosis_tables,
+    findings,
+    rich_table,
+    summarize,
+    verdict,
+)
+from tangora.report.reproduction import outcome, rich_checks
+
+console = Console()
+
+
+def experiment_table() -> Table:
+    """Return the table of the experiments that can be repeated."""
+    table = Table(box=None)
+    for heading in ("experiment", "what it is", "source", "full size"):
+        table.add_column(heading, overflow="fold")
+    for entry in EXPERIMENTS.values():
+        table.add_row(entry.name, entry.title, entry.source, entry.duration)
+    return table
+
+
+def progress_bars() -> Progress:
+    """Return bars with room for a note, drawn on the console."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def watcher_of(bars: Progress, bar: TaskID) -> Watcher:
+    """Let a bar follow a run.
+
+    Args:
+        bars: What draws it.
+        bar: Which.
+
+    Returns:
+        What the run tells its phases and steps.
+    """
+    return Watcher(
+        phase=lambda name: bars.update(bar, note=name),
+        step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
+    )
+
+
+class ComparisonBars(CompareWatcher):
+    """One bar for the comparison, one for the run that is going on."""
+
+    def __init__(self, bars: Progress):
+        super().__init__()
+        self._bars = bars
+        self._runs = bars.add_task("runs", total=None, note="")
+        self._steps = bars.add_task("", total=None, note="")
+
+    def plan(self, total: int) -> None:
+        """Hear how many runs there are."""
+        self._bars.update(self._runs, total=total)
+
+    def begin(self, cell: Cell) -> Watcher:
+        """Start the second bar anew.
+
+        Args:
+            cell: The run that begins.
+
+        Returns:
+            What moves the bar.
+        """
+        self._bars.reset(self._steps, total=cell.settings.steps, description=cell.id)
+        return watcher_of(self._bars, self._steps)
+
+    def end(self, cell: Cell, record: Record) -> None:
+        """Count the run, and say if it failed."""
+        self._bars.advance(self._runs)
+        if record.status != "finished":
+            self._bars.console.print(f"{escape(cell.id)} {record.status}: {escape(record.error or '')}")
+
+
+def print_run(record: Record, output: Path) -> None:
+    """Print what a run measured.
+
+    Args:
+        record: The run.
+        output: Its folder.
+
+    Raises:
+        InputError: If it did not finish.
+    """
+    table = Table(
+        title=f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}", box=None
+    )
+    for heading in ("", *record.metrics):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in dict.fromkeys(key for split in record.metrics.values() for key in split):
+        cells = (split.get(name) for split in record.metrics.values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in cells))
+    console.print(table)
+    if record.status != "finished":
+        raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
+    saved = next((output / name for name in ("adapter", "model") if (output / name).exists()), output)
+    console.print(f"saved    {escape(str(saved))}")
+    console.print(f"metrics  {escape(str(output / 'metrics.jsonl'))}")
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print the table and the verdict of a comparison.
+
+    Args:
+        outcome: The comparison.
+    """
+    rows = summarize(outcome.comparison)
+    console.print(rich_table(rows, outcome.comparison))
+    for sentence in verdict(rows):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(outcome.report))}")
+    if outcome.adapter is not None:
+        console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
+        console.print(
+            "proof    plain PEFT on the untouched base gives the trained model's logits: "
+            f"largest difference {outcome.difference:.1e}"
+        )
+
+
+def print_diagnosis(files: DiagnosisFiles) -> None:
+    """Print the tables and the findings of a diagnosis.
+
+    Args:
+        files: The diagnosis and where it was written.
+    """
+    diagnosis = files.record.diagnosis
+    for table in diagnosis_tables(diagnosis):
+        console.print(table)
+    for sentence in findings(diagnosis):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"plan     {escape(str(files.plan))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+
+
+def print_reproduction(files: ReproductionFiles) -> None:
+    """Print the findings and the checks of an experiment.
+
+    Args:
+        files: The experiment and where it was written.
+    """
+    record = files.record
+    for sentence in record.result.findings:
+        console.print(escape(sentence))
+    console.print(rich_checks(record.result.checks))
+    console.print(escape(outcome(record)))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+    for picture in files.pictures:
+        console.print(f"picture  {escape(str(picture))}")
