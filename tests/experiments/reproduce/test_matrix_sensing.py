@@ -7,15 +7,15 @@ import torch
 
 from tangora import InputError
 from tangora.experiments.reproduce.matrix_sensing import EXPERIMENT, MatrixSensingSettings
-from tangora.experiments.reproduce.sensing_methods import METHODS
-from tangora.experiments.reproduce.sensing_problem import (
+from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
+from tangora.experiments.reproduce.matrix_sensing.problem import (
     draw_problems,
     measurements,
     nearby_start,
     random_start,
     spectral_start,
 )
-from tangora.experiments.reproduce.sensing_solve import solve
+from tangora.experiments.reproduce.matrix_sensing.solve import solve
 from tangora.experiments.settings import validated
 from tests.tolerances import assert_close
 

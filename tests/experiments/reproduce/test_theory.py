@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from tangora.experiments.reproduce.linear_shift_dynamics import (
+from tangora.experiments.reproduce.linear_shift.dynamics import (
     Problems,
     draw_problems,
     first_below,
     follow,
     lora_starts,
 )
-from tangora.experiments.reproduce.linear_shift_rates import follow_rates, start_errors
+from tangora.experiments.reproduce.linear_shift.rates import follow_rates, start_errors
 from tangora.experiments.reproduce.registry import EXPERIMENTS
-from tangora.experiments.reproduce.relu_shift_measure import (
+from tangora.experiments.reproduce.relu_shift.measure import (
     ReluShiftSettings,
     draw_problem,
     relative_errors,

@@ -8,7 +8,7 @@ import torch
 
 from tangora import InputError
 from tangora.experiments.reproduce.width import EXPERIMENT, WidthSettings, loglog_slope
-from tangora.experiments.reproduce.width_layer import START_NAMES, TRAINERS, HiddenLayer
+from tangora.experiments.reproduce.width.layer import START_NAMES, TRAINERS, HiddenLayer
 from tangora.experiments.settings import validated
 
 SIZES = {"inputs": 6, "outputs": 3, "num_examples": 5, "rank": 2, "alpha": 6.0}

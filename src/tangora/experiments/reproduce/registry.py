@@ -1,4 +1,4 @@
-"""All experiments by name. A new one is a module here with an ``EXPERIMENT``, and a line below."""
+"""All experiments by name. A new one is a module or a folder here with an ``EXPERIMENT``, and a line below."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.reproduce.relu_shift_measure import (
+from tangora.experiments.reproduce.relu_shift.measure import (
     KINDS,
     NEAR,
     Descent,

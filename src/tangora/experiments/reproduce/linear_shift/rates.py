@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._types import Weight
-from tangora.experiments.reproduce.linear_shift_dynamics import Problems
+from tangora.experiments.reproduce.linear_shift.dynamics import Problems
 from tangora.experiments.reproduce.shift import (
     Factors,
     Inputs,

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tangora.experiments.reproduce.experiment import Progress
-from tangora.experiments.reproduce.linear_shift_dynamics import (
+from tangora.experiments.reproduce.linear_shift.dynamics import (
     Dynamics,
     Problems,
     alignment_steps,
@@ -18,7 +18,7 @@ from tangora.experiments.reproduce.linear_shift_dynamics import (
     follow,
     lora_starts,
 )
-from tangora.experiments.reproduce.linear_shift_rates import Rates, follow_rates, start_errors
+from tangora.experiments.reproduce.linear_shift.rates import Rates, follow_rates, start_errors
 from tangora.experiments.reproduce.shift import Inputs, contraction, slope
 from tangora.experiments.settings import Settings
 

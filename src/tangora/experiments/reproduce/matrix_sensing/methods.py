@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tangora._types import Weight
-from tangora.experiments.reproduce.sensing_problem import Problems
+from tangora.experiments.reproduce.matrix_sensing.problem import Problems
 from tangora.geometry.gauge import Gauge
 from tangora.geometry.retraction import Factors, svd_retract
 from tangora.geometry.tangent import Cotangent, coordinates, frame, project

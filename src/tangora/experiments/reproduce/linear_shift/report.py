@@ -4,15 +4,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora.experiments.reproduce.linear_shift_dynamics import first_below
-from tangora.experiments.reproduce.linear_shift_measure import (
+from tangora.experiments.reproduce.linear_shift.dynamics import first_below
+from tangora.experiments.reproduce.linear_shift.measure import (
     OFF,
     Found,
     LinearShiftSettings,
     Times,
     preconditioned_rates,
 )
-from tangora.experiments.reproduce.linear_shift_rates import ENOUGH
+from tangora.experiments.reproduce.linear_shift.rates import ENOUGH
 from tangora.report import formats
 from tangora.report.reproduction.records import Figure, Panel, Series, Table
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from tangora._checks import check_choice
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.reproduce.width_layer import START_NAMES, TRAINERS, HiddenLayer, Readout
+from tangora.experiments.reproduce.width.layer import START_NAMES, TRAINERS, HiddenLayer, Readout
 from tangora.experiments.settings import Settings
 from tangora.report.reproduction import Check, Figure, Panel, Result, Series, Table
 

@@ -13,16 +13,16 @@ from pydantic import Field, field_validator
 
 from tangora._checks import InputError
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.reproduce.sensing_methods import METHODS
-from tangora.experiments.reproduce.sensing_problem import (
+from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
+from tangora.experiments.reproduce.matrix_sensing.problem import (
     Problems,
     draw_problems,
     nearby_start,
     random_start,
     spectral_start,
 )
-from tangora.experiments.reproduce.sensing_solve import Trace, solve
-from tangora.experiments.reproduce.sensing_tables import (
+from tangora.experiments.reproduce.matrix_sensing.solve import Trace, solve
+from tangora.experiments.reproduce.matrix_sensing.tables import (
     Run,
     checks,
     condition_table,

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tangora.experiments.reproduce.sensing_methods import METHODS
-from tangora.experiments.reproduce.sensing_solve import Trace
+from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
+from tangora.experiments.reproduce.matrix_sensing.solve import Trace
 from tangora.report.reproduction import Check, Figure, Panel, Series, Table
 
 _SOURCE = "derived and measured by this project (ODELoRA's abstract: linear convergence)"

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tangora.experiments.reproduce.sensing_methods import Method
-from tangora.experiments.reproduce.sensing_problem import Problems
+from tangora.experiments.reproduce.matrix_sensing.methods import Method
+from tangora.experiments.reproduce.matrix_sensing.problem import Problems
 from tangora.geometry.retraction import Factors
 
 # far beyond any detour of a method that still arrives

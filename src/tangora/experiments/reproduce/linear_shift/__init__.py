@@ -3,14 +3,14 @@
 import torch
 
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.reproduce.linear_shift_measure import (
+from tangora.experiments.reproduce.linear_shift.measure import (
     Found,
     LinearShiftSettings,
     Times,
     measure,
     step_sizes,
 )
-from tangora.experiments.reproduce.linear_shift_report import (
+from tangora.experiments.reproduce.linear_shift.report import (
     figures_of,
     findings_of,
     tables_of,
