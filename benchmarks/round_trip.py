@@ -5,11 +5,13 @@ logits and those of PEFT's model on a freshly loaded base, next to the rounding 
 against float64, where the base allows it); whether the base's tensors are the same bit for bit as before the start; and
 whether `disable_adapter` gives the base's logits.
 
-    python benchmarks/round_trip.py --output benchmarks/round_trip.json
+    python benchmarks/round_trip.py --output benchmarks/round_trip.json      # continues what is there
     python benchmarks/round_trip.py --bases nf4 --configs lora,dora
 """
 
 import hashlib
+import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -166,32 +168,45 @@ def main(
     Args:
         bases: Separated by commas.
         configs: Separated by commas.
-        output: JSON file to write.
+        output: JSON file to write; cases that it holds are kept.
     """
     facts = environment()
     loaded = load_model(MODEL, kind="causal")
     source, data = str(loaded.model.name_or_path), texts(loaded.tokenizer)
     del loaded
-    found: dict[str, dict[str, Any]] = {}
-    targets = []
-    for base in bases.split(","):
-        for name in configs.split(","):
-            with tempfile.TemporaryDirectory() as scratch:
-                result = round_trip(source, base, CONFIGS[name], data, Path(scratch))
-            found[f"{base} {name}"] = result
-            targets += [
-                Target(f"{base} {name}: logits", result["logits"], LIMITS[base]),
-                Target(f"{base} {name}: base when disabled", result["disabled"], 0.0),
-                Target(
-                    f"{base} {name}: base bit-identical", float(result["base_unchanged"]), 1.0, at_least=True
-                ),
-            ]
-            print(base, name, result, flush=True)
-    print_targets(targets)
-    if output is not None:
-        settings = {"model": MODEL, "rank": RANK, "steps": STEPS, "batch": BATCH, "lr": LEARNING_RATE}
-        record = {"benchmark": "round_trip", "environment": facts, "settings": settings, "cases": found}
-        save_record(output, record | {"targets": target_records(targets)})
+    settings = {"model": MODEL, "rank": RANK, "steps": STEPS, "batch": BATCH, "lr": LEARNING_RATE}
+    cases = json.loads(output.read_text(encoding="utf-8"))["cases"] if output and output.exists() else {}
+    for base, name in itertools.product(bases.split(","), configs.split(",")):
+        if f"{base} {name}" in cases:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            result = round_trip(source, base, CONFIGS[name], data, Path(scratch))
+        cases[f"{base} {name}"] = result | {"commit": facts["commit"]}
+        print(base, name, result, flush=True)
+        if output is not None:
+            record = {"benchmark": "round_trip", "environment": facts, "settings": settings, "cases": cases}
+            save_record(output, record | {"targets": target_records(targets(cases))})
+    print_targets(targets(cases))
+
+
+def targets(cases: dict[str, dict[str, Any]]) -> list[Target]:
+    """Judge the round trips.
+
+    Args:
+        cases: What `round_trip` returned, by base and configuration.
+
+    Returns:
+        Three targets for each.
+    """
+    return [
+        target
+        for name, case in cases.items()
+        for target in (
+            Target(f"{name}: logits", case["logits"], LIMITS[name.split()[0]]),
+            Target(f"{name}: base when disabled", case["disabled"], 0.0),
+            Target(f"{name}: base bit-identical", float(case["base_unchanged"]), 1.0, at_least=True),
+        )
+    ]
 
 
 if __name__ == "__main__":
