@@ -200,7 +200,7 @@ def findings(problem: Problem, sweeps: Sequence[Sweep]) -> list[str]:
     adapters = [sweep for sweep in ordered if sweep.method.family != "full"]
     sentences = [
         f"{label(problem)}: of the adapters {adapters[0].method.name} ends with the smallest error, "
-        f"{_spread(adapters[0])}" + (_runner_up(adapters))
+        f"{_spread(adapters[0])}" + _runner_up(adapters)
     ]
     target = best_adapter_error(sweeps)
     full = [sweep for sweep in ordered if sweep.method.family == "full"]
@@ -227,7 +227,7 @@ def findings(problem: Problem, sweeps: Sequence[Sweep]) -> list[str]:
 
 
 def _runner_up(adapters: Sequence[Sweep]) -> str:
-    return f", then {adapters[1].method.name} with {_spread(adapters[1])}" if adapters[1:] else ""
+    return f", then {adapters[1].method.name} with {_spread(adapters[1])}." if adapters[1:] else "."
 
 
 def _spread(sweep: Sweep) -> str:
@@ -274,7 +274,7 @@ def checks(problem: Problem, sweeps: Sequence[Sweep]) -> list[Check]:
             f"{name}: error of the best ODELoRA over that of the best LoRA baseline", ratio, None, 1.0, SOURCE
         ),
         Check(
-            f"{name}: decades of rates within 2x of the best, ODELoRA less baselines",
+            f"{name}: decades of rates within 2x of the best adapter, ODELoRA less baselines",
             width,
             0.0,
             None,
