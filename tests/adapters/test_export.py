@@ -11,7 +11,7 @@ from peft import AdaLoraConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel,
 from peft.tuners.lora import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 from tangora import InputError, find_pairs
 from tangora.adapters import (
@@ -410,6 +410,21 @@ def test_the_card_says_what_is_known_and_no_path(tmp_path):
     ):
         assert line in text
     assert "More Information Needed" not in text
+
+
+def test_the_card_of_a_classifier_gives_its_head_the_right_shape_and_no_folder(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=20, num_labels=5, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    text = (save_adapter(model, tmp_path / "adapter").path / "README.md").read_text()
+    assert str(tmp_path) not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("base = "))
+    assert line.endswith('from_pretrained("path or name of the base model", num_labels=5)')
+    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    assert PeftModel.from_pretrained(fresh, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("adapter", ["default", "other"])

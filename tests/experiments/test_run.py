@@ -90,6 +90,24 @@ def test_a_rank_plan_for_other_settings_is_refused(classifier, tmp_path, key, va
         train(settings, tmp_path / "out")
 
 
+def test_rank_and_alpha_are_the_plans_unless_given(tmp_path):
+    plan = {"r": 4, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    path = str(tmp_path / "plan.json")
+    assert (RunSettings(rank_plan=path).rank, RunSettings(rank_plan=path).alpha) == (4, 8)
+    assert RunSettings(rank_plan=path, rank=2).rank == 2
+
+
+def test_a_folder_in_which_nothing_was_done_is_free(classifier, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"rank_pattern": {}, "alpha_pattern": {}, "r": 3}))
+    refused = RunSettings(**classifier, recipe="lora", steps=1, rank_plan=str(tmp_path / "plan.json"))
+    with pytest.raises(InputError, match="rank_plan was made for"):
+        train(refused, tmp_path / "out")
+    train(RunSettings(**classifier, recipe="lora", steps=1), tmp_path / "out")
+    with pytest.raises(InputError, match="belongs to another configuration: steps is 1 there and 2 here"):
+        train(RunSettings(**classifier, recipe="lora", steps=2), tmp_path / "out")
+
+
 def test_training_improves_and_says_so(classifier, tmp_path):
     settings = RunSettings(**classifier, recipe="tangent", learning_rate=3e-3, steps=40, batch_size=16)
     record = train(settings, tmp_path / "out")

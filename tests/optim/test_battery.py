@@ -393,3 +393,15 @@ def test_what_is_no_lora_model_is_refused(name):
         OPTIMIZERS[name](list(nn.Linear(3, 3).parameters()))
     with pytest.raises(InputError, match="got nothing"):
         OPTIMIZERS[name]([])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_ranks_above_the_size_of_a_layer_train(name):
+    model, x, y = problem(r=9)  # layers of 6 x 6 and 6 x 4
+    optimizer = OPTIMIZERS[name](model)
+    first = backward(model, x, y).item()
+    for _ in range(20):
+        optimizer.step()
+        last = backward(model, x, y).item()
+    assert last < first
+    assert all(parameter.isfinite().all() for parameter in trainable(model))

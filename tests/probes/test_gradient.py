@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from tangora import InputError
-from tangora.probes import GradientProbe, Request, gradient_spectra, probed_layers
+from tangora.probes import GradientProbe, Request, gradient_spectra, mean_loss, probed_layers
 from tests.adapters.models import LAYERS, Holder, inputs_of, loss_of
 from tests.probes.models import (
     OWN_LOSS_TOLERANCE,
@@ -384,3 +384,17 @@ def test_layers_that_do_not_exist_are_named():
         pytest.raises(InputError, match="mode circular cannot be probed"),
     ):
         probe.read([inputs_of("conv1d")], {"it": Request(left=torch.ones(5, 1))})
+
+
+def test_a_batch_without_a_label_that_counts_adds_nothing():
+    model, batches = adapted("gpt2"), batches_of("gpt2", 2)
+    ignored = {**batches[0], "labels": torch.full_like(batches[0]["input_ids"], -100)}
+    layer = probed_layers(model)[0]
+    found = []
+    for given in (batches, [*batches, ignored]):
+        with GradientProbe(model, [layer]) as probe:
+            found.append(probe.read(given, {layer.name: Request(dense=True)})[layer.name].dense)
+    assert torch.equal(*found)
+    assert mean_loss(model, [*batches, ignored]) == mean_loss(model, batches)
+    with GradientProbe(model, [layer]) as probe, pytest.raises(InputError, match="at least one label"):
+        probe.read([ignored], {layer.name: Request(dense=True)})

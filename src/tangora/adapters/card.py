@@ -18,7 +18,11 @@ _PATH = re.compile(
 
 
 def model_card(
-    front: Mapping[str, Any], config: Mapping[str, Any], rank: str, facts: Mapping[str, Any]
+    front: Mapping[str, Any],
+    config: Mapping[str, Any],
+    rank: str,
+    facts: Mapping[str, Any],
+    num_labels: int | None = None,
 ) -> str:
     """Write the card.
 
@@ -28,21 +32,25 @@ def model_card(
         rank: What there is to say about its rank, one sentence.
         facts: What the user knows: recipe, seed, data, learning rate, …; nested mappings are fine. Of absolute paths
             only the last part is shown.
+        num_labels: Number of classes of a classifier, whose head must have the saved one's shape.
 
     Returns:
         Markdown with a YAML front matter.
     """
-    base = str(config.get("base_model_name_or_path") or "")
-    tags = {tag for tag in front.get("tags") or [] if not tag.endswith(":")}  # of a base without a name
+    path = str(config.get("base_model_name_or_path") or "")
+    base = without_paths(path)
+    is_name = base == path  # not a folder of this machine
+    # PEFT's tags name the base, whatever it is; that of a base without a name ends in a colon
+    tags = {tag for tag in front.get("tags") or [] if not tag.endswith(":") and (is_name or path not in tag)}
     data = dict(front) | {"library_name": "peft", "tags": sorted({*tags, "lora", "tangora"})}
-    if base:
+    if base and is_name:
         data["base_model"] = base
     else:
-        data.pop("base_model", None)  # PEFT writes an empty one
+        data.pop("base_model", None)  # PEFT writes an empty one, or a folder of this machine
     sections = [
         f"# LoRA adapter for {base or 'a model without a name'}",
         f"{rank} The base weights were not changed: nothing but PEFT is needed to load it.",
-        f"## Use\n\n{_usage(config, base)}",
+        f"## Use\n\n{_usage(config, path, num_labels)}",
         f"## Training\n\n{_table(facts)}" if facts else "",
         f"## Adapter\n\n{_table(_of_adapter(config))}",
         f"## Versions\n\n{_table(_versions())}",
@@ -70,14 +78,16 @@ def _last(path: str) -> str:
     return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).name
 
 
-def _usage(config: Mapping[str, Any], base: str) -> str:
+def _usage(config: Mapping[str, Any], path: str, num_labels: int | None) -> str:
     kind = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": "SequenceClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
     loader = (
         f"AutoModelFor{kind[task]}" if (task := str(config.get("task_type") or "")) in kind else "AutoModel"
     )
+    source = path if path and path == without_paths(path) else "path or name of the base model"
+    classes = f", num_labels={num_labels}" if num_labels and loader.endswith("SequenceClassification") else ""
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {loader}\n\n"
-        f'base = {loader}.from_pretrained("{base or "the base model"}")\n'
+        f'base = {loader}.from_pretrained("{source}"{classes})\n'
         'model = PeftModel.from_pretrained(base, "path or name of this adapter")\n```'
     )
 

@@ -129,7 +129,8 @@ def save_adapter(
         if trim_ranks and not found.skipped:
             _trim(written, _scalings(model))
         saved = SavedAdapter(Path(path), *_compress(written, _scalings(model) if found.pairs else {}, rank))
-        text = model_card(front, _read_config(written), _of_rank(model, saved, rank), card or {})
+        classes = getattr(getattr(model, "config", None), "num_labels", None)
+        text = model_card(front, _read_config(written), _of_rank(model, saved, rank), card or {}, classes)
         (written / _CARD).write_text(text, encoding="utf-8")
         replace_folder(written, target)
     return saved

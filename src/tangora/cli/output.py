@@ -114,7 +114,8 @@ def print_run(record: Record, output: Path) -> None:
         title=f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}", box=None
     )
     for heading in ("", *record.metrics):
-        table.add_column(heading, justify="right" if heading else "left")
+        shown = "test, before" if heading == "before" else heading
+        table.add_column(shown, justify="right" if heading else "left")
     for name in dict.fromkeys(key for split in record.metrics.values() for key in split):
         cells = (split.get(name) for split in record.metrics.values())
         table.add_row(name, *("" if value is None else f"{value:.4f}" for value in cells))

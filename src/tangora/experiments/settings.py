@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tangora._checks import InputError
 from tangora.recipes import recipe
@@ -50,7 +57,8 @@ class TaskSettings(Settings):
         default=32, ge=1, description="Training examples whose gradient a data-driven start reads."
     )
     rank_plan: dict[str, Any] | None = Field(
-        default=None, description="rank_plan.json of tangora diagnose: other ranks for single layers."
+        default=None,
+        description="rank_plan.json of tangora diagnose: other ranks for single layers; with its rank and alpha.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -74,21 +82,19 @@ class TaskSettings(Settings):
             else targets
         )
 
-    @field_validator("rank_plan", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _read_plan(cls, plan: object) -> object:
-        # the plan itself is kept, so that a record says what was run
-        if not isinstance(plan, str):
-            return plan
-        try:
-            read = json.loads(Path(plan).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"rank_plan cannot be read: {error}") from None
-        keys = ("rank_pattern", "alpha_pattern")
-        if not isinstance(read, dict) or any(not isinstance(read.get(key), dict) for key in keys):
-            raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
-        made_for = ("r", "lora_alpha", "use_rslora")
-        return {key: read[key] for key in (*keys, *made_for) if key in read}
+    def _with_plan(cls, values: Any) -> Any:
+        # the plan itself is kept, so that a record says what was run; rank and alpha are its own unless given
+        if not isinstance(values, dict) or not isinstance(values.get("rank_plan"), str):
+            return values
+        plan = _read_plan(values["rank_plan"])
+        own = {
+            key: plan[made_for]
+            for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))
+            if made_for in plan
+        }
+        return own | values | {"rank_plan": plan}
 
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.
@@ -141,6 +147,17 @@ class RunSettings(TaskSettings):
         """The learning rate, with the recipe's default filled in."""
         given = self.learning_rate
         return given if given is not None else recipe(self.recipe).default_learning_rate
+
+
+def _read_plan(path: str) -> dict[str, Any]:
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"rank_plan cannot be read: {error}") from None
+    keys = ("rank_pattern", "alpha_pattern")
+    if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
+        raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+    return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}
 
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
@@ -218,14 +235,15 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
     wanted = json.loads(settings.model_dump_json())
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
+        # what was refused before its first step left nothing to protect
+        holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
         for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
+            if wanted.get(key) != found.get(key) and holds_work:
                 raise InputError(
                     f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
                     f"{wanted.get(key)!r} here; choose another --output"
                 )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")

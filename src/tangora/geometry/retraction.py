@@ -6,6 +6,7 @@ All retractions are independent of the gauge: they depend on $Y$, not on how it 
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -129,7 +130,7 @@ def balanced_product(
 
     Returns:
         $B = U\sqrt{\Sigma}$ and $A = \sqrt{\Sigma} V$, by falling singular value; weights of $A$ have a floor, see
-        `svd_retract`.
+        `svd_retract`. Ranks beyond the smaller side of the product are zero in both factors.
     """
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.mT)
@@ -139,6 +140,9 @@ def balanced_product(
     weight = (values / size).nan_to_num(nan=0.0)
     B_new = (Q_left @ P) * weight[..., None, :]
     A_new = size[..., :, None] * (Qh @ Q_right.mT)
+    missing = rank - values.shape[-1]
+    if missing > 0:  # PEFT allows ranks above the layer's size, which nothing can use
+        A_new, B_new = F.pad(A_new, (0, 0, 0, missing)), F.pad(B_new, (0, missing))
     alive = (values[..., :1] > 0)[..., None]
     return Factors(A_new.where(alive, fallback.A), B_new.where(alive, fallback.B))
 

@@ -182,7 +182,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | Non
         weighted = [weighted_loss(model, batch, loss_fn) for batch in batches]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for weight, loss in weighted:
-        totals += totals.new_tensor([weight, weight * float(loss)])
+        if weight:  # where no label counts the loss is not a number
+            totals += totals.new_tensor([weight, weight * float(loss)])
     sum_over_ranks(totals)
     weights, total = totals.tolist()
     if weights == 0:

@@ -154,6 +154,8 @@ class GradientProbe:
     def _backward(self, batch: Any, index: int) -> tuple[float, float]:
         with torch.enable_grad():
             self._weight, loss = weighted_loss(self.model, batch, self._loss_fn)
+            if self._weight == 0:
+                return 0.0, 0.0  # no label counts here; the mean over none is not a number
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InputError(f"batch {index} has loss {value}; the gradient is not defined")
