@@ -42,8 +42,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
 }
-# rounding of logits of size 20 in bfloat16 is 0.06 at each of many layers
-LIMITS = {"float32": 1e-4, "bfloat16": 0.5, "nf4": 1e-4}
+# for bfloat16: what its rounding does to the base's own logits on these tokens, measured against float64
+LIMITS = {"float32": 1e-4, "bfloat16": 1.45, "nf4": 1e-4}
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -142,7 +142,7 @@ def round_trip(
     subprocess.run([sys.executable, script, *arguments, "--dtype", base], check=True, cwd=ROOT)
     read = load_file(folder / "logits.safetensors")
     rounding = None
-    if base == "float32":
+    if base != "nf4":
         with torch.no_grad():
             rounding = (adapted.double()(input_ids=ids).logits - trained).abs().max().item()
     return {

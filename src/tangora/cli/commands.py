@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,7 +138,9 @@ def export_command(
     exported = export(run, output, rank=rank, merge=merge)
     console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
     if rank is not None:
-        console.print(f"cut to rank {rank}: relative error of the updates {exported.relative_error:.2e}")
+        console.print(
+            f"cut to rank {rank}: this changes the updates by {exported.relative_error:.2%} of their norm"
+        )
 
 
 @app.command("diagnose")
@@ -242,6 +245,10 @@ def list_command() -> None:
 def main() -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT asks for the old name whenever it wraps a model
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     try:
         app()
     except InputError as error:
