@@ -105,7 +105,7 @@ def leading_left(matrix: Weight, rank: int) -> FactorB:
     return torch.linalg.svd(matrix, full_matrices=False).U[..., :rank]
 
 
-def sine_of_angle(basis: FactorB, other: FactorB) -> Float[Tensor, "*b"]:
+def sine_of_angle(basis: Float[Tensor, "*#b m r"], other: Float[Tensor, "*#b m q"]) -> Float[Tensor, "..."]:
     r"""Return $\|U_\perp^\top V\|_2$, the sine of the largest principal angle.
 
     Computed as $\|(I - U U^\top) V\|_2$, which is accurate for small angles.

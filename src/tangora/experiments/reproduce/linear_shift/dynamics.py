@@ -23,11 +23,11 @@ _Curves = Float[Tensor, "t c s"]
 
 
 class Problems(NamedTuple):
-    """Linear problems, one for each seed."""
+    """Linear problems, one for each seed, or for each of several and each seed."""
 
-    shift: Float[Tensor, "s m n"]
+    shift: Float[Tensor, "*s m n"]
     """$\\Delta$."""
-    covariance: Float[Tensor, "s n n"]
+    covariance: Float[Tensor, "*s n n"]
     """$X^\\top X / N$."""
 
     def gradient(self, update: Weight) -> Weight:
@@ -42,7 +42,7 @@ class Problems(NamedTuple):
         return (update - self.shift) @ self.covariance
 
     @property
-    def start_gradient(self) -> Float[Tensor, "s m n"]:
+    def start_gradient(self) -> Float[Tensor, "*s m n"]:
         """The gradient at no update."""
         return self.gradient(torch.zeros_like(self.shift))
 
