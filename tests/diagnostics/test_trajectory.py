@@ -204,6 +204,7 @@ def test_factors_of_a_balanced_start():
     assert totals.condition_B is None
 
 
+@pytest.mark.messages
 def test_measuring_leaves_no_trace():
     model = moved(adapted(bert(), lora_dropout=0.1))
     for parameter in model.parameters():

@@ -26,7 +26,6 @@ def test_an_interrupted_run_with_heuns_steps_goes_on_to_the_same_end(tmp_path):
         train(settings, tmp_path / "cut", watcher=stop_at(3))
     record = train(settings, tmp_path / "cut")
     assert record.gradient_evaluations == whole.gradient_evaluations == 10
-    assert record.time.optimizer < record.time.forward_backward
     one, other = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")
     )

@@ -144,7 +144,7 @@ def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> lis
     return [pair.name.removeprefix("base_model.model.") for pair in discover(adapted).pairs]
 
 
-def summary(folder: Path) -> dict[str, float]:
+def summary(folder: Path) -> dict[str, float | int]:
     """Return the totals of the last measured point of a run.
 
     Args:

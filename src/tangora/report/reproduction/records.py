@@ -161,9 +161,9 @@ class Check:
     """
 
     claim: str
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float | int | None
+    low: float | int | None
+    high: float | int | None
     source: str
 
     def __post_init__(self):

@@ -84,7 +84,7 @@ _METHODS = (
 METHODS = {method.name: method for method in _METHODS}
 
 
-def rate(power: float) -> float:
+def rate(power: float | int) -> float:
     """Return a learning rate of the grid of half decades, without rounding noise.
 
     Args:
