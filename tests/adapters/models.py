@@ -47,6 +47,17 @@ class Experts(nn.Module):
         return torch.einsum("eoi,bi->bo", self.weight, x)
 
 
+class LinearAndExperts(nn.Module):
+    """A plain layer before a bank of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.experts = nn.Linear(8, 8), Experts()
+
+    def forward(self, x):
+        return self.experts(self.linear(x))
+
+
 def inputs_of(name: str) -> tuple[Tensor, ...]:
     """What the layer of that name is called with."""
     torch.manual_seed(1)

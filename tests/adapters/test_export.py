@@ -26,7 +26,7 @@ from tangora.adapters import (
     save_merged,
 )
 from tangora.adapters.compress import truncate
-from tests.adapters.models import Experts, Holder, randomize, tiny_llama
+from tests.adapters.models import Holder, LinearAndExperts, randomize, tiny_llama
 from tests.cases import combinations
 from tests.tolerances import assert_close
 
@@ -575,7 +575,7 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "thesis"]
 
 
-@pytest.mark.parametrize("where", ["_write", "_append_initial", "model_card", "replace_folder"])
+@pytest.mark.parametrize("where", ["_write", "_with_initial", "model_card", "replace_folder"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_path, monkeypatch):
     target = tmp_path / "adapter"
@@ -639,14 +639,6 @@ def test_the_start_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.messages
 def test_a_changed_base_with_experts_is_refused(tmp_path):
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.experts = nn.Linear(8, 8), Experts()
-
-        def forward(self, x):
-            return self.experts(self.linear(x))
-
     config = LoraConfig(
         r=2,
         target_modules=["linear"],
@@ -654,7 +646,7 @@ def test_a_changed_base_with_experts_is_refused(tmp_path):
         init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(),
     )
-    model = get_peft_model(Both(), config)
+    model = get_peft_model(LinearAndExperts(), config)
     with pytest.raises(InputError, match="cannot be saved together with target_parameters"):
         save_adapter(model, tmp_path / "adapter", initial=initial_factors(model))
 

@@ -90,10 +90,10 @@ def compress(tensors: Mapping[str, Tensor], rank: int, scalings: Mapping[str, fl
 def resolve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""Write updates that are a difference of two products by their singular values, at the same rank.
 
-    Where $B_0 A_0$ is larger than what was trained, $B A - B_0 A_0$ cancels in every forward pass and loses digits: on
-    SmolLM2-135M from LoRA-GA's start with rsLoRA, 1.8e-4 in the logits instead of 6.5e-5. The product's own balanced
-    factors have nothing to cancel. Factors below float32, which cannot hold them as exactly, stay as they are, and so
-    do those of a product that is of smaller rank but for rounding, which could not be trained further from zeros.
+    Where $B_0 A_0$ is larger than what was trained, $B A - B_0 A_0$ cancels in every forward pass and loses digits. The
+    product's own balanced factors have nothing to cancel. Factors below float32, which cannot hold them as exactly,
+    stay as they are, and so do those of a product that is of smaller rank but for rounding: zeros could not be trained
+    further.
 
     Args:
         tensors: Tensors of a saved adapter of plain pairs.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
@@ -122,15 +122,17 @@ def save_adapter(
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
-        if initial:
-            _append_initial(written, initial)
-        if initial or has_offset(model, active_adapter(model)):
-            _rewrite(written, resolve(load_file(written / _WEIGHTS)), _read_config(written))
+        files, scalings = _read(written), _scalings(model)
+        final = files if not initial else _with_initial(files, initial)
+        if initial or has_offset(model, active_adapter(model)):  # then every adapted layer is a plain pair
+            final = final._replace(tensors=resolve(final.tensors))
         if trim_ranks and not found.skipped:
-            _trim(written, _scalings(model))
-        saved = SavedAdapter(Path(path), *_compress(written, _scalings(model) if found.pairs else {}, rank))
+            final = _trimmed(final, scalings)
+        final, saved = _cut(final, scalings if found.pairs else {}, rank, Path(path))
+        if final is not files:
+            _rewrite(written, final)
         classes = getattr(getattr(model, "config", None), "num_labels", None)
-        text = model_card(front, _read_config(written), _of_rank(model, saved, rank), card or {}, classes)
+        text = model_card(front, final.config, _of_rank(model, saved, rank), card or {}, classes)
         (written / _CARD).write_text(text, encoding="utf-8")
         replace_folder(written, target)
     return saved
@@ -212,10 +214,25 @@ def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
 
-def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
-    tensors = load_file(folder / _WEIGHTS)
+class _Files(NamedTuple):
+    # what PEFT wrote, or what will take its place
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def _read(folder: Path) -> _Files:
+    return _Files(load_file(folder / _WEIGHTS), json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+
+
+def _rewrite(folder: Path, files: _Files) -> None:
+    save_file(files.tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _with_initial(files: _Files, initial: dict[str, Tensor]) -> _Files:
+    tensors = dict(files.tensors)
     # Embeddings and convolutions, whose base PEFT leaves alone, start from a zero factor: appending changes nothing.
-    for name, trained in tensors.items():
+    for name, trained in files.tensors.items():
         if (factor := _FACTOR.search(name)) is None:
             continue
         if name not in initial or initial[name].shape != trained.shape:
@@ -223,7 +240,7 @@ def _append_initial(folder: Path, initial: dict[str, Tensor]) -> None:
         first = initial[name].to(trained.dtype)
         is_A = factor[1] == "A"
         tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)
-    _rewrite(folder, tensors, doubled_rank(_read_config(folder)))
+    return _Files(tensors, doubled_rank(files.config))
 
 
 def _scalings(model: PeftModel) -> dict[str, float]:
@@ -235,26 +252,26 @@ def _scalings(model: PeftModel) -> dict[str, float]:
     }
 
 
-def _trim(folder: Path, scalings: dict[str, float]) -> None:
-    tensors = load_file(folder / _WEIGHTS)
-    shorter, ranks = trim(tensors)
-    if ranks != ranks_of(tensors):
-        _rewrite(folder, shorter, with_ranks(_read_config(folder), ranks, scalings))
+def _trimmed(files: _Files, scalings: dict[str, float]) -> _Files:
+    shorter, ranks = trim(files.tensors)
+    if ranks == ranks_of(files.tensors):
+        return files
+    return _Files(shorter, with_ranks(files.config, ranks, scalings))
 
 
-def _compress(
-    folder: Path, scalings: dict[str, float], rank: int | None
-) -> tuple[int, float, str | None, float]:
+def _cut(
+    files: _Files, scalings: dict[str, float], rank: int | None, path: Path
+) -> tuple[_Files, SavedAdapter]:
     if not scalings:
-        return 0, 0.0, None, 0.0
-    tensors = load_file(folder / _WEIGHTS)
-    largest = max(ranks_of(tensors).values())
+        return files, SavedAdapter(path, 0)
+    largest = max(ranks_of(files.tensors).values())
     if rank is None or rank >= largest:
-        return largest, 0.0, None, 0.0
-    smaller = compress(tensors, rank, scalings)
-    _rewrite(folder, smaller.tensors, with_ranks(_read_config(folder), smaller.ranks, scalings))
+        return files, SavedAdapter(path, largest)
+    smaller = compress(files.tensors, rank, scalings)
     worst = max(smaller.errors, key=smaller.errors.__getitem__)
-    return max(smaller.ranks.values()), smaller.relative_error, worst, smaller.errors[worst]
+    largest = max(smaller.ranks.values())
+    saved = SavedAdapter(path, largest, smaller.relative_error, worst, smaller.errors[worst])
+    return _Files(smaller.tensors, with_ranks(files.config, smaller.ranks, scalings)), saved
 
 
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
@@ -266,12 +283,3 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return "Exact: twice the rank holds what was trained less the start, by its singular values."
     return "Exact: the factors are those that were trained, without ranks that are zero."
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-
-
-def _rewrite(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
