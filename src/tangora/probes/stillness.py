@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,34 @@ def still(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """The random state of Python, numpy and torch (CPU and CUDA) at one moment."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """Copy the present state.
+
+        Returns:
+            The copy.
+        """
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), tuple(cuda))  # noqa: NPY002
+
+    def put_back(self) -> None:
+        """Make it the present state again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002 - the global state, which data collators may use
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+
+
 @contextlib.contextmanager
 def preserved_randomness(batches: Any = None) -> Iterator[None]:
     """Put back the random state of torch (all devices), numpy and Python afterwards.
@@ -52,15 +81,12 @@ def preserved_randomness(batches: Any = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the caller's state, whatever uses it
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    present = RandomState.now()
     own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        present.put_back()
         for generator, state in own:
             generator.set_state(state)
 

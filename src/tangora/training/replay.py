@@ -1,42 +1,11 @@
 """The micro-batches of one update, to evaluate their gradient again: same data, same random numbers."""
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The random state of Python, numpy and torch (CPU and CUDA) at one moment."""
-
-    python: Any
-    numpy: Any
-    cpu: Tensor
-    cuda: tuple[Tensor, ...]
-
-    @classmethod
-    def now(cls) -> "RandomState":
-        """Copy the present state.
-
-        Returns:
-            The copy.
-        """
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), tuple(cuda))  # noqa: NPY002
-
-    def put_back(self) -> None:
-        """Make it the present state again."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002 - the global state, which data collators may use
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
+from tangora.probes.stillness import RandomState, preserved_randomness
 
 
 @dataclass(frozen=True)
@@ -67,9 +36,6 @@ class MicroBatch:
         Yields:
             Its inputs.
         """
-        present = RandomState.now()
-        self.random.put_back()
-        try:
+        with preserved_randomness():
+            self.random.put_back()
             yield dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs
-        finally:
-            present.put_back()
