@@ -1,5 +1,6 @@
 """tangora: LoRA fine-tuning that follows full fine-tuning, shows how far it is from it, and proves it."""
 
+from tangora import curvature
 from tangora._checks import InputError
 from tangora.adapters import (
     LoraPair,
@@ -34,6 +35,8 @@ __all__ = [
     "RankPlan",
     "diagnose",
     "plan_ranks",
+    # Hessians and their spectra
+    "curvature",
     # optimizers
     "LoRAPro",
     "ODELoRA",

@@ -75,12 +75,20 @@ def num_labels(model: nn.Module, batch: Mapping[str, Any]) -> float:
         return 1.0
     if labels.is_floating_point():
         return float(len(labels))
-    if labels.dim() > 1 and _predicts_next_token(model):  # the first token has nothing to be predicted from
+    if labels.dim() > 1 and predicts_next_token(model):  # the first token has nothing to be predicted from
         labels = labels[..., 1:]
     return float((labels != -100).sum())
 
 
-def _predicts_next_token(model: nn.Module) -> bool:
+def predicts_next_token(model: nn.Module) -> bool:
+    """Say whether the model's own loss compares the logits of each token with the label of the next.
+
+    Args:
+        model: The model.
+
+    Returns:
+        True for causal language models.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False  # the decoder's inputs are shifted instead
     # transformers takes this loss too where a class name (GPT2LMHeadModel) tells it nothing

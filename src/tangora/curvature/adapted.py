@@ -1,0 +1,229 @@
+r"""Adapted layers seen as weights: a displacement $\Delta = P K + J Q$ of $W$ enters through longer factors.
+
+$W + \Delta$ is what the layer computes with $A' = [A; K; Q]$ and $B' = [B, P/s, J/s]$, so that no matrix of the
+weight's size is formed, whatever the layer is (linear, transposed, convolution, embedding) and however its weight is
+stored. Evaluating with tensors of another shape is no matter to `torch.func.functional_call`.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tangora._checks import InputError
+from tangora.adapters import LoraPair
+from tangora.adapters.discover import discover
+from tangora.adapters.offset_layer import get_offset
+from tangora.adapters.pair import as_matrix
+from tangora.curvature.evaluation import Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLayer:
+    """A pair, and where its tensors stand in the model."""
+
+    pair: LoraPair
+    paths: Mapping[int, Sequence[str]]
+    """All names of a parameter or buffer in the model, by its ``id``."""
+
+    @property
+    def name(self) -> str:
+        """Path of the layer."""
+        return self.pair.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(m, n, r)``."""
+        return self.pair.shape
+
+    def factors(self, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+        """Return the factors as matrices in the dtype of vectors.
+
+        Args:
+            evaluation: Knows the dtype.
+
+        Returns:
+            A (r x n) and B (m x r), detached.
+        """
+        A, B = self.pair.factors()
+        return A.to(evaluation.dtype), B.to(evaluation.dtype)
+
+    def with_factors(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """Let other factors, of any rank, stand in for the pair's.
+
+        Args:
+            A: ``R x n``.
+            B: ``m x R``.
+
+        Returns:
+            Overrides for `Evaluation.within`, in the shapes of the parameters and their tied twins.
+        """
+        pair = self.pair
+        overrides = self._named(pair.A, A.reshape(-1, *pair.A.shape[1:]))
+        overrides |= self._named(pair.B, B.reshape(*B.shape, *pair.B.shape[2:]))
+        for other_A, other_B in pair.tied:
+            overrides |= self._named(other_A, B.t()) | self._named(other_B, A.t())
+        return overrides
+
+    def displaced_factor(
+        self, letter: str, displacement: Tensor, evaluation: Evaluation
+    ) -> dict[str, Tensor]:
+        """Move one of the factors.
+
+        Args:
+            letter: ``A`` or ``B``.
+            displacement: In the shape of the parameter.
+            evaluation: Knows the dtypes.
+
+        Returns:
+            Overrides for `Evaluation.within`.
+        """
+        held = evaluation.converted(getattr(self.pair, letter))
+        moved = (held + displacement).to(held.dtype)
+        overrides = self._named(getattr(self.pair, letter), moved)
+        for other_A, other_B in self.pair.tied:
+            other = other_B if letter == "A" else other_A
+            overrides |= self._named(other, moved.t())
+        return overrides
+
+    def displaced(
+        self,
+        left: tuple[Float[Tensor, "m p"], Float[Tensor, "p n"]],
+        right: tuple[Float[Tensor, "m q"], Float[Tensor, "q n"]],
+        evaluation: Evaluation,
+    ) -> dict[str, Tensor]:
+        r"""Move the layer's weight by $P K + J Q$.
+
+        Args:
+            left: $P$ and $K$.
+            right: $J$ and $Q$.
+            evaluation: Knows the dtypes.
+
+        Returns:
+            Overrides for `Evaluation.within`.
+        """
+        (P, K), (J, Q), pair = left, right, self.pair
+        A, B = as_matrix(evaluation.converted(pair.A)), as_matrix(evaluation.converted(pair.B))
+        columns = torch.cat([P, J], 1) / pair.scaling
+        extra = columns.shape[1]
+        overrides = self.with_factors(
+            torch.cat([A, K.to(A.dtype), Q.to(A.dtype)]), torch.cat([B, columns.to(B.dtype)], 1)
+        )
+        return overrides | self._padded_offset(extra, evaluation)
+
+    def _padded_offset(self, extra: int, evaluation: Evaluation) -> dict[str, Tensor]:
+        # the frozen pair is subtracted factor by factor, so it needs the same rank
+        if (offset := get_offset(self.pair.layer, self.pair.adapter)) is None:
+            return {}
+        A0, B0 = evaluation.converted(offset.A0), evaluation.converted(offset.B0)
+        A0 = torch.cat([A0, A0.new_zeros(extra, *A0.shape[1:])])
+        B0 = torch.cat([B0, B0.new_zeros(B0.shape[0], extra, *B0.shape[2:])], 1)
+        return self._named(offset.A0, A0) | self._named(offset.B0, B0)
+
+    def _named(self, tensor: Tensor, value: Tensor) -> dict[str, Tensor]:
+        return dict.fromkeys(self.paths[id(tensor)], value)
+
+
+def adapted_layers(
+    evaluation: Evaluation, *, adapter_name: str | None = None, layers: Iterable[str] | None = None
+) -> list[AdaptedLayer]:
+    """List the pairs whose curvature can be read.
+
+    Args:
+        evaluation: Holds the model.
+        adapter_name: Only this adapter, trainable or not; default what is trainable.
+        layers: Only these, see `chosen`.
+
+    Returns:
+        The layers in the order of the model.
+
+    Raises:
+        InputError: If there is none, one of them uses DoRA, is merged or inactive, or two adapters share a layer.
+    """
+    found = discover(evaluation.model, adapter_name)
+    pairs = found.pairs
+    if adapter_name is None:
+        pairs = [pair for pair in pairs if pair.A.requires_grad or pair.B.requires_grad]
+    if not pairs:
+        raise InputError(
+            "model has no trainable LoRA factors: load the adapter with is_trainable=True or give adapter_name; "
+            'for a plain model take over="weights"'
+        )
+    names = [pair.name for pair in pairs]
+    if len(set(names)) < len(names):
+        adapters = ", ".join(sorted({pair.adapter for pair in pairs}))
+        raise InputError(f"adapter_name must choose one of the model's adapters ({adapters}); got None")
+    kept = set(chosen(names, layers))
+    if layers is None and found.skipped:
+        odd = "; ".join(sorted({f"{reason} ({name})" for name, reason in found.skipped.items()})[:5])
+        warnings.warn(f"left out of the curvature, because they are no plain LoRA pairs: {odd}", stacklevel=4)
+    pairs = [pair for pair in pairs if pair.name in kept]
+    for pair in pairs:
+        _check(pair)
+    paths = tensor_paths(evaluation.model)
+    return [AdaptedLayer(pair, paths) for pair in pairs]
+
+
+def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
+    """Find all names of each parameter and buffer; tied ones have several.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names by ``id`` of the tensor.
+    """
+    paths: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        paths.setdefault(id(tensor), []).append(name)
+    return paths
+
+
+def chosen(names: Sequence[str], layers: Iterable[str] | None) -> list[str]:
+    """Pick names by what the user gave.
+
+    Args:
+        names: All there are.
+        layers: Full names, endings after a dot (PEFT's ``target_modules``), or patterns with ``*``; default all.
+
+    Returns:
+        Those that match, in the order of ``names``.
+
+    Raises:
+        InputError: If an entry matches nothing.
+    """
+    if layers is None:
+        return list(names)
+    layers = [layers] if isinstance(layers, str) else list(layers)
+    for wanted in layers:
+        if not any(_matches(name, wanted) for name in names):
+            raise InputError(f"layers must name layers of the model, such as {names[0]}; got {wanted!r}")
+    return [name for name in names if any(_matches(name, wanted) for wanted in layers)]
+
+
+def _matches(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}") or fnmatchcase(name, wanted)
+
+
+def _check(pair: LoraPair) -> None:
+    layer = pair.layer
+    if pair.adapter in (getattr(layer, "lora_magnitude_vector", None) or {}):
+        raise InputError(
+            f"{pair.name} uses DoRA, which takes its norm as a constant in the backward pass: what autograd gives is "
+            "not the Hessian of the loss; leave the layer out (layers=...) or merge it into a plain model"
+        )
+    if pair.adapter in layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
+        raise InputError(f"adapter {pair.adapter!r} is merged into {pair.name}: unmerge_adapter first")
+    if pair.adapter not in layer.active_adapters or layer.disable_adapters:  # pyright: ignore[reportOperatorIssue]
+        raise InputError(f"adapter {pair.adapter!r} is not active in {pair.name}: set_adapter first")
+    if pair.scaling == 0:
+        raise InputError(
+            f"the scaling of {pair.name} must not be zero: nothing reaches the weight through it"
+        )

@@ -1,0 +1,274 @@
+"""The loss of a model as a function of tensors that stand in for its own; nothing is written into the model."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tangora._checks import InputError
+from tangora._types import LossFn
+from tangora.curvature.differentiable import custom_functions, readable
+from tangora.probes.batches import num_labels, weighted_loss
+from tangora.probes.stillness import RandomState
+
+T = TypeVar("T")
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Evaluation:
+    """Evaluates a model's loss with some of its tensors replaced.
+
+    Args:
+        model: Any model, possibly wrapped by DDP or ``torch.compile``, which are looked through.
+        loss_fn: ``loss_fn(model, batch)`` -> scalar; default the model's own loss.
+        dtype: What to compute in: copies of all floating-point tensors stand in. Default the model's own dtypes.
+        twice: Whether second derivatives are wanted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_fn: LossFn | None = None,
+        dtype: torch.dtype | None = None,
+        twice: bool = True,
+    ):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        self.model = unwrapped(model)
+        self.loss_fn = loss_fn
+        self.twice = twice
+        parameters = list(self.model.parameters())
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        held = {p.dtype for p in parameters if p.is_floating_point()}
+        if dtype is None and held & {*_HALF}:
+            warnings.warn(
+                "curvature in half precision is rough, at best to 1 %: dtype=torch.float32 computes on float32 copies",
+                stacklevel=4,
+            )
+        self.cast_to = dtype
+        self.dtype = dtype or (torch.float64 if torch.float64 in held else torch.float32)
+        """Dtype of vectors; at least float32."""
+        self.rounds_to_float32 = False
+        """Whether something inside a float64 model was seen to compute in float32."""
+        self.custom_functions: set[str] | None = None
+        """Functions with a backward pass of their own that were met on the way to the loss."""
+        self._checked = False
+        # PEFT changes these without touching a tensor
+        self._adapted: list[Any] = [
+            m for m in self.model.modules() if isinstance(getattr(m, "scaling", None), dict)
+        ]
+        self._scope = _Scope(self.model)
+        self._stand_ins: dict[str, Tensor] = {}
+        self._stand_ins_of: tuple[Any, ...] | None = None
+
+    def open(self, batches: Any = None) -> contextlib.AbstractContextManager[None]:
+        """Hold the model while losses are read, see `readable`.
+
+        Args:
+            batches: What will be read.
+
+        Returns:
+            Context manager.
+        """
+        return readable(self.model, batches, twice=self.twice)
+
+    def within(self, overrides: Mapping[str, Tensor], function: Callable[[], T]) -> T:
+        """Call a function while tensors stand in for the model's.
+
+        Backward passes belong inside too: checkpointed layers run forward again there.
+
+        Args:
+            overrides: By the names of the model's parameters and buffers; shapes may differ.
+            function: Without arguments.
+
+        Returns:
+            What the function returns.
+        """
+        tensors = {**self._copies(), **overrides}
+        return functional_call(
+            self._scope,
+            {f"model.{name}": tensor for name, tensor in tensors.items()},
+            (function,),
+            tie_weights=False,
+        )
+
+    def loss(self, batch: Any, *, finite: bool = True) -> tuple[float, Tensor]:
+        """Evaluate the loss of a batch; call it inside `open` and `within`.
+
+        Args:
+            batch: What ``loss_fn`` takes, or keyword arguments of the model.
+            finite: Whether to refuse a loss that is not finite.
+
+        Returns:
+            Weight of the batch in the mean, and scalar loss. The weight is 0 where no label counts.
+
+        Raises:
+            InputError: If the loss is no scalar, not finite, or random.
+        """
+        weight, loss = self._first_loss(batch) if not self._checked else self._loss(batch)
+        if loss.numel() != 1:
+            raise InputError(f"the loss must be one number; got a tensor of shape {tuple(loss.shape)}")
+        loss = loss.reshape(())
+        if self.custom_functions is None and loss.requires_grad:
+            self.custom_functions = custom_functions(loss)
+        if finite and weight and not math.isfinite(value := float(loss.detach())):
+            raise InputError(f"a batch has loss {value}; its curvature is not defined")
+        return weight, loss
+
+    def weight(self, batch: Any) -> float:
+        """Return the weight of a batch in the mean, without running it.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            Number of its labels; 1 with ``loss_fn``.
+        """
+        return 1.0 if self.loss_fn is not None else num_labels(self.model, batch)
+
+    def state(self) -> tuple[Any, ...]:
+        """Return what tells that a tensor of the model was replaced or changed in place.
+
+        Returns:
+            Comparable; a change through ``.data`` that keeps the memory is not seen.
+        """
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return (
+            *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
+            *(
+                (*layer.scaling.values(), *layer.active_adapters, layer.disable_adapters)
+                for layer in self._adapted
+            ),
+        )
+
+    def converted(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the model in the dtype it is evaluated in.
+
+        Args:
+            tensor: Parameter or buffer.
+
+        Returns:
+            Detached.
+        """
+        tensor = tensor.detach()
+        if self.cast_to is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.cast_to)
+
+    def _copies(self) -> dict[str, Tensor]:
+        if self.cast_to is None:
+            return {}
+        if self._stand_ins_of != (state := self.state()):
+            copies: dict[int, Tensor] = {}
+            named = (
+                *self.model.named_parameters(remove_duplicate=False),
+                *self.model.named_buffers(remove_duplicate=False),
+            )
+            self._stand_ins = {
+                name: copies.setdefault(id(tensor), self.converted(tensor))
+                for name, tensor in named
+                if tensor.is_floating_point() and tensor.dtype != self.cast_to
+            }
+            self._stand_ins_of = state
+        return self._stand_ins
+
+    def _loss(self, batch: Any) -> tuple[float, Tensor]:
+        if self.cast_to is not None:
+            batch = _converted_batch(batch, self.cast_to)
+        return weighted_loss(self.model, batch, self.loss_fn)
+
+    def _first_loss(self, batch: Any) -> tuple[float, Tensor]:
+        before = RandomState.now()
+        watch = _CastWatch()
+        with watch if self.dtype == torch.float64 else contextlib.nullcontext():
+            weight, loss = self._loss(batch)
+        if not _same(
+            astuple(before), astuple(RandomState.now())
+        ):  # something was drawn; it may have had no effect
+            _, again = self._loss(batch)
+            if not torch.equal(loss, again) and loss.isfinite().all():
+                raise InputError(
+                    "the loss is random in evaluation mode, so it has no Hessian: the model or loss_fn draws random "
+                    "numbers (a functional dropout without training=self.training?)"
+                )
+        if watch.seen:
+            self.rounds_to_float32 = True
+            warnings.warn(
+                "the model computes in float32 inside although float64 was asked for: expect the accuracy of float32",
+                stacklevel=2,
+            )
+        self._checked = True
+        return weight, loss
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Look through wrappers for data-parallel training and compilation.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        What is inside.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+class _Scope(nn.Module):
+    """Runs anything as the forward pass of a module, so that `functional_call` surrounds it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+class _CastWatch(TorchDispatchMode):
+    """Notices float64 tensors that are turned into float32 on the way from the leaves to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            source = args[0]
+            if source.dtype == torch.float64 and result.is_floating_point() and result.dtype != torch.float64:
+                self.seen |= source.requires_grad
+        return result
+
+
+def _converted_batch(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _converted_batch(value, dtype) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(_converted_batch(value, dtype) for value in batch)
+    return batch
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor | np.ndarray):
+        return bool((one == other).all())
+    if isinstance(one, tuple):
+        return all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other

@@ -1,0 +1,255 @@
+r"""Products with the Hessian of a model's loss by double backward, streamed over batches or from a kept graph.
+
+$H v = \partial_\theta \langle \partial_\theta L, v \rangle$: a gradient whose graph is kept is differentiated again.
+Never reverse over forward, which is silently wrong through LayerNorm in torch 2.13.
+
+Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tangora._checks import InputError, check_choice
+from tangora._types import LossFn
+from tangora.curvature.differentiable import explained, refuse_functions
+from tangora.curvature.operators import CurvatureOperator, Over, first_derivatives, joined
+from tangora.curvature.spaces import Leaves, Space
+
+Differentiation = Literal["exact", "finite_difference"]
+
+# central differences of a function known to eps are best at about this multiple of the cube root of eps
+_STEP = 3.0
+_WORST_DISCREPANCY = 0.5
+_DISCREPANCY_TO_TELL = 0.02
+_CHECKED_EVERY = 10
+_WRONG = 0.01
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A gradient that can be differentiated again and again."""
+
+    weight: float
+    leaves: Leaves
+    gradient: Sequence[Tensor]
+    overrides: dict[str, Tensor]
+
+
+class Hessian(CurvatureOperator):
+    r"""The Hessian of a model's mean loss as a symmetric operator.
+
+    Args:
+        model: See `CurvatureOperator`, as for everything not listed here.
+        batches: See there.
+        over: See there.
+        loss_fn: See there.
+        layers: See there.
+        adapter_name: See there.
+        dtype: See there.
+        differentiation: ``exact``, by double backward; ``finite_difference`` for models with an operation that has no
+            second derivative (fused attention): central differences of gradients, compared at two step sizes.
+        cache_graph: Whether to keep the gradient's graph of every batch between products, which halves their cost and
+            holds the memory of a forward and backward pass; default when there is one batch and no checkpointing.
+
+    Raises:
+        InputError: If the model or the batches allow no Hessian; one sentence says why.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> hessian = Hessian(model, [torch.randn(5, 4)], loss_fn=lambda model, x: model(x).square().mean())
+        >>> hessian.size
+        14
+        >>> hessian.matvec(torch.ones(14)).shape
+        torch.Size([14])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        over: Over | Space = "factors",
+        loss_fn: LossFn | None = None,
+        layers: Iterable[str] | None = None,
+        adapter_name: str | None = None,
+        dtype: torch.dtype | None = None,
+        differentiation: Differentiation = "exact",
+        cache_graph: bool | None = None,
+    ):
+        check_choice("differentiation", differentiation, ("exact", "finite_difference"))
+        self.differentiation: Differentiation = differentiation
+        self._twice = differentiation == "exact"
+        self.discrepancy: float | None = None
+        """Of finite differences: relative change of a product when the step is halved, the largest seen."""
+        self._cache_graph = cache_graph
+        self._graphs: list[_Graph] | None = None
+        self._verified = False
+        super().__init__(
+            model,
+            batches,
+            over=over,
+            loss_fn=loss_fn,
+            layers=layers,
+            adapter_name=adapter_name,
+            dtype=dtype,
+        )
+
+    @property
+    def caches_graph(self) -> bool:
+        """Whether graphs are kept between products."""
+        if self.differentiation != "exact":
+            return False
+        if self._cache_graph is None:
+            one = isinstance(self.batches, Sized) and len(self.batches) == 1
+            return one and not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return self._cache_graph
+
+    def release(self) -> None:
+        """Free the memory of kept graphs; the next product makes them anew."""
+        self._graphs = None
+
+    _forget = release
+
+    def _twin(self) -> Any:
+        twin = super()._twin()
+        twin._graphs = None
+        return twin
+
+    def _apply(self, flat: Tensor) -> Tensor:
+        if self.differentiation == "finite_difference":
+            return self._by_differences(flat)
+        product = self._by_double_backward(flat)
+        if self.evaluation.custom_functions and not self._verified:
+            self._verify(flat, product)
+        return product
+
+    def _by_double_backward(self, flat: Tensor) -> Tensor:
+        directions = list(self.space.to_leaves(flat).values())
+        size = sum(direction.numel() for direction in directions)
+        if self.caches_graph:
+            return self.space.from_leaves(self._from_graphs(directions, size))
+
+        def product_of(batch: Any) -> tuple[float, Tensor]:
+            leaves = self.space.leaves()
+
+            def differentiated_twice() -> tuple[float, Tensor]:
+                weight, gradient = self._differentiated(batch, leaves)
+                with explained():
+                    return weight, joined(second_derivatives(gradient, leaves, directions))
+
+            return self.within(leaves, differentiated_twice)
+
+        return self.space.from_leaves(self.average(product_of, size))
+
+    def _differentiated(self, batch: Any, leaves: Leaves) -> tuple[float, Sequence[Tensor]]:
+        weight, loss = self.evaluation.loss(batch)
+        if not weight:  # the loss may be no number, which would spoil nothing: the batch does not count
+            return 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
+        with explained():
+            return weight, first_derivatives(loss, leaves, create_graph=True)
+
+    def _from_graphs(self, directions: Sequence[Tensor], size: int) -> Tensor:
+        total = torch.zeros(size, dtype=self.dtype, device=self.device)
+        weights = 0.0
+        with self._together(), self.evaluation.open(self.batches):
+            if self._graphs is None:
+                self._graphs = [self._graph(batch) for batch in self.batches]
+            for graph in self._graphs:
+                if graph.weight:
+                    total.add_(self._product(graph, directions), alpha=graph.weight)
+                    weights += graph.weight
+        return self._normalized(total, weights)
+
+    def _graph(self, batch: Any) -> _Graph:
+        leaves = self.space.leaves()
+        overrides = self.space.overrides(leaves)
+        weight, gradient = self.evaluation.within(overrides, lambda: self._differentiated(batch, leaves))
+        return _Graph(weight, leaves, gradient, overrides)
+
+    def _product(self, graph: _Graph, directions: Sequence[Tensor]) -> Tensor:
+        def differentiated() -> Tensor:
+            with explained():
+                return joined(second_derivatives(graph.gradient, graph.leaves, directions, retain_graph=True))
+
+        return self.evaluation.within(graph.overrides, differentiated)
+
+    def _verify(self, flat: Tensor, product: Tensor) -> None:
+        # a backward pass of someone's own may treat as constant what it is not, without a word
+        if (norm := float(torch.linalg.vector_norm(flat))) == 0:
+            return
+        step = self._step() / norm
+        coarse, fine = self._difference(flat, step), self._difference(flat, step / 2)
+        size = float(torch.linalg.vector_norm(fine))
+        own, gap = (float(torch.linalg.vector_norm(other - fine)) for other in (coarse, product))
+        if gap > max(10 * own, _WRONG * size):
+            refuse_functions(self.evaluation.custom_functions or (), gap / size if size else math.inf)
+        self._verified = True
+
+    def _by_differences(self, flat: Tensor) -> Tensor:
+        norm = float(torch.linalg.vector_norm(flat))
+        if norm == 0:
+            return torch.zeros_like(flat)
+        product = self._difference(flat, step := self._step() / norm)
+        if self.products % _CHECKED_EVERY == 0:
+            finer = self._difference(flat, step / 2)
+            size = float(torch.linalg.vector_norm(finer))
+            self._judge(float(torch.linalg.vector_norm(product - finer)) / size if size else 0.0)
+        return product
+
+    def _difference(self, flat: Tensor, step: float) -> Tensor:
+        return (self._gradient(step * flat) - self._gradient(-step * flat)) / (2 * step)
+
+    def _step(self) -> float:
+        held = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        coarsest = self.evaluation.cast_to or max(held, key=lambda dtype: torch.finfo(dtype).eps)
+        if self.evaluation.rounds_to_float32:
+            coarsest = torch.float32
+        return _STEP * torch.finfo(coarsest).eps ** (1 / 3)
+
+    def _judge(self, discrepancy: float) -> None:
+        self.discrepancy = max(discrepancy, self.discrepancy or 0.0)
+        if discrepancy > _WORST_DISCREPANCY:
+            raise InputError(
+                f"finite differences change by {discrepancy:.0%} when the step is halved, so they say nothing about "
+                "the Hessian: compute in float32 (dtype=torch.float32) or exactly"
+            )
+        if discrepancy > _DISCREPANCY_TO_TELL:
+            warnings.warn(
+                f"finite differences change by {discrepancy:.1%} when the step is halved", stacklevel=4
+            )
+
+
+def second_derivatives(
+    gradient: Sequence[Tensor], leaves: Leaves, directions: Sequence[Tensor], **options: Any
+) -> Sequence[Tensor]:
+    r"""Differentiate $\langle g, v \rangle$.
+
+    Args:
+        gradient: With its graph; parts without one are constant.
+        leaves: With respect to what.
+        directions: $v$, one tensor for each part of the gradient.
+        **options: Of `torch.autograd.grad`.
+
+    Returns:
+        One tensor for each leaf.
+    """
+    varying = [(g, v) for g, v in zip(gradient, directions, strict=True) if g.requires_grad]
+    if not varying:
+        return [torch.zeros_like(leaf) for leaf in leaves.values()]
+    return torch.autograd.grad(
+        [g for g, _ in varying],
+        list(leaves.values()),
+        grad_outputs=[v for _, v in varying],
+        allow_unused=True,
+        materialize_grads=True,
+        **options,
+    )

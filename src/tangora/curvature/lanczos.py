@@ -1,0 +1,385 @@
+r"""The Lanczos iteration with full reorthogonalisation: extreme eigenvalues from few products.
+
+From $v_1$ the recurrence $H V_m = V_m T_m + \beta_m v_{m+1} e_m^\top$ builds an orthonormal basis $V_m$ of the Krylov
+space; the eigenpairs $(\theta, s)$ of the small $T_m$ give Ritz pairs $(\theta, V_m s)$ with the residual
+$\|H V_m s - \theta V_m s\| = \beta_m |s_m|$, which is known without another product. Every new vector is
+orthogonalised twice against all others: without that converged eigenvalues come back as ghosts.
+
+When the basis is full the best Ritz vectors are kept and the iteration goes on from the same remainder (thick restart;
+$T$ is then an arrow followed by a tridiagonal part). When the remainder vanishes the basis spans an invariant subspace;
+the iteration goes on from a random vector orthogonal to it, until such a sequence has nothing to add.
+
+Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; thick restart: Wu and Simon (2000), SIAM J. Matrix
+Anal. Appl. 22; reorthogonalisation: `tangora.curvature.products.orthogonalize`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tangora._checks import check_whole
+from tangora.curvature.eigenpairs import Eigenpairs, Which, check_request, ends, select
+from tangora.curvature.products import (
+    ROUNDING,
+    Device,
+    Matvec,
+    Products,
+    Progress,
+    check_start,
+    dot,
+    norm,
+    orthogonalize,
+)
+
+# columns rotated at once: a restart needs no second basis
+_CHUNK = 1 << 16
+
+
+class Tridiagonal(NamedTuple):
+    r"""$V H V^\top = T$ with orthonormal rows of $V$.
+
+    ``remainder`` is $\beta_m$, the norm of what the basis lacks to be invariant; zero where the iteration ended early.
+    """
+
+    diagonal: Float[Tensor, " m"]
+    off_diagonal: Float[Tensor, " m-1"]
+    basis: Float[Tensor, "m n"]
+    remainder: float
+
+
+def tridiagonalize(matvec: Matvec, start: Float[Tensor, " n"], steps: int) -> Tridiagonal:
+    """Take a number of Lanczos steps.
+
+    Args:
+        matvec: Product with the symmetric operator, in dtype and on device of ``start``.
+        start: First vector, not zero; need not be normalised.
+        steps: Number of products, at least 1. Fewer are made if the Krylov space ends before.
+
+    Returns:
+        Diagonal and off-diagonal in float64 on the CPU, and the basis.
+
+    Raises:
+        InputError: If ``start`` is zero or not finite, or a product is not finite.
+    """
+    check_whole("steps", steps, low=1)
+    steps = min(steps, start.shape[0])
+    product = Products(matvec, start.shape[0], steps, dtype=start.dtype, device=start.device)
+    return Krylov(product, steps, start).tridiagonalize(steps)
+
+
+def lanczos_eigenpairs(
+    matvec: Matvec,
+    size: int,
+    k: int = 10,
+    *,
+    which: Which = "largest",
+    tol: float = 1e-4,
+    max_products: int | None = None,
+    max_basis: int | None = None,
+    copies: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+    start: Float[Tensor, " n"] | None = None,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    r"""Find extreme eigenpairs by thick-restart Lanczos.
+
+    Memory: ``max_basis + 1`` vectors, and ``k`` for the result.
+
+    Args:
+        matvec: Product with the symmetric operator.
+        size: Its dimension.
+        k: Number of eigenpairs, at most ``size``.
+        which: See `tangora.curvature.eigenpairs.Which`.
+        tol: Converged when all residuals are at most ``tol`` times the operator's norm; less than a few roundings is
+            not asked.
+        max_products: Budget, at least ``k``; default ``size`` if the basis may grow as large, else 10 full bases.
+        max_basis: Vectors held before a restart, at least ``k + 2``; default ``2 k + 40``.
+        copies: Also look for further copies of multiple eigenvalues, which one start vector cannot see unless the
+            Krylov space ends: after convergence go on from random vectors until one adds nothing. Costs about as many
+            products again.
+        seed: Of the random vectors.
+        dtype: Of the operator's vectors.
+        device: Of the operator's vectors.
+        start: First vector; default a random one.
+        progress: Called after each product with their number and ``max_products``.
+
+    Returns:
+        The eigenpairs; the best so far, and ``converged=False``, when the budget is spent.
+
+    Raises:
+        InputError: If a number is out of range or a product is not finite.
+    """
+    check_request(size, k, which, tol, max_products)
+    if max_basis is not None:
+        check_whole("max_basis", max_basis, low=min(k + 2, size))
+    rows = min(max_basis or 2 * k + 40, size)
+    budget = max_products or (size if rows == size else 10 * rows)
+    rows = min(rows, budget)
+    product = Products(matvec, size, budget, dtype=dtype, device=device, progress=progress)
+    generator = torch.Generator().manual_seed(seed)
+    krylov = Krylov(product, rows, product.normal(generator) if start is None else start)
+    search = _Search(k, which, max(tol, ROUNDING * torch.finfo(product.dtype).eps), copies)
+    return search.run(krylov, generator).to_operator(dtype)
+
+
+class Ritz(NamedTuple):
+    """Eigenpairs of the projected operator, values in descending order, vectors in columns."""
+
+    values: Float[Tensor, " m"]
+    vectors: Float[Tensor, "m m"]
+    residuals: Float[Tensor, " m"]
+
+
+class Krylov:
+    """An orthonormal basis that grows by one vector with each product, and the operator projected on it.
+
+    Args:
+        product: The operator.
+        rows: Vectors that the basis may hold; one more is stored.
+        start: First vector.
+
+    Attributes:
+        count: Vectors in the basis.
+        sequence: Where the present sequence starts; what is before spans an invariant subspace.
+        broken: Whether the last product added nothing: the basis is invariant.
+        remainder: Norm of what the last product added.
+        scale: The largest norm of a product with a basis vector.
+    """
+
+    def __init__(self, product: Products, rows: int, start: Float[Tensor, " n"]):
+        check_start(start, product.size)
+        self.product = product
+        self.basis = torch.empty(rows + 1, product.size, dtype=product.dtype, device=product.device)
+        self.basis[0] = start / norm(start)
+        self.projected = np.zeros((rows + 1, rows + 1))
+        self.rows, self.count, self.sequence = rows, 0, 0
+        self.broken, self.remainder, self.scale = False, 0.0, 0.0
+        self._restarted, self._neglected = False, 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the basis spans everything."""
+        return self.count == self.product.size
+
+    @property
+    def full(self) -> bool:
+        """Whether a restart is due."""
+        return self.count == self.rows
+
+    def step(self) -> None:
+        """Multiply the newest vector, and make the next one of the product."""
+        at = self.count
+        vector = self.product(self.basis[at])
+        self.scale = max(self.scale, norm(vector))
+        self.projected[at, at] = dot(self.basis[at], vector)
+        self.count += 1
+        orthogonalize(vector, self.basis[: self.count])
+        self.remainder = 0.0 if self.complete else norm(vector)
+        self.broken = self.remainder <= ROUNDING * torch.finfo(vector.dtype).eps * self.scale
+        if not self.broken:
+            self.basis[self.count] = vector.div_(self.remainder)
+            self.projected[at, at + 1] = self.projected[at + 1, at] = self.remainder
+
+    def tridiagonalize(self, steps: int) -> Tridiagonal:
+        """Step until the Krylov space ends or the number of steps is reached; for a new basis only.
+
+        Args:
+            steps: At most as many as there are rows.
+
+        Returns:
+            See `Tridiagonal`.
+        """
+        while self.count < steps and not self.broken:
+            self.step()
+        small = torch.from_numpy(self.projected[: self.count, : self.count])
+        remainder = 0.0 if self.broken else self.remainder
+        return Tridiagonal(
+            small.diagonal().clone(), small.diagonal(1).clone(), self.basis[: self.count], remainder
+        )
+
+    def ritz(self, first: int = 0) -> Ritz:
+        """Diagonalise the projected operator.
+
+        Args:
+            first: Leave out what is before: 0, or `sequence`.
+
+        Returns:
+            All Ritz pairs, with residuals as far as the present remainder tells.
+        """
+        small = self.projected[first : self.count, first : self.count]
+        if self._restarted:
+            values, vectors = scipy.linalg.eigh(small)
+        else:
+            values, vectors = scipy.linalg.eigh_tridiagonal(small.diagonal(), small.diagonal(1))
+        remainder = 0.0 if self.broken else self.remainder
+        residuals = np.abs(vectors[-1]) * remainder
+        # copies: torch takes no negative strides
+        descending = (values[::-1].copy(), vectors[:, ::-1].copy(), residuals[::-1].copy())
+        return Ritz(*map(torch.from_numpy, descending))
+
+    def rounding(self) -> float:
+        """Return what residuals may hide: couplings that were dropped, and rounding."""
+        return self._neglected + ROUNDING * torch.finfo(self.product.dtype).eps * self.scale
+
+    def combine(self, coefficients: Float[Tensor, "m p"], into: Float[Tensor, "p n"]) -> None:
+        """Combine basis vectors.
+
+        Args:
+            coefficients: In columns.
+            into: Is overwritten; may be the first rows of the basis itself.
+        """
+        turned = coefficients.mT.to(into)
+        for left in range(0, into.shape[1], _CHUNK):
+            part = slice(left, left + _CHUNK)
+            into[:, part] = turned @ self.basis[: self.count, part]
+
+    def restart(self, ritz: Ritz, keep: Tensor, tolerance: float) -> None:
+        """Replace the basis by some Ritz vectors; the next vector stays.
+
+        Args:
+            ritz: All Ritz pairs.
+            keep: Indices of those to keep, fewer than rows.
+            tolerance: Residuals up to this count as zero if there are sequences to be told apart.
+        """
+        residuals = ritz.residuals[keep]
+        if self.sequence:
+            # vectors of former sequences are not coupled to the remainder, and stay in front
+            order = (residuals > tolerance).long().argsort(stable=True)
+            keep, residuals = keep[order], residuals[order]
+            self.sequence = int((residuals <= tolerance).sum())
+        coupling = ritz.vectors[-1, keep] * (0.0 if self.broken else self.remainder)
+        kept = keep.shape[0]
+        self.combine(ritz.vectors[:, keep], self.basis[:kept])
+        if not self.broken:
+            self.basis[kept] = self.basis[self.count]
+        self.projected[:] = 0.0
+        self.projected[range(kept), range(kept)] = ritz.values[keep].numpy()
+        self.projected[kept, :kept] = self.projected[:kept, kept] = coupling.numpy()
+        self.count, self._restarted = kept, True
+
+    def renew(self, generator: torch.Generator) -> None:
+        """Start another sequence, from a random vector orthogonal to the basis, which must be invariant.
+
+        Args:
+            generator: Of the vector.
+        """
+        coupling = self.projected[self.count, : self.count]
+        self._neglected = float(
+            np.hypot(self._neglected, max(np.linalg.norm(coupling), self.remainder * self.broken))
+        )
+        self.projected[self.count, :] = self.projected[:, self.count] = 0.0
+        vector = self.product.normal(generator)
+        for _ in range(2):  # what remains may be short, where the basis spans nearly everything
+            orthogonalize(vector, self.basis[: self.count])
+            vector /= norm(vector)
+        self.basis[self.count] = vector
+        self.sequence, self.broken, self.remainder = self.count, False, 0.0
+
+
+class _Found(NamedTuple):
+    """What a search ends with."""
+
+    krylov: Krylov
+    ritz: Ritz
+    wanted: Tensor
+    converged: bool
+
+    def to_operator(self, dtype: torch.dtype) -> Eigenpairs:
+        krylov, ritz, wanted, converged = self
+        rows = torch.empty(
+            wanted.shape[0], krylov.product.size, dtype=krylov.basis.dtype, device=krylov.basis.device
+        )
+        krylov.combine(ritz.vectors[:, wanted], rows)
+        return Eigenpairs(
+            values=ritz.values[wanted],
+            vectors=rows.to(dtype).mT,
+            residuals=ritz.residuals[wanted] + krylov.rounding(),
+            products=krylov.product.count,
+            converged=converged,
+        )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Which pairs are looked for, and when they are found."""
+
+    k: int
+    which: Which
+    tol: float
+    copies: bool
+
+    def run(self, krylov: Krylov, generator: torch.Generator) -> _Found:
+        """Step, restart and renew until the pairs are found or the budget is spent."""
+        product = krylov.product
+        while True:
+            krylov.step()
+            spent = product.count == product.total
+            if not (spent or self._due(krylov)):
+                if krylov.broken:
+                    krylov.renew(generator)
+                continue
+            ritz = krylov.ritz()
+            wanted = select(ritz.values, min(self.k, krylov.count), self.which)
+            small = self.tol * float(ritz.values.abs().max())
+            converged = krylov.count >= self.k and bool((ritz.residuals[wanted] <= small).all())
+            done = converged and self._settled(krylov, ritz.values[wanted], small)
+            if spent or done or krylov.complete:
+                return _Found(krylov, ritz, wanted, done or krylov.complete)
+            self._go_on(krylov, ritz, small, converged, generator)
+
+    def _due(self, krylov: Krylov) -> bool:
+        """Whether to look at the Ritz pairs: at each step, in large bases at every hundredth part of them."""
+        count = krylov.count
+        if krylov.full or krylov.complete:
+            return True
+        return count >= self.k and (krylov.broken or count % max(1, count // 100) == 0)
+
+    def _settled(self, krylov: Krylov, wanted: Tensor, small: float) -> bool:
+        """Whether a pair that is still missing would have shown."""
+        if krylov.sequence == 0:
+            return not (self.copies or krylov.broken)
+        return self._exhausted(krylov, small) and self._nothing_new(krylov, wanted, small)
+
+    def _outermost(self, krylov: Krylov) -> tuple[Tensor, Tensor]:
+        """Values and residuals at the ends of the present sequence: the most it can still add."""
+        own = krylov.ritz(krylov.sequence)
+        count = 2 if self.which == "both" and own.values.shape[0] > 1 else 1
+        at = select(own.values, count, self.which)
+        return own.values[at], own.residuals[at]
+
+    def _exhausted(self, krylov: Krylov, small: float) -> bool:
+        return bool((self._outermost(krylov)[1] <= small).all())
+
+    def _nothing_new(self, krylov: Krylov, wanted: Tensor, small: float) -> bool:
+        values, _ = self._outermost(krylov)
+        if self.which == "magnitude":
+            return bool(values.abs().max() <= wanted.abs().min() + small)
+        high, low = ends(self.k, self.which)
+        above = high > 0 and bool(values.max() > wanted[high - 1] + small)
+        below = low > 0 and bool(values.min() < wanted[high] - small)
+        return not (above or below)
+
+    def _go_on(
+        self, krylov: Krylov, ritz: Ritz, small: float, converged: bool, generator: torch.Generator
+    ) -> None:
+        # converged, but a sequence has brought in something new: more of it may be hidden from this one
+        another = converged and (krylov.sequence == 0 or self._exhausted(krylov, small))
+        if krylov.broken and not krylov.full:
+            krylov.renew(generator)
+        elif another or krylov.broken:
+            kept = (ritz.residuals <= small).nonzero()[:, 0]
+            kept = kept[select(ritz.values[kept], min(len(kept), self._keep(krylov)), self.which)]
+            krylov.restart(ritz, kept, small)
+            krylov.renew(generator)
+        elif krylov.full:
+            krylov.restart(ritz, select(ritz.values, self._keep(krylov), self.which), small)
+
+    def _keep(self, krylov: Krylov) -> int:
+        return min(self.k + (krylov.rows - self.k) // 2, krylov.rows - 1)

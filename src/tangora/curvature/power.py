@@ -1,0 +1,151 @@
+r"""Power iteration with deflation: the simplest way to the eigenvalues of largest magnitude, for comparison.
+
+$v \leftarrow P H v / \|P H v\|$ with $P = I - V V^\top$ the projection away from the vectors found before. The component
+along the eigenvector looked for gains on the next one by $|\lambda_i / \lambda_{i+1}|$ with each product, so close
+eigenvalues take many, and $\pm\lambda$ of equal magnitude never settle; Lanczos needs a fraction of the products.
+
+For one end of the spectrum the same is done with $H \pm \sigma I$, where $\sigma$ is zero until an eigenvalue of the
+wrong sign turns up as the largest in magnitude, and that magnitude afterwards.
+
+Source: the method of PyHessian (Yao et al., 2020, arXiv:1912.07145), here with a stop on the residual and not on the
+change of the eigenvalue.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tangora.curvature.eigenpairs import Eigenpairs, Which, check_request, ends
+from tangora.curvature.products import (
+    ROUNDING,
+    Device,
+    Matvec,
+    Products,
+    Progress,
+    check_start,
+    dot,
+    norm,
+    orthogonalize,
+)
+
+
+def power_eigenpairs(
+    matvec: Matvec,
+    size: int,
+    k: int = 10,
+    *,
+    which: Which = "magnitude",
+    tol: float = 1e-4,
+    max_products: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+    start: Float[Tensor, " n"] | None = None,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    r"""Find extreme eigenpairs by power iteration, one after the other.
+
+    Memory: ``2 k`` vectors, and a few.
+
+    Args:
+        matvec: Product with the symmetric operator.
+        size: Its dimension.
+        k: Number of eigenpairs, at most ``size``.
+        which: See `tangora.curvature.eigenpairs.Which`; ``magnitude`` is what the method finds by itself.
+        tol: An eigenpair has converged when its residual, but for the part along vectors found before, is at most
+            ``tol`` times the operator's norm; less than a few roundings is not asked.
+        max_products: Budget, at least ``k``; default ``200 k``. What one pair leaves over, the others may use.
+        seed: Of the random vectors.
+        dtype: Of the operator's vectors.
+        device: Of the operator's vectors.
+        start: First vector; default a random one.
+        progress: Called after each product with their number and ``max_products``.
+
+    Returns:
+        The eigenpairs with their whole residuals; the best so far, and ``converged=False``, when the budget is spent.
+
+    Raises:
+        InputError: If a number is out of range or a product is not finite.
+    """
+    check_request(size, k, which, tol, max_products)
+    product = Products(matvec, size, max_products or 200 * k, dtype=dtype, device=device, progress=progress)
+    if start is not None:
+        check_start(start, size)
+    search = _Search(
+        product=product,
+        found=torch.empty(k, size, dtype=product.dtype, device=product.device),
+        tol=max(tol, ROUNDING * torch.finfo(product.dtype).eps),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    high, low = (k, 0) if which == "magnitude" else ends(k, which)
+    signs = [0 if which == "magnitude" else 1] * high + [-1] * low
+    pairs = [search.next(sign, k - index, None if index else start) for index, sign in enumerate(signs)]
+    values, residuals = (torch.tensor(x, dtype=torch.float64) for x in list(zip(*pairs, strict=True))[:2])
+    order = values.argsort(descending=True, stable=True)
+    return Eigenpairs(
+        values=values[order],
+        vectors=search.found[order.to(product.device)].to(dtype).mT,
+        residuals=residuals[order],
+        products=product.count,
+        converged=all(pair.converged for pair in pairs),
+    )
+
+
+class _Pair(NamedTuple):
+    value: float
+    residual: float
+    converged: bool
+
+
+@dataclass
+class _Search:
+    """The vectors found so far, and how to find the next."""
+
+    product: Products
+    found: Float[Tensor, "k n"]
+    tol: float
+    generator: torch.Generator
+    count: int = 0
+    scale: float = 0.0
+    shifts: dict[int, float] = field(default_factory=dict)
+
+    def next(self, sign: int, left: int, start: Tensor | None) -> _Pair:
+        """Find one more pair of largest magnitude (0), or from the upper (1) or lower end (-1)."""
+        # an equal share of what is left of the budget, and at least one product for each of the others
+        last = self.product.count + max(1, (self.product.total - self.product.count) // left)
+        vector = self._deflated(
+            self.product.normal(self.generator) if start is None else start.to(self.found)
+        )
+        while True:
+            image = self.product(vector)
+            value, size = dot(vector, image), norm(image)
+            self.scale = max(self.scale, size)
+            residual = norm(image - value * vector)
+            orthogonalize(image, self.found[: self.count])
+            small = self.tol * self.scale
+            converged = norm(image - value * vector) <= small
+            other_end = converged and sign * value < -small and sign not in self.shifts
+            if (converged and not other_end) or self.product.count == last:
+                break
+            if other_end:
+                self.shifts[sign] = abs(value)
+                image = self.product.normal(self.generator)
+            vector = self._deflated(image.add_(vector, alpha=sign * self.shifts.get(sign, 0.0)))
+        self.found[self.count] = vector
+        self.count += 1
+        return _Pair(value, residual, converged and not other_end)
+
+    def _deflated(self, vector: Tensor) -> Tensor:
+        """A vector of norm one, orthogonal to those found."""
+        before = self.found[: self.count]
+        vector = vector.clone()
+        orthogonalize(vector, before)
+        while norm(vector) == 0.0:  # nothing left to follow
+            vector = self.product.normal(self.generator)
+            orthogonalize(vector, before)
+        vector /= norm(vector)
+        orthogonalize(vector, before)  # what remained may have been short
+        return vector.div_(norm(vector))

@@ -1,0 +1,188 @@
+r"""How much the loss can rise in a ball around the weights.
+
+$S(\rho) = \max_{\|\delta\| \le \rho} L(\theta + \delta) - L(\theta)$, by projected gradient ascent from several starts.
+The maximum of a loss that is not concave cannot be certified, so that the best point found is a lower bound. Next to it
+stands what the second-order expansion says: $\max_{\|\delta\| \le \rho} g^\top \delta + \tfrac12 \delta^\top H \delta$
+over a Krylov space, and its bound $\rho \|g\| + \tfrac12 \rho^2 \lambda_{\max}^+$, which needs no space.
+
+Radius and result belong to the coordinates: over factors they change with the gauge $(B R, R^{-1} A)$, over tangent
+space and weights they do not.
+
+Source: Keskar et al. (2017), arXiv:1609.04836, for sharpness in a neighbourhood; Foret et al. (2021), arXiv:2010.01412,
+for the ball. Differs in: several starts, line search, no division by the loss.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tangora._checks import check_number, check_whole
+from tangora.curvature.surface import LossSurface
+from tangora.curvature.trust_region import maximize_in_krylov_space
+
+_SMALLEST_STEP = 1e-3
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    r"""What was found in one ball.
+
+    Attributes:
+        radius: $\rho$.
+        loss: $L(\theta)$.
+        value: Largest rise that was found, a lower bound of $S(\rho)$; infinite if a loss in the ball is.
+        displacement: Where; flat, of norm at most $\rho$.
+        start: Name of the start that led there; ``none`` if the loss does not rise anywhere.
+        starts: Rise that each start led to, by name.
+        second_order: Maximum of the second-order expansion over a Krylov space, at most that over the ball.
+        second_order_bound: $\rho \|g\| + \tfrac12 \rho^2 \max(\lambda_{\max}, 0)$, at least that over the ball as
+            far as the eigenvalue is right.
+        gradients: Gradients that were taken.
+        losses: Losses without gradient.
+        products: Products with the Hessian.
+    """
+
+    radius: float
+    loss: float
+    value: float
+    displacement: Tensor
+    start: str
+    starts: dict[str, float]
+    second_order: float
+    second_order_bound: float
+    gradients: int
+    losses: int
+    products: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the displacement."""
+        return {key: value for key, value in vars(self).items() if key != "displacement"}
+
+
+class _Counted:
+    """Rises of the loss and their gradients, counted; a loss that is not a number counts as infinite."""
+
+    def __init__(self, operator: LossSurface):
+        self._operator = operator
+        self.base = operator.loss()
+        self.losses = self.gradients = 0
+
+    def rise(self, displacement: Tensor) -> float:
+        self.losses += 1
+        loss = self._operator.loss_at(displacement)
+        return loss - self.base if math.isfinite(loss) else math.inf
+
+    def gradient(self, displacement: Tensor) -> Tensor:
+        self.gradients += 1
+        return self._operator.gradient_at(displacement)
+
+
+def sharpness(
+    operator: LossSurface,
+    radius: float,
+    *,
+    steps: int = 10,
+    random_starts: int = 1,
+    krylov: int = 10,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[str], object] | None = None,
+) -> Sharpness:
+    r"""Look for the largest loss in a ball around the weights, which are not written.
+
+    Args:
+        operator: A Hessian and its loss.
+        radius: $\rho > 0$ in the operator's coordinates.
+        steps: Gradients for each start, at least 0.
+        random_starts: Random points on the sphere, at least 0, beside the gradient, the leading eigenvector in both
+            directions, and the maximum of the second-order expansion.
+        krylov: Dimension of the space in which that is maximised, at least 2; each takes a product.
+        tol: Of the leading eigenpair.
+        seed: Of the random starts.
+        progress: Called with the name of each start that is done.
+
+    Returns:
+        The best point found and how it compares with the second order.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+    check_number("radius", radius, low=0, open_low=True)
+    check_whole("steps", steps, low=0)
+    check_whole("random_starts", random_starts, low=0)
+    check_whole("krylov", krylov, low=2)
+    counted, before = _Counted(operator), operator.products
+    gradient = operator.gradient()
+    counted.gradients += 1
+    pair = operator.top_eigenpairs(1, tol=tol, seed=seed)
+    vector = pair.vectors[:, 0]
+    second = maximize_in_krylov_space(operator.matvec, gradient, [gradient, vector], radius, krylov)
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(operator.size, generator=generator).to(vector) for _ in range(random_starts)]
+    best, value, origin, found = torch.zeros_like(vector), 0.0, "none", {}
+    for name, start in _starts(gradient, vector, second.step, noise, radius):
+        point, found[name] = _ascend(counted, start, radius, steps)
+        if found[name] > value:
+            best, value, origin = point, found[name], name
+        if progress is not None:
+            progress(name)
+    norm, curvature = float(gradient.double().norm()), float(pair.values[0])
+    return Sharpness(
+        radius=float(radius),
+        loss=counted.base,
+        value=value,
+        displacement=best,
+        start=origin,
+        starts=found,
+        second_order=second.value,
+        second_order_bound=radius * norm + radius**2 * max(curvature, 0.0) / 2,
+        gradients=counted.gradients,
+        losses=counted.losses,
+        products=operator.products - before,
+    )
+
+
+def _starts(
+    gradient: Tensor, vector: Tensor, second: Tensor, noise: list[Tensor], radius: float
+) -> Iterator[tuple[str, Tensor]]:
+    directions = [
+        ("gradient", gradient),
+        ("eigenvector", vector),
+        ("-eigenvector", -vector),
+        *((f"random {number}", draw) for number, draw in enumerate(noise, 1)),
+    ]
+    yield "second order", _into_ball(second, radius)
+    for name, direction in directions:
+        if direction.any():
+            yield name, direction * (radius / float(direction.norm()))
+
+
+def _into_ball(point: Tensor, radius: float) -> Tensor:
+    size = float(point.norm())
+    return point if size <= radius else point * (radius / size)
+
+
+def _ascend(counted: _Counted, point: Tensor, radius: float, steps: int) -> tuple[Tensor, float]:
+    # the step doubles after a success and shrinks after a failure
+    value, size = counted.rise(point), 1.0
+    for _ in range(steps):
+        if math.isinf(value):
+            break
+        gradient = counted.gradient(point)
+        norm = float(gradient.norm())
+        if not (norm > 0 and math.isfinite(norm)):
+            break
+        while size >= _SMALLEST_STEP:
+            trial = _into_ball(point + gradient * (size * radius / norm), radius)
+            rise = counted.rise(trial)
+            if rise > value:
+                point, value, size = trial, rise, 2 * size
+                break
+            size /= 4
+        else:
+            break
+    return point, value

@@ -1,0 +1,182 @@
+"""Noise between mini-batches, against dense matrices."""
+
+import itertools
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from tangora import InputError
+from tangora.curvature import Hessian
+from tangora.curvature.batch_noise import batch_statistics, distances, subspace_overlap
+from tests.curvature.models import problem
+from tests.curvature.quadratic import Quadratic, symmetric, vector
+from tests.reference.curvature import DenseCurvature
+
+SIZE, WEIGHTS = 6, [1.0, 3.0, 2.0, 2.0]
+
+
+def quadratic(weights=WEIGHTS, size=SIZE):
+    count = len(weights)
+    return Quadratic(
+        [symmetric(size, seed) for seed in range(count)],
+        [vector(size, 10 + seed) for seed in range(count)],
+        weights=weights,
+    )
+
+
+def shares(weights=WEIGHTS):
+    weights = torch.tensor(weights, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def dense_distances(loss):
+    mean = loss.dense()
+    return torch.stack([(matrix - mean).square().sum() for matrix in loss.matrices])
+
+
+def test_distances_are_unbiased():
+    """The mean over all sign vectors there are is the expectation itself."""
+    loss = quadratic()
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=SIZE)), dtype=torch.float64)
+    products = [signs @ matrix for matrix in loss.matrices]
+    found = distances(products, shares()).mean(1)
+    torch.testing.assert_close(found, dense_distances(loss), rtol=1e-12, atol=0)
+
+
+def test_equal_batches_are_at_no_distance():
+    """Shared vectors: what all batches have in common cancels before it is squared, vector by vector."""
+    matrix = 1e6 * symmetric(SIZE, 0)
+    noise = batch_statistics(Quadratic([matrix] * 3, [vector(SIZE, 1)] * 3), probes=2)
+    assert noise.variance <= 1e-12  # of numbers near 1e13
+    assert noise.overlap == pytest.approx(1)
+    assert noise.top_eigenvalues.deviation == pytest.approx(0, abs=1e-6)
+    assert noise.trace_error > 1
+
+
+def test_variance_of_batches_of_different_sizes_is_unbiased():
+    """A batch of n examples has variance s2 / n; what is reported is that of a batch of mean size."""
+    sizes = [2, 6, 4]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(4000):
+        # diagonal "Hessians" of single examples: for these one sign vector gives the norm exactly
+        batches = [torch.randn(n, 5, generator=generator, dtype=torch.float64).mean(0) for n in sizes]
+        products = [batch[None] for batch in batches]
+        weights = shares([float(n) for n in sizes])
+        found.append(1.5 * float(weights @ distances(products, weights)[:, 0]))
+    found = torch.tensor(found)
+    error = float(found.std()) / len(found) ** 0.5
+    assert float(found.mean()) == pytest.approx(5 / 4, abs=3 * error)
+    assert error < 0.02
+
+
+def test_every_number_of_a_batch():
+    loss = quadratic()
+    noise = batch_statistics(loss, probes=400, top=2, seed=1)
+    mean = loss.dense()
+    torch.testing.assert_close(
+        torch.tensor([batch.weight for batch in noise.batches], dtype=torch.float64), shares()
+    )
+    leading = torch.linalg.eigh(mean)[1][:, -2:]
+    away = dense_distances(loss)
+    for index, (batch, matrix, g) in enumerate(
+        zip(noise.batches, loss.matrices, loss.gradients, strict=True)
+    ):
+        values, vectors = torch.linalg.eigh(matrix)
+        assert batch.top_eigenvalue == pytest.approx(float(values[-1]))
+        assert batch.trace == pytest.approx(float(matrix.trace()), abs=4 * batch.trace_error)
+        assert batch.distance == pytest.approx(float(away[index]), abs=4 * batch.distance_error)
+        assert 0 < batch.distance_error < 0.1 * batch.distance
+        assert batch.gradient_norm == pytest.approx(float(g.norm()))
+        assert batch.directional_curvature == pytest.approx(float(g @ matrix @ g / (g @ g)))
+        assert batch.overlap == pytest.approx(float((vectors[:, -2:].T @ leading).square().sum()) / 2)
+    assert noise.top_eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(mean)[-1]))
+    assert noise.trace == pytest.approx(float(mean.trace()), abs=4 * noise.trace_error)
+    variance = 4 / 3 * float(shares() @ away)
+    assert noise.variance == pytest.approx(variance, abs=4 * noise.variance_error)
+    # each batch is one step of SGD
+    directional = [batch.directional_curvature for batch in noise.batches]
+    assert noise.batch_sharpness == pytest.approx(sum(directional) / 4)
+    assert noise.chance_overlap == 2 / SIZE
+
+
+def test_batches_are_sharper_than_their_mean():
+    noise = batch_statistics(quadratic(), probes=2)
+    spread = noise.top_eigenvalues
+    assert noise.top_eigenvalue <= spread.mean <= spread.largest
+    assert spread.smallest <= spread.mean
+    assert spread.deviation > 0
+
+
+def test_same_seed_same_numbers_and_json():
+    one, other, third = (batch_statistics(quadratic(), probes=4, seed=seed) for seed in (5, 5, 6))
+    assert one == other
+    assert asdict(one)["trace"] != asdict(third)["trace"]
+    content = one.to_dict()
+    assert content["traces"]["mean"] == pytest.approx(one.trace)
+    assert content["batches"][1]["weight"] == 3 / 8
+
+
+def test_a_batch_without_labels_counts_for_nothing():
+    with_empty, without = quadratic([*WEIGHTS, 0.0]), quadratic()
+    with_empty.matrices = [*without.matrices, torch.full((SIZE, SIZE), torch.nan, dtype=torch.float64)]
+    with_empty.dense = without.dense
+    assert batch_statistics(with_empty, probes=3) == batch_statistics(without, probes=3)
+
+
+def test_a_gradient_of_zero_has_no_direction():
+    noise = batch_statistics(Quadratic([symmetric(4, 0), symmetric(4, 1)]), probes=2)
+    assert noise.batch_sharpness is None
+    assert noise.batches[0].directional_curvature is None
+
+
+def test_overlap_of_subspaces():
+    eye = torch.eye(5, dtype=torch.float64)
+    assert subspace_overlap(eye[:, :2], eye[:, :2]) == 1
+    assert subspace_overlap(eye[:, :2], eye[:, 3:]) == 0
+    angle = torch.tensor(0.3, dtype=torch.float64)
+    turned = angle.cos() * eye[:, :1] + angle.sin() * eye[:, 4:]
+    assert subspace_overlap(eye[:, :1], turned) == pytest.approx(float(angle.cos() ** 2))
+
+
+def test_progress_counts_batches():
+    seen = []
+    batch_statistics(quadratic(), probes=2, progress=seen.append)
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.messages
+def test_bad_input():
+    with pytest.raises(InputError, match="at least two with labels to be compared; got 1"):
+        batch_statistics(quadratic([1.0]))
+    with pytest.raises(InputError, match=r"probes must be a number in \[2"):
+        batch_statistics(quadratic(), probes=1)
+    with pytest.raises(InputError, match=r"top must be a number in \[1"):
+        batch_statistics(quadratic(), top=0)
+
+
+@pytest.mark.parametrize("over", ["factors", "tangent"])
+def test_batches_of_a_model(over):
+    found = problem("bert", batches=3, r=1, target_modules=["query", "value"])
+    operator = Hessian(found.model, found.batches, over=over)
+    noise = batch_statistics(operator, probes=24, tol=1e-6)
+    assert [batch.weight for batch in noise.batches] == pytest.approx([2 / 9, 3 / 9, 4 / 9])
+    matrices = []
+    for batch, data in zip(noise.batches, found.batches, strict=True):
+        dense = DenseCurvature(found.model, [data])
+        matrix = dense.factor_hessian if over == "factors" else dense.tangent_hessian
+        gradient = dense.factor_gradient if over == "factors" else dense.projector @ dense.weight_gradient
+        assert batch.top_eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-6)
+        assert batch.trace == pytest.approx(float(matrix.trace()), abs=4 * batch.trace_error)
+        assert batch.gradient_norm == pytest.approx(float(gradient.norm()))
+        expected = gradient @ matrix @ gradient / gradient.square().sum()
+        assert batch.directional_curvature == pytest.approx(float(expected))
+        matrices.append(matrix)
+    dense = Quadratic(matrices, weights=[2.0, 3.0, 4.0])
+    away = dense_distances(dense)
+    for batch, distance in zip(noise.batches, away.tolist(), strict=True):
+        assert batch.distance == pytest.approx(distance, abs=4 * batch.distance_error)
+        assert batch.distance_error < batch.distance
+    expected = 3 / 2 * float(shares([2.0, 3.0, 4.0]) @ away)
+    assert noise.variance == pytest.approx(expected, abs=4 * noise.variance_error)

@@ -1,0 +1,399 @@
+"""What curvature needs of a model, what it leaves as it was, and what it refuses, each with one sentence."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from tangora import InputError, find_pairs
+from tangora.curvature import Hessian
+from tests.curvature.models import problem, randomize, shared_problem
+from tests.probes.models import adapted, batch_of, bert, llama
+from tests.tolerances import assert_close
+
+OVER = ["factors", "tangent", "weights"]
+
+
+def vector_of(operator, seed=0):
+    return torch.randn(operator.size, dtype=operator.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model):
+    """Everything that must come back."""
+    return {
+        "values": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "identities": {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()},
+        "gradients": {
+            name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        },
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "cache": getattr(getattr(model, "config", None), "use_cache", None),
+        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
+        "random": (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),  # noqa: NPY002
+        "kernels": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def assert_same(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, tuple):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other)
+    else:
+        assert one == other
+
+
+def in_training(name="gpt2", **options):
+    """In training mode, with dropout and gradients."""
+    model = adapted(name, lora_dropout=0.3, **options).train()
+    randomize(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_graph": True}, {"differentiation": "finite_difference"}])
+@pytest.mark.parametrize("over", OVER)
+def test_the_model_is_left_as_it_was(over, options):
+    model, batches = in_training("bert"), [batch_of("bert")]
+    before = snapshot(model)
+    operator = Hessian(model, batches, over=over, **options)
+    with torch.no_grad():
+        product = operator.matvec(vector_of(operator))
+    assert_same(snapshot(model), before)
+    assert not product.requires_grad
+    operator.loss(), operator.gradient(), operator.loss_at(vector_of(operator))
+    next(iter(operator.per_batch()))[1].matvec(vector_of(operator))
+    assert_same(snapshot(model), before)
+    # as in evaluation mode without dropout
+    model.eval()
+    assert torch.equal(operator.matvec(vector_of(operator)), product)
+
+
+@pytest.mark.parametrize("cache_graph", [False, True])
+def test_the_model_is_left_as_it_was_when_a_batch_raises(cache_graph):
+    model, batch = in_training("bert"), batch_of("bert")
+    before = snapshot(model)
+
+    def loss_fn(model, batch):
+        loss = model(**batch).loss
+        if loss_fn.fails:
+            raise RuntimeError("stop")
+        return loss
+
+    loss_fn.fails = True
+    operator = Hessian(model, [batch, batch], loss_fn=loss_fn, cache_graph=cache_graph)
+    with pytest.raises(RuntimeError, match="stop"):
+        operator.matvec(vector_of(operator))
+    assert_same(snapshot(model), before)
+    loss_fn.fails = False
+    assert operator.matvec(vector_of(operator)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_attention_and_checkpointing_change_nothing(name):
+    """SDPA is forced to its differentiable form; non-reentrant checkpointing recomputes with the same stand-ins."""
+    made = problem(name)
+    expected = {}
+    for over in OVER:
+        operator = Hessian(made.model, made.batches, over=over)
+        expected[over] = operator.matvec(vector_of(operator))
+    made.model.set_attn_implementation("eager")
+    for over in OVER:
+        operator = Hessian(made.model, made.batches, over=over)
+        assert_close(operator.matvec(vector_of(operator)), expected[over])
+    made.model.set_attn_implementation("sdpa")
+    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made.model.train()
+    for over in OVER:
+        for cache_graph in (None, True):
+            operator = Hessian(made.model, made.batches[:1], over=over, cache_graph=cache_graph)
+            assert operator.caches_graph == bool(cache_graph)
+            whole = Hessian(made.model.eval(), made.batches[:1], over=over, cache_graph=False)
+            v = vector_of(operator)
+            without = whole.matvec(v)
+            made.model.train()
+            for _ in range(2):
+                assert_close(operator.matvec(v), without)
+
+
+def test_reentrant_checkpointing_is_refused():
+    made = problem("bert")
+    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    made.model.train()
+    before = snapshot(made.model)
+    for options in ({}, {"cache_graph": True}, {"differentiation": "finite_difference"}):
+        operator = Hessian(made.model, made.batches, **options)
+        with pytest.raises(InputError, match='"use_reentrant": False'):
+            operator.matvec(vector_of(operator))
+    assert_same(snapshot(made.model), before)
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
+def test_fused_attention_is_refused(kind):
+    made = problem("bert")
+    operator = Hessian(made.model, made.batches)
+    made.model.config._attn_implementation = kind
+    with pytest.raises(
+        InputError, match=f"attention '{kind}' has no second derivative.*set_attn_implementation"
+    ):
+        operator.matvec(vector_of(operator))
+
+
+def mlp_operator(loss_of_output, **options):
+    made = problem("mlp", batches=1)
+    operator = Hessian(
+        made.model, made.batches, loss_fn=lambda model, batch: loss_of_output(model(batch[0])), **options
+    )
+    return operator, vector_of(operator)
+
+
+class Quiet(torch.autograd.Function):
+    """A backward pass of one's own that can be differentiated, as bitsandbytes' matrix products can."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+def without_second_derivative(output):
+    """The fused kernel for CPU attention has a first derivative only."""
+    q = output[None, None]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, q, q).square().mean()
+
+
+@pytest.mark.parametrize("cache_graph", [False, True])
+def test_an_operation_without_second_derivative_is_named(cache_graph):
+    operator, v = mlp_operator(without_second_derivative, cache_graph=cache_graph)
+    with pytest.raises(
+        InputError, match=r"aten::_scaled_dot_product_flash_attention\S* has no second derivative: diff"
+    ):
+        operator.matvec(v)
+    operator, v = mlp_operator(lambda output: Once.apply(output).mean(), cache_graph=cache_graph)
+    with pytest.raises(
+        InputError, match="Once: a function with a backward pass of its own has no second derivative"
+    ):
+        operator.matvec(v)
+    exact, _ = mlp_operator(lambda output: output.square().mean())
+    differences, _ = mlp_operator(
+        lambda output: Once.apply(output).mean(), differentiation="finite_difference"
+    )
+    assert_close(differences.matvec(v), exact.matvec(v), 1e-6)
+
+
+def test_a_random_loss_is_refused():
+    operator, v = mlp_operator(lambda output: F.dropout(output, 0.5).square().mean())
+    with pytest.raises(InputError, match="random in evaluation mode"):
+        operator.matvec(v)
+
+    def draws_for_nothing(output):
+        torch.rand(())  # as layer dropping does in evaluation mode, too
+        return output.square().mean()
+
+    drawing, v = mlp_operator(draws_for_nothing)
+    plain, _ = mlp_operator(lambda output: output.square().mean())
+    assert torch.equal(drawing.matvec(v), plain.matvec(v))
+
+
+@pytest.mark.parametrize("cache_graph", [False, True])
+@pytest.mark.parametrize(
+    ("loss_of_output", "message"),
+    [
+        (lambda output: output.square(), r"one number; got a tensor of shape \(2, 4\)"),
+        (lambda output: 3.0, "one number; got float"),
+        (lambda output: output.sum() / 0, "has loss -?inf|has loss nan"),
+        (lambda output: (output.sum() * 0).sqrt() + 1, "product with the curvature matrix is not finite"),
+    ],
+)
+def test_losses_without_curvature_are_refused(loss_of_output, message, cache_graph):
+    operator, v = mlp_operator(loss_of_output, cache_graph=cache_graph)
+    with pytest.raises(InputError, match=message):
+        operator.matvec(v)
+
+
+def test_a_loss_that_is_not_finite_away_from_the_weights_is_returned():
+    operator, v = mlp_operator(lambda output: output.exp().exp().mean())
+    assert operator.loss_at(1e3 * v) == float("inf")
+
+
+def test_a_model_loss_that_is_no_scalar_is_refused():
+    made = problem("bert")
+    made.model.get_base_model().loss_function = lambda **_: torch.ones(3)
+    operator = Hessian(made.model, made.batches, loss_fn=None)
+    operator.evaluation.loss_fn = None
+    inner = made.model.get_base_model()
+    original = inner.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.loss = output.loss.expand(3)
+        return output
+
+    inner.forward = forward
+    with pytest.raises(InputError, match=r"the loss must be one number; got a tensor of shape \(3,\)"):
+        operator.matvec(vector_of(operator))
+
+
+def test_models_without_anything_to_move_are_refused():
+    plain = nn.Sequential(nn.Linear(3, 2))
+    for over in ("factors", "tangent"):
+        with pytest.raises(InputError, match=r"no trainable LoRA factors.*is_trainable=True"):
+            Hessian(plain, [torch.ones(1, 3)], over=over)
+    plain.requires_grad_(False)
+    with pytest.raises(InputError, match="no trainable weight matrices"):
+        Hessian(plain, [torch.ones(1, 3)], over="weights")
+    frozen = problem("bert").model.requires_grad_(False)
+    with pytest.raises(InputError, match="no trainable LoRA factors"):
+        Hessian(frozen, [batch_of("bert")])
+    with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module; got int"):
+        Hessian(3, [torch.ones(1, 3)])
+
+
+def test_wrong_batches_vectors_and_choices_are_refused():
+    made = shared_problem("bert")
+    with pytest.raises(InputError, match="put it into a list"):
+        Hessian(made.model, made.batches[0])
+    with pytest.raises(InputError, match="batches must be a list"):
+        Hessian(made.model, None)
+    with pytest.raises(InputError, match="over must be one of factors, tangent, weights"):
+        Hessian(made.model, made.batches, over="factor")
+    with pytest.raises(InputError, match="differentiation must be one of"):
+        Hessian(made.model, made.batches, differentiation="forward")
+    empty = Hessian(made.model, [])
+    with pytest.raises(InputError, match="at least one batch with at least one label"):
+        empty.matvec(vector_of(empty))
+    operator = Hessian(made.model, made.batches)
+    with pytest.raises(InputError, match=r"must have shape \(200,\) or be a dict of its parts; got \(201,\)"):
+        operator.matvec(torch.ones(201))
+    with pytest.raises(InputError, match=r"must have shape \(200,\).*got ndarray"):
+        operator.matvec(np.ones(200))
+    parts = operator.space.to_dict(vector_of(operator))
+    name = operator.space.names[0]
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        operator.matvec({key: part for key, part in parts.items() if key != name})
+    with pytest.raises(InputError, match="other is not one of them"):
+        operator.matvec({**parts, "other": torch.ones(2)})
+    with pytest.raises(InputError, match=f"{name} must have shape"):
+        operator.matvec({**parts, name: torch.ones(2)})
+    with pytest.raises(InputError, match="layer must be one of"):
+        operator.block("none")
+
+
+def test_half_precision_and_hidden_float32_are_told():
+    half = adapted("bert", torch.bfloat16)
+    randomize(half)
+    batch = batch_of("bert")
+    with pytest.warns(UserWarning, match=r"half precision is rough, at best to 1 %: dtype=torch\.float32"):
+        rough = Hessian(half, [batch])
+    assert rough.dtype == torch.float32
+    exact = Hessian(half, [batch], dtype=torch.float64)
+    v = vector_of(exact)
+    expected = exact.matvec(v)
+    assert float((rough.matvec(v).double() - expected).norm() / expected.norm()) < 0.6  # with these weights
+    fine = Hessian(half, [batch], dtype=torch.float32)
+    assert_close(fine.matvec(v).double(), expected, 1e-4)
+    model = adapted("llama", torch.float32)
+    randomize(model)
+    operator = Hessian(model, [batch_of("llama")], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="float32 inside although float64"):
+        operator.matvec(vector_of(operator))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator.matvec(vector_of(operator))
+    assert operator.evaluation.rounds_to_float32
+
+
+@pytest.mark.parametrize("differentiation", ["exact", "finite_difference"])
+def test_dtype_converts_floating_inputs_too(differentiation):
+    made = problem("mlp", batches=1)
+    made.model.float()
+    batches = [tuple(part.float() if part.is_floating_point() else part for part in made.batches[0])]
+    operator = Hessian(
+        made.model, batches, loss_fn=made.loss_fn, dtype=torch.float64, differentiation=differentiation
+    )
+    v = vector_of(operator)
+    single = Hessian(made.model, batches, loss_fn=made.loss_fn).matvec(v.float())
+    assert_close(operator.matvec(v).float(), single, 1e-4)
+
+
+def test_a_compiled_model_is_looked_through():
+    made = problem("bert")
+    operator = Hessian(made.model, made.batches)
+    compiled = Hessian(torch.compile(made.model, backend="eager"), made.batches)
+    assert torch.equal(compiled.matvec(vector_of(operator)), operator.matvec(vector_of(operator)))
+
+
+@pytest.mark.parametrize("maker", [bert, llama])
+def test_full_weights_of_a_model_without_adapters(maker):
+    torch.manual_seed(0)
+    model = maker().eval()
+    batch = batch_of("bert" if maker is bert else "llama")
+    operator = Hessian(
+        model, [batch], over="weights", layers=["*.q_proj.weight", "*.query.weight"][maker is bert :][:1]
+    )
+    v, h = vector_of(operator) / operator.size**0.5, 1e-2
+    central = (operator.gradient_at(h * v) - operator.gradient_at(-h * v)) / (2 * h)
+    assert_close(operator.matvec(v), central, 3e-2)
+    everything = Hessian(model, [batch], over="weights")
+    tied = {id(p) for p in model.parameters() if p.dim() >= 2}
+    assert len(everything.space.names) == len(tied)
+    assert everything.matvec(vector_of(everything)).isfinite().all()
+
+
+def test_pairs_that_are_none_are_told():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.conv = nn.Conv1d(4, 4, 1, groups=2)
+
+        def forward(self, x):
+            return self.conv(self.linear(x).T[None]).square().mean()
+
+    config = LoraConfig(r=2, target_modules=["linear", "conv"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="groups"):  # PEFT's own
+        model = get_peft_model(Experts(), config)
+    with pytest.warns(UserWarning, match=r"left out of the curvature.*groups.*conv"):
+        operator = Hessian(model, [torch.randn(3, 4)], loss_fn=lambda model, x: model(x))
+    assert list(operator.space.layout) == [find_pairs_quietly(model)[0].name]
+
+
+def find_pairs_quietly(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return find_pairs(model)
