@@ -55,6 +55,45 @@ def test_compare_and_report(call, small, tmp_path):
     assert call("report", tmp_path / "out")[0] == 0
 
 
+def test_curvature_of_a_run_and_report(call, small, tmp_path, monkeypatch):
+    # pictures take most of the time
+    monkeypatch.setattr("tangora.experiments.curvature.save_curvature_pictures", lambda _record, _folder: [])
+    assert call("train", *flags(small), "--recipe", "lora", "--output", tmp_path / "run")[0] == 0
+    few = ["--num-examples", 4, "--max-products", 4, "--top", 1, "--steps", 2, "--trace-products", 6]
+    arguments = [*few, "--radius", 0, "--output", tmp_path / "out"]
+    code, out, err = call("curvature", tmp_path / "run", *arguments)
+    assert code == 0, err
+    assert "tangent space" in out
+    assert "must not be compared" in " ".join(out.split())
+    page = (tmp_path / "out" / "curvature.html").read_bytes()
+    (tmp_path / "out" / "curvature.html").unlink()
+    code, again, _ = call("report", tmp_path / "out")
+    assert code == 0
+    assert (tmp_path / "out" / "curvature.html").read_bytes() == page
+    assert "tangent space" in again
+
+
+def test_curvature_names_what_is_wrong(call, small, tmp_path):
+    code, _, err = call(
+        "curvature", small["model"], "--data", small["data"], "--over", "tangnt", "--output", tmp_path
+    )
+    assert code == 2
+    assert "over must be one of" in err
+    assert err.count("\n") == 1
+    code, _, err = call("curvature", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert code == 2
+    assert "nowhere" in err
+
+
+def test_a_comparison_with_curvature_prints_the_end_points(call, small, tmp_path):
+    arguments = ["--recipes", "lora", "--learning-rates", "1e-3", "--seeds", "0", "--curvature"]
+    few = ["--curvature-examples", 4]
+    code, out, err = call("compare", *flags(small), *arguments, *few, "--output", tmp_path / "out")
+    assert code == 0, err
+    assert "End points" in out
+    assert "factors" not in out
+
+
 def test_config_file_and_flags(call, small, tmp_path):
     lines = [f"{key}: {value}" for key, value in small.items()]
     (tmp_path / "run.yaml").write_text("\n".join([*lines, "steps: 50", "batch_size: 4", "recipe: lora"]))
@@ -71,7 +110,7 @@ def test_list_names_every_recipe(call):
     assert all(entry.name in out for entry in recipes())
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "report", "list"])
+@pytest.mark.parametrize("command", ["train", "compare", "curvature", "report", "list"])
 def test_help_has_an_example(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

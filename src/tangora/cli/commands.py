@@ -18,6 +18,7 @@ from tangora.cli.output import (
     ComparisonBars,
     console,
     experiment_table,
+    print_curvature,
     print_diagnosis,
     print_outcome,
     print_reproduction,
@@ -31,6 +32,15 @@ from tangora.experiments.compare import (
     preset,
     write_report,
 )
+from tangora.experiments.curvature import (
+    RECORD as CURVATURE_RECORD,
+)
+from tangora.experiments.curvature import (
+    CurvatureFiles,
+    CurvatureSettings,
+    measure_curvature,
+    rewrite,
+)
 from tangora.experiments.diagnose import DiagnoseSettings, diagnose_task
 from tangora.experiments.export import export
 from tangora.experiments.reproduce.registry import experiment
@@ -43,6 +53,8 @@ from tangora.report import (
     rich_table,
     summarize,
 )
+from tangora.report.curvature import load_curvature
+from tangora.report.flatness import has_flatness, rich_flatness
 
 app = typer.Typer(
     name="tangora",
@@ -166,6 +178,41 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
     print_diagnosis(files)
 
 
+@app.command("curvature")
+@takes(CurvatureSettings)
+def curvature_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Folder of tangora train or of a run of tangora compare; or a model: packaged name, folder, hub name.",
+        ),
+    ],
+    output: Output,
+    config: ConfigFile = None,
+    **values: Any,
+) -> None:
+    """Measure the Hessian of the loss: largest eigenvalues, spectral density, trace; writes curvature.html.
+
+    [dim]Examples:[/dim]
+      tangora curvature out --output out/curvature
+      tangora curvature smollm2-135m --data reasoning-gym:chain_sum --adapter out/adapter --output after
+      tangora curvature out --per-layer --per-batch --landscape --gauss-newton --output all
+    """
+    given = with_file(values, config) | {"source": source}
+    settings = validated(CurvatureSettings, given, str(config or ""))
+    with progress_bars() as bars:
+        bar = bars.add_task("products", total=None, note="")
+        files = measure_curvature(
+            settings,
+            output,
+            command=shlex.join(["tangora", *sys.argv[1:]]),
+            phase=lambda name: bars.update(bar, note=name),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    print_curvature(files)
+
+
 @app.command("reproduce")
 def reproduce_command(
     name: Annotated[
@@ -212,15 +259,23 @@ def reproduce_command(
 
 
 @app.command("report")
-def report_command(folder: Annotated[Path, typer.Argument(help="Output folder of a comparison.")]) -> None:
-    """Write the table, the picture and report.html of a comparison again from its records.
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Output folder of tangora compare or tangora curvature.")],
+) -> None:
+    """Write tables, pictures and page of a comparison, or of a measured curvature, again from its records.
 
     [dim]Example:[/dim]
       tangora report results/quickstart
     """
+    if (folder / CURVATURE_RECORD).is_file():
+        record = load_curvature(folder / CURVATURE_RECORD)
+        print_curvature(CurvatureFiles(record, folder / CURVATURE_RECORD, *rewrite(folder, record)))
+        return
     comparison = load_comparison(folder)
-    page = write_report(comparison, folder)
-    console.print(rich_table(summarize(comparison), comparison))
+    page, rows = write_report(comparison, folder), summarize(comparison)
+    console.print(rich_table(rows, comparison))
+    if has_flatness(comparison):
+        console.print(rich_flatness(comparison, rows))
     console.print(f"report   {escape(str(page))}")
 
 

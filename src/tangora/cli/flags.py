@@ -21,7 +21,8 @@ def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[
         settings: Where names, types, descriptions and defaults come from.
 
     Returns:
-        A decorator of a function with ``**values``, which receives the flags that were given.
+        A decorator of a function with ``**values``, which receives the flags that were given. A setting that the
+        function takes by its own name gets no flag.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,6 +37,7 @@ def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[
         flags = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(key, field))
             for key, field in settings.model_fields.items()
+            if key not in own
         ]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.values()] + flags
         call.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]

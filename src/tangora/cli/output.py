@@ -13,6 +13,7 @@ from tangora.experiments.compare import (
     CompareWatcher,
     Outcome,
 )
+from tangora.experiments.curvature import CurvatureFiles
 from tangora.experiments.diagnose import DiagnosisFiles
 from tangora.experiments.reproduce.registry import EXPERIMENTS
 from tangora.experiments.reproduce.run import ReproductionFiles
@@ -25,6 +26,9 @@ from tangora.report import (
     summarize,
     verdict,
 )
+from tangora.report.curvature import curvature_tables
+from tangora.report.curvature import findings as curvature_findings
+from tangora.report.flatness import has_flatness, rich_flatness
 from tangora.report.reproduction import outcome, rich_checks
 
 console = Console()
@@ -135,6 +139,8 @@ def print_outcome(outcome: Outcome) -> None:
     """
     rows = summarize(outcome.comparison)
     console.print(rich_table(rows, outcome.comparison))
+    if has_flatness(outcome.comparison):
+        console.print(rich_flatness(outcome.comparison, rows))
     for sentence in verdict(rows):
         console.print(escape(sentence))
     console.print(f"report   {escape(str(outcome.report))}")
@@ -144,6 +150,25 @@ def print_outcome(outcome: Outcome) -> None:
             "proof    plain PEFT on the untouched base gives the trained model's logits: "
             f"largest difference {outcome.difference:.1e}"
         )
+
+
+def print_curvature(files: CurvatureFiles) -> None:
+    """Print the tables and the findings of a measurement of curvature.
+
+    Args:
+        files: The measurement and where it was written.
+    """
+    record = files.record
+    for table in curvature_tables(record):
+        console.print(table)
+    for sentence in curvature_findings(record):
+        console.print(escape(sentence))
+    console.print(f"{record.products} products with the matrix over {record.num_examples} examples")
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+    for picture in files.pictures:
+        if picture.suffix == ".png":
+            console.print(f"picture  {escape(str(picture))}")
 
 
 def print_diagnosis(files: DiagnosisFiles) -> None:

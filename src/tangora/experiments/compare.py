@@ -248,7 +248,8 @@ def _best_adapter(
                 target = folder / "adapter"
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.copytree(source / "adapter", target)
-                values = {key: record.settings[key] for key in RunSettings.model_fields}
+                # a record of an older version lacks what has been added since
+                values = {k: value for k, value in record.settings.items() if k in RunSettings.model_fields}
                 return target, row.recipe, verify_adapter(RunSettings(**values), task, source)
     return None, None, None
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from tangora._checks import check_choice
 from tangora.adapters import load_adapter
 from tangora.diagnostics import DEFAULT_RANK, STARTS, diagnose
 from tangora.experiments.logs import log_to
-from tangora.experiments.provenance import commit, machine, versions
+from tangora.experiments.provenance import provenance
 from tangora.experiments.settings import Settings, claim_folder
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
@@ -161,10 +160,7 @@ def diagnose_task(
         command=command,
         settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
         diagnosis=found,
-        versions=versions(),
-        machine=machine(),
-        commit=commit(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
     plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
     return DiagnosisFiles(

@@ -43,7 +43,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
         InputError: If the folder is no finished run with an adapter, or ``output`` is in use by something else.
     """
     folder = Path(run)
-    settings = _settings(folder)
+    settings = run_settings(folder)
     if not (folder / "adapter").is_dir():
         raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
     task = load_run_task(settings)
@@ -63,7 +63,18 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
     return Exported(path, True, error)
 
 
-def _settings(folder: Path) -> RunSettings:
+def run_settings(folder: Path) -> RunSettings:
+    """Read the settings of a run.
+
+    Args:
+        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        InputError: If the folder is none of these.
+    """
     own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
     source = own if own.is_file() else record
     try:

@@ -2,13 +2,25 @@
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
+
+
+def provenance() -> dict[str, Any]:
+    """Return what every record says of its origin: versions, machine, commit and the present time."""
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def versions() -> dict[str, str]:

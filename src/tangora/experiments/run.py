@@ -5,9 +5,8 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tangora.adapters import load_adapter, save_adapter
-from tangora.experiments.provenance import commit, machine, versions
-from tangora.experiments.settings import RunSettings, TaskSettings
-from tangora.experiments.trajectory import summary, trajectory_recorder
+from tangora.experiments.batches import encoded, encoded_batches
+from tangora.experiments.flatness import measure_flatness
+from tangora.experiments.provenance import provenance, versions
+from tangora.experiments.settings import RunSettings
+from tangora.experiments.trajectory import (
+    curvature_callback,
+    curvature_summary,
+    summary,
+    trajectory_recorder,
+)
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
+from tangora.report.records import Flatness
 from tangora.training.answers import exact_match
 from tangora.training.callbacks import (
     DivergedError,
@@ -32,7 +39,7 @@ from tangora.training.callbacks import (
     last_checkpoint,
     read_history,
 )
-from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.data import Task, load_task
 from tangora.training.evaluation import evaluate, predictions, summarize
 from tangora.training.models import LoadedModel, load_model
 from tangora.training.trainer import Trainer
@@ -48,7 +55,7 @@ class Watcher:
     """What a run tells about its progress; does nothing by default.
 
     Attributes:
-        phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``.
+        phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
         step: Called with the number of optimizer steps done and the loss.
     """
 
@@ -65,6 +72,7 @@ class _Result:
     error: str | None = None
     correct: list[bool] | None = None
     evaluation_seconds: float = 0.0
+    flatness: Flatness | None = None
     peak_bytes: int | None = None
 
 
@@ -107,8 +115,8 @@ def execute(
     """Train and evaluate one method, in a folder of its own.
 
     Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
-    for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl`` and ``snapshots/`` of
-    a run that is measured.
+    for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl``, ``snapshots/``
+    and ``curvature.jsonl`` of a run that is measured.
 
     Args:
         settings: The run's.
@@ -131,10 +139,13 @@ def execute(
     method = recipe(settings.recipe)
     model = _prepare(method, loaded, task, settings)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
-    recorder = trajectory_recorder(
-        settings, task, loaded, model, folder, lambda chosen: encoded_batches(chosen, loaded, settings)
-    )
-    callbacks: list[transformers.TrainerCallback] = [timer, *([recorder] if recorder else [])]
+    observers = [
+        observer(
+            settings, task, loaded, model, folder, lambda chosen: encoded_batches(chosen, loaded, settings)
+        )
+        for observer in (trajectory_recorder, curvature_callback)
+    ]
+    callbacks: list[transformers.TrainerCallback] = [timer, *(each for each in observers if each is not None)]
     trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
     try:
         watcher.phase("training")
@@ -142,6 +153,9 @@ def execute(
         watcher.phase("evaluation")
         _evaluate(result, loaded, model, task, settings)
         _save(model, folder, loaded, task, settings)
+        if settings.curvature:
+            watcher.phase("curvature")
+            result.flatness = measure_flatness(settings, task, loaded, model, result.metrics["test"]["loss"])
         if keep_model and not isinstance(model, PeftModel):
             loaded.model.save_pretrained(folder / "model")
             loaded.tokenizer.save_pretrained(folder / "model")
@@ -173,12 +187,11 @@ def execute(
         memory=_memory(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(_unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=summary(folder),
+        curvature=curvature_summary(folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
-        versions=versions(),
-        machine=machine(),
-        commit=commit(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        flatness=result.flatness,
+        **provenance(),
     )
 
 
@@ -221,27 +234,6 @@ def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSetti
     return model
 
 
-def encoded_batches(
-    examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
-) -> list[dict[str, Tensor]]:
-    """Make padded batches of examples.
-
-    Args:
-        examples: Of a task.
-        loaded: Model and tokenizer.
-        settings: For batch size and length.
-
-    Returns:
-        Model inputs with labels, in the examples' order.
-    """
-    data, collate = _encoded(examples, loaded, settings)
-    size = settings.batch_size
-    return [
-        dict(collate([data[index] for index in range(first, min(first + size, len(data)))]))
-        for first in range(0, len(data), size)
-    ]
-
-
 def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
     """Return what a model card should tell of a run.
 
@@ -272,7 +264,7 @@ def _trainer(
     callbacks: list[transformers.TrainerCallback],
     watcher: Watcher,
 ) -> Trainer:
-    data, collate = _encoded(task.train, loaded, settings)
+    data, collate = encoded(task.train, loaded, settings)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=settings.steps,
@@ -327,15 +319,10 @@ def _evaluate(
     result: _Result, loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
 ) -> None:
     began = time.perf_counter()
-    validation = _encoded(task.validation, loaded, settings)
+    validation = encoded(task.validation, loaded, settings)
     result.metrics["validation"] = evaluate(model, *validation, **_how(task, settings))
     result.metrics["test"], result.correct = _measure(loaded, model, task, settings)
     result.evaluation_seconds = time.perf_counter() - began
-
-
-def _encoded(examples: Any, loaded: LoadedModel, settings: TaskSettings) -> tuple[Any, Any]:
-    data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
-    return data, collator(loaded.tokenizer, loaded.kind)
 
 
 def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
@@ -345,7 +332,7 @@ def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
 def _measure(
     loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
 ) -> tuple[dict[str, float], list[bool] | None]:
-    each = predictions(model, *_encoded(task.test, loaded, settings), **_how(task, settings))
+    each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
     metrics = summarize(each)
     if settings.exact_match and task.kind == "causal":
         metrics |= exact_match(model, loaded.tokenizer, task.test, batch_size=2 * settings.batch_size)
@@ -367,7 +354,7 @@ def _save(
 
 @torch.no_grad()
 def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSettings) -> Tensor:
-    data, collate = _encoded(task.test[:_PROOF_EXAMPLES], loaded, settings)
+    data, collate = encoded(task.test[:_PROOF_EXAMPLES], loaded, settings)
     batch = collate([data[index] for index in range(len(data))])
     batch.pop("labels", None)
     model.eval()

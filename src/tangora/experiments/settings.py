@@ -71,6 +71,14 @@ class TaskSettings(Settings):
     exact_match: bool = Field(
         default=False, description="Also generate answers on the test set and compare them."
     )
+    curvature: bool | None = Field(
+        default=None, description="Also measure at the end how flat the loss is, and the generalisation gap."
+    )
+    curvature_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Training examples, the curvature of whose loss is measured; default: 32, 16 while training.",
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -95,6 +103,15 @@ class TaskSettings(Settings):
             if made_for in plan
         }
         return own | values | {"rank_plan": plan}
+
+    @model_validator(mode="after")
+    def _curved(self) -> "TaskSettings":
+        measured = self.curvature or getattr(self, "curvature_every", None)
+        if self.curvature_examples is not None and not measured:
+            raise ValueError(
+                f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
+            )
+        return self
 
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.
@@ -128,6 +145,11 @@ class RunSettings(TaskSettings):
     )
     reference: str | None = Field(
         default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
+    )
+    curvature_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between measured points of the Hessian: largest eigenvalue, trace; default: none.",
     )
 
     @field_validator("recipe")

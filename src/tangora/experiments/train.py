@@ -16,7 +16,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
 
     The output folder holds ``settings.json``, ``metrics.jsonl`` (a line per step), ``adapter/`` (full
     fine-tuning: ``model/``) and ``record.json``; with ``measure_every`` also ``trajectory.jsonl`` and, for full
-    fine-tuning, ``snapshots/``.
+    fine-tuning, ``snapshots/``; with ``curvature_every`` also ``curvature.jsonl``.
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
 
     Args:

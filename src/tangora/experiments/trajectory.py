@@ -1,4 +1,4 @@
-"""The trajectory of a run by name: what is followed, and the full fine-tuning run that it is compared with."""
+"""What a run measures on its way, by name: its trajectory, also against full fine-tuning, and its curvature."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -16,10 +16,13 @@ from tangora.experiments.settings import RunSettings
 from tangora.recipes import recipe
 from tangora.report import load_record
 from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
+from tangora.training.curvature import CurvatureCallback, read_curvature
 from tangora.training.data import Task
 from tangora.training.models import LoadedModel
 
-TRAJECTORY, SNAPSHOTS = "trajectory.jsonl", "snapshots"
+TRAJECTORY, SNAPSHOTS, CURVATURE = "trajectory.jsonl", "snapshots", "curvature.jsonl"
+# one batch by default, whose graph is kept from product to product
+_CURVATURE_EXAMPLES = 16
 
 # what makes two runs see the same examples in the same order
 _SHARED = ("seed", "batch_size", "accumulate", "max_length")
@@ -75,6 +78,42 @@ def trajectory_recorder(
 
     return TrajectoryRecorder(
         folder / TRAJECTORY, followed, settings.measure_every, save if weights else None
+    )
+
+
+def curvature_callback(
+    settings: RunSettings,
+    task: Task,
+    loaded: LoadedModel,
+    model: nn.Module,
+    folder: Path,
+    as_batches: Callable[[Sequence[Any]], list[Any]],
+) -> CurvatureCallback | None:
+    """Make what measures the curvature of a run, before training.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        loaded: Its base model.
+        model: The same, prepared for training.
+        folder: The run's folder.
+        as_batches: Makes model inputs of examples.
+
+    Returns:
+        The callback; ``None`` for a run whose curvature is not measured. Full fine-tuning is measured over the weights
+        of the layers that an adapter would have.
+    """
+    if settings.curvature_every is None or not recipe(settings.recipe).trains:
+        return None
+    whole = not isinstance(model, PeftModel)
+    return CurvatureCallback(
+        # the first ones, so that all methods and seeds are measured on the same
+        as_batches(task.train[: settings.curvature_examples or _CURVATURE_EXAMPLES]),
+        every=settings.curvature_every,
+        path=folder / CURVATURE,
+        over=("weights",) if whole else ("tangent", "factors"),
+        layers=target_layers(loaded, task, settings) if whole else None,
+        seed=settings.seed,
     )
 
 
@@ -155,3 +194,16 @@ def summary(folder: Path) -> dict[str, float | int]:
     """
     points = read_trajectory(folder / TRAJECTORY)
     return {"step": points[-1].step} | points[-1].totals.known() if points else {}
+
+
+def curvature_summary(folder: Path) -> dict[str, float | int]:
+    """Return the curvature at the last measured point of a run.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        Values by name, and ``step``; empty for a run whose curvature was not measured.
+    """
+    points = read_curvature(folder / CURVATURE)
+    return {"step": points[-1].step} | points[-1].known() if points else {}

@@ -5,10 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tangora.report import formats
 from tangora.report.figures import loss_figure, sweep_figure, time_figure
 from tangora.report.files import write_atomic
+from tangora.report.flatness import flatness_figure, flatness_notes, flatness_table, has_flatness
 from tangora.report.layout import Chart, flat, plain, render
 from tangora.report.records import Comparison, Record
 from tangora.report.selection import judged_runs
@@ -74,6 +76,7 @@ def render_page(comparison: Comparison) -> str:
         svg_dashes=SVG_DASHES,
         notes=_notes(rows, comparison),
         charts=_charts(comparison, rows),
+        flatness=_flatness(comparison, rows),
         runs=[run for row in rows for run in _runs(groups[row.recipe], row)],
         settings=flat(comparison.settings),
         recipe_settings=[(row.recipe, _example_settings(groups[row.recipe], row)) for row in rows],
@@ -119,6 +122,24 @@ def _charts(comparison: Comparison, rows: Sequence[Row]) -> list[Chart]:
             plain(time_figure(rows)),
         ),
     ]
+
+
+def _flatness(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any] | None:
+    if not has_flatness(comparison):
+        return None
+    headers, cells = flatness_table(comparison, rows)
+    return {
+        "headers": headers,
+        "cells": cells,
+        "notes": flatness_notes(comparison),
+        "chart": Chart(
+            "flatness-gap",
+            "Flatness and generalisation gap",
+            "Each judged run. Runs of one method differ by their seeds alone; a trend between so few methods is no "
+            "cause.",
+            plain(flatness_figure(comparison, rows)),
+        ),
+    }
 
 
 def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:

@@ -5,37 +5,23 @@ are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and re
 is a float; inside the free-form `settings` they stay strings.
 """
 
-import json
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from tangora._checks import InputError
-from tangora.report.files import write_atomic
+from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, save_json, validated
 
 SCHEMA_VERSION = 1
 COMPARISON_FILE = "comparison.json"
 RECORDS_FOLDER = "records"
 
 
-def _check_time(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-IsoTime = Annotated[str, AfterValidator(_check_time)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metrics = dict[str, float]
-
-
-class FrozenModel(BaseModel):
-    """What all records share: no changes after creation, no unknown fields, NaN as a JSON string."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class StepRecord(FrozenModel):
@@ -78,7 +64,49 @@ class MemoryUse(FrozenModel):
     adapter_bytes: Count = Field(description="All trained parameters.")
 
 
-class Record(FrozenModel):
+class SpaceFlatness(FrozenModel):
+    """Curvature of the training loss over one space of directions."""
+
+    size: Count = Field(description="Dimension.")
+    largest: float = Field(description="Largest eigenvalue of the Hessian.")
+    residual: float = Field(ge=0, description="Norm of H v - λ v: an eigenvalue lies that close.")
+    trace: float = Field(description="Estimate.")
+    trace_error: float | None = Field(description="Its standard error.")
+    products: Count = Field(description="Matrix products that it took.")
+
+
+class Flatness(FrozenModel):
+    """How flat the training loss is where a run ended, and how far the test loss lies above it.
+
+    Factors belong to the pair (A, B) that was found, not to the model, and are no measure to compare methods by.
+    """
+
+    train_loss: float = Field(
+        description="Of the first training examples, as many as are tested, in evaluation mode."
+    )
+    test_loss: float = Field(description="Of the test examples.")
+    num_examples: Count = Field(
+        description="The first training examples, the curvature of whose loss is measured."
+    )
+    spaces: dict[Literal["weights", "tangent", "factors"], SpaceFlatness] = Field(
+        description="`weights`: all entries of the adapted layers' weights, for every method; `tangent`: the "
+        "directions in which an adapter can move them; `factors`: the entries of A and B."
+    )
+    radius: float | None = Field(default=None, description="Of a ball around the weights, Frobenius norm.")
+    rise: float | None = Field(
+        default=None, description="Largest rise of the loss that was found in the ball."
+    )
+    missing: str | None = Field(default=None, description="Why the curvature was not measured.")
+    products: Count = Field(description="Products with the Hessian.")
+    seconds: Seconds = Field(description="That it took; not part of the run's time.")
+
+    @property
+    def gap(self) -> float:
+        """The generalisation gap: test loss minus training loss."""
+        return self.test_loss - self.train_loss
+
+
+class Record(Recorded):
     """One run: a recipe, a learning rate and a seed."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -113,13 +141,17 @@ class Record(FrozenModel):
         default_factory=dict,
         description="Totals of the last measured point of the trajectory and its step; empty if none was.",
     )
+    curvature: Metrics = Field(
+        default_factory=dict,
+        description="Largest eigenvalues and traces of the Hessian at the last measured point, and its step; empty if "
+        "none was.",
+    )
+    flatness: Flatness | None = Field(
+        default=None, description="Curvature at the end of the run; None if it was not measured."
+    )
     correct: list[bool] | None = Field(
         default=None, description="Per test example, in the same order in every run: was it answered right?"
     )
-    versions: dict[str, str] = Field(description="Package name to version.")
-    machine: str = Field(description="Processor, accelerator, threads.")
-    commit: str | None = Field(default=None, description="Commit of the code that ran.")
-    created: IsoTime = Field(description="When the run ended, ISO 8601.")
 
 
 class Comparison(FrozenModel):
@@ -142,29 +174,6 @@ class Comparison(FrozenModel):
         if twice:
             raise ValueError(f"the same run is recorded more than once: {twice[0]}")
         return self
-
-
-_ModelT = TypeVar("_ModelT", Record, Comparison)
-
-
-def save_json(model: BaseModel, path: str | Path) -> Path:
-    """Write a model as JSON, whole or not at all.
-
-    Args:
-        model: A `Record`, a `Comparison`, or any pydantic model.
-        path: The file; its folder is created when missing.
-
-    Returns:
-        The path written.
-
-    Raises:
-        InputError: If the settings hold something that JSON cannot say.
-    """
-    try:
-        text = model.model_dump_json(indent=1)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be written as JSON: {_one_line(error)}") from error
-    return write_atomic(path, text + "\n")
 
 
 def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
@@ -196,7 +205,7 @@ def load_record(path: str | Path) -> Record:
     Raises:
         InputError: If the file is missing, corrupt, or of another schema version; the message names it.
     """
-    return _validate(Record, _read(Path(path)), Path(path))
+    return validated(Record, _read(Path(path)), path, "Record")
 
 
 def load_comparison(folder: str | Path) -> Comparison:
@@ -215,7 +224,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     """
     folder = Path(folder)
     path = folder / COMPARISON_FILE
-    shared = _validate(Comparison, _read(path), path)
+    shared = validated(Comparison, _read(path), path, "Comparison")
     files = sorted((folder / RECORDS_FOLDER).glob("*.json"))
     by_id = {record.id: record for record in shared.records}
     loaded: dict[str, Path] = {}
@@ -227,33 +236,12 @@ def load_comparison(folder: str | Path) -> Comparison:
         by_id[record.id] = record
     records = [by_id[key] for key in sorted(by_id)]
     # Rebuilt rather than copied, so that the check for repeated runs sees all of them.
-    return _validate(Comparison, dict(shared) | {"records": records}, path)
+    return validated(Comparison, dict(shared) | {"records": records}, path, "Comparison")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    content = read_json(path)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(f"{path} has schema_version {version!r}; this tangora reads {SCHEMA_VERSION}")
     return content
-
-
-def _validate(model: type[_ModelT], content: dict[str, Any], path: Path) -> _ModelT:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        where = f" at {place}" if place else ""
-        raise InputError(f"{path} is no valid {model.__name__}{where}: {first['msg']}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

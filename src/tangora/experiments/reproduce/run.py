@@ -3,12 +3,11 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tangora._checks import InputError
-from tangora.experiments.provenance import commit, machine, versions
+from tangora.experiments.provenance import provenance
 from tangora.experiments.reproduce.experiment import Experiment, Progress
 from tangora.experiments.settings import Settings, claim_folder, validated
 from tangora.report.reproduction import (
@@ -99,10 +98,7 @@ def reproduce(
         settings=settings.model_dump(mode="json"),
         result=result,
         seconds=time.perf_counter() - start,
-        versions=versions(),
-        machine=machine(),
-        commit=commit(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
     )
     return ReproductionFiles(
         record,

@@ -1,11 +1,11 @@
-"""Figures of an experiment as PNG files."""
+"""Figures of an experiment as PNG or SVG files."""
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tangora.report.files import write_atomic
 from tangora.report.reproduction.records import Figure, Numbers, Panel, Series
@@ -32,21 +32,29 @@ def figure_styles(figure: Figure) -> dict[str, Style]:
     return series_styles(series.name for panel in figure.panels for series in panel.series)
 
 
-def save_pictures(figures: Sequence[Figure], folder: str | Path) -> list[Path]:
+def save_pictures(
+    figures: Sequence[Figure], folder: str | Path, *, kinds: Sequence[Literal["png", "svg"]] = ("png",)
+) -> list[Path]:
     """Draw figures and write each as ``<name>.png``.
 
     Args:
         figures: The figures.
         folder: Where; created when missing.
+        kinds: Formats, and endings of the names.
 
     Returns:
         The paths written.
     """
-    return [write_atomic(Path(folder) / f"{figure.name}.png", _png(figure)) for figure in figures]
+    return [
+        write_atomic(Path(folder) / f"{figure.name}.{kind}", picture)
+        for figure in figures
+        for kind, picture in _pictures(figure, kinds)
+    ]
 
 
-def _png(figure: Figure) -> bytes:
+def _pictures(figure: Figure, kinds: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
+    from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
 
     styles = figure_styles(figure)
@@ -70,9 +78,15 @@ def _png(figure: Figure) -> bytes:
             handlelength=2.6,
         )
     drawing.suptitle(_plain(figure.title), fontsize="large", fontweight="bold")
-    picture = io.BytesIO()
-    drawing.savefig(picture, format="png")
-    return picture.getvalue()
+    for kind in kinds:
+        picture = io.BytesIO()
+        # no time of writing and no random names: the same figure gives the same bytes
+        with rc_context({"svg.hashsalt": figure.name}):
+            drawing.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        drawing.set_layout_engine(
+            "none"
+        )  # what the first one has laid out stays, and is the larger part of the work
+        yield kind, picture.getvalue()
 
 
 def _draw_panel(drawing: Any, axes: Any, panel: Panel, styles: Mapping[str, Style]) -> dict[str, Any]:

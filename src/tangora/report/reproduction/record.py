@@ -5,18 +5,17 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from tangora._checks import InputError
 from tangora.report.files import write_atomic
-from tangora.report.records import FrozenModel, IsoTime
+from tangora.report.recorded import Recorded, read_record
 from tangora.report.reproduction.records import Result
 
 _INNERMOST = re.compile(r"\[[^\[\]{}\"]*\]")
 """A list without lists, dictionaries or texts in it."""
 
 
-class ReproductionRecord(FrozenModel):
+class ReproductionRecord(Recorded):
     """What an experiment found, and where it comes from."""
 
     schema_version: Literal[1] = 1
@@ -29,10 +28,6 @@ class ReproductionRecord(FrozenModel):
     settings: dict[str, Any]
     result: Result
     seconds: float = Field(ge=0, description="How long it took.")
-    versions: dict[str, str] = Field(description="Package name to version.")
-    machine: str = Field(description="Processor, accelerator, threads.")
-    commit: str | None = Field(default=None, description="Commit of the code that ran.")
-    created: IsoTime = Field(description="When it ended, ISO 8601.")
 
 
 def load_reproduction(path: str | Path) -> ReproductionRecord:
@@ -47,16 +42,7 @@ def load_reproduction(path: str | Path) -> ReproductionRecord:
     Raises:
         InputError: If the file is missing, corrupt, or something else; the message names it.
     """
-    try:
-        return ReproductionRecord.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path} is no valid reproduction at {place}: {first['msg']}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+    return read_record(ReproductionRecord, path, "reproduction")
 
 
 def save_reproduction(record: ReproductionRecord, path: str | Path) -> Path:

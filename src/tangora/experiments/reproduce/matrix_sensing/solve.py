@@ -55,7 +55,7 @@ def solve(
         The account.
     """
     try:
-        return _together(method, problems, start, step_size, tolerance, max_iterations)
+        return _iterate(method, problems, start, step_size, max_iterations, _Account(problems, tolerance))
     except (FloatingPointError, torch.linalg.LinAlgError):
         # one problem can stop a scheme for the whole stack; alone it stops only itself
         rows, columns = problems.target.shape[:2]
@@ -90,17 +90,6 @@ def _alone(
     except (FloatingPointError, torch.linalg.LinAlgError):
         account.diverged |= True
         return account.trace()
-
-
-def _together(
-    method: Method,
-    problems: Problems,
-    start: Factors,
-    step_size: float,
-    tolerance: float,
-    max_iterations: int,
-) -> Trace:
-    return _iterate(method, problems, start, step_size, max_iterations, _Account(problems, tolerance))
 
 
 class _Account:

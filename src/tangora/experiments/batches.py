@@ -1,0 +1,48 @@
+"""Examples of a task as model inputs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tangora.experiments.settings import TaskSettings
+from tangora.training.data import EncodedDataset, collator, encode
+from tangora.training.models import LoadedModel
+
+
+def encoded(
+    examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
+) -> tuple[EncodedDataset, Any]:
+    """Encode examples.
+
+    Args:
+        examples: Of a task.
+        loaded: Model and tokenizer.
+        settings: For the length.
+
+    Returns:
+        The examples as tokens, and what makes a padded batch of some of them.
+    """
+    data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
+    return data, collator(loaded.tokenizer, loaded.kind)
+
+
+def encoded_batches(
+    examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
+) -> list[dict[str, Tensor]]:
+    """Make padded batches of examples.
+
+    Args:
+        examples: Of a task.
+        loaded: Model and tokenizer.
+        settings: For batch size and length.
+
+    Returns:
+        Model inputs with labels, in the examples' order.
+    """
+    data, collate = encoded(examples, loaded, settings)
+    size = settings.batch_size
+    return [
+        dict(collate([data[index] for index in range(first, min(first + size, len(data)))]))
+        for first in range(0, len(data), size)
+    ]

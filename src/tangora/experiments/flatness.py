@@ -1,0 +1,98 @@
+"""Where a run of a comparison ended: how flat the loss is there, and how far the test loss lies above it."""
+
+import time
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tangora._checks import InputError
+from tangora.curvature import Hessian
+from tangora.curvature.sharpness import sharpness
+from tangora.experiments.batches import encoded, encoded_batches
+from tangora.experiments.settings import RunSettings
+from tangora.experiments.trajectory import target_layers
+from tangora.report.records import Flatness, SpaceFlatness
+from tangora.training.data import Task
+from tangora.training.evaluation import evaluate
+from tangora.training.models import LoadedModel
+
+NUM_EXAMPLES = 32
+RADIUS = 0.05
+"""Of the ball, the radius that Foret et al. (2021, arXiv:2010.01412) use."""
+
+_TOLERANCE = 1e-2
+_TOP_PRODUCTS, _TRACE_PRODUCTS = 20, 12
+_ASCENT, _KRYLOV = 3, 4
+
+
+def measure_flatness(
+    settings: RunSettings,
+    task: Task,
+    loaded: LoadedModel,
+    model: nn.Module,
+    test_loss: float,
+) -> Flatness:
+    """Measure the end point of a run.
+
+    The examples are the first of the task, so that all methods and seeds are measured on the same.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        loaded: Its base model.
+        model: The same, trained.
+        test_loss: Of all test examples.
+
+    Returns:
+        The measurement. Where the model has no second derivatives it says why instead.
+    """
+    began = time.perf_counter()
+    examples = task.train[: settings.curvature_examples or NUM_EXAMPLES]
+    seen = encoded(task.train[: len(task.test)], loaded, settings)
+    train = evaluate(model, *seen, kind=task.kind, batch_size=2 * settings.batch_size)
+    values: dict[str, Any] = {
+        "train_loss": train["loss"],
+        "test_loss": test_loss,
+        "num_examples": len(examples),
+        "spaces": {},
+        "products": 0,
+    }
+    try:
+        values |= _curvature(settings, task, loaded, model, encoded_batches(examples, loaded, settings))
+    except InputError as problem:  # a method without second derivatives must not end the comparison
+        values["missing"] = f"{settings.recipe}: {problem}"
+    return Flatness(**values, seconds=time.perf_counter() - began)
+
+
+def _curvature(
+    settings: RunSettings, task: Task, loaded: LoadedModel, model: nn.Module, batches: list[dict[str, Tensor]]
+) -> dict[str, Any]:
+    adapted = isinstance(model, PeftModel)
+    # full fine-tuning is looked at in the layers that an adapter would have
+    layers = None if adapted else target_layers(loaded, task, settings)
+    weights = Hessian(model, batches, over="weights", layers=layers)
+    operators = {"weights": weights}
+    if adapted:
+        operators |= {space: Hessian(model, batches, over=space) for space in ("tangent", "factors")}
+    spaces = {space: _space(operator) for space, operator in operators.items()}
+    ball = sharpness(weights, RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, tol=_TOLERANCE)
+    return {
+        "spaces": spaces,
+        "radius": RADIUS,
+        "rise": ball.value,
+        "products": sum(operator.products for operator in operators.values()),
+    }
+
+
+def _space(operator: Hessian) -> SpaceFlatness:
+    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_TOP_PRODUCTS)
+    trace = operator.trace(products=_TRACE_PRODUCTS)
+    return SpaceFlatness(
+        size=operator.size,
+        largest=float(pairs.values[0]),
+        residual=float(pairs.residuals[0]),
+        trace=trace.value,
+        trace_error=trace.standard_error,
+        products=operator.products,
+    )

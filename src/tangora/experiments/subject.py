@@ -1,0 +1,143 @@
+"""A trained run, or a model by name, ready to be measured: weights, data and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tangora._checks import InputError
+from tangora.adapters import find_pairs, load_adapter
+from tangora.experiments.batches import encoded_batches
+from tangora.experiments.export import run_settings
+from tangora.experiments.run import load_base
+from tangora.experiments.settings import RunSettings, TaskSettings
+from tangora.training.data import Task, load_task
+from tangora.training.models import LoadedModel, load_model
+
+_DATA_KEYS = (
+    "data",
+    "kind",
+    "text_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "num_train",
+    "num_validation",
+    "num_test",
+    "max_length",
+)
+_NOT_KEPT = (
+    "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
+    "which it does not keep; tangora train keeps them, and tangora compare --curvature measures before they go"
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: With the adapter, if there is one; in evaluation mode, on the GPU if there is one.
+        loaded: The base model and its tokenizer.
+        task: The data.
+        settings: Of the data.
+        title: Model and data by name.
+        ranks: Distinct ranks of the adapter's layers, ascending; empty without an adapter.
+    """
+
+    model: nn.Module
+    loaded: LoadedModel
+    task: Task
+    settings: TaskSettings
+    title: str
+    ranks: tuple[int, ...]
+
+    def batches(self, split: str, num_examples: int, batch_size: int) -> list[dict[str, Tensor]]:
+        """Make padded batches of the first examples of a split.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            num_examples: How many; fewer where there are no more.
+            batch_size: Examples at once.
+
+        Returns:
+            Model inputs with labels.
+
+        Raises:
+            InputError: If the split is empty.
+        """
+        examples = getattr(self.task, split)[:num_examples]
+        if not examples:
+            raise InputError(f"split {split!r} of {self.task.name} holds no examples")
+        return encoded_batches(
+            examples, self.loaded, self.settings.model_copy(update={"batch_size": batch_size})
+        )
+
+
+def is_run(source: str) -> bool:
+    """Tell whether something is a run's folder rather than a model.
+
+    Args:
+        source: Folder or name.
+
+    Returns:
+        Whether it holds what ``tangora train``, or one run of ``tangora compare``, leaves behind.
+    """
+    folder = Path(source)
+    record = folder.parent.parent / "records" / f"{folder.name}.json"
+    return folder.is_dir() and ((folder / "settings.json").is_file() or record.is_file())
+
+
+def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed: int) -> Subject:
+    """Load what is to be measured.
+
+    Args:
+        source: Folder of a run, or a model as `load_model` takes it.
+        adapter: Folder of a saved adapter, for a model.
+        changes: Settings of the data that differ from the run's or the defaults; ``None`` changes nothing.
+        seed: Of a new head, for a model; a run has its own.
+
+    Returns:
+        The subject.
+
+    Raises:
+        InputError: If something cannot be loaded, or an adapter is given for a run.
+    """
+    changes = {key: value for key, value in changes.items() if key in _DATA_KEYS and value is not None}
+    if not is_run(source):
+        return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
+    if adapter is not None:
+        raise InputError(f"adapter is for models; {source} is a run, which has its own: got {adapter}")
+    return _from_run(Path(source), run_settings(Path(source)).model_copy(update=changes))
+
+
+def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
+    task = load_task(settings.data, **settings.as_task())
+    loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
+    model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
+    return _subject(model, loaded, task, settings, Path(source).name)
+
+
+def _from_run(folder: Path, settings: RunSettings) -> Subject:
+    task = load_task(settings.data, **settings.as_task())
+    if (folder / "adapter").is_dir():
+        loaded = load_base(settings, task)
+        model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)
+    elif (folder / "model").is_dir():
+        loaded = load_model(str(folder / "model"), kind=task.kind, labels=task.labels or None)
+        model = loaded.model
+    else:
+        raise InputError(_NOT_KEPT.format(folder=folder))
+    return _subject(model, loaded, task, settings, f"{Path(settings.model).name} after {settings.recipe}")
+
+
+def _subject(model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str) -> Subject:
+    if torch.cuda.is_available():
+        model.to("cuda")
+    pairs = find_pairs(model) if isinstance(model, PeftModel) else []
+    ranks = tuple(sorted({pair.shape[2] for pair in pairs}))
+    title = f"{name} on {Path(settings.data).name}"
+    return Subject(model, loaded, task, settings, title, ranks)

@@ -1,0 +1,44 @@
+"""From a measurement of curvature to sentences, terminal tables, pictures and one self-contained page."""
+
+from tangora.report.curvature.page import render_curvature, save_curvature_pictures, write_curvature
+from tangora.report.curvature.record import (
+    BatchCurvature,
+    BatchNoise,
+    CurvatureRecord,
+    Density,
+    Eigenvalue,
+    Estimated,
+    Landscape,
+    LayerCurvature,
+    Line,
+    Plane,
+    Scatter,
+    Sharpness,
+    Spectrum,
+    load_curvature,
+)
+from tangora.report.curvature.summary import FACTORS, findings
+from tangora.report.curvature.tables import curvature_tables
+
+__all__ = [
+    "FACTORS",
+    "BatchCurvature",
+    "BatchNoise",
+    "CurvatureRecord",
+    "Density",
+    "Eigenvalue",
+    "Estimated",
+    "Landscape",
+    "LayerCurvature",
+    "Line",
+    "Plane",
+    "Scatter",
+    "Sharpness",
+    "Spectrum",
+    "curvature_tables",
+    "findings",
+    "load_curvature",
+    "render_curvature",
+    "save_curvature_pictures",
+    "write_curvature",
+]

@@ -1,0 +1,256 @@
+"""Figures of a measurement of curvature: numbers and axes, drawn as charts on the page and as pictures beside it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tangora.report.curvature.record import (
+    BatchNoise,
+    CurvatureRecord,
+    Density,
+    Landscape,
+    LayerCurvature,
+    Plane,
+    Spectrum,
+    in_order,
+)
+from tangora.report.curvature.summary import FACTORS, OPERATOR_NAMES, SPACE_NAMES
+from tangora.report.diagnosis.grid import natural, places
+from tangora.report.reproduction.records import Figure, Heatmap, Panel, Series
+
+_DECADES = 7
+_LOG_RANGE = 30.0
+
+
+def figures(record: CurvatureRecord) -> list[Figure]:
+    """List the figures of a measurement.
+
+    Args:
+        record: What was measured.
+
+    Returns:
+        Eigenvalues and density always; layers, mini-batches and landscape where they were measured.
+    """
+    found = [_eigenvalues(record), _counts(record), _density(record)]
+    if any(layer.space != "factors" for layer in record.layers):
+        found.append(_layers(record.layers))
+    if record.batch_noise is not None:
+        found.append(_batches(record.batch_noise))
+    if record.landscape is not None:
+        found += _landscape(record.landscape)
+    return found
+
+
+def _by_space(
+    record: CurvatureRecord, draw: Callable[[Spectrum], Sequence[Series]]
+) -> list[tuple[str, list[Series]]]:
+    # the factors get axes of their own: nobody shall compare them with the rest
+    panels: dict[str, list[Series]] = {}
+    for spectrum in in_order(record.spectra):
+        panels.setdefault(SPACE_NAMES[spectrum.space], []).extend(draw(spectrum))
+    return list(panels.items())
+
+
+def _eigenvalues(record: CurvatureRecord) -> Figure:
+    def draw(spectrum: Spectrum) -> list[Series]:
+        values = [one.value for one in spectrum.eigenvalues]
+        residuals = [one.residual for one in spectrum.eigenvalues]
+        return [
+            Series(
+                OPERATOR_NAMES[spectrum.operator],
+                range(1, len(values) + 1),
+                values,
+                low=[value - residual for value, residual in zip(values, residuals, strict=True)],
+                high=[value + residual for value, residual in zip(values, residuals, strict=True)],
+            )
+        ]
+
+    return Figure(
+        "eigenvalues",
+        "Largest eigenvalues",
+        "In descending order; the band is the residual, within which an eigenvalue lies for certain."
+        + _about_factors(record),
+        [
+            Panel(title, "number", "eigenvalue", series, yscale="log" if _wide(series) else "linear")
+            for title, series in _by_space(record, draw)
+        ],
+    )
+
+
+def _wide(series: Sequence[Series]) -> bool:
+    values = [value for one in series for value in one.y]
+    return min(values) > 0 and max(values) > _LOG_RANGE * min(values)
+
+
+def _counts(record: CurvatureRecord) -> Figure:
+    def draw(spectrum: Spectrum) -> list[Series]:
+        suffix = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
+        signs = {"upwards": 1.0, "downwards": -1.0}
+        found = {name + suffix: _counted(name + suffix, spectrum, sign) for name, sign in signs.items()}
+        return [series for series in found.values() if series is not None]
+
+    return Figure(
+        "counts",
+        "How many directions curve how much",
+        "Number of directions whose curvature is at least so large, upwards and downwards, from stochastic Lanczos "
+        "quadrature without smoothing; the band reaches from the smallest to the largest probe. Small numbers of "
+        "directions are the less certain." + _about_factors(record),
+        [
+            Panel(title, "curvature at least", "directions", series, xscale="log", yscale="log")
+            for title, series in _by_space(record, draw)
+        ],
+    )
+
+
+def _counted(name: str, spectrum: Spectrum, sign: float) -> Series | None:
+    density = spectrum.density
+    ends = [sign * node for nodes in density.nodes for node in nodes if sign * node > 0]
+    if not ends:
+        return None
+    top = max(abs(node) for nodes in density.nodes for node in nodes)
+    low = max(min(ends), top * 10.0**-_DECADES)
+    x = np.geomspace(low, max(*ends, low), 160)
+    counts = spectrum.size * _tails(density, sign, x)
+    mean = counts.mean(axis=0)
+    shown = mean > 0
+    return Series(
+        name,
+        x[shown].tolist(),
+        mean[shown].tolist(),
+        low=counts.min(axis=0)[shown].tolist(),
+        high=counts.max(axis=0)[shown].tolist(),
+    )
+
+
+def _tails(density: Density, sign: float, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    # probes x points: the share of directions beyond each point
+    rows = []
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        values, shares = sign * np.array(nodes), np.array(weights)
+        # a point that is a node, but for rounding, counts as reached
+        rows.append((shares * (values >= x[:, None] * (1 - 1e-12))).sum(axis=1))
+    return np.array(rows)
+
+
+def _density(record: CurvatureRecord) -> Figure:
+    def draw(spectrum: Spectrum) -> list[Series]:
+        density = spectrum.density
+        floor = max(density.smoothed, default=0.0) * 10.0**-_DECADES
+        shown = [(x, y) for x, y in zip(density.x, density.smoothed, strict=True) if y > floor]
+        return [Series(OPERATOR_NAMES[spectrum.operator], [x for x, _ in shown], [y for _, y in shown])]
+
+    return Figure(
+        "density",
+        "Spectral density",
+        "The same, smoothed: share of directions for each unit of curvature. The width of the peaks is that of the "
+        "smoothing." + _about_factors(record),
+        [
+            Panel(title, "eigenvalue", "density", series, yscale="log")
+            for title, series in _by_space(record, draw)
+        ],
+    )
+
+
+def _about_factors(record: CurvatureRecord) -> str:
+    return f" {FACTORS}" if record.of("factors") is not None else ""
+
+
+def _layers(layers: Sequence[LayerCurvature]) -> Figure:
+    shown = [layer for layer in layers if layer.space != "factors"]
+    where = places(layer.name for layer in shown)
+    blocks = sorted({place.block for place in where.values() if place.block}, key=natural)
+    at = {where[layer.name]: layer for layer in shown}
+    kinds = list(dict.fromkeys(place.kind for place in where.values()))
+
+    def series(value: Callable[[LayerCurvature], float]) -> list[Series]:
+        found = []
+        for kind in kinds:
+            points = [
+                (number, value(at[place]))
+                for number, block in enumerate(blocks)
+                if (place := next((p for p in at if p.block == block and p.kind == kind), None)) is not None
+            ]
+            # layers outside of any block stand before the first one
+            points += [
+                (-1, value(layer)) for place, layer in at.items() if not place.block and place.kind == kind
+            ]
+            points.sort()
+            found.append(Series(kind, [x for x, _ in points], [y for _, y in points]))
+        return found
+
+    panels = [
+        Panel(
+            "top eigenvector",
+            "block",
+            "share of the eigenvector",
+            series(lambda layer: layer.eigenvector_share),
+        ),
+        Panel("trace", "block", "trace", series(lambda layer: layer.trace.value)),
+    ]
+    if all(layer.largest is not None for layer in shown):
+        largest = series(lambda layer: layer.largest.value if layer.largest else math.nan)
+        panels.append(Panel("largest eigenvalue", "block", "λ max", largest))
+    return Figure(
+        "layers",
+        "Layer by layer",
+        f"{SPACE_NAMES[shown[0].space].capitalize()}: where the eigenvector of the largest eigenvalue lies, and each "
+        "layer's own block of the Hessian. Layers outside of the blocks stand at −1.",
+        [replace(panel, yscale="log" if _wide(panel.series) else "linear") for panel in panels],
+    )
+
+
+def _batches(noise: BatchNoise) -> Figure:
+    numbers = range(1, len(noise.batches) + 1)
+
+    def panel(title: str, values: list[float], mean: float) -> Panel:
+        ends = (1, len(values))
+        return Panel(
+            title,
+            "mini-batch",
+            title,
+            [
+                Series("each mini-batch", numbers, values, style="points"),
+                Series("their mean", ends, (mean, mean), style="dashed"),
+            ],
+        )
+
+    return Figure(
+        "batches",
+        "Mini-batches",
+        f"Curvature of each mini-batch alone, {SPACE_NAMES[noise.space]}.",
+        [
+            panel("λ max", [one.largest.value for one in noise.batches], noise.largest.mean),
+            panel("trace", [one.trace.value for one in noise.batches], noise.trace.mean),
+        ],
+    )
+
+
+def _landscape(landscape: Landscape) -> list[Figure]:
+    found = []
+    if landscape.lines:
+        series = [Series(line.direction, line.steps, line.losses) for line in landscape.lines]
+        found.append(
+            Figure(
+                "lines",
+                "The loss along single directions",
+                f"Displacements of the point, {SPACE_NAMES[landscape.space]}; their length in Frobenius norm.",
+                [Panel("loss", "distance", "loss", series)],
+            )
+        )
+    if landscape.plane is not None:
+        found.append(_plane(landscape.plane, SPACE_NAMES[landscape.space]))
+    return found
+
+
+def _plane(plane: Plane, space: str) -> Figure:
+    across, along = plane.directions
+    heat = Heatmap(plane.x, plane.y, plane.losses, "loss")
+    return Figure(
+        "plane",
+        "The loss over two directions",
+        f"Displacements of the point in the middle, {space}; their length in Frobenius norm.",
+        [Panel("loss", across, along, heatmap=heat)],
+    )

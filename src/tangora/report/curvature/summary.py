@@ -1,0 +1,174 @@
+"""What a measurement of curvature says, in words."""
+
+import math
+
+from tangora.report import formats
+from tangora.report.curvature.record import CurvatureRecord, Operator, Sharpness, Space, Spectrum
+
+SPACE_NAMES: dict[Space, str] = {
+    "tangent": "tangent space",
+    "weights": "full weights",
+    "factors": "factors A, B",
+}
+OPERATOR_NAMES: dict[Operator, str] = {"hessian": "Hessian", "gauss-newton": "Gauss–Newton"}
+FACTORS = (
+    "Figures over the factors A and B belong to this pair of factors, not to the model: they change under "
+    "(B, A) → (BR, R⁻¹A), which leaves every weight, every output and the figures over the tangent space as they are. "
+    "They must not be compared across methods, ranks, scalings or starts."
+)
+
+
+def findings(record: CurvatureRecord) -> list[str]:
+    """Say in words what was found, the most important first.
+
+    Args:
+        record: What was measured.
+
+    Returns:
+        Sentences in plain text.
+    """
+    return [
+        *_of_top(record.main),
+        *_of_low_end(record.main),
+        *_of_gauss_newton(record),
+        *_of_sharpness(record),
+        *_of_batches(record),
+        *_of_layers(record),
+        *_of_factors(record),
+        f"All of this holds for the {formats.plural(record.num_examples, f'{record.split} example')} that were read.",
+    ]
+
+
+def where(space: Space) -> str:
+    """Name a space within a sentence.
+
+    Args:
+        space: The space.
+
+    Returns:
+        For example "in the tangent space".
+    """
+    return {
+        "tangent": "in the tangent space",
+        "weights": "over the full weights of the chosen layers",
+        "factors": "over the factors A and B",
+    }[space]
+
+
+def name(spectrum: Spectrum) -> str:
+    """Name a spectrum in a table or a legend.
+
+    Args:
+        spectrum: Of a record.
+
+    Returns:
+        For example "tangent space, Gauss–Newton".
+    """
+    operator = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
+    return SPACE_NAMES[spectrum.space] + operator
+
+
+def _of_top(spectrum: Spectrum) -> list[str]:
+    values = [eigenvalue.value for eigenvalue in spectrum.eigenvalues]
+    trace = spectrum.trace
+    text = (
+        f"{where(spectrum.space).capitalize()} ({formats.count(spectrum.size)} directions) the largest curvature is "
+        f"{formats.significant(values[0])} and the trace {estimate(trace.value, trace.standard_error)}"
+    )
+    share = sum(values) / trace.value if trace.value > 0 else math.inf
+    if len(values) > 1 and 0 < share <= 1:
+        text += f"; the {len(values)} largest eigenvalues make up {formats.small_share(share)} of it"
+    sentences = [f"{text}."]
+    if not spectrum.converged:
+        sentences.append(
+            "Not all of these eigenvalues converged within the budget; the residuals say how far each may be off."
+        )
+    return sentences
+
+
+def _of_low_end(spectrum: Spectrum) -> list[str]:
+    low = spectrum.lowest_node
+    if low >= 0 or spectrum.operator != "hessian":
+        return []
+    ratio = -low / spectrum.largest if spectrum.largest > 0 else math.inf
+    if ratio < 1e-3:
+        return []
+    return [
+        f"The point is no minimum: some direction curves down by {formats.significant(-low)} or more"
+        + (f", {formats.small_share(ratio)} of the largest curvature." if math.isfinite(ratio) else ".")
+    ]
+
+
+def _of_gauss_newton(record: CurvatureRecord) -> list[str]:
+    sentences = []
+    for spectrum in record.spectra:
+        other = record.of(spectrum.space, "gauss-newton")
+        if spectrum.operator != "hessian" or spectrum.space == "factors" or other is None:
+            continue
+        sentences.append(
+            f"{where(spectrum.space).capitalize()} the Gauss–Newton part alone has largest eigenvalue "
+            f"{formats.significant(other.largest)} and trace "
+            f"{estimate(other.trace.value, other.trace.standard_error)}."
+        )
+    return sentences
+
+
+def _of_sharpness(record: CurvatureRecord) -> list[str]:
+    return [_rise(one) for one in record.sharpness if one.space != "factors"]
+
+
+def _rise(sharpness: Sharpness) -> str:
+    return (
+        f"Within a distance of {formats.significant(sharpness.radius)} {where(sharpness.space)} the loss can rise from "
+        f"{formats.metric(sharpness.loss)} to {formats.metric(sharpness.loss + sharpness.rise)} at least; gradient and "
+        f"Hessian alone predict {formats.metric(sharpness.loss + sharpness.second_order)}."
+    )
+
+
+def _of_batches(record: CurvatureRecord) -> list[str]:
+    noise = record.batch_noise
+    if noise is None or noise.space == "factors":
+        return []
+    return [
+        (
+            f"Over {len(noise.batches)} mini-batches the largest curvature is {formats.significant(noise.largest.mean)} in "
+            f"the mean, ± {formats.significant(noise.largest.deviation)} between them; that of their mean is "
+            f"{formats.significant(noise.whole.value)}."
+        )
+    ]
+
+
+def _of_layers(record: CurvatureRecord) -> list[str]:
+    layers = [layer for layer in record.layers if layer.space != "factors"]
+    if len(layers) < 2:
+        return []
+    top = sorted(layers, key=lambda layer: -layer.eigenvector_share)[:3]
+    parts = [f"{layer.name} ({formats.small_share(layer.eigenvector_share)})" for layer in top]
+    return [f"The direction of the largest curvature lies above all in {formats.listing(parts)}."]
+
+
+def _of_factors(record: CurvatureRecord) -> list[str]:
+    factors = record.of("factors")
+    if factors is None:
+        return []
+    trace = estimate(factors.trace.value, factors.trace.standard_error)
+    return [
+        (
+            f"Over the factors A and B the largest eigenvalue is {formats.significant(factors.largest)} and the trace "
+            f"{trace}. {FACTORS}"
+        )
+    ]
+
+
+def estimate(value: float, standard_error: float | None) -> str:
+    """Write an estimate with its standard error.
+
+    Args:
+        value: The estimate.
+        standard_error: ``None`` where it is not known.
+
+    Returns:
+        For example "12.3 ± 0.4".
+    """
+    text = formats.significant(value)
+    return text if not standard_error else f"{text} ± {standard_error:.1g}"

@@ -1,0 +1,125 @@
+"""What every recorded result has in common: how it is checked, where it comes from, how it is read back."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tangora._checks import InputError
+from tangora.report.files import write_atomic
+
+
+def _check_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+IsoTime = Annotated[str, AfterValidator(_check_time)]
+
+
+class FrozenModel(BaseModel):
+    """What all records share: no changes after creation, no unknown fields, NaN as a JSON string."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Recorded(FrozenModel):
+    """A result with the code and the machine that gave it."""
+
+    versions: dict[str, str] = Field(description="Package name to version.")
+    machine: str = Field(description="Processor, accelerator, threads.")
+    commit: str | None = Field(default=None, description="Commit of the code that ran.")
+    created: IsoTime = Field(description="When it ended, ISO 8601.")
+
+
+def save_json(model: BaseModel, path: str | Path) -> Path:
+    """Write a model as JSON, whole or not at all.
+
+    Args:
+        model: A `Record`, a `Comparison`, or any pydantic model.
+        path: The file; its folder is created when missing.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: If the settings hold something that JSON cannot say.
+    """
+    try:
+        text = model.model_dump_json(indent=1)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be written as JSON: {_one_line(error)}") from error
+    return write_atomic(path, text + "\n")
+
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+def read_record(kind: type[_ModelT], path: str | Path, what: str) -> _ModelT:
+    """Read one record from a file.
+
+    Args:
+        kind: The record's class.
+        path: JSON file.
+        what: What it holds, for the messages.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: If the file is missing, corrupt, or something else; the message names it and the field.
+    """
+    return validated(kind, read_json(path), path, what)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: If it cannot be read or is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def validated(kind: type[_ModelT], content: dict[str, Any], path: str | Path, what: str) -> _ModelT:
+    """Check what a file holds.
+
+    Args:
+        kind: The record's class.
+        content: The file's JSON object.
+        path: The file, for the message.
+        what: What it should hold, for the message.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: With the first field that is wrong.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        where = f" at {place}" if place else ""
+        raise InputError(f"{path} is no valid {what}{where}: {first['msg']}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

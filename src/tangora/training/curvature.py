@@ -1,0 +1,253 @@
+r"""The curvature of the loss while a model trains: $\lambda_{\max}$, trace and $\kappa$ every few steps."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tangora._checks import InputError, check_choice, check_whole
+from tangora._types import LossFn
+from tangora.curvature import Hessian
+from tangora.curvature.operators import Over
+from tangora.probes import as_batches, gradient_norms, probed_layers
+from tangora.training.callbacks import DivergedError, read_history
+
+_SPACES = ("tangent", "factors", "weights")
+_FILE = "curvature.jsonl"
+# the error of an eigenvalue is of the order of the square of its residual
+_TOLERANCE = 1e-2
+_MAX_PRODUCTS = 40
+
+
+@dataclass(frozen=True)
+class SpaceCurvature:
+    r"""The Hessian of the mean loss in one kind of coordinates.
+
+    Attributes:
+        size: Their number.
+        top_eigenvalue: $\lambda_{\max}$.
+        residual: $\|H v - \lambda v\|$ of its eigenvector; some eigenvalue is at most that far away.
+        trace: Estimate of the trace.
+        trace_error: Its standard error.
+        products: Products with the Hessian that both took.
+    """
+
+    size: int
+    top_eigenvalue: float
+    residual: float
+    trace: float
+    trace_error: float
+    products: int
+
+
+@dataclass(frozen=True)
+class CurvaturePoint:
+    r"""One measured step.
+
+    Attributes:
+        step: Optimizer steps done; 0 is the start.
+        loss: Mean loss on the examples, in evaluation mode.
+        gradient_norm: $\|G\|_F$ of the weights' gradient, over all adapted layers together.
+        captured_energy: $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$, in [0, 1]; ``None`` over weights alone.
+        spaces: By kind of coordinates. Those of ``factors`` change with the gauge $(B R, R^{-1} A)$ and compare only
+            with themselves.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    captured_energy: float | None
+    spaces: dict[str, SpaceCurvature]
+
+    def known(self) -> dict[str, float]:
+        """Return the values that there are, by name; those of a space after its name."""
+        own = {"loss": self.loss, "gradient_norm": self.gradient_norm}
+        if self.captured_energy is not None:
+            own["captured_energy"] = self.captured_energy
+        keys = "top_eigenvalue", "trace", "trace_error"
+        return own | {
+            f"{name}_{key}": getattr(space, key) for name, space in self.spaces.items() for key in keys
+        }
+
+
+def curvature_point(
+    model: nn.Module,
+    batches: Iterable[Any],
+    step: int,
+    *,
+    over: Sequence[Over] = ("tangent", "factors"),
+    layers: Iterable[str] | None = None,
+    loss_fn: LossFn | None = None,
+    trace_products: int = 12,
+    seed: int = 0,
+) -> CurvaturePoint:
+    r"""Measure the curvature where a model is; the model, its gradients and all random states stay as they are.
+
+    Args:
+        model: PEFT model, or a plain one for ``weights`` alone.
+        batches: Model inputs with labels, iterated many times.
+        step: Optimizer steps done.
+        over: Kinds of coordinates, of ``tangent``, ``factors`` and ``weights``.
+        layers: Which, as `Hessian` takes them; default all.
+        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
+        trace_products: Products with the Hessian for each trace, at least 6.
+        seed: Of the random vectors.
+
+    Returns:
+        The point.
+
+    Raises:
+        InputError: If the model has no such coordinates, or a loss is not finite.
+    """
+    batches = as_batches(batches)
+    how: dict[str, Any] = {"layers": None if layers is None else list(layers), "loss_fn": loss_fn}
+    operators = {name: Hessian(model, batches, over=name, **how) for name in over}
+    spaces = {name: _of_space(operator, trace_products, seed) for name, operator in operators.items()}
+    first = next(iter(operators.values()))
+    if "tangent" not in operators and "factors" not in operators:
+        return CurvaturePoint(step, first.loss(), float(first.gradient().double().norm()), None, spaces)
+    tangent = operators.get("tangent") or Hessian(model, batches, over="tangent", **how)
+    probed = [layer for layer in probed_layers(model) if layer.name in tangent.space.layout]
+    norms = gradient_norms(model, batches, layers=probed, loss_fn=loss_fn, progress=False)
+    norm = math.hypot(*norms.values())
+    captured = float(tangent.gradient().double().norm())
+    return CurvaturePoint(
+        step, first.loss(), norm, min((captured / norm) ** 2, 1.0) if norm > 0 else 0.0, spaces
+    )
+
+
+def _of_space(operator: Hessian, trace_products: int, seed: int) -> SpaceCurvature:
+    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_MAX_PRODUCTS, seed=seed)
+    trace = operator.trace(products=trace_products, seed=seed)
+    return SpaceCurvature(
+        size=operator.size,
+        top_eigenvalue=float(pairs.values[0]),
+        residual=float(pairs.residuals[0]),
+        trace=trace.value,
+        trace_error=trace.standard_error,
+        products=operator.products,
+    )
+
+
+class CurvatureCallback(TrainerCallback):
+    """Appends a `CurvaturePoint` as a JSON line to a file every few steps; training stays what it is.
+
+    Points are measured at the start, every ``every`` steps and at the end. Works with any Hugging Face Trainer. Under
+    ``torch.distributed`` every rank reads its own batches, and the first one writes.
+
+    Args:
+        batches: Model inputs with labels: the same at every point, so that only the weights change between them.
+        every: Steps between points, in [1, inf).
+        path: The file; default ``curvature.jsonl`` in the Trainer's output folder. When a run is resumed, lines after
+            the checkpoint's step are dropped.
+        over: Kinds of coordinates, of ``tangent``, ``factors`` and ``weights``.
+        layers: Which layers, as `Hessian` takes them; default all.
+        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
+        trace_products: Products with the Hessian for each trace, at least 6.
+        seed: Of the random vectors, the same at every point.
+        on_point: Called with each point.
+
+    Example:
+        >>> trainer.add_callback(CurvatureCallback(batches, every=50))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        every: int,
+        path: str | Path | None = None,
+        over: Sequence[Over] = ("tangent", "factors"),
+        layers: Iterable[str] | None = None,
+        loss_fn: LossFn | None = None,
+        trace_products: int = 12,
+        seed: int = 0,
+        on_point: Callable[[CurvaturePoint], object] | None = None,
+    ):
+        check_whole("every", every, low=1)
+        check_whole("trace_products", trace_products, low=6)
+        if isinstance(over, str) or not over:
+            raise InputError(f"over must be a list of {', '.join(_SPACES)}; got {over!r}")
+        for name in over:
+            check_choice("over", name, _SPACES)
+        self._batches = as_batches(batches)
+        self._every = every
+        self._path = None if path is None else Path(path)
+        self._how: dict[str, Any] = {
+            "over": tuple(over),
+            "layers": layers if layers is None else list(layers),
+            "loss_fn": loss_fn,
+            "trace_products": trace_products,
+            "seed": seed,
+        }
+        self._on_point = on_point
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ):
+        """Measure the start, or go on from a checkpoint.
+
+        Raises:
+            InputError: If the model has no such coordinates, or its loss on the examples is not finite.
+        """
+        path = self._path = self._path or Path(str(args.output_dir)) / _FILE
+        step = state.global_step
+        if state.is_world_process_zero:
+            lines = [line for line in read_history(path) if line["step"] <= step] if step else []
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        if not step:
+            self._append(model, state)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ):
+        """Measure where the step led, if its turn has come.
+
+        Raises:
+            DivergedError: If the loss on the examples is not finite.
+        """
+        step = state.global_step
+        if step % self._every and step != state.max_steps:
+            return
+        try:
+            self._append(model, state)
+        except InputError as problem:  # the same examples were fine at the start
+            raise DivergedError(f"step {step}: {problem}") from problem
+
+    def _append(self, model: nn.Module, state: TrainerState) -> None:
+        point = curvature_point(model, self._batches, state.global_step, **self._how)
+        if state.is_world_process_zero:
+            assert self._path is not None
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(point)) + "\n")
+        if self._on_point is not None:
+            self._on_point(point)
+
+
+def read_curvature(path: str | Path) -> list[CurvaturePoint]:
+    """Read the points that `CurvatureCallback` wrote.
+
+    Args:
+        path: ``curvature.jsonl``; missing means nothing was written. A last line cut off by a crash is ignored.
+
+    Returns:
+        In the order of the steps.
+    """
+    return TypeAdapter(list[CurvaturePoint]).validate_python(read_history(Path(path)))
