@@ -28,7 +28,7 @@ from tangora.report import (
 )
 from tangora.report.curvature import curvature_tables
 from tangora.report.curvature import findings as curvature_findings
-from tangora.report.flatness import has_flatness, rich_flatness
+from tangora.report.flatness import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.reproduction import outcome, rich_checks
 
 console = Console()
@@ -126,6 +126,10 @@ def print_run(record: Record, output: Path) -> None:
     console.print(table)
     if record.status != "finished":
         raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
+    if record.flatness is not None:
+        console.print(f"gap      {record.flatness.gap:.4f}, test loss minus training loss")
+        for sentence in flatness_sentences(record.flatness):
+            console.print(escape(sentence))
     saved = next((output / name for name in ("adapter", "model") if (output / name).exists()), output)
     console.print(f"saved    {escape(str(saved))}")
     console.print(f"metrics  {escape(str(output / 'metrics.jsonl'))}")

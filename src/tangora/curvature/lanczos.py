@@ -161,7 +161,7 @@ class Krylov:
         self.projected = np.zeros((rows + 1, rows + 1))
         self.rows, self.count, self.sequence = rows, 0, 0
         self.broken, self.remainder, self.scale = False, 0.0, 0.0
-        self._restarted, self._neglected = False, 0.0
+        self._restarts, self._neglected = 0, 0.0
 
     @property
     def complete(self) -> bool:
@@ -214,7 +214,7 @@ class Krylov:
             All Ritz pairs, with residuals as far as the present remainder tells.
         """
         small = self.projected[first : self.count, first : self.count]
-        if self._restarted:
+        if self._restarts:
             values, vectors = scipy.linalg.eigh(small)
         else:
             values, vectors = scipy.linalg.eigh_tridiagonal(small.diagonal(), small.diagonal(1))
@@ -226,7 +226,8 @@ class Krylov:
 
     def rounding(self) -> float:
         """Return what residuals may hide: couplings that were dropped, and rounding."""
-        return self._neglected + ROUNDING * torch.finfo(self.product.dtype).eps * self.scale
+        eps = torch.finfo(self.product.dtype).eps
+        return self._neglected + ROUNDING * (1 + self._restarts) * eps * self.scale
 
     def combine(self, coefficients: Float[Tensor, "m p"], into: Float[Tensor, "p n"]) -> None:
         """Combine basis vectors.
@@ -262,7 +263,8 @@ class Krylov:
         self.projected[:] = 0.0
         self.projected[range(kept), range(kept)] = ritz.values[keep].numpy()
         self.projected[kept, :kept] = self.projected[:kept, kept] = coupling.numpy()
-        self.count, self._restarted = kept, True
+        self.count = kept
+        self._restarts += 1
 
     def renew(self, generator: torch.Generator) -> None:
         """Start another sequence, from a random vector orthogonal to the basis, which must be invariant.
@@ -316,7 +318,6 @@ class _Search:
     copies: bool
 
     def run(self, krylov: Krylov, generator: torch.Generator) -> _Found:
-        """Step, restart and renew until the pairs are found or the budget is spent."""
         product = krylov.product
         while True:
             krylov.step()
@@ -335,20 +336,20 @@ class _Search:
             self._go_on(krylov, ritz, small, converged, generator)
 
     def _due(self, krylov: Krylov) -> bool:
-        """Whether to look at the Ritz pairs: at each step, in large bases at every hundredth part of them."""
+        # look at the Ritz pairs at each step, in large bases only where it costs little
         count = krylov.count
         if krylov.full or krylov.complete:
             return True
         return count >= self.k and (krylov.broken or count % max(1, count // 100) == 0)
 
     def _settled(self, krylov: Krylov, wanted: Tensor, small: float) -> bool:
-        """Whether a pair that is still missing would have shown."""
+        # a pair that is still missing would have shown
         if krylov.sequence == 0:
             return not (self.copies or krylov.broken)
         return self._exhausted(krylov, small) and self._nothing_new(krylov, wanted, small)
 
     def _outermost(self, krylov: Krylov) -> tuple[Tensor, Tensor]:
-        """Values and residuals at the ends of the present sequence: the most it can still add."""
+        # the ends of the present sequence: the most that can still be added
         own = krylov.ritz(krylov.sequence)
         count = 2 if self.which == "both" and own.values.shape[0] > 1 else 1
         at = select(own.values, count, self.which)

@@ -1,7 +1,7 @@
 r"""Power iteration with deflation: the simplest way to the eigenvalues of largest magnitude, for comparison.
 
-$v \leftarrow P H v / \|P H v\|$ with $P = I - V V^\top$ the projection away from the vectors found before. The component
-along the eigenvector looked for gains on the next one by $|\lambda_i / \lambda_{i+1}|$ with each product, so close
+$v \leftarrow P H v / \|P H v\|$ with $P = I - V V^\top$ the projection away from the vectors found before. The
+component along the eigenvector looked for gains on the next one by $|\lambda_i / \lambda_{i+1}|$ with each product, so close
 eigenvalues take many, and $\pm\lambda$ of equal magnitude never settle; Lanczos needs a fraction of the products.
 
 For one end of the spectrum the same is done with $H \pm \sigma I$, where $\sigma$ is zero until an eigenvalue of the
@@ -113,7 +113,7 @@ class _Search:
     shifts: dict[int, float] = field(default_factory=dict)
 
     def next(self, sign: int, left: int, start: Tensor | None) -> _Pair:
-        """Find one more pair of largest magnitude (0), or from the upper (1) or lower end (-1)."""
+        # of largest magnitude (0), or from the upper (1) or lower end (-1)
         # an equal share of what is left of the budget, and at least one product for each of the others
         last = self.product.count + max(1, (self.product.total - self.product.count) // left)
         vector = self._deflated(
@@ -139,7 +139,6 @@ class _Search:
         return _Pair(value, residual, converged and not other_end)
 
     def _deflated(self, vector: Tensor) -> Tensor:
-        """A vector of norm one, orthogonal to those found."""
         before = self.found[: self.count]
         vector = vector.clone()
         orthogonalize(vector, before)

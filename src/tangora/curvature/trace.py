@@ -1,11 +1,12 @@
 r"""Trace and Frobenius norm of a symmetric operator from products with random vectors.
 
 Hutchinson: $\operatorname{tr} H = \mathbb{E}\, z^\top H z$ for random signs $z$; the error falls as $N^{-1/2}$.
-Hutch++: a third of the products finds an orthonormal $Q$ that captures the leading eigenvectors, a third gives
-$\operatorname{tr} Q^\top H Q$ exactly, and a third estimates the rest, $(I - QQ^\top) H (I - QQ^\top)$: where the
-spectrum has outliers the error is far smaller.
+Hutch++: some of the products find an orthonormal $Q$ that captures the leading eigenvectors and give
+$\operatorname{tr} Q^\top H Q$ exactly, the others estimate the rest, $(I - QQ^\top) H (I - QQ^\top)$: where the spectrum
+has outliers the error is far smaller.
 
-Source: Hutchinson (1990), Commun. Stat. Simul. Comput. 19; Meyer, Musco, Musco, Woodruff (2021), arXiv:2010.09649.
+Source: Hutchinson (1990), Commun. Stat. Simul. Comput. 19; Meyer, Musco, Musco, Woodruff (2021), arXiv:2010.09649, with
+the Krylov space of Chen and Hallman (2023), arXiv:2205.01736, in place of a sketch.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from scipy import stats
 
 from tangora._checks import check_number, check_whole
+from tangora.curvature.lanczos import Krylov
 from tangora.curvature.products import Device, Matvec, Products, Progress, dot, norm, orthogonalize
 
 
@@ -123,21 +125,23 @@ def hutch_plus_plus(
     device: Device = "cpu",
     progress: Progress | None = None,
 ) -> Estimate:
-    """Estimate a trace by Hutch++.
+    r"""Estimate a trace by Hutch++ with a Krylov space.
 
-    Holds a third as many vectors as there are products, twice for a moment.
+    Half of the products build $Q$ by the Lanczos iteration, which gives $Q^\top H Q$ with it: a sketch of as many columns
+    would need as many products again, and captures less. The other half are samples of the rest. Holds half as many
+    vectors as there are products.
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension; with three times as many products the trace is exact.
-        products: Budget, at least 4.
+        size: Its dimension.
+        products: Budget, at least 4; from ``2 size`` on the trace is exact, with ``size`` products.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
         device: Of the operator's vectors.
         progress: Called after each product.
 
     Returns:
-        An unbiased estimate. Its standard error is that of the last third, given what the first third captured.
+        An unbiased estimate. Its standard error is that of the samples, given what the Krylov space captured.
 
     Raises:
         InputError: If a number is out of range or a product is not finite.
@@ -146,19 +150,15 @@ def hutch_plus_plus(
     check_whole("products", products, low=4)
     product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
     generator = torch.Generator().manual_seed(seed)
-    captured = min(products // 3, size)
-    sketch = torch.empty(captured, size, dtype=product.dtype, device=product.device)
-    for row in sketch:
-        row.copy_(product(product.signs(generator)))
-    basis = torch.linalg.qr(sketch.mT).Q.mT.contiguous()
-    del sketch
-    inside = math.fsum(dot(row, product(row)) for row in basis)
-    if captured == size:
-        return Estimate(inside, 0.0, product.count, captured)
+    steps = min(products // 2, size)
+    captured = Krylov(product, steps, product.signs(generator)).tridiagonalize(steps)
+    inside, count = float(captured.diagonal.sum()), product.count
+    if count == size:
+        return Estimate(inside, 0.0, count, count)
     samples = []
-    for _ in range(products - 2 * captured):
+    for _ in range(products - count):
         outside = product.signs(generator)
-        orthogonalize(outside, basis)
+        orthogonalize(outside, captured.basis)
         samples.append(dot(outside, product(outside)))
     rest = mean_of(samples, product.count)
     return Estimate(inside + rest.value, rest.standard_error, product.count, rest.samples)

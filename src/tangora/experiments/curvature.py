@@ -96,6 +96,10 @@ class CurvatureSettings(Settings):
     per_batch: bool = Field(default=False, description="Largest eigenvalue and trace of every mini-batch.")
     landscape: bool = Field(default=False, description="The loss along and across the top eigenvectors.")
     landscape_points: int = Field(default=11, ge=3, description="Points along each direction, odd.")
+    cache_graph: bool | None = Field(
+        default=None,
+        description="Keep the graph of every batch: half the time, much memory; default: where there is one batch.",
+    )
     float64: bool = Field(default=False, description="Compute in float64.")
     seed: int = Field(default=0, ge=0, description="Seed of random vectors and of a new head.")
 
@@ -286,12 +290,14 @@ def _operators(
 def _operator(
     kind: Any, space: Space, settings: CurvatureSettings, subject: Subject, batches: list[dict[str, Tensor]]
 ) -> Any:
+    options = {"cache_graph": settings.cache_graph} if kind is Hessian else {}
     return kind(
         subject.model,
         batches,
         over=space,
         layers=settings.layers,
         dtype=torch.float64 if settings.float64 else None,
+        **options,
     )
 
 

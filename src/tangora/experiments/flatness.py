@@ -71,12 +71,15 @@ def _curvature(
     adapted = isinstance(model, PeftModel)
     # full fine-tuning is looked at in the layers that an adapter would have
     layers = None if adapted else target_layers(loaded, task, settings)
-    weights = Hessian(model, batches, over="weights", layers=layers)
+    weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
     operators = {"weights": weights}
-    if adapted:
-        operators |= {space: Hessian(model, batches, over=space) for space in ("tangent", "factors")}
-    spaces = {space: _space(operator) for space, operator in operators.items()}
+    spaces = {"weights": _space(weights)}
     ball = sharpness(weights, RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, tol=_TOLERANCE)
+    weights.release()
+    for space in ("tangent", "factors") if adapted else ():
+        operators[space] = Hessian(model, batches, over=space, cache_graph=True)
+        spaces[space] = _space(operators[space])
+        operators[space].release()
     return {
         "spaces": spaces,
         "radius": RADIUS,

@@ -85,6 +85,26 @@ def flatness_table(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[st
     return ["recipe", *shown], cells
 
 
+def flatness_sentences(flat: Flatness) -> list[str]:
+    """Say how flat the loss is at the end of one run: what can be compared with other runs, and no factors.
+
+    Args:
+        flat: The measurement.
+
+    Returns:
+        Sentences in plain text.
+    """
+    if flat.missing is not None:
+        return [f"Curvature was not measured: {flat.missing}."]
+    names = {"weights": "Over the weights", "tangent": "In the tangent space"}
+    return [
+        f"{names[space]} the largest curvature is {formats.significant(found.largest)} and the trace "
+        f"{formats.significant(found.trace)}."
+        for space, found in flat.spaces.items()
+        if space in names
+    ]
+
+
 def _measured(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Flatness]]:
     return {
         recipe: flats
@@ -127,14 +147,12 @@ def flatness_notes(comparison: Comparison) -> list[str]:
     with_factors = any("factors" in flat.spaces for flat in flats)
     examples = sorted({formats.plural(flat.num_examples, "example") for flat in flats})
     radii = sorted({formats.significant(flat.radius) for flat in flats if flat.radius is not None})
-    notes = [
-        (
-            f"Curvature of the training loss on the first {formats.listing(examples)}, the same for all runs; the gap is "
-            "the test loss minus the loss on as many training examples. Beneath a number: 95 % interval of the mean, a "
-            "bootstrap over the seeds, which is too narrow for fewer than about five."
-        ),
-        _SPACES,
-    ]
+    read = (
+        f"Curvature of the training loss on the first {formats.listing(examples)}, the same for all runs; the gap is "
+        "the test loss minus the loss on as many training examples. Beneath a number: 95 % interval of the mean, a "
+        "bootstrap over the seeds, which is too narrow for fewer than about five."
+    )
+    notes = [read, _SPACES]
     if radii:
         notes.append(
             f"Rise in the ball: the largest rise of that loss that an ascent found within a distance of "

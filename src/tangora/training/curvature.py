@@ -84,7 +84,7 @@ def curvature_point(
     over: Sequence[Over] = ("tangent", "factors"),
     layers: Iterable[str] | None = None,
     loss_fn: LossFn | None = None,
-    trace_products: int = 12,
+    trace_products: int = 30,
     seed: int = 0,
 ) -> CurvaturePoint:
     r"""Measure the curvature where a model is; the model, its gradients and all random states stay as they are.
@@ -166,7 +166,7 @@ class CurvatureCallback(TrainerCallback):
         over: Sequence[Over] = ("tangent", "factors"),
         layers: Iterable[str] | None = None,
         loss_fn: LossFn | None = None,
-        trace_products: int = 12,
+        trace_products: int = 30,
         seed: int = 0,
         on_point: Callable[[CurvaturePoint], object] | None = None,
     ):

@@ -129,13 +129,12 @@ def _of_batches(record: CurvatureRecord) -> list[str]:
     noise = record.batch_noise
     if noise is None or noise.space == "factors":
         return []
-    return [
-        (
-            f"Over {len(noise.batches)} mini-batches the largest curvature is {formats.significant(noise.largest.mean)} in "
-            f"the mean, ± {formats.significant(noise.largest.deviation)} between them; that of their mean is "
-            f"{formats.significant(noise.whole.value)}."
-        )
-    ]
+    largest, spread = formats.significant(noise.largest.mean), formats.significant(noise.largest.deviation)
+    text = (
+        f"Over {len(noise.batches)} mini-batches the largest curvature is {largest} in the mean, ± {spread} between "
+        f"them; that of their mean is {formats.significant(noise.whole.value)}."
+    )
+    return [text]
 
 
 def _of_layers(record: CurvatureRecord) -> list[str]:
