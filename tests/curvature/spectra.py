@@ -92,7 +92,9 @@ def pooled(density) -> tuple[np.ndarray, np.ndarray]:
 def smoothed_nodes(density, width=None, points=41) -> tuple[np.ndarray, np.ndarray]:
     """The mixture of normal distributions that the smoothed density is, as a fine discrete measure."""
     nodes, weights = pooled(density)
-    widths = np.concatenate([*map(np.asarray, density.widths())]) if width is None else np.full(len(nodes), width)
+    widths = (
+        np.concatenate([*map(np.asarray, density.widths())]) if width is None else np.full(len(nodes), width)
+    )
     quantiles = torch.special.ndtri((torch.arange(points).double() + 0.5) / points).numpy()
     spread = nodes[:, None] + widths[:, None] * quantiles
     return spread.ravel(), np.repeat(weights / points, points)

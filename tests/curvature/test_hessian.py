@@ -220,6 +220,56 @@ def test_scipy_finds_the_eigenvalues():
     assert_close(torch.from_numpy(np.sort(found)), values[-3:])
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in FLOAT64[1:])]
+)
+def test_the_whole_spectrum_and_its_sums_agree_with_the_dense_hessian(name):
+    made = problem(name, batches=1)
+    operator, dense = hessian_of(made), DenseCurvature(made.model, made.batches, made.loss_fn).factor_hessian
+    values, n = torch.linalg.eigvalsh(dense).flip(0), operator.size
+    pairs = operator.top_eigenpairs(n, tol=1e-12)
+    assert_close(pairs.values, values, 1e-8)
+    assert operator.products == pairs.products
+    for method, which in (("lanczos", "both"), ("power", "magnitude")):
+        few = operator.top_eigenpairs(4, method=method, which=which, tol=1e-7, max_products=20_000)
+        chosen = values[[0, 1, -2, -1]] if which == "both" else values[values.abs().argsort()[-4:]]
+        assert_close(few.values, chosen.sort(descending=True).values, 1e-8)
+    assert operator.trace(products=3 * n).value == pytest.approx(float(dense.trace()), rel=1e-8)
+    norm = operator.frobenius_norm(products=100)
+    assert abs(norm.value - float(dense.norm())) < 5 * norm.standard_error
+    density = operator.spectral_density(probes=2, steps=n)
+    assert density.products <= 2 * n  # fewer where eigenvalues coincide
+    for nodes in torch.tensor([probe[:1] + probe[-1:] for probe in density.nodes], dtype=torch.float64):
+        assert_close(nodes, values[[-1, 0]], 1e-8)
+
+
+def test_more_eigenpairs_than_dimensions_and_unknown_methods_are_refused():
+    operator = hessian_of(problem("mlp", batches=1))
+    with pytest.raises(
+        InputError, match=f"k must be at most the dimension of the operator, {operator.size}; got 99"
+    ):
+        operator.top_eigenpairs(99)
+    with pytest.raises(
+        InputError, match=r"method must be one of lanczos, power; got 'lanczo' \(did you mean lanczos"
+    ):
+        operator.top_eigenpairs(1, method="lanczo")
+    with pytest.raises(InputError, match="method must be one of"):
+        operator.trace(method="xtrace")
+    assert operator.products == 0
+
+
+def test_sharpness_and_landscape_write_nothing():
+    made = problem("mlp", batches=1)
+    operator = hessian_of(made, over="tangent")
+    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    found = operator.sharpness(0.1, steps=2, krylov=5)
+    assert found.value > 0
+    assert operator.loss_at(found.displacement) == pytest.approx(operator.loss() + found.value, rel=1e-8)
+    plane = operator.landscape("gradient", span=0.1, points=3)
+    assert plane is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_differences_agree_and_say_how_well(name):
     made = shared_problem(name)

@@ -222,7 +222,7 @@ def test_what_cannot_be_measured_says_so(small, whole, tmp_path):
     empty = tmp_path / "run"
     empty.mkdir()
     (empty / "settings.json").write_text(json.dumps(small | {"recipe": "full"}))
-    with pytest.raises(InputError, match="neither an adapter nor a model.*compare --curvature"):
+    with pytest.raises(InputError, match=r"neither an adapter nor a model.*compare --curvature"):
         measured(empty, tmp_path / "out")
     with pytest.raises(InputError, match="minilm-l6"):
         measured("minilm-l7", tmp_path / "out")

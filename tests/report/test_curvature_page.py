@@ -32,6 +32,7 @@ from tangora.report.curvature import (
     write_curvature,
 )
 from tangora.report.curvature.figures import figures
+from tangora.report.curvature.summary import estimate
 from tangora.report.curvature.tables import batch_table, eigenvalue_table, layer_table, space_table
 from tests.report.synthetic import CREATED, HOSTILE
 from tests.report.test_page import Page
@@ -259,6 +260,11 @@ def test_counts_are_those_of_the_quadrature():
     assert all(later <= earlier for earlier, later in zip(up.y, up.y[1:], strict=False))
 
 
+def test_the_density_has_gaps_where_nothing_was_seen():
+    found = next(figure for figure in figures(record([spectrum()])) if figure.name == "density")
+    assert found.panels[0].series[0].y == (0.1, 50.0, None, 0.2)
+
+
 def test_layers_outside_of_blocks_stand_first():
     found = next(figure for figure in figures(whole()) if figure.name == "layers")
     series = {one.name: one for one in found.panels[1].series}
@@ -266,14 +272,22 @@ def test_layers_outside_of_blocks_stand_first():
     assert (series["query"].x, series["query"].y) == ((0, 1, 2), (1.0, 5.0, 9.0))
 
 
-def test_terminal_tables():
-    console = Console(width=100, record=True, file=io.StringIO())
+@pytest.mark.parametrize("width", [80, 100])
+def test_terminal_tables(width):
+    console = Console(width=width, record=True, file=io.StringIO())
     for table in curvature_tables(whole()):
         console.print(table)
     shown = console.export_text()
-    assert "tangent space" in shown
+    spaces = shown.split("Largest eigenvalues")[0]
+    assert all(text in spaces for text in ("tangent", "factors", "λ max", "residual", "10 ± 0.5", "products"))
     assert "pooler" in shown
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_errors_are_written_without_exponents():
+    assert estimate(145.3, 29.0) == "145 ± 30"
+    assert estimate(1.5, 0.0123) == "1.5 ± 0.01"
+    assert estimate(1.5, None) == estimate(1.5, 0.0) == "1.5"
 
 
 def test_hostile_text_stays_text():

@@ -10,6 +10,7 @@ from tangora.report import load_record, render_page, save_json, summarize
 from tangora.report.flatness import (
     flatness_figure,
     flatness_notes,
+    flatness_sentences,
     flatness_table,
     has_flatness,
     rich_flatness,
@@ -99,6 +100,14 @@ def test_what_was_not_measured_is_said():
     assert cells_of(found)["dora"]["generalisation gap"] == ["0.1"]
     assert "Not measured: DoRA detaches its norm." in flatness_notes(found)
     assert Page(render_page(found)).open == []
+
+
+def test_one_run_in_words():
+    assert flatness_sentences(flat()) == [
+        "Over the weights the largest curvature is 2 and the trace 10.",
+        "In the tangent space the largest curvature is 1 and the trace 10.",
+    ]
+    assert flatness_sentences(flat(missing="why")) == ["Curvature was not measured: why."]
 
 
 def test_one_mark_for_each_judged_run():

@@ -3,8 +3,8 @@ r"""The density of all eigenvalues by stochastic Lanczos quadrature.
 For a random $z$ with $\|z\|^2 = n$ the measure $\mu_z = \sum_i (v_i^\top z)^2 / n \; \delta_{\lambda_i}$ has the
 density of states as its mean. After $m$ Lanczos steps from $z$ the eigenvalues $\theta_j$ of the tridiagonal matrix and
 the squared first components of its eigenvectors, $w_j$, are nodes and weights of the Gauss quadrature of $\mu_z$:
-moments up to $2m - 1$ are exact, and at a node the distribution function of $\mu_z$ lies between the sums of the weights
-before and up to that node. Nodes and weights are the result; the distribution function needs no other parameter.
+moments up to $2m - 1$ are exact, and at a node the distribution function of $\mu_z$ lies between the sums of the
+weights before and up to that node. Nodes and weights are the result; the distribution function needs nothing else.
 
 A density needs a width. One width for all nodes is a larger error than the quadrature on spectra of neural networks,
 where the bulk is a thousandth of the range. Here each node is smoothed over half its distance to the next one, but over

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tangora._checks import check_whole
@@ -36,6 +36,8 @@ from tangora.curvature.products import (
     orthogonalize,
 )
 
+# a remainder of so many roundings is noise of the products: the Krylov space has ended
+_BREAKDOWN = 100
 # columns rotated at once: a restart needs no second basis
 _CHUNK = 1 << 16
 
@@ -130,11 +132,15 @@ def lanczos_eigenpairs(
 
 
 class Ritz(NamedTuple):
-    """Eigenpairs of the projected operator, values in descending order, vectors in columns."""
+    """Eigenpairs of the projected operator, values in descending order, vectors in columns.
+
+    ``own`` tells those of the present sequence from those of former ones.
+    """
 
     values: Float[Tensor, " m"]
     vectors: Float[Tensor, "m m"]
     residuals: Float[Tensor, " m"]
+    own: Bool[Tensor, " m"]
 
 
 class Krylov:
@@ -182,7 +188,7 @@ class Krylov:
         self.count += 1
         orthogonalize(vector, self.basis[: self.count])
         self.remainder = 0.0 if self.complete else norm(vector)
-        self.broken = self.remainder <= ROUNDING * torch.finfo(vector.dtype).eps * self.scale
+        self.broken = self.remainder <= _BREAKDOWN * torch.finfo(vector.dtype).eps * self.scale
         if not self.broken:
             self.basis[self.count] = vector.div_(self.remainder)
             self.projected[at, at + 1] = self.projected[at + 1, at] = self.remainder
@@ -204,25 +210,27 @@ class Krylov:
             small.diagonal().clone(), small.diagonal(1).clone(), self.basis[: self.count], remainder
         )
 
-    def ritz(self, first: int = 0) -> Ritz:
-        """Diagonalise the projected operator.
-
-        Args:
-            first: Leave out what is before: 0, or `sequence`.
+    def ritz(self) -> Ritz:
+        """Diagonalise the projected operator, former sequences and the present one apart: they are not coupled.
 
         Returns:
             All Ritz pairs, with residuals as far as the present remainder tells.
         """
-        small = self.projected[first : self.count, first : self.count]
+        count, first = self.count, self.sequence
+        values, vectors = np.empty(count), np.zeros((count, count))
+        for part in (slice(first), slice(first, count)):
+            values[part], vectors[part, part] = self._eigh(self.projected[part, part])
+        residuals = np.abs(vectors[-1]) * (0.0 if self.broken else self.remainder)
+        order = np.argsort(-values, kind="stable")
+        found = (values[order], vectors[:, order], residuals[order], order >= first)
+        return Ritz(*map(torch.from_numpy, found))
+
+    def _eigh(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not len(small):
+            return np.empty(0), np.empty((0, 0))
         if self._restarts:
-            values, vectors = scipy.linalg.eigh(small)
-        else:
-            values, vectors = scipy.linalg.eigh_tridiagonal(small.diagonal(), small.diagonal(1))
-        remainder = 0.0 if self.broken else self.remainder
-        residuals = np.abs(vectors[-1]) * remainder
-        # copies: torch takes no negative strides
-        descending = (values[::-1].copy(), vectors[:, ::-1].copy(), residuals[::-1].copy())
-        return Ritz(*map(torch.from_numpy, descending))
+            return np.linalg.eigh(small)
+        return scipy.linalg.eigh_tridiagonal(small.diagonal(), small.diagonal(1))  # pyright: ignore[reportReturnType]
 
     def rounding(self) -> float:
         """Return what residuals may hide: couplings that were dropped, and rounding."""
@@ -241,29 +249,22 @@ class Krylov:
             part = slice(left, left + _CHUNK)
             into[:, part] = turned @ self.basis[: self.count, part]
 
-    def restart(self, ritz: Ritz, keep: Tensor, tolerance: float) -> None:
+    def restart(self, ritz: Ritz, keep: Tensor) -> None:
         """Replace the basis by some Ritz vectors; the next vector stays.
 
         Args:
             ritz: All Ritz pairs.
             keep: Indices of those to keep, fewer than rows.
-            tolerance: Residuals up to this count as zero if there are sequences to be told apart.
         """
-        residuals = ritz.residuals[keep]
-        if self.sequence:
-            # vectors of former sequences are not coupled to the remainder, and stay in front
-            order = (residuals > tolerance).long().argsort(stable=True)
-            keep, residuals = keep[order], residuals[order]
-            self.sequence = int((residuals <= tolerance).sum())
+        keep = keep[ritz.own[keep].long().argsort(stable=True)]
         coupling = ritz.vectors[-1, keep] * (0.0 if self.broken else self.remainder)
         kept = keep.shape[0]
         self.combine(ritz.vectors[:, keep], self.basis[:kept])
-        if not self.broken:
-            self.basis[kept] = self.basis[self.count]
+        self.basis[kept] = self.basis[self.count]
         self.projected[:] = 0.0
         self.projected[range(kept), range(kept)] = ritz.values[keep].numpy()
         self.projected[kept, :kept] = self.projected[:kept, kept] = coupling.numpy()
-        self.count = kept
+        self.count, self.sequence = kept, int((~ritz.own[keep]).sum())
         self._restarts += 1
 
     def renew(self, generator: torch.Generator) -> None:
@@ -330,10 +331,17 @@ class _Search:
             wanted = select(ritz.values, min(self.k, krylov.count), self.which)
             small = self.tol * float(ritz.values.abs().max())
             converged = krylov.count >= self.k and bool((ritz.residuals[wanted] <= small).all())
-            done = converged and self._settled(krylov, ritz.values[wanted], small)
+            exhausted = converged and self._exhausted(krylov, ritz, small)
+            done = exhausted and self._nothing_hidden(krylov, ritz, ritz.values[wanted], small)
             if spent or done or krylov.complete:
                 return _Found(krylov, ritz, wanted, done or krylov.complete)
-            self._go_on(krylov, ritz, small, converged, generator)
+            if krylov.broken and not krylov.full:
+                krylov.renew(generator)
+            elif exhausted or krylov.broken:
+                krylov.restart(ritz, self._kept(krylov, ritz, ritz.residuals <= small))
+                krylov.renew(generator)
+            elif krylov.full:
+                krylov.restart(ritz, self._kept(krylov, ritz, ritz.own))
 
     def _due(self, krylov: Krylov) -> bool:
         # look at the Ritz pairs at each step, in large bases only where it costs little
@@ -342,24 +350,21 @@ class _Search:
             return True
         return count >= self.k and (krylov.broken or count % max(1, count // 100) == 0)
 
-    def _settled(self, krylov: Krylov, wanted: Tensor, small: float) -> bool:
-        # a pair that is still missing would have shown
+    def _outermost(self, ritz: Ritz) -> Tensor:
+        # indices of the ends of the present sequence: the most that it can still add
+        own = ritz.own.nonzero()[:, 0]
+        return own[select(ritz.values[own], min(2 if self.which == "both" else 1, len(own)), self.which)]
+
+    def _exhausted(self, krylov: Krylov, ritz: Ritz, small: float) -> bool:
+        # the first sequence has done its work when the wanted pairs have converged, another one when it is clear
+        # that it adds nothing more
+        return krylov.sequence == 0 or bool((ritz.residuals[self._outermost(ritz)] <= small).all())
+
+    def _nothing_hidden(self, krylov: Krylov, ritz: Ritz, wanted: Tensor, small: float) -> bool:
+        # an eigenvector that no sequence so far could see would have shown in this one
         if krylov.sequence == 0:
             return not (self.copies or krylov.broken)
-        return self._exhausted(krylov, small) and self._nothing_new(krylov, wanted, small)
-
-    def _outermost(self, krylov: Krylov) -> tuple[Tensor, Tensor]:
-        # the ends of the present sequence: the most that can still be added
-        own = krylov.ritz(krylov.sequence)
-        count = 2 if self.which == "both" and own.values.shape[0] > 1 else 1
-        at = select(own.values, count, self.which)
-        return own.values[at], own.residuals[at]
-
-    def _exhausted(self, krylov: Krylov, small: float) -> bool:
-        return bool((self._outermost(krylov)[1] <= small).all())
-
-    def _nothing_new(self, krylov: Krylov, wanted: Tensor, small: float) -> bool:
-        values, _ = self._outermost(krylov)
+        values = ritz.values[self._outermost(ritz)]
         if self.which == "magnitude":
             return bool(values.abs().max() <= wanted.abs().min() + small)
         high, low = ends(self.k, self.which)
@@ -367,20 +372,10 @@ class _Search:
         below = low > 0 and bool(values.min() < wanted[high] - small)
         return not (above or below)
 
-    def _go_on(
-        self, krylov: Krylov, ritz: Ritz, small: float, converged: bool, generator: torch.Generator
-    ) -> None:
-        # converged, but a sequence has brought in something new: more of it may be hidden from this one
-        another = converged and (krylov.sequence == 0 or self._exhausted(krylov, small))
-        if krylov.broken and not krylov.full:
-            krylov.renew(generator)
-        elif another or krylov.broken:
-            kept = (ritz.residuals <= small).nonzero()[:, 0]
-            kept = kept[select(ritz.values[kept], min(len(kept), self._keep(krylov)), self.which)]
-            krylov.restart(ritz, kept, small)
-            krylov.renew(generator)
-        elif krylov.full:
-            krylov.restart(ritz, select(ritz.values, self._keep(krylov), self.which), small)
-
-    def _keep(self, krylov: Krylov) -> int:
-        return min(self.k + (krylov.rows - self.k) // 2, krylov.rows - 1)
+    def _kept(self, krylov: Krylov, ritz: Ritz, candidates: Tensor) -> Tensor:
+        # what is wanted of former sequences, and the best candidates in the room that it leaves
+        wanted = select(ritz.values, min(self.k, krylov.count), self.which)
+        former = wanted[~ritz.own[wanted] & ~candidates[wanted]]
+        room = min(self.k + (krylov.rows - self.k) // 2, krylov.rows - 1) - len(former)
+        at = candidates.nonzero()[:, 0]
+        return torch.cat([former, at[select(ritz.values[at], min(room, len(at)), self.which)]])

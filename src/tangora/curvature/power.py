@@ -1,8 +1,8 @@
 r"""Power iteration with deflation: the simplest way to the eigenvalues of largest magnitude, for comparison.
 
 $v \leftarrow P H v / \|P H v\|$ with $P = I - V V^\top$ the projection away from the vectors found before. The
-component along the eigenvector looked for gains on the next one by $|\lambda_i / \lambda_{i+1}|$ with each product, so close
-eigenvalues take many, and $\pm\lambda$ of equal magnitude never settle; Lanczos needs a fraction of the products.
+component along the eigenvector looked for gains on the next one by $|\lambda_i / \lambda_{i+1}|$ with each product, so
+close eigenvalues take many, and $\pm\lambda$ of equal magnitude never settle; Lanczos needs a fraction of the products.
 
 For one end of the spectrum the same is done with $H \pm \sigma I$, where $\sigma$ is zero until an eigenvalue of the
 wrong sign turns up as the largest in magnitude, and that magnitude afterwards.

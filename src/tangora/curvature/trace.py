@@ -2,19 +2,21 @@ r"""Trace and Frobenius norm of a symmetric operator from products with random v
 
 Hutchinson: $\operatorname{tr} H = \mathbb{E}\, z^\top H z$ for random signs $z$; the error falls as $N^{-1/2}$.
 Hutch++: some of the products find an orthonormal $Q$ that captures the leading eigenvectors and give
-$\operatorname{tr} Q^\top H Q$ exactly, the others estimate the rest, $(I - QQ^\top) H (I - QQ^\top)$: where the spectrum
-has outliers the error is far smaller.
+$\operatorname{tr} Q^\top H Q$ exactly, the others estimate the rest, $(I - QQ^\top) H (I - QQ^\top)$: where the
+spectrum has outliers the error is far smaller.
 
 Source: Hutchinson (1990), Commun. Stat. Simul. Comput. 19; Meyer, Musco, Musco, Woodruff (2021), arXiv:2010.09649, with
 the Krylov space of Chen and Hallman (2023), arXiv:2205.01736, in place of a sketch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 
 from tangora._checks import check_number, check_whole
 from tangora.curvature.lanczos import Krylov
@@ -127,9 +129,9 @@ def hutch_plus_plus(
 ) -> Estimate:
     r"""Estimate a trace by Hutch++ with a Krylov space.
 
-    Half of the products build $Q$ by the Lanczos iteration, which gives $Q^\top H Q$ with it: a sketch of as many columns
-    would need as many products again, and captures less. The other half are samples of the rest. Holds half as many
-    vectors as there are products.
+    Half of the products build $Q$ by the Lanczos iteration, which gives $Q^\top H Q$ with it: a sketch of as many
+    columns would need as many products again, and captures less. The other half are samples of the rest. Holds half as
+    many vectors as there are products.
 
     Args:
         matvec: Product with the symmetric operator.
@@ -146,22 +148,8 @@ def hutch_plus_plus(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    check_whole("size", size, low=1)
-    check_whole("products", products, low=4)
-    product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
-    steps = min(products // 2, size)
-    captured = Krylov(product, steps, product.signs(generator)).tridiagonalize(steps)
-    inside, count = float(captured.diagonal.sum()), product.count
-    if count == size:
-        return Estimate(inside, 0.0, count, count)
-    samples = []
-    for _ in range(products - count):
-        outside = product.signs(generator)
-        orthogonalize(outside, captured.basis)
-        samples.append(dot(outside, product(outside)))
-    rest = mean_of(samples, product.count)
-    return Estimate(inside + rest.value, rest.standard_error, product.count, rest.samples)
+    captured = _Captured(matvec, size, products, seed, dtype, device, progress)
+    return captured.estimate(float(captured.krylov.diagonal.sum()), dot)
 
 
 def frobenius_norm(
@@ -174,29 +162,64 @@ def frobenius_norm(
     device: Device = "cpu",
     progress: Progress | None = None,
 ) -> Estimate:
-    r"""Estimate $\|H\|_F$ from $\mathbb{E} \|H z\|^2 = \|H\|_F^2$.
+    r"""Estimate $\|H\|_F$ in the same way.
+
+    $\|H\|_F^2 = \|H Q\|_F^2 + \mathbb{E}\,\|H (I - QQ^\top) z\|^2$, where the Lanczos iteration gives
+    $\|H Q\|_F^2 = \|T\|_F^2 + \beta_m^2$.
 
     Args:
         matvec: Product with the symmetric operator.
         size: Its dimension.
-        products: Number of random vectors, at least 2.
+        products: Budget, at least 4; from ``2 size`` on the norm is exact, with ``size`` products.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
         device: Of the operator's vectors.
         progress: Called after each product.
 
     Returns:
-        The root of an estimate that is unbiased, with its error to first order.
+        The root of an unbiased estimate of the square, with its error to first order.
 
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    check_whole("size", size, low=1)
-    check_whole("products", products, low=2)
-    product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
-    squares = [norm(product(product.signs(generator))) ** 2 for _ in range(products)]
-    return square_root(mean_of(squares, product.count))
+    captured = _Captured(matvec, size, products, seed, dtype, device, progress)
+    small = captured.krylov
+    inside = float(small.diagonal.square().sum() + 2 * small.off_diagonal.square().sum()) + small.remainder**2
+    return square_root(captured.estimate(inside, lambda _, image: norm(image) ** 2))
+
+
+class _Captured:
+    """A Krylov space made with half of the products; the others are samples of what it leaves out."""
+
+    def __init__(
+        self,
+        matvec: Matvec,
+        size: int,
+        products: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: Device,
+        progress: Progress | None,
+    ):
+        check_whole("size", size, low=1)
+        check_whole("products", products, low=4)
+        self._product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
+        self._generator = torch.Generator().manual_seed(seed)
+        steps = min(products // 2, size)
+        start = self._product.signs(self._generator)
+        self.krylov = Krylov(self._product, steps, start).tridiagonalize(steps)
+
+    def estimate(self, inside: float, sample: Callable[[Tensor, Tensor], float]) -> Estimate:
+        product = self._product
+        if product.count == product.size:
+            return Estimate(inside, 0.0, product.count, product.count)
+        samples = []
+        for _ in range(product.total - product.count):
+            outside = product.signs(self._generator)
+            orthogonalize(outside, self.krylov.basis)
+            samples.append(sample(outside, product(outside)))
+        rest = mean_of(samples, product.count)
+        return Estimate(inside + rest.value, rest.standard_error, product.count, rest.samples)
 
 
 def square_root(square: Estimate) -> Estimate:

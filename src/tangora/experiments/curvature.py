@@ -242,6 +242,8 @@ def _measure(
         budget = settings.budget()
         with meter.stage(operator, budget.products) as tick:
             spectrum, found = spectrum_of(operator, space, kind, budget, tick)
+        if isinstance(operator, Hessian):
+            operator.release()  # the graphs of two spaces need not be held at once
         spectra.append(spectrum)
         pairs = pairs or found
     assert pairs is not None

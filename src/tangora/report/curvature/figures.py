@@ -139,8 +139,9 @@ def _density(record: CurvatureRecord) -> Figure:
     def draw(spectrum: Spectrum) -> list[Series]:
         density = spectrum.density
         floor = max(density.smoothed, default=0.0) * 10.0**-_DECADES
-        shown = [(x, y) for x, y in zip(density.x, density.smoothed, strict=True) if y > floor]
-        return [Series(OPERATOR_NAMES[spectrum.operator], [x for x, _ in shown], [y for _, y in shown])]
+        # gaps, where a line would tell of directions that nothing was seen of
+        shown = [value if value > floor else None for value in density.smoothed]
+        return [Series(OPERATOR_NAMES[spectrum.operator], density.x, shown)]
 
     return Figure(
         "density",

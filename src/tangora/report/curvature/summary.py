@@ -170,4 +170,5 @@ def estimate(value: float, standard_error: float | None) -> str:
         For example "12.3 ± 0.4".
     """
     text = formats.significant(value)
-    return text if not standard_error else f"{text} ± {standard_error:.1g}"
+    # one figure, without an exponent where it is large
+    return text if not standard_error else f"{text} ± {float(f'{standard_error:.1g}'):g}"

@@ -11,6 +11,8 @@ from tangora.report.curvature.record import CurvatureRecord, Estimated, LayerCur
 from tangora.report.curvature.summary import SPACE_NAMES, estimate, name
 
 _MAX_LAYERS = 8
+_WIDE = ("lowest node", "‖g‖")
+"""Columns that 80 characters have no room for."""
 
 Cells = list[list[str]]
 
@@ -162,8 +164,12 @@ def curvature_tables(record: CurvatureRecord) -> list[Table]:
     Returns:
         Spaces, eigenvalues and what else was measured.
     """
+    headers, rows = space_table(record)
+    narrow = [index for index, header in enumerate(headers) if header not in _WIDE]
     tables = [
-        _rich("Curvature of the loss", *space_table(record)),
+        _rich(
+            "Curvature of the loss", [headers[i] for i in narrow], [[row[i] for i in narrow] for row in rows]
+        ),
         _rich("Largest eigenvalues", *eigenvalue_table(record)),
     ]
     headers, rows = layer_table(record)
