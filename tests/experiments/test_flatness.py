@@ -62,7 +62,7 @@ def test_records_without_it_are_continued(compared):
     contents = [json.loads(path.read_text()) for path in paths]
     for path, content in zip(paths, contents, strict=True):
         del content["flatness"]
-        for key in ("curvature", "curvature_examples"):
+        for key in ("curvature", "curvature_examples", "curvature_layers"):
             del content["settings"][key]
         path.write_text(json.dumps(content))
     again = compare(settings, folder)
@@ -99,3 +99,17 @@ def test_examples_need_the_measurement(small):
         InputError, match="curvature_examples needs curvature or curvature_every; got 8 alone"
     ):
         validated(RunSettings, small | {"curvature_examples": 8})
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_the_weights_of_some_layers_alone(small, tmp_path, recipe):
+    one = small | BUDGET | {"recipe": recipe, "seed": 1}
+    whole = train(validated(RunSettings, one), tmp_path / "whole").flatness
+    part = train(validated(RunSettings, one | {"curvature_layers": "*.layer.0.*"}), tmp_path / "part").flatness
+    assert part.weight_layers == "*.layer.0.*"
+    assert part.spaces["weights"].size < whole.spaces["weights"].size
+    assert part.spaces["weights"].largest < whole.spaces["weights"].largest  # a diagonal block
+    for space in part.spaces.keys() - {"weights"}:
+        assert part.spaces[space] == whole.spaces[space]
+    with_none = train(validated(RunSettings, one | {"curvature_layers": "*.nowhere.*"}), tmp_path / "none")
+    assert "nowhere" in with_none.flatness.missing

@@ -171,18 +171,20 @@ class SpectralDensity:
             found.append(tuple(np.maximum(narrow, _NARROWEST * scale).tolist()))
         return tuple(found)
 
-    def grid(self, points: int = 400) -> Float[Tensor, " p"]:
+    def grid(self, points: int = 400, width: float | None = None) -> Float[Tensor, " p"]:
         """Return points to draw the density at: evenly spread ones, and some across every node.
 
         Args:
             points: Number of evenly spread points, at least 2.
+            width: As for `smoothed`.
 
         Returns:
             Ascending, float64 on the CPU.
         """
         check_whole("points", points, low=2)
         nodes, widths = (np.concatenate([*map(np.asarray, parts)]) for parts in (self.nodes, self.widths()))
-        around = nodes[:, None] + widths[:, None] * np.linspace(-3, 3, 7)
+        spread = widths if width is None else np.full_like(widths, width)
+        around = nodes[:, None] + spread[:, None] * np.linspace(-3, 3, 7)
         even = np.linspace(around.min(), around.max(), points)
         return torch.from_numpy(np.unique(np.concatenate([even, around.ravel()])))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.curvature import Hessian
+from tangora.curvature.adapted import chosen
 from tangora.curvature.sharpness import sharpness
 from tangora.experiments.batches import encoded, encoded_batches
 from tangora.experiments.settings import RunSettings
@@ -69,8 +70,9 @@ def _curvature(
     settings: RunSettings, task: Task, loaded: LoadedModel, model: nn.Module, batches: list[dict[str, Tensor]]
 ) -> dict[str, Any]:
     adapted = isinstance(model, PeftModel)
-    # full fine-tuning is looked at in the layers that an adapter would have
-    layers = None if adapted else target_layers(loaded, task, settings)
+    layers = settings.curvature_layers
+    if not adapted:  # looked at in the layers that an adapter would have
+        layers = chosen(target_layers(loaded, task, settings), layers)
     weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
     operators = {"weights": weights}
     spaces = {"weights": _space(weights)}
@@ -82,6 +84,7 @@ def _curvature(
         operators[space].release()
     return {
         "spaces": spaces,
+        "weight_layers": settings.curvature_layers,
         "radius": RADIUS,
         "rise": ball.value,
         "products": sum(operator.products for operator in operators.values()),

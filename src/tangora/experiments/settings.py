@@ -79,6 +79,11 @@ class TaskSettings(Settings):
         ge=1,
         description="Training examples, the curvature of whose loss is measured; default: 32, 16 while training.",
     )
+    curvature_layers: str | None = Field(
+        default=None,
+        description="Pattern of the layers over whose weights it is measured at the end, such as *.layers.29.*, for "
+        "models with many weights; default: all that are adapted.",
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -111,6 +116,8 @@ class TaskSettings(Settings):
             raise ValueError(
                 f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
             )
+        if self.curvature_layers is not None and not self.curvature:
+            raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
     def as_task(self) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def flatness_notes(comparison: Comparison) -> list[str]:
         "bootstrap over the seeds, which is too narrow for fewer than about five."
     )
     notes = [read, _SPACES]
+    if patterns := sorted({flat.weight_layers for flat in flats if flat.weight_layers}):
+        notes.append(f"Weights: only those of the layers {formats.listing(patterns)}.")
     if radii:
         notes.append(
             f"Rise in the ball: the largest rise of that loss that an ascent found within a distance of "

@@ -92,6 +92,9 @@ class Flatness(FrozenModel):
         description="`weights`: all entries of the adapted layers' weights, for every method; `tangent`: the "
         "directions in which an adapter can move them; `factors`: the entries of A and B."
     )
+    weight_layers: str | None = Field(
+        default=None, description="Pattern of the layers that `weights` and the ball are about; None: all adapted."
+    )
     radius: float | None = Field(default=None, description="Of a ball around the weights, Frobenius norm.")
     rise: float | None = Field(
         default=None, description="Largest rise of the loss that was found in the ball."
