@@ -93,7 +93,8 @@ class Flatness(FrozenModel):
         "directions in which an adapter can move them; `factors`: the entries of A and B."
     )
     weight_layers: str | None = Field(
-        default=None, description="Pattern of the layers that `weights` and the ball are about; None: all adapted."
+        default=None,
+        description="Pattern of the layers that `weights` and the ball are about; None: all adapted.",
     )
     radius: float | None = Field(default=None, description="Of a ball around the weights, Frobenius norm.")
     rise: float | None = Field(

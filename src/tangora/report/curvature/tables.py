@@ -1,14 +1,13 @@
 """A measurement of curvature as tables: short ones for a terminal, full ones for the page."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from tangora.report import formats
 from tangora.report.curvature.record import CurvatureRecord, Estimated, LayerCurvature, Spectrum, in_order
 from tangora.report.curvature.summary import SPACE_NAMES, estimate, name
+from tangora.report.terminal import rich_table
 
 _MAX_LAYERS = 8
 _WIDE = ("lowest node", "‖g‖")
@@ -167,10 +166,10 @@ def curvature_tables(record: CurvatureRecord) -> list[Table]:
     headers, rows = space_table(record)
     narrow = [index for index, header in enumerate(headers) if header not in _WIDE]
     tables = [
-        _rich(
+        rich_table(
             "Curvature of the loss", [headers[i] for i in narrow], [[row[i] for i in narrow] for row in rows]
         ),
-        _rich("Largest eigenvalues", *eigenvalue_table(record)),
+        rich_table("Largest eigenvalues", *eigenvalue_table(record)),
     ]
     headers, rows = layer_table(record)
     if rows:
@@ -178,34 +177,18 @@ def curvature_tables(record: CurvatureRecord) -> list[Table]:
             :_MAX_LAYERS
         ]
         tables.append(
-            _rich(f"Where the top eigenvector lies, of {len(rows)} layers", headers, [rows[i] for i in top])
+            rich_table(
+                f"Where the top eigenvector lies, of {len(rows)} layers", headers, [rows[i] for i in top]
+            )
         )
     for title, (heads, cells) in (
         ("Mini-batches", batch_table(record)),
         ("Sharpness in a ball", sharpness_table(record)),
     ):
         if cells:
-            tables.append(_rich(title, heads, cells))
+            tables.append(rich_table(title, heads, cells))
     return tables
 
 
 def _estimate(value: Estimated) -> str:
     return estimate(value.value, value.standard_error)
-
-
-def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for index, header in enumerate(headers):
-        # names may be folded on a narrow terminal, numbers not
-        table.add_column(
-            Text(header),
-            justify="right" if index else "left",
-            overflow="fold",
-            no_wrap=index > 0,
-            min_width=8 if index == 0 else None,
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table

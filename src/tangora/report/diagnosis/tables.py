@@ -1,15 +1,14 @@
 """A diagnosis as tables: short ones for a terminal, a full one for the page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.diagnostics.records import SHARES
 from tangora.report import formats
 from tangora.report.diagnosis.summary import START_NAMES, KindRow, fitted, kind_rows, needed
+from tangora.report.terminal import rich_table
 
 _MAX_WORST = 5
 _OTHERS = "on other examples"
@@ -143,7 +142,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     """
     ranks = sorted({layer.rank for layer in diagnosis.layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    kinds = _rich(
+    kinds = rich_table(
         f"Percentage of the gradient's energy that adapters of {rank} can follow",
         *_short_kind_table(diagnosis),
     )
@@ -160,7 +159,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         for layer in diagnosis.starving(_MAX_WORST)
     ]
     title = "Layers that are missed most, as shares of the whole gradient's energy"
-    return [kinds, _rich(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
+    return [kinds, rich_table(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
 
 
 def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
@@ -186,21 +185,3 @@ def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
 
 def _bare(share: float | None) -> str:
     return formats.small_share(share).removesuffix(" %")
-
-
-def _rich(title: str, headers: Sequence[str], rows: Cells) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for index, header in enumerate(headers):
-        # names may be folded on a narrow terminal, numbers not
-        table.add_column(
-            Text(header),
-            justify="right" if index else "left",
-            overflow="fold",
-            no_wrap=index > 0,
-            min_width=8 if index == 0 else None,
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
