@@ -69,6 +69,7 @@ def in_training(name="gpt2", **options):
     return model
 
 
+@pytest.mark.messages
 @pytest.mark.parametrize("options", [{}, {"cache_graph": True}, {"differentiation": "finite_difference"}])
 @pytest.mark.parametrize("over", OVER)
 def test_the_model_is_left_as_it_was(over, options):
@@ -87,6 +88,7 @@ def test_the_model_is_left_as_it_was(over, options):
     assert torch.equal(operator.matvec(vector_of(operator)), product)
 
 
+@pytest.mark.messages
 @pytest.mark.parametrize("cache_graph", [False, True])
 def test_the_model_is_left_as_it_was_when_a_batch_raises(cache_graph):
     model, batch = in_training("bert"), batch_of("bert")
@@ -134,6 +136,7 @@ def test_attention_and_checkpointing_change_nothing(name):
                 assert_close(operator.matvec(v), without)
 
 
+@pytest.mark.messages
 def test_reentrant_checkpointing_is_refused():
     made = problem("bert")
     made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -269,6 +272,7 @@ def test_a_model_loss_that_is_no_scalar_is_refused():
         operator.matvec(vector_of(operator))
 
 
+@pytest.mark.messages
 def test_models_without_anything_to_move_are_refused():
     plain = nn.Sequential(nn.Linear(3, 2))
     for over in ("factors", "tangent"):
@@ -284,6 +288,7 @@ def test_models_without_anything_to_move_are_refused():
         Hessian(3, [torch.ones(1, 3)])
 
 
+@pytest.mark.messages
 def test_wrong_batches_vectors_and_choices_are_refused():
     made = shared_problem("bert")
     with pytest.raises(InputError, match="put it into a list"):

@@ -243,6 +243,7 @@ def test_the_whole_spectrum_and_its_sums_agree_with_the_dense_hessian(name):
         assert_close(nodes, values[[-1, 0]], 1e-8)
 
 
+@pytest.mark.messages
 def test_more_eigenpairs_than_dimensions_and_unknown_methods_are_refused():
     operator = hessian_of(problem("mlp", batches=1))
     with pytest.raises(

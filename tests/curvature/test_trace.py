@@ -94,7 +94,9 @@ def test_intervals_are_students():
 
 
 def test_the_root_of_an_estimate():
-    assert square_root(Estimate(9.0, 0.6, 4, 4)) == Estimate(3.0, pytest.approx(0.1), 4, 4)
+    root = square_root(Estimate(9.0, 0.6, 4, 5))
+    assert (root.value, root.products, root.samples) == (3.0, 4, 5)
+    assert root.standard_error == pytest.approx(0.1)
     assert square_root(Estimate(0.0, 0.0, 4, 4)) == Estimate(0.0, 0.0, 4, 4)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from tangora._checks import InputError, check_choice
@@ -103,13 +103,17 @@ class CurvatureSettings(Settings):
     float64: bool = Field(default=False, description="Compute in float64.")
     seed: int = Field(default=0, ge=0, description="Seed of random vectors and of a new head.")
 
-    @field_validator("over", "layers", mode="before")
+    @field_validator("layers", mode="before")
     @classmethod
-    def _separated(cls, value: object, info: ValidationInfo) -> object:
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-        if info.field_name == "over" and isinstance(names, list):
-            for name in names:
-                check_choice("over", name, SPACES)
+    def _layer_names(cls, value: object) -> object:
+        return _separated(value)
+
+    @field_validator("over", mode="before")
+    @classmethod
+    def _space_names(cls, value: object) -> object:
+        names = _separated(value)
+        for name in names if isinstance(names, list) else ():
+            check_choice("over", name, SPACES)
         return names
 
     @field_validator("landscape_points")
@@ -336,3 +340,8 @@ def _expected(settings: CurvatureSettings, spaces: list[Space], num_layers: int)
     if settings.per_batch:
         total += budget.batch_products
     return total + (budget.sharpness_products if settings.radius else 0)
+
+
+def _separated(value: object) -> object:
+    # names come separated by commas from the command line
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
