@@ -105,7 +105,9 @@ def test_examples_need_the_measurement(small):
 def test_the_weights_of_some_layers_alone(small, tmp_path, recipe):
     one = small | BUDGET | {"recipe": recipe, "seed": 1}
     whole = train(validated(RunSettings, one), tmp_path / "whole").flatness
-    part = train(validated(RunSettings, one | {"curvature_layers": "*.layer.0.*"}), tmp_path / "part").flatness
+    part = train(
+        validated(RunSettings, one | {"curvature_layers": "*.layer.0.*"}), tmp_path / "part"
+    ).flatness
     assert part.weight_layers == "*.layer.0.*"
     assert part.spaces["weights"].size < whole.spaces["weights"].size
     assert part.spaces["weights"].largest < whole.spaces["weights"].largest  # a diagonal block

@@ -177,7 +177,9 @@ def frobenius_norm(
         progress: Called after each product.
 
     Returns:
-        The root of an unbiased estimate of the square, with its error to first order.
+        The root of an unbiased estimate of the square, with its error to first order. From few samples it is skewed:
+        95 % intervals from 20 products held the truth in 87 % of 1000 trials, those from 60 in 95 %
+        (``benchmarks/spectra.json``).
 
     Raises:
         InputError: If a number is out of range or a product is not finite.
