@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import tangora
 from tangora import InputError, find_pairs
-from tangora.curvature import Hessian
+from tangora.curvature import CouplingPart, Hessian
 from tests.curvature.models import FLOAT64, NAMES, problem, shared_problem
 from tests.probes.models import batch_of
 from tests.reference.curvature import DenseCurvature
@@ -189,6 +189,19 @@ def test_identities_at_the_start_of_lora(name):
         expected = expected.repeat_interleave(pair.shape[2])
         assert (found[: len(expected)] - expected).abs().max() <= 1e-10 * scale
         assert (found[len(expected) :] <= 1e-10 * scale).all()
+
+
+def test_every_copy_of_an_eigenvalue_is_found_on_request():
+    """Those of the coupling are s sigma_i(G), each r times."""
+    made = problem("bert", batches=1)
+    (pair,) = (pair for pair in find_pairs(made.model) if pair.name.endswith("0.intermediate.dense"))
+    where = [pair.name for pair in find_pairs(made.model)].index(pair.name)
+    gradient, r = DenseCurvature(made.model, made.batches, made.loss_fn).G[where], pair.shape[2]
+    coupling = CouplingPart(made.model, made.batches, loss_fn=made.loss_fn, layers=[pair.name])
+    found = coupling.top_eigenpairs(2 * r, tol=1e-10, copies=True)
+    expected = pair.scaling * torch.linalg.svdvals(gradient)[:2].repeat_interleave(r)
+    assert found.converged
+    assert_close(found.values, expected, 1e-8)
 
 
 def test_float64_on_copies_of_a_float32_model():

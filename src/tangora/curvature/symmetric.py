@@ -58,10 +58,11 @@ class SymmetricOperator(ABC):
         which: Which = "largest",
         tol: float = 1e-4,
         max_products: int | None = None,
+        copies: bool = False,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Eigenpairs:
-        """Find extreme eigenvalues and their vectors.
+        r"""Find extreme eigenvalues and their vectors.
 
         Args:
             k: How many, at most ``size``.
@@ -69,6 +70,8 @@ class SymmetricOperator(ABC):
             which: ``largest``, ``smallest``, ``both`` ends, or largest by ``magnitude``.
             tol: Converged when all residuals are at most ``tol`` times the largest absolute value.
             max_products: Budget; default that of the method.
+            copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
+                power iteration always does. At LoRA's start, $B = 0$, those over the factors have multiplicity r.
             seed: Of the random start.
             progress: Hears of every product.
 
@@ -79,6 +82,7 @@ class SymmetricOperator(ABC):
             InputError: If a number is out of range.
         """
         check_choice("method", method, _EIGENPAIRS)
+        options = {"copies": copies} if method == "lanczos" else {}
         return _EIGENPAIRS[method](
             self.matvec,
             self.size,
@@ -86,6 +90,7 @@ class SymmetricOperator(ABC):
             which=which,
             tol=tol,
             max_products=max_products,
+            **options,
             **self._how(seed, progress),
         )
 
