@@ -234,3 +234,15 @@ def test_bad_products():
         lanczos_eigenpairs(lambda vector: vector / 0, 10, 2)
     with pytest.raises(InputError, match=r"must return shape \(10,\); got \(3,\)"):
         lanczos_eigenpairs(lambda vector: vector[:3], 10, 2)
+
+
+def test_an_outlier_at_the_other_end_does_not_end_the_search():
+    """After two steps one Ritz value is the negative outlier, the other is in the bulk with a small residual."""
+    size = 200_000
+    values = torch.zeros(size, dtype=torch.float64)
+    values[:2] = torch.tensor([-65.0, 40.0])
+    values[2:] = 1e-3 * torch.linspace(-1, 1, size - 2, dtype=torch.float64)
+    for seed in range(3):
+        found = lanczos_eigenpairs(lambda v: values * v, size, 1, tol=1e-2, seed=seed, dtype=torch.float64)
+        assert found.converged
+        assert found.values[0] == pytest.approx(40, rel=1e-3)

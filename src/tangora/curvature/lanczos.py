@@ -38,6 +38,8 @@ from tangora.curvature.products import (
 
 # a remainder of so many roundings is noise of the products: the Krylov space has ended
 _BREAKDOWN = 100
+# before that many products no residual is trusted, unless the Krylov space has ended
+_LEAST_PRODUCTS = 10
 # columns rotated at once: a restart needs no second basis
 _CHUNK = 1 << 16
 
@@ -330,7 +332,7 @@ class _Search:
             ritz = krylov.ritz()
             wanted = select(ritz.values, min(self.k, krylov.count), self.which)
             small = self.tol * float(ritz.values.abs().max())
-            converged = krylov.count >= self.k and bool((ritz.residuals[wanted] <= small).all())
+            converged = self._seen(krylov) and bool((ritz.residuals[wanted] <= small).all())
             exhausted = converged and self._exhausted(krylov, ritz, small)
             done = exhausted and self._nothing_hidden(krylov, ritz, ritz.values[wanted], small)
             if spent or done or krylov.complete:
@@ -342,6 +344,11 @@ class _Search:
                 krylov.renew(generator)
             elif krylov.full:
                 krylov.restart(ritz, self._kept(krylov, ritz, ritz.own))
+
+    def _seen(self, krylov: Krylov) -> bool:
+        # a random start holds so little of each eigenvector that after two or three steps, with one outlier found at
+        # the other end, the bulk's Ritz values have small residuals too
+        return krylov.count >= self.k and (krylov.broken or krylov.product.count >= _LEAST_PRODUCTS)
 
     def _due(self, krylov: Krylov) -> bool:
         # look at the Ritz pairs at each step, in large bases only where it costs little
