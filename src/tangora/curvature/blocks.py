@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._checks import check_whole
-from tangora.curvature.surface import LossSurface, mean_and_error, random_signs
+from tangora.curvature.products import random_signs
+from tangora.curvature.surface import LossSurface, mean_and_error
 
 _ACCURACY = 1e-3
 
@@ -106,7 +107,8 @@ def block_statistics(
     layout: Mapping[str, slice] = operator.space.layout
     before = operator.products
     whole = operator.top_eigenpairs(top, tol=tol, seed=seed)
-    signs = random_signs(probes, operator, seed)
+    generator = torch.Generator().manual_seed(seed)
+    signs = random_signs((probes, operator.size), generator, operator.dtype, operator.device)
     samples = {name: [] for name in layout}
     for sign in signs:
         for name, value in block_traces(sign, operator.matvec(sign), layout).items():

@@ -42,7 +42,12 @@ class LowRankSpace(Space):
         Returns:
             Overrides.
         """
-        return _lengthened(self.evaluation, self.layers, self.bases, leaves)
+        overrides: dict[str, Tensor] = {}
+        for layer in self.layers:
+            P, Q = self.bases[layer.name]
+            left, right = (P, leaves[f"{layer.name}.K"]), (leaves[f"{layer.name}.J"], Q)
+            overrides |= layer.displaced(left, right, self.evaluation)
+        return overrides
 
     def restricted(self, layers: Sequence[str]) -> "LowRankSpace":
         """Return the space of some layers.
@@ -56,7 +61,7 @@ class LowRankSpace(Space):
         return LowRankSpace(self.evaluation, [x for x in self.layers if x.name in layers], self.bases)
 
 
-class TangentSpace(Space):
+class TangentSpace(LowRankSpace):
     r"""The tangent space of the rank-r matrices at $W$ in orthonormal coordinates, the same in every gauge.
 
     $\xi = U K + Q_\perp J' V$ with orthonormal bases $U$ of B's columns, $V$ of A's rows and $Q_\perp$ of what is
@@ -69,7 +74,7 @@ class TangentSpace(Space):
     """
 
     def __init__(self, evaluation: Evaluation, layers: Sequence[AdaptedLayer]):
-        super().__init__(evaluation)
+        Space.__init__(self, evaluation)
         self.layers = list(layers)
         self.refresh()
 
@@ -134,17 +139,6 @@ class TangentSpace(Space):
                 pieces[name] = J[p:].reshape(-1)
         return torch.cat(list(pieces.values()))
 
-    def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Lengthen the factors.
-
-        Args:
-            leaves: By name.
-
-        Returns:
-            Overrides.
-        """
-        return _lengthened(self.evaluation, self.layers, self.bases, leaves)
-
     def restricted(self, layers: Sequence[str]) -> "TangentSpace":
         """Return the tangent space of some layers.
 
@@ -168,21 +162,6 @@ def _low_rank_parts(
             (layer.name, f"{layer.name}.J", (m, Q.shape[0])),
         ]
     return parts
-
-
-def _lengthened(
-    evaluation: Evaluation,
-    layers: Iterable[AdaptedLayer],
-    bases: Mapping[str, tuple[Tensor, Tensor]],
-    leaves: Leaves,
-) -> dict[str, Tensor]:
-    overrides: dict[str, Tensor] = {}
-    for layer in layers:
-        P, Q = bases[layer.name]
-        overrides |= layer.displaced(
-            (P, leaves[f"{layer.name}.K"]), (leaves[f"{layer.name}.J"], Q), evaluation
-        )
-    return overrides
 
 
 def _supports(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

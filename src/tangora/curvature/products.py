@@ -93,8 +93,25 @@ class Products:
         Returns:
             A vector for this operator.
         """
-        drawn = torch.randint(0, 2, (self.size,), generator=generator, dtype=torch.int8)
-        return drawn.to(self.device, self.dtype).mul_(2).sub_(1)
+        return random_signs((self.size,), generator, self.dtype, self.device)
+
+
+def random_signs(
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, device: Device
+) -> Float[Tensor, "*s"]:
+    r"""Draw Rademacher entries: $\pm 1$ with equal chance.
+
+    Args:
+        shape: Of the tensor.
+        generator: On the CPU: the same signs on every device.
+        dtype: Of the tensor.
+        device: Where it is wanted.
+
+    Returns:
+        The signs.
+    """
+    drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+    return drawn.to(device, dtype).mul_(2).sub_(1)
 
 
 def check_start(start: Float[Tensor, " n"], size: int) -> None:

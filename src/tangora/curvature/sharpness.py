@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tangora._checks import check_number, check_whole
+from tangora.curvature.eigenpairs import Eigenpairs
 from tangora.curvature.surface import LossSurface
 from tangora.curvature.trust_region import maximize_in_krylov_space
 
@@ -88,6 +89,7 @@ def sharpness(
     steps: int = 10,
     random_starts: int = 1,
     krylov: int = 10,
+    pairs: Eigenpairs | None = None,
     tol: float = 1e-3,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -101,7 +103,8 @@ def sharpness(
         random_starts: Random points on the sphere, at least 0, beside the gradient, the leading eigenvector in both
             directions, and the maximum of the second-order expansion.
         krylov: Dimension of the space in which that is maximised, at least 2; each takes a product.
-        tol: Of the leading eigenpair.
+        pairs: Leading eigenpairs of the operator, where they are known already; only the first is used.
+        tol: Of the leading eigenpair, where it is not known.
         seed: Of the random starts.
         progress: Called with the name of each start that is done.
 
@@ -118,8 +121,8 @@ def sharpness(
     counted, before = _Counted(operator), operator.products
     gradient = operator.gradient()
     counted.gradients += 1
-    pair = operator.top_eigenpairs(1, tol=tol, seed=seed)
-    vector = pair.vectors[:, 0]
+    pairs = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
+    vector = pairs.vectors[:, 0]
     second = maximize_in_krylov_space(operator.matvec, gradient, [gradient, vector], radius, krylov)
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(operator.size, generator=generator).to(vector) for _ in range(random_starts)]
@@ -130,7 +133,7 @@ def sharpness(
             best, value, origin = point, found[name], name
         if progress is not None:
             progress(name)
-    norm, curvature = float(gradient.double().norm()), float(pair.values[0])
+    norm, curvature = float(gradient.double().norm()), float(pairs.values[0])
     return Sharpness(
         radius=float(radius),
         loss=counted.base,

@@ -70,22 +70,6 @@ class LossSurface(Protocol):
         ...
 
 
-def random_signs(count: int, like: LossSurface, seed: int) -> Float[Tensor, "p n"]:
-    r"""Draw Rademacher vectors, whose entries are $\pm 1$ with equal chance: $\mathbb{E}\, z z^\top = I$.
-
-    Args:
-        count: How many.
-        like: For size, dtype and device.
-        seed: Seed of an own generator on the CPU.
-
-    Returns:
-        One vector in each row.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (count, like.size), generator=generator, dtype=torch.int8)
-    return (2 * signs - 1).to(like.device, like.dtype)
-
-
 def mean_and_error(values: Float[Tensor, "*b p"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     """Return the mean over independent samples and its standard error.
 

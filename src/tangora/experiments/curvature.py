@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tangora._checks import InputError, check_choice
-from tangora.curvature import CurvatureOperator, Hessian
+from tangora.curvature import CurvatureOperator, Eigenpairs, Hessian
 from tangora.curvature.gauss_newton import GaussNewton
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
@@ -251,7 +251,7 @@ def _measure(
         spectra.append(spectrum)
         pairs = pairs or found
     assert pairs is not None
-    more = _more(settings, main, spaces[0], meter, phase)
+    more = _more(settings, main, spaces[0], pairs, meter, phase)
     if settings.landscape:
         more["landscape"] = landscape_of(
             main,
@@ -296,7 +296,7 @@ def _operators(
 def _operator(
     kind: Any, space: Space, settings: CurvatureSettings, subject: Subject, batches: list[dict[str, Tensor]]
 ) -> Any:
-    options = {"cache_graph": settings.cache_graph} if kind is Hessian else {}
+    options: dict[str, Any] = {"cache_graph": settings.cache_graph} if kind is Hessian else {}
     return kind(
         subject.model,
         batches,
@@ -311,6 +311,7 @@ def _more(
     settings: CurvatureSettings,
     main: Any,
     space: Space,
+    pairs: Eigenpairs,
     meter: Meter,
     phase: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -328,7 +329,7 @@ def _more(
     if settings.radius:
         phase("sharpness")
         with meter.stage(main, budget.sharpness_products) as tick:
-            found["sharpness"] = [sharpness_of(main, space, settings.radius, budget, tick)]
+            found["sharpness"] = [sharpness_of(main, space, pairs, settings.radius, budget, tick)]
     return found
 
 

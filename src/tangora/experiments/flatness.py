@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tangora._checks import InputError
-from tangora.curvature import Hessian
+from tangora.curvature import Eigenpairs, Hessian
 from tangora.curvature.adapted import chosen
 from tangora.curvature.sharpness import sharpness
 from tangora.experiments.batches import encoded, encoded_batches
@@ -74,27 +74,25 @@ def _curvature(
     if not adapted:  # looked at in the layers that an adapter would have
         layers = chosen(target_layers(loaded, task, settings), layers)
     weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
-    operators = {"weights": weights}
-    spaces = {"weights": _space(weights)}
-    ball = sharpness(weights, RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, tol=_TOLERANCE)
+    found, pairs = _space(weights)
+    ball = sharpness(weights, RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
     weights.release()
+    spaces = {"weights": found}
     for space in ("tangent", "factors") if adapted else ():
-        operators[space] = Hessian(model, batches, over=space, cache_graph=True)
-        spaces[space] = _space(operators[space])
-        operators[space].release()
+        spaces[space], _ = _space(Hessian(model, batches, over=space, cache_graph=True))
     return {
         "spaces": spaces,
         "weight_layers": settings.curvature_layers,
         "radius": RADIUS,
         "rise": ball.value,
-        "products": sum(operator.products for operator in operators.values()),
+        "products": sum(found.products for found in spaces.values()) + ball.products,
     }
 
 
-def _space(operator: Hessian) -> SpaceFlatness:
+def _space(operator: Hessian) -> tuple[SpaceFlatness, Eigenpairs]:
     pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_TOP_PRODUCTS)
     trace = operator.trace(products=_TRACE_PRODUCTS)
-    return SpaceFlatness(
+    flatness = SpaceFlatness(
         size=operator.size,
         largest=float(pairs.values[0]),
         residual=float(pairs.residuals[0]),
@@ -102,3 +100,4 @@ def _space(operator: Hessian) -> SpaceFlatness:
         trace_error=trace.standard_error,
         products=operator.products,
     )
+    return flatness, pairs

@@ -14,7 +14,7 @@ from tangora.curvature.density import SpectralDensity
 from tangora.curvature.eigenpairs import Eigenpairs
 from tangora.curvature.landscape import landscape
 from tangora.curvature.sharpness import sharpness
-from tangora.curvature.trace import Estimate
+from tangora.curvature.trace import Estimate, square_root
 from tangora.report.curvature import (
     BatchCurvature,
     BatchNoise,
@@ -81,8 +81,8 @@ class Budget:
 
     @property
     def sharpness_products(self) -> int:
-        """About how many `sharpness_of` takes, beside gradients."""
-        return _ITERATIONS + _KRYLOV
+        """How many `sharpness_of` takes, beside gradients."""
+        return _KRYLOV
 
 
 class Meter:
@@ -179,11 +179,10 @@ def _estimated(estimate: Estimate) -> Estimated:
 
 
 def _norm(density: SpectralDensity) -> Estimated:
-    # the probes of the density have seen |H|^2 = n E[λ^2]; a root has half the relative error of its square
-    square, size = density.moment(2), density.size
-    norm = math.sqrt(size * square.value)
-    error = size * square.standard_error / (2 * norm) if norm else 0.0
-    return _estimated(replace(square, value=norm, standard_error=error))
+    # the probes of the density have seen |H|^2 = n E[λ^2]
+    mean, size = density.moment(2), density.size
+    square = replace(mean, value=size * mean.value, standard_error=size * mean.standard_error)
+    return _estimated(square_root(square))
 
 
 def _density(density: SpectralDensity) -> Density:
@@ -272,15 +271,21 @@ def batch_noise_of(
 
 
 def sharpness_of(
-    operator: CurvatureOperator, space: Space, radius: float, budget: Budget, tick: Callable[..., None]
+    operator: CurvatureOperator,
+    space: Space,
+    pairs: Eigenpairs,
+    radius: float,
+    budget: Budget,
+    tick: Callable[..., None],
 ) -> Sharpness:
     """Look for the largest loss in a ball.
 
     Args:
         operator: Over the space.
         space: Its name.
+        pairs: Its leading eigenpairs.
         radius: Of the ball.
-        budget: Tolerance and seed.
+        budget: For the seed.
         tick: Called after each start.
 
     Returns:
@@ -292,7 +297,7 @@ def sharpness_of(
         steps=_ASCENT,
         random_starts=0,
         krylov=_KRYLOV,
-        tol=budget.tol,
+        pairs=pairs,
         seed=budget.seed,
         progress=tick,
     )
