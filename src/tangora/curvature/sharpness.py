@@ -121,8 +121,8 @@ def sharpness(
     counted, before = _Counted(operator), operator.products
     gradient = operator.gradient()
     counted.gradients += 1
-    pairs = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
-    vector = pairs.vectors[:, 0]
+    leading: Eigenpairs = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
+    vector = leading.vectors[:, 0]
     second = maximize_in_krylov_space(operator.matvec, gradient, [gradient, vector], radius, krylov)
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(operator.size, generator=generator).to(vector) for _ in range(random_starts)]
@@ -133,7 +133,7 @@ def sharpness(
             best, value, origin = point, found[name], name
         if progress is not None:
             progress(name)
-    norm, curvature = float(gradient.double().norm()), float(pairs.values[0])
+    norm, curvature = float(gradient.double().norm()), float(leading.values[0])
     return Sharpness(
         radius=float(radius),
         loss=counted.base,
