@@ -64,8 +64,8 @@ def test_the_gap_is_test_minus_train():
 def test_means_and_intervals_over_the_seeds_of_the_judged_runs():
     cells = cells_of(comparison())
     assert list(cells) == ["full", "lora"]
-    assert cells["lora"]["λ max, weights"] == ["3", "2 to 4"]
-    assert cells["lora"]["λ max, tangent"] == ["2", "1 to 3"]
+    assert cells["lora"]["λ max, weights"] == ["3", "0.516 to 5.48"]
+    assert cells["lora"]["λ max, tangent"] == ["2", "−0.484 to 4.48"]
     assert cells["lora"]["generalisation gap"][0] == "0.11"
     assert cells["full"]["generalisation gap"][0] == "0.41"
     assert cells["full"]["λ max, tangent"] == ["–"]

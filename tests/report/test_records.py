@@ -128,9 +128,9 @@ def change(**changes):
         (break_encoding, "is not valid JSON"),
         (lambda path: path.write_text("[1]"), "must hold a JSON object; got list"),
         (lambda path: path.unlink(), "cannot be read: No such file"),
-        (change(schema_version=2), "has schema_version 2; this tangora reads 1"),
+        (change(schema_version=3), "has schema_version 3; this tangora reads 1 to 2"),
         (change(schema_version=None), "has schema_version None"),
-        (change(stage="rehearsal"), "is no valid Record at stage: Input should be 'sweep' or 'final'"),
+        (change(stage="rehearsal"), "is no valid Record at stage: Input should be 'trial', 'sweep' or 'final'"),
         (change(surprise=1), "is no valid Record at surprise"),
     ],
 )

@@ -25,7 +25,7 @@ NOISY = [0.85, 0.99, 0.92]
 def test_a_clear_win():
     best, caution = sentences(runs("lora", CLEAR) + runs("tangent", BETTER))
     assert best == (
-        "tangent has the best test accuracy, 0.9600 (95 % interval 0.9500 to 0.9700, 3 seeds); its difference "
+        "tangent has the best test accuracy, 0.9600 (95 % interval 0.9352 to 0.9848, 3 seeds); its difference "
         "from lora, +0.0500, is more than noise (95 % interval +0.0500 to +0.0500)."
     )
     assert caution == "Every chosen learning rate lies inside its grid, and no run diverged or failed."
@@ -34,6 +34,15 @@ def test_a_clear_win():
 def test_a_win_within_noise_is_no_win():
     best = sentences(runs("lora", CLEAR) + runs("tangent", NOISY))[0]
     assert "but its difference from lora, +0.0100, is within noise" in best
+
+
+def test_a_win_that_does_not_stand_up_to_correction():
+    records = runs("lora", CLEAR) + runs("tangent", [0.915, 0.935, 0.945])
+    assert "is more than noise" in sentences(records)[0]
+    others = [run for name in "abcdefgh" for run in runs(name, [0.91, 0.90, 0.92])]
+    best = sentences(records + others)[0]
+    assert best.startswith("tangent")
+    assert "is within noise once corrected for the number of recipes (p = 0." in best
 
 
 def test_one_seed_claims_nothing():
@@ -75,7 +84,7 @@ def test_the_gap():
     assert found[0].startswith("full has the best")
     assert found[1] == "Of the others, tangent is better than lora by more than noise."
     assert "better than lora by +0.0500" in found[2]
-    assert "tangent closes 60 % of that gap" in found[2]
+    assert "tangent closes 60 % (60 % to 60 %) of that gap" in found[2]
 
 
 def test_a_gap_that_nothing_closes():

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tangora._checks import InputError
-from tangora.cli.flags import assignments, takes, with_file, with_lists
+from tangora.cli.flags import about, assignments, takes, with_file, with_lists
 from tangora.cli.output import (
     ComparisonBars,
     console,
@@ -23,13 +23,15 @@ from tangora.cli.output import (
     print_outcome,
     print_reproduction,
     print_run,
+    print_study,
     progress_bars,
     watcher_of,
 )
 from tangora.experiments.compare import (
-    CompareSettings,
+    Resources,
+    StudyOutcome,
     compare,
-    preset,
+    compare_tasks,
     write_report,
 )
 from tangora.experiments.curvature import (
@@ -43,9 +45,11 @@ from tangora.experiments.curvature import (
 )
 from tangora.experiments.diagnose import DiagnoseSettings, diagnose_task
 from tangora.experiments.export import export
+from tangora.experiments.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
+from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.reproduce.registry import experiment
 from tangora.experiments.reproduce.run import reproduce, settings_of
-from tangora.experiments.settings import RunSettings, TaskSettings, validated
+from tangora.experiments.settings import RunSettings, TaskSettings, read_yaml, validated
 from tangora.experiments.train import train
 from tangora.recipes import recipes as all_recipes
 from tangora.report import (
@@ -93,10 +97,12 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
 @takes(TaskSettings)
 def compare_command(
     output: Output,
+    plan: Annotated[
+        Path | None, typer.Argument(help="YAML file with any of these settings, for one task or several.")
+    ] = None,
     config: ConfigFile = None,
     preset_name: Annotated[
-        str | None,
-        typer.Option("--preset", help="quickstart (minutes) or smoke (seconds); other flags change it."),
+        str | None, typer.Option("--preset", help=f"{', '.join(PRESETS)}; other flags change it.")
     ] = None,
     recipes: Annotated[str | None, typer.Option(help="Names of the methods, separated by commas.")] = None,
     learning_rates: Annotated[
@@ -105,33 +111,65 @@ def compare_command(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first one sweeps.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same as --seeds with one number.")] = None,
+    extend: Annotated[int | None, typer.Option(help=about(CompareSettings, "extend"))] = None,
+    refine: Annotated[int | None, typer.Option(help=about(CompareSettings, "refine"))] = None,
+    halving: Annotated[int | None, typer.Option(help=about(CompareSettings, "halving"))] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of a plan with several tasks only these, separated by commas.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 1,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0, help="Begin no run that is not expected to end by then.")
+    ] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(help="Gigabytes of data for each run, on a CPU under Linux.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
     **values: Any,
 ) -> None:
     """Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
 
+    Every run has its own process and record: killed at any moment, the same command goes on where it stopped.
+
     [dim]Examples:[/dim]
       tangora compare --preset quickstart --output results/quickstart
       tangora compare --recipes full,lora,tangent --data reviews.csv --seeds 0,1,2 --output results/reviews
-      tangora compare --config plan.yaml --output results/plan
+      tangora compare plan.yaml --jobs 2 --max-hours 8 --output results/plan
     """
     lists = {
         "recipes": recipes,
         "learning_rates": learning_rates,
         "seeds": seeds,
         "seed": seed,
+        "extend": extend,
+        "refine": refine,
+        "halving": halving,
         "title": title,
     }
     values |= {key: value for key, value in lists.items() if value is not None}
-    base = preset(preset_name).model_dump() if preset_name else {}
-    settings = validated(
-        CompareSettings, base | with_lists(with_file(values, config), base), str(config or "")
-    )
+    if plan is not None and config is not None:
+        raise InputError(f"give one plan, not both {plan} and {config}")
+    source = plan or config
+    base = preset(preset_name) if preset_name else {}
+    given = base | (read_yaml(source) if source is not None else {})
+    settings = chosen_tasks(read_plan(given, with_lists(values, given), str(source or "")), tasks)
+    told = shlex.join(["tangora", *sys.argv[1:]])
+    resources = Resources(jobs, max_hours, max_memory, retry)
     with progress_bars() as bars:
-        outcome = compare(
-            settings, output, command=shlex.join(["tangora", *sys.argv[1:]]), watcher=ComparisonBars(bars)
-        )
-    print_outcome(outcome)
+        options: dict[str, Any] = {
+            "command": told,
+            "watcher": ComparisonBars(bars),
+            "resources": resources,
+        }
+        if isinstance(settings, PlanSettings):
+            study = compare_tasks(settings, output, **options)
+        else:
+            study = compare(settings, output, **options)
+    if isinstance(study, StudyOutcome):
+        print_study(study)
+    else:
+        print_outcome(study)
 
 
 @app.command("export")

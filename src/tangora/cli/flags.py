@@ -56,6 +56,19 @@ def _flag(key: str, field: FieldInfo) -> Any:
     return Annotated[(kinds.pop() if kinds else str) | None, option]
 
 
+def about(settings: type[Settings], key: str) -> str:
+    """Return what a setting means, for a flag that a command declares itself.
+
+    Args:
+        settings: Where it is described.
+        key: The setting.
+
+    Returns:
+        Its description.
+    """
+    return str(settings.model_fields[key].description)
+
+
 def assignments(changes: list[str]) -> dict[str, Any]:
     """Read ``--set`` flags.
 

@@ -8,17 +8,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from tangora._checks import InputError
-from tangora.experiments.compare import (
-    Cell,
-    CompareWatcher,
-    Outcome,
-)
+from tangora.experiments.compare import CompareWatcher, Outcome, StudyOutcome
 from tangora.experiments.curvature import CurvatureFiles
 from tangora.experiments.diagnose import DiagnosisFiles
+from tangora.experiments.plan import Cell
 from tangora.experiments.reproduce.registry import EXPERIMENTS
 from tangora.experiments.reproduce.run import ReproductionFiles
 from tangora.experiments.run import Watcher
 from tangora.report import (
+    Comparison,
     Record,
     diagnosis_tables,
     findings,
@@ -73,20 +71,20 @@ def watcher_of(bars: Progress, bar: TaskID) -> Watcher:
 
 
 class ComparisonBars(CompareWatcher):
-    """One bar for the comparison, one for the run that is going on."""
+    """One bar for the comparison, and one for each run that is going on."""
 
     def __init__(self, bars: Progress):
         super().__init__()
         self._bars = bars
         self._runs = bars.add_task("runs", total=None, note="")
-        self._steps = bars.add_task("", total=None, note="")
+        self._steps: dict[str, TaskID] = {}
 
     def plan(self, total: int) -> None:
         """Hear how many runs there are."""
         self._bars.update(self._runs, total=total)
 
     def begin(self, cell: Cell) -> Watcher:
-        """Start the second bar anew.
+        """Draw a bar for a run.
 
         Args:
             cell: The run that begins.
@@ -94,14 +92,17 @@ class ComparisonBars(CompareWatcher):
         Returns:
             What moves the bar.
         """
-        self._bars.reset(self._steps, total=cell.settings.steps, description=cell.id)
-        return watcher_of(self._bars, self._steps)
+        self._steps[cell.id] = self._bars.add_task(cell.id, total=cell.settings.steps, note="")
+        return watcher_of(self._bars, self._steps[cell.id])
 
     def end(self, cell: Cell, record: Record) -> None:
         """Count the run, and say if it failed."""
+        if cell.id in self._steps:
+            self._bars.remove_task(self._steps.pop(cell.id))
         self._bars.advance(self._runs)
         if record.status != "finished":
-            self._bars.console.print(f"{escape(cell.id)} {record.status}: {escape(record.error or '')}")
+            what = f"{cell.id} {record.status.replace('_', ' ')}: {record.error or ''}"
+            self._bars.console.print(escape(what))
 
 
 def print_run(record: Record, output: Path) -> None:
@@ -148,12 +149,36 @@ def print_outcome(outcome: Outcome) -> None:
     for sentence in verdict(rows):
         console.print(escape(sentence))
     console.print(f"report   {escape(str(outcome.report))}")
+    print_missing(outcome.comparison)
     if outcome.adapter is not None:
         console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
         console.print(
             "proof    plain PEFT on the untouched base gives the trained model's logits: "
             f"largest difference {outcome.difference:.1e}"
         )
+
+
+def print_missing(comparison: Comparison) -> None:
+    """Say what has not been run, if anything.
+
+    Args:
+        comparison: The comparison.
+    """
+    if left := len(comparison.missing):
+        done = len(comparison.records)
+        console.print(f"{done} runs are done, {left} or more are left: the same command goes on")
+
+
+def print_study(study: StudyOutcome) -> None:
+    """Print the table of every task.
+
+    Args:
+        study: The comparisons.
+    """
+    for each in study.outcomes.values():
+        console.print(rich_table(summarize(each.comparison), each.comparison))
+        print_missing(each.comparison)
+    console.print(f"report   {escape(str(study.report))}")
 
 
 def print_curvature(files: CurvatureFiles) -> None:

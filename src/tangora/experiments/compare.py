@@ -1,93 +1,38 @@
-"""`tangora compare`: recipes, each with its own sweep of learning rates, on one task.
+"""`tangora compare`: recipes, each with its own sweep of learning rates, on one task or several.
 
 The learning rate is chosen on validation data with the first seed; the chosen one is repeated with the other seeds,
-and only test results are reported. Every run has a record of its own, so an interrupted comparison goes on where it
-stopped.
+and only test results are reported. Every run has a process and a record of its own, so a comparison that was cut off
+anywhere goes on where it stopped.
 """
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
-from pydantic import Field, field_validator
-
-from tangora._checks import InputError
+from tangora._checks import InputError, check_number, check_whole
 from tangora.experiments.logs import log_to
-from tangora.experiments.run import Stage, Watcher, execute, load_run_task, verify_adapter
-from tangora.experiments.settings import RunSettings, TaskSettings, claim_folder
-from tangora.recipes import recipe
+from tangora.experiments.plan import Cell, CompareSettings, PlanSettings, due, planned
+from tangora.experiments.pool import Pool
+from tangora.experiments.run import Watcher, load_run_task, verify_adapter
+from tangora.experiments.settings import RunSettings, claim_folder
+from tangora.experiments.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.report import (
     Comparison,
     Record,
-    best_learning_rate,
     load_record,
     save_json,
     save_picture,
     summarize,
-    sweep_points,
     write_csv,
     write_page,
 )
+from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
+from tangora.report.study import write_study
 from tangora.training.data import Task
-
-
-class CompareSettings(TaskSettings):
-    """Recipes, learning rates and seeds on one task."""
-
-    recipes: list[str] = Field(min_length=1, description="Names of the methods.")
-    learning_rates: dict[str, list[float]] = Field(
-        default_factory=dict, description="Grid by recipe; default: the recipe's own."
-    )
-    seeds: list[int] = Field(
-        default=[0, 1, 2], min_length=1, description="The first one sweeps, all are reported."
-    )
-    title: str = Field(default="Comparison", description="Heading of the report.")
-
-    @field_validator("recipes")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("recipes must differ from each other")
-        return [recipe(name).name for name in names]
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _positive(cls, grids: dict[str, list[float]]) -> dict[str, list[float]]:
-        for name, grid in grids.items():
-            if not grid or min(grid) <= 0:
-                raise ValueError(f"learning_rates of {name} must be positive numbers; got {grid}")
-        return {recipe(name).name: sorted(grid) for name, grid in grids.items()}
-
-    def grid(self, name: str) -> list[float]:
-        """Return the learning rates of a recipe.
-
-        Args:
-            name: The recipe.
-
-        Returns:
-            Its grid, ascending.
-        """
-        return self.learning_rates.get(name) or list(recipe(name).learning_rates)
-
-    @property
-    def metric(self) -> str:
-        """The metric that decides: accuracy for classification, else the loss."""
-        return "accuracy" if self.kind == "classification" else "loss"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison."""
-
-    settings: RunSettings
-    stage: Stage
-
-    @property
-    def id(self) -> str:
-        """Name of its record."""
-        return f"{self.settings.recipe}-lr{self.settings.peak:g}-seed{self.settings.seed}"
 
 
 @dataclass
@@ -97,7 +42,7 @@ class CompareWatcher:
     total: int = field(default=0, init=False)
 
     def plan(self, total: int) -> None:
-        """Hear how many runs there will be."""
+        """Hear how many runs there will be; again when a sweep has found more to do."""
         self.total = total
 
     def begin(self, cell: Cell) -> Watcher:
@@ -117,6 +62,30 @@ class CompareWatcher:
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a comparison may use; no part of what it is.
+
+    Attributes:
+        jobs: Runs side by side.
+        hours: No run begins that is not expected to end within so many; ``None`` for no limit.
+        gigabytes: Memory for the data of each run, on a CPU; ``None`` for no limit.
+        retry: Whether runs that failed or ran out of memory are made again.
+    """
+
+    jobs: int = 1
+    hours: float | None = None
+    gigabytes: float | None = None
+    retry: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("jobs", self.jobs, low=1)
+        if self.hours is not None:
+            check_number("hours", self.hours, low=0)
+        if self.gigabytes is not None:
+            check_number("gigabytes", self.gigabytes, low=0, open_low=True)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a comparison leaves behind.
 
@@ -131,9 +100,9 @@ class Outcome:
 
     comparison: Comparison
     report: Path
-    adapter: Path | None
-    adapter_recipe: str | None
-    difference: float | None
+    adapter: Path | None = None
+    adapter_recipe: str | None = None
+    difference: float | None = None
 
 
 def compare(
@@ -142,6 +111,7 @@ def compare(
     *,
     command: str = "tangora.compare(...)",
     watcher: CompareWatcher | None = None,
+    resources: Resources = Resources(),
 ) -> Outcome:
     """Run a comparison, or what is missing of it, and write its report.
 
@@ -153,35 +123,157 @@ def compare(
         output: Output folder.
         command: What repeats it, for the report.
         watcher: Hears of the progress.
+        resources: What it may use.
 
     Returns:
-        Records, report and best adapter.
+        Records, report and best adapter. When time ran out, what there is so far: the same call goes on.
 
     Raises:
-        InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
+        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or the
+            disk is full; what has finished is kept.
     """
-    folder, watcher = Path(output), watcher or CompareWatcher()
-    task = load_run_task(_run_settings(settings, settings.recipes[0], 1.0, 0))
-    settings = settings.model_copy(update={"kind": task.kind})
-    claim_folder(folder, settings)
-    sweep = list(_sweep(settings))
-    watcher.plan(len(sweep) + len(settings.recipes) * (len(settings.seeds) - 1))
-    with log_to(folder / "log.txt"):
-        records = [_run_or_read(cell, task, folder, watcher) for cell in sweep]
-        records += [_run_or_read(cell, task, folder, watcher) for cell in _finals(settings, records)]
-    comparison = Comparison(
-        title=settings.title,
-        command=command,
-        metric=settings.metric,
-        higher_is_better=settings.metric != "loss",
-        settings=settings.model_dump(mode="json"),
-        records=records,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    save_json(comparison.model_copy(update={"records": []}), folder / "comparison.json")
-    page = write_report(comparison, folder)
-    with log_to(folder / "log.txt"):
-        return Outcome(comparison, page, *_best_adapter(comparison, task, folder))
+    with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
+        runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
+        prepared = runner.prepare(settings, Path(output))
+        return runner.run(*prepared)
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What comparisons on several tasks leave behind.
+
+    Attributes:
+        outcomes: Of each task.
+        report: The page over all of them.
+    """
+
+    outcomes: dict[str, Outcome]
+    report: Path
+
+
+def compare_tasks(
+    plan: PlanSettings,
+    output: str | Path,
+    *,
+    command: str = "tangora.compare_tasks(...)",
+    watcher: CompareWatcher | None = None,
+    resources: Resources = Resources(),
+) -> StudyOutcome:
+    """Run comparisons on several tasks, or what is missing of them, and write a report on each and on all.
+
+    Args:
+        plan: The tasks.
+        output: Output folder, with one folder like that of `compare` for each task.
+        command: What repeats it, for the report.
+        watcher: Hears of the progress.
+        resources: What it may use.
+
+    Returns:
+        The outcomes.
+
+    Raises:
+        InputError: As `compare` does, before any run where a task's data or settings cannot be used.
+    """
+    folder = Path(output)
+    with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
+        runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
+        # all data is read before the first run: a broken row in the last task must not cost a night
+        prepared = {name: runner.prepare(own, folder / name) for name, own in plan.tasks.items()}
+        outcomes = {name: runner.run(*each) for name, each in prepared.items()}
+    comparisons = {name: outcome.comparison for name, outcome in outcomes.items()}
+    return StudyOutcome(outcomes, write_study(comparisons, folder / "report.html", plan.title, command))
+
+
+class _Runner:
+    """Makes the runs of comparisons, one comparison after the other."""
+
+    def __init__(self, pool: Pool, resources: Resources, watcher: CompareWatcher, command: str):
+        self._pool, self._resources, self._watcher, self._command = pool, resources, watcher, command
+        self._began = time.monotonic()
+        self._totals: dict[Path, int] = {}
+
+    def prepare(self, settings: CompareSettings, folder: Path) -> tuple[CompareSettings, Task, Path]:
+        # reads the data and claims the folder
+        task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
+        settings = settings.model_copy(update={"kind": task.kind})
+        claim_folder(folder, settings)
+        if self._resources.retry:
+            for path in sorted((folder / RECORDS_FOLDER).glob("*.json")):
+                if load_record(path).status not in ("finished", "diverged"):
+                    path.unlink()
+        self._count(folder, settings, [])
+        return settings, task, folder
+
+    def run(self, settings: CompareSettings, task: Task, folder: Path) -> Outcome:
+        # makes all runs that are due and affordable, and writes the report
+        records: dict[str, Record] = {}
+        late = False
+        while True:
+            self._count(folder, settings, [*records.values()])
+            waiting = [
+                cell for cell in due(settings, [*records.values()]) if cell.id not in self._pool.running
+            ]
+            known = [cell for cell in waiting if record_path(folder, cell).exists()]
+            for cell in known:
+                records[cell.id] = load_record(record_path(folder, cell))
+                self._watcher.end(cell, records[cell.id])
+            if known:
+                continue
+            for cell in waiting:
+                if not self._pool.has_room:
+                    break
+                late = late or self._late(records)
+                if late:
+                    break
+                self._pool.start(cell, task, folder, self._watcher.begin(cell))
+            if not self._pool.running:
+                break
+            try:
+                for cell, record in self._pool.wait():
+                    records[cell.id] = record
+                    self._watcher.end(cell, record)
+            except DiskFullError as problem:
+                raise InputError(
+                    f"{problem}; what has finished is kept: free some space and give the same command again"
+                ) from problem
+        ended = [records[name] for name in sorted(records)]
+        return self._written(settings, task, folder, ended, [cell.id for cell in waiting])
+
+    def _late(self, records: dict[str, Record]) -> bool:
+        if self._resources.hours is None:
+            return False
+        left = 3600 * self._resources.hours - (time.monotonic() - self._began)
+        seconds = [record.time.total for record in records.values() if record.status == "finished"]
+        return left < (median(seconds) if seconds else 0.0)
+
+    def _count(self, folder: Path, settings: CompareSettings, records: Sequence[Record]) -> None:
+        self._totals[folder] = planned(settings, records)
+        self._watcher.plan(sum(self._totals.values()))
+
+    def _written(
+        self, settings: CompareSettings, task: Task, folder: Path, records: list[Record], missing: list[str]
+    ) -> Outcome:
+        comparison = Comparison(
+            title=settings.title,
+            command=self._command,
+            metric=settings.metric,
+            higher_is_better=settings.metric != "loss",
+            settings=settings.model_dump(mode="json"),
+            records=records,
+            missing=missing,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
+        if not records:
+            raise InputError(f"{folder}: the time was over before a run had begun; give more hours")
+        page = write_report(comparison, folder)
+        failed = [record for record in records if record.status != "finished"]
+        if failed and len(failed) == len(records):
+            raise InputError(f"no run finished; {failed[0].id}: {failed[0].error}; all are listed in {page}")
+        if missing:
+            return Outcome(comparison, page)
+        with log_to(folder / "log.txt"):
+            return Outcome(comparison, page, *_best_adapter(comparison, task, folder))
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
@@ -199,42 +291,6 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
     return write_page(comparison, folder / "report.html")
 
 
-def _run_settings(settings: CompareSettings, name: str, lr: float, seed: int) -> RunSettings:
-    shared = {key: getattr(settings, key) for key in TaskSettings.model_fields}
-    return RunSettings(**shared, recipe=name, learning_rate=lr, seed=seed)
-
-
-def _sweep(settings: CompareSettings) -> Iterator[Cell]:
-    for name in settings.recipes:
-        for lr in settings.grid(name):
-            yield Cell(_run_settings(settings, name, lr, settings.seeds[0]), "sweep")
-
-
-def _finals(settings: CompareSettings, records: list[Record]) -> Iterator[Cell]:
-    for name in settings.recipes:
-        own = [record for record in records if record.recipe == name]
-        points = sweep_points(own, settings.metric)
-        best = best_learning_rate(points, higher_is_better=settings.metric != "loss")
-        if best is not None:
-            for seed in settings.seeds[1:]:
-                yield Cell(_run_settings(settings, name, best, seed), "final")
-
-
-def _run_or_read(cell: Cell, task: Task, folder: Path, watcher: CompareWatcher) -> Record:
-    path = folder / "records" / f"{cell.id}.json"
-    if path.exists():
-        record = load_record(path)
-    else:
-        run_folder = folder / "runs" / cell.id
-        shutil.rmtree(run_folder, ignore_errors=True)  # a run without a record was cut off
-        record = execute(
-            cell.settings, task, run_folder, run_id=cell.id, stage=cell.stage, watcher=watcher.begin(cell)
-        )
-        save_json(record, path)
-    watcher.end(cell, record)
-    return record
-
-
 def _best_adapter(
     comparison: Comparison, task: Task, folder: Path
 ) -> tuple[Path | None, str | None, float | None]:
@@ -243,7 +299,7 @@ def _best_adapter(
             r for r in comparison.records if r.recipe == row.recipe and r.learning_rate == row.learning_rate
         ]
         for record in runs:
-            source = folder / "runs" / record.id
+            source = folder / RUNS_FOLDER / record.id
             if record.status == "finished" and (source / "adapter").exists():
                 target = folder / "adapter"
                 shutil.rmtree(target, ignore_errors=True)
@@ -252,55 +308,3 @@ def _best_adapter(
                 values = {k: value for k, value in record.settings.items() if k in RunSettings.model_fields}
                 return target, row.recipe, verify_adapter(RunSettings(**values), task, source)
     return None, None, None
-
-
-def preset(name: str) -> CompareSettings:
-    """Return the settings of a named comparison.
-
-    Args:
-        name: ``quickstart`` (minutes on two cores) or ``smoke`` (seconds).
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If there is none of this name.
-    """
-    if name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
-    return PRESETS[name]
-
-
-PRESETS = {
-    "quickstart": CompareSettings(
-        title="MiniLM on BBC News",
-        recipes=["full", "lora", "lora-ga", "lora-pro", "tangent"],
-        learning_rates={
-            "full": [1e-4, 3e-4, 1e-3],
-            "lora": [1e-3, 3e-3, 1e-2],
-            "lora-ga": [1e-4, 3e-4, 1e-3],
-            "lora-pro": [1e-4, 3e-4, 1e-3],
-            "tangent": [1e-4, 3e-4, 1e-3],
-        },
-        steps=36,
-        batch_size=8,
-        max_length=40,
-        num_train=1000,
-        num_validation=100,
-        num_test=200,
-        start_examples=16,
-    ),
-    "smoke": CompareSettings(
-        title="MiniLM on BBC News, the smallest comparison",
-        recipes=["lora", "tangent"],
-        learning_rates={"lora": [3e-3], "tangent": [3e-4]},
-        seeds=[0],
-        steps=8,
-        batch_size=8,
-        max_length=32,
-        num_train=200,
-        num_validation=50,
-        num_test=100,
-    ),
-}
-"""Comparisons that run anywhere, on packaged models and data."""

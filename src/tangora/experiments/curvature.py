@@ -266,7 +266,7 @@ def _measure(
         settings=settings.model_dump(mode="json") | {"data_fingerprint": subject.task.fingerprint},
         ranks=list(subject.ranks),
         loss=main.loss(),
-        num_examples=sum(len(batch["input_ids"]) for batch in batches),
+        num_examples=sum(len(batch["labels"]) for batch in batches),
         num_batches=len(batches),
         split=_SPLITS[settings.split],
         differentiation=main.differentiation,

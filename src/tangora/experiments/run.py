@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.batches import encoded, encoded_batches
 from tangora.experiments.flatness import measure_flatness
+from tangora.experiments.memory import peak_bytes, reset_peak
 from tangora.experiments.provenance import provenance, versions
+from tangora.experiments.scoring import shares, test_metrics, validation_metrics
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.trajectory import (
     curvature_callback,
@@ -29,10 +31,10 @@ from tangora.experiments.trajectory import (
 )
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
-from tangora.report.records import Flatness
-from tangora.training.answers import exact_match
+from tangora.report.records import Flatness, Stage
 from tangora.training.callbacks import (
     DivergedError,
+    Evaluations,
     History,
     SealedCheckpoints,
     StepTimer,
@@ -40,11 +42,12 @@ from tangora.training.callbacks import (
     read_history,
 )
 from tangora.training.data import Task, load_task
-from tangora.training.evaluation import evaluate, predictions, summarize
 from tangora.training.models import LoadedModel, load_model
 from tangora.training.trainer import Trainer
 
-Stage = Literal["sweep", "final"]
+EVALUATIONS = "evaluations.jsonl"
+"""Name of the file in a run's folder."""
+
 _PROOF_EXAMPLES = 8
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ class _Result:
     status: Literal["finished", "diverged"] = "finished"
     error: str | None = None
     correct: list[bool] | None = None
+    scores: list[float] | None = None
     evaluation_seconds: float = 0.0
     flatness: Flatness | None = None
     peak_bytes: int | None = None
@@ -134,7 +138,9 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     watcher.phase("start")
     loaded = load_base(settings, task)
-    result = _Result(metrics={"before": _measure(loaded, loaded.model, task, settings)[0]} if before else {})
+    result = _Result(
+        metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
+    )
     began = time.perf_counter()
     method = recipe(settings.recipe)
     model = _prepare(method, loaded, task, settings)
@@ -146,6 +152,8 @@ def execute(
         for observer in (trajectory_recorder, curvature_callback)
     ]
     callbacks: list[transformers.TrainerCallback] = [timer, *(each for each in observers if each is not None)]
+    evaluations = _evaluations(loaded, model, task, settings, folder)
+    callbacks += [evaluations] if evaluations else []
     trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
     try:
         watcher.phase("training")
@@ -161,10 +169,10 @@ def execute(
             loaded.tokenizer.save_pretrained(folder / "model")
     except (DivergedError, FloatingPointError) as problem:
         result.status, result.error = "diverged", str(problem)
+    result.evaluation_seconds += evaluations.seconds if evaluations else 0.0
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
-    history = [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
-    validation = result.metrics.get("validation")
+    history = read_steps(folder)
     return Record(
         id=run_id,
         recipe=settings.recipe,
@@ -176,7 +184,7 @@ def execute(
         settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
         metrics=result.metrics,
         history=history,
-        evaluations=[EvaluationRecord(step=len(history), metrics=validation)] if validation else [],
+        evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
         time=TimeSplit(
             start=start_seconds,
             # gradients of further stages are evaluated inside of the optimizer's step
@@ -190,9 +198,39 @@ def execute(
         curvature=curvature_summary(folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
+        scores=result.scores,
         flatness=result.flatness,
         **provenance(),
     )
+
+
+def read_steps(folder: Path) -> list[StepRecord]:
+    """Read the training steps of a run, ended or cut off.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        In order.
+    """
+    return [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
+
+
+def read_evaluations(folder: Path) -> list[EvaluationRecord]:
+    """Read the evaluations during a run, ended or cut off.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        In order, without the one at the end.
+    """
+    return [EvaluationRecord(**line) for line in read_history(folder / EVALUATIONS)]
+
+
+def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> list[EvaluationRecord]:
+    found = metrics.get("validation")
+    return [EvaluationRecord(step=len(history), metrics=found)] if found else []
 
 
 def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
@@ -306,38 +344,35 @@ def _trainer(
     return trainer
 
 
+def _evaluations(
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, folder: Path
+) -> Evaluations | None:
+    if settings.evaluate_every is None:
+        return None
+    return Evaluations(
+        folder / EVALUATIONS,
+        settings.evaluate_every,
+        lambda: validation_metrics(loaded, model, task, settings),
+    )
+
+
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    watched = reset_peak()
     checkpoint = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return torch.cuda.max_memory_allocated() if on_gpu else None
+    return peak_bytes() if watched else None
 
 
 def _evaluate(
     result: _Result, loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
 ) -> None:
     began = time.perf_counter()
-    validation = encoded(task.validation, loaded, settings)
-    result.metrics["validation"] = evaluate(model, *validation, **_how(task, settings))
-    result.metrics["test"], result.correct = _measure(loaded, model, task, settings)
-    result.evaluation_seconds = time.perf_counter() - began
-
-
-def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
-    return {"kind": task.kind, "batch_size": 2 * settings.batch_size}
-
-
-def _measure(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
-) -> tuple[dict[str, float], list[bool] | None]:
-    each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
-    metrics = summarize(each)
-    if settings.exact_match and task.kind == "causal":
-        metrics |= exact_match(model, loaded.tokenizer, task.test, batch_size=2 * settings.batch_size)
-    correct = [bool(value) for value in each["correct"]] if task.kind == "classification" else None
-    return metrics, correct
+    result.metrics["validation"] = validation_metrics(loaded, model, task, settings)
+    result.metrics["test"], each = test_metrics(loaded, model, task, settings)
+    result.scores = shares(each)
+    if task.kind == "classification":
+        result.correct = [bool(value) for value in each["correct"]]
+    result.evaluation_seconds += time.perf_counter() - began
 
 
 def _save(

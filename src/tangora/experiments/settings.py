@@ -71,6 +71,14 @@ class TaskSettings(Settings):
     exact_match: bool = Field(
         default=False, description="Also generate answers on the test set and compare them."
     )
+    evaluate_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between evaluations on validation data; default: only at the end.",
+    )
+    forgetting: bool = Field(
+        default=False, description="Also measure the loss on unrelated text before and after (causal models)."
+    )
     curvature: bool | None = Field(
         default=None, description="Also measure at the end how flat the loss is, and the generalisation gap."
     )

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tangora.report import formats
-from tangora.report.bootstrap import mean_interval
 from tangora.report.figures import empty_figure, label_text
+from tangora.report.intervals import estimate
 from tangora.report.records import Comparison, Flatness, Record
 from tangora.report.selection import judged_runs
 from tangora.report.styles import recipe_styles
@@ -127,10 +127,10 @@ def _cell(flats: Sequence[Flatness], value: Callable[[Flatness], float | None]) 
     values = [number for flat in flats if (number := value(flat)) is not None]
     if not values:
         return [formats.MISSING]
-    interval = mean_interval(np.array(values)[:, None]) if len(values) > 1 else None
+    estimated = estimate(np.array(values)[:, None])
     lines = [formats.significant(fmean(values))]
-    if interval is not None:
-        lines.append(" to ".join(formats.significant(end) for end in interval))
+    if estimated is not None:
+        lines.append(" to ".join(formats.significant(end) for end in estimated.interval))
     return lines
 
 
@@ -149,8 +149,8 @@ def flatness_notes(comparison: Comparison) -> list[str]:
     radii = sorted({formats.significant(flat.radius) for flat in flats if flat.radius is not None})
     read = (
         f"Curvature of the training loss on the first {formats.listing(examples)}, the same for all runs; the gap is "
-        "the test loss minus the loss on as many training examples. Beneath a number: 95 % interval of the mean, a "
-        "bootstrap over the seeds, which is too narrow for fewer than about five."
+        "the test loss minus the loss on as many training examples. Beneath a number: 95 % interval of the mean, "
+        "Student's over the seeds."
     )
     notes = [read, _SPACES]
     if patterns := sorted({flat.weight_layers for flat in flats if flat.weight_layers}):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tangora.report.bootstrap import Interval
+from tangora.report.intervals import Interval
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -145,6 +145,32 @@ def share(value: float | None) -> str:
         For example "63 %".
     """
     return MISSING if value is None else f"{100 * value:z.0f} %".replace("-", MINUS)
+
+
+def shares(value: Interval | None) -> str:
+    """Write both ends of an interval of shares as percentages.
+
+    Args:
+        value: The interval.
+
+    Returns:
+        For example "41 % to 80 %".
+    """
+    return MISSING if value is None else " to ".join(share(end) for end in value)
+
+
+def p_value(value: float | None) -> str:
+    """Write a p-value.
+
+    Args:
+        value: The p-value.
+
+    Returns:
+        For example "p = 0.012" or "p < 0.001".
+    """
+    if value is None:
+        return MISSING
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def small_share(value: float | None) -> str:

@@ -156,9 +156,9 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     ]
     if resampled:
         notes.append(
-            f"Intervals are percentile bootstraps over {formats.listing(resampled)}, paired in differences where "
-            "seeds agree. They are too narrow for fewer than about five seeds, and not corrected for picking the "
-            "best of several recipes."
+            f"Intervals are Student's t over {formats.listing(resampled)}, paired in differences where seeds agree; "
+            "few seeds make them wide. More than noise means p below 0.05 after Holm's correction for the number "
+            "of recipes; a single seed is never called more than noise."
         )
     return notes
 

@@ -14,7 +14,10 @@ from pydantic import Field, model_validator
 from tangora._checks import InputError
 from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, save_json, validated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of what is written. Version 1, which is read too, lacked optional fields only."""
+
+_READ = (1, 2)
 COMPARISON_FILE = "comparison.json"
 RECORDS_FOLDER = "records"
 
@@ -22,6 +25,8 @@ RECORDS_FOLDER = "records"
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metrics = dict[str, float]
+Stage = Literal["trial", "sweep", "final"]
+Status = Literal["finished", "diverged", "out_of_memory", "failed"]
 
 
 class StepRecord(FrozenModel):
@@ -58,7 +63,9 @@ class MemoryUse(FrozenModel):
     """Memory of a run, in bytes."""
 
     peak_bytes: Count | None = Field(
-        default=None, description="Peak allocated during training only; None where it cannot be measured."
+        default=None,
+        description="Peak during training only: allocated on a GPU, resident on a CPU in a process of its own; None "
+        "where it cannot be measured.",
     )
     optimizer_state_bytes: Count = Field(description="All tensors in the optimizer's state.")
     adapter_bytes: Count = Field(description="All trained parameters.")
@@ -110,10 +117,23 @@ class Flatness(FrozenModel):
         return self.test_loss - self.train_loss
 
 
+class Forgetting(FrozenModel):
+    """Loss of a causal model on text that has nothing to do with the task."""
+
+    before: float = Field(description="Mean over tokens, of the untouched base, in nats.")
+    after: float = Field(description="The same after training.")
+    num_texts: Count
+
+    @property
+    def rise(self) -> float:
+        """By how much the loss rose."""
+        return self.after - self.before
+
+
 class Record(Recorded):
     """One run: a recipe, a learning rate and a seed."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     id: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=@-]{0,199}$",
         description="Unique in its comparison, and its file name without `.json`.",
@@ -121,11 +141,13 @@ class Record(Recorded):
     recipe: str = Field(min_length=1, description="Name of the recipe.")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
     seed: int = Field(description="Seed of start, data order and dropout.")
-    stage: Literal["sweep", "final"] = Field(
-        description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds."
+    stage: Stage = Field(
+        description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
+        "shorter, and choose which learning rates the sweep goes on with."
     )
-    status: Literal["finished", "diverged", "failed"] = Field(
-        description="`diverged`: the loss left the finite numbers or exploded; `failed`: an exception."
+    status: Status = Field(
+        description="`diverged`: the loss left the finite numbers or exploded; `out_of_memory`: a tensor did not fit; "
+        "`failed`: another exception, or its process was killed."
     )
     error: str | None = Field(default=None, description="What happened to a run that did not finish.")
     settings: dict[str, Any] = Field(description="Everything needed to run it again.")
@@ -156,24 +178,36 @@ class Record(Recorded):
     correct: list[bool] | None = Field(
         default=None, description="Per test example, in the same order in every run: was it answered right?"
     )
+    scores: list[float] | None = Field(
+        default=None,
+        description="Per test example, in the same order in every run: its share of the test loss (their mean).",
+    )
+    forgetting: Forgetting | None = Field(
+        default=None, description="What training did to unrelated text; None if it was not measured."
+    )
 
 
 class Comparison(FrozenModel):
     """Several recipes on one task, each with its own learning-rate sweep."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     title: str
     command: str = Field(description="The command line that repeats it.")
     metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')
     higher_is_better: bool
     settings: dict[str, Any] = Field(description="What all runs share.")
     records: list[Record] = Field(default_factory=list)
+    missing: list[str] = Field(
+        default_factory=list, description="Runs that were planned and have not been made: time ran out."
+    )
     created: IsoTime = Field(description="When the comparison was started, ISO 8601.")
 
     @model_validator(mode="after")
     def _check_records_differ(self) -> "Comparison":
         ids = Counter(record.id for record in self.records)
-        runs = Counter((r.recipe, r.learning_rate, r.seed, r.stage) for r in self.records)
+        runs = Counter(
+            (r.recipe, r.learning_rate, r.seed, r.stage, r.settings.get("steps")) for r in self.records
+        )
         twice = [str(key) for counts in (ids, runs) for key, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"the same run is recorded more than once: {twice[0]}")
@@ -246,6 +280,8 @@ def load_comparison(folder: str | Path) -> Comparison:
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path)
     version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema_version {version!r}; this tangora reads {SCHEMA_VERSION}")
+    if version not in _READ:
+        raise InputError(
+            f"{path} has schema_version {version!r}; this tangora reads {_READ[0]} to {_READ[-1]}"
+        )
     return content

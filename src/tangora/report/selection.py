@@ -1,12 +1,14 @@
 """The choice of a learning rate, on validation data only, and of the runs that are then judged."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from tangora.report.records import Record
+from tangora._checks import InputError
+from tangora.report.records import Comparison, Record
 
 Edge = Literal["low", "high"]
 
@@ -19,7 +21,7 @@ class SweepPoint:
         learning_rate: The learning rate.
         validation: Validation metric of each finished run, by seed.
         num_diverged: Runs whose loss diverged.
-        num_failed: Runs that ended with an exception.
+        num_failed: Runs that ended for any other reason.
     """
 
     learning_rate: float
@@ -31,6 +33,38 @@ class SweepPoint:
     def mean(self) -> float | None:
         """The mean validation metric of the finished runs, or None without any."""
         return fmean(self.validation) if self.validation else None
+
+
+def group_by_recipe(comparison: Comparison) -> dict[str, list[Record]]:
+    """Sort the records of a comparison into recipes.
+
+    Args:
+        comparison: The runs.
+
+    Returns:
+        Recipe name to its runs; names in alphabetical order.
+
+    Raises:
+        InputError: If there are no records.
+    """
+    if not comparison.records:
+        raise InputError(f"the comparison {comparison.title!r} has no records yet")
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in comparison.records:
+        groups[record.recipe].append(record)
+    return {recipe: groups[recipe] for recipe in sorted(groups)}
+
+
+def num_failed(records: Sequence[Record]) -> int:
+    """Count the runs that neither finished nor diverged.
+
+    Args:
+        records: Any runs.
+
+    Returns:
+        How many were killed, ran out of memory or raised an exception.
+    """
+    return sum(record.status not in ("finished", "diverged") for record in records)
 
 
 def metric_value(record: Record, split: str, metric: str) -> float | None:
@@ -52,7 +86,7 @@ def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
     """Gather the sweep of one recipe.
 
     Only runs of stage ``sweep`` count when there are any: final runs exist at one learning rate only, so their
-    seeds would compare that one with others on different terms.
+    seeds would compare that one with others on different terms. Runs of stage ``trial`` never do: they are shorter.
 
     Args:
         records: Runs of one recipe.
@@ -61,7 +95,8 @@ def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
     Returns:
         One point per learning rate, ascending.
     """
-    pool = [record for record in records if record.stage == "sweep"] or list(records)
+    whole = [record for record in records if record.stage != "trial"]
+    pool = [record for record in whole if record.stage == "sweep"] or whole
     rates = sorted({record.learning_rate for record in pool})
     return [_point(rate, [r for r in pool if r.learning_rate == rate], metric) for rate in rates]
 
@@ -73,7 +108,7 @@ def _point(rate: float, records: Sequence[Record], metric: str) -> SweepPoint:
         learning_rate=rate,
         validation=tuple(value for value in values if value is not None),
         num_diverged=sum(record.status == "diverged" for record in records),
-        num_failed=sum(record.status == "failed" for record in records),
+        num_failed=num_failed(records),
     )
 
 

@@ -1,33 +1,27 @@
 """From the records of a comparison to one row per recipe."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
-
-import numpy as np
 
 from tangora._checks import InputError
-from tangora.report.bootstrap import Interval, Scores, difference_interval, mean_interval
+from tangora.report.intervals import ALPHA, Estimate, Interval, Over, holm
 from tangora.report.records import Comparison, Record, TimeSplit
+from tangora.report.samples import Sample, contrast, gap_closed, sample
 from tangora.report.selection import (
     Edge,
     best_learning_rate,
     grid_edge,
+    group_by_recipe,
     judged_runs,
     metric_value,
+    num_failed,
     num_steps,
     sweep_points,
 )
 
-Resampled = Literal["seeds and examples", "examples", "seeds"]
-
 BASELINE = "lora"
 CEILING = "full"
-
-# What a float32 accuracy, or one rounded to four decimals, may differ by from the mean of `correct`.
-_SAME_METRIC = 1e-4
 
 
 @dataclass(frozen=True)
@@ -43,18 +37,25 @@ class Row:
         learning_rate: Chosen by the validation metric, never by test; None if no run finished.
         edge: The end of the grid at which the chosen learning rate lies, if it does.
         test: Test metric, mean over the seeds.
-        interval: 95 % bootstrap interval of `test`.
-        interval_over: What the interval resamples.
+        interval: 95 % interval of `test`, from `intervals.estimate`.
+        interval_over: What the interval would have change: seeds, test examples, or both.
         difference: `test` minus that of ``lora``.
         difference_interval: Its 95 % interval, paired where seeds and test examples agree.
+        p_value: Two-sided, of no difference from ``lora``; None for a single seed, whose interval cannot tell.
+        p_corrected: `p_value` by Holm's correction for all recipes of the comparison but ``full``, whose difference
+            is a question of its own.
+        versus_full: `test` minus that of ``full``.
+        versus_full_interval: Its 95 % interval.
         gap_closed: `difference` as a share of that of ``full``; None unless full fine-tuning is better than LoRA
             by more than noise.
+        gap_closed_interval: Its 95 % interval, which accounts for the noise of both differences.
+        gap_closed_missing: Why there is no `gap_closed`.
         validation: Validation metric, mean over the seeds.
         validation_loss: Validation loss, mean over the seeds.
         num_seeds: Seeds that `test` is the mean of.
         num_runs: All runs of the recipe.
         num_diverged: Those that diverged.
-        num_failed: Those that failed.
+        num_failed: Those that failed for any other reason.
         num_learning_rates: Size of the grid.
         time: Seconds per run.
         step_milliseconds: Optimizer time per optimizer step, in milliseconds.
@@ -74,10 +75,16 @@ class Row:
     edge: Edge | None = None
     test: float | None = None
     interval: Interval | None = None
-    interval_over: Resampled | None = None
+    interval_over: Over | None = None
     difference: float | None = None
     difference_interval: Interval | None = None
+    p_value: float | None = None
+    p_corrected: float | None = None
+    versus_full: float | None = None
+    versus_full_interval: Interval | None = None
     gap_closed: float | None = None
+    gap_closed_interval: Interval | None = None
+    gap_closed_missing: str | None = None
     validation: float | None = None
     validation_loss: float | None = None
     num_seeds: int = 0
@@ -88,20 +95,11 @@ class Row:
     trainable_parameters: int | None = None
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Test scores of one recipe: seeds x test examples, or seeds x 1."""
-
-    seeds: tuple[int, ...]
-    scores: Scores
-
-
-def summarize(comparison: Comparison, *, seed: int = 0) -> list[Row]:
+def summarize(comparison: Comparison) -> list[Row]:
     """Choose each recipe's learning rate on validation data, and judge it on test data.
 
     Args:
         comparison: The runs.
-        seed: Of the bootstrap; the same seed gives the same rows.
 
     Returns:
         One row per recipe, best test metric first, then the recipes without one by name.
@@ -109,37 +107,32 @@ def summarize(comparison: Comparison, *, seed: int = 0) -> list[Row]:
     Raises:
         InputError: If there are no records, or finished runs but none with the comparison's metric.
     """
-    by_recipe = group_by_recipe(comparison)
-    _check_metric(comparison)
-    rows = {recipe: _row(records, comparison) for recipe, records in by_recipe.items()}
-    samples = {
-        recipe: sample
-        for recipe, records in by_recipe.items()
-        if (sample := _sample(judged_runs(records, rows[recipe].learning_rate), comparison.metric))
-    }
-    judged = [_with_test(row, samples.get(row.recipe), seed) for row in rows.values()]
-    compared = _with_differences(judged, samples, seed)
-    return sorted(compared, key=_rank)
+    return judge(comparison)[0]
 
 
-def group_by_recipe(comparison: Comparison) -> dict[str, list[Record]]:
-    """Sort the records of a comparison into recipes.
+def judge(comparison: Comparison) -> tuple[list[Row], dict[str, Sample]]:
+    """Summarize, and keep the test scores for further comparisons.
 
     Args:
         comparison: The runs.
 
     Returns:
-        Recipe name to its runs; names in alphabetical order.
+        What `summarize` returns, and the test scores of each recipe that has any.
 
     Raises:
-        InputError: If there are no records.
+        InputError: As `summarize`.
     """
-    if not comparison.records:
-        raise InputError(f"the comparison {comparison.title!r} has no records yet")
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in comparison.records:
-        groups[record.recipe].append(record)
-    return {recipe: groups[recipe] for recipe in sorted(groups)}
+    by_recipe = group_by_recipe(comparison)
+    _check_metric(comparison)
+    rows = [_row(records, comparison) for records in by_recipe.values()]
+    samples = {
+        row.recipe: found
+        for row in rows
+        if (found := sample(judged_runs(by_recipe[row.recipe], row.learning_rate), comparison.metric))
+    }
+    rows = [_with_test(row, samples.get(row.recipe)) for row in rows]
+    rows = _with_correction([_with_differences(row, samples) for row in rows])
+    return sorted(_with_gap(rows, samples), key=_rank), samples
 
 
 def _check_metric(comparison: Comparison) -> None:
@@ -162,7 +155,7 @@ def _row(records: Sequence[Record], comparison: Comparison) -> Row:
         higher_is_better=comparison.higher_is_better,
         num_runs=len(records),
         num_diverged=sum(record.status == "diverged" for record in records),
-        num_failed=sum(record.status == "failed" for record in records),
+        num_failed=num_failed(records),
         num_learning_rates=len(points),
         learning_rate=chosen,
         edge=grid_edge(points, chosen),
@@ -194,64 +187,72 @@ def _mean_metric(runs: Sequence[Record], metric: str) -> float | None:
     return fmean(known) if known else None
 
 
-def _sample(runs: Sequence[Record], metric: str) -> _Sample | None:
-    tested = [(run, value) for run in runs if (value := metric_value(run, "test", metric)) is not None]
-    if not tested:
-        return None
-    seeds = tuple(run.seed for run, _ in tested)
-    answers = [run.correct for run, _ in tested if run.correct]
-    means = np.array([value for _, value in tested])
-    if len(answers) == len(tested) and len({len(answer) for answer in answers}) == 1:
-        scores = np.array(answers, dtype=np.float64)
-        # Other metrics (a loss, macro F1) are no means of `correct`: their examples cannot be resampled by it.
-        if np.abs(scores.mean(axis=1) - means).max() <= _SAME_METRIC:
-            return _Sample(seeds, scores)
-    return _Sample(seeds, means[:, None])
-
-
-def _with_test(row: Row, sample: _Sample | None, seed: int) -> Row:
-    if sample is None:
+def _with_test(row: Row, found: Sample | None) -> Row:
+    if found is None:
         return row
-    return replace(
-        row,
-        test=float(sample.scores.mean()),
-        interval=mean_interval(sample.scores, seed=seed),
-        interval_over=_resampled(sample.scores),
-        num_seeds=len(sample.seeds),
+    estimated = contrast((1.0, found))
+    row = replace(row, test=found.mean, num_seeds=len(found.seeds))
+    return (
+        row if estimated is None else replace(row, interval=estimated.interval, interval_over=estimated.over)
     )
 
 
-def _resampled(scores: Scores) -> Resampled | None:
-    num_seeds, num_examples = scores.shape
-    if num_examples == 1:
-        return "seeds" if num_seeds > 1 else None
-    return "seeds and examples" if num_seeds > 1 else "examples"
+def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
+    to_lora = _difference(row.recipe, BASELINE, samples)
+    if to_lora is not None:
+        difference, estimated = to_lora
+        row = replace(row, difference=difference)
+        if estimated is not None:
+            row = replace(row, difference_interval=estimated.interval, p_value=estimated.p_value)
+    to_full = _difference(row.recipe, CEILING, samples)
+    if to_full is not None:
+        difference, estimated = to_full
+        row = replace(
+            row, versus_full=difference, versus_full_interval=estimated.interval if estimated else None
+        )
+    return row
 
 
-def _with_differences(rows: Sequence[Row], samples: dict[str, _Sample], seed: int) -> list[Row]:
-    baseline = samples.get(BASELINE)
-    if baseline is None:
-        return list(rows)
-    compared = [
-        _with_difference(row, samples[row.recipe], baseline, seed)
-        if row.recipe in samples and row.recipe != BASELINE
-        else row
-        for row in rows
-    ]
-    ceiling = next((row for row in compared if row.recipe == CEILING), None)
-    if ceiling is None or not leads(ceiling) or ceiling.difference is None:
-        return compared
-    gap = ceiling.difference
-    return [
-        row if row.difference is None else replace(row, gap_closed=row.difference / gap) for row in compared
-    ]
+def _difference(ours: str, theirs: str, samples: dict[str, Sample]) -> tuple[float, Estimate | None] | None:
+    if ours == theirs or ours not in samples or theirs not in samples:
+        return None
+    ours_sample, theirs_sample = samples[ours], samples[theirs]
+    return ours_sample.mean - theirs_sample.mean, contrast((1.0, ours_sample), (-1.0, theirs_sample))
 
 
-def _with_difference(row: Row, sample: _Sample, baseline: _Sample, seed: int) -> Row:
-    paired = sample.seeds == baseline.seeds and sample.scores.shape == baseline.scores.shape
-    interval = difference_interval(sample.scores, baseline.scores, paired=paired, seed=seed)
-    difference = float(sample.scores.mean() - baseline.scores.mean())
-    return replace(row, difference=difference, difference_interval=interval)
+def _with_correction(rows: Sequence[Row]) -> list[Row]:
+    p_values = {row.recipe: row.p_value for row in rows if row.p_value is not None}
+    family = [recipe for recipe in p_values if recipe != CEILING]
+    corrected = p_values | dict(zip(family, holm([p_values[recipe] for recipe in family]), strict=True))
+    return [replace(row, p_corrected=corrected.get(row.recipe)) for row in rows]
+
+
+def _with_gap(rows: Sequence[Row], samples: dict[str, Sample]) -> list[Row]:
+    by_name = {row.recipe: row for row in rows}
+    reason = _no_gap(by_name.get(CEILING), by_name.get(BASELINE))
+    return [_with_share(row, samples, reason) if row.difference is not None else row for row in rows]
+
+
+def _with_share(row: Row, samples: dict[str, Sample], reason: str | None) -> Row:
+    if reason is not None:
+        return replace(row, gap_closed_missing=reason)
+    if row.recipe == CEILING:
+        return replace(row, gap_closed=1.0)  # by definition, so it has no interval
+    share, interval = gap_closed(samples[row.recipe], samples[BASELINE], samples[CEILING])
+    return replace(row, gap_closed=share, gap_closed_interval=interval)
+
+
+def _no_gap(full: Row | None, lora: Row | None) -> str | None:
+    # Why no share of the gap can be given, if so.
+    if full is None or full.test is None or lora is None or lora.test is None:
+        return f"{CEILING} or {BASELINE} has no test result"
+    if full.p_value is None:
+        return "a single seed cannot tell the gap from noise"
+    if leads(full):
+        return None
+    if trails(full):
+        return f"{CEILING} is worse than {BASELINE}"
+    return f"{CEILING} is not better than {BASELINE} by more than noise"
 
 
 def leads(row: Row) -> bool:
@@ -261,12 +262,9 @@ def leads(row: Row) -> bool:
         row: The recipe's row.
 
     Returns:
-        Whether the whole interval of the difference is on the better side of zero.
+        Whether the corrected p-value is below 0.05 and the difference on the better side of zero.
     """
-    if row.difference_interval is None:
-        return False
-    low, high = row.difference_interval
-    return low > 0 if row.higher_is_better else high < 0
+    return better_or_worse(row.difference, row.p_corrected, higher_is_better=row.higher_is_better) > 0
 
 
 def trails(row: Row) -> bool:
@@ -276,12 +274,25 @@ def trails(row: Row) -> bool:
         row: The recipe's row.
 
     Returns:
-        Whether the whole interval of the difference is on the worse side of zero.
+        Whether the corrected p-value is below 0.05 and the difference on the worse side of zero.
     """
-    if row.difference_interval is None:
-        return False
-    low, high = row.difference_interval
-    return high < 0 if row.higher_is_better else low > 0
+    return better_or_worse(row.difference, row.p_corrected, higher_is_better=row.higher_is_better) < 0
+
+
+def better_or_worse(difference: float | None, p_value: float | None, *, higher_is_better: bool) -> int:
+    """Tell on which side of zero a difference lies.
+
+    Args:
+        difference: Of two recipes.
+        p_value: Of no difference; None if it cannot be told.
+        higher_is_better: Whether the metric is to be maximized.
+
+    Returns:
+        1 if it is better by more than noise, -1 if it is worse, else 0.
+    """
+    if difference is None or p_value is None or p_value >= ALPHA:
+        return 0
+    return 1 if (difference > 0) == higher_is_better else -1
 
 
 def _rank(row: Row) -> tuple[bool, float, str]:

@@ -154,7 +154,7 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
 def _flatten(row: Row) -> dict[str, Any]:
     # Spread intervals and the time split over columns of their own.
     cells = asdict(row)
-    for name in ("interval", "difference_interval"):
+    for name in [name for name in cells if name.endswith("interval")]:
         low, high = cells.pop(name) or (None, None)
         cells |= {f"{name}_low": low, f"{name}_high": high}
     time = cells.pop("time")

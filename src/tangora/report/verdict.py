@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tangora.report import formats
+from tangora.report.intervals import ALPHA
 from tangora.report.summary import BASELINE, CEILING, Row, leads, trails
 
 
@@ -56,17 +57,22 @@ def _margin(best: Row, others: Sequence[Row]) -> str:
 
 def _margin_over_baseline(best: Row) -> str:
     amount = formats.difference(best.difference)
-    if best.difference_interval is None:
+    if best.p_value is None:
         return f"; whether its difference from {BASELINE}, {amount}, is more than noise cannot be told"
     noise = formats.interval(best.difference_interval, sign=True)
     if leads(best):
         return f"; its difference from {BASELINE}, {amount}, is more than noise (95 % interval {noise})"
+    if best.p_value < ALPHA:
+        return (
+            f", but its difference from {BASELINE}, {amount} (95 % interval {noise}), is within noise once corrected "
+            f"for the number of recipes ({formats.p_value(best.p_corrected)})"
+        )
     return f", but its difference from {BASELINE}, {amount}, is within noise (95 % interval {noise})"
 
 
 def _margin_of_baseline(second: Row) -> str:
     amount = formats.difference(second.difference)
-    if second.difference_interval is None:
+    if second.p_value is None:
         return f"; whether it differs from the next, {second.recipe} ({amount}), by more than noise cannot be told"
     if trails(second):
         return f"; the next, {second.recipe}, is worse by more than noise ({amount})"
@@ -99,7 +105,7 @@ def _gap(judged: Sequence[Row]) -> str | None:
     if full is None or BASELINE not in by_name:
         return None
     amount = formats.difference(full.difference)
-    if full.difference_interval is None:
+    if full.p_value is None:
         return f"Full fine-tuning differs from {BASELINE} by {amount}; one seed cannot tell that from noise."
     noise = formats.interval(full.difference_interval, sign=True)
     if leads(full):
@@ -113,15 +119,14 @@ def _gap(judged: Sequence[Row]) -> str | None:
 
 
 def _closest(judged: Sequence[Row]) -> str:
-    shares = {
-        row.recipe: row.gap_closed for row in judged if row.recipe != CEILING and row.gap_closed is not None
-    }
+    shares = {row: row.gap_closed for row in judged if row.recipe != CEILING and row.gap_closed is not None}
     if not shares:
         return ""
-    closest = max(shares, key=lambda recipe: shares[recipe])
+    closest = max(shares, key=lambda row: shares[row])
     if shares[closest] <= 0:
         return "; no other recipe closes any of that gap"
-    return f"; {closest} closes {formats.share(shares[closest])} of that gap"
+    noise = "" if closest.gap_closed_interval is None else f" ({formats.shares(closest.gap_closed_interval)})"
+    return f"; {closest.recipe} closes {formats.share(closest.gap_closed)}{noise} of that gap"
 
 
 def _caution(rows: Sequence[Row]) -> str:

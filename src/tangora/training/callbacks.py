@@ -131,6 +131,45 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+class Evaluations(TrainerCallback):
+    """Evaluates every few steps and appends a JSON line for each; training stays what it is.
+
+    Args:
+        path: The file. When a run is resumed, lines after the checkpoint's step are dropped.
+        every: Steps between evaluations, in [1, inf).
+        measure: Returns metrics by name, and leaves mode, gradients and random state as found.
+
+    Attributes:
+        seconds: Spent so far.
+    """
+
+    def __init__(self, path: Path, every: int, measure: Callable[[], dict[str, float]]):
+        check_whole("every", every, low=1)
+        self._path = path
+        self._every = every
+        self._measure = measure
+        self.seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Keep only the lines up to the step that training starts from."""
+        kept = [line for line in read_history(self._path) if line["step"] <= state.global_step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Evaluate if the turn has come; the end of training has an evaluation of its own."""
+        if state.global_step % self._every or state.global_step >= state.max_steps:
+            return
+        began = time.perf_counter()
+        line = {"step": state.global_step, "metrics": self._measure()}
+        self.seconds += time.perf_counter() - began
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 class TrajectoryRecorder(TrainerCallback):
     """Follows every step and appends a `TrajectoryPoint` as a JSON line every few of them; training stays what it is.
 

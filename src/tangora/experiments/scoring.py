@@ -1,0 +1,68 @@
+"""A run's model on the validation and test examples of its task."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tangora.experiments.batches import encoded
+from tangora.experiments.settings import RunSettings
+from tangora.training.answers import exact_match
+from tangora.training.data import Task
+from tangora.training.evaluation import evaluate, predictions, summarize
+from tangora.training.models import LoadedModel
+
+
+def validation_metrics(
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
+) -> dict[str, float]:
+    """Evaluate on the examples that choose the learning rate.
+
+    Args:
+        loaded: The run's base model, for the tokenizer.
+        model: The same, prepared or trained.
+        task: Its data.
+        settings: The run's.
+
+    Returns:
+        Metrics by name.
+    """
+    return evaluate(model, *encoded(task.validation, loaded, settings), **_how(task, settings))
+
+
+def test_metrics(
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Evaluate on the examples that are reported.
+
+    Args:
+        loaded: The run's base model, for the tokenizer.
+        model: The same, prepared or trained.
+        task: Its data.
+        settings: The run's.
+
+    Returns:
+        Metrics by name, and what `predictions` found for each example.
+    """
+    each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
+    metrics = summarize(each)
+    if settings.exact_match and task.kind == "causal":
+        metrics |= exact_match(model, loaded.tokenizer, task.test, batch_size=2 * settings.batch_size)
+    return metrics, each
+
+
+def shares(each: dict[str, Tensor]) -> list[float]:
+    """Divide a loss among the examples.
+
+    Args:
+        each: From `predictions`.
+
+    Returns:
+        One number for each example, whose mean is the loss: of a causal model, where the loss is the mean over
+        tokens, long texts have larger shares.
+    """
+    loss = each["loss"]
+    return (loss * len(loss) / each["tokens"].sum() if "tokens" in each else loss).tolist()
+
+
+def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
+    return {"kind": task.kind, "batch_size": 2 * settings.batch_size}

@@ -1,0 +1,134 @@
+"""Test scores of recipes, and what is estimated from several of them together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import root_scalar
+
+from tangora.report.intervals import Estimate, Interval, Scores, estimate
+from tangora.report.records import Record
+from tangora.report.selection import metric_value
+
+# What a float32 metric, or one rounded to four decimals, may differ by from the mean over its examples.
+_SAME_METRIC = 1e-4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Test scores of one recipe.
+
+    Attributes:
+        seeds: One per row.
+        scores: Seeds x test examples, or seeds x 1.
+    """
+
+    seeds: tuple[int, ...]
+    scores: Scores
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds and examples."""
+        return float(self.scores.mean())
+
+
+def sample(runs: Sequence[Record], metric: str) -> Sample | None:
+    """Gather the test scores of one recipe.
+
+    Args:
+        runs: From `judged_runs`.
+        metric: The metric that decides.
+
+    Returns:
+        Scores of the single test examples where every run recorded them and the metric is their mean; else the
+        metric of each run; None where no run has it.
+    """
+    tested = [(run, value) for run in runs if (value := metric_value(run, "test", metric)) is not None]
+    if not tested:
+        return None
+    seeds = tuple(run.seed for run, _ in tested)
+    means = np.array([value for _, value in tested])
+    # Other metrics (macro F1) are no means over examples, and cannot be resampled by them.
+    for field in ("correct", "scores"):
+        scores = _by_example([getattr(run, field, None) for run, _ in tested])
+        if scores is not None and np.allclose(
+            scores.mean(axis=1), means, rtol=_SAME_METRIC, atol=_SAME_METRIC
+        ):
+            return Sample(seeds, scores)
+    return Sample(seeds, means[:, None])
+
+
+def _by_example(recorded: Sequence[Any]) -> Scores | None:
+    if not all(recorded) or len({len(scores) for scores in recorded}) > 1:
+        return None
+    scores = np.array(recorded, dtype=np.float64)
+    return scores if np.isfinite(scores).all() else None
+
+
+def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
+    """Estimate a weighted sum of recipes' mean scores.
+
+    Recipes with the same seeds are paired over seeds, and all are over test examples: what a seed (its data order)
+    or an example does to both cancels.
+
+    Args:
+        terms: Weight and scores of each recipe.
+
+    Returns:
+        The estimate, or None if one number per recipe is all there is.
+    """
+    # Where only some recipes have scores of single examples, no pair of examples can be made.
+    in_common = len({item.scores.shape[1] for _, item in terms}) == 1
+    groups: dict[tuple[int, ...], Scores] = {}
+    for weight, item in terms:
+        scores = item.scores if in_common else item.scores.mean(axis=1, keepdims=True)
+        groups[item.seeds] = groups.get(item.seeds, 0.0) + weight * scores
+    return estimate(*groups.values())
+
+
+def gap_closed(ours: Sample, lora: Sample, full: Sample) -> tuple[float, Interval | None]:
+    """Estimate which share of the gap between LoRA and full fine-tuning a recipe closes.
+
+    The interval holds all shares for which ``ours - lora - share * (full - lora)`` cannot be told from zero, so it
+    accounts for the noise in the gap, and is not symmetric.
+
+    Args:
+        ours: Scores of the recipe.
+        lora: Scores of LoRA.
+        full: Scores of full fine-tuning; its difference from LoRA must be more than noise, or the interval would
+            not end.
+
+    Returns:
+        The share and its 95 % interval, None where a recipe has a single seed.
+
+    Source:
+        Fieller (1954), Journal of the Royal Statistical Society B 16, 175-185.
+    """
+    gap = full.mean - lora.mean
+    share = (ours.mean - lora.mean) / gap
+
+    def remaining(candidate: float) -> Estimate | None:
+        return contrast((1.0, ours), (-candidate, full), (candidate - 1.0, lora))
+
+    found = remaining(share)
+    if found is None or found.over == "examples":
+        return share, None
+
+    def excess(candidate: float) -> float:
+        found = remaining(candidate)
+        assert found is not None
+        return abs(found.value) - found.margin
+
+    if excess(share) >= 0:  # no noise at all
+        return share, (share, share)
+    step = found.margin / abs(gap)
+    low, high = (_first_root(excess, share, sign * step) for sign in (-1, 1))
+    return share, (low, high)
+
+
+def _first_root(function: Callable[[float], float], start: float, step: float) -> float:
+    # Far out the sign is that of the gap's own test, so the search ends.
+    while function(start + step) < 0:
+        step *= 2
+    return root_scalar(function, bracket=(start, start + step), xtol=1e-6).root

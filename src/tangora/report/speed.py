@@ -1,0 +1,119 @@
+"""How soon a recipe trains as far as LoRA does in all its steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tangora.report.records import Comparison, Record
+from tangora.report.selection import group_by_recipe, judged_runs, num_steps
+from tangora.report.summary import BASELINE, Row
+
+Quality = Literal["validation loss", "training loss"]
+
+_WINDOW_SHARE = 0.05
+
+_Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, losses
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How soon a recipe reaches LoRA's final loss, at its own best learning rate.
+
+    Attributes:
+        recipe: Its name.
+        quality: The loss that is reached.
+        target: LoRA's at the end, mean over its seeds.
+        steps: Optimizer steps until the loss is no larger, mean over the seeds that get there; None if none does.
+        seconds: The same in time: the start, and forward, backward and optimizer steps at the run's average speed.
+        num_reached: Seeds that get there.
+        num_seeds: All seeds.
+    """
+
+    recipe: str
+    quality: Quality
+    target: float
+    steps: float | None
+    seconds: float | None
+    num_reached: int
+    num_seeds: int
+
+
+def speeds(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Speed]:
+    """Measure how soon each recipe reaches LoRA's final loss.
+
+    It is the validation loss if every judged run was evaluated at least twice, and the loss reached is that of an
+    evaluation. Else it is the training loss, as a mean over the last 5 % of LoRA's recorded steps; every other run is
+    smoothed by a trailing mean over as many, which must be full before it counts.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        Recipe name to its speed, in the order of the rows, LoRA's own among them; empty if LoRA has no loss.
+    """
+    groups = group_by_recipe(comparison)
+    judged = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
+    judged = {recipe: runs for recipe, runs in judged.items() if runs}
+    if BASELINE not in judged:
+        return {}
+    quality, curve = _measure(judged)
+    ends = [losses[-1] for losses in (curve(run)[1] for run in judged[BASELINE]) if losses.size]
+    if not ends or not np.isfinite(ends).all():
+        return {}
+    target = fmean(ends)
+    return {recipe: _speed(recipe, runs, quality, target, curve) for recipe, runs in judged.items()}
+
+
+def _measure(judged: dict[str, list[Record]]) -> tuple[Quality, Callable[[Record], _Curve]]:
+    everyone = [run for runs in judged.values() for run in runs]
+    if all(_validation(run)[0].size > 1 for run in everyone):
+        return "validation loss", _validation
+    longest = max(len(run.history) for run in judged[BASELINE])
+    window = max(1, round(_WINDOW_SHARE * longest))
+    return "training loss", lambda run: _training(run, window)
+
+
+def _validation(run: Record) -> _Curve:
+    entries = {entry.step: entry.metrics["loss"] for entry in run.evaluations if "loss" in entry.metrics}
+    return np.array(list(entries), dtype=np.float64), np.array(list(entries.values()), dtype=np.float64)
+
+
+def _training(run: Record, window: int) -> _Curve:
+    steps = np.array([entry.step for entry in run.history], dtype=np.float64)
+    losses = np.array([entry.loss for entry in run.history], dtype=np.float64)
+    if losses.size < window:
+        return steps[:0], losses[:0]
+    # A window at a time, so that a loss that is not finite stays within its own.
+    return steps[window - 1 :], np.lib.stride_tricks.sliding_window_view(losses, window).mean(axis=1)
+
+
+def _speed(
+    recipe: str, runs: Sequence[Record], quality: Quality, target: float, curve: Callable[[Record], _Curve]
+) -> Speed:
+    reached = [(run, step) for run in runs if (step := _first(*curve(run), target)) is not None]
+    return Speed(
+        recipe=recipe,
+        quality=quality,
+        target=target,
+        steps=fmean(step for _, step in reached) if reached else None,
+        seconds=fmean(_seconds(run, step) for run, step in reached) if reached else None,
+        num_reached=len(reached),
+        num_seeds=len(runs),
+    )
+
+
+def _first(steps: NDArray[np.float64], losses: NDArray[np.float64], target: float) -> float | None:
+    # A mean over seeds may miss the only seed's own end by rounding.
+    low_enough = steps[losses <= target + 1e-12 * abs(target)]
+    return float(low_enough[0]) if low_enough.size else None
+
+
+def _seconds(run: Record, step: float) -> float:
+    per_step = (run.time.forward_backward + run.time.optimizer) / max(num_steps(run), 1)
+    return run.time.start + step * per_step if math.isfinite(step) else math.inf

@@ -1,0 +1,218 @@
+"""Recipes against each other over several tasks: who wins where, and by more than chance over all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from tangora._checks import InputError
+from tangora.report.intervals import Interval, holm
+from tangora.report.records import Comparison
+from tangora.report.samples import Sample, contrast
+from tangora.report.summary import BASELINE, better_or_worse, judge
+
+Outcome = Literal["win", "tie", "loss"]
+
+MIN_TASKS = 5
+"""Fewer tasks are too few for the chi-squared distribution of Friedman's statistic."""
+
+_OUTCOMES: dict[int, Outcome] = {1: "win", 0: "tie", -1: "loss"}
+_FLIPPED: dict[Outcome, Outcome] = {"win": "loss", "tie": "tie", "loss": "win"}
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two recipes on one task.
+
+    Attributes:
+        task: Title of the comparison.
+        ours: A recipe.
+        theirs: Another one.
+        difference: Test metric of ours minus theirs.
+        interval: Its 95 % interval, not corrected; None for one seed without scores of single examples.
+        p_value: Two-sided, of no difference; None for a single seed.
+        p_corrected: The same by Holm's correction over the family that the duel belongs to.
+        higher_is_better: Whether the metric is to be maximized.
+    """
+
+    task: str
+    ours: str
+    theirs: str
+    difference: float
+    interval: Interval | None
+    p_value: float | None
+    p_corrected: float | None
+    higher_is_better: bool
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None for a single seed."""
+        if self.p_value is None:
+            return None
+        side = better_or_worse(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)
+        return _OUTCOMES[side]
+
+    def flipped(self) -> "Duel":
+        """Return the same duel as seen by the other recipe."""
+        interval = None if self.interval is None else (-self.interval[1], -self.interval[0])
+        return replace(
+            self, ours=self.theirs, theirs=self.ours, difference=-self.difference, interval=interval
+        )
+
+
+@dataclass(frozen=True)
+class TaskMatrix:
+    """Recipes on several tasks.
+
+    Attributes:
+        tasks: Titles of the comparisons.
+        recipes: Recipes with a test result on any task; best mean rank first, then those without one by name.
+        against_lora: Every other recipe against LoRA on every task: one family for Holm's correction.
+        pairs: Every pair of recipes on every task, each once: another family, much larger.
+        mean_ranks: Mean over the tasks of the rank by test metric (1 is best, ties share), among the recipes that
+            have a result on every task; empty if there are fewer than two.
+        rank_p_value: Friedman's p-value of no difference between their ranks; None for fewer than three recipes or
+            five tasks.
+    """
+
+    tasks: tuple[str, ...]
+    recipes: tuple[str, ...]
+    against_lora: tuple[Duel, ...]
+    pairs: tuple[Duel, ...]
+    mean_ranks: dict[str, float]
+    rank_p_value: float | None
+
+    def duel(self, task: str, ours: str, theirs: str) -> Duel | None:
+        """Look up a pair of recipes in either order.
+
+        Args:
+            task: Title of a comparison.
+            ours: A recipe.
+            theirs: Another one.
+
+        Returns:
+            The duel out of `pairs`, or None where one of both has no test result.
+        """
+        for found in self.pairs:
+            if found.task == task and {found.ours, found.theirs} == {ours, theirs}:
+                return found if found.ours == ours else found.flipped()
+        return None
+
+    def count(self, ours: str, theirs: str) -> dict[Outcome, int]:
+        """Count over the tasks, with p-values corrected for all pairs.
+
+        Args:
+            ours: A recipe.
+            theirs: Another one.
+
+        Returns:
+            Number of wins, ties and losses of ours; tasks that cannot be told are missing.
+        """
+        return _count([self.duel(task, ours, theirs) for task in self.tasks])
+
+    def count_against_lora(self, recipe: str) -> dict[Outcome, int]:
+        """Count over the tasks, with p-values corrected for the recipes against LoRA only.
+
+        Args:
+            recipe: Any but LoRA.
+
+        Returns:
+            Number of wins, ties and losses of the recipe; tasks that cannot be told are missing.
+        """
+        return _count([duel for duel in self.against_lora if duel.ours == recipe])
+
+
+def _count(duels: Sequence[Duel | None]) -> dict[Outcome, int]:
+    outcomes = [duel.outcome for duel in duels if duel is not None]
+    return {outcome: outcomes.count(outcome) for outcome in _OUTCOMES.values()}
+
+
+def matrix(comparisons: Sequence[Comparison]) -> TaskMatrix:
+    """Compare all recipes with LoRA and with each other, on every task.
+
+    Learning rates are chosen and runs judged as in `summarize`. Two questions make two families of tests, each
+    corrected over all its recipes and tasks: which recipe differs from LoRA, and which from which. The second has so
+    many tests that few seeds decide little of it.
+
+    Args:
+        comparisons: One per task.
+
+    Returns:
+        The matrix.
+
+    Raises:
+        InputError: If there is no comparison, two have the same title, or one cannot be summarized.
+    """
+    if not comparisons:
+        raise InputError("there are no comparisons")
+    titles = tuple(comparison.title for comparison in comparisons)
+    if len(set(titles)) < len(titles):
+        raise InputError(f"comparisons must have different titles; got {', '.join(titles)}")
+    found = [judge(comparison)[1] for comparison in comparisons]
+    mean_ranks, rank_p_value = _ranking(comparisons, found)
+    names = {recipe for samples in found for recipe in samples}
+    ordered = sorted(names, key=lambda name: (name not in mean_ranks, mean_ranks.get(name, 0.0), name))
+    others = [name for name in ordered if name != BASELINE]
+    return TaskMatrix(
+        tasks=titles,
+        recipes=tuple(ordered),
+        against_lora=_duels(comparisons, found, [(name, BASELINE) for name in others]),
+        pairs=_duels(comparisons, found, list(combinations(ordered, 2))),
+        mean_ranks={name: mean_ranks[name] for name in ordered if name in mean_ranks},
+        rank_p_value=rank_p_value,
+    )
+
+
+def _ranking(
+    comparisons: Sequence[Comparison], found: Sequence[dict[str, Sample]]
+) -> tuple[dict[str, float], float | None]:
+    names = sorted(set.intersection(*(set(samples) for samples in found)))
+    if len(names) < 2:
+        return {}, None
+    # Smaller is better, as in ranks.
+    costs = np.array(
+        [
+            [-samples[name].mean if comparison.higher_is_better else samples[name].mean for name in names]
+            for comparison, samples in zip(comparisons, found, strict=True)
+        ]
+    )
+    ranks = stats.rankdata(costs, axis=1)
+    mean_ranks = dict(zip(names, ranks.mean(axis=0).tolist(), strict=True))
+    if len(names) < 3 or len(comparisons) < MIN_TASKS:
+        return mean_ranks, None
+    if np.ptp(ranks) == 0:  # all tied on every task
+        return mean_ranks, 1.0
+    return mean_ranks, float(stats.friedmanchisquare(*costs.T).pvalue)
+
+
+def _duels(
+    comparisons: Sequence[Comparison], found: Sequence[dict[str, Sample]], pairs: Sequence[tuple[str, str]]
+) -> tuple[Duel, ...]:
+    duels = [
+        _duel(comparison, ours, theirs, samples)
+        for comparison, samples in zip(comparisons, found, strict=True)
+        for ours, theirs in pairs
+        if ours in samples and theirs in samples
+    ]
+    tested = [index for index, duel in enumerate(duels) if duel.p_value is not None]
+    corrected = holm([p for duel in duels if (p := duel.p_value) is not None])
+    for index, p_corrected in zip(tested, corrected, strict=True):
+        duels[index] = replace(duels[index], p_corrected=p_corrected)
+    return tuple(duels)
+
+
+def _duel(comparison: Comparison, ours: str, theirs: str, samples: dict[str, Sample]) -> Duel:
+    estimated = contrast((1.0, samples[ours]), (-1.0, samples[theirs]))
+    return Duel(
+        task=comparison.title,
+        ours=ours,
+        theirs=theirs,
+        difference=samples[ours].mean - samples[theirs].mean,
+        interval=estimated.interval if estimated else None,
+        p_value=estimated.p_value if estimated else None,
+        p_corrected=None,
+        higher_is_better=comparison.higher_is_better,
+    )

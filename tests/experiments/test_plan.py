@@ -1,0 +1,167 @@
+"""Which runs a comparison calls for, as a function of those that have ended."""
+
+import math
+
+import pytest
+
+from tangora import CompareSettings, InputError
+from tangora.experiments.plan import PlanSettings, chosen_tasks, due, planned, read_plan
+from tangora.report import MemoryUse, Record, TimeSplit
+
+GRID = [1e-4, 1e-3, 1e-2]
+
+
+def settings(**values):
+    given = {"recipes": ["lora"], "learning_rates": {"lora": GRID}, "seeds": [0, 1, 2], "kind": "causal"}
+    return CompareSettings(**given | values)
+
+
+def ended(cell, loss):
+    """Make the record of a run with a validation loss; None stands for divergence."""
+    metrics = {} if loss is None else {"validation": {"loss": loss}, "test": {"loss": loss}}
+    return Record(
+        id=cell.id,
+        recipe=cell.settings.recipe,
+        learning_rate=cell.settings.peak,
+        seed=cell.settings.seed,
+        stage=cell.stage,
+        status="finished" if metrics else "diverged",
+        settings=cell.settings.model_dump(mode="json"),
+        metrics=metrics,
+        history=[],
+        evaluations=[],
+        time=TimeSplit(start=0, forward_backward=1, optimizer=0, evaluation=0),
+        memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
+        trainable_parameters=1,
+        versions={},
+        machine="test",
+        created="2026-01-01T00:00:00+00:00",
+    )
+
+
+def played(plan, loss_of):
+    """Run a plan with losses given as a function of the learning rate; return all records."""
+    records = []
+    while cells := due(plan, records):
+        assert planned(plan, records) >= len(records) + len(cells)
+        records += [ended(cell, loss_of(cell.settings.peak)) for cell in cells]
+    assert planned(plan, records) == len(records)
+    return records
+
+
+def parabola(best):
+    return lambda rate: (math.log10(rate) - math.log10(best)) ** 2
+
+
+def rates(records, stage="sweep"):
+    return sorted({record.learning_rate for record in records if record.stage == stage})
+
+
+def test_the_best_of_the_grid_is_repeated_with_the_other_seeds():
+    records = played(settings(), parabola(1e-3))
+    assert rates(records) == GRID
+    finals = [(r.learning_rate, r.seed) for r in records if r.stage == "final"]
+    assert finals == [(1e-3, 1), (1e-3, 2)]
+
+
+@pytest.mark.parametrize(("best", "added"), [(1e-6, [1e-5, 1e-6]), (1e0, [1e-1, 1e0]), (1e-3, [])])
+def test_a_grid_is_extended_while_the_best_lies_at_its_end(best, added):
+    records = played(settings(extend=2), parabola(best))
+    assert rates(records) == pytest.approx(sorted([*GRID, *added]))
+    assert rates(records, "final") == pytest.approx([best])
+
+
+def test_divergence_brackets():
+    records = played(settings(extend=3), lambda rate: None if rate > 1e-2 else -rate)
+    assert rates(records) == pytest.approx([*GRID, 1e-1])
+
+
+def test_refining_halves_the_distance_to_the_neighbours():
+    records = played(settings(refine=1), parabola(1.1e-3))
+    assert rates(records) == pytest.approx([1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2])
+    twice = played(settings(refine=2), parabola(3e-3))
+    assert rates(twice, "final") == [3.16e-3]
+    assert len(rates(twice)) == 7
+
+
+def test_a_single_rate_is_extended_upwards_and_a_coarse_grid_not_coarsely():
+    one = played(settings(learning_rates={"lora": [1e-3]}, extend=1), parabola(1e-2))
+    assert rates(one) == [1e-3, 3e-3]
+    coarse = played(settings(learning_rates={"lora": [1e-6, 1e-2]}, extend=1), parabola(1e0))
+    assert rates(coarse) == pytest.approx([1e-6, 1e-2, 1e-1])
+
+
+def test_what_has_ended_is_never_due_again_and_the_order_of_ending_does_not_matter():
+    plan = settings(
+        extend=1, refine=1, recipes=["lora", "tangent"], learning_rates={"lora": GRID, "tangent": GRID}
+    )
+    whole = played(plan, parabola(3e-3))
+    ids = {record.id for record in whole}
+    for cut in range(len(whole)):
+        part = whole[cut:] if cut % 2 else whole[:cut]
+        left = due(plan, part)
+        assert {cell.id for cell in left} <= ids - {record.id for record in part}
+        assert left or len(part) == len(whole)
+    assert not due(plan, whole[::-1])
+
+
+def test_halving_spends_full_budgets_on_survivors_only():
+    plan = settings(learning_rates={"lora": [1e-5, 1e-4, 1e-3, 1e-2]}, halving=2, steps=40)
+    records = played(plan, parabola(1e-3))
+    trials = [(r.settings["steps"], r.learning_rate) for r in records if r.stage == "trial"]
+    assert trials == [(10, 1e-5), (10, 1e-4), (10, 1e-3), (10, 1e-2), (20, 1e-4), (20, 1e-3)] or trials == [
+        (10, 1e-5), (10, 1e-4), (10, 1e-3), (10, 1e-2), (20, 1e-3), (20, 1e-2)
+    ]  # fmt: skip
+    assert rates(records) == [1e-3]
+    assert {r.settings["steps"] for r in records if r.stage != "trial"} == {40}
+
+
+def test_a_recipe_whose_runs_all_diverge_comes_to_an_end():
+    for plan in (settings(extend=2, refine=1), settings(halving=2)):
+        records = played(plan, lambda rate: None)
+        assert all(record.status == "diverged" for record in records)
+    assert rates(played(settings(extend=2), lambda rate: None))[0] == pytest.approx(1e-6)
+
+
+def test_a_recipe_without_training_has_no_rate_to_look_for():
+    plan = settings(recipes=["one-step"], learning_rates={}, extend=2, refine=2)
+    assert rates(played(plan, parabola(1e-3))) == [1.0]
+
+
+def test_tasks_override_what_they_share_and_flags_override_both():
+    values = {
+        "title": "two",
+        "recipes": ["lora"],
+        "steps": 5,
+        "tasks": {"a": {"steps": 7}, "b": {"model": "smollm2-135m"}},
+    }
+    plan = read_plan(values)
+    assert isinstance(plan, PlanSettings)
+    assert [(name, t.steps, t.model) for name, t in plan.tasks.items()] == [
+        ("a", 7, "minilm-l6"),
+        ("b", 5, "smollm2-135m"),
+    ]
+    flagged = read_plan(values, {"steps": 9})
+    assert isinstance(flagged, PlanSettings)
+    assert {task.steps for task in flagged.tasks.values()} == {9}
+    assert list(chosen_tasks(plan, "b").tasks) == ["b"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(read_plan({"recipes": ["lora"]}), CompareSettings)
+
+
+@pytest.mark.messages
+def test_bad_plans_are_named():
+    with pytest.raises(InputError, match=r"plan\.yaml: a: unknown key 'stepz'"):
+        read_plan({"tasks": {"a": {"recipes": ["lora"], "stepz": 1}}}, source="plan.yaml")
+    with pytest.raises(InputError, match="tasks must be settings by name"):
+        read_plan({"tasks": ["a"]})
+    with pytest.raises(InputError, match="tasks need names of letters"):
+        read_plan({"tasks": {"../a": {"recipes": ["lora"]}}})
+    with pytest.raises(InputError, match="halving drops learning rates"):
+        read_plan({"recipes": ["lora"], "halving": 2, "refine": 1})
+    with pytest.raises(InputError, match="seeds must differ"):
+        read_plan({"recipes": ["lora"], "seeds": [0, 0]})
+    plan = read_plan({"tasks": {"a": {"recipes": ["lora"]}}})
+    with pytest.raises(InputError, match="tasks must be one of a; got 'b'"):
+        chosen_tasks(plan, "b")
+    with pytest.raises(InputError, match="tasks chooses from a plan with several"):
+        chosen_tasks(settings(), "a")

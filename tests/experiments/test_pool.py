@@ -1,0 +1,208 @@
+"""Runs in processes of their own: killed, out of memory, out of space, cut off and continued."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tangora import CompareSettings, InputError, compare
+from tangora.experiments import Resources, worker
+from tangora.experiments.compare import CompareWatcher
+from tangora.experiments.plan import due
+from tangora.experiments.pool import Pool
+from tangora.experiments.run import Watcher, load_run_task
+from tangora.experiments.worker import DiskFullError, Limits, record_path, run_cell
+from tangora.report import load_comparison, load_record
+from tests.experiments.small import write_classifier
+
+RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_classifier(tmp_path_factory.mktemp("data"))
+
+
+def plan(small, **values):
+    given = {
+        "recipes": ["lora", "tangent"],
+        "learning_rates": RATES,
+        "seeds": [0, 1],
+        "steps": 4,
+        "batch_size": 8,
+    }
+    return CompareSettings(**small | given | values, kind="classification")
+
+
+def what_was_found(folder):
+    """Return all records without times, memory and dates."""
+    found = {}
+    for record in load_comparison(folder).records:
+        content = json.loads(record.model_dump_json(exclude={"time", "created"}))
+        content["memory"].pop("peak_bytes")
+        found[record.id] = content
+    return found
+
+
+class Killer(CompareWatcher):
+    """Kills the process of the first run at its second step."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.began = None, []
+
+    def begin(self, cell):
+        self.began.append(cell.id)
+        first = len(self.began) == 1
+        return Watcher(step=lambda number, _: self.kill() if first and number == 2 else None)
+
+    def kill(self):
+        import multiprocessing
+
+        os.kill(
+            next(p.pid for p in multiprocessing.active_children() if p.name == self.began[0]), signal.SIGKILL
+        )
+
+
+def test_a_killed_run_is_recorded_and_the_others_go_on(small, tmp_path):
+    killer = Killer()
+    outcome = compare(plan(small, steps=30), tmp_path / "out", watcher=killer)
+    records = {record.id: record for record in outcome.comparison.records}
+    dead = records[killer.began[0]]
+    assert dead.status == "failed"
+    assert "signal 9" in dead.error
+    assert 2 <= len(dead.history) < 30
+    assert sum(record.status == "finished" for record in records.values()) == len(records) - 1
+
+    again = compare(plan(small, steps=30), tmp_path / "out")
+    assert {r.id: r.status for r in again.comparison.records} == {i: r.status for i, r in records.items()}
+    healed = compare(plan(small, steps=30), tmp_path / "out", resources=Resources(retry=True))
+    assert {record.status for record in healed.comparison.records} == {"finished"}
+
+
+def test_a_run_that_does_not_fit_into_memory_is_recorded(small, tmp_path):
+    wide = plan(small, recipes=["lora", "full"], learning_rates={"lora": [1e-3], "full": [1e-3]}, seeds=[0])
+    task = load_run_task(wide.run("lora", 1e-3, 0))
+    cells = due(wide, [])
+    with Pool(limits=Limits(gigabytes=0.02)) as pool:
+        pool.start(cells[0], task, tmp_path, Watcher())
+        while not (ended := pool.wait()):
+            pass
+    (cell, record), *_ = ended
+    assert cell == cells[0]
+    assert record.status == "out_of_memory"
+    assert load_record(record_path(tmp_path, cell)).error == record.error
+
+
+def test_side_by_side_gives_what_one_after_the_other_does(small, tmp_path):
+    one = plan(small)
+    compare(one, tmp_path / "one", resources=Resources(jobs=1))
+    compare(one, tmp_path / "two", resources=Resources(jobs=2))
+    alone, beside = what_was_found(tmp_path / "one"), what_was_found(tmp_path / "two")
+    for found in (*alone.values(), *beside.values()):
+        found.pop("machine")  # names the number of threads
+    assert alone.keys() == beside.keys()
+    for name, found in alone.items():
+        assert [s["loss"] for s in found["history"]] == pytest.approx(
+            [s["loss"] for s in beside[name]["history"]], rel=1e-4
+        )
+
+
+SCRIPT = """
+import sys
+from tangora import CompareSettings, compare
+import json
+compare(CompareSettings(**json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(small, tmp_path):
+    wanted, folder = plan(small, steps=8), tmp_path / "cut"
+    compare(wanted, tmp_path / "whole")
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), wanted.model_dump_json(), str(folder)]
+    kept = {}
+    for kill in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while len(list(folder.glob("records/*.json"))) < 2 * kill + 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)  # its runs end with it
+        now = {path.name: path.read_bytes() for path in folder.glob("records/*.json")}
+        assert kept.items() <= now.items()
+        kept = now
+        time.sleep(0.5)
+        assert {path.name for path in folder.glob("records/*.json")} == kept.keys()
+    compare(wanted, folder)
+    for name, content in kept.items():
+        assert (folder / "records" / name).read_bytes() == content
+    assert what_was_found(folder) == what_was_found(tmp_path / "whole")
+
+
+def test_a_full_disk_stops_the_comparison_and_is_no_fault_of_the_run(small, tmp_path, monkeypatch):
+    wanted = plan(small)
+    cell, *_ = due(wanted, [])
+    task = load_run_task(cell.settings)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("serializing failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(worker, "execute", full)
+    with pytest.raises(DiskFullError, match="no space left"):
+        run_cell(cell, task, tmp_path, Watcher())
+    assert not record_path(tmp_path, cell).exists()
+
+    def broken(*args, **kwargs):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(worker, "execute", broken)
+    record = run_cell(cell, task, tmp_path, Watcher())
+    assert (record.status, record.error) == ("failed", "KeyError: 'lost'")
+
+
+def test_what_torch_says_of_memory_is_understood(small, tmp_path, monkeypatch):
+    cell, *_ = due(plan(small), [])
+
+    def large(*args, **kwargs):
+        torch.empty(2**60, dtype=torch.int8)
+
+    monkeypatch.setattr(worker, "execute", large)
+    record = run_cell(cell, load_run_task(cell.settings), tmp_path, Watcher())
+    assert record.status == "out_of_memory"
+    assert "allocate" in record.error
+
+
+def test_no_run_begins_when_the_time_is_over(small, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="the time was over before a run had begun"):
+        compare(plan(small), tmp_path / "out", resources=Resources(hours=0.0))
+
+    looks = iter(range(10**6))  # the first at the beginning, then one before every run
+    module = sys.modules[CompareWatcher.__module__]  # the package has a function of that name
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 1000.0 * next(looks)))
+    outcome = compare(plan(small), tmp_path / "out", resources=Resources(hours=2500 / 3600))
+    assert len(outcome.comparison.records) == 2
+    assert len(outcome.comparison.missing) == 3  # the chosen rate has been found to need another seed
+    assert outcome.report.exists()
+    assert outcome.adapter is None
+
+
+@pytest.mark.messages
+def test_a_comparison_in_which_nothing_works_says_why(small, tmp_path):
+    wrong = plan(small, target_modules=["nothing"], seeds=[0])
+    with pytest.raises(InputError, match=r"no run finished; lora-lr0\.001-seed0: .*nothing"):
+        compare(wrong, tmp_path / "out")
+    with pytest.raises(InputError, match="jobs must be"):
+        Resources(jobs=0)
+    with pytest.raises(InputError, match="gigabytes must be"):
+        Resources(gigabytes=0.0)

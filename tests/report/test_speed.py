@@ -1,0 +1,139 @@
+import math
+
+import pytest
+
+from tangora.report import EvaluationRecord, StepRecord, TimeSplit, summarize
+from tangora.report.further import speed_verdict
+from tangora.report.speed import speeds
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
+
+TIME = TimeSplit(start=10.0, forward_backward=60.0, optimizer=40.0, evaluation=1000.0)
+
+
+def run(recipe, losses, seed=0, **changes):
+    """One second of training per step when there are 100 steps."""
+    history = [StepRecord(step=s, loss=loss, learning_rate=1e-4) for s, loss in enumerate(losses, 1)]
+    return make_record(recipe, seed=seed, **{"history": history, "evaluations": [], "time": TIME} | changes)
+
+
+def validated(recipe, losses, seed=0, every=25):
+    evaluations = [
+        EvaluationRecord(step=every * index, metrics={"loss": loss}) for index, loss in enumerate(losses, 1)
+    ]
+    return run(recipe, [1.0] * 100, seed, evaluations=evaluations)
+
+
+def measured(*records):
+    comparison = make_comparison(records)
+    return speeds(comparison, summarize(comparison))
+
+
+def falling(slope, start=2.0):
+    return [start - slope * step for step in range(1, 101)]
+
+
+def test_steps_and_seconds_to_the_training_loss():
+    found = measured(run("lora", falling(0.01)), run("fast", falling(0.02)))
+    # LoRA ends at the mean of its last 5 losses, 1.02; at twice the slope the mean of 5 gets there 2 steps after 49
+    assert found["fast"].quality == "training loss"
+    assert found["fast"].target == pytest.approx(1.02)
+    assert found["fast"].steps == 51
+    assert found["fast"].seconds == pytest.approx(10 + 51)  # the start counts, evaluation does not
+    assert (found["fast"].num_reached, found["fast"].num_seeds) == (1, 1)
+    assert found["lora"].steps == 100
+
+
+def test_one_lucky_batch_is_not_there_yet():
+    losses = falling(0.01)
+    losses[9] = 0.9
+    assert measured(run("lora", falling(0.01)), run("x", losses))["x"].steps == 100
+
+
+def test_the_first_full_window_counts():
+    assert measured(run("lora", falling(0.01)), run("x", [0.5] * 100))["x"].steps == 5
+
+
+def test_never_reached():
+    found = measured(run("lora", falling(0.01)), run("slow", falling(0.005)))["slow"]
+    assert (found.steps, found.seconds, found.num_reached, found.num_seeds) == (None, None, 0, 1)
+
+
+def test_mean_over_the_seeds_that_get_there():
+    lora = [run("lora", falling(0.01), seed) for seed in range(3)]
+    x = [run("x", falling(slope), seed) for seed, slope in enumerate((0.02, 0.01, 0.005))]
+    found = measured(*lora, *x)["x"]
+    assert (found.num_reached, found.num_seeds) == (2, 3)
+    assert found.steps == pytest.approx((51 + 100) / 2)
+
+
+def test_the_target_is_the_mean_over_loras_seeds():
+    found = measured(*(run("lora", [loss] * 100, seed) for seed, loss in enumerate((1.0, 2.0, 3.0))))
+    assert found["lora"].target == pytest.approx(2.0)
+    assert found["lora"].num_reached == 2
+
+
+def test_validation_loss_goes_before_training_loss():
+    found = measured(validated("lora", [0.9, 0.8, 0.7, 0.6]), validated("x", [0.8, 0.6, 0.7, 0.7]))
+    assert found["x"].quality == "validation loss"
+    assert found["x"].target == pytest.approx(0.6)
+    assert (found["x"].steps, found["x"].seconds) == (50, pytest.approx(60.0))
+    assert found["lora"].steps == 100
+
+
+def test_evaluations_that_some_run_lacks_are_not_compared():
+    found = measured(validated("lora", [0.9, 0.8, 0.7, 0.6]), run("x", [0.5] * 100))
+    assert found["x"].quality == "training loss"
+    once = measured(validated("lora", [0.6], every=100), validated("x", [0.5], every=100))
+    assert once["x"].quality == "training loss"
+
+
+def test_a_loss_that_is_not_finite_is_not_low():
+    losses = falling(0.02)
+    losses[48:52] = [math.nan, math.inf, 1.0, 1.0]
+    assert measured(run("lora", falling(0.01)), run("x", losses))["x"].steps == 55
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [run("x", falling(0.01))],
+        [diverged("lora", 1e-4), run("x", falling(0.01))],
+        [run("lora", []), run("x", falling(0.01))],
+        [run("lora", [math.nan] * 100), run("x", falling(0.01))],
+    ],
+)
+def test_without_a_loss_of_lora_there_is_nothing_to_reach(records):
+    assert measured(*records) == {}
+    assert speed_verdict(measured(*records)) == []
+
+
+def test_runs_of_another_length_are_smoothed_alike():
+    found = measured(
+        run("lora", falling(0.01)), run("short", [0.5] * 3), run("long", [1.5] * 100 + [0.5] * 100)
+    )
+    assert found["short"].num_reached == 0  # less than one window
+    assert found["long"].steps == 103  # 3 of 5 losses at 0.5 and 2 at 1.5 are 0.9
+
+
+def test_sentences():
+    found = measured(
+        run("lora", falling(0.01)),
+        run("steps", falling(0.04), time=TIME.model_copy(update={"start": 80.0})),
+        run("time", falling(0.02)),
+    )
+    (sentence,) = speed_verdict(found)
+    assert sentence == (
+        "steps needs the fewest steps to reach lora's final training loss (1.0200), 27 on average, and time the least "
+        "time, 1 min 01 s; lora itself took 100 steps and 1 min 50 s."
+    )
+    found = measured(run("lora", falling(0.01)), run("slow", falling(0.005)))
+    assert speed_verdict(found) == [
+        "No other recipe reaches lora's final training loss (1.0200) with every seed."
+    ]
+    assert speed_verdict(measured(run("lora", falling(0.01)))) == []
+
+
+def test_realistic():
+    found = speeds(realistic(), realistic_rows())
+    assert found["full"].steps < found["lora"].steps
+    assert [*found] == [row.recipe for row in realistic_rows()]
