@@ -4,10 +4,13 @@ import json
 import random
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tangora._checks import InputError
-from tangora.training.data import generated, load_task, sources
+from tangora.training.answers import answers_match
+from tangora.training.data import Task, generated, load_task, sources
 from tangora.training.data.columns import Columns, content_key, to_examples
 from tangora.training.data.splits import Counts, make_splits, stratified_order
 
@@ -172,6 +175,13 @@ def test_hub_data_set_with_config(monkeypatch):
         ('{"text": "a", "label": null}', r":1: column 'label' must hold text or a whole number; got None"),
         ('{"text": "a", "label": 1}', r"at least 2 different labels; got 1"),
         ('{"prompt": "a"}', r":1: completion_column must be one of prompt"),
+        ('{"prompt": "a", "completion": null}', r":1: column 'completion' must hold text; got None"),
+        ('{"text": "a"}\n{"text": "b", "label": 1}', r":1: label_column must be one of text"),
+        ('{"prompt": "a", "completion": "b"}\n{"text": "c"}', r":2: prompt_column must be one of text"),
+        ('{"text": "\\ud800", "label": 1}', r":1: column 'text' must hold Unicode text; surrogates"),
+        ('{"text": {"long": "' + 999 * "a" + '"}, "label": 1}', r":1: column 'text'.*got .{80}\.\.\.$"),
+        (5000 * "[", r":1: the line must be JSON"),
+        ('{"text": ' + 5000 * "9" + "}", r":1: the line must be JSON that can be read"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, content, message):
@@ -189,8 +199,19 @@ def test_bad_lines_are_named(tmp_path, content, message):
         ("a.csv", b"text,label\na,b,c\n", r"a\.csv:2: a line must have 2 cells"),
         ("a.csv", b'text,label\n"a"b,c\n', r"a\.csv:2: the line must be CSV"),
         ("a.csv", b"", r"a\.csv:1: the file must hold"),
-        ("a.jsonl", b"\xff\xfe\xff", r"must be UTF-8 text; byte 0 is not"),
+        ("a.csv", b"text,text\na,b\n", r"a\.csv:1: the header must name different columns; 'text'"),
+        ("a.csv", b"text,label\na,1\n,2\n", r"a\.csv:3: column 'text' must hold text; got ''"),
+        ("a.csv", b"text,label\na,1\nb,\n", r"a\.csv:3: column 'label' must hold text or a whole number"),
+        ("a.csv", b"text,label\na,1\n\xe9,2\n", r"a\.csv:3: the file must be UTF-8 text; byte 1"),
+        ("a.jsonl", b"\xff\xfe\xff", r"a\.jsonl:1: the file must be UTF-8 text; byte 1 of this line is not"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xe9"}\n',
+            r"a\.jsonl:2: the file must be UTF-8 text; byte 11",
+        ),
         ("a.json", b'[{"text": "a"},\n oops]', r"a\.json:2: the file must be a JSON list"),
+        ("a.json", b'[{"text": "a,[]"},\n\n{"text": 1}]', r"a\.json:3: column 'text' must hold text; got 1"),
+        ("a.json", b'[\n{"text": "a"}\n,2]', r"a\.json:3: an example must be a JSON object; got int"),
         ("a.parquet", b"nothing", r"must be a Parquet file"),
         ("a.xlsx", b"nothing", r"must end in one of \.jsonl, \.json, \.csv, \.parquet; got '\.xlsx'"),
     ],
@@ -200,6 +221,93 @@ def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load_task(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.messages
+def test_bad_rows_of_parquet_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    text = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    for columns, message in [
+        (
+            {"text": ["a", None], "label": [1, 2]},
+            r"a\.parquet: row 1: column 'text' must hold text; got None",
+        ),
+        (
+            {"text": ["a", "b"], "label": [1.0, 0.5]},
+            r"row 0: column 'label' must hold text or a whole number",
+        ),
+        ({"text": text, "label": [1, 2]}, r"a\.parquet: row 1: a value cannot be read; 'utf-8' codec"),
+    ]:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        with pytest.raises(InputError, match=message):
+            load_task(str(path))
+
+
+@pytest.mark.messages
+def test_labels_that_cannot_be_learned_are_named():
+    def split(labels, classes=("zebra", "ant")):
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(classes))}
+        )
+        texts = [f"{id(labels)} {index}" for index in range(len(labels))]
+        return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+    with pytest.raises(InputError, match="data set 'zoo' must have training examples with a label"):
+        sources.from_datasets({"train": split([-1])}, "zoo")
+    table = split([0, 1]).data.table.set_column(1, "label", pyarrow.array([0, 2]))
+    broken = datasets.Dataset(datasets.table.InMemoryTable(table), info=split([0, 1]).info)
+    with pytest.raises(InputError, match=r"zoo/train: row 1: column 'label' must be in \[-1, 1\]; got 2"):
+        sources.from_datasets({"train": broken}, "zoo")
+    rows = {
+        "train": [
+            sources.Row("a:1", {"text": "x", "label": "yes"}),
+            sources.Row("a:2", {"text": "y", "label": "no"}),
+        ],
+        "test": [sources.Row("b:1", {"text": "z", "label": "nope"})],
+    }
+    with pytest.raises(
+        InputError, match="b:1: column 'label' must hold a label of the training rows, no, yes"
+    ):
+        to_examples(sources.RawData(rows), "classification", Columns())
+
+
+def test_lines_of_a_json_list(tmp_path):
+    values = [{"text": f'{index} "], [', "deep": [{"a": [1, 2]}, "}"]} for index in range(4)]
+    (tmp_path / "a.json").write_text("\n [" + ",\n\n".join(map(json.dumps, values)) + "\n]\n")
+    found = sources.read_file(tmp_path / "a.json").splits["train"]
+    assert [row.values for row in found] == values
+    assert [row.where.rsplit(":", 1)[1] for row in found] == ["2", "4", "6", "8"]
+
+
+def test_numbers_are_answers(tmp_path):
+    values = [
+        {"prompt": f"{i}?", "completion": "so", "answer": [i, 0.5, True, None][i % 4]} for i in range(9)
+    ]
+    task = load_task(write_jsonl(tmp_path / "a.jsonl", values), num_validation=0, num_test=1)
+    answers = {example["prompt"]: example.get("answer") for example in task.train + task.test}
+    assert [answers[f"{i}?"] for i in range(4)] == ["0", "0.5", None, None]
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+@pytest.mark.parametrize(
+    ("kind", "one", "same"),
+    [
+        ("classification", {"text": "a b", "label": 0}, {"text": " a  b\n", "label": 1}),
+        ("causal", {"prompt": "2 + 2", "completion": "4"}, {"prompt": "2 + 2 ", "completion": "5"}),
+        ("causal", {"prompt": "", "completion": "news"}, {"prompt": "", "completion": "news "}),
+        ("classification", {"pixels": [[[0.5]]], "label": 0}, {"pixels": [[[0.5]]], "label": 1}),
+    ],
+)
+def test_a_task_has_no_overlap(name, kind, one, same):
+    splits = {"train": (one,), "validation": (), "test": ()}
+    Task("own", kind, **splits)
+    with pytest.raises(InputError, match=f"{name} example 0 is train example 0: "):
+        Task("own", kind, **splits | {name: (same,)})
+
+
+def test_the_same_completion_may_answer_two_questions():
+    rows = [({"prompt": f"{number} ?", "completion": "1"},) for number in range(3)]
+    assert Task("own", "causal", *rows).test == rows[2]
 
 
 @pytest.mark.messages
@@ -298,6 +406,37 @@ def test_gsm_has_chains_of_thought_that_end_with_the_answer():
         assert reasoning.strip()
         assert answer.strip() == example["answer"]
     assert_disjoint(task)
+
+
+@pytest.mark.messages
+def test_problems_without_one_answer():
+    with pytest.raises(InputError, match="has problems without a written answer"):
+        gym("propositional_logic")
+
+
+@pytest.mark.parametrize(
+    ("spec", "right", "wrong"),
+    [
+        ("chain_sum", lambda answer: f"{answer}.00", lambda answer: f"{answer}1"),
+        ("gsm_symbolic", lambda answer: f"so\n#### {answer}.0", lambda answer: f"so\n#### {answer}7"),
+        (
+            "number_sorting,max_numbers=3",
+            lambda answer: answer.replace("'", '"'),
+            lambda answer: answer.replace("]", ", '1']"),
+        ),
+        ("family_relationships", str.upper, lambda answer: f"{answer}s"),
+    ],
+)
+def test_problems_are_judged_by_who_made_them(spec, right, wrong):
+    examples = gym(spec).test
+    assert answers_match([right(example["answer"]) for example in examples], examples).all()
+    assert answers_match([example["completion"] for example in examples], examples).all()
+    for text in (wrong, lambda _: "", lambda _: "[(1"):
+        assert not answers_match([text(example["answer"]) for example in examples], examples).any()
+    strict = [
+        {key: value for key, value in example.items() if key != generated.PROBLEM} for example in examples
+    ]
+    assert not answers_match([right(example["answer"]) for example in strict], strict).any()
 
 
 @pytest.mark.messages

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tangora._checks import InputError
 from tangora.training.models import PACKAGED_MODELS, gguf, load_model
 from tangora.training.models import loading as models
-from tangora.training.models.gguf import cache_folder, dequantized
+from tangora.training.models.cache import cache_folder
+from tangora.training.models.gguf import dequantized
 from tangora.training.models.packaged import PackagedFiles, install_command
 from tests.training.tiny import rng_state_unchanged, tiny_bert, tiny_llama, tiny_tokenizer
 

@@ -23,6 +23,8 @@ def model_card(
     rank: str,
     facts: Mapping[str, Any],
     num_labels: int | None = None,
+    *,
+    images: bool = False,
 ) -> str:
     """Write the card.
 
@@ -33,6 +35,7 @@ def model_card(
         facts: What the user knows: recipe, seed, data, learning rate, …; nested mappings are fine. Of absolute paths
             only the last part is shown.
         num_labels: Number of classes of a classifier, whose head must have the saved one's shape.
+        images: Whether the model reads images.
 
     Returns:
         Markdown with a YAML front matter.
@@ -50,7 +53,7 @@ def model_card(
     sections = [
         f"# LoRA adapter for {base or 'a model without a name'}",
         f"{rank} The base weights were not changed: nothing but PEFT is needed to load it.",
-        f"## Use\n\n{_usage(config, path, num_labels)}",
+        f"## Use\n\n{_usage(config, path, num_labels, images)}",
         f"## Training\n\n{_table(facts)}" if facts else "",
         f"## Adapter\n\n{_table(_of_adapter(config))}",
         f"## Versions\n\n{_table(_versions())}",
@@ -78,13 +81,15 @@ def _last(path: str) -> str:
     return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).name
 
 
-def _usage(config: Mapping[str, Any], path: str, num_labels: int | None) -> str:
-    kind = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": "SequenceClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
+def _usage(config: Mapping[str, Any], path: str, num_labels: int | None, images: bool) -> str:
+    # PEFT has no task type of its own for images
+    classifier = "ImageClassification" if images else "SequenceClassification"
+    kind = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": classifier, "SEQ_2_SEQ_LM": "Seq2SeqLM"}
     loader = (
         f"AutoModelFor{kind[task]}" if (task := str(config.get("task_type") or "")) in kind else "AutoModel"
     )
     source = path if path and path == without_paths(path) else "path or name of the base model"
-    classes = f", num_labels={num_labels}" if num_labels and loader.endswith("SequenceClassification") else ""
+    classes = f", num_labels={num_labels}" if num_labels and loader.endswith(classifier) else ""
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {loader}\n\n"
         f'base = {loader}.from_pretrained("{source}"{classes})\n'

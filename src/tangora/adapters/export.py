@@ -132,7 +132,10 @@ def save_adapter(
         if final is not files:
             _rewrite(written, final)
         classes = getattr(getattr(model, "config", None), "num_labels", None)
-        text = model_card(front, final.config, _of_rank(model, saved, rank), card or {}, classes)
+        images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
+        text = model_card(
+            front, final.config, _of_rank(model, saved, rank), card or {}, classes, images=images
+        )
         (written / _CARD).write_text(text, encoding="utf-8")
         replace_folder(written, target)
     return saved

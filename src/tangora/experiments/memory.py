@@ -1,8 +1,13 @@
-"""The peak of the memory that training holds: allocated on a GPU, resident in the process on a CPU."""
+"""The memory that training holds. Its peak is what is allocated on a GPU, or resident in the process on a CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tangora.report import MemoryUse
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -40,3 +45,37 @@ def peak_bytes() -> int | None:
         return None
     found = [line.split() for line in lines if line.startswith(_PEAK)]
     return 1024 * int(found[0][1]) if found else None
+
+
+def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) -> MemoryUse:
+    """Count what a run holds.
+
+    Args:
+        optimizer: The run's, if it trained.
+        model: The run's.
+        peak: From `peak_bytes`.
+
+    Returns:
+        All in bytes.
+    """
+    states = unwrapped(optimizer)
+    tensors = [
+        v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
+    ]
+    return MemoryUse(
+        peak_bytes=peak,
+        optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Look through Accelerate's wrapper.
+
+    Args:
+        optimizer: Any optimizer, or ``None``.
+
+    Returns:
+        What is inside.
+    """
+    return getattr(optimizer, "optimizer", optimizer)

@@ -14,14 +14,19 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.batches import encoded, encoded_batches
 from tangora.experiments.flatness import measure_flatness
-from tangora.experiments.memory import peak_bytes, reset_peak
+from tangora.experiments.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.provenance import provenance, versions
-from tangora.experiments.scoring import shares, test_metrics, validation_metrics
+from tangora.experiments.scoring import (
+    NUM_UNRELATED,
+    shares,
+    test_metrics,
+    unrelated_loss,
+    validation_metrics,
+)
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.trajectory import (
     curvature_callback,
@@ -30,8 +35,8 @@ from tangora.experiments.trajectory import (
     trajectory_recorder,
 )
 from tangora.recipes import Recipe, recipe
-from tangora.report import EvaluationRecord, MemoryUse, Record, StepRecord, TimeSplit
-from tangora.report.records import Flatness, Stage
+from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
+from tangora.report.records import Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
     Evaluations,
@@ -77,6 +82,7 @@ class _Result:
     scores: list[float] | None = None
     evaluation_seconds: float = 0.0
     flatness: Flatness | None = None
+    forgetting: Forgetting | None = None
     peak_bytes: int | None = None
 
 
@@ -141,6 +147,7 @@ def execute(
     result = _Result(
         metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
     )
+    known = unrelated_loss(loaded, loaded.model, task, settings) if settings.forgetting else None
     began = time.perf_counter()
     method = recipe(settings.recipe)
     model = _prepare(method, loaded, task, settings)
@@ -160,6 +167,10 @@ def execute(
         result.peak_bytes = _train(trainer, folder / "checkpoints") if method.trains else None
         watcher.phase("evaluation")
         _evaluate(result, loaded, model, task, settings)
+        if known is not None:
+            after = unrelated_loss(loaded, model, task, settings)
+            assert after is not None
+            result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
         _save(model, folder, loaded, task, settings)
         if settings.curvature:
             watcher.phase("curvature")
@@ -192,14 +203,15 @@ def execute(
             optimizer=max(0.0, timer.optimizer - trainer.replay_seconds),
             evaluation=result.evaluation_seconds,
         ),
-        memory=_memory(trainer.optimizer, model, result.peak_bytes),
-        gradient_evaluations=getattr(_unwrapped(trainer.optimizer), "evaluations", len(history)),
+        memory=memory_use(trainer.optimizer, model, result.peak_bytes),
+        gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=summary(folder),
         curvature=curvature_summary(folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         scores=result.scores,
         flatness=result.flatness,
+        forgetting=result.forgetting,
         **provenance(),
     )
 
@@ -395,19 +407,3 @@ def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSett
     model.eval()
     device = next(model.parameters()).device
     return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-
-
-def _memory(optimizer: Optimizer | None, model: nn.Module, peak_bytes: int | None) -> MemoryUse:
-    states = _unwrapped(optimizer)
-    tensors = [
-        v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
-    ]
-    return MemoryUse(
-        peak_bytes=peak_bytes,
-        optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-    )

@@ -9,7 +9,11 @@ from tangora.experiments.settings import RunSettings
 from tangora.training.answers import exact_match
 from tangora.training.data import Task
 from tangora.training.evaluation import evaluate, predictions, summarize
+from tangora.training.forgetting import forgetting_loss, unrelated_texts
 from tangora.training.models import LoadedModel
+
+NUM_UNRELATED = 32
+"""Texts that forgetting is measured on."""
 
 
 def validation_metrics(
@@ -62,6 +66,29 @@ def shares(each: dict[str, Tensor]) -> list[float]:
     """
     loss = each["loss"]
     return (loss * len(loss) / each["tokens"].sum() if "tokens" in each else loss).tolist()
+
+
+def unrelated_loss(loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings) -> float | None:
+    """Evaluate on text that has nothing to do with the task.
+
+    Args:
+        loaded: The run's base model, for the tokenizer.
+        model: The same, untouched or trained.
+        task: Its data.
+        settings: The run's.
+
+    Returns:
+        Mean loss over tokens; ``None`` for a classifier.
+    """
+    if task.kind == "classification":
+        return None
+    return forgetting_loss(
+        model,
+        loaded.tokenizer,
+        unrelated_texts(task.name, NUM_UNRELATED),
+        max_length=settings.max_length,
+        batch_size=2 * settings.batch_size,
+    )
 
 
 def _how(task: Task, settings: RunSettings) -> dict[str, Any]:

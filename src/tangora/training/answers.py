@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_whole
-from tangora.training.data.generated import ANSWER_MARKER
+from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
 from tangora.training.data.text import encode_prompts
 from tangora.training.observe import Progress, device_of, length_batches, observed
 
@@ -103,6 +103,8 @@ def exact_match(
 def answers_match(texts: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> Bool[Tensor, " n"]:
     """Compare generated texts with the examples' answers.
 
+    Generated problems are judged by the data set that made them, so that 15.0 is right where 15 is.
+
     Args:
         texts: From `generate_completions`.
         examples: The examples that they complete.
@@ -135,10 +137,12 @@ def final_answer(text: str) -> str:
 
 def _is_right(text: str, example: Mapping[str, Any]) -> bool:
     """Return whether an answer is right; one of several lines, such as a grid, is compared as a whole."""
-    expected = example.get("answer") or final_answer(example["completion"])
-    if "\n" in expected.strip():
-        return text.strip() == expected.strip()
-    return final_answer(text) == expected.strip()
+    expected = (example.get("answer") or final_answer(example["completion"])).strip()
+    answer = text.strip() if "\n" in expected else final_answer(text)
+    if answer == expected:
+        return True
+    problem = example.get(PROBLEM)
+    return bool(answer) and problem is not None and problem.accepts(answer)
 
 
 def _pad_left(

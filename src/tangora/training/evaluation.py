@@ -108,9 +108,8 @@ def predictions(
     measure = _measure_labels if kind == "classification" else _measure_tokens
     device = device_of(model)
     found: dict[str, Tensor] = {}
-    lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
     with observed(model):
-        for indices in length_batches(lengths, batch_size, progress):
+        for indices in length_batches(dataset.lengths, batch_size, progress):
             batch = {name: value.to(device) for name, value in collate([dataset[i] for i in indices]).items()}
             labels = batch.pop("labels")
             for name, values in measure(model(**batch).logits, labels).items():

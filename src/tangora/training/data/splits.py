@@ -1,12 +1,13 @@
 """Cuts examples into train, validation and test so that the splits never share a text."""
 
+import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tangora._checks import InputError, check_whole
-from tangora.training.data.columns import Example, content_key
+from tangora.training.data.columns import Example, content_key, shown
 
 
 class Counts(NamedTuple):
@@ -53,6 +54,26 @@ def unique(examples: Iterable[Example], seen: set[str], limit: int | None = None
             seen.add(key)
             kept.append(example)
     return kept
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Example]]) -> None:
+    """Raise unless no two splits hold the same example, by the SHA-256 of what `content_key` says of each.
+
+    Args:
+        splits: Examples by split.
+
+    Raises:
+        InputError: Naming the first example that an earlier split holds too.
+    """
+    owners: dict[bytes, tuple[str, int]] = {}
+    for name, examples in splits.items():
+        for number, example in enumerate(examples):
+            key = content_key(example)
+            other, first = owners.setdefault(hashlib.sha256(key.encode()).digest(), (name, number))
+            if other != name:
+                raise InputError(
+                    f"splits must not overlap; {name} example {number} is {other} example {first}: {shown(key)}"
+                )
 
 
 def stratified_order(examples: Iterable[Example], seed: int) -> list[Example]:

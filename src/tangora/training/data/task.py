@@ -8,9 +8,18 @@ from pathlib import Path
 
 from tangora._checks import InputError, check_choice, check_whole
 from tangora.training.data.columns import Columns, Example, infer_kind, to_examples
-from tangora.training.data.generated import PREFIX, generate_splits
-from tangora.training.data.sources import PACKAGED_CORPORA, RawData, read_file, read_folder, read_hub
-from tangora.training.data.splits import Counts, make_splits
+from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
+from tangora.training.data.sources import (
+    PACKAGED_CORPORA,
+    PACKAGED_IMAGES,
+    READERS,
+    RawData,
+    read_digit_images,
+    read_file,
+    read_folder,
+    read_hub,
+)
+from tangora.training.data.splits import Counts, check_disjoint, make_splits
 from tangora.training.models import KINDS, Kind
 from tangora.training.models.hub import hub_problem
 from tangora.training.models.packaged import locate, near_hint
@@ -18,16 +27,20 @@ from tangora.training.models.packaged import locate, near_hint
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, ready to be trained on.
+    """A data set, ready to be trained on. Its splits share no text, prompt or image, which is checked.
 
     Attributes:
         name: As the user gave it.
         kind: ``classification`` or ``causal``.
-        train: Examples ``{"text", "label"}`` or ``{"prompt", "completion"}``, the latter sometimes with the
-            final ``"answer"``; plain language modelling has empty prompts.
+        train: Examples ``{"text", "label"}``, ``{"pixels", "label"}`` or ``{"prompt", "completion"}``, the last
+            sometimes with the final ``"answer"`` and the generated ``"problem"``; plain language modelling has empty
+            prompts.
         validation: Examples to choose learning rates with.
         test: Examples to report.
         labels: Names of the classes; empty for causal tasks.
+
+    Raises:
+        InputError: If two splits share an example.
     """
 
     name: str
@@ -37,10 +50,18 @@ class Task:
     test: tuple[Example, ...]
     labels: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        check_disjoint({"train": self.train, "validation": self.validation, "test": self.test})
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the splits in their order: the same for the same data, whatever its name."""
-        content = [self.kind, self.labels, self.train, self.validation, self.test]
+        # a problem is what its prompt was made of, and need not be JSON
+        splits = [
+            [{key: value for key, value in example.items() if key != PROBLEM} for example in split]
+            for split in (self.train, self.validation, self.test)
+        ]
+        content = [self.kind, self.labels, *splits]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -57,11 +78,12 @@ def load_task(
     prompt_column: str | None = None,
     completion_column: str | None = None,
 ) -> Task:
-    """Load a data set and cut it into splits that share no text.
+    """Load a data set and cut it into splits that share no text, prompt or image.
 
     Args:
-        spec: ``bbc-news``; ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv`` or
-            ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data set, ``name`` or ``name/config``.
+        spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``reasoning-gym:<dataset>[,key=value...]``; a local
+            ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data
+            set, ``name`` or ``name/config``.
         kind: ``classification`` or ``causal``; by default the former where there is a label.
         num_train: Number of training examples in [1, inf); by default all that remain, or 2000 generated ones.
         num_validation: Number of validation examples, in [0, inf).
@@ -98,7 +120,7 @@ def load_task(
         return Task(spec, "causal", *generate_splits(spec.removeprefix(PREFIX), counts, seed))
     data = _read(spec)
     if kind is None:
-        kind = infer_kind(columns, data.splits["train"][0].values)
+        kind = infer_kind(columns, data.columns)
     pools, labels = to_examples(data, kind, columns)
     return Task(spec, kind, *make_splits(pools, counts, seed), labels)
 
@@ -107,12 +129,14 @@ def _read(spec: str) -> RawData:
     """Return the rows of a data set, wherever it is."""
     if spec in PACKAGED_CORPORA:
         return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
+    if spec == PACKAGED_IMAGES:
+        return read_digit_images()
     path = Path(spec).expanduser()
     if path.is_dir():
         return read_folder(path)
     if path.is_file():
         return read_file(path)
-    if spec.startswith((".", "/", "~")) or path.suffix in {".jsonl", ".json", ".csv", ".parquet"}:
+    if spec.startswith((".", "/", "~")) or path.suffix in READERS:
         raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed_tasks()}")
     return _read_hub(spec)
 
@@ -133,13 +157,13 @@ def _read_hub(spec: str) -> RawData:
                 if problem is None:
                     raise
         problems.append(problem)
-    hint = near_hint(spec, [*PACKAGED_CORPORA, PREFIX.rstrip(":")])
+    hint = near_hint(spec, [*PACKAGED_CORPORA, PACKAGED_IMAGES, PREFIX.rstrip(":")])
     raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed_tasks()}")
 
 
 def _allowed_tasks() -> str:
     """Return what a task may be, in words."""
     return (
-        f"use {', '.join(PACKAGED_CORPORA)}, {PREFIX}<dataset>, a .jsonl, .json, .csv or .parquet file, "
-        "a folder of <label>/*.txt, or a hub data set"
+        f"use {', '.join(PACKAGED_CORPORA)}, {PACKAGED_IMAGES}, {PREFIX}<dataset>, "
+        f"a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, a folder of <label>/*.txt, or a hub data set"
     )

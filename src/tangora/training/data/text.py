@@ -1,4 +1,4 @@
-"""Text to token numbers, and token numbers to padded batches."""
+"""Text to token numbers, and token numbers to padded batches. Images take the same way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -8,20 +8,21 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole
-from tangora.training.models import KINDS, Kind
+from tangora.training.data.images import collate_images, encode_images
+from tangora.training.models import KINDS, ImageScaler, Kind
 
 IGNORED = -100
 """Label of a token that counts for no loss; what torch's and transformers' losses skip."""
 
 Encoding: TypeAlias = dict[str, Any]
-"""``input_ids`` and ``attention_mask`` of one example, and ``labels``: one number, or one per token."""
+"""``input_ids`` and ``attention_mask`` or ``pixel_values`` of one example, and ``labels``: one, or one per token."""
 
 Collator: TypeAlias = Callable[[Any], Mapping[str, Tensor]]
 """Makes a padded batch of a list of encodings."""
 
 
 class EncodedDataset(Dataset[Encoding]):
-    """Examples as token numbers; for a DataLoader, for transformers' Trainer and for `evaluate`."""
+    """Examples as token numbers or pixels; for a DataLoader, for transformers' Trainer and for `evaluate`."""
 
     def __init__(self, encodings: Sequence[Encoding]):
         self.encodings = list(encodings)
@@ -34,32 +35,43 @@ class EncodedDataset(Dataset[Encoding]):
         """Return one example, unpadded."""
         return self.encodings[index]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example; 1 for an image."""
+        return [len(encoding.get("input_ids", (None,))) for encoding in self.encodings]
+
 
 def encode(
-    examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, kind: Kind, max_length: int
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | ImageScaler,
+    *,
+    kind: Kind,
+    max_length: int,
 ) -> EncodedDataset:
-    """Turn examples into token numbers.
+    """Turn examples into token numbers, or images into scaled pixels.
 
     A causal example becomes ``prompt + newline + completion + eos``, without a chat template, so that base and
     instruct models are trained on the same text; the loss counts completion and eos only. One that is too long
     loses the beginning of its prompt, then the end of its completion, and with it the eos.
 
     Args:
-        examples: ``text`` and ``label``, or ``prompt`` (may be empty) and ``completion``.
-        tokenizer: Of the model.
-        kind: Which of the two.
-        max_length: Largest number of tokens, in [2, inf).
+        examples: ``text`` or ``pixels`` and ``label``, or ``prompt`` (may be empty) and ``completion``.
+        tokenizer: Of the model; its `ImageScaler` for images.
+        kind: ``classification`` or ``causal``.
+        max_length: Largest number of tokens, in [2, inf); means nothing for images.
 
     Returns:
         The examples in their order.
 
     Raises:
-        InputError: If there are no examples.
+        InputError: If there are no examples, or the model reads images and they are text, or the other way round.
     """
     check_choice("kind", kind, KINDS)
     check_whole("max_length", max_length, low=2)
     if not examples:
         raise InputError("examples must hold at least one example; got none")
+    if isinstance(tokenizer, ImageScaler) or "pixels" in examples[0]:
+        return EncodedDataset(encode_images(examples, tokenizer))
     if kind == "classification":
         return EncodedDataset(_encode_labelled(examples, tokenizer, max_length))
     prompts = encode_prompts([example["prompt"] for example in examples], tokenizer)
@@ -74,17 +86,19 @@ def encode(
     )
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, kind: Kind) -> Collator:
+def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Collator:
     """Return what pads encodings to the longest of a batch, and the labels of causal ones with -100.
 
     Args:
-        tokenizer: Of the model; says the pad token and its side.
+        tokenizer: Of the model; says the pad token and its side. Images, with an `ImageScaler`, are stacked.
         kind: What the encodings are for.
 
     Returns:
         A function from a list of encodings to a batch.
     """
     check_choice("kind", kind, KINDS)
+    if isinstance(tokenizer, ImageScaler):
+        return collate_images
     if kind == "classification":
         return DataCollatorWithPadding(tokenizer)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

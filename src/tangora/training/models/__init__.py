@@ -1,5 +1,6 @@
 """Base models: packaged, from a local folder or GGUF file, or from the hub."""
 
+from tangora.training.models.images import ImageScaler
 from tangora.training.models.loading import KINDS, PACKAGED_MODELS, Kind, LoadedModel, load_model
 
-__all__ = ["KINDS", "PACKAGED_MODELS", "Kind", "LoadedModel", "load_model"]
+__all__ = ["KINDS", "PACKAGED_MODELS", "ImageScaler", "Kind", "LoadedModel", "load_model"]

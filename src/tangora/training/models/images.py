@@ -1,0 +1,101 @@
+"""What a tokenizer is for text: how a model wants its images. Written by hand, as torchvision is not needed for it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.image_processing_base import ImageProcessingMixin
+
+from tangora._checks import InputError
+
+
+@dataclass(frozen=True)
+class ImageScaler:
+    """Scales pixels channel by channel.
+
+    Attributes:
+        mean: Of each channel, of pixels in [0, 1].
+        std: Of each channel.
+        height: Of the images that the model takes.
+        width: Of the images that the model takes.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns."""
+        return len(self.mean), self.height, self.width
+
+    def __call__(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Scale images.
+
+        Args:
+            images: Pixels in [0, 1].
+
+        Returns:
+            Model inputs, with about mean 0 and variance 1 in each channel.
+        """
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``preprocessor_config.json``, as transformers' image processors do.
+
+        Args:
+            folder: Of the model; created when missing.
+        """
+        values = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": False,
+            "do_rescale": False,  # pixels come in [0, 1]
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "size": {"height": self.height, "width": self.width},
+        }
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(values, indent=1) + "\n"
+        (target / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def load_scaler(source: str, config: Any, name: str, *, local: bool) -> ImageScaler:
+    """Read how a model wants its images.
+
+    Args:
+        source: What ``from_pretrained`` takes.
+        config: The model's.
+        name: As the user gave it, for the message.
+        local: Whether the hub must not be asked.
+
+    Returns:
+        The scaler; without a ``preprocessor_config.json`` one from [0, 1] to [-1, 1].
+
+    Raises:
+        InputError: If the model does not say which images it takes.
+    """
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
+    except (OSError, ValueError):
+        found = {}
+    channels, size = getattr(config, "num_channels", None), getattr(config, "image_size", None)
+    if not isinstance(channels, int) or not isinstance(size, (int, list, tuple)):
+        raise InputError(f"model {name!r} must have num_channels and image_size in its config.json")
+    height, width = (size, size) if isinstance(size, int) else size
+    if found.get("do_normalize") is False:
+        return ImageScaler((0.0,) * channels, (1.0,) * channels, height, width)
+    mean, std = (_per_channel(found.get(key), channels) for key in ("image_mean", "image_std"))
+    return ImageScaler(mean, std, height, width)
+
+
+def _per_channel(value: Any, channels: int) -> tuple[float, ...]:
+    values = value if isinstance(value, (list, tuple)) else [0.5 if value is None else value]
+    return tuple(map(float, values)) if len(values) == channels else (float(values[0]),) * channels
