@@ -9,6 +9,7 @@ from tangora.experiments.compare import CompareWatcher, write_report
 from tangora.experiments.plan import PlanSettings, read_plan
 from tangora.experiments.presets import PRESETS, preset
 from tangora.report import load_comparison, summarize
+from tangora.training.data import load_task
 from tests.experiments.small import write_classifier
 
 
@@ -95,6 +96,15 @@ def test_presets_are_valid(name):
     plan = read_plan(preset(name))
     for task in plan.tasks.values() if isinstance(plan, PlanSettings) else [plan]:
         assert set(task.learning_rates) <= set(task.recipes)
+
+
+def test_the_generated_data_of_presets_exists():
+    pytest.importorskip("reasoning_gym")
+    for name in PRESETS:
+        plan = read_plan(preset(name))
+        for task in plan.tasks.values() if isinstance(plan, PlanSettings) else [plan]:
+            if task.data.startswith("reasoning-gym:"):
+                assert len(load_task(task.data, num_train=2, num_validation=2, num_test=2).test) == 2
 
 
 def test_the_quickstart_compares_what_matters():

@@ -192,9 +192,15 @@ def _with_test(row: Row, found: Sample | None) -> Row:
         return row
     estimated = contrast((1.0, found))
     row = replace(row, test=found.mean, num_seeds=len(found.seeds))
-    return (
-        row if estimated is None else replace(row, interval=estimated.interval, interval_over=estimated.over)
-    )
+    if estimated is None:
+        return row
+    return replace(row, interval=_possible(estimated.interval, row.metric), interval_over=estimated.over)
+
+
+def _possible(interval: Interval, metric: str) -> Interval:
+    # a symmetric interval does not know that no accuracy is above 1
+    low, high = interval
+    return (max(low, 0.0), min(high, 1.0)) if metric == "accuracy" else interval
 
 
 def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
