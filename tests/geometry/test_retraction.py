@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 
 from tangora.geometry.retraction import (
+    MAX_IMBALANCE,
+    kept_balanced,
     orthographic_retract,
     rebalance,
     retract,
@@ -107,6 +109,24 @@ def test_rebalancing_keeps_w_exactly(case):
     A_new, B_new = rebalance(A * 1e3, B * 1e-3)
     assert_close(B_new @ A_new, B @ A, 1e-12)
     assert_close(B_new.T @ B_new, A_new @ A_new.T, 1e-11)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 30.0, 1e-3])
+def test_unbalanced_factors_are_balanced_and_others_left_alone(scale):
+    first, second = (random_case(9, 6, 3, seed=seed) for seed in (0, 1))
+    even = rebalance(first.A, first.B)
+    A = torch.stack([scale * even.A, second.A])
+    B = torch.stack([even.B / scale, second.B])
+    new = kept_balanced(A, B)
+    assert_close(new.B @ new.A, B @ A, 1e-12)
+    size = new.A.square().sum((-2, -1)) + new.B.square().sum((-2, -1))
+    nuclear = torch.linalg.matrix_norm(B @ A, ord="nuc")
+    assert (size <= 2 * MAX_IMBALANCE * 3**0.5 * nuclear).all()
+    if scale == 1.0:
+        assert torch.equal(new.A[0], A[0])
+        assert torch.equal(new.B[0], B[0])
+    if scale in (30.0, 1e-3):
+        assert_close(new.A[0] @ new.A[0].mT, new.B[0].mT @ new.B[0], 1e-10)
 
 
 def test_a_lost_direction_can_come_back():

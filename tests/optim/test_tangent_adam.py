@@ -106,6 +106,20 @@ def test_adafactor_metric_is_the_rank_one_model_of_v():
 
 
 @pytest.mark.messages
+@pytest.mark.parametrize("retraction", ["auto", "orthographic", "svd"])
+def test_gradients_of_the_factors_stay_as_short_as_balanced_ones(retraction):
+    # clipping by norm, which the Trainer does, would else take the steps of everything: of 100 times too long gradients
+    # the heads' moments and the optimizer's own see a hundredth, after they have seen the whole
+    toy = Quadratic(40, 30, 4, seed=5, zero_B=True)
+    optimizer = TangentAdam(toy.model, lr=3e-3, retraction=retraction)
+    for _ in range(60):
+        toy.set_gradients()
+        optimizer.step()
+        size = toy.A.detach().square().sum() + toy.B.detach().square().sum()
+        least = 2 * torch.linalg.matrix_norm(toy.B.detach() @ toy.A.detach(), ord="nuc")
+        assert size <= 2 * 4**0.5 * least
+
+
 def test_bad_retraction():
     model, _, _ = problem()
     with pytest.raises(InputError, match="retraction must be one of auto, orthographic, svd; got 'factors'"):

@@ -3,6 +3,7 @@ r"""From a step in the tangent space back to rank r: $Y_+ \approx Y - h\,\xi$ wi
 All retractions are independent of the gauge: they depend on $Y$, not on how it is split into $B$ and $A$.
 """
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,6 +20,8 @@ RETRACTIONS: tuple[Retraction, ...] = get_args(Retraction)
 
 # `orthographic` is trusted while the core it inverts has at most this condition number (METHODS, section 2).
 MAX_CONDITION = 10.0
+# Factors may have this many times the least sum of squares before they are balanced again.
+MAX_IMBALANCE = 2.0
 # A direction of Y weaker than this share of the strongest keeps factors of at least this size (squared), so that the
 # adapter goes on seeing it: balanced factors of an exactly singular Y would be blind there for ever.
 _FLOOR = 1e-6
@@ -115,6 +118,31 @@ def rebalance(A: FactorA, B: FactorB) -> Factors:
         the old factors where $B A = 0$.
     """
     return balanced_product(B, A, A.shape[-2], Factors(A, B))
+
+
+def kept_balanced(A: FactorA, B: FactorB) -> Factors:
+    r"""Balance the factors of those products whose gradients would be much longer than balanced ones'.
+
+    $B A$ does not care how it is split, but all that looks at the factors' gradients does, such as clipping by norm.
+    They are about as long as the factors, and $\|A\|^2 + \|B\|^2 \ge 2 \|B A\|_*$, with equality for balanced factors
+    only.
+
+    Args:
+        A: Factor.
+        B: Factor.
+
+    Returns:
+        Balanced factors, see `rebalance`, where $\|A\|^2 + \|B\|^2 > 4 \sqrt{r} \|B A\|$, which is at least twice the
+        least; the others unchanged.
+    """
+    size = torch.linalg.matrix_norm(A).square() + torch.linalg.matrix_norm(B).square()
+    product = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0).sqrt()
+    far = size > 2 * MAX_IMBALANCE * math.sqrt(A.shape[-2]) * product
+    if not far.any():  # one device synchronisation
+        return Factors(A, B)
+    A_new, B_new = A.clone(), B.clone()
+    A_new[far], B_new[far] = rebalance(A[far], B[far])
+    return Factors(A_new, B_new)
 
 
 def balanced_product(

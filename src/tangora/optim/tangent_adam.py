@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tangora._checks import check_choice
 from tangora._types import FactorA, FactorB
-from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, retract
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, kept_balanced, retract
 from tangora.geometry.tangent import (
     Coordinates,
     Cotangent,
@@ -105,6 +105,7 @@ def tangent_adam_step(
     direction = project_metric(at, momentum, metric)
     shrunk = at._replace(whiten_B=at.whiten_B / decay)
     new = retract(A, B * decay, shrunk, direction, step_size / correction1, retraction)
+    new = kept_balanced(*new)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)
