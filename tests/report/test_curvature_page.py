@@ -4,7 +4,6 @@ import io
 import math
 
 import pytest
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from tangora._checks import InputError
@@ -34,6 +33,7 @@ from tangora.report.curvature import (
 from tangora.report.curvature.figures import figures
 from tangora.report.curvature.summary import estimate
 from tangora.report.curvature.tables import batch_table, eigenvalue_table, layer_table, space_table
+from tangora.report.layout import packed_plotly
 from tests.report.synthetic import CREATED, HOSTILE
 from tests.report.test_page import Page
 
@@ -167,7 +167,7 @@ def page(text):
 def test_nothing_is_loaded_from_anywhere(page, text):
     loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
     assert [tag for tag in page.tags if loading & set(tag[1])] == []
-    rest = text.replace(get_plotlyjs(), "")
+    rest = text.replace(packed_plotly(), "")
     assert "http" not in rest.replace("http-equiv", "")
 
 

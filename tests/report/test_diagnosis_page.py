@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from tangora._checks import InputError
@@ -25,6 +24,7 @@ from tangora.report.diagnosis import kind_rows
 from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
 from tangora.report.diagnosis.grid import natural, places
 from tangora.report.diagnosis.tables import kind_table, layer_table
+from tangora.report.layout import packed_plotly
 from tests.report.synthetic import HOSTILE
 from tests.report.test_page import Page
 
@@ -118,7 +118,7 @@ def page(text):
 def test_nothing_is_loaded_from_anywhere(page, text):
     loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
     assert [tag for tag in page.tags if loading & set(tag[1])] == []
-    rest = text.replace(get_plotlyjs(), "")
+    rest = text.replace(packed_plotly(), "")
     assert "http" not in rest.replace("http-equiv", "")
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
     assert policy.startswith("default-src 'none'")

@@ -4,8 +4,27 @@ import math
 import numpy as np
 import pytest
 
-from tangora.report import StepRecord, loss_figure, save_picture, summarize, sweep_figure, time_figure
-from tangora.report.curves import Sweep, loss_curves, rate_ticks, smooth, sweeps, worst_value
+from tangora.report import (
+    EvaluationRecord,
+    StepRecord,
+    TimeSplit,
+    loss_figure,
+    save_picture,
+    summarize,
+    sweep_figure,
+    time_figure,
+)
+from tangora.report.curves import (
+    Sweep,
+    evaluation_curves,
+    loss_curves,
+    rate_ticks,
+    smooth,
+    sweeps,
+    thin,
+    worst_value,
+)
+from tangora.report.pareto import COSTS, front, pareto_figure
 from tangora.report.selection import SweepPoint
 from tangora.report.styles import recipe_styles
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
@@ -73,8 +92,53 @@ def test_raw_losses_are_on_hover():
     comparison, rows = realistic(), realistic_rows()
     curve = loss_curves(comparison, rows)[0]
     line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.recipe)
-    assert list(line.customdata) == curve.mean.tolist()
+    assert list(line.customdata) == pytest.approx(curve.mean.tolist(), rel=1e-4)
     assert list(line.y) != curve.mean.tolist()
+
+
+def test_long_curves_are_thinned_to_their_ends():
+    (curve,) = curves([make_record(history=history([1 / step for step in range(1, 2001)]))])
+    short = thin(curve)
+    assert short.steps.size == 300
+    assert (short.steps[0], short.steps[-1]) == (1, 2000)
+    assert all(short.mean == 1 / short.steps)
+    assert np.diff(short.steps).max() <= 7
+
+
+def test_evaluations_need_two_points():
+    def evaluated(seed, losses):
+        entries = [EvaluationRecord(step=10 * i, metrics={"loss": loss}) for i, loss in enumerate(losses)]
+        return make_record(seed=seed, evaluations=entries)
+
+    comparison = make_comparison([evaluated(0, [3.0, 1.0]), evaluated(1, [5.0, 2.0])])
+    (curve,) = evaluation_curves(comparison, summarize(comparison), "loss")
+    assert (curve.mean.tolist(), curve.high.tolist()) == ([4.0, 1.5], [5.0, 2.0])
+    assert evaluation_curves(comparison, summarize(comparison), "accuracy") == []
+    once = make_comparison([evaluated(0, [3.0])])
+    assert evaluation_curves(once, summarize(once), "loss") == []
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_nothing_beats_the_front(higher_is_better):
+    def record(recipe, seconds, test):
+        time = TimeSplit(start=0, forward_backward=seconds, optimizer=0, evaluation=0)
+        return make_record(recipe, id=recipe, test=test if higher_is_better else 1 - test, time=time)
+
+    comparison = make_comparison(
+        [
+            record("cheap", 1, 0.5),
+            record("best", 9, 0.9),
+            record("expensive", 9, 0.8),
+            record("worse", 2, 0.4),
+            record("twin", 1, 0.5),
+        ],
+        higher_is_better=higher_is_better,
+    )
+    rows, cost = summarize(comparison), COSTS[0]
+    assert [row.recipe for row in front(rows, cost)] == ["cheap", "twin", "best"]
+    drawn = {trace.meta: (trace.x[0], trace.y[0]) for trace in pareto_figure(rows, cost).data if trace.meta}
+    assert drawn == {row.recipe: (row.time.total, row.test) for row in rows}
+    assert front(rows, COSTS[1]) == []  # memory was not measured
 
 
 def test_sweep_marks_chosen_and_diverged():

@@ -1,14 +1,28 @@
+import csv
+import io
 import json
+from base64 import b64decode
 from html.parser import HTMLParser
 
 import pytest
-from plotly.offline import get_plotlyjs
 
 from tangora._checks import InputError
-from tangora.report import formats, render_page, verdict, write_page
+from tangora.report import (
+    formats,
+    rate_verdict,
+    render_page,
+    robustness,
+    speed_verdict,
+    speeds,
+    verdict,
+    write_csv,
+    write_page,
+)
+from tangora.report.layout import packed_plotly
+from tangora.report.records import Forgetting
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
-VOID = {"meta", "line", "br", "link", "img"}
+VOID = {"meta", "line", "br", "link", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -60,14 +74,16 @@ def page(text):
 
 def test_nothing_is_loaded_from_anywhere(page):
     loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
-    assert [tag for tag in page.tags if loading & set(tag[1])] == []
+    found = [(tag, attrs) for tag, attrs in page.tags if loading & set(attrs)]
+    assert {tag for tag, _ in found} == {"a"}
+    assert all(attrs["href"].startswith("data:text/csv") and "src" not in attrs for _, attrs in found)
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
     assert policy.startswith("default-src 'none'")
 
 
 def test_no_address_outside_plotly(text):
-    assert text.count(get_plotlyjs()) == 1
-    rest = text.replace(get_plotlyjs(), "")
+    assert text.count(packed_plotly()) == 1
+    rest = text.replace(packed_plotly(), "")
     assert "http://" not in rest
     assert "https://" not in rest
     assert "@import" not in rest
@@ -88,11 +104,94 @@ def test_the_table_shows_the_summary(page):
     for line, row in zip(lines, rows, strict=True):
         cells = dict(zip(header, line, strict=True))
         assert cells["test accuracy"] == f"{formats.metric(row.test)}\n{formats.interval(row.interval)}"
-        assert cells["vs lora"].split("\n")[0] == formats.difference(row.difference)
-        assert cells["gap closed"] == formats.share(row.gap_closed)
+        difference = cells["vs lora"].split("\n")
+        assert difference[0] == formats.difference(row.difference)
+        if row.difference is not None:
+            assert difference[1] == formats.interval(row.difference_interval, sign=True)
+            assert difference[2] == formats.p_value(row.p_corrected)
+        assert cells["vs full"].split("\n")[0] == formats.difference(row.versus_full)
+        assert cells["gap closed"].split("\n")[0] == formats.share(row.gap_closed)
         assert cells["learning rate"].split()[0] == formats.learning_rate(row.learning_rate)
-        assert cells["optimizer step"] == formats.milliseconds(row.step_milliseconds)
+
+
+def test_costs_have_a_table_of_their_own(page):
+    header, *lines = page.tables["costs-table"]
     assert "peak memory" not in header  # not measured by any run
+    for line, row in zip(lines, realistic_rows(), strict=True):
+        cells = dict(zip(header, line, strict=True))
+        assert cells["time per run"] == formats.seconds(row.time.total)
+        assert cells["optimizer step"] == formats.milliseconds(row.step_milliseconds)
+        assert cells["trained"] == formats.count(row.trainable_parameters)
+
+
+def test_speed_and_robustness(page):
+    comparison, rows = realistic(), realistic_rows()
+    header, *lines = page.tables["speed-table"]
+    for line, item in zip(lines, speeds(comparison, rows).values(), strict=True):
+        cells = dict(zip(header, line, strict=True))
+        assert cells["optimizer steps"] == ("–" if item.steps is None else f"{item.steps:.0f}")
+        assert cells["time"] == formats.seconds(item.seconds)
+        assert cells["seeds that get there"] == f"{item.num_reached} of {item.num_seeds}"
+    _, *lines = page.tables["robustness-table"]
+    found = robustness(comparison, rows)
+    assert [line[0] for line in lines] == list(found)
+    assert {line[0]: line[-1].split("\n")[0] for line in lines} == {r: i.tripled for r, i in found.items()}
+    shown = "".join(page.text)
+    for sentence in [*speed_verdict(speeds(comparison, rows)), *rate_verdict(found)]:
+        assert sentence in shown
+
+
+def test_forgetting_is_shown_when_it_was_measured():
+    def record(seed, after):
+        return make_record(seed=seed, forgetting=Forgetting(before=2.0, after=after, num_texts=8))
+
+    assert "forgetting-table" not in render_page(realistic())
+    page = Page(render_page(make_comparison([record(0, 2.5), record(1, 2.7)])))
+    assert page.tables["forgetting-table"][1][:2] == ["lora", "2.0000"]
+    assert page.tables["forgetting-table"][1][3].startswith("0.6000\n")
+
+
+def test_what_was_measured_on_the_way_is_drawn():
+    records = [make_record(seed=0), make_record(seed=1)]
+    points = [{"step": 0, "captured_energy": 0.1}, {"step": 4, "captured_energy": 0.5}]
+    page = Page(render_page(make_comparison(records), {run.id: points for run in records}))
+    figures = {attrs["id"]: attrs for _, attrs in page.tags if attrs.get("class") == "plot"}
+    assert "0.5" in figures["alignment-captured_energy"]["aria-label"]
+    assert "alignment-cosine" not in figures
+
+
+def test_what_is_missing_is_said_first(page):
+    assert "or more are left" not in "".join(page.text)
+    text = render_page(make_comparison([make_record()], missing=["a", "b"]))
+    assert text.index("1 run is done, 2 or more are left") < text.index("Verdict")
+
+
+def test_trouble_is_grouped_with_its_reason(page):
+    _, *lines = page.tables["trouble-table"]
+    assert [line[:3] for line in lines] == [["lora-pro", "diverged", "1"], ["dora", "failed", "1"]]
+    assert lines[1][-1] == "RuntimeError: out of memory"
+    records = [make_record(seed=s, status="out_of_memory", error="too big") for s in range(3)]
+    _, line = Page(render_page(make_comparison(records))).tables["trouble-table"]
+    assert line == ["lora", "out of memory", "3", "1e-4", "0, 1, 2", "too big"]
+
+
+def downloads(page):
+    links = {attrs["download"]: attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    return {
+        name: list(csv.DictReader(io.StringIO(b64decode(link.split(",")[1]).decode())))
+        for name, link in links.items()
+    }
+
+
+def test_downloads_are_the_unrounded_numbers(page, tmp_path):
+    files = downloads(page)
+    written = write_csv(realistic_rows(), tmp_path / "summary.csv").read_text()
+    assert files["summary.csv"] == list(csv.DictReader(io.StringIO(written)))
+    records = {record.id: record for record in realistic().records}
+    assert {line["id"] for line in files["runs.csv"]} == set(records)
+    for line in files["runs.csv"]:
+        test = records[line["id"]].metrics.get("test", {}).get("accuracy")
+        assert line["test_accuracy"] == ("" if test is None else str(test))
 
 
 def test_the_verdict_comes_first(text):
@@ -116,11 +215,11 @@ def test_what_is_needed_to_repeat_it(page):
 
 
 def test_figures_are_there(page):
-    figures = [json.loads(script) for script in page.scripts[:3]]
+    described = {attrs["id"]: attrs["aria-label"] for _, attrs in page.tags if attrs.get("class") == "plot"}
+    assert list(described) == ["pareto-seconds", "pareto-trained", "pareto-state", "loss", "sweep", "time"]
+    figures = [json.loads(script) for script in page.scripts[: len(described)]]
     assert all(figure["data"] for figure in figures)
-    described = [attrs for _, attrs in page.tags if attrs.get("class") == "plot"]
-    assert [attrs["id"] for attrs in described] == ["loss", "sweep", "time"]
-    assert all(attrs["aria-label"] for attrs in described)
+    assert "full 1e-4" in described["sweep"]
 
 
 def test_hostile_text_stays_text():
@@ -137,7 +236,7 @@ def test_hostile_text_stays_text():
     assert "<script>alert" not in text
     page = Page(text)
     assert page.open == []
-    assert len(page.scripts) == 5
+    assert len(page.scripts) == 8
     assert HOSTILE in page.tables["results-table"][1] + page.tables["results-table"][2]
     assert [tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)] == []
 
@@ -145,7 +244,7 @@ def test_hostile_text_stays_text():
 def test_a_hostile_metric_stays_text():
     metric = "<b>m</b>"
     record = make_record(metrics={"validation": {metric: 0.5}, "test": {metric: 0.5}})
-    assert metric not in render_page(make_comparison([record], metric=metric)).replace(get_plotlyjs(), "")
+    assert metric not in render_page(make_comparison([record], metric=metric)).replace(packed_plotly(), "")
 
 
 def test_rendering_twice_gives_the_same_bytes(tmp_path, text):

@@ -130,7 +130,10 @@ def change(**changes):
         (lambda path: path.unlink(), "cannot be read: No such file"),
         (change(schema_version=3), "has schema_version 3; this tangora reads 1 to 2"),
         (change(schema_version=None), "has schema_version None"),
-        (change(stage="rehearsal"), "is no valid Record at stage: Input should be 'trial', 'sweep' or 'final'"),
+        (
+            change(stage="rehearsal"),
+            "is no valid Record at stage: Input should be 'trial', 'sweep' or 'final'",
+        ),
         (change(surprise=1), "is no valid Record at surprise"),
     ],
 )

@@ -24,6 +24,7 @@ from tangora.cli.output import (
     print_reproduction,
     print_run,
     print_study,
+    print_tasks,
     progress_bars,
     watcher_of,
 )
@@ -54,11 +55,14 @@ from tangora.experiments.train import train
 from tangora.recipes import recipes as all_recipes
 from tangora.report import (
     load_comparison,
+    load_study,
     rich_table,
     summarize,
+    write_study,
 )
 from tangora.report.curvature import load_curvature
 from tangora.report.flatness import has_flatness, rich_flatness
+from tangora.report.records import COMPARISON_FILE
 
 app = typer.Typer(
     name="tangora",
@@ -300,7 +304,7 @@ def reproduce_command(
 def report_command(
     folder: Annotated[Path, typer.Argument(help="Output folder of tangora compare or tangora curvature.")],
 ) -> None:
-    """Write tables, pictures and page of a comparison, or of a measured curvature, again from its records.
+    """Write tables, pictures and pages of a comparison, on one task or several, or of a measured curvature, again.
 
     [dim]Example:[/dim]
       tangora report results/quickstart
@@ -308,6 +312,13 @@ def report_command(
     if (folder / CURVATURE_RECORD).is_file():
         record = load_curvature(folder / CURVATURE_RECORD)
         print_curvature(CurvatureFiles(record, folder / CURVATURE_RECORD, *rewrite(folder, record)))
+        return
+    if not (folder / COMPARISON_FILE).is_file() and any(folder.glob(f"*/{COMPARISON_FILE}")):
+        comparisons, title, command = load_study(folder)
+        for name, comparison in comparisons.items():
+            if comparison.records:
+                write_report(comparison, folder / name)
+        print_tasks(comparisons, write_study(comparisons, folder / "report.html", title, command))
         return
     comparison = load_comparison(folder)
     page, rows = write_report(comparison, folder), summarize(comparison)

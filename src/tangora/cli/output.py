@@ -1,5 +1,6 @@
 """What the terminal shows: progress, tables, sentences, and where the files are."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,9 @@ from tangora.report import (
     Record,
     diagnosis_tables,
     findings,
+    missing_sentence,
     rich_table,
+    study_verdict,
     summarize,
     verdict,
 )
@@ -164,21 +167,33 @@ def print_missing(comparison: Comparison) -> None:
     Args:
         comparison: The comparison.
     """
-    if left := len(comparison.missing):
-        done = len(comparison.records)
-        console.print(f"{done} runs are done, {left} or more are left: the same command goes on")
+    if sentence := missing_sentence(comparison):
+        console.print(sentence)
 
 
 def print_study(study: StudyOutcome) -> None:
-    """Print the table of every task.
+    """Print the table of every task and what they say together.
 
     Args:
         study: The comparisons.
     """
-    for each in study.outcomes.values():
-        console.print(rich_table(summarize(each.comparison), each.comparison))
-        print_missing(each.comparison)
-    console.print(f"report   {escape(str(study.report))}")
+    print_tasks({name: outcome.comparison for name, outcome in study.outcomes.items()}, study.report)
+
+
+def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
+    """Print the table of every task and what they say together.
+
+    Args:
+        comparisons: By task.
+        report: The page over all of them.
+    """
+    for comparison in comparisons.values():
+        if comparison.records:
+            console.print(rich_table(summarize(comparison), comparison))
+        print_missing(comparison)
+    for sentence in study_verdict(comparisons):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(report))}")
 
 
 def print_curvature(files: CurvatureFiles) -> None:

@@ -9,7 +9,8 @@ from tangora.report.diagnosis import (
     write_diagnosis,
 )
 from tangora.report.figures import loss_figure, sweep_figure, time_figure
-from tangora.report.page import render_page, write_page
+from tangora.report.further import rate_verdict, speed_verdict, tasks_verdict
+from tangora.report.page import missing_sentence, render_page, write_page
 from tangora.report.picture import save_picture
 from tangora.report.records import (
     Comparison,
@@ -23,9 +24,13 @@ from tangora.report.records import (
     save_comparison,
     save_json,
 )
+from tangora.report.robustness import Robustness, robustness
 from tangora.report.selection import SweepPoint, best_learning_rate, sweep_points
+from tangora.report.speed import Speed, speeds
+from tangora.report.study import load_study, study_verdict, write_study
 from tangora.report.summary import Row, summarize
 from tangora.report.tables import markdown_table, rich_table, write_csv
+from tangora.report.tasks import TaskMatrix, matrix
 from tangora.report.verdict import verdict
 
 __all__ = [
@@ -34,9 +39,12 @@ __all__ = [
     "EvaluationRecord",
     "MemoryUse",
     "Record",
+    "Robustness",
     "Row",
+    "Speed",
     "StepRecord",
     "SweepPoint",
+    "TaskMatrix",
     "TimeSplit",
     "best_learning_rate",
     "diagnosis_tables",
@@ -44,20 +52,30 @@ __all__ = [
     "load_comparison",
     "load_diagnosis",
     "load_record",
+    "load_study",
     "loss_figure",
     "markdown_table",
+    "matrix",
+    "missing_sentence",
+    "rate_verdict",
     "render_diagnosis",
     "render_page",
     "rich_table",
+    "robustness",
     "save_comparison",
     "save_json",
     "save_picture",
+    "speed_verdict",
+    "speeds",
+    "study_verdict",
     "summarize",
     "sweep_figure",
     "sweep_points",
+    "tasks_verdict",
     "time_figure",
     "verdict",
     "write_csv",
     "write_diagnosis",
     "write_page",
+    "write_study",
 ]

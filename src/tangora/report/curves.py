@@ -1,8 +1,8 @@
 """The numbers behind the figures, for plotly and matplotlib alike."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +16,21 @@ Values = NDArray[np.float64]
 # A window of 1/25 of the curve hides the noise of single batches and keeps the shape.
 _WINDOWS_PER_CURVE = 25
 _MAX_TICKS = 9
+_MAX_POINTS = 300
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Training loss of one recipe at its best learning rate.
+    """A loss, or another quantity, of one recipe at its best learning rate.
 
     Attributes:
         recipe: Its name.
         num_seeds: How many runs it is the mean of.
         steps: Optimizer steps.
-        mean: Mean loss over the seeds.
-        smooth: `mean`, smoothed.
-        low: Smallest loss over the seeds, smoothed.
-        high: Largest loss over the seeds, smoothed.
+        mean: Mean over the seeds.
+        smooth: `mean`, smoothed where it is noisy.
+        low: Smallest over the seeds, smoothed likewise.
+        high: Largest over the seeds, smoothed likewise.
     """
 
     recipe: str
@@ -66,26 +67,96 @@ def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[LossCurve]:
     Returns:
         One curve per recipe with a finished run, in the order of the rows.
     """
+    return curves_of(
+        judged(comparison, rows), lambda run: {entry.step: entry.loss for entry in run.history}, smooth
+    )
+
+
+def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[LossCurve]:
+    """Average the evaluations during training of each recipe over its seeds.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+        metric: Of the validation data.
+
+    Returns:
+        One curve per recipe that was evaluated at least twice, in the order of the rows.
+    """
+    found = curves_of(
+        judged(comparison, rows),
+        lambda run: {
+            entry.step: entry.metrics[metric] for entry in run.evaluations if metric in entry.metrics
+        },
+    )
+    return [curve for curve in found if curve.steps.size > 1]
+
+
+def judged(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Record]]:
+    """Gather the runs that the results are computed from.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+
+    Returns:
+        Recipe name to its runs, in the order of the rows; recipes without any are missing.
+    """
     groups = group_by_recipe(comparison)
     runs = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
-    curves = [_loss_curve(recipe, records) for recipe, records in runs.items() if records]
+    return {recipe: records for recipe, records in runs.items() if records}
+
+
+def curves_of(
+    runs: Mapping[str, Sequence[Record]],
+    values: Callable[[Record], Mapping[int, float]],
+    smoothing: Callable[[Values], Values] = lambda values: values,
+) -> list[LossCurve]:
+    """Average a quantity over the seeds of each recipe.
+
+    Args:
+        runs: By recipe, from `judged`.
+        values: The quantity of a run, by step; empty if it was not measured.
+        smoothing: Takes the noise of single steps away.
+
+    Returns:
+        One curve per recipe with a step that all its runs have.
+    """
+    curves = [_curve(recipe, [values(run) for run in records], smoothing) for recipe, records in runs.items()]
     return [curve for curve in curves if curve.steps.size]
 
 
-def _loss_curve(recipe: str, runs: Sequence[Record]) -> LossCurve:
-    by_step = [{entry.step: entry.loss for entry in run.history} for run in runs]
+def _curve(
+    recipe: str, by_step: Sequence[Mapping[int, float]], smoothing: Callable[[Values], Values]
+) -> LossCurve:
     # Only steps that every seed has: a mean over changing seeds would jump.
-    steps = sorted(set.intersection(*(set(losses) for losses in by_step)))
-    losses = np.array([[run[step] for step in steps] for run in by_step], dtype=np.float64)
+    steps = sorted(set.intersection(*(set(values) for values in by_step)))
+    values = np.array([[run[step] for step in steps] for run in by_step], dtype=np.float64)
     return LossCurve(
         recipe=recipe,
-        num_seeds=len(runs),
+        num_seeds=len(by_step),
         steps=np.array(steps, dtype=np.float64),
-        mean=losses.mean(axis=0),
-        smooth=smooth(losses.mean(axis=0)),
-        low=smooth(losses.min(axis=0)),
-        high=smooth(losses.max(axis=0)),
+        mean=values.mean(axis=0),
+        smooth=smoothing(values.mean(axis=0)),
+        low=smoothing(values.min(axis=0)),
+        high=smoothing(values.max(axis=0)),
     )
+
+
+def thin(curve: LossCurve) -> LossCurve:
+    """Leave out points of a long curve that no screen could show.
+
+    Args:
+        curve: The curve.
+
+    Returns:
+        The curve at no more than 300 steps, evenly spaced, with both ends.
+    """
+    if curve.steps.size <= _MAX_POINTS:
+        return curve
+    kept = np.linspace(0, curve.steps.size - 1, _MAX_POINTS).round().astype(int)
+    arrays = {name: getattr(curve, name)[kept] for name in ("steps", "mean", "smooth", "low", "high")}
+    return replace(curve, **arrays)
 
 
 def smooth(values: Values) -> Values:

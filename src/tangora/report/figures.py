@@ -7,7 +7,16 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tangora.report import formats
-from tangora.report.curves import LossCurve, Sweep, loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.curves import (
+    LossCurve,
+    Sweep,
+    Values,
+    loss_curves,
+    rate_ticks,
+    sweeps,
+    thin,
+    worst_value,
+)
 from tangora.report.records import Comparison
 from tangora.report.selection import SweepPoint
 from tangora.report.styles import Style, recipe_styles
@@ -16,6 +25,7 @@ from tangora.report.summary import Row
 _BAND_OPACITY = 0.15
 _TRANSPARENT = "rgba(0,0,0,0)"
 _GREY = "#808080"
+_PANEL_HEIGHT = 300
 _PARTS = {
     "start": ("start", "x"),
     "forward_backward": ("forward and backward", ""),
@@ -34,40 +44,89 @@ def loss_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
     Returns:
         Smoothed mean over the seeds, a band from the smallest to the largest, and the raw mean on hover.
     """
+    return curves_figure(loss_curves(comparison, rows), rows, "training loss", raw=True)
+
+
+def curves_figure(
+    curves: Sequence[LossCurve], rows: Sequence[Row], title: str, *, raw: bool = False, keyed: bool = False
+) -> go.Figure:
+    """Draw a quantity against the optimizer steps.
+
+    Args:
+        curves: One per recipe.
+        rows: From `summarize`, for the styles.
+        title: Of the vertical axis.
+        raw: Whether the curves are smoothed, and the raw values shown on hover.
+        keyed: Whether a key stands beside the figure, which then needs no legend.
+
+    Returns:
+        Mean over the seeds, and a band from the smallest to the largest; at most 300 steps.
+    """
     styles = recipe_styles(row.recipe for row in rows)
-    figure = empty_figure("optimizer step", "training loss")
-    for curve in loss_curves(comparison, rows):
-        figure.add_traces(_loss_traces(curve, styles[curve.recipe]))
-    return figure
+    figure = empty_figure("optimizer step", title)
+    for curve in curves:
+        figure.add_traces(_loss_traces(thin(curve), styles[curve.recipe], raw=raw))
+    return as_panel(figure) if keyed else figure
 
 
-def _loss_traces(curve: LossCurve, style: Style) -> list[go.Scatter]:
+def as_panel(figure: go.Figure) -> go.Figure:
+    """Make a figure small, for several side by side with one key.
+
+    Args:
+        figure: The figure, which is changed.
+
+    Returns:
+        The figure.
+    """
+    return without_legend(figure).update_layout(height=_PANEL_HEIGHT)
+
+
+def without_legend(figure: go.Figure) -> go.Figure:
+    """Take the legend from a figure that has a key beside it.
+
+    Args:
+        figure: The figure, which is changed.
+
+    Returns:
+        The figure.
+    """
+    return figure.update_layout(showlegend=False)
+
+
+def _loss_traces(curve: LossCurve, style: Style, *, raw: bool) -> list[go.Scatter]:
     name = label_text(curve.recipe)
-    steps = curve.steps.tolist()
+    steps = curve.steps.astype(int).tolist()
     line = go.Scatter(
         x=steps,
-        y=curve.smooth.tolist(),
-        customdata=curve.mean.tolist(),
+        y=_short(curve.smooth),
+        customdata=_short(curve.mean) if raw else None,
         name=name,
+        meta=curve.recipe,
         legendgroup=name,
         mode="lines",
         line={"color": style.color, "dash": style.dash, "width": 2},
-        hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4f}}, raw %{{customdata:.4f}}<extra></extra>",
+        hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4g}}{', raw %{customdata:.4g}' if raw else ''}<extra></extra>",
     )
     if curve.num_seeds == 1:
         return [line]
     band = go.Scatter(
         x=steps + steps[::-1],
-        y=curve.high.tolist() + curve.low.tolist()[::-1],
+        y=_short(curve.high) + _short(curve.low)[::-1],
         fill="toself",
         fillcolor=style.faded(_BAND_OPACITY),
         line={"width": 0, "color": _TRANSPARENT},
         mode="lines",
+        meta=curve.recipe,
         legendgroup=name,
         showlegend=False,
         hoverinfo="skip",
     )
     return [band, line]
+
+
+def _short(values: Values) -> list[float]:
+    # Digits that nobody can see are most of a page.
+    return [float(f"{value:.5g}") for value in values]
 
 
 def sweep_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
@@ -101,6 +160,7 @@ def _sweep_traces(sweep: Sweep, style: Style, floor: float) -> list[go.Scatter]:
         y=[mean for _, mean in finished],
         error_y=_spread(finished),
         name=name,
+        meta=sweep.recipe,
         legendgroup=name,
         mode="lines+markers",
         line={"color": style.color, "dash": style.dash, "width": 2},
@@ -110,9 +170,13 @@ def _sweep_traces(sweep: Sweep, style: Style, floor: float) -> list[go.Scatter]:
     )
     ring = [(point.learning_rate, mean) for point, mean in finished if point.learning_rate == sweep.chosen]
     marks = [
-        _mark(name, ring, {"symbol": "circle-open", "size": 18, "color": style.color, "line": {"width": 2}}),
         _mark(
-            name,
+            sweep.recipe,
+            ring,
+            {"symbol": "circle-open", "size": 18, "color": style.color, "line": {"width": 2}},
+        ),
+        _mark(
+            sweep.recipe,
             [(point.learning_rate, floor) for point in diverged],
             {
                 "symbol": "x-thin",
@@ -127,16 +191,18 @@ def _sweep_traces(sweep: Sweep, style: Style, floor: float) -> list[go.Scatter]:
 
 
 def _mark(
-    name: str,
+    recipe: str,
     places: Sequence[tuple[float, float]],
     marker: dict[str, Any],
     texts: Sequence[str] = (),
 ) -> go.Scatter:
+    name = label_text(recipe)
     return go.Scatter(
         x=[rate for rate, _ in places],
         y=[value for _, value in places],
         mode="markers",
         marker=marker,
+        meta=recipe,
         legendgroup=name,
         showlegend=False,
         text=texts,
@@ -183,20 +249,21 @@ def time_figure(rows: Sequence[Row]) -> go.Figure:
     figure.update_yaxes(type="category", showgrid=False)
     for part, (title, pattern) in _PARTS.items():
         bars = [
-            _bar(label_text(row.recipe), getattr(row.time, part), title, styles[row.recipe].color, pattern)
+            _bar(row.recipe, getattr(row.time, part), title, styles[row.recipe].color, pattern)
             for row in timed
         ]
         # An empty grey bar for the legend, which explains the patterns in no recipe's colour.
-        key = [_bar(label_text(row.recipe), None, title, _GREY, pattern) for row in timed[:1]]
+        key = [_bar(row.recipe, None, title, _GREY, pattern) for row in timed[:1]]
         figure.add_traces([*bars, *key])
     return figure
 
 
-def _bar(label: str, length: float | None, part: str, color: str, pattern: str) -> go.Bar:
+def _bar(recipe: str, length: float | None, part: str, color: str, pattern: str) -> go.Bar:
     shape = {"shape": pattern, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6, "solidity": 0.35}
     return go.Bar(
         x=[length],
-        y=[label],
+        y=[label_text(recipe)],
+        meta=None if length is None else recipe,
         name=part,
         orientation="h",
         marker={"color": color, "pattern": shape, "line": {"width": 0}},

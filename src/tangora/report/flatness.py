@@ -194,6 +194,7 @@ def flatness_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
                 y=[y for _, y, _ in points],
                 customdata=[seed for _, _, seed in points],
                 name=name,
+                meta=recipe,
                 mode="markers",
                 marker={"symbol": styles[recipe].marker, "size": 10, "color": styles[recipe].color},
                 hovertemplate=f"{name}, seed %{{customdata}}<br>λ max %{{x:.3g}}, gap %{{y:.4f}}<extra></extra>",

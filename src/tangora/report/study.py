@@ -1,12 +1,258 @@
-"""Several comparisons side by side."""
+"""Several comparisons, one per task, on one page."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from urllib.parse import quote
 
+from tangora._checks import InputError
+from tangora.report import formats
 from tangora.report.files import write_atomic
-from tangora.report.records import Comparison
+from tangora.report.further import tasks_verdict
+from tangora.report.layout import Cell, Grid, Section, cell, number_cell, render
+from tangora.report.page import data_link, missing_sentence
+from tangora.report.pareto import COSTS, Cost
+from tangora.report.recorded import FrozenModel, read_record, save_json
+from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
+from tangora.report.styles import SVG_DASHES, recipe_styles
+from tangora.report.summary import BASELINE, Row, summarize
+from tangora.report.tables import csv_text, flat_row
+from tangora.report.tasks import Duel, TaskMatrix, matrix
+
+_STUDY_FILE = "study.json"
+_TEMPLATE = "study.html.j2"
+_SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
+
+Comparisons = Mapping[str, Comparison]
+Rows = Mapping[str, Sequence[Row]]
 
 
-def write_study(comparisons: Mapping[str, Comparison], path: Path, title: str, command: str) -> Path:
-    """Placeholder."""
-    return write_atomic(path, title + command + " ".join(comparisons))
+def write_study(comparisons: Comparisons, path: Path, title: str, command: str) -> Path:
+    """Write the page over several tasks, ``study.csv`` with its numbers, and ``study.json`` with what they share.
+
+    Args:
+        comparisons: By the name of the folder beside the page that has the task's own ``report.html``.
+        path: The HTML file.
+        title: Heading of the page.
+        command: What repeats it.
+
+    Returns:
+        The path written.
+    """
+    study = _Study(comparisons)
+    folder = Path(path).parent
+    write_atomic(folder / "study.csv", study.csv())
+    save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
+    return write_atomic(path, study.page(title, command))
+
+
+def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
+    """Read the comparisons of a study from its folder.
+
+    Args:
+        folder: With one folder for each task.
+
+    Returns:
+        Comparisons by name, title and command, as `write_study` takes them.
+
+    Raises:
+        InputError: If no folder in it holds a comparison, or a file is corrupt.
+    """
+    folder = Path(folder)
+    path = folder / _STUDY_FILE
+    found = sorted(file.parent.name for file in folder.glob(f"*/{COMPARISON_FILE}"))
+    if not found:
+        raise InputError(f"{folder} holds no {COMPARISON_FILE}, nor does a folder in it")
+    shared = (
+        read_record(_StudyFile, path, "study") if path.is_file() else _StudyFile(title=folder.resolve().name)
+    )
+    planned = [name for name in shared.tasks if name in found]
+    names = [*planned, *(name for name in found if name not in planned)]
+    comparisons = {name: load_comparison(folder / name) for name in names}
+    return comparisons, shared.title, shared.command
+
+
+def study_verdict(comparisons: Comparisons) -> list[str]:
+    """Say what several tasks say together.
+
+    Args:
+        comparisons: By task; those without records do not count.
+
+    Returns:
+        Sentences in plain text.
+    """
+    return _Study(comparisons).verdict()
+
+
+class _StudyFile(FrozenModel):
+    title: str
+    command: str = ""
+    tasks: tuple[str, ...] = ()
+
+
+class _Study:
+    """The comparisons of a study that have records, their summaries and their matrix."""
+
+    def __init__(self, comparisons: Comparisons):
+        self.comparisons = comparisons
+        # by name: titles may be the same
+        ready = [c.model_copy(update={"title": name}) for name, c in comparisons.items() if c.records]
+        self.rows: Rows = {each.title: summarize(each) for each in ready}
+        self.matrix = matrix(ready) if ready else TaskMatrix((), (), (), (), {}, None)
+        self.against_lora = {(duel.task, duel.ours): duel for duel in self.matrix.against_lora}
+
+    def verdict(self) -> list[str]:
+        return tasks_verdict(self.matrix) if self.rows else ["No task has a record yet."]
+
+    def csv(self) -> str:
+        lines = []
+        for task, rows in self.rows.items():
+            for row in rows:
+                duel = self.against_lora.get((task, row.recipe))
+                told = {"outcome": duel and duel.outcome, "p_corrected_over_tasks": duel and duel.p_corrected}
+                lines.append({"task": task} | flat_row(row) | told)
+        return csv_text(lines)
+
+    def page(self, title: str, command: str) -> str:
+        names = {row.recipe for rows in self.rows.values() for row in rows}
+        sections = [_results(self), _pairs(self.matrix), _costs(self)] if self.rows else []
+        return render(
+            _TEMPLATE,
+            title,
+            drawn=False,
+            command=command,
+            num_recipes=len(names),
+            num_runs=sum(len(comparison.records) for comparison in self.comparisons.values()),
+            created=max((c.created for c in self.comparisons.values()), default=""),
+            verdict=self.verdict(),
+            tasks=[_task(name, comparison) for name, comparison in self.comparisons.items()],
+            sections=[section for section in sections if section is not None],
+            styles=recipe_styles(names),
+            svg_dashes=SVG_DASHES,
+            download=data_link(self.csv()),
+        )
+
+
+def _task(name: str, comparison: Comparison) -> dict[str, str | None]:
+    count = formats.plural(len(comparison.records), "run")
+    return {
+        "name": name,
+        "title": comparison.title,
+        "link": f"{quote(name)}/report.html" if comparison.records else None,
+        "metric": f"test {comparison.metric}, {'higher' if comparison.higher_is_better else 'lower'} is better",
+        "state": missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet."),
+    }
+
+
+def _results(study: _Study) -> Section:
+    ranks = study.matrix.mean_ranks
+    by_task = {task: {row.recipe: row for row in rows} for task, rows in study.rows.items()}
+    headers = ["recipe", *(["mean rank"] if ranks else []), *by_task]
+    lines = [
+        [
+            cell(recipe, recipe),
+            *([_rank_cell(ranks.get(recipe))] if ranks else []),
+            *(
+                _result_cell(rows.get(recipe), study.against_lora.get((task, recipe)))
+                for task, rows in by_task.items()
+            ),
+        ]
+        for recipe in _recipes(study)
+    ]
+    grid = Grid(
+        "results",
+        f"Test metric of each recipe on each task, and what it is against {BASELINE}.",
+        headers,
+        lines,
+    )
+    notes = [
+        (
+            f"Beneath a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie or ▼ loss. A "
+            "win or a loss has a p-value below 0.05 after Holm's correction over all recipes and tasks; one seed "
+            "cannot tell."
+        ),
+        "Mean rank: 1 is best; over the tasks, among the recipes that have a result on every one.",
+    ]
+    return Section("results", "Recipes on tasks", grid=grid, notes=notes if ranks else notes[:1])
+
+
+def _recipes(study: _Study) -> list[str]:
+    # those without a test result come last
+    names = {row.recipe for rows in study.rows.values() for row in rows}
+    return [*study.matrix.recipes, *sorted(names - set(study.matrix.recipes))]
+
+
+def _rank_cell(rank: float | None) -> Cell:
+    return cell(formats.MISSING if rank is None else f"{rank:.2f}", rank)
+
+
+def _result_cell(row: Row | None, duel: Duel | None) -> Cell:
+    if row is None or row.test is None:
+        return cell(formats.MISSING if row is None else "no result")
+    lines = [formats.metric(row.test), formats.interval(row.interval)]
+    if duel is None:
+        return number_cell(row.test, *lines)
+    told = "cannot tell" if duel.outcome is None else f"{_SIGNS[duel.outcome]} {duel.outcome}"
+    made = number_cell(row.test, *lines, f"{formats.difference(duel.difference)} {told}")
+    return Cell(made.lines, made.value, kind=duel.outcome or "")
+
+
+def _pairs(found: TaskMatrix) -> Section | None:
+    if len(found.recipes) < 2:
+        return None
+    grid = Grid(
+        name="pairs",
+        caption="Tasks that the recipe of the row wins – ties – loses against that of the column.",
+        headers=["recipe", *found.recipes],
+        rows=[
+            [cell(ours, ours), *(_pair_cell(found, ours, other) for other in found.recipes)]
+            for ours in found.recipes
+        ],
+    )
+    notes = ["Corrected for all pairs of recipes on all tasks (Holm), which few seeds can hardly pass."]
+    return Section("pairs", "Every pair", grid=grid, notes=notes)
+
+
+def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
+    if ours == theirs:
+        return cell("")
+    count = found.count(ours, theirs)
+    if not any(count.values()):
+        return cell(formats.MISSING)
+    return cell(f"{count['win']} – {count['tie']} – {count['loss']}", count["win"] - count["loss"])
+
+
+def _costs(study: _Study) -> Section | None:
+    recipes = _recipes(study)
+    ratios = {cost: [_ratio(study.rows, recipe, cost) for recipe in recipes] for cost in COSTS}
+    known = {cost: column for cost, column in ratios.items() if any(ratio is not None for ratio in column)}
+    if not known:
+        return None
+    grid = Grid(
+        name="costs",
+        caption=f"What a run costs, {BASELINE} = 1.",
+        headers=["recipe", *(cost.title for cost in known)],
+        rows=[
+            [cell(recipe, recipe), *(_ratio_cell(column[index]) for column in known.values())]
+            for index, recipe in enumerate(recipes)
+        ],
+    )
+    notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
+    return Section("costs", "Costs", grid=grid, notes=notes)
+
+
+def _ratio(rows: Rows, recipe: str, cost: Cost) -> float | None:
+    logs = []
+    for found in rows.values():
+        values = {row.recipe: cost.value(row) for row in found if row.recipe in (recipe, BASELINE)}
+        ours, lora = values.get(recipe), values.get(BASELINE)
+        if ours and lora:
+            logs.append(math.log(ours / lora))
+    return math.exp(fmean(logs)) if logs else None
+
+
+def _ratio_cell(ratio: float | None) -> Cell:
+    return cell(
+        formats.MISSING if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}", ratio
+    )

@@ -15,6 +15,15 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 
 SVG_DASHES = {"solid": "none", "dash": "6 3", "dot": "2 2", "dashdot": "6 2 2 2", "longdash": "10 3"}
+MARKS = {
+    "circle": "●",
+    "square": "■",
+    "diamond": "◆",
+    "triangle-up": "▲",
+    "triangle-down": "▼",
+    "cross": "✚",
+    "star": "★",
+}
 MATPLOTLIB_DASHES = {
     "solid": "-",
     "dash": (0, (5, 2)),

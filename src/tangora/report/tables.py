@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from rich.text import Text
 
 from tangora.report import formats
 from tangora.report.files import write_atomic
+from tangora.report.intervals import Interval
 from tangora.report.records import Comparison
-from tangora.report.summary import BASELINE, Row
+from tangora.report.summary import BASELINE, CEILING, Row
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
 _MARKDOWN_ESCAPES = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_|<>[]"} | {"\n": " "})
@@ -27,14 +28,18 @@ class Column:
     Attributes:
         header: What it shows.
         cell: The text of a row's cell.
+        value: The number, or the name, that the cell is about.
         short: The header in a terminal; empty leaves the column out there.
         beneath: Whether the page, to stay narrow, shows it beneath the cell to its left.
+        cost: Whether it is about what a run costs, which the page shows in a table of its own.
     """
 
     header: str
     cell: Callable[[Row], str]
+    value: Callable[[Row], float | str | None]
     short: str = ""
     beneath: bool = False
+    cost: bool = False
 
 
 def columns(comparison: Comparison) -> list[Column]:
@@ -46,34 +51,75 @@ def columns(comparison: Comparison) -> list[Column]:
     Returns:
         The columns, from left to right.
     """
+    return [
+        Column("recipe", lambda row: row.recipe, lambda row: row.recipe, "recipe"),
+        *_quality(comparison),
+        *_costs(),
+    ]
+
+
+def _quality(comparison: Comparison) -> list[Column]:
     metric = comparison.metric
     return [
-        Column("recipe", lambda row: row.recipe, "recipe"),
-        Column(f"test {metric}", lambda row: formats.metric(row.test), f"test\n{metric}"),
-        Column("95 % interval", lambda row: formats.interval(row.interval), "95 %\ninterval", beneath=True),
-        Column(f"vs {BASELINE}", lambda row: formats.difference(row.difference), f"vs\n{BASELINE}"),
-        Column(
-            f"95 % interval vs {BASELINE}",
-            lambda row: formats.interval(row.difference_interval, sign=True),
-            beneath=True,
-        ),
-        Column("gap closed", lambda row: formats.share(row.gap_closed), "gap\nclosed"),
+        _number(f"test {metric}", lambda row: row.test, formats.metric, f"test\n{metric}"),
+        _interval("95 % interval", lambda row: row.interval, formats.interval, "95 %\ninterval"),
+        _number(f"vs {BASELINE}", lambda row: row.difference, formats.difference, f"vs\n{BASELINE}"),
+        _interval(f"95 % interval vs {BASELINE}", lambda row: row.difference_interval, _signed),
+        _number(f"corrected p vs {BASELINE}", lambda row: row.p_corrected, formats.p_value, beneath=True),
+        _number(f"vs {CEILING}", lambda row: row.versus_full, formats.difference),
+        _interval(f"95 % interval vs {CEILING}", lambda row: row.versus_full_interval, _signed),
+        _number("gap closed", lambda row: row.gap_closed, formats.share, "gap\nclosed"),
+        _interval("95 % interval of the gap closed", lambda row: row.gap_closed_interval, formats.shares),
         Column(
             "learning rate",
             lambda row: formats.learning_rate(row.learning_rate) + _EDGE_MARKS[row.edge],
+            lambda row: row.learning_rate,
             "rate",
         ),
-        Column("seeds", lambda row: str(row.num_seeds), "seeds"),
-        Column("validation loss", lambda row: formats.metric(row.validation_loss)),
-        Column("time per run", lambda row: formats.seconds(row.time and row.time.total), "time"),
-        Column("optimizer step", lambda row: formats.milliseconds(row.step_milliseconds), "opt.\nstep"),
-        Column("optimizer state", lambda row: formats.size(row.optimizer_state_bytes), "opt.\nstate"),
-        Column("peak memory", lambda row: formats.size(row.peak_bytes)),
-        Column("trained", lambda row: formats.count(row.trainable_parameters)),
+        _number("seeds", lambda row: row.num_seeds, str, "seeds"),
+        _number("validation loss", lambda row: row.validation_loss, formats.metric),
         Column(
-            "diverged, failed runs", lambda row: f"{row.num_diverged}, {row.num_failed} of {row.num_runs}"
+            "diverged, failed runs",
+            lambda row: f"{row.num_diverged}, {row.num_failed} of {row.num_runs}",
+            lambda row: row.num_diverged + row.num_failed,
         ),
     ]
+
+
+def _costs() -> list[Column]:
+    return [
+        _cost("time per run", lambda row: row.time and row.time.total, formats.seconds, "time"),
+        _cost("optimizer step", lambda row: row.step_milliseconds, formats.milliseconds, "opt.\nstep"),
+        _cost("optimizer state", lambda row: row.optimizer_state_bytes, formats.size, "opt.\nstate"),
+        _cost("peak memory", lambda row: row.peak_bytes, formats.size),
+        _cost("trained", lambda row: row.trainable_parameters, formats.count),
+    ]
+
+
+def _number(
+    header: str,
+    value: Callable[[Row], Any],
+    write: Callable[[Any], str],
+    short: str = "",
+    *,
+    beneath: bool = False,
+    cost: bool = False,
+) -> Column:
+    return Column(header, lambda row: write(value(row)), value, short, beneath, cost)
+
+
+def _interval(
+    header: str, value: Callable[[Row], Interval | None], write: Callable[[Any], str], short: str = ""
+) -> Column:
+    return Column(header, lambda row: write(value(row)), lambda _: None, short, beneath=True)
+
+
+def _cost(header: str, value: Callable[[Row], Any], write: Callable[[Any], str], short: str = "") -> Column:
+    return _number(header, value, write, short, cost=True)
+
+
+def _signed(value: Interval | None) -> str:
+    return formats.interval(value, sign=True)
 
 
 def rich_table(rows: Sequence[Row], comparison: Comparison) -> Table:
@@ -142,17 +188,35 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
     Returns:
         The path written.
     """
-    flat = [_flatten(row) for row in rows]
-    names = list(dict.fromkeys(name for cells in flat for name in cells))
+    return write_atomic(path, csv_text([flat_row(row) for row in rows]))
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Write lines of named cells as CSV.
+
+    Args:
+        lines: Name to value; a name that a line lacks becomes an empty cell.
+
+    Returns:
+        CSV with a header, in the order in which the names first come.
+    """
+    names = list(dict.fromkeys(name for cells in lines for name in cells))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
-    return write_atomic(path, text.getvalue())
+    writer.writerows(lines)
+    return text.getvalue()
 
 
-def _flatten(row: Row) -> dict[str, Any]:
-    # Spread intervals and the time split over columns of their own.
+def flat_row(row: Row) -> dict[str, Any]:
+    """Spread the intervals and the time split of a row over columns of their own.
+
+    Args:
+        row: From `summarize`.
+
+    Returns:
+        Name to value, unrounded.
+    """
     cells = asdict(row)
     for name in [name for name in cells if name.endswith("interval")]:
         low, high = cells.pop(name) or (None, None)

@@ -1,0 +1,87 @@
+"""What was measured on the way of the runs: alignment with the gradient and with full fine-tuning, and curvature."""
+
+from collections.abc import Mapping, Sequence
+
+from tangora.report import formats
+from tangora.report.curves import LossCurve, curves_of, judged
+from tangora.report.figures import curves_figure
+from tangora.report.layout import Chart, Section, plain
+from tangora.report.records import Comparison, Metrics
+from tangora.report.summary import Row
+
+Measured = Mapping[str, Sequence[Metrics]]
+"""Measured points of runs, by their ids: values by name, and ``step``."""
+
+_ALIGNMENT = {
+    "captured_energy": "share of the gradient’s energy that the adapter can follow",
+    "cosine": "cosine with full fine-tuning’s change",
+    "relative_distance": "distance to full fine-tuning, relative to its change",
+    "mean_left_angle": "mean angle of B to the gradient’s left singular vectors, °",
+    "mean_right_angle": "mean angle of A to the gradient’s right singular vectors, °",
+    "effective_rank": "effective rank of the change",
+    "relative_imbalance": "imbalance of A and B",
+}
+_CURVATURE = {
+    "weights_top_eigenvalue": "largest eigenvalue over the weights",
+    "tangent_top_eigenvalue": "largest eigenvalue in the tangent space",
+    "weights_trace": "trace over the weights",
+    "tangent_trace": "trace in the tangent space",
+}
+_BAND = "Mean over the seeds at each recipe's best learning rate; the band reaches from the smallest to the largest."
+
+
+def measured_sections(comparison: Comparison, rows: Sequence[Row], measured: Measured) -> list[Section]:
+    """Draw what was measured on the way.
+
+    Args:
+        comparison: The runs.
+        rows: From `summarize`.
+        measured: Of the judged runs.
+
+    Returns:
+        Alignment over time and curvature over time, as far as they were measured.
+    """
+    runs = judged(comparison, rows)
+    runs = {
+        recipe: found
+        for recipe, records in runs.items()
+        if (found := [r for r in records if r.id in measured])
+    }
+    sections = []
+    for name, title, wanted in (
+        ("alignment", "Alignment over time", _ALIGNMENT),
+        ("curvature", "Curvature over time", _CURVATURE),
+    ):
+        charts = []
+        for key, quantity in wanted.items():
+            curves = curves_of(
+                runs,
+                lambda run, key=key: {int(p["step"]): p[key] for p in measured[run.id] if key in p},
+            )
+            if curves:
+                figure = curves_figure(curves, rows, "", keyed=True)
+                charts.append(
+                    Chart(
+                        f"{name}-{key}",
+                        quantity[0].upper() + quantity[1:],
+                        "",
+                        plain(figure),
+                        last_values(curves),
+                    )
+                )
+        if charts:
+            sections.append(Section(name, title, charts=charts, notes=[_BAND], keyed=True))
+    return sections
+
+
+def last_values(curves: Sequence[LossCurve]) -> str:
+    """Say where curves end.
+
+    Args:
+        curves: One per recipe, at least one.
+
+    Returns:
+        A sentence.
+    """
+    ends = [f"{curve.recipe} {formats.significant(float(curve.smooth[-1]))}" for curve in curves]
+    return f"At the end: {formats.listing(ends)}"

@@ -1,0 +1,136 @@
+import csv
+
+import pytest
+
+from tangora._checks import InputError
+from tangora.report import formats, load_study, matrix, save_comparison, summarize, tasks_verdict, write_study
+from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic
+from tests.report.test_page import Page
+
+
+def task(title, tangent, metric="accuracy"):
+    def records(recipe, quality):
+        return [
+            make_record(
+                recipe,
+                seed=seed,
+                test=quality + 0.001 * seed,
+                metrics={split: {metric: quality + 0.001 * seed} for split in ("validation", "test")},
+            )
+            for seed in range(3)
+        ]
+
+    return make_comparison([*records("lora", 0.8), *records("tangent", tangent)], title=title, metric=metric)
+
+
+@pytest.fixture(scope="module")
+def study():
+    # the seeds of both differ alike, so that differences have no noise at all
+    return {"easy": task("An easy task", 0.9), "hard": task("A hard task", 0.7), "even": task("Even", 0.8)}
+
+
+@pytest.fixture(scope="module")
+def text(study, tmp_path_factory):
+    return write_study(
+        study, tmp_path_factory.mktemp("study") / "report.html", "Three tasks", "run it"
+    ).read_text()
+
+
+def test_wins_and_losses_are_words(text, study):
+    header, *lines = Page(text).tables["results-table"]
+    assert header == ["recipe", "mean rank", "easy", "hard", "even"]
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    assert rows["tangent"]["easy"].endswith("+0.1000 ▲ win")
+    assert rows["tangent"]["hard"].endswith("−0.1000 ▼ loss")
+    assert rows["tangent"]["even"].endswith("+0.0000 = tie")
+    for name, comparison in study.items():
+        for row in summarize(comparison):
+            assert rows[row.recipe][name].split("\n")[0] == formats.metric(row.test)
+    _, ours, theirs = Page(text).tables["pairs-table"]
+    assert {ours[0]: ours[1:], theirs[0]: theirs[1:]} == {
+        "lora": ["", "1 – 1 – 1"],
+        "tangent": ["1 – 1 – 1", ""],
+    }
+
+
+def test_the_verdict_and_the_links(text, study):
+    page = Page(text)
+    named = [comparison.model_copy(update={"title": name}) for name, comparison in study.items()]
+    shown = "".join(page.text)
+    assert all(sentence in shown for sentence in tasks_verdict(matrix(named)))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "download" not in attrs]
+    assert links == [f"{name}/report.html" for name in study]
+    assert page.open == []
+
+
+def test_costs_are_relative_to_lora(text):
+    header, *lines = Page(text).tables["costs-table"]
+    assert all(cell == "1.00" for line in lines for cell in line[1:])
+    assert header == ["recipe", "time per run", "trainable parameters", "optimizer state"]
+
+
+def test_csv_beside_it(study, tmp_path):
+    write_study(study, tmp_path / "report.html", "Three tasks", "")
+    with (tmp_path / "study.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["task"], line["recipe"]) for line in lines if line["outcome"] == "win"] == [
+        ("easy", "tangent")
+    ]
+    for line in lines:
+        (row,) = [row for row in summarize(study[line["task"]]) if row.recipe == line["recipe"]]
+        assert float(line["test"]) == row.test
+
+
+def test_tasks_without_records_wait(study, tmp_path):
+    waiting = make_comparison([], title="Later", missing=["a"])
+    text = write_study(study | {"later": waiting}, tmp_path / "a.html", "Study", "").read_text()
+    assert "later/report.html" not in text
+    assert "0 runs are done, 1 or more are left" in text
+    assert "later" not in Page(text).tables["results-table"][0]
+    alone = write_study({"later": waiting}, tmp_path / "b.html", "Study", "").read_text()
+    assert "No task has a record yet." in alone
+
+
+def test_hostile_names_stay_text(tmp_path):
+    comparison = make_comparison([make_record(HOSTILE), make_record("lora")], title=HOSTILE)
+    text = write_study({"a": comparison}, tmp_path / "a.html", HOSTILE, HOSTILE).read_text()
+    assert "<script>alert" not in text
+
+
+def test_a_folder_gives_the_study_back(study, tmp_path):
+    for name, comparison in study.items():
+        save_comparison(comparison, tmp_path / name)
+    first = write_study(study, tmp_path / "report.html", "Three tasks", "run it").read_bytes()
+    comparisons, title, command = load_study(tmp_path)
+    assert list(comparisons) == list(study)
+    assert write_study(comparisons, tmp_path / "report.html", title, command).read_bytes() == first
+    (tmp_path / "study.json").unlink()
+    comparisons, title, command = load_study(tmp_path)
+    assert (list(comparisons), title, command) == (sorted(study), tmp_path.name, "")
+
+
+def test_a_folder_without_comparisons(tmp_path):
+    with pytest.raises(InputError, match=r"no comparison\.json"):
+        load_study(tmp_path)
+
+
+def test_the_command_makes_all_pages_again(study, tmp_path, monkeypatch, capsys):
+    from tangora import cli
+
+    for name, comparison in study.items():
+        save_comparison(comparison, tmp_path / name)
+    save_comparison(make_comparison([], missing=["a"]), tmp_path / "later")
+    monkeypatch.setattr("sys.argv", ["tangora", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "easy/report.html" in (tmp_path / "report.html").read_text()
+    assert all((tmp_path / name / "report.html").exists() for name in study)
+    assert "Against lora" in capsys.readouterr().out
+
+
+def test_the_page_is_small():
+    # it has no figures, and need not carry what draws them
+    from tangora.report.study import _Study
+
+    assert len(_Study({"a": realistic()}).page("Study", "")) < 100_000
