@@ -586,9 +586,9 @@ def test_nothing_half_written_is_left_when_saving_fails(where, existing, tmp_pat
     initial = initial_factors(model)
     original = getattr(export, where)
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         if where != "replace_folder":
-            original(*arguments)
+            original(*arguments, **options)
         raise OSError("disk full")
 
     monkeypatch.setattr(export, where, fail)
