@@ -105,7 +105,6 @@ def test_adafactor_metric_is_the_rank_one_model_of_v():
     torch.testing.assert_close(torch.outer(metric.rows, metric.columns), V.sqrt())
 
 
-@pytest.mark.messages
 @pytest.mark.parametrize("retraction", ["auto", "orthographic", "svd"])
 def test_gradients_of_the_factors_stay_as_short_as_balanced_ones(retraction):
     # clipping by norm, which the Trainer does, would else take the steps of everything: of 100 times too long gradients
@@ -120,6 +119,7 @@ def test_gradients_of_the_factors_stay_as_short_as_balanced_ones(retraction):
         assert size <= 2 * 4**0.5 * least
 
 
+@pytest.mark.messages
 def test_bad_retraction():
     model, _, _ = problem()
     with pytest.raises(InputError, match="retraction must be one of auto, orthographic, svd; got 'factors'"):
