@@ -23,6 +23,8 @@ def settings(tmp_path_factory):
         seeds=[0, 1],
         steps=6,
         batch_size=8,
+        measure_every=3,
+        measure_gradient=8,
     )
 
 
@@ -56,6 +58,14 @@ def test_every_method_is_swept_and_repeated(done):
     rows = {row.recipe: row for row in summarize(outcome.comparison)}
     assert rows["tangent"].learning_rate == 1e-3
     assert wild.status in ("diverged", "finished")
+
+
+def test_alignment_is_recorded_and_drawn(done):
+    _, folder, outcome, _ = done
+    for record in (run for run in outcome.comparison.records if run.status == "finished"):
+        measured = [point["step"] for point in record.trajectory if "captured_energy" in point]
+        assert measured == ([] if record.recipe == "full" else [0, 3, 6])
+    assert "Alignment over time" in (folder / "report.html").read_text()
 
 
 def test_files(done):

@@ -57,6 +57,15 @@ def rates(records, stage="sweep"):
     return sorted({record.learning_rate for record in records if record.stage == stage})
 
 
+def test_only_what_has_an_adapter_is_measured_on_the_way():
+    plan = settings(recipes=["full", "lora"], measure_every=5, measure_gradient=8)
+    assert (plan.run("lora", 1e-3, 0).measure_every, plan.run("lora", 1e-3, 0).measure_gradient) == (5, 8)
+    assert (plan.run("full", 1e-3, 0).measure_every, plan.run("full", 1e-3, 0).measure_gradient) == (
+        None,
+        None,
+    )
+
+
 def test_the_best_of_the_grid_is_repeated_with_the_other_seeds():
     records = played(settings(), parabola(1e-3))
     assert rates(records) == GRID

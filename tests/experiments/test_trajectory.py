@@ -48,17 +48,19 @@ def test_measuring_changes_no_bit_of_training(classifier, reference, tmp_path, n
     file = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
     one, other = load_file(tmp_path / "plain" / file), load_file(tmp_path / "measured" / file)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert plain.trajectory == {}
+    assert plain.trajectory == []
     assert not (tmp_path / "plain" / "trajectory.jsonl").exists()
     points = read_trajectory(tmp_path / "measured" / "trajectory.jsonl")
     assert [point.step for point in points] == measured_steps(5, measuring["measure_every"])
-    assert measured.trajectory == {"step": 5} | points[-1].totals.known()
+    assert measured.trajectory == [{"step": p.step} | p.totals.known() for p in points]
     if name == "full":
         return
     assert points[0].totals.path_length == 0
     assert points[0].totals.change == pytest.approx(0, abs=1e-12)
-    assert {"distance", "cosine", "captured_energy", "right_angle", "imbalance"} <= measured.trajectory.keys()
-    assert -1 <= measured.trajectory["cosine"] <= 1
+    assert {"distance", "cosine", "captured_energy", "right_angle", "imbalance"} <= measured.trajectory[
+        -1
+    ].keys()
+    assert -1 <= measured.trajectory[-1]["cosine"] <= 1
     assert all(0 <= point.totals.captured_energy <= 1 for point in points)
 
 
@@ -70,8 +72,8 @@ def test_full_fine_tuning_is_at_no_distance_from_itself(classifier, reference, t
         **classifier, recipe="full", steps=5, batch_size=8, measure_every=2, reference=str(reference)
     )
     record = train(settings, tmp_path / "again")
-    assert record.trajectory["distance"] == 0
-    assert record.trajectory["cosine"] == pytest.approx(1)
+    assert record.trajectory[-1]["distance"] == 0
+    assert record.trajectory[-1]["cosine"] == pytest.approx(1)
     # a saved model's layers are its last snapshot, and nothing else is in it
     saved = load_file(tmp_path / "again" / "model" / "model.safetensors")
     last = load_file(tmp_path / "again" / "snapshots" / "step-000005.safetensors")
@@ -171,7 +173,7 @@ def test_a_gradient_that_is_not_finite_is_a_divergence(classifier, tmp_path, mon
 
 def test_one_step_is_not_training(classifier, tmp_path):
     record = train(RunSettings(**classifier, recipe="one-step", batch_size=8, measure_every=1), tmp_path)
-    assert record.trajectory == {}
+    assert record.trajectory == []
 
 
 @pytest.mark.messages

@@ -152,9 +152,10 @@ def test_forgetting_is_shown_when_it_was_measured():
 
 
 def test_what_was_measured_on_the_way_is_drawn():
-    records = [make_record(seed=0), make_record(seed=1)]
     points = [{"step": 0, "captured_energy": 0.1}, {"step": 4, "captured_energy": 0.5}]
-    page = Page(render_page(make_comparison(records), {run.id: points for run in records}))
+    page = Page(
+        render_page(make_comparison([make_record(seed=seed, trajectory=points) for seed in range(2)]))
+    )
     figures = {attrs["id"]: attrs for _, attrs in page.tags if attrs.get("class") == "plot"}
     assert "0.5" in figures["alignment-captured_energy"]["aria-label"]
     assert "alignment-cosine" not in figures

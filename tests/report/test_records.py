@@ -105,6 +105,17 @@ def test_every_field_says_what_it_means(model):
     assert {name for name, field in model.model_fields.items() if not field.description} <= known
 
 
+def test_the_last_points_that_version_2_kept_are_read():
+    older = make_record().model_dump() | {
+        "schema_version": 2,
+        "trajectory": {"step": 5, "cosine": 0.5},
+        "curvature": {},
+    }
+    read = Record.model_validate(older)
+    assert read.trajectory == [{"step": 5, "cosine": 0.5}]
+    assert read.curvature == []
+
+
 def break_json(path):
     path.write_text(path.read_text()[:-20])
 
@@ -128,7 +139,7 @@ def change(**changes):
         (break_encoding, "is not valid JSON"),
         (lambda path: path.write_text("[1]"), "must hold a JSON object; got list"),
         (lambda path: path.unlink(), "cannot be read: No such file"),
-        (change(schema_version=3), "has schema_version 3; this tangora reads 1 to 2"),
+        (change(schema_version=4), "has schema_version 4; this tangora reads 1 to 3"),
         (change(schema_version=None), "has schema_version None"),
         (
             change(stage="rehearsal"),

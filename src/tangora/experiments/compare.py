@@ -19,12 +19,10 @@ from tangora.experiments.plan import Cell, CompareSettings, PlanSettings, due, p
 from tangora.experiments.pool import Pool
 from tangora.experiments.run import Watcher, load_run_task, verify_adapter
 from tangora.experiments.settings import RunSettings, claim_folder
-from tangora.experiments.trajectory import CURVATURE, TRAJECTORY
 from tangora.experiments.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.report import (
     Comparison,
     Record,
-    Row,
     load_record,
     save_json,
     save_picture,
@@ -33,10 +31,7 @@ from tangora.report import (
     write_page,
     write_study,
 )
-from tangora.report.curves import judged
 from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
-from tangora.training.callbacks import read_trajectory
-from tangora.training.curvature import read_curvature
 from tangora.training.data import Task
 
 
@@ -294,18 +289,7 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
     rows = summarize(comparison)
     write_csv(rows, folder / "summary.csv")
     save_picture(comparison, folder / "picture.png")
-    return write_page(comparison, folder / "report.html", _measured(comparison, rows, folder / RUNS_FOLDER))
-
-
-def _measured(comparison: Comparison, rows: Sequence[Row], folder: Path) -> dict[str, list[dict[str, float]]]:
-    # What the judged runs measured on their way, as far as their folders are still there.
-    found = {}
-    for run in (run for runs in judged(comparison, rows).values() for run in runs):
-        trajectory = [(p.step, p.totals.known()) for p in read_trajectory(folder / run.id / TRAJECTORY)]
-        curvature = [(p.step, p.known()) for p in read_curvature(folder / run.id / CURVATURE)]
-        if trajectory or curvature:
-            found[run.id] = [{"step": step} | known for step, known in [*trajectory, *curvature]]
-    return found
+    return write_page(comparison, folder / "report.html")
 
 
 def _best_adapter(

@@ -30,8 +30,8 @@ from tangora.experiments.scoring import (
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.trajectory import (
     curvature_callback,
-    curvature_summary,
-    summary,
+    curvature_points,
+    trajectory_points,
     trajectory_recorder,
 )
 from tangora.recipes import Recipe, recipe
@@ -205,8 +205,8 @@ def execute(
         ),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
-        trajectory=summary(folder),
-        curvature=curvature_summary(folder),
+        trajectory=trajectory_points(folder),
+        curvature=curvature_points(folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         scores=result.scores,

@@ -79,6 +79,19 @@ class TaskSettings(Settings):
     forgetting: bool = Field(
         default=False, description="Also measure the loss on unrelated text before and after (causal models)."
     )
+    measure_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between measured points of the trajectory, and snapshots of full; default: none.",
+    )
+    measure_gradient: int | None = Field(
+        None, ge=1, description="Training examples whose gradient is read at every measured step."
+    )
+    curvature_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between measured points of the Hessian: largest eigenvalue, trace; default: none.",
+    )
     curvature: bool | None = Field(
         default=None, description="Also measure at the end how flat the loss is, and the generalisation gap."
     )
@@ -118,8 +131,16 @@ class TaskSettings(Settings):
         return own | values | {"rank_plan": plan}
 
     @model_validator(mode="after")
+    def _measured_first(self) -> "TaskSettings":
+        if self.measure_gradient is not None and self.measure_every is None:
+            raise ValueError(
+                f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _curved(self) -> "TaskSettings":
-        measured = self.curvature or getattr(self, "curvature_every", None)
+        measured = self.curvature or self.curvature_every
         if self.curvature_examples is not None and not measured:
             raise ValueError(
                 f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
@@ -150,21 +171,8 @@ class RunSettings(TaskSettings):
     save_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; default: no checkpoints."
     )
-    measure_every: int | None = Field(
-        None,
-        ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full; default: none.",
-    )
-    measure_gradient: int | None = Field(
-        None, ge=1, description="Training examples whose gradient is read at every measured step."
-    )
     reference: str | None = Field(
         default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
-    )
-    curvature_every: int | None = Field(
-        None,
-        ge=1,
-        description="Steps between measured points of the Hessian: largest eigenvalue, trace; default: none.",
     )
 
     @field_validator("recipe")
@@ -173,10 +181,9 @@ class RunSettings(TaskSettings):
         return recipe(name).name
 
     @model_validator(mode="after")
-    def _measured(self) -> "RunSettings":
-        for key in ("measure_gradient", "reference"):
-            if getattr(self, key) is not None and self.measure_every is None:
-                raise ValueError(f"{key} needs measure_every; got {key} = {getattr(self, key)!r} alone")
+    def _referred(self) -> "RunSettings":
+        if self.reference is not None and self.measure_every is None:
+            raise ValueError(f"reference needs measure_every; got reference = {self.reference!r} alone")
         return self
 
     @property

@@ -183,27 +183,25 @@ def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> lis
     return [pair.name.removeprefix("base_model.model.") for pair in discover(adapted).pairs]
 
 
-def summary(folder: Path) -> dict[str, float | int]:
-    """Return the totals of the last measured point of a run.
+def trajectory_points(folder: Path) -> list[dict[str, float]]:
+    """Return the totals of a run's measured points.
 
     Args:
         folder: The run's folder.
 
     Returns:
-        Values by name, and ``step``; empty for a run that was not measured.
+        Values by name, and ``step``; nothing for a run that was not measured.
     """
-    points = read_trajectory(folder / TRAJECTORY)
-    return {"step": points[-1].step} | points[-1].totals.known() if points else {}
+    return [{"step": point.step} | point.totals.known() for point in read_trajectory(folder / TRAJECTORY)]
 
 
-def curvature_summary(folder: Path) -> dict[str, float | int]:
-    """Return the curvature at the last measured point of a run.
+def curvature_points(folder: Path) -> list[dict[str, float]]:
+    """Return the curvature at a run's measured points.
 
     Args:
         folder: The run's folder.
 
     Returns:
-        Values by name, and ``step``; empty for a run whose curvature was not measured.
+        Values by name, and ``step``; nothing for a run whose curvature was not measured.
     """
-    points = read_curvature(folder / CURVATURE)
-    return {"step": points[-1].step} | points[-1].known() if points else {}
+    return [{"step": point.step} | point.known() for point in read_curvature(folder / CURVATURE)]

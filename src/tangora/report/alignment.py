@@ -1,16 +1,13 @@
 """What was measured on the way of the runs: alignment with the gradient and with full fine-tuning, and curvature."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tangora.report import formats
 from tangora.report.curves import LossCurve, curves_of, judged
 from tangora.report.figures import curves_figure
 from tangora.report.layout import Chart, Section, plain
-from tangora.report.records import Comparison, Metrics
+from tangora.report.records import Comparison
 from tangora.report.summary import Row
-
-Measured = Mapping[str, Sequence[Metrics]]
-"""Measured points of runs, by their ids: values by name, and ``step``."""
 
 _ALIGNMENT = {
     "captured_energy": "share of the gradient’s energy that the adapter can follow",
@@ -30,22 +27,20 @@ _CURVATURE = {
 _BAND = "Mean over the seeds at each recipe's best learning rate; the band reaches from the smallest to the largest."
 
 
-def measured_sections(comparison: Comparison, rows: Sequence[Row], measured: Measured) -> list[Section]:
+def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
     """Draw what was measured on the way.
 
     Args:
         comparison: The runs.
         rows: From `summarize`.
-        measured: Of the judged runs.
 
     Returns:
         Alignment over time and curvature over time, as far as they were measured.
     """
-    runs = judged(comparison, rows)
     runs = {
-        recipe: found
-        for recipe, records in runs.items()
-        if (found := [r for r in records if r.id in measured])
+        recipe: measured
+        for recipe, records in judged(comparison, rows).items()
+        if (measured := [run for run in records if run.trajectory or run.curvature])
     }
     sections = []
     for name, title, wanted in (
@@ -56,7 +51,9 @@ def measured_sections(comparison: Comparison, rows: Sequence[Row], measured: Mea
         for key, quantity in wanted.items():
             curves = curves_of(
                 runs,
-                lambda run, key=key: {int(p["step"]): p[key] for p in measured[run.id] if key in p},
+                lambda run, key=key: {
+                    int(point["step"]): point[key] for point in run.trajectory + run.curvature if key in point
+                },
             )
             if curves:
                 figure = curves_figure(curves, rows, "", keyed=True)

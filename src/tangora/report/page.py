@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tangora.report import formats
-from tangora.report.alignment import Measured, measured_sections
+from tangora.report.alignment import measured_sections
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
 from tangora.report.records import Comparison, Record
@@ -31,26 +31,24 @@ from tangora.report.verdict import verdict
 _TEMPLATE = "page.html.j2"
 
 
-def write_page(comparison: Comparison, path: str | Path, measured: Measured | None = None) -> Path:
+def write_page(comparison: Comparison, path: str | Path) -> Path:
     """Write the report of a comparison.
 
     Args:
         comparison: The runs.
         path: The HTML file.
-        measured: What was measured on the way of the judged runs, if anything.
 
     Returns:
         The path written.
     """
-    return write_atomic(path, render_page(comparison, measured))
+    return write_atomic(path, render_page(comparison))
 
 
-def render_page(comparison: Comparison, measured: Measured | None = None) -> str:
+def render_page(comparison: Comparison) -> str:
     """Make the report of a comparison; the same comparison gives the same text.
 
     Args:
         comparison: The runs.
-        measured: What was measured on the way of the judged runs, if anything.
 
     Returns:
         A whole HTML page: verdict, results, figures, runs, and what is needed to repeat it.
@@ -63,7 +61,7 @@ def render_page(comparison: Comparison, measured: Measured | None = None) -> str
         *curve_sections(comparison, rows),
         sweep_section(comparison, rows),
         speed_section(comparison, rows),
-        *measured_sections(comparison, rows, measured or {}),
+        *measured_sections(comparison, rows),
         flatness_section(comparison, rows),
         forgetting_section(comparison, rows),
         time_section(rows),

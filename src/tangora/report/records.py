@@ -9,15 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError
 from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, save_json, validated
 
-SCHEMA_VERSION = 2
-"""Of what is written. Version 1, which is read too, lacked optional fields only."""
+SCHEMA_VERSION = 3
+"""Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
 
-_READ = (1, 2)
+_READ = (1, 2, 3)
 COMPARISON_FILE = "comparison.json"
 RECORDS_FOLDER = "records"
 
@@ -133,7 +133,7 @@ class Forgetting(FrozenModel):
 class Record(Recorded):
     """One run: a recipe, a learning rate and a seed."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     id: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=@-]{0,199}$",
         description="Unique in its comparison, and its file name without `.json`.",
@@ -163,14 +163,15 @@ class Record(Recorded):
         description="Gradients of whole batches in training: one per step, more for schemes with several stages.",
     )
     trainable_parameters: Count
-    trajectory: Metrics = Field(
-        default_factory=dict,
-        description="Totals of the last measured point of the trajectory and its step; empty if none was.",
+    trajectory: list[Metrics] = Field(
+        default_factory=list,
+        description="Measured points of the trajectory, in order: `step`, and totals over the layers, such as "
+        "`captured_energy`; empty if none was measured.",
     )
-    curvature: Metrics = Field(
-        default_factory=dict,
-        description="Largest eigenvalues and traces of the Hessian at the last measured point, and its step; empty if "
-        "none was.",
+    curvature: list[Metrics] = Field(
+        default_factory=list,
+        description="Measured points of the Hessian, in order: `step`, largest eigenvalues and traces; empty if none "
+        "was measured.",
     )
     flatness: Flatness | None = Field(
         default=None, description="Curvature at the end of the run; None if it was not measured."
@@ -186,11 +187,17 @@ class Record(Recorded):
         default=None, description="What training did to unrelated text; None if it was not measured."
     )
 
+    @field_validator("trajectory", "curvature", mode="before")
+    @classmethod
+    def _last_point_only(cls, points: Any) -> Any:
+        # what version 2 kept
+        return ([points] if points else []) if isinstance(points, dict) else points
+
 
 class Comparison(FrozenModel):
     """Several recipes on one task, each with its own learning-rate sweep."""
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     title: str
     command: str = Field(description="The command line that repeats it.")
     metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')

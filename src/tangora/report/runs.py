@@ -120,11 +120,10 @@ def _details(run: Record, shared: Mapping[str, str]) -> str:
     }
     lines.append("memory: " + ", ".join(f"{name} {formats.size(size)}" for name, size in sizes.items()))
     lines.append(f"trainable parameters: {run.trainable_parameters}")
-    for name, values in (("trajectory", run.trajectory), ("curvature", run.curvature)):
-        if values:
-            lines.append(
-                f"{name}: " + ", ".join(f"{key} {formats.significant(v)}" for key, v in values.items())
-            )
+    for name, points in (("trajectory", run.trajectory), ("curvature", run.curvature)):
+        if points:
+            last = ", ".join(f"{key} {formats.significant(value)}" for key, value in points[-1].items())
+            lines.append(f"{name}, last point: {last}")
     lines += [f"{key}: {value}" for key, value in flat(run.settings) if key not in shared]
     error = (run.error or "").strip()
     return "\n".join([*lines, *(["", error] if error != error_head(run) else [])])
