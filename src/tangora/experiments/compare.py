@@ -33,6 +33,7 @@ from tangora.report import (
 )
 from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
 from tangora.training.data import Task
+from tangora.training.tracking import check_trackers
 
 
 @dataclass
@@ -194,6 +195,7 @@ class _Runner:
 
     def prepare(self, settings: CompareSettings, folder: Path) -> tuple[CompareSettings, Task, Path]:
         # reads the data and claims the folder
+        check_trackers(settings.report_to or ())
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = settings.model_copy(update={"kind": task.kind})
         claim_folder(folder, settings)

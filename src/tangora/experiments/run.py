@@ -48,6 +48,7 @@ from tangora.training.callbacks import (
 )
 from tangora.training.data import Task, load_task
 from tangora.training.models import LoadedModel, load_model
+from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
 
 EVALUATIONS = "evaluations.jsonl"
@@ -159,9 +160,8 @@ def execute(
         for observer in (trajectory_recorder, curvature_callback)
     ]
     callbacks: list[transformers.TrainerCallback] = [timer, *(each for each in observers if each is not None)]
-    evaluations = _evaluations(loaded, model, task, settings, folder)
-    callbacks += [evaluations] if evaluations else []
     trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
+    evaluations = _evaluations(loaded, model, task, settings, folder, trainer)
     try:
         watcher.phase("training")
         result.peak_bytes = _train(trainer, folder / "checkpoints") if method.trains else None
@@ -333,7 +333,8 @@ def _trainer(
         logging_steps=1,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to=[],  # trackers are ours to make: their files belong into the run's folder
+        run_name=folder.name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -345,7 +346,12 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
-        callbacks=[*callbacks, History(folder / "metrics.jsonl", watcher.step), SealedCheckpoints()],
+        callbacks=[
+            *callbacks,
+            *trackers(settings.report_to or (), folder),
+            History(folder / "metrics.jsonl", watcher.step),
+            SealedCheckpoints(),
+        ],
     )
     if task.kind == "classification":
         # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
@@ -357,15 +363,18 @@ def _trainer(
 
 
 def _evaluations(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, folder: Path
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, folder: Path, trainer: Trainer
 ) -> Evaluations | None:
     if settings.evaluate_every is None:
         return None
-    return Evaluations(
+    evaluations = Evaluations(
         folder / EVALUATIONS,
         settings.evaluate_every,
         lambda: validation_metrics(loaded, model, task, settings),
+        trainer.log,
     )
+    trainer.add_callback(evaluations)
+    return evaluations
 
 
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:

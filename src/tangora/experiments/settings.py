@@ -17,6 +17,7 @@ from pydantic import (
 from tangora._checks import InputError
 from tangora.recipes import recipe
 from tangora.training.models import Kind
+from tangora.training.tracking import Tracker
 
 
 class Settings(BaseModel):
@@ -76,6 +77,10 @@ class TaskSettings(Settings):
         ge=1,
         description="Steps between evaluations on validation data; default: only at the end.",
     )
+    report_to: list[Tracker] | None = Field(
+        default=None,
+        description="Live curves, separated by commas: tensorboard (events in each run's folder), trackio, wandb.",
+    )
     forgetting: bool = Field(
         default=False, description="Also measure the loss on unrelated text before and after (causal models)."
     )
@@ -115,6 +120,11 @@ class TaskSettings(Settings):
             if isinstance(targets, str) and "," in targets
             else targets
         )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     @model_validator(mode="before")
     @classmethod
@@ -263,6 +273,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+_NO_PART = {"report_to"}
+"""Settings that change nothing of what is found."""
+
+
 def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") -> None:
     """Write the settings into an output folder, or check that it belongs to them.
 
@@ -281,7 +295,7 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
         found = json.loads(path.read_text(encoding="utf-8"))
         # what was refused before its first step left nothing to protect
         holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
-        for key in sorted(wanted.keys() | found.keys()):
+        for key in sorted((wanted.keys() | found.keys()) - _NO_PART):
             if wanted.get(key) != found.get(key) and holds_work:
                 raise InputError(
                     f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "

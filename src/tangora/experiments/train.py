@@ -7,6 +7,7 @@ from tangora.experiments.run import Watcher, execute, load_run_task
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.experiments.trajectory import check_reference
 from tangora.report import Record, load_record, save_json
+from tangora.training.tracking import check_trackers
 
 RECORD = "record.json"
 
@@ -31,6 +32,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
         InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
     """
     folder = Path(output)
+    check_trackers(settings.report_to or ())
     task = load_run_task(settings)
     check_reference(settings, task)
     claim_folder(folder, settings)

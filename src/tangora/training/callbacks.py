@@ -138,16 +138,24 @@ class Evaluations(TrainerCallback):
         path: The file. When a run is resumed, lines after the checkpoint's step are dropped.
         every: Steps between evaluations, in [1, inf).
         measure: Returns metrics by name, and leaves mode, gradients and random state as found.
+        log: Called with the same as ``eval_<name>``, such as the Trainer's ``log``.
 
     Attributes:
         seconds: Spent so far.
     """
 
-    def __init__(self, path: Path, every: int, measure: Callable[[], dict[str, float]]):
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        measure: Callable[[], dict[str, float]],
+        log: Callable[[dict[str, float]], None] = lambda _: None,
+    ):
         check_whole("every", every, low=1)
         self._path = path
         self._every = every
         self._measure = measure
+        self._log = log
         self.seconds = 0.0
 
     def on_train_begin(
@@ -164,10 +172,11 @@ class Evaluations(TrainerCallback):
         if state.global_step % self._every or state.global_step >= state.max_steps:
             return
         began = time.perf_counter()
-        line = {"step": state.global_step, "metrics": self._measure()}
+        metrics = self._measure()
         self.seconds += time.perf_counter() - began
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": state.global_step, "metrics": metrics}) + "\n")
+        self._log({f"eval_{name}": value for name, value in metrics.items()})
 
 
 class TrajectoryRecorder(TrainerCallback):
