@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 
 from record import Target, environment, print_table, print_targets, save_record, target_records
-from tangora.report.intervals import estimate
+from tangora.report.statistics.intervals import estimate
 
 LEVEL = 0.95
 LOWEST, HIGHEST = 0.92, 0.98

@@ -5,10 +5,10 @@ import pytest
 from scipy.special import ndtri
 
 from tangora.report import summarize
-from tangora.report.intervals import estimate, holm
-from tangora.report.samples import Sample, contrast, gap_closed
-from tangora.report.summary import leads
-from tangora.report.tasks import matrix
+from tangora.report.statistics.intervals import estimate, holm
+from tangora.report.statistics.samples import Sample, contrast, gap_closed
+from tangora.report.statistics.summary import leads
+from tangora.report.statistics.tasks import matrix
 from tests.report.synthetic import make_comparison, make_record
 
 TRIALS = 1000

@@ -22,8 +22,8 @@ from tangora.report import (
 )
 from tangora.report.diagnosis import kind_rows
 from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
-from tangora.report.diagnosis.grid import natural, places
 from tangora.report.diagnosis.tables import kind_table, layer_table
+from tangora.report.layers import natural, places
 from tangora.report.layout import packed_plotly
 from tests.report.synthetic import HOSTILE
 from tests.report.test_page import Page

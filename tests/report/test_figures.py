@@ -14,7 +14,7 @@ from tangora.report import (
     sweep_figure,
     time_figure,
 )
-from tangora.report.curves import (
+from tangora.report.comparison.curves import (
     Sweep,
     evaluation_curves,
     loss_curves,
@@ -24,9 +24,9 @@ from tangora.report.curves import (
     thin,
     worst_value,
 )
-from tangora.report.pareto import COSTS, front, pareto_figure
-from tangora.report.selection import SweepPoint
-from tangora.report.styles import recipe_styles
+from tangora.report.comparison.pareto import COSTS, front, pareto_figure
+from tangora.report.drawing.styles import recipe_styles
+from tangora.report.statistics.selection import SweepPoint
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tangora.report import load_record, render_page, save_json, summarize
-from tangora.report.flatness import (
+from tangora.report.comparison.flatness import (
     flatness_figure,
     flatness_notes,
     flatness_sentences,

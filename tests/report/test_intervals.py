@@ -7,7 +7,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
-from tangora.report.intervals import Estimate, estimate, holm
+from tangora.report.statistics.intervals import Estimate, estimate, holm
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 8])

@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from tangora._checks import InputError
+from tangora.report.drawing.charts import charts
 from tangora.report.reproduction import (
     Check,
     Figure,
@@ -25,7 +26,6 @@ from tangora.report.reproduction import (
     render_reproduction,
     save_pictures,
 )
-from tangora.report.reproduction.charts import charts
 from tangora.report.reproduction.record import save_reproduction
 from tangora.report.reproduction.tables import bounds_text, cell_text
 from tests.report.synthetic import HOSTILE

@@ -1,8 +1,8 @@
 import pytest
 
 from tangora.report import summarize
-from tangora.report.further import rate_verdict
-from tangora.report.robustness import robustness
+from tangora.report.comparison.further import rate_verdict
+from tangora.report.statistics.robustness import robustness
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 

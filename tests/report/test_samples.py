@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tangora.report.intervals import estimate
-from tangora.report.samples import Sample, contrast, gap_closed
+from tangora.report.statistics.intervals import estimate
+from tangora.report.statistics.samples import Sample, contrast, gap_closed
 
 
 def of(scores, seeds=None):

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from tangora.report import EvaluationRecord, StepRecord, TimeSplit, summarize
-from tangora.report.further import speed_verdict
-from tangora.report.speed import speeds
+from tangora.report.comparison.further import speed_verdict
+from tangora.report.statistics.speed import speeds
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 TIME = TimeSplit(start=10.0, forward_backward=60.0, optimizer=40.0, evaluation=1000.0)

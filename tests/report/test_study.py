@@ -131,6 +131,6 @@ def test_the_command_makes_all_pages_again(study, tmp_path, monkeypatch, capsys)
 
 def test_the_page_is_small():
     # it has no figures, and need not carry what draws them
-    from tangora.report.study import _Study
+    from tangora.report.comparison.study import _Study
 
     assert len(_Study({"a": realistic()}).page("Study", "")) < 100_000

@@ -14,7 +14,7 @@ from tangora.report import (
     summarize,
     sweep_points,
 )
-from tangora.report.summary import leads, trails
+from tangora.report.statistics.summary import leads, trails
 from tests.report.synthetic import (
     NUM_EXAMPLES,
     diverged,

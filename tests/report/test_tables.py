@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from tangora.report import formats, markdown_table, rich_table, summarize, write_csv
-from tangora.report.tables import columns
+from tangora.report.comparison.tables import columns
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
 

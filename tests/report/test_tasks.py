@@ -4,8 +4,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from tangora._checks import InputError
-from tangora.report.further import tasks_verdict
-from tangora.report.tasks import matrix
+from tangora.report.comparison.further import tasks_verdict
+from tangora.report.statistics.tasks import matrix
 from tests.report.synthetic import diverged, make_comparison, make_record
 
 SEEDS = 4

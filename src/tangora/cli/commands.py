@@ -60,8 +60,8 @@ from tangora.report import (
     summarize,
     write_study,
 )
+from tangora.report.comparison.flatness import has_flatness, rich_flatness
 from tangora.report.curvature import load_curvature
-from tangora.report.flatness import has_flatness, rich_flatness
 from tangora.report.records import COMPARISON_FILE
 
 app = typer.Typer(

@@ -27,9 +27,9 @@ from tangora.report import (
     summarize,
     verdict,
 )
+from tangora.report.comparison.flatness import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_tables
 from tangora.report.curvature import findings as curvature_findings
-from tangora.report.flatness import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.reproduction import outcome, rich_checks
 
 console = Console()

@@ -16,7 +16,7 @@ from tangora.experiments.settings import RunSettings, Settings, TaskSettings, va
 from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
 from tangora.report.records import Stage
-from tangora.report.selection import Edge, grid_edge, metric_value
+from tangora.report.statistics.selection import Edge, grid_edge, metric_value
 
 _RATIO = 3.0
 """Between a lone learning rate and the next one beyond it."""

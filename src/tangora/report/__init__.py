@@ -1,5 +1,12 @@
 """From the records of a comparison to tables, figures and one self-contained page."""
 
+from tangora.report.comparison.figures import loss_figure, sweep_figure, time_figure
+from tangora.report.comparison.further import rate_verdict, speed_verdict, tasks_verdict
+from tangora.report.comparison.page import missing_sentence, render_page, write_page
+from tangora.report.comparison.picture import save_picture
+from tangora.report.comparison.study import load_study, study_verdict, write_study
+from tangora.report.comparison.tables import markdown_table, rich_table, write_csv
+from tangora.report.comparison.verdict import verdict
 from tangora.report.diagnosis import (
     DiagnosisRecord,
     diagnosis_tables,
@@ -8,10 +15,6 @@ from tangora.report.diagnosis import (
     render_diagnosis,
     write_diagnosis,
 )
-from tangora.report.figures import loss_figure, sweep_figure, time_figure
-from tangora.report.further import rate_verdict, speed_verdict, tasks_verdict
-from tangora.report.page import missing_sentence, render_page, write_page
-from tangora.report.picture import save_picture
 from tangora.report.records import (
     Comparison,
     EvaluationRecord,
@@ -24,14 +27,11 @@ from tangora.report.records import (
     save_comparison,
     save_json,
 )
-from tangora.report.robustness import Robustness, robustness
-from tangora.report.selection import SweepPoint, best_learning_rate, sweep_points
-from tangora.report.speed import Speed, speeds
-from tangora.report.study import load_study, study_verdict, write_study
-from tangora.report.summary import Row, summarize
-from tangora.report.tables import markdown_table, rich_table, write_csv
-from tangora.report.tasks import TaskMatrix, matrix
-from tangora.report.verdict import verdict
+from tangora.report.statistics.robustness import Robustness, robustness
+from tangora.report.statistics.selection import SweepPoint, best_learning_rate, sweep_points
+from tangora.report.statistics.speed import Speed, speeds
+from tangora.report.statistics.summary import Row, summarize
+from tangora.report.statistics.tasks import TaskMatrix, matrix
 
 __all__ = [
     "Comparison",

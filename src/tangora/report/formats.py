@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tangora.report.intervals import Interval
+from tangora.report.statistics.intervals import Interval
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"

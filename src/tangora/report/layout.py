@@ -133,7 +133,7 @@ def render(template: str, title: str, *, drawn: bool = True, **values: Any) -> s
         A whole HTML page that loads nothing.
     """
     environment = Environment(
-        loader=PackageLoader("tangora.report", ""),
+        loader=PackageLoader("tangora.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,7 +13,8 @@ from tangora.experiments.reproduce.experiment import Experiment, Progress
 from tangora.experiments.settings import Settings
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import lora_one, one_step
-from tangora.report.reproduction.records import Check, Figure, Heatmap, Panel, Result, Series, Table
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
+from tangora.report.reproduction.records import Check, Result, Table
 
 _PAPER = "LoRA-One (arXiv:2502.01235), toy example of the slides"
 _LORA, _SPECTRAL = "LoRA start (b = 0)", "spectral start"

@@ -18,8 +18,8 @@ from tangora.report.curvature.record import (
     in_order,
 )
 from tangora.report.curvature.summary import FACTORS, OPERATOR_NAMES, SPACE_NAMES
-from tangora.report.diagnosis.grid import natural, places
-from tangora.report.reproduction.records import Figure, Heatmap, Panel, Series
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
+from tangora.report.layers import natural, places
 
 _DECADES = 7
 _LOG_RANGE = 30.0

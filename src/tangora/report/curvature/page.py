@@ -13,10 +13,10 @@ from tangora.report.curvature.tables import (
     sharpness_table,
     space_table,
 )
+from tangora.report.drawing.charts import charts
+from tangora.report.drawing.pictures import save_pictures
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
-from tangora.report.reproduction.charts import charts
-from tangora.report.reproduction.pictures import save_pictures
 
 _TEMPLATE = "curvature.html.j2"
 _SPACES = (

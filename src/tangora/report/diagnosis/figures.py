@@ -6,10 +6,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
-from tangora.report.diagnosis.grid import Place, natural, places
 from tangora.report.diagnosis.summary import ALL, START_NAMES, fitted, known_rank, reachable_shares
-from tangora.report.figures import empty_figure, label_text
-from tangora.report.styles import recipe_styles
+from tangora.report.drawing.plots import empty_figure, label_text
+from tangora.report.drawing.styles import recipe_styles
+from tangora.report.layers import Place, natural, places
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, Spectrum
 from tangora.diagnostics.records import SHARES, mean_share
 from tangora.report import formats
-from tangora.report.diagnosis.grid import places
+from tangora.report.layers import places
 
 ALL = "all layers"
 START_NAMES = {

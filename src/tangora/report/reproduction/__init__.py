@@ -1,17 +1,10 @@
 """From an experiment's numbers to pictures, a record and one self-contained page."""
 
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
+from tangora.report.drawing.pictures import save_pictures
 from tangora.report.reproduction.page import outcome, render_reproduction, write_reproduction
-from tangora.report.reproduction.pictures import save_pictures
 from tangora.report.reproduction.record import ReproductionRecord, load_reproduction, save_reproduction
-from tangora.report.reproduction.records import (
-    Check,
-    Figure,
-    Heatmap,
-    Panel,
-    Result,
-    Series,
-    Table,
-)
+from tangora.report.reproduction.records import Check, Result, Table
 from tangora.report.reproduction.tables import rich_checks
 
 __all__ = [

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from tangora.report import formats
+from tangora.report.drawing.charts import charts
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
-from tangora.report.reproduction.charts import charts
 from tangora.report.reproduction.record import ReproductionRecord
 from tangora.report.reproduction.tables import CHECK_COLUMNS, check_rows, table_rows
 

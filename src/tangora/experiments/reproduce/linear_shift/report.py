@@ -14,7 +14,8 @@ from tangora.experiments.reproduce.linear_shift.measure import (
 )
 from tangora.experiments.reproduce.linear_shift.rates import ENOUGH
 from tangora.report import formats
-from tangora.report.reproduction.records import Figure, Panel, Series, Table
+from tangora.report.drawing.panels import Figure, Panel, Series
+from tangora.report.reproduction.records import Table
 
 _NUM_POINTS = 120
 

@@ -7,7 +7,7 @@ import torch
 
 from tangora.experiments.reproduce.pinn.findings import label, mean_error, start_error
 from tangora.experiments.reproduce.pinn.runs import Problem, Sweep
-from tangora.report.reproduction.records import Figure, Heatmap, Panel, Series
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
 
 _CHARTED = ("full", "baseline", "other", "ode")
 

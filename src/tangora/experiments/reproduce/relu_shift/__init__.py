@@ -18,7 +18,8 @@ from tangora.experiments.reproduce.relu_shift.measure import (
     summarize,
 )
 from tangora.experiments.reproduce.shift import slope
-from tangora.report.reproduction.records import Check, Figure, Panel, Result, Series, Table
+from tangora.report.drawing.panels import Figure, Panel, Series
+from tangora.report.reproduction.records import Check, Result, Table
 
 _PAPER = "LoRA-One (arXiv:2502.01235), theorem 4.3"
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tangora.report.drawing.panels import Figure, Numbers, Panel, Series
+from tangora.report.drawing.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, series_styles
 from tangora.report.files import write_atomic
-from tangora.report.reproduction.records import Figure, Numbers, Panel, Series
-from tangora.report.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, series_styles
 
 MAX_MARKED = 12
 """Curves of at most so many points show them."""

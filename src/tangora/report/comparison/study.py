@@ -8,17 +8,17 @@ from urllib.parse import quote
 
 from tangora._checks import InputError
 from tangora.report import formats
+from tangora.report.comparison.further import tasks_verdict
+from tangora.report.comparison.page import data_link, missing_sentence
+from tangora.report.comparison.pareto import COSTS, Cost
+from tangora.report.comparison.tables import csv_text, flat_row
+from tangora.report.drawing.styles import SVG_DASHES, recipe_styles
 from tangora.report.files import write_atomic
-from tangora.report.further import tasks_verdict
 from tangora.report.layout import Cell, Grid, Section, cell, number_cell, render
-from tangora.report.page import data_link, missing_sentence
-from tangora.report.pareto import COSTS, Cost
 from tangora.report.recorded import FrozenModel, read_record, save_json
 from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
-from tangora.report.styles import SVG_DASHES, recipe_styles
-from tangora.report.summary import BASELINE, Row, summarize
-from tangora.report.tables import csv_text, flat_row
-from tangora.report.tasks import Duel, TaskMatrix, matrix
+from tangora.report.statistics.summary import BASELINE, Row, summarize
+from tangora.report.statistics.tasks import Duel, TaskMatrix, matrix
 
 _STUDY_FILE = "study.json"
 _TEMPLATE = "study.html.j2"

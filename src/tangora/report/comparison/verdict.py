@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from tangora.report import formats
-from tangora.report.intervals import ALPHA
-from tangora.report.summary import BASELINE, CEILING, Row, leads, trails
+from tangora.report.statistics.intervals import ALPHA
+from tangora.report.statistics.summary import BASELINE, CEILING, Row, leads, trails
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:

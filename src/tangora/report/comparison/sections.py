@@ -6,19 +6,25 @@ from statistics import fmean
 import numpy as np
 
 from tangora.report import formats
-from tangora.report.alignment import last_values
-from tangora.report.curves import evaluation_curves, judged, loss_curves
-from tangora.report.figures import curves_figure, loss_figure, sweep_figure, time_figure, without_legend
-from tangora.report.flatness import flatness_figure, flatness_notes, flatness_table, has_flatness
-from tangora.report.further import rate_verdict, speed_verdict
-from tangora.report.intervals import estimate
+from tangora.report.comparison.alignment import last_values
+from tangora.report.comparison.curves import evaluation_curves, judged, loss_curves
+from tangora.report.comparison.figures import (
+    curves_figure,
+    loss_figure,
+    sweep_figure,
+    time_figure,
+    without_legend,
+)
+from tangora.report.comparison.flatness import flatness_figure, flatness_notes, flatness_table, has_flatness
+from tangora.report.comparison.further import rate_verdict, speed_verdict
+from tangora.report.comparison.pareto import pareto_charts
+from tangora.report.comparison.tables import Column, columns
 from tangora.report.layout import Cell, Chart, Grid, Section, cell, number_cell, plain
-from tangora.report.pareto import pareto_charts
 from tangora.report.records import Comparison, Forgetting
-from tangora.report.robustness import Robustness, robustness
-from tangora.report.speed import Speed, speeds
-from tangora.report.summary import BASELINE, CEILING, Row
-from tangora.report.tables import Column, columns
+from tangora.report.statistics.intervals import estimate
+from tangora.report.statistics.robustness import Robustness, robustness
+from tangora.report.statistics.speed import Speed, speeds
+from tangora.report.statistics.summary import BASELINE, CEILING, Row
 
 _BAND = "the band reaches from the smallest to the largest seed"
 

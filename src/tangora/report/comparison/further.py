@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from tangora.report import formats
-from tangora.report.intervals import ALPHA
-from tangora.report.robustness import Robustness
-from tangora.report.speed import Speed
-from tangora.report.summary import BASELINE, CEILING
-from tangora.report.tasks import MIN_TASKS, Outcome, TaskMatrix
+from tangora.report.statistics.intervals import ALPHA
+from tangora.report.statistics.robustness import Robustness
+from tangora.report.statistics.speed import Speed
+from tangora.report.statistics.summary import BASELINE, CEILING
+from tangora.report.statistics.tasks import MIN_TASKS, Outcome, TaskMatrix
 
 _VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
 

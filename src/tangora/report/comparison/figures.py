@@ -1,13 +1,12 @@
 """Interactive figures. Text, axes and grids have no colour of their own: the page gives them one that fits."""
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
 from tangora.report import formats
-from tangora.report.curves import (
+from tangora.report.comparison.curves import (
     LossCurve,
     Sweep,
     Values,
@@ -17,10 +16,11 @@ from tangora.report.curves import (
     thin,
     worst_value,
 )
+from tangora.report.drawing.plots import empty_figure, label_text
+from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.records import Comparison
-from tangora.report.selection import SweepPoint
-from tangora.report.styles import Style, recipe_styles
-from tangora.report.summary import Row
+from tangora.report.statistics.selection import SweepPoint
+from tangora.report.statistics.summary import Row
 
 _BAND_OPACITY = 0.15
 _TRANSPARENT = "rgba(0,0,0,0)"
@@ -270,50 +270,3 @@ def _bar(recipe: str, length: float | None, part: str, color: str, pattern: str)
         showlegend=length is None,
         hovertemplate=f"%{{y}}<br>{part}: %{{x:.2f}} s<extra></extra>",
     )
-
-
-def empty_figure(x_title: str, y_title: str) -> go.Figure:
-    """Make a figure that takes its colours from the page.
-
-    Args:
-        x_title: Of the horizontal axis.
-        y_title: Of the vertical axis.
-
-    Returns:
-        Axes and a legend above them.
-    """
-    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
-    return go.Figure(
-        layout={
-            "template": "none",
-            "height": 440,
-            "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-            "paper_bgcolor": _TRANSPARENT,
-            "plot_bgcolor": _TRANSPARENT,
-            "font": {"family": "system-ui, sans-serif", "size": 13},
-            "xaxis": axis | {"title": {"text": x_title}},
-            "yaxis": axis | {"title": {"text": label_text(y_title), "standoff": 8}},
-            "legend": {
-                "orientation": "h",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.02,
-                "yanchor": "bottom",
-                "itemwidth": 40,
-            },
-            "hovermode": "closest",
-        }
-    )
-
-
-def label_text(name: str) -> str:
-    """Make any text safe inside of a figure.
-
-    Args:
-        name: The text.
-
-    Returns:
-        Text that plotly shows as it is.
-    """
-    # Plotly reads a little HTML in its labels, and ``%{...}`` in hover templates.
-    return html.escape(name, quote=False).replace("%{", "%\N{ZERO WIDTH SPACE}{")

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tangora.report.records import Comparison, Record
-from tangora.report.selection import SweepPoint, judged_runs, sweep_points
-from tangora.report.summary import Row, group_by_recipe
+from tangora.report.statistics.selection import SweepPoint, judged_runs, sweep_points
+from tangora.report.statistics.summary import Row, group_by_recipe
 
 Values = NDArray[np.float64]
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from tangora.report import formats
-from tangora.report.figures import as_panel, empty_figure, label_text
+from tangora.report.comparison.figures import as_panel
+from tangora.report.drawing.plots import empty_figure, label_text
+from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Chart, plain
-from tangora.report.styles import Style, recipe_styles
-from tangora.report.summary import Row
+from tangora.report.statistics.summary import Row
 
 _GREY = "#808080"
 _LOG_FROM = 20  # ratio of the largest cost to the smallest

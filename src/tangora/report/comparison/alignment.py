@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from tangora.report import formats
-from tangora.report.curves import LossCurve, curves_of, judged
-from tangora.report.figures import curves_figure
+from tangora.report.comparison.curves import LossCurve, curves_of, judged
+from tangora.report.comparison.figures import curves_figure
 from tangora.report.layout import Chart, Section, plain
 from tangora.report.records import Comparison
-from tangora.report.summary import Row
+from tangora.report.statistics.summary import Row
 
 _ALIGNMENT = {
     "captured_energy": "share of the gradient’s energy that the adapter can follow",

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import root_scalar
 
-from tangora.report.intervals import Estimate, Interval, Scores, estimate
 from tangora.report.records import Record
-from tangora.report.selection import metric_value
+from tangora.report.statistics.intervals import Estimate, Interval, Scores, estimate
+from tangora.report.statistics.selection import metric_value
 
 # What a float32 metric, or one rounded to four decimals, may differ by from the mean over its examples.
 _SAME_METRIC = 1e-4

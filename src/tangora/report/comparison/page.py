@@ -7,12 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tangora.report import formats
-from tangora.report.alignment import measured_sections
-from tangora.report.files import write_atomic
-from tangora.report.layout import flat, render
-from tangora.report.records import Comparison, Record
-from tangora.report.runs import runs_csv, runs_grid, trouble_section
-from tangora.report.sections import (
+from tangora.report.comparison.alignment import measured_sections
+from tangora.report.comparison.runs import runs_csv, runs_grid, trouble_section
+from tangora.report.comparison.sections import (
     costs_section,
     curve_sections,
     flatness_section,
@@ -22,11 +19,14 @@ from tangora.report.sections import (
     sweep_section,
     time_section,
 )
-from tangora.report.selection import judged_runs
-from tangora.report.styles import MARKS, SVG_DASHES, recipe_styles
-from tangora.report.summary import Row, group_by_recipe, summarize
-from tangora.report.tables import csv_text, flat_row
-from tangora.report.verdict import verdict
+from tangora.report.comparison.tables import csv_text, flat_row
+from tangora.report.comparison.verdict import verdict
+from tangora.report.drawing.styles import MARKS, SVG_DASHES, recipe_styles
+from tangora.report.files import write_atomic
+from tangora.report.layout import flat, render
+from tangora.report.records import Comparison, Record
+from tangora.report.statistics.selection import judged_runs
+from tangora.report.statistics.summary import Row, group_by_recipe, summarize
 
 _TEMPLATE = "page.html.j2"
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tangora.report.figures import empty_figure, label_text
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
+from tangora.report.drawing.pictures import MAX_MARKED, drawable, figure_styles
+from tangora.report.drawing.plots import empty_figure, label_text
+from tangora.report.drawing.styles import Style
 from tangora.report.layout import Chart, plain
-from tangora.report.reproduction.pictures import MAX_MARKED, drawable, figure_styles
-from tangora.report.reproduction.records import Figure, Heatmap, Panel, Series
-from tangora.report.styles import Style
 
 _BAND_OPACITY = 0.15
 _TRANSPARENT = "rgba(0,0,0,0)"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tangora.report import formats
-from tangora.report.curves import loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.comparison.curves import loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.drawing.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.records import Comparison
-from tangora.report.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, recipe_styles
-from tangora.report.summary import Row, summarize
+from tangora.report.statistics.summary import Row, summarize
 
 _BAND_OPACITY = 0.15
 

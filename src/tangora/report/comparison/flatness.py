@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tangora.report import formats
-from tangora.report.figures import empty_figure, label_text
-from tangora.report.intervals import estimate
+from tangora.report.drawing.plots import empty_figure, label_text
+from tangora.report.drawing.styles import recipe_styles
 from tangora.report.records import Comparison, Flatness, Record
-from tangora.report.selection import judged_runs
-from tangora.report.styles import recipe_styles
-from tangora.report.summary import Row, group_by_recipe
+from tangora.report.statistics.intervals import estimate
+from tangora.report.statistics.selection import judged_runs
+from tangora.report.statistics.summary import Row, group_by_recipe
 
 Cells = list[list[list[str]]]
 """Rows of cells of lines."""

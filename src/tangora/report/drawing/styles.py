@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tangora.report.summary import BASELINE, CEILING
+from tangora.report.statistics.summary import BASELINE, CEILING
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black: each of the others is
 # readable on a white and on a dark page.

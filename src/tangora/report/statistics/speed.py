@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tangora.report.records import Comparison, Record
-from tangora.report.selection import group_by_recipe, judged_runs, num_steps
-from tangora.report.summary import BASELINE, Row
+from tangora.report.statistics.selection import group_by_recipe, judged_runs, num_steps
+from tangora.report.statistics.summary import BASELINE, Row
 
 Quality = Literal["validation loss", "training loss"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tangora.report.records import Comparison, Record
-from tangora.report.selection import SweepPoint, group_by_recipe, sweep_points
-from tangora.report.summary import CEILING, Row
+from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
+from tangora.report.statistics.summary import CEILING, Row
 
 Stability = Literal["finished", "diverged", "not tried"]
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tangora.report import formats
-from tangora.report.curves import judged
+from tangora.report.comparison.curves import judged
+from tangora.report.comparison.tables import csv_text
 from tangora.report.layout import Cell, Grid, Section, cell, flat
 from tangora.report.records import Comparison, Record
-from tangora.report.selection import group_by_recipe, num_steps
-from tangora.report.summary import Row
-from tangora.report.tables import csv_text
+from tangora.report.statistics.selection import group_by_recipe, num_steps
+from tangora.report.statistics.summary import Row
 
 _ERROR_CHARACTERS = 120
 

@@ -9,10 +9,10 @@ import numpy as np
 from scipy import stats
 
 from tangora._checks import InputError
-from tangora.report.intervals import Interval, holm
 from tangora.report.records import Comparison
-from tangora.report.samples import Sample, contrast
-from tangora.report.summary import BASELINE, better_or_worse, judge
+from tangora.report.statistics.intervals import Interval, holm
+from tangora.report.statistics.samples import Sample, contrast
+from tangora.report.statistics.summary import BASELINE, better_or_worse, judge
 
 Outcome = Literal["win", "tie", "loss"]
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from tangora._checks import InputError
-from tangora.report.intervals import ALPHA, Estimate, Interval, Over, holm
 from tangora.report.records import Comparison, Record, TimeSplit
-from tangora.report.samples import Sample, contrast, gap_closed, sample
-from tangora.report.selection import (
+from tangora.report.statistics.intervals import ALPHA, Estimate, Interval, Over, holm
+from tangora.report.statistics.samples import Sample, contrast, gap_closed, sample
+from tangora.report.statistics.selection import (
     Edge,
     best_learning_rate,
     grid_edge,

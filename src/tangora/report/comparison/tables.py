@@ -13,9 +13,9 @@ from rich.text import Text
 
 from tangora.report import formats
 from tangora.report.files import write_atomic
-from tangora.report.intervals import Interval
 from tangora.report.records import Comparison
-from tangora.report.summary import BASELINE, CEILING, Row
+from tangora.report.statistics.intervals import Interval
+from tangora.report.statistics.summary import BASELINE, CEILING, Row
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
 _MARKDOWN_ESCAPES = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_|<>[]"} | {"\n": " "})

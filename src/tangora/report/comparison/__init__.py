@@ -1,0 +1,1 @@
+"""A comparison, and one over several tasks, in words, tables, figures and pages."""

@@ -1,0 +1,1 @@
+"""Figures as data, and how they are drawn: as interactive charts and as files."""

@@ -1,0 +1,54 @@
+"""What all of plotly's figures here begin with."""
+
+import html
+
+import plotly.graph_objects as go
+
+_TRANSPARENT = "rgba(0,0,0,0)"
+
+
+def empty_figure(x_title: str, y_title: str) -> go.Figure:
+    """Make a figure that takes its colours from the page.
+
+    Args:
+        x_title: Of the horizontal axis.
+        y_title: Of the vertical axis.
+
+    Returns:
+        Axes and a legend above them.
+    """
+    axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": 440,
+            "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+            "paper_bgcolor": _TRANSPARENT,
+            "plot_bgcolor": _TRANSPARENT,
+            "font": {"family": "system-ui, sans-serif", "size": 13},
+            "xaxis": axis | {"title": {"text": x_title}},
+            "yaxis": axis | {"title": {"text": label_text(y_title), "standoff": 8}},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "itemwidth": 40,
+            },
+            "hovermode": "closest",
+        }
+    )
+
+
+def label_text(name: str) -> str:
+    """Make any text safe inside of a figure.
+
+    Args:
+        name: The text.
+
+    Returns:
+        Text that plotly shows as it is.
+    """
+    # Plotly reads a little HTML in its labels, and ``%{...}`` in hover templates.
+    return html.escape(name, quote=False).replace("%{", "%\N{ZERO WIDTH SPACE}{")

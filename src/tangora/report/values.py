@@ -1,0 +1,42 @@
+"""Numbers of any kind as JSON has them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tangora._checks import InputError
+
+
+def plain_values(value: Any) -> Any:
+    """Turn numbers of any kind into plain finite ones.
+
+    Args:
+        value: A tensor, an array, a number, a text, or mappings and iterables of them.
+
+    Returns:
+        The same with tuples, dictionaries, ``int``, ``float``, ``bool`` and ``str``; ``None`` for what is not finite.
+
+    Raises:
+        InputError: If it holds something else.
+    """
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return tuple(plain_values(item) for item in value)
+    raise InputError(f"results must be numbers, texts, lists and dictionaries; got {type(value).__name__}")
+
+
+def make_plain(target: Any, key: str) -> None:
+    """Do so with an attribute of a frozen object that is being made.
+
+    Args:
+        target: The object.
+        key: Name of the attribute.
+    """
+    object.__setattr__(target, key, plain_values(getattr(target, key)))
