@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tangora import InputError, recipe, recipes
-from tests.training.tiny import tiny_bert
+from tangora.recipes.head import head_parameters
+from tests.training.tiny import tiny_bert, tiny_llama
 
 EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
@@ -59,3 +60,39 @@ def test_unknown_recipe():
         InputError, match=r"recipe must be one of full, lora, .*; got 'tangnt' \(did you mean tangent\?\)"
     ):
         recipe("tangnt")
+
+
+def rates_by_parameter(optimizer):
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_head_has_its_own_rate_if_asked(name):
+    method = recipe(name)
+    model = method.prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=10)
+    alone = rates_by_parameter(method.create_optimizer(model, 1e-4))
+    both = rates_by_parameter(method.create_optimizer(model, 1e-4, head_lr=1e-2))
+    head = {id(p) for p in head_parameters(model)}
+    named = {n for n, p in model.named_parameters() if id(p) in head}
+    assert len(named) == 2
+    assert all("classifier" in n for n in named)
+    assert both == {key: 1e-2 if key in head else rate for key, rate in alone.items()}
+
+
+def test_the_ratio_of_the_rates_survives_a_schedule():
+    model = recipe("lora").prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=10)
+    optimizer = recipe("lora").create_optimizer(model, 1e-4, head_lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
+    optimizer.step()
+    schedule.step()
+    low, high = sorted(group["lr"] for group in optimizer.param_groups)
+    assert high / low == pytest.approx(100)
+
+
+@pytest.mark.messages
+def test_a_model_without_a_head_is_refused():
+    model = recipe("lora").prepare(tiny_llama(), r=2, lora_alpha=4, task_type="CAUSAL_LM", total_steps=10)
+    with pytest.raises(
+        InputError, match="head_lr needs a model with a new head; PeftModelForCausalLM has none"
+    ):
+        recipe("lora").create_optimizer(model, 1e-4, head_lr=1e-2)

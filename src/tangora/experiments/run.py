@@ -346,6 +346,7 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
+        head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,
             *trackers(settings.report_to or (), folder),

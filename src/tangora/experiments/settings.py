@@ -68,6 +68,11 @@ class TaskSettings(Settings):
     warmup: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps with rising learning rate."
     )
+    head_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate of a new classification head; default: the method's, mostly the adapter's.",
+    )
     clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient of what is trained.")
     exact_match: bool = Field(
         default=False, description="Also generate answers on the test set and compare them."

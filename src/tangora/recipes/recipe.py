@@ -15,6 +15,7 @@ from tangora._checks import InputError, check_number
 from tangora.adapters import discover
 from tangora.init import Start, initialize, needs_batches
 from tangora.probes import Report
+from tangora.recipes.head import set_head_rate
 
 Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., Optimizer]
@@ -140,18 +141,24 @@ class Recipe:
         )
         return initialize(model, self.start, batches, seed=seed, progress=progress, **options)
 
-    def create_optimizer(self, model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    def create_optimizer(
+        self, model: nn.Module, lr: float, *, head_lr: float | None = None, **options: Any
+    ) -> Optimizer:
         """Make the optimizer.
 
         Args:
             model: What `prepare` returned, possibly wrapped.
             lr: Learning rate.
+            head_lr: That of a new head; default: what the method does, which for most is ``lr``.
             **options: ``weight_decay``, ``betas``, ``eps``.
 
         Returns:
             The optimizer of all trainable parameters.
         """
-        return self.make_optimizer(model, lr=lr, **options)
+        optimizer = self.make_optimizer(model, lr=lr, **options)
+        if head_lr is not None:
+            set_head_rate(optimizer, model, head_lr)
+        return optimizer
 
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:

@@ -36,13 +36,16 @@ class Trainer(transformers.Trainer):
     Args:
         *args: As for ``transformers.Trainer``.
         recipe: What makes the optimizer, usually ``tangora.recipe("tangent")``; ``None`` leaves everything as it is.
+        head_learning_rate: Of a new head, which the recipe's optimizer trains whole; default: the recipe's choice,
+            mostly that of ``TrainingArguments``. It follows the same schedule.
         **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
         replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
 
     Raises:
-        InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``.
+        InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``,
+            or ``head_learning_rate`` comes without it.
 
     Example:
         >>> import tangora
@@ -51,7 +54,13 @@ class Trainer(transformers.Trainer):
         ... )
     """
 
-    def __init__(self, *args: Any, recipe: OptimizerRecipe | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        recipe: OptimizerRecipe | None = None,
+        head_learning_rate: float | None = None,
+        **kwargs: Any,
+    ):
         if recipe is not None and not isinstance(recipe, OptimizerRecipe):
             raise InputError(f"recipe must be a recipe such as tangora.recipe('tangent'); got {recipe!r}")
         given = [
@@ -61,8 +70,11 @@ class Trainer(transformers.Trainer):
         ]
         if recipe is not None and given:
             raise InputError(f"recipe and {given[0]} both name an optimizer; give one of them")
+        if recipe is None and head_learning_rate is not None:
+            raise InputError("head_learning_rate needs a recipe")
         super().__init__(*args, **kwargs)
         self.recipe = recipe
+        self.head_learning_rate = head_learning_rate
         self.replay_seconds = 0.0
         self._update: list[MicroBatch] = []
         self._update_is_whole = False
@@ -81,12 +93,14 @@ class Trainer(transformers.Trainer):
         if self.recipe is None or self.optimizer is not None:
             return super().create_optimizer(model)
         arguments = self.args
+        own: dict[str, Any] = {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
         self.optimizer = self.recipe.create_optimizer(
             model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
             arguments.learning_rate,
             weight_decay=arguments.weight_decay,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
+            **own,
         )
         return self.optimizer
 

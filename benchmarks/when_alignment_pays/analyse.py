@@ -1,0 +1,234 @@
+"""When does alignment pay? Every rank and budget of the plans beside this file, with what might explain it.
+
+    python benchmarks/when_alignment_pays/analyse.py results/digits --output benchmarks/when_alignment_pays/digits.json
+
+Full fine-tuning knows no rank: its runs of a budget join the cell of every rank.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy import stats
+
+from tangora.report import Comparison, Record, load_comparison, summarize
+from tangora.report.files import write_atomic
+from tangora.report.statistics.intervals import Interval
+from tangora.report.statistics.selection import judged_runs
+
+_CELL = re.compile(r"r(?P<rank>\d+)-(?P<steps>\d+)")
+_KEPT = [
+    "id",
+    "recipe",
+    "learning_rate",
+    "seed",
+    "stage",
+    "status",
+    "error",
+    "metrics",
+    "correct",
+    "time",
+    "trajectory",
+    "commit",
+    "machine",
+    "created",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe in one cell, at its best learning rate.
+
+    Attributes:
+        recipe: Its name.
+        learning_rate: The best one.
+        edge: The end of the grid where it lies, if it does.
+        test: Test metric, mean over the seeds.
+        interval: Its 95 % interval.
+        minus_lora: Difference from LoRA.
+        minus_lora_interval: Its 95 % interval.
+        p_corrected: Of no difference, by Holm over the cell.
+        minus_full: Difference from full fine-tuning.
+        training_loss: Mean over the last tenth of the steps and the seeds.
+        captured_start: Share of the gradient's energy that the adapter can follow before the first step.
+        captured: The same, mean over all measured points after it.
+        imbalance: Of the factors, at the end.
+    """
+
+    recipe: str
+    learning_rate: float | None
+    edge: str | None
+    test: float | None
+    interval: Interval | None
+    minus_lora: float | None
+    minus_lora_interval: Interval | None
+    p_corrected: float | None
+    minus_full: float | None
+    training_loss: float
+    captured_start: float | None
+    captured: float | None
+    imbalance: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rank and a budget."""
+
+    rank: int
+    steps: int
+    methods: list[Method]
+
+    def of(self, recipe: str) -> Method | None:
+        """Return a recipe's result."""
+        return next((method for method in self.methods if method.recipe == recipe), None)
+
+
+def cells(results: Path) -> list[Cell]:
+    """Read all cells that have ended, by budget and rank."""
+    found = []
+    for folder in results.iterdir():
+        name = _CELL.fullmatch(folder.name)
+        if name is None or not (folder / "comparison.json").exists():
+            continue
+        comparison = load_comparison(folder)
+        full = results / f"full-{name['steps']}"
+        if (full / "comparison.json").exists():
+            comparison = _joined(comparison, load_comparison(full))
+        found.append(Cell(int(name["rank"]), int(name["steps"]), _methods(comparison)))
+    return sorted(found, key=lambda cell: (cell.steps, cell.rank))
+
+
+def _joined(ours: Comparison, other: Comparison) -> Comparison:
+    return ours.model_copy(update={"records": [*ours.records, *other.records]})
+
+
+def _methods(comparison: Comparison) -> list[Method]:
+    made = []
+    for row in summarize(comparison):
+        records = [record for record in comparison.records if record.recipe == row.recipe]
+        runs = judged_runs(records, row.learning_rate)
+        made.append(
+            Method(
+                row.recipe,
+                row.learning_rate,
+                row.edge,
+                row.test,
+                row.interval,
+                row.difference,
+                row.difference_interval,
+                row.p_corrected,
+                row.versus_full,
+                fmean(step.loss for run in runs for step in run.history[-max(1, len(run.history) // 10) :]),
+                _mean([point["captured_energy"] for run in runs for point in run.trajectory[:1]]),
+                _mean([point["captured_energy"] for run in runs for point in run.trajectory[1:]]),
+                _mean([point["relative_imbalance"] for run in runs for point in run.trajectory[-1:]]),
+            )
+        )
+    return made
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def explained(found: list[Cell]) -> list[dict[str, Any]]:
+    """Correlate what each method gains over LoRA with what might explain it, over the cells."""
+    lines = []
+    for recipe in sorted({m.recipe for cell in found for m in cell.methods} - {"lora", "full"}):
+        pairs = [
+            (cell, ours, lora) for cell in found if (ours := cell.of(recipe)) and (lora := cell.of("lora"))
+        ]
+        gains = [ours.minus_lora for _, ours, _ in pairs]
+        facts = [_facts(*pair) for pair in pairs]
+        for name in facts[0] if len(facts) >= 4 else ():
+            against = [each[name] for each in facts]
+            if None not in against and len(set(against)) > 1:
+                rho, p_value = stats.spearmanr(gains, against)
+                numbers = {"spearman": float(rho), "p_value": float(p_value), "cells": len(pairs)}
+                lines.append({"recipe": recipe, "against": name} | numbers)
+    return lines
+
+
+def _facts(cell: Cell, ours: Method, lora: Method) -> dict[str, float | None]:
+    return {
+        "rank": cell.rank,
+        "steps": cell.steps,
+        "gap: full minus lora": None if lora.minus_full is None else -lora.minus_full,
+        "lora's captured energy": lora.captured,
+        "captured energy above lora's": _minus(ours.captured, lora.captured),
+        "training loss above lora's": _minus(ours.training_loss, lora.training_loss),
+    }
+
+
+def _minus(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _kept(record: Record) -> dict[str, Any]:
+    # histories of thousands of steps stay where they were made; what decides is kept
+    whole = record.model_dump(
+        mode="json", include=set(_KEPT) | {"time", "trajectory", "versions", "machine", "created"}
+    )
+    settings = {key: record.settings[key] for key in ("rank", "alpha", "steps", "data_fingerprint")}
+    return whole | {"settings": settings}
+
+
+def main() -> None:
+    """Print the tables; write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="output folder of tangora compare")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    found = cells(arguments.results)
+    print(
+        "| steps | rank | recipe | rate | test | minus lora | interval | minus full | training loss | captured |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for cell in found:
+        for m in cell.methods:
+            low, high = m.minus_lora_interval or (None, None)
+            numbers = (
+                m.test,
+                m.minus_lora,
+                low,
+                high,
+                m.minus_full,
+                m.training_loss,
+                m.captured_start,
+                m.captured,
+            )
+            test, difference, low, high, full, loss, start, captured = (
+                "" if value is None else f"{value:+.3f}" if index in (1, 2, 3, 4) else f"{value:.3g}"
+                for index, value in enumerate(numbers)
+            )
+            edge = f" ({m.edge})" if m.edge else ""
+            star = " *" if m.p_corrected is not None and m.p_corrected < 0.05 else ""
+            print(
+                f"| {cell.steps} | {cell.rank} | {m.recipe} | {m.learning_rate:g}{edge} | {test} | {difference}{star} "
+                f"| {low} to {high} | {full} | {loss} | {start} → {captured} |"
+            )
+    for line in (lines := explained(found)):
+        print(
+            f"{line['recipe']}: gain against {line['against']}: {line['spearman']:+.2f} (p {line['p_value']:.2f})"
+        )
+    if arguments.output:
+        folders = sorted(path.parent for path in arguments.results.glob("*/comparison.json"))
+        record = {
+            "command": load_comparison(folders[0]).command,
+            "cells": [asdict(cell) for cell in found],
+            "explained": lines,
+            "records": {
+                folder.name: [_kept(r) for r in load_comparison(folder).records] for folder in folders
+            },
+        }
+        write_atomic(arguments.output, json.dumps(record, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A learning rate of its own for a new head, which every method trains whole.
+
+Without it a head takes the adapter's rate, and methods are compared by how fast their heads may learn: LoRA's best rate
+is ten times that of full fine-tuning, whatever its adapter does.
+"""
+
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from torch.optim import Optimizer
+
+from tangora._checks import InputError, check_number
+from tangora.optim.base import PairOptimizer
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Find the parameters of a new head.
+
+    Args:
+        model: A PEFT model, or a base model that is trained whole; may be wrapped.
+
+    Returns:
+        Trainable parameters in PEFT's ``modules_to_save``; without PEFT those of the top modules that PEFT takes for a
+        classifier's head.
+    """
+    kept = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    heads = kept or [
+        child
+        for name, child in model.named_modules()
+        if name.removeprefix("module.") in SEQ_CLS_HEAD_NAMES  # of DistributedDataParallel
+    ]
+    return [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
+
+
+def set_head_rate(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
+    """Give the head of a model a learning rate of its own.
+
+    Args:
+        optimizer: Of the model's trainable parameters; schedulers that are made afterwards keep the ratio of the rates.
+        model: The model.
+        lr: Learning rate, in [0, inf).
+
+    Raises:
+        InputError: If the model has no new head, or the optimizer cannot take it out of the group it is in.
+    """
+    check_number("head_lr", lr, low=0)
+    head = {id(parameter) for parameter in head_parameters(model)}
+    if not head:
+        raise InputError(f"head_lr needs a model with a new head; {type(model).__name__} has none")
+    for group in list(optimizer.param_groups):
+        inside = [parameter for parameter in group["params"] if id(parameter) in head]
+        if len(inside) == len(group["params"]):
+            group["lr"] = lr
+        elif inside:
+            if isinstance(optimizer, PairOptimizer):
+                raise InputError("head_lr needs a parameter group of its own for the head")
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            options = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group({**options, "params": inside, "lr": lr})
