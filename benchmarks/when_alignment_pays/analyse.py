@@ -21,22 +21,10 @@ from tangora.report.statistics.intervals import Interval
 from tangora.report.statistics.selection import judged_runs
 
 _CELL = re.compile(r"r(?P<rank>\d+)-(?P<steps>\d+)")
-_KEPT = [
-    "id",
-    "recipe",
-    "learning_rate",
-    "seed",
-    "stage",
-    "status",
-    "error",
-    "metrics",
-    "correct",
-    "time",
-    "trajectory",
-    "commit",
-    "machine",
-    "created",
-]
+_KEPT = {
+    *("id", "recipe", "learning_rate", "seed", "stage", "status", "error"),
+    *("metrics", "correct", "time", "trajectory", "commit", "machine", "created"),
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +159,7 @@ def _minus(ours: float | None, theirs: float | None) -> float | None:
 def _kept(record: Record) -> dict[str, Any]:
     # histories of thousands of steps stay where they were made; what decides is kept
     whole = record.model_dump(
-        mode="json", include=set(_KEPT) | {"time", "trajectory", "versions", "machine", "created"}
+        mode="json", include=_KEPT | {"time", "trajectory", "versions", "machine", "created"}
     )
     settings = {key: record.settings[key] for key in ("rank", "alpha", "steps", "data_fingerprint")}
     return whole | {"settings": settings}

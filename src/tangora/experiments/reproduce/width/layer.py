@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,7 +22,7 @@ Readout = Literal["standard", "mean-field"]
 START_NAMES = ("plain", "orthogonal", "lora-ga")
 
 # the same for all; decay would shrink the weights and blur what a gradient step does
-_ADAM = MappingProxyType({"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
+_ADAM: Mapping[str, Any] = MappingProxyType({"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
 _STARTS = MappingProxyType({"plain": "lora", "orthogonal": "orthogonal", "lora-ga": "lora-ga"})
 
 
