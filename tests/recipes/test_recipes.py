@@ -96,3 +96,39 @@ def test_a_model_without_a_head_is_refused():
         InputError, match="head_lr needs a model with a new head; PeftModelForCausalLM has none"
     ):
         recipe("lora").create_optimizer(model, 1e-4, head_lr=1e-2)
+
+
+def test_options_of_the_optimizer_follow_the_name():
+    method = recipe("lora-pro@moments=factor@gauge=zero")
+    assert method.name == "lora-pro@gauge=zero@moments=factor"
+    assert recipe(method.name).name == method.name
+    assert method.learning_rates == recipe("lora-pro").learning_rates
+    model = method.prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
+    group = method.create_optimizer(model, 1e-4).param_groups[0]
+    assert (group["gauge"], group["moments"]) == ("zero", "factor")
+
+
+def test_options_that_a_recipe_fixes_can_be_changed():
+    model = recipe("lora").prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
+    optimizer = recipe("odelora-euler@scheme=heun").create_optimizer(model, 1e-1)
+    assert getattr(optimizer, "scheme") == "heun"  # noqa: B009
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora@gauge=zero", "recipe lora has no options of its own; got @gauge=zero"),
+        ("lora-pro@gauge", "options of a recipe are @name=value; got @gauge"),
+        ("lora-pro@gage=zero", r"option of lora-pro must be one of moments, gauge, retraction; got 'gage'"),
+        (
+            "lora-pro@gauge=none",
+            "gauge: input should be 'zero', 'symmetric', 'sylvester' or 'lyapunov'; got 'none'",
+        ),
+        ("p-lora@damping=high", "damping: input should be a valid number.*; got 'high'"),
+        ("lora-por@gauge=zero", "did you mean lora-pro"),
+    ],
+)
+def test_bad_options(name, message):
+    with pytest.raises(InputError, match=message):
+        recipe(name)

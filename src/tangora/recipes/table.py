@@ -1,5 +1,6 @@
 """The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
 
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from tangora._checks import check_choice
 from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.variant import varied
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
 _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -39,18 +41,12 @@ def _lora_plus(model: nn.Module, **options: Any) -> Optimizer:
 
 
 def _lora_pro(**fixed: Any) -> Any:
-    def make(model: nn.Module, **options: Any) -> Optimizer:
-        return LoRAPro(model, **fixed, **options)
-
-    return make
+    return partial(LoRAPro, **fixed)
 
 
 def _ode_lora(**fixed: Any) -> Any:
-    def make(model: nn.Module, **options: Any) -> Optimizer:
-        # a new head is trained by AdamW, whose steps are not those of plain descent
-        return ODELoRA(model, adamw_lr=_HEAD_LR, **fixed, **options)
-
-    return make
+    # a new head is trained by AdamW, whose steps are not those of plain descent
+    return partial(ODELoRA, adamw_lr=_HEAD_LR, **fixed)
 
 
 def _options(**options: Any) -> MappingProxyType[str, Any]:
@@ -237,14 +233,15 @@ def recipe(name: str) -> Recipe:
     """Look up a method.
 
     Args:
-        name: Its name, as in ``tangora list``.
+        name: Its name, as in ``tangora list``; options of its optimizer may follow: ``lora-pro@gauge=zero``.
 
     Returns:
         The recipe.
 
     Raises:
-        InputError: If there is none of this name; the message lists all.
+        InputError: If there is none of this name (the message lists all), or its optimizer has no such option.
     """
     by_name = {entry.name: entry for entry in _TABLE}
-    check_choice("recipe", name, tuple(by_name))
-    return by_name[name]
+    known, *changes = name.split("@")
+    check_choice("recipe", known, tuple(by_name))
+    return varied(by_name[known], changes) if changes else by_name[known]

@@ -1,0 +1,72 @@
+"""A method with other options of its optimizer, for ablations: ``lora-pro@gauge=zero``."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tangora._checks import InputError, check_choice
+from tangora.recipes.recipe import Recipe
+
+_COMMON = {"params", "lr", "betas", "eps", "weight_decay", "on_nonfinite"}
+
+
+def optimizer_options(entry: Recipe) -> dict[str, Any]:
+    """List what makes a method's optimizer its own.
+
+    Args:
+        entry: The method.
+
+    Returns:
+        Types by name, without what all optimizers have; empty for those of torch and PEFT.
+    """
+    make = entry.make_optimizer
+    maker: Any = make.func if isinstance(make, partial) else make
+    if not inspect.isclass(maker):
+        return {}
+    hints = get_type_hints(maker.__init__)
+    return {name: hints[name] for name in inspect.signature(maker).parameters if name not in _COMMON}
+
+
+def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
+    """Change options of a method's optimizer.
+
+    Args:
+        entry: The method.
+        changes: ``option=value`` each.
+
+    Returns:
+        The method, with the changes in its name and summary.
+
+    Raises:
+        InputError: If a change is of another form, or the optimizer has no such option or no such value of it.
+    """
+    known = optimizer_options(entry)
+    if not known:
+        raise InputError(f"recipe {entry.name} has no options of its own; got @{'@'.join(changes)}")
+    options = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise InputError(f"options of a recipe are @name=value; got @{change}")
+        check_choice(f"option of {entry.name}", name, tuple(known))
+        options[name] = _value(name, text, known[name])
+    written = [f"{name}={options[name]}" for name in sorted(options)]
+    return replace(
+        entry,
+        name="@".join([entry.name, *written]),
+        summary=f"{entry.summary}; {', '.join(written)}",
+        make_optimizer=partial(entry.make_optimizer, **options),
+    )
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "cannot be read"
+        raise InputError(f"{name}: {reason[0].lower()}{reason[1:]}; got {text!r}") from None
