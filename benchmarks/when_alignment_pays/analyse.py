@@ -1,30 +1,29 @@
 """When does alignment pay? Every rank and budget of the plans beside this file, with what might explain it.
 
-    python benchmarks/when_alignment_pays/analyse.py results/digits --output benchmarks/when_alignment_pays/digits.json
+    python benchmarks/when_alignment_pays/analyse.py benchmarks/when_alignment_pays/digits.json
 
 Full fine-tuning knows no rank: its runs of a budget join the cell of every rank.
 """
 
 import argparse
-import json
 import re
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from scipy import stats
 
-from tangora.report import Comparison, Record, load_comparison, summarize
-from tangora.report.files import write_atomic
+from tangora.report import Comparison, summarize
 from tangora.report.statistics.intervals import Interval
 from tangora.report.statistics.selection import judged_runs
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from compact import TRAINING, read_study
+
 _CELL = re.compile(r"r(?P<rank>\d+)-(?P<steps>\d+)")
-_KEPT = {
-    *("id", "recipe", "learning_rate", "seed", "stage", "status", "error"),
-    *("metrics", "correct", "time", "trajectory", "commit", "machine", "created"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,23 +74,16 @@ class Cell:
         return next((method for method in self.methods if method.recipe == recipe), None)
 
 
-def cells(results: Path) -> list[Cell]:
-    """Read all cells that have ended, by budget and rank."""
+def cells(study: Mapping[str, Comparison]) -> list[Cell]:
+    """Find all cells, by budget and rank."""
     found = []
-    for folder in results.iterdir():
-        name = _CELL.fullmatch(folder.name)
-        if name is None or not (folder / "comparison.json").exists():
-            continue
-        comparison = load_comparison(folder)
-        full = results / f"full-{name['steps']}"
-        if (full / "comparison.json").exists():
-            comparison = _joined(comparison, load_comparison(full))
-        found.append(Cell(int(name["rank"]), int(name["steps"]), _methods(comparison)))
+    for name, comparison in study.items():
+        if cell := _CELL.fullmatch(name):
+            full = study.get(f"full-{cell['steps']}")
+            records = [*comparison.records, *(full.records if full else [])]
+            methods = _methods(comparison.model_copy(update={"records": records}))
+            found.append(Cell(int(cell["rank"]), int(cell["steps"]), methods))
     return sorted(found, key=lambda cell: (cell.steps, cell.rank))
-
-
-def _joined(ours: Comparison, other: Comparison) -> Comparison:
-    return ours.model_copy(update={"records": [*ours.records, *other.records]})
 
 
 def _methods(comparison: Comparison) -> list[Method]:
@@ -110,7 +102,7 @@ def _methods(comparison: Comparison) -> list[Method]:
                 row.difference_interval,
                 row.p_corrected,
                 row.versus_full,
-                fmean(step.loss for run in runs for step in run.history[-max(1, len(run.history) // 10) :]),
+                fmean(run.metrics[TRAINING]["loss"] for run in runs),
                 _mean([point["captured_energy"] for run in runs for point in run.trajectory[:1]]),
                 _mean([point["captured_energy"] for run in runs for point in run.trajectory[1:]]),
                 _mean([point["relative_imbalance"] for run in runs for point in run.trajectory[-1:]]),
@@ -156,24 +148,13 @@ def _minus(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or theirs is None else ours - theirs
 
 
-def _kept(record: Record) -> dict[str, Any]:
-    # histories of thousands of steps stay where they were made; what decides is kept
-    whole = record.model_dump(
-        mode="json", include=_KEPT | {"time", "trajectory", "versions", "machine", "created"}
-    )
-    settings = {key: record.settings[key] for key in ("rank", "alpha", "steps", "data_fingerprint")}
-    return whole | {"settings": settings}
-
-
 def main() -> None:
-    """Print the tables; write the record."""
+    """Print all cells, and what goes with the gains."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="output folder of tangora compare")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    found = cells(arguments.results)
+    parser.add_argument("study", type=Path, help="output folder of tangora compare, or a file of compact.py")
+    found = cells(read_study(parser.parse_args().study))
     print(
         "| steps | rank | recipe | rate | test | minus lora | interval | minus full | training loss | captured |"
     )
@@ -181,41 +162,21 @@ def main() -> None:
     for cell in found:
         for m in cell.methods:
             low, high = m.minus_lora_interval or (None, None)
-            numbers = (
-                m.test,
-                m.minus_lora,
-                low,
-                high,
-                m.minus_full,
-                m.training_loss,
-                m.captured_start,
-                m.captured,
-            )
-            test, difference, low, high, full, loss, start, captured = (
-                "" if value is None else f"{value:+.3f}" if index in (1, 2, 3, 4) else f"{value:.3g}"
-                for index, value in enumerate(numbers)
-            )
-            edge = f" ({m.edge})" if m.edge else ""
             star = " *" if m.p_corrected is not None and m.p_corrected < 0.05 else ""
             print(
-                f"| {cell.steps} | {cell.rank} | {m.recipe} | {m.learning_rate:g}{edge} | {test} | {difference}{star} "
-                f"| {low} to {high} | {full} | {loss} | {start} → {captured} |"
+                f"| {cell.steps} | {cell.rank} | {m.recipe} | {m.learning_rate:g}{f' ({m.edge})' if m.edge else ''} "
+                f"| {_text(m.test, '.3f')} | {_text(m.minus_lora)}{star} | {_text(low)} to {_text(high)} "
+                f"| {_text(m.minus_full)} | {_text(m.training_loss, '.3g')} "
+                f"| {_text(m.captured_start, '.2f')} → {_text(m.captured, '.2f')} |"
             )
-    for line in (lines := explained(found)):
+    for line in explained(found):
         print(
             f"{line['recipe']}: gain against {line['against']}: {line['spearman']:+.2f} (p {line['p_value']:.2f})"
         )
-    if arguments.output:
-        folders = sorted(path.parent for path in arguments.results.glob("*/comparison.json"))
-        record = {
-            "command": load_comparison(folders[0]).command,
-            "cells": [asdict(cell) for cell in found],
-            "explained": lines,
-            "records": {
-                folder.name: [_kept(r) for r in load_comparison(folder).records] for folder in folders
-            },
-        }
-        write_atomic(arguments.output, json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def _text(value: float | None, how: str = "+.3f") -> str:
+    return "" if value is None else format(value, how)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""A study as one file: all runs with what decides and what it cost, without the histories of their steps.
+
+python benchmarks/compact.py results/ablations --output benchmarks/ablations.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+
+from tangora.report import Comparison, Record, load_comparison, summarize
+from tangora.report.files import write_atomic
+
+TRAINING = "training"
+"""Key of the metrics to which the loss of the last tenth of the training steps is added."""
+
+
+def read_study(path: Path) -> dict[str, Comparison]:
+    """Read a study.
+
+    Args:
+        path: The output folder of ``tangora compare``, or a file that this script wrote.
+
+    Returns:
+        Its comparisons by task, the runs without histories.
+    """
+    if path.is_file():
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Comparison.model_validate(task) for name, task in tasks.items()}
+    folders = sorted(found.parent for found in path.glob("**/comparison.json"))
+    return {folder.name: _compact(load_comparison(folder)) for folder in folders}
+
+
+def _compact(comparison: Comparison) -> Comparison:
+    return comparison.model_copy(update={"records": [_without_steps(run) for run in comparison.records]})
+
+
+def _without_steps(run: Record) -> Record:
+    last = [step.loss for step in run.history[-max(1, len(run.history) // 10) :]]
+    metrics = run.metrics | ({TRAINING: {"loss": fmean(last)}} if last else {})
+    # where an accuracy decides, the answers say it all
+    scores = None if run.correct is not None else run.scores
+    settings = {key: value for key, value in run.settings.items() if value is not None}
+    return run.model_copy(update={"history": [], "metrics": metrics, "scores": scores, "settings": settings})
+
+
+def main() -> None:
+    """Print each task's table; write the file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="output folder of tangora compare, or a file made of one")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    study = read_study(arguments.results)
+    for name, comparison in study.items():
+        print(f"\n{name} ({len(comparison.records)} runs)\n")
+        print(
+            "| recipe | test | 95 % interval | minus `lora` | its interval | p, corrected | learning rate | runs |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for row in summarize(comparison):
+            edge = f", the {row.edge} end" if row.edge else ""
+            cells = (
+                f"`{row.recipe}`",
+                _number(row.test),
+                _interval(row.interval),
+                _number(row.difference, sign="+"),
+                _interval(row.difference_interval, sign="+"),
+                _number(row.p_corrected),
+                f"{row.learning_rate:g}{edge}",
+                str(row.num_runs),
+            )
+            print(f"| {' | '.join(cells)} |")
+    if arguments.output:
+        dumped = {name: comparison.model_dump(mode="json") for name, comparison in study.items()}
+        write_atomic(arguments.output, json.dumps(dumped, separators=(",", ":")) + "\n")
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.3f}".replace("-", "−")
+
+
+def _interval(interval: tuple[float, float] | None, sign: str = "") -> str:
+    return "" if interval is None else " to ".join(_number(end, sign) for end in interval)
+
+
+if __name__ == "__main__":
+    main()
