@@ -114,6 +114,29 @@ def test_what_has_ended_is_never_due_again_and_the_order_of_ending_does_not_matt
     assert not due(plan, whole[::-1])
 
 
+def test_more_seeds_choose_with_less_noise():
+    plan = settings(sweep_seeds=2)
+    # the first seed alone would choose 1e-4
+    losses = {(1e-4, 0): 0.1, (1e-4, 1): 0.9, (1e-3, 0): 0.3, (1e-3, 1): 0.3, (1e-2, 0): 0.5, (1e-2, 1): 0.5}
+    records, cells = [], due(plan, [])
+    assert [(cell.settings.peak, cell.settings.seed) for cell in cells] == list(losses)
+    for cell in cells:
+        assert planned(plan, records) == 7
+        records.append(ended(cell, losses[cell.settings.peak, cell.settings.seed]))
+    (last,) = due(plan, records)
+    assert (last.settings.peak, last.settings.seed, last.stage) == (1e-3, 2, "final")
+    assert not due(settings(sweep_seeds=3), played(settings(sweep_seeds=3), parabola(1e-3)))
+
+
+def test_trials_of_several_seeds_choose_by_their_mean():
+    plan = settings(learning_rates={"lora": [1e-4, 1e-3]}, halving=2, steps=40, sweep_seeds=2)
+    losses = {(1e-4, 0): 0.5, (1e-4, 1): 0.1, (1e-3, 0): 0.2, (1e-3, 1): 0.2}
+    trials = due(plan, [])
+    assert {cell.stage for cell in trials} == {"trial"}
+    records = [ended(cell, losses[cell.settings.peak, cell.settings.seed]) for cell in trials]
+    assert {cell.settings.peak for cell in due(plan, records)} == {1e-3}
+
+
 def test_halving_spends_full_budgets_on_survivors_only():
     plan = settings(learning_rates={"lora": [1e-5, 1e-4, 1e-3, 1e-2]}, halving=2, steps=40)
     records = played(plan, parabola(1e-3))
@@ -165,6 +188,8 @@ def test_bad_plans_are_named():
         read_plan({"tasks": ["a"]})
     with pytest.raises(InputError, match="tasks need names of letters"):
         read_plan({"tasks": {"../a": {"recipes": ["lora"]}}})
+    with pytest.raises(InputError, match="sweep_seeds must be at most 1, all seeds; got 2"):
+        read_plan({"recipes": ["lora"], "seeds": [0], "sweep_seeds": 2})
     with pytest.raises(InputError, match="halving drops learning rates"):
         read_plan({"recipes": ["lora"], "halving": 2, "refine": 1})
     with pytest.raises(InputError, match="seeds must differ"):

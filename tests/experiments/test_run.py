@@ -108,6 +108,19 @@ def test_a_folder_in_which_nothing_was_done_is_free(classifier, tmp_path):
         train(RunSettings(**classifier, recipe="lora", steps=2), tmp_path / "out")
 
 
+def test_a_folder_of_an_older_version_goes_on(classifier, tmp_path):
+    settings = RunSettings(**classifier, recipe="lora", steps=1)
+    record = train(settings, tmp_path / "out")
+    path = tmp_path / "out" / "settings.json"
+    older = json.loads(path.read_text())
+    del older["head_learning_rate"], older["clip"]  # unknown then, and as they are by default now
+    path.write_text(json.dumps(older))
+    assert train(settings, tmp_path / "out") == record
+    path.write_text(json.dumps(older))
+    with pytest.raises(InputError, match=r"clip is 1\.0 there and 0\.5 here"):
+        train(settings.model_copy(update={"clip": 0.5}), tmp_path / "out")
+
+
 def test_training_improves_and_says_so(classifier, tmp_path):
     settings = RunSettings(**classifier, recipe="tangent", learning_rate=3e-3, steps=40, batch_size=16)
     record = train(settings, tmp_path / "out")

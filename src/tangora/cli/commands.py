@@ -113,8 +113,9 @@ def compare_command(
         str | None,
         typer.Option(help="One grid for all, separated by commas; a YAML file can give one for each method."),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first one sweeps.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first ones sweep.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same as --seeds with one number.")] = None,
+    sweep_seeds: Annotated[int | None, typer.Option(help=about(CompareSettings, "sweep_seeds"))] = None,
     extend: Annotated[int | None, typer.Option(help=about(CompareSettings, "extend"))] = None,
     refine: Annotated[int | None, typer.Option(help=about(CompareSettings, "refine"))] = None,
     halving: Annotated[int | None, typer.Option(help=about(CompareSettings, "halving"))] = None,
@@ -148,6 +149,7 @@ def compare_command(
         "seed": seed,
         "extend": extend,
         "refine": refine,
+        "sweep_seeds": sweep_seeds,
         "halving": halving,
         "title": title,
     }

@@ -16,7 +16,7 @@ from tangora.experiments.settings import RunSettings, Settings, TaskSettings, va
 from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
 from tangora.report.records import Stage
-from tangora.report.statistics.selection import Edge, grid_edge, metric_value
+from tangora.report.statistics.selection import Edge, grid_edge, trial_points
 
 _RATIO = 3.0
 """Between a lone learning rate and the next one beyond it."""
@@ -33,7 +33,12 @@ class CompareSettings(TaskSettings):
         default_factory=dict, description="Grid by recipe; default: the recipe's own."
     )
     seeds: list[int] = Field(
-        default=[0, 1, 2], min_length=1, description="The first one sweeps, all are reported."
+        default=[0, 1, 2], min_length=1, description="The first ones sweep, all are reported."
+    )
+    sweep_seeds: int = Field(
+        default=1,
+        ge=1,
+        description="Seeds that try all learning rates; the mean over them chooses. More choose with less noise.",
     )
     extend: int = Field(
         default=0,
@@ -74,6 +79,14 @@ class CompareSettings(TaskSettings):
             if not grid or min(grid) <= 0:
                 raise ValueError(f"learning_rates of {name} must be positive numbers; got {grid}")
         return {recipe(name).name: sorted(set(grid)) for name, grid in grids.items()}
+
+    @model_validator(mode="after")
+    def _enough_seeds(self) -> "CompareSettings":
+        if self.sweep_seeds > len(self.seeds):
+            raise ValueError(
+                f"sweep_seeds must be at most {len(self.seeds)}, all seeds; got {self.sweep_seeds}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way(self) -> "CompareSettings":
@@ -239,7 +252,7 @@ def planned(settings: CompareSettings, records: Sequence[Record]) -> int:
         sweep = _Sweep(settings, name, known)
         cells = list(_wanted(sweep))
         undecided = any(cell.stage != "final" and cell.id not in known for cell in cells)
-        total += len(cells) + (len(settings.seeds) - 1 if undecided else 0)
+        total += len(cells) + (len(settings.seeds) - settings.sweep_seeds if undecided else 0)
     return total
 
 
@@ -251,8 +264,10 @@ class _Sweep:
         self.higher_is_better = settings.metric != "loss"
 
     def cells(self, rates: Sequence[float], stage: Stage = "sweep", steps: int | None = None) -> list[Cell]:
-        seed = self.settings.seeds[0]
-        return [Cell(self.settings.run(self.name, rate, seed, steps), stage) for rate in rates]
+        seeds = self.settings.seeds[: self.settings.sweep_seeds]
+        return [
+            Cell(self.settings.run(self.name, rate, seed, steps), stage) for rate in rates for seed in seeds
+        ]
 
     def records(self, cells: Sequence[Cell]) -> list[Record] | None:
         # None if one of the runs has not ended
@@ -287,7 +302,7 @@ def _wanted(sweep: _Sweep) -> Iterator[Cell]:
     records = sweep.records(cells)
     best = sweep.best(records) if records is not None else None
     if best is not None:
-        for seed in settings.seeds[1:]:
+        for seed in settings.seeds[settings.sweep_seeds :]:
             yield Cell(settings.run(sweep.name, best, seed), "final")
 
 
@@ -346,10 +361,14 @@ def _halved(sweep: _Sweep) -> tuple[list[Cell], list[float] | None]:
 
 
 def _leading(records: Sequence[Record], metric: str, count: int, higher_is_better: bool) -> list[float]:
-    values = {r.learning_rate: metric_value(r, "validation", metric) for r in records}
-    known = {rate: value for rate, value in values.items() if value is not None}
     sign = -1.0 if higher_is_better else 1.0
-    return sorted(sorted(known, key=lambda rate: (sign * known[rate], rate))[:count])
+    # as `best_learning_rate` orders them: where a seed diverged, the others would flatter
+    ordered = sorted(
+        (point.num_diverged > 0, sign * point.mean, point.learning_rate)
+        for point in trial_points(records, metric)
+        if point.mean is not None
+    )
+    return sorted(rate for _, _, rate in ordered[:count])
 
 
 def _rounded(rate: float) -> float:

@@ -297,7 +297,10 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
     path = folder / name
     wanted = json.loads(settings.model_dump_json())
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # what an older version did not know was as it is by default
+        fields = type(settings).model_fields.items()
+        usual = {key: field.get_default(call_default_factory=True) for key, field in fields}
+        found = usual | json.loads(path.read_text(encoding="utf-8"))
         # what was refused before its first step left nothing to protect
         holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
         for key in sorted((wanted.keys() | found.keys()) - _NO_PART):

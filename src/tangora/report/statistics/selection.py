@@ -96,9 +96,25 @@ def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
         One point per learning rate, ascending.
     """
     whole = [record for record in records if record.stage != "trial"]
-    pool = [record for record in whole if record.stage == "sweep"] or whole
-    rates = sorted({record.learning_rate for record in pool})
-    return [_point(rate, [r for r in pool if r.learning_rate == rate], metric) for rate in rates]
+    return _points([record for record in whole if record.stage == "sweep"] or whole, metric)
+
+
+def trial_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
+    """Gather the trials of one recipe.
+
+    Args:
+        records: Its runs of stage ``trial`` and of one length.
+        metric: The metric that decides.
+
+    Returns:
+        One point per learning rate, ascending.
+    """
+    return _points(records, metric)
+
+
+def _points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
+    rates = sorted({record.learning_rate for record in records})
+    return [_point(rate, [r for r in records if r.learning_rate == rate], metric) for rate in rates]
 
 
 def _point(rate: float, records: Sequence[Record], metric: str) -> SweepPoint:
