@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tangora import InputError, recipe, recipes
+from tangora import InputError, find_pairs, recipe, recipes
 from tangora.recipes.head import head_parameters
 from tests.training.tiny import tiny_bert, tiny_llama
 
 EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
     "p-lora", "lora-pro", "lora-pro-factor", "lora-pro-sgd", "tangent",
-    "odelora-euler", "odelora-heun", "odelora-rk4", "odelora-bug",
+    "orthogonal", "orthogonal+tangent", "odelora-euler", "odelora-heun", "odelora-rk4", "odelora-bug",
     "lora-ga", "lora-one", "lora-one-plain", "one-step", "lora-ga+pro", "lora-ga+tangent", "lora-one+tangent",
 }  # fmt: skip
 
@@ -114,6 +114,18 @@ def test_options_that_a_recipe_fixes_can_be_changed():
     assert getattr(optimizer, "scheme") == "heun"  # noqa: B009
 
 
+def test_options_of_the_start_follow_the_name_too():
+    method = recipe("orthogonal+tangent@size=2@retraction=svd")
+    assert dict(method.start_options) == {"size": 2.0}
+    model = method.prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
+    method.initialize(model)
+    for pair in find_pairs(model):
+        torch.testing.assert_close(pair.A @ pair.A.T, 4 * torch.eye(2))
+        torch.testing.assert_close(pair.B.T @ pair.B, 4 * torch.eye(2))
+    assert method.create_optimizer(model, 1e-4).param_groups[0]["retraction"] == "svd"
+    assert dict(recipe("lora-ga@scale=unit").start_options) == {"scale": "unit"}
+
+
 @pytest.mark.messages
 @pytest.mark.parametrize(
     ("name", "message"),
@@ -126,6 +138,7 @@ def test_options_that_a_recipe_fixes_can_be_changed():
             "gauge: input should be 'zero', 'symmetric', 'sylvester' or 'lyapunov'; got 'none'",
         ),
         ("p-lora@damping=high", "damping: input should be a valid number.*; got 'high'"),
+        ("lora-ga@scale=large", "scale: input should be 'stable', 'gd', 'unit' or 'weight_svd'; got 'large'"),
         ("lora-por@gauge=zero", "did you mean lora-pro"),
     ],
 )

@@ -64,6 +64,22 @@ def test_images_are_those_of_scikit_learn(digits):
     assert digits.kind == "classification"
 
 
+def test_permuted_digits_are_all_images_with_the_same_pixels_elsewhere():
+    images, classes = read_digits("digits", range(10))
+    task = load_task("digits-permuted", num_test=300)
+    assert task.labels == tuple(map(str, range(10)))
+    found = [example for split in (task.train, task.validation, task.test) for example in split]
+    assert len(found) == len({image.numpy().tobytes() for image in images})
+    permuted = torch.tensor([example["pixels"] for example in found])
+    assert permuted.shape[1:] == images.shape[1:]
+    # the order is one and the same: pixel by pixel the two sets have the same sums, in another order
+    sums, permuted_sums = (each.double().sum(0).flatten() for each in (images, permuted))
+    torch.testing.assert_close(sums.sort().values, permuted_sums.sort().values)
+    assert not torch.allclose(sums, permuted_sums)
+    by_label = torch.tensor([int(task.labels[example["label"]]) for example in found])
+    assert torch.equal(by_label.bincount(), classes.bincount())
+
+
 def test_pretraining_repeats(digits):
     images, labels = read_digits("digits", PRETRAINING_DIGITS)
     found = []

@@ -3,7 +3,7 @@
 from tangora.init.initialize import Start, initialize
 from tangora.init.lora_ga import lora_ga
 from tangora.init.lora_one import lora_one, lora_one_v1
-from tangora.init.methods import needs_batches, starts
+from tangora.init.methods import needs_batches, start_options, starts
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
@@ -18,5 +18,6 @@ __all__ = [
     "one_step",
     "orthogonal",
     "pissa",
+    "start_options",
     "starts",
 ]

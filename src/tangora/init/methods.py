@@ -6,7 +6,7 @@ Models stay outside: nothing here writes a parameter. `initialize` carries out w
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -38,7 +38,8 @@ class Method:
 
     factors: Callable[..., Factors]
     """``(site, **options)`` -> $(A_0, B_0)$."""
-    options: tuple[str, ...]
+    options: Mapping[str, Any]
+    """Types of its options, by name."""
     directions: int = 0
     """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
     offset: bool = False
@@ -52,6 +53,18 @@ def starts() -> tuple[str, ...]:
         Names for `initialize`.
     """
     return tuple(METHODS)
+
+
+def start_options(method: str) -> Mapping[str, Any]:
+    """List what can be chosen about a start.
+
+    Args:
+        method: Its name.
+
+    Returns:
+        Types of its options, by name.
+    """
+    return METHODS[method].options
 
 
 def needs_batches(method: str) -> bool:
@@ -82,7 +95,7 @@ def check_method(method: str, options: Mapping[str, Any], *, has_batches: bool) 
     """
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
-    allowed = chosen.options + (PROBE_OPTIONS if chosen.directions else ())
+    allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.directions else ()))
     for key in options:
         if key not in allowed:
             raise InputError(f"start {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}")
@@ -180,13 +193,20 @@ def _lora(site: Site) -> Factors:
     return site.pair.factors()  # as PEFT drew them
 
 
+def _typed(function: Callable[..., Factors], *names: str) -> dict[str, Any]:
+    hints = get_type_hints(function)
+    return {name: hints.get(name, Any) for name in names}
+
+
 METHODS = {
-    "lora": Method(_lora, ()),
-    "orthogonal": Method(_orthogonal, ("size",), offset=True),
-    "pissa": Method(_pissa, ("niter",), offset=True),
-    "lora-ga": Method(_lora_ga, ("direction", "scale", "stable_gamma"), directions=2, offset=True),
-    "lora-one": Method(_lora_one, ("gamma",), directions=1),
-    "lora-one-v1": Method(_lora_one_v1, ("gamma",), directions=1, offset=True),
-    "one-step": Method(_one_step, ("step", "held_out"), directions=1),
+    "lora": Method(_lora, {}),
+    "orthogonal": Method(_orthogonal, _typed(orthogonal, "size"), offset=True),
+    "pissa": Method(_pissa, _typed(pissa, "niter"), offset=True),
+    "lora-ga": Method(
+        _lora_ga, _typed(lora_ga, "direction", "scale", "stable_gamma"), directions=2, offset=True
+    ),
+    "lora-one": Method(_lora_one, _typed(lora_one, "gamma"), directions=1),
+    "lora-one-v1": Method(_lora_one_v1, _typed(lora_one_v1, "gamma"), directions=1, offset=True),
+    "one-step": Method(_one_step, _typed(one_step, "step", "held_out"), directions=1),
 }
 PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")

@@ -13,7 +13,7 @@ import torch
 from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
-from tangora.geometry.retraction import RETRACTIONS, Retraction, retract
+from tangora.geometry.retraction import RETRACTIONS, Retraction, kept_balanced, retract
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
 from tangora.optim.adamw import adamw_factors, adamw_update, step_counters
 from tangora.optim.base import OnNonfinite, PairOptimizer, Params
@@ -142,7 +142,8 @@ class LoRAPro(PairOptimizer):
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
             at, B = at._replace(whiten_B=at.whiten_B / decay), B * decay
-            return retract(A, B, at, tangent, group["lr"] / stack.scaling, group["retraction"])
+            new = retract(A, B, at, tangent, group["lr"] / stack.scaling, group["retraction"])
+            return kept_balanced(*new)  # else clipping would see longer and longer gradients
         H_A, H_B = (H.div_(stack.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
         if group["moments"] == "factor":
             return adamw_factors(stack, (H_A, H_B), group)

@@ -53,6 +53,9 @@ def _options(**options: Any) -> MappingProxyType[str, Any]:
     return MappingProxyType(options)
 
 
+_ORTHOGONAL = _options(size=1.0)
+
+
 _TABLE = (
     Recipe(
         "full", "full fine-tuning with AdamW: the yardstick", "arXiv:1711.05101", _FULL_GRID, _adamw, None
@@ -100,6 +103,15 @@ _TABLE = (
         "arXiv:2402.02347",
         _LORA_GRID,
         PreconditionedAdamW,
+    ),
+    Recipe(
+        "orthogonal",
+        "LoRA started from orthogonal factors, whose product the frozen base makes up for",
+        "https://spaces.ac.cn/archives/10266",
+        _LORA_GRID,
+        _adamw,
+        start="orthogonal",
+        start_options=_ORTHOGONAL,
     ),
     Recipe(
         "lora-ga",
@@ -201,6 +213,15 @@ _TABLE = (
         start="lora-ga",
     ),
     Recipe(
+        "orthogonal+tangent",
+        "orthogonal factors as a start, TangentAdam",
+        "https://spaces.ac.cn/archives/10266 and this project",
+        _FULL_GRID,
+        TangentAdam,
+        start="orthogonal",
+        start_options=_ORTHOGONAL,
+    ),
+    Recipe(
         "lora-ga+tangent",
         "LoRA-GA's start, TangentAdam",
         "arXiv:2407.05000 and this project",
@@ -233,13 +254,13 @@ def recipe(name: str) -> Recipe:
     """Look up a method.
 
     Args:
-        name: Its name, as in ``tangora list``; options of its optimizer may follow: ``lora-pro@gauge=zero``.
+        name: Its name, as in ``tangora list``; options of its optimizer or start may follow: ``lora-pro@gauge=zero``.
 
     Returns:
         The recipe.
 
     Raises:
-        InputError: If there is none of this name (the message lists all), or its optimizer has no such option.
+        InputError: If there is none of this name (the message lists all), or it has no such option.
     """
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")

