@@ -200,6 +200,20 @@ def test_balance_does_not_converge_in_the_other_gauges(gauge):
     assert fine > 3 * balance_drift("sylvester", 1e-3, steps=100)
 
 
+@pytest.mark.parametrize("moments", [None, "weight"])
+@pytest.mark.parametrize("retraction", ["auto", "orthographic", "svd"])
+def test_retractions_keep_the_factors_balanced(retraction, moments):
+    """Clipping by the norm of the factors' gradients would else shrink every step more and more."""
+    toy = Quadratic(40, 30, 4, seed=5, zero_B=True)
+    optimizer = LoRAPro(toy.model, lr=3e-3, retraction=retraction, moments=moments)
+    for _ in range(60):
+        toy.set_gradients()
+        optimizer.step()
+        size = toy.A.detach().square().sum() + toy.B.detach().square().sum()
+        least = 2 * torch.linalg.matrix_norm(toy.B.detach() @ toy.A.detach(), ord="nuc")
+        assert size <= 2 * 4**0.5 * least
+
+
 @pytest.mark.messages
 def test_a_jump_of_a_is_reported():
     toy = Quadratic(20, 16, 3, seed=9, zero_B=True)

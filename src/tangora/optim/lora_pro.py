@@ -77,7 +77,8 @@ class LoRAPro(PairOptimizer):
         moments: ``"weight"``: Adam on the equivalent gradient, two $m \times n$ states per layer (the paper's text and
             code); ``"factor"``: AdamW on the factors' directions, two states per factor (the memory that the paper
             reports); ``None``: plain descent.
-        gauge: How the step is shared between the factors: ``zero``, ``symmetric``, ``sylvester`` (paper), ``lyapunov``.
+        gauge: How the step is shared between the factors: ``sylvester`` (paper) and ``lyapunov`` keep their balance;
+            with ``zero`` and ``symmetric`` it drifts, and so does the gradients' norm, which clipping looks at.
         retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
         betas: Decay rates of the moments. Default as in the paper's code.
