@@ -1,10 +1,19 @@
 """The table of methods."""
 
+import copy
+
 import pytest
 import torch
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from tangora import InputError, find_pairs, recipe, recipes
-from tangora.recipes.head import head_parameters
+from tangora.adapters import load_adapter, save_adapter
+from tangora.recipes.head import head_names, head_parameters
 from tests.training.tiny import tiny_bert, tiny_llama
 
 EXPECTED = {
@@ -77,6 +86,53 @@ def test_the_head_has_its_own_rate_if_asked(name):
     assert len(named) == 2
     assert all("classifier" in n for n in named)
     assert both == {key: 1e-2 if key in head else rate for key, rate in alone.items()}
+
+
+HEADS = {
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        DistilBertConfig(vocab_size=30, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=3),
+        ["pre_classifier", "classifier"],
+    ),
+    "bart": (
+        BartForSequenceClassification,
+        BartConfig(
+            vocab_size=30, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+            encoder_attention_heads=2, decoder_attention_heads=2, num_labels=3,
+        ),
+        ["classification_head"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+@pytest.mark.parametrize("targets", ["all-linear", ["q_lin", "v_lin", "q_proj", "v_proj"]])
+def test_heads_that_peft_does_not_know_are_trained_whole(name, targets, tmp_path):
+    build, config, heads = HEADS[name]
+    torch.manual_seed(0)
+    model = build(config).eval()
+    assert head_names(model) == heads
+    base = copy.deepcopy(model)
+    whole = {key for key, _ in model.named_parameters() if key.split(".")[0] in heads}
+    adapted = recipe("lora").prepare(
+        model, r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1, target_modules=targets
+    )
+    trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
+    in_head = {key for key in trained if any(head in key for head in heads)}
+    assert len(in_head) == len(whole)
+    assert not any("lora_" in key for key in in_head)
+    assert any("lora_" in key for key in trained)
+    assert {id(p) for p in head_parameters(adapted)} == {
+        id(p) for key, p in adapted.named_parameters() if key in in_head
+    }
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    save_adapter(adapted, tmp_path)
+    tokens = torch.tensor([[5, 6, 7, 2], [8, 9, 10, 2]])
+    again = load_adapter(base, tmp_path)
+    torch.testing.assert_close(again(tokens).logits, adapted(tokens).logits)
 
 
 def test_the_ratio_of_the_rates_survives_a_schedule():

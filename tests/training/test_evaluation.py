@@ -183,6 +183,7 @@ def test_exact_match_of_a_model_that_knows_some_answers():
         ("42", "42"),
         ("so 6 times 7\n 42 \n\n", "42"),
         ("first 6\n#### 42\nand on\n#### 43", "42"),
+        ("so\nThe answer is: 6 or\nThe answer is: 42\n", "42"),
         ("#### ", ""),
         ("", ""),
     ],
@@ -201,6 +202,11 @@ def test_final_answer(text, answer):
         ("1 2\n3 4", {"completion": "1 2\n3 4", "answer": "1 2\n3 4"}, True),
         ("9 9\n3 4", {"completion": "1 2\n3 4", "answer": "1 2\n3 4"}, False),
         ("", {"completion": "42"}, False),
+        ("$1,234.", {"completion": "1234"}, True),
+        ("-7.0", {"completion": "-7"}, True),
+        ("7", {"completion": "-7"}, False),
+        ("1,2", {"completion": "x = 1,2"}, False),
+        ("The answer is: 42", {"completion": "as\n#### 42", "answer": "as\n#### 42"}, True),
     ],
 )
 def test_answers_match(text, example, right):

@@ -126,8 +126,10 @@ class CompareSettings(TaskSettings):
         """
         own = {"recipe": name, "learning_rate": rate, "seed": seed, "steps": steps or self.steps}
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
-        if recipe(name).adapter is None:  # nothing to be aligned; its snapshots would be whole models
-            shared |= {"measure_every": None, "measure_gradient": None}
+        if (
+            recipe(name).adapter is None
+        ):  # nothing to be aligned, whole models as snapshots, steps below bfloat16's
+            shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
         return RunSettings.model_validate(shared | own)
 
 

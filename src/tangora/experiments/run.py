@@ -109,7 +109,13 @@ def load_base(settings: RunSettings, task: Task) -> LoadedModel:
     Returns:
         Model and tokenizer.
     """
-    return load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
+    return load_model(
+        settings.model,
+        kind=task.kind,
+        labels=task.labels or None,
+        dtype=getattr(torch, settings.dtype),
+        seed=settings.seed,
+    )
 
 
 def execute(

@@ -33,10 +33,19 @@ class TaskSettings(Settings):
     data: str = Field(
         default="bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name."
     )
+    test_data: str | None = Field(
+        default=None,
+        description="Other data to test on: its test split, or all of it; default: part of data.",
+    )
     kind: Kind | None = Field(
         default=None, description="classification or causal; default: what the data is."
     )
-    text_column: str | None = Field(default=None, description="Column of the text.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the frozen weights; what is trained is always float32."
+    )
+    text_column: str | None = Field(
+        default=None, description="Column of the text; a,b for pairs, a|b for the first that there is."
+    )
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
@@ -172,7 +181,7 @@ class TaskSettings(Settings):
         """
         keys = ("kind", "num_train", "num_validation", "num_test")
         columns = ("text_column", "label_column", "prompt_column", "completion_column")
-        return {key: getattr(self, key) for key in (*keys, *columns)}
+        return {key: getattr(self, key) for key in (*keys, *columns)} | {"test_spec": self.test_data}
 
 
 class RunSettings(TaskSettings):
@@ -199,6 +208,12 @@ class RunSettings(TaskSettings):
     def _referred(self) -> "RunSettings":
         if self.reference is not None and self.measure_every is None:
             raise ValueError(f"reference needs measure_every; got reference = {self.reference!r} alone")
+        return self
+
+    @model_validator(mode="after")
+    def _precise(self) -> "RunSettings":
+        if self.dtype != "float32" and recipe(self.recipe).adapter is None:
+            raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
         return self
 
     @property

@@ -19,6 +19,7 @@ from tangora.training.models import LoadedModel, load_model
 
 _DATA_KEYS = (
     "data",
+    "test_data",
     "kind",
     "text_column",
     "label_column",
@@ -107,6 +108,8 @@ def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed
         InputError: If something cannot be loaded, or an adapter is given for a run.
     """
     changes = {key: value for key, value in changes.items() if key in _DATA_KEYS and value is not None}
+    if "data" in changes:
+        changes.setdefault("test_data", None)  # the run's belongs to the run's data
     if not is_run(source):
         return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
     if adapter is not None:

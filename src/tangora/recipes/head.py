@@ -4,6 +4,8 @@ Without it a head takes the adapter's rate, and methods are compared by how fast
 is ten times that of full fine-tuning, whatever its adapter does.
 """
 
+from typing import Any
+
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -11,6 +13,50 @@ from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_number
 from tangora.optim.base import PairOptimizer
+
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Name the modules of a classifier that do not belong to its backbone.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        Its top modules with parameters but for the backbone; empty for a model that is no classifier.
+    """
+    if not type(model).__name__.endswith(_CLASSIFIERS):
+        return []
+    backbone = getattr(model, "base_model_prefix", "")
+    return [
+        name
+        for name, child in model.named_children()
+        if name != backbone and any(True for _ in child.parameters())
+    ]
+
+
+def head_options(model: nn.Module) -> dict[str, Any]:
+    """Return what PEFT must be told about a head.
+
+    It knows heads called ``score`` and ``classifier`` only. The others, T5's and BART's ``classification_head`` and
+    DistilBERT's ``pre_classifier``, it would leave random and frozen, or put adapters on.
+
+    Args:
+        model: The base model.
+
+    Returns:
+        Options of PEFT's configuration; empty where PEFT knows the head, or there is none.
+    """
+    names = head_names(model)
+    if set(names) <= set(SEQ_CLS_HEAD_NAMES):
+        return {}
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[0] in names
+    ]
+    return {"modules_to_save": names, "exclude_modules": inside}
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -20,15 +66,13 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
         model: A PEFT model, or a base model that is trained whole; may be wrapped.
 
     Returns:
-        Trainable parameters in PEFT's ``modules_to_save``; without PEFT those of the top modules that PEFT takes for a
-        classifier's head.
+        Trainable parameters in PEFT's ``modules_to_save``; without PEFT those of `head_names`.
     """
+    model = (
+        model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    )
     kept = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    heads = kept or [
-        child
-        for name, child in model.named_modules()
-        if name.removeprefix("module.") in SEQ_CLS_HEAD_NAMES  # of DistributedDataParallel
-    ]
+    heads = kept or [model.get_submodule(name) for name in head_names(model)]
     return [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
 
 

@@ -15,7 +15,7 @@ from tangora._checks import InputError, check_number
 from tangora.adapters import discover
 from tangora.init import Start, initialize, needs_batches
 from tangora.probes import Report
-from tangora.recipes.head import set_head_rate
+from tangora.recipes.head import head_options, set_head_rate
 
 Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., Optimizer]
@@ -99,6 +99,8 @@ class Recipe:
                 f"rank_plan cannot be used with recipe {self.name}, which chooses its ranks itself"
             )
         common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
+        if task_type == "SEQ_CLS":
+            common |= head_options(model)
         if self.adapter == "adalora":
             config = _adalora_config(r, total_steps, common | dict(self.options))
         else:

@@ -1,5 +1,6 @@
 """Lets a causal model answer, and compares its final answers with the right ones."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from tangora._checks import InputError, check_whole
 from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
 from tangora.training.data.text import encode_prompts
 from tangora.training.observe import Progress, device_of, length_batches, observed
+
+_SPOKEN_MARKER = "The answer is:"
 
 
 def generate_completions(
@@ -116,7 +119,10 @@ def answers_match(texts: Sequence[str], examples: Sequence[Mapping[str, Any]]) -
 
 
 def final_answer(text: str) -> str:
-    r"""Extract the final answer: the line after the first ``####``, or else the last line that is not empty.
+    r"""Extract the final answer.
+
+    That is the line after the first ``####`` (GSM8K), or after the last ``The answer is:`` (MetaMathQA), or else the
+    last line that is not empty.
 
     Args:
         text: A completion.
@@ -129,17 +135,29 @@ def final_answer(text: str) -> str:
         '42'
     """
     _, marker, after = text.partition(ANSWER_MARKER)
-    lines = [line.strip() for line in (after if marker else text).split("\n") if line.strip()]
+    if not marker:
+        _, marker, after = text.rpartition(_SPOKEN_MARKER)
+    lines = [line.strip() for line in after.split("\n") if line.strip()]
     if not lines:
         return ""
     return lines[0] if marker else lines[-1]
 
 
+def _number(text: str) -> float | None:
+    """Return a number as people write it: $1,234.50 is 1234.5; nothing for other text."""
+    plain = text.strip().rstrip(".").removeprefix("$").replace(",", "")
+    return float(plain) if re.fullmatch(r"-?\d+(\.\d+)?", plain) else None
+
+
 def _is_right(text: str, example: Mapping[str, Any]) -> bool:
     """Return whether an answer is right; one of several lines, such as a grid, is compared as a whole."""
-    expected = (example.get("answer") or final_answer(example["completion"])).strip()
+    expected = (example.get("answer") or "").strip()
+    if not expected or ANSWER_MARKER in expected:  # GSM8K calls its whole solution the answer
+        expected = final_answer(example["completion"])
     answer = text.strip() if "\n" in expected else final_answer(text)
     if answer == expected:
+        return True
+    if (number := _number(expected)) is not None and _number(answer) == number:
         return True
     problem = example.get(PROBLEM)
     return bool(answer) and problem is not None and problem.accepts(answer)

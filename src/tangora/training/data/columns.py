@@ -12,7 +12,7 @@ from tangora.training.data.sources import RawData, Row
 from tangora.training.models import Kind
 
 Example: TypeAlias = dict[str, Any]
-"""``text`` or ``pixels`` and ``label`` (a number), or ``prompt``, ``completion`` and sometimes ``answer``."""
+"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion`` (``answer``)."""
 
 PIXELS = "pixels"
 """Column of images: channels, rows and columns of numbers in [0, 1]."""
@@ -22,7 +22,11 @@ _SHOWN = 80
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns, as far as the user gave them."""
+    """Names of the columns, as far as the user gave them.
+
+    ``a|b`` is the first of these that a row has, for data sets from different places; ``a,b`` as ``text`` is a pair of
+    texts to be classified.
+    """
 
     text: str | None = None
     label: str | None = None
@@ -66,8 +70,8 @@ def to_examples(
     if kind == "classification":
         if columns.prompt or columns.completion:
             raise InputError("prompt_column and completion_column are for kind='causal'; use text_column")
-        read = _pixels if images else partial(_text, column=columns.text or "text", argument="text_column")
-        return _labelled(data, PIXELS if images else "text", read, columns.label or "label")
+        read = _pixels if images else partial(_texts, column=columns.text or "text")
+        return _labelled(data, read, columns.label or "label")
     if columns.label:
         raise InputError("label_column is for kind='classification'; leave it out for 'causal'")
     if columns.text and (columns.prompt or columns.completion):
@@ -80,7 +84,7 @@ def to_examples(
 
 
 def _labelled(
-    data: RawData, key: str, read: Callable[[Row], Any], label: str
+    data: RawData, read: Callable[[Row], Example], label: str
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
     """Return classification examples with numbered labels, and the names of the labels."""
     read_rows = {
@@ -100,7 +104,7 @@ def _labelled(
         )
     numbers = {name: number for number, name in enumerate(names)}
     examples = {
-        split: [{key: content, "label": numbers[name]} for _, content, name in rows]
+        split: [content | {"label": numbers[name]} for _, content, name in rows]
         for split, rows in read_rows.items()
     }
     return examples, names
@@ -133,7 +137,15 @@ def _text(row: Row, column: str, argument: str) -> str:
     return value
 
 
-def _pixels(row: Row) -> Any:
+def _texts(row: Row, column: str) -> Example:
+    """Return a text, or a pair where two columns are named."""
+    if column in row.values or column.count(",") != 1:
+        return {"text": _text(row, column, "text_column")}
+    first, second = (_text(row, name.strip(), "text_column") for name in column.split(","))
+    return {"text": first, "text_pair": second}
+
+
+def _pixels(row: Row) -> Example:
     """Return an image: channels, rows and columns."""
     value = _value(row, PIXELS, "an image's column")
     try:
@@ -144,7 +156,7 @@ def _pixels(row: Row) -> Any:
         raise InputError(
             f"{row.where}: column {PIXELS!r} must hold channels of rows of numbers in [0, 1]; got {shown(value)}"
         )
-    return image.tolist()
+    return {PIXELS: image.tolist()}
 
 
 def _label(row: Row, column: str) -> str:
@@ -159,8 +171,9 @@ def _label(row: Row, column: str) -> str:
 
 def _value(row: Row, column: str, argument: str) -> object:
     """Return what a column holds, or say which columns there are."""
-    check_choice(f"{row.where}: {argument}", column, list(row.values))
-    return row.values[column]
+    found = next((name for name in column.split("|") if name in row.values), column)
+    check_choice(f"{row.where}: {argument}", found, list(row.values))
+    return row.values[found]
 
 
 def shown(value: object) -> str:
@@ -190,4 +203,4 @@ def content_key(example: Mapping[str, Any]) -> str:
     if PIXELS in example:
         return repr(example[PIXELS])
     text = example.get("text") or example.get("prompt") or example["completion"]
-    return " ".join(text.split())
+    return " ".join(f"{text} {example.get('text_pair', '')}".split())

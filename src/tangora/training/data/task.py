@@ -32,9 +32,9 @@ class Task:
     Attributes:
         name: As the user gave it.
         kind: ``classification`` or ``causal``.
-        train: Examples ``{"text", "label"}``, ``{"pixels", "label"}`` or ``{"prompt", "completion"}``, the last
-            sometimes with the final ``"answer"`` and the generated ``"problem"``; plain language modelling has empty
-            prompts.
+        train: Examples ``{"text", "label"}`` (pairs of texts have a ``"text_pair"`` too), ``{"pixels", "label"}`` or
+            ``{"prompt", "completion"}``, the last sometimes with the final ``"answer"``, the generated ``"problem"``;
+            plain language modelling has empty prompts.
         validation: Examples to choose learning rates with.
         test: Examples to report.
         labels: Names of the classes; empty for causal tasks.
@@ -73,6 +73,7 @@ def load_task(
     num_validation: int = 200,
     num_test: int = 500,
     seed: int = 0,
+    test_spec: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
     prompt_column: str | None = None,
@@ -89,7 +90,9 @@ def load_task(
         num_validation: Number of validation examples, in [0, inf).
         num_test: Number of test examples, in [0, inf).
         seed: Says which example goes where, or which are generated; in [0, inf).
-        text_column: Column of the text, by default ``text``.
+        test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
+        text_column: Column of the text, by default ``text``; ``premise,hypothesis`` for pairs. Here and below, ``a|b``
+            is the first that a data set has.
         label_column: Column of the label, by default ``label``.
         prompt_column: Column of the prompt, by default ``prompt``.
         completion_column: Column of the completion, by default ``completion``.
@@ -112,7 +115,9 @@ def load_task(
     counts = Counts(num_train, num_validation, num_test)
     counts.check()
     columns = Columns(text_column, label_column, prompt_column, completion_column)
-    if spec.startswith(PREFIX):
+    if any(name is not None and name.startswith(PREFIX) for name in (spec, test_spec)):
+        if test_spec is not None:
+            raise InputError(f"{PREFIX} tasks bring their own test problems; leave test_data out")
         if kind == "classification" or columns != Columns():
             raise InputError(
                 f"{PREFIX} tasks are causal and have no columns to choose; leave kind and columns out"
@@ -122,6 +127,13 @@ def load_task(
     if kind is None:
         kind = infer_kind(columns, data.columns)
     pools, labels = to_examples(data, kind, columns)
+    if test_spec is not None:
+        tested, known = to_examples(_read(test_spec), kind, columns)
+        if known != labels:
+            raise InputError(
+                f"test_data must have the labels of data, {', '.join(labels)}; it has {', '.join(known)}"
+            )
+        pools |= {"test": tested.get("test") or tested["train"]}
     return Task(spec, kind, *make_splits(pools, counts, seed), labels)
 
 

@@ -55,7 +55,8 @@ def encode(
     loses the beginning of its prompt, then the end of its completion, and with it the eos.
 
     Args:
-        examples: ``text`` or ``pixels`` and ``label``, or ``prompt`` (may be empty) and ``completion``.
+        examples: ``text`` (and ``text_pair``) or ``pixels`` and ``label``, or ``prompt`` (may be empty) and
+            ``completion``.
         tokenizer: Of the model; its `ImageScaler` for images.
         kind: ``classification`` or ``causal``.
         max_length: Largest number of tokens, in [2, inf); means nothing for images.
@@ -135,12 +136,14 @@ def _encode_labelled(
 ) -> list[Encoding]:
     """Return encoded texts with one label each."""
     texts = [example["text"] for example in examples]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)
+    pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False)
+    keys = ["input_ids", "attention_mask"]
+    if pairs is not None and "token_type_ids" in encoded:  # which of the two a token belongs to
+        keys.append("token_type_ids")
     return [
-        {"input_ids": tokens, "attention_mask": mask, "labels": example["label"]}
-        for tokens, mask, example in zip(
-            encoded["input_ids"], encoded["attention_mask"], examples, strict=True
-        )
+        {key: encoded[key][index] for key in keys} | {"labels": example["label"]}
+        for index, example in enumerate(examples)
     ]
 
 

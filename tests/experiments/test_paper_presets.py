@@ -1,0 +1,104 @@
+"""The papers' settings, which need the hub and large models, with tiny ones of the same kind in their place."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tangora.experiments.plan import PlanSettings, read_plan
+from tangora.experiments.presets import preset
+from tangora.experiments.run import execute, load_run_task
+from tests.training.tiny import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
+
+SMALL = {
+    "num_train": 40,
+    "num_validation": 10,
+    "num_test": 10,
+    "steps": 2,
+    "batch_size": 4,
+    "start_examples": 4,
+    "rank": 2,
+}
+RECIPES = ["full", "lora", "lora-ga", "lora-pro", "orthogonal+tangent"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:step .* changes A of")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """T5 as it comes from pretraining, and pairs of sentences."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(SPECIAL) + len(WORDS), d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2,
+        pad_token_id=0, eos_token_id=3, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 3)]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"sentence1": f"{a} {b}", "sentence2": f"{b} {c}", "label": int(a == c)}
+        for a in WORDS[:6] for b in WORDS[:6] for c in WORDS[:6]
+    ]  # fmt: skip
+    data = write_lines(tmp_path / "pairs.jsonl", rows)
+    return {"model": str(tmp_path / "model"), "data": data, **SMALL}
+
+
+@pytest.fixture
+def mathematics(tmp_path):
+    """Llama; solutions to learn from, and problems of another data set with other columns to be tested on."""
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    numbers = random.Random(0).sample([(a, b) for a in range(30) for b in range(30)], 100)
+    learnt = [
+        {"query": f"{a} + {b}", "response": f"{a} + {b} = {a + b}\nThe answer is: {a + b}", "type": "sum"}
+        for a, b in numbers[:80]
+    ]
+    tested = [
+        {"question": f"{a} + {b}", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in numbers[80:]
+    ]
+    return {
+        "model": str(tmp_path / "model"),
+        "data": write_lines(tmp_path / "learnt.jsonl", learnt),
+        "test_data": write_lines(tmp_path / "tested.jsonl", tested),
+        **SMALL,
+        "accumulate": 2,
+        "learning_rates": {},
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_glue(glue, tmp_path, name):
+    plan = read_plan(preset("paper-glue"))
+    assert isinstance(plan, PlanSettings)
+    settings = type(plan.tasks["mrpc"])(**plan.tasks["mrpc"].model_dump() | glue).run(name, 1e-3, 0)
+    task = load_run_task(settings)
+    assert {"text", "text_pair", "label"} == set(task.train[0])
+    record = execute(settings, task, tmp_path / "run", run_id="run")
+    assert record.status == "finished", record.error
+    assert set(record.metrics["test"]) >= {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_mathematics(mathematics, tmp_path, name):
+    plan = read_plan(preset("paper-math") | mathematics)
+    assert not isinstance(plan, PlanSettings)
+    settings = plan.run(name, 1e-3, 0)
+    assert settings.dtype == ("float32" if name == "full" else "bfloat16")
+    task = load_run_task(settings)
+    assert all("####" in example["completion"] for example in task.test)
+    assert all("The answer is:" in example["completion"] for example in (*task.train, *task.validation))
+    record = execute(settings, task, tmp_path / "run", run_id="run")
+    assert record.status == "finished", record.error
+    assert 0 <= record.metrics["test"]["exact_match"] <= 1
