@@ -128,7 +128,7 @@ def compare_command(
         float | None, typer.Option(min=0, help="Begin no run that is not expected to end by then.")
     ] = None,
     max_memory: Annotated[
-        float | None, typer.Option(help="Gigabytes of data for each run, on a CPU under Linux.")
+        float | None, typer.Option(help="Gigabytes that each run may allocate, on a CPU under Linux.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
     **values: Any,

@@ -69,7 +69,7 @@ class Resources:
     Attributes:
         jobs: Runs side by side.
         hours: No run begins that is not expected to end within so many; ``None`` for no limit.
-        gigabytes: Memory for the data of each run, on a CPU; ``None`` for no limit.
+        gigabytes: What each run may allocate, on a CPU under Linux; ``None`` for no limit.
         retry: Whether runs that failed or ran out of memory are made again.
     """
 

@@ -45,7 +45,7 @@ class Limits:
 
     Attributes:
         threads: Threads of torch; ``None`` leaves the default.
-        gigabytes: Memory for data, of Linux processes on a CPU; ``None`` for no limit.
+        gigabytes: What a run may allocate, on a CPU under Linux; ``None`` for no limit.
     """
 
     threads: int | None = None
@@ -235,7 +235,9 @@ def _end_with_parent() -> None:
 def _limit_memory(gigabytes: float) -> None:
     import resource  # not on Windows
 
-    limit = int(gigabytes * 2**30)
+    # what the process has before it begins, libraries and the parent's data among it, is not the run's
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    limit = int(gigabytes * 2**30) + pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
