@@ -17,11 +17,11 @@ from tangora import CompareSettings, InputError, compare
 from tangora.experiments import Resources, worker
 from tangora.experiments.compare import CompareWatcher
 from tangora.experiments.plan import due
-from tangora.experiments.pool import Pool
 from tangora.experiments.run import Watcher, load_run_task
-from tangora.experiments.worker import DiskFullError, Limits, record_path, run_cell
+from tangora.experiments.worker import DiskFullError, record_path, run_cell
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import write_classifier
+from tests.training.tiny import tiny_bert, tiny_tokenizer
 
 RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
 
@@ -88,18 +88,18 @@ def test_a_killed_run_is_recorded_and_the_others_go_on(small, tmp_path):
     assert {record.status for record in healed.comparison.records} == {"finished"}
 
 
-def test_a_run_that_does_not_fit_into_memory_is_recorded(small, tmp_path):
+def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(small, tmp_path):
     wide = plan(small, recipes=["lora", "full"], learning_rates={"lora": [1e-3], "full": [1e-3]}, seeds=[0])
-    task = load_run_task(wide.run("lora", 1e-3, 0))
-    cells = due(wide, [])
-    with Pool(limits=Limits(gigabytes=0.02)) as pool:
-        pool.start(cells[0], task, tmp_path, Watcher())
-        while not (ended := pool.wait()):
-            pass
-    (cell, record), *_ = ended
-    assert cell == cells[0]
-    assert record.status == "out_of_memory"
-    assert load_record(record_path(tmp_path, cell)).error == record.error
+    # 51 MB of word vectors: frozen they fit, with their gradient and moments they need 200
+    tiny_bert(num_hidden_layers=1, vocab_size=400_000).save_pretrained(tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    wide = wide.model_copy(update={"model": str(tmp_path / "wide")})
+    outcome = compare(wide, tmp_path / "out", resources=Resources(gigabytes=0.17))
+    found = {record.recipe: record for record in outcome.comparison.records}
+    assert found["lora"].status == "finished"
+    assert found["full"].status == "out_of_memory"
+    assert load_record(tmp_path / "out" / "records" / "full-lr0.001-seed0.json").error == found["full"].error
+    assert "1 failed (full)" in outcome.report.read_text()
 
 
 def test_side_by_side_gives_what_one_after_the_other_does(small, tmp_path):
