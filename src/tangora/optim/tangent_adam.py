@@ -115,8 +115,12 @@ class TangentAdam(PairOptimizer):
     r"""Adam along the projected full gradient, with half of the state of AdamW on the adapters.
 
     Everything it keeps belongs to the weight $W$ and not to the factors, so the sequence of weights is the same for
-    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype, and $B = 0$ needs no special care. With rank
-    $\min(m, n)$ it is Adafactor with momentum on $W$. The learning rate is that of **full fine-tuning**.
+    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype. With rank $\min(m, n)$ it is Adafactor
+    with momentum on $W$. The learning rate is that of **full fine-tuning**.
+
+    From $B = 0$ no step is larger than others, but while $B A$ is no larger than a step it turns with every noisy
+    gradient: at small ranks, and where much has to change, ``initialize(model, "orthogonal", size=1.0)`` first, as the
+    recipe ``orthogonal+tangent`` does, was better (``docs/guides/when.md``).
 
     Args:
         params: PEFT model, pairs, or parameter groups.
