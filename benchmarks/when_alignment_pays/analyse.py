@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -115,6 +116,23 @@ def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
 
 
+def over_cells(found: list[Cell]) -> list[str]:
+    """Compare every two methods over the cells, each counted once: mean difference, t interval over cells, p."""
+    names = sorted({m.recipe for cell in found for m in cell.methods} - {"full"})
+    lines = []
+    for ours, theirs in combinations(names, 2):
+        pairs = [(a.test, b.test) for cell in found if (a := cell.of(ours)) and (b := cell.of(theirs))]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        if len(differences) >= 4:
+            test = stats.ttest_1samp(differences, 0)
+            low, high = test.confidence_interval()
+            lines.append(
+                f"{ours} minus {theirs} over {len(differences)} cells: {fmean(differences):+.3f} "
+                f"({low:+.3f} to {high:+.3f}, p {test.pvalue:.3f})"
+            )
+    return lines
+
+
 def explained(found: list[Cell]) -> list[dict[str, Any]]:
     """Correlate what each method gains over LoRA with what might explain it, over the cells."""
     lines = []
@@ -169,6 +187,8 @@ def main() -> None:
                 f"| {_text(m.minus_full)} | {_text(m.training_loss, '.3g')} "
                 f"| {_text(m.captured_start, '.2f')} → {_text(m.captured, '.2f')} |"
             )
+    for line in over_cells(found):
+        print(line)
     for line in explained(found):
         print(
             f"{line['recipe']}: gain against {line['against']}: {line['spearman']:+.2f} (p {line['p_value']:.2f})"

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tangora.experiments.plan import PlanSettings, read_plan
@@ -41,8 +42,6 @@ def glue(tmp_path):
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     tokenizer = tiny_tokenizer()
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 3)]
     )

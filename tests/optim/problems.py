@@ -101,3 +101,14 @@ class Quadratic:
         g = self.gradient(self.W)
         self.A.grad = self.s * self.B.detach().T @ g
         self.B.grad = self.s * g @ self.A.detach().T
+
+
+def assert_stays_balanced(toy: Quadratic, optimizer: torch.optim.Optimizer, steps: int = 60) -> None:
+    """Train, and compare the factors' size with the least that their product allows: balanced factors'."""
+    r = toy.A.shape[0]
+    for _ in range(steps):
+        toy.set_gradients()
+        optimizer.step()
+        size = toy.A.detach().square().sum() + toy.B.detach().square().sum()
+        least = 2 * torch.linalg.matrix_norm(toy.B.detach() @ toy.A.detach(), ord="nuc")
+        assert size <= 2 * r**0.5 * least

