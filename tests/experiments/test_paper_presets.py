@@ -8,9 +8,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5ForConditionalGeneration
 
+from tangora.experiments.loading import load_run_task
 from tangora.experiments.plan import PlanSettings, read_plan
 from tangora.experiments.presets import preset
-from tangora.experiments.run import execute, load_run_task
+from tangora.experiments.run import execute
 from tests.training.tiny import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
 
 SMALL = {

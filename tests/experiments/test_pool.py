@@ -16,8 +16,9 @@ import torch
 from tangora import CompareSettings, InputError, compare
 from tangora.experiments import Resources, worker
 from tangora.experiments.compare import CompareWatcher
+from tangora.experiments.loading import load_run_task
 from tangora.experiments.plan import due
-from tangora.experiments.run import Watcher, load_run_task
+from tangora.experiments.run import Watcher
 from tangora.experiments.worker import DiskFullError, record_path, run_cell
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import write_classifier

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tangora import InputError, RunSettings, train
 from tangora.diagnostics import Trajectory, find_tracks
-from tangora.experiments.run import load_base, load_run_task
+from tangora.experiments.loading import load_base, load_run_task
 from tangora.experiments.settings import validated
 from tangora.experiments.trajectory import target_layers
 from tangora.recipes import recipe

@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import median
 
 from tangora._checks import InputError, check_number, check_whole
+from tangora.experiments.loading import load_run_task
 from tangora.experiments.logs import log_to
 from tangora.experiments.plan import Cell, CompareSettings, PlanSettings, due, planned
 from tangora.experiments.pool import Pool
-from tangora.experiments.run import Watcher, load_run_task, verify_adapter
+from tangora.experiments.proof import verify_adapter
+from tangora.experiments.run import Watcher
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.experiments.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.report import (

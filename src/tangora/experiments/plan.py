@@ -96,6 +96,24 @@ class CompareSettings(TaskSettings):
             )
         return self
 
+    def grown_from(self, found: Mapping[str, Any]) -> set[str]:
+        """Tell in which keys this comparison asks for more: further recipes with grids of their own, further seeds.
+
+        Args:
+            found: Settings of what was compared before, as JSON holds them.
+
+        Returns:
+            Which of ``recipes``, ``learning_rates`` and ``seeds`` keep everything that was there.
+        """
+        recipes, seeds, grids = found["recipes"], found["seeds"], found["learning_rates"]
+        same_grids = all(grids.get(name) == self.learning_rates.get(name) for name in recipes)
+        kept = {
+            "recipes": set(recipes) <= set(self.recipes),
+            "learning_rates": same_grids,
+            "seeds": seeds == self.seeds[: len(seeds)],
+        }
+        return {key for key, holds in kept.items() if holds}
+
     def grid(self, name: str) -> list[float]:
         """Return the learning rates of a recipe.
 

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import transformers
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.batches import encoded, encoded_batches
 from tangora.experiments.flatness import measure_flatness
+from tangora.experiments.loading import load_base
 from tangora.experiments.memory import memory_use, peak_bytes, reset_peak, unwrapped
-from tangora.experiments.provenance import provenance, versions
+from tangora.experiments.proof import save_with_logits
+from tangora.experiments.provenance import provenance
 from tangora.experiments.scoring import (
     NUM_UNRELATED,
     shares,
@@ -46,15 +47,13 @@ from tangora.training.callbacks import (
     last_checkpoint,
     read_history,
 )
-from tangora.training.data import Task, load_task
-from tangora.training.models import LoadedModel, load_model
+from tangora.training.data import Task
+from tangora.training.models import LoadedModel
 from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
 
 EVALUATIONS = "evaluations.jsonl"
 """Name of the file in a run's folder."""
-
-_PROOF_EXAMPLES = 8
 
 logger = logging.getLogger(__name__)
 
@@ -85,37 +84,6 @@ class _Result:
     flatness: Flatness | None = None
     forgetting: Forgetting | None = None
     peak_bytes: int | None = None
-
-
-def load_run_task(settings: RunSettings) -> Task:
-    """Load the data of a run.
-
-    Args:
-        settings: The run's; the split does not depend on its seed.
-
-    Returns:
-        The task.
-    """
-    return load_task(settings.data, **settings.as_task())
-
-
-def load_base(settings: RunSettings, task: Task) -> LoadedModel:
-    """Load the untouched base model of a run; a new head is drawn from the run's seed.
-
-    Args:
-        settings: The run's.
-        task: Its data, for the labels.
-
-    Returns:
-        Model and tokenizer.
-    """
-    return load_model(
-        settings.model,
-        kind=task.kind,
-        labels=task.labels or None,
-        dtype=getattr(torch, settings.dtype),
-        seed=settings.seed,
-    )
 
 
 def execute(
@@ -177,7 +145,8 @@ def execute(
             after = unrelated_loss(loaded, model, task, settings)
             assert after is not None
             result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
-        _save(model, folder, loaded, task, settings)
+        if isinstance(model, PeftModel):
+            save_with_logits(model, folder, loaded, task, settings)
         if settings.curvature:
             watcher.phase("curvature")
             result.flatness = measure_flatness(settings, task, loaded, model, result.metrics["test"]["loss"])
@@ -251,23 +220,6 @@ def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> li
     return [EvaluationRecord(step=len(history), metrics=found)] if found else []
 
 
-def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
-    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        folder: The run's folder.
-
-    Returns:
-        Largest absolute difference of the logits on a few test examples.
-    """
-    loaded = load_base(settings, task)
-    model = load_adapter(loaded.model, folder / "adapter")
-    expected = torch.load(folder / "logits.pt", weights_only=True)
-    return float((_logits(model, loaded, task, settings) - expected).abs().max())
-
-
 def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSettings) -> nn.Module:
     model = method.prepare(
         loaded.model,
@@ -288,27 +240,6 @@ def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSetti
         held_out = encoded_batches(task.validation, loaded, settings)
     method.initialize(model, batches, held_out=held_out, seed=settings.seed)
     return model
-
-
-def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
-    """Return what a model card should tell of a run.
-
-    Args:
-        task: Its data.
-        settings: The run's.
-
-    Returns:
-        Facts by name.
-    """
-    return {
-        "recipe": settings.recipe,
-        "learning rate": settings.peak,
-        "seed": settings.seed,
-        "steps": settings.steps,
-        "batch size": settings.batch_size * settings.accumulate,
-        "data": task.name,
-        "data fingerprint": task.fingerprint,
-    } | versions()
 
 
 def _trainer(
@@ -401,25 +332,3 @@ def _evaluate(
     if task.kind == "classification":
         result.correct = [bool(value) for value in each["correct"]]
     result.evaluation_seconds += time.perf_counter() - began
-
-
-def _save(
-    model: nn.Module,
-    folder: Path,
-    loaded: LoadedModel,
-    task: Task,
-    settings: RunSettings,
-) -> None:
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder / "adapter", card=model_card_facts(task, settings))
-        torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSettings) -> Tensor:
-    data, collate = encoded(task.test[:_PROOF_EXAMPLES], loaded, settings)
-    batch = collate([data[index] for index in range(len(data))])
-    batch.pop("labels", None)
-    model.eval()
-    device = next(model.parameters()).device
-    return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()

@@ -1,6 +1,7 @@
 """What a run needs to know, validated: every error names the key, the value and what is allowed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,18 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def grown_from(self, found: Mapping[str, Any]) -> set[str]:
+        """Tell in which keys these settings ask for more of the same than others did.
+
+        Args:
+            found: The others, as JSON holds them.
+
+        Returns:
+            Keys that may differ, as what was done for the others is a part of what these want.
+        """
+        del found
+        return set()
 
 
 class TaskSettings(Settings):
@@ -318,7 +331,7 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
         found = usual | json.loads(path.read_text(encoding="utf-8"))
         # what was refused before its first step left nothing to protect
         holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
-        for key in sorted((wanted.keys() | found.keys()) - _NO_PART):
+        for key in sorted((wanted.keys() | found.keys()) - _NO_PART - settings.grown_from(found)):
             if wanted.get(key) != found.get(key) and holds_work:
                 raise InputError(
                     f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from tangora.experiments.loading import load_run_task
 from tangora.experiments.logs import log_to
-from tangora.experiments.run import Watcher, execute, load_run_task
+from tangora.experiments.run import Watcher, execute
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.experiments.trajectory import check_reference
 from tangora.report import Record, load_record, save_json

@@ -1,0 +1,38 @@
+"""The data of a run, and the base model that it begins with."""
+
+import torch
+
+from tangora.experiments.settings import RunSettings
+from tangora.training.data import Task, load_task
+from tangora.training.models import LoadedModel, load_model
+
+
+def load_run_task(settings: RunSettings) -> Task:
+    """Load the data of a run.
+
+    Args:
+        settings: The run's; the split does not depend on its seed.
+
+    Returns:
+        The task.
+    """
+    return load_task(settings.data, **settings.as_task())
+
+
+def load_base(settings: RunSettings, task: Task) -> LoadedModel:
+    """Load the untouched base model of a run; a new head is drawn from the run's seed.
+
+    Args:
+        settings: The run's.
+        task: Its data, for the labels.
+
+    Returns:
+        Model and tokenizer.
+    """
+    return load_model(
+        settings.model,
+        kind=task.kind,
+        labels=task.labels or None,
+        dtype=getattr(torch, settings.dtype),
+        seed=settings.seed,
+    )

@@ -1,0 +1,83 @@
+"""The proof of a saved adapter: plain PEFT computes with it, on the untouched base, what the trained model did."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tangora.adapters import load_adapter, save_adapter
+from tangora.experiments.batches import encoded
+from tangora.experiments.loading import load_base
+from tangora.experiments.provenance import versions
+from tangora.experiments.settings import RunSettings
+from tangora.training.data import Task
+from tangora.training.models import LoadedModel
+
+_NUM_EXAMPLES = 8
+
+
+def save_with_logits(
+    model: PeftModel, folder: Path, loaded: LoadedModel, task: Task, settings: RunSettings
+) -> None:
+    """Save the adapter of a run, and what it computes on a few test examples, which `verify_adapter` will ask for.
+
+    Args:
+        model: Trained.
+        folder: The run's; gets ``adapter/`` and ``logits.pt``.
+        loaded: The run's base model, for the tokenizer.
+        task: Its data.
+        settings: The run's.
+    """
+    save_adapter(model, folder / "adapter", card=model_card_facts(task, settings))
+    torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
+
+
+def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
+    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's.
+
+    Args:
+        settings: The run's.
+        task: Its data.
+        folder: The run's folder.
+
+    Returns:
+        Largest absolute difference of the logits on a few test examples.
+    """
+    loaded = load_base(settings, task)
+    model = load_adapter(loaded.model, folder / "adapter")
+    expected = torch.load(folder / "logits.pt", weights_only=True)
+    return float((_logits(model, loaded, task, settings) - expected).abs().max())
+
+
+def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
+    """Return what a model card should tell of a run.
+
+    Args:
+        task: Its data.
+        settings: The run's.
+
+    Returns:
+        Facts by name.
+    """
+    return {
+        "recipe": settings.recipe,
+        "learning rate": settings.peak,
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "batch size": settings.batch_size * settings.accumulate,
+        "data": task.name,
+        "data fingerprint": task.fingerprint,
+    } | versions()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, loaded: LoadedModel, task: Task, settings: RunSettings) -> Float[Tensor, "..."]:
+    data, collate = encoded(task.test[:_NUM_EXAMPLES], loaded, settings)
+    batch = collate([data[index] for index in range(len(data))])
+    batch.pop("labels", None)
+    model.eval()
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
