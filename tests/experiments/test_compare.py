@@ -1,6 +1,7 @@
 """Comparisons: the plan, the choice of learning rate, resuming, and the files they leave."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ from tangora import CompareSettings, InputError, compare
 from tangora.experiments.compare import CompareWatcher, write_report
 from tangora.experiments.plan import PlanSettings, read_plan
 from tangora.experiments.presets import PRESETS, preset
+from tangora.experiments.settings import claim_folder
 from tangora.report import load_comparison, summarize
 from tangora.training.data import load_task
 from tests.experiments.small import write_classifier
@@ -92,6 +94,38 @@ def test_a_second_call_repeats_nothing_and_a_missing_run_is_made_up(done):
     assert log.began == [victim.stem]
     losses = [[[s.loss for s in r.history] for r in o.comparison.records] for o in (outcome, again)]
     assert losses[0] == losses[1]
+
+
+def test_a_comparison_grows_by_recipes_and_seeds(done, tmp_path):
+    settings, folder, outcome, _ = done
+    grown_folder, log = tmp_path / "grown", Log()
+    shutil.copytree(folder, grown_folder)
+    grids = settings.learning_rates | {"pissa": [1e-3, 3e-3]}
+    more = {"recipes": ["pissa", *settings.recipes], "learning_rates": grids, "seeds": [0, 1, 2]}
+    grown = settings.model_copy(update=more)
+    records = compare(grown, grown_folder, watcher=log).comparison.records
+    before = {record.id for record in outcome.comparison.records}
+    assert set(log.began).isdisjoint(before)
+    assert {record.id for record in records} == before | set(log.began)
+    assert {(r.recipe, r.seed) for r in records} == {(n, k) for n in grown.recipes for k in (0, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("key", "there", "here"),
+    [
+        ("recipes", ["full", "lora"], ["lora"]),
+        ("seeds", [0, 1], [2, 0, 1]),
+        ("seeds", [0, 1], [0]),
+        ("learning_rates", {"lora": [1e-3]}, {"lora": [1e-3, 3e-3]}),
+        ("learning_rates", {"lora": [1e-3]}, {}),
+    ],
+)
+def test_what_a_comparison_has_is_not_changed(tmp_path, key, there, here):
+    usual = {"recipes": ["full", "lora"], "seeds": [0, 1]}
+    claim_folder(tmp_path, CompareSettings(**usual | {key: there}))
+    (tmp_path / "records").mkdir()
+    with pytest.raises(InputError, match=f"belongs to another configuration: {key} is"):
+        claim_folder(tmp_path, CompareSettings(**usual | {key: here}))
 
 
 def test_the_report_can_be_written_again(done, tmp_path):
