@@ -12,7 +12,7 @@ from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.settings import claim_folder
 from tangora.report import load_comparison, summarize
 from tangora.training.data import load_task
-from tests.experiments.small import write_classifier
+from tests.experiments.small import write_classifier, write_generator
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,20 @@ def test_a_comparison_grows_by_recipes_and_seeds(done, tmp_path):
     assert set(log.began).isdisjoint(before)
     assert {record.id for record in records} == before | set(log.began)
     assert {(r.recipe, r.seed) for r in records} == {(n, k) for n in grown.recipes for k in (0, 1, 2)}
+
+
+def test_exact_answers_may_decide(tmp_path):
+    small = write_generator(tmp_path)
+    grids = {"full": [1e-3, 3e-3], "lora": [1e-2]}
+    shared = {"recipes": ["full", "lora"], "learning_rates": grids, "seeds": [0, 1], "steps": 3}
+    settings = CompareSettings(**small, **shared, judge_by="exact_match")
+    found = compare(settings, tmp_path / "out").comparison
+    assert (found.metric, found.higher_is_better) == ("exact_match", True)
+    row = next(row for row in summarize(found) if row.recipe == "full")
+    runs = [r for r in found.records if r.recipe == "full" and r.learning_rate == row.learning_rate]
+    assert row.test == pytest.approx(sum(sum(run.correct) for run in runs) / 40)
+    with pytest.raises(InputError, match="judge_by must be one of loss, exact_match; got 'accuracy'"):
+        compare(CompareSettings(**small, **shared, judge_by="accuracy"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -101,4 +101,5 @@ def test_mathematics(mathematics, tmp_path, name):
     assert all("The answer is:" in example["completion"] for example in (*task.train, *task.validation))
     record = execute(settings, task, tmp_path / "run", run_id="run")
     assert record.status == "finished", record.error
-    assert 0 <= record.metrics["test"]["exact_match"] <= 1
+    assert record.metrics["test"]["exact_match"] == sum(record.correct) / len(task.test)
+    assert plan.metric == "exact_match"

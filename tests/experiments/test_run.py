@@ -142,8 +142,10 @@ def test_causal_run_with_exact_match(tmp_path):
     small = write_generator(tmp_path)
     settings = RunSettings(**small, recipe="lora-pro", steps=3, batch_size=4, exact_match=True)
     record = train(settings, tmp_path / "out")
-    assert {"loss", "perplexity", "exact_match"} <= record.metrics["test"].keys()
-    assert record.correct is None
+    for split in ("validation", "test"):
+        assert {"loss", "perplexity", "exact_match"} <= record.metrics[split].keys()
+    assert len(record.correct) == len(load_run_task(settings).test)
+    assert record.metrics["test"]["exact_match"] == sum(record.correct) / len(record.correct)
 
 
 def test_the_same_settings_give_the_same_run(classifier, tmp_path):

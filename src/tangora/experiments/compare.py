@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from tangora._checks import InputError, check_number, check_whole
+from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora.experiments.loading import load_run_task
 from tangora.experiments.logs import log_to
-from tangora.experiments.plan import Cell, CompareSettings, PlanSettings, due, planned
+from tangora.experiments.plan import JUDGES, Cell, CompareSettings, PlanSettings, due, planned
 from tangora.experiments.pool import Pool
 from tangora.experiments.proof import verify_adapter
 from tangora.experiments.run import Watcher
@@ -200,6 +200,8 @@ class _Runner:
         check_trackers(settings.report_to or ())
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = settings.model_copy(update={"kind": task.kind})
+        if settings.judge_by is not None:
+            check_choice("judge_by", settings.judge_by, JUDGES[task.kind])
         claim_folder(folder, settings)
         if self._resources.retry:
             for path in sorted((folder / RECORDS_FOLDER).glob("*.json")):
@@ -261,7 +263,7 @@ class _Runner:
             title=settings.title,
             command=self._command,
             metric=settings.metric,
-            higher_is_better=settings.metric != "loss",
+            higher_is_better=settings.higher_is_better,
             settings=settings.model_dump(mode="json"),
             records=records,
             missing=missing,

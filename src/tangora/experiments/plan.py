@@ -7,7 +7,7 @@ been: nothing else remembers where it was.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,13 @@ from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
 from tangora.report.records import Stage
 from tangora.report.statistics.selection import Edge, grid_edge, trial_points
+from tangora.training.models import Kind
+
+JUDGES: dict[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "loss"),
+    "causal": ("loss", "exact_match"),
+}
+"""What may decide a comparison; the first one does by default."""
 
 _RATIO = 3.0
 """Between a lone learning rate and the next one beyond it."""
@@ -55,6 +62,11 @@ class CompareSettings(TaskSettings):
         ge=2,
         description="Successive halving: shorter trials first, of which the best one in so many goes on to as many "
         "times the steps. Saves time; leave it off for final numbers.",
+    )
+    judge_by: Literal["accuracy", "loss", "exact_match"] | None = Field(
+        default=None,
+        description="What chooses learning rates and decides: accuracy (classification), exact_match (generated "
+        "answers) or loss; default: accuracy where there are classes, else loss.",
     )
     title: str = Field(default="Comparison", description="Heading of the report.")
 
@@ -127,8 +139,13 @@ class CompareSettings(TaskSettings):
 
     @property
     def metric(self) -> str:
-        """The metric that decides: accuracy for classification, else the loss."""
-        return "accuracy" if self.kind == "classification" else "loss"
+        """The metric that decides."""
+        return self.judge_by or JUDGES[self.kind or "causal"][0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether that metric is to be maximized."""
+        return self.metric != "loss"
 
     def run(self, name: str, rate: float, seed: int, steps: int | None = None) -> RunSettings:
         """Return the settings of one run.
@@ -144,6 +161,7 @@ class CompareSettings(TaskSettings):
         """
         own = {"recipe": name, "learning_rate": rate, "seed": seed, "steps": steps or self.steps}
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
+        shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
         if (
             recipe(name).adapter is None
         ):  # nothing to be aligned, whole models as snapshots, steps below bfloat16's
@@ -281,7 +299,6 @@ class _Sweep:
 
     def __init__(self, settings: CompareSettings, name: str, known: dict[str, Record]):
         self.settings, self.name, self.known = settings, name, known
-        self.higher_is_better = settings.metric != "loss"
 
     def cells(self, rates: Sequence[float], stage: Stage = "sweep", steps: int | None = None) -> list[Cell]:
         seeds = self.settings.seeds[: self.settings.sweep_seeds]
@@ -296,7 +313,7 @@ class _Sweep:
 
     def best(self, records: Sequence[Record]) -> float | None:
         points = sweep_points(records, self.settings.metric)
-        return best_learning_rate(points, higher_is_better=self.higher_is_better)
+        return best_learning_rate(points, higher_is_better=self.settings.higher_is_better)
 
     def edge(self, rates: Sequence[float], records: Sequence[Record]) -> Edge | None:
         # the end of the grid beyond which a better learning rate may lie
@@ -374,7 +391,7 @@ def _halved(sweep: _Sweep) -> tuple[list[Cell], list[float] | None]:
         trials += cells
         if (records := sweep.records(cells)) is None:
             return trials, None
-        rates = _leading(records, settings.metric, math.ceil(len(rates) / eta), sweep.higher_is_better)
+        rates = _leading(records, settings.metric, math.ceil(len(rates) / eta), settings.higher_is_better)
         if not rates:
             return trials, []
     return trials, rates

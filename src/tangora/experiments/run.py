@@ -326,9 +326,9 @@ def _evaluate(
     result: _Result, loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
 ) -> None:
     began = time.perf_counter()
-    result.metrics["validation"] = validation_metrics(loaded, model, task, settings)
+    result.metrics["validation"] = validation_metrics(loaded, model, task, settings, answers=True)
     result.metrics["test"], each = test_metrics(loaded, model, task, settings)
     result.scores = shares(each)
-    if task.kind == "classification":
-        result.correct = [bool(value) for value in each["correct"]]
+    if "right" in each:
+        result.correct = each["right"].tolist()
     result.evaluation_seconds += time.perf_counter() - began

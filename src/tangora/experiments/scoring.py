@@ -1,13 +1,14 @@
 """A run's model on the validation and test examples of its task."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from tangora.experiments.batches import encoded
 from tangora.experiments.settings import RunSettings
-from tangora.training.answers import exact_match
-from tangora.training.data import Task
+from tangora.training.answers import answers_match, generate_completions, summarize_answers
+from tangora.training.data import Example, Task
 from tangora.training.evaluation import evaluate, predictions, summarize
 from tangora.training.forgetting import forgetting_loss, unrelated_texts
 from tangora.training.models import LoadedModel
@@ -17,7 +18,7 @@ NUM_UNRELATED = 32
 
 
 def validation_metrics(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
+    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, *, answers: bool = False
 ) -> dict[str, float]:
     """Evaluate on the examples that choose the learning rate.
 
@@ -26,11 +27,13 @@ def validation_metrics(
         model: The same, prepared or trained.
         task: Its data.
         settings: The run's.
+        answers: Whether answers are generated too where the settings ask for them, which takes time.
 
     Returns:
         Metrics by name.
     """
-    return evaluate(model, *encoded(task.validation, loaded, settings), **_how(task, settings))
+    metrics = evaluate(model, *encoded(task.validation, loaded, settings), **_how(task, settings))
+    return metrics | (_answers(loaded, model, task.validation, settings)[0] if answers else {})
 
 
 def test_metrics(
@@ -45,13 +48,14 @@ def test_metrics(
         settings: The run's.
 
     Returns:
-        Metrics by name, and what `predictions` found for each example.
+        Metrics by name, and what `predictions` found for each example; ``right`` says which were answered right, by
+        a classifier or in generated text.
     """
     each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
-    metrics = summarize(each)
-    if settings.exact_match and task.kind == "causal":
-        metrics |= exact_match(model, loaded.tokenizer, task.test, batch_size=2 * settings.batch_size)
-    return metrics, each
+    if task.kind == "classification":
+        return summarize(each), each | {"right": each["correct"].bool()}
+    answered, right = _answers(loaded, model, task.test, settings)
+    return summarize(each) | answered, each | right
 
 
 def shares(each: dict[str, Tensor]) -> list[float]:
@@ -89,6 +93,16 @@ def unrelated_loss(loaded: LoadedModel, model: nn.Module, task: Task, settings: 
         max_length=settings.max_length,
         batch_size=2 * settings.batch_size,
     )
+
+
+def _answers(
+    loaded: LoadedModel, model: nn.Module, examples: Sequence[Example], settings: RunSettings
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    if not settings.exact_match or loaded.kind == "classification":
+        return {}, {}
+    texts = generate_completions(model, loaded.tokenizer, examples, batch_size=2 * settings.batch_size)
+    right = answers_match(texts, examples)
+    return summarize_answers(texts, right), {"right": right}
 
 
 def _how(task: Task, settings: RunSettings) -> dict[str, Any]:

@@ -97,7 +97,8 @@ class TaskSettings(Settings):
     )
     clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient of what is trained.")
     exact_match: bool = Field(
-        default=False, description="Also generate answers on the test set and compare them."
+        default=False,
+        description="Also generate answers to validation and test prompts and compare them (causal models).",
     )
     evaluate_every: int | None = Field(
         default=None,

@@ -99,8 +99,21 @@ def exact_match(
         batch_size=batch_size,
         progress=progress,
     )
+    return summarize_answers(texts, answers_match(texts, examples))
+
+
+def summarize_answers(texts: Sequence[str], right: Bool[Tensor, " n"]) -> dict[str, float]:
+    """Condense what was answered.
+
+    Args:
+        texts: From `generate_completions`.
+        right: Which of them are right, from `answers_match`.
+
+    Returns:
+        What `exact_match` returns.
+    """
     answered = sum(bool(final_answer(text)) for text in texts) / len(texts)
-    return {"exact_match": answers_match(texts, examples).double().mean().item(), "answered": answered}
+    return {"exact_match": right.double().mean().item(), "answered": answered}
 
 
 def answers_match(texts: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> Bool[Tensor, " n"]:
