@@ -224,6 +224,8 @@ def test_the_page_over_several_tasks(opened, tmp_path):
     assert len(visible_rows(page, "results-table")) == len(realistic_rows())
     page.locator("#results-table").get_by_role("button", name="two").click()
     assert page.locator("#results-table th[aria-sort]").inner_text().startswith("two")
+    draw_all(page)
+    assert page.locator("#differences-1 .scatterlayer .trace").count() == len(realistic_rows()) - 1
 
 
 def many_runs():

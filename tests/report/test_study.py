@@ -1,4 +1,6 @@
 import csv
+import json
+import re
 
 import pytest
 
@@ -6,6 +8,8 @@ from tangora._checks import InputError
 from tangora.report import formats, load_study, matrix, save_comparison, summarize, tasks_verdict, write_study
 from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic
 from tests.report.test_page import Page
+
+NEAR = {"lora": 0.0, "tangent": 0.01, "dora": -0.01, "full": 0.02}
 
 
 def task(title, tangent, metric="accuracy"):
@@ -129,8 +133,39 @@ def test_the_command_makes_all_pages_again(study, tmp_path, monkeypatch, capsys)
     assert "Against lora" in capsys.readouterr().out
 
 
-def test_the_page_is_small():
-    # it has no figures, and need not carry what draws them
-    from tangora.report.comparison.study import _Study
+def chart_data(text, name):
+    found = re.search(rf'<script type="application/json" id="{name}-data">(.*?)</script>', text, re.DOTALL)
+    return json.loads(found[1])
 
-    assert len(_Study({"a": realistic()}).page("Study", "")) < 100_000
+
+def test_differences_are_drawn_as_they_are(tmp_path):
+    comparison = realistic()
+    text = write_study({"a": comparison}, tmp_path / "report.html", "One", "").read_text()
+    drawn = {trace["meta"]: trace for trace in chart_data(text, "differences-1")["data"]}
+    duels = matrix([comparison]).against_lora
+    assert drawn.keys() == {duel.ours for duel in duels}
+    for duel in duels:
+        trace = drawn[duel.ours]
+        assert trace["x"] == [pytest.approx(duel.difference)]
+        low, high = duel.interval
+        assert trace["error_x"]["array"] == [pytest.approx(high - duel.difference)]
+        assert trace["error_x"]["arrayminus"] == [pytest.approx(duel.difference - low)]
+        assert trace["marker"]["symbol"].endswith("-open") == (duel.outcome == "tie")
+
+
+def test_one_recipe_far_off_does_not_hide_the_others(tmp_path):
+    near = [make_record(name, seed=s, test=0.8 + d) for name, d in NEAR.items() for s in range(3)]
+    far = [make_record("one-step", seed=s, test=0.2) for s in range(3)]
+    study = {"a": make_comparison([*near, *far])}
+    text = write_study(study, tmp_path / "report.html", "One", "").read_text()
+    figure = chart_data(text, "differences-1")
+    low, high = figure["layout"]["xaxis"]["range"]
+    places = {trace["meta"]: trace for trace in figure["data"]}
+    assert -0.2 < low < places["one-step"]["x"][0] < 0 < high < 0.2
+    assert places["one-step"]["marker"]["symbol"].startswith("triangle-left")
+    assert "one-step −0.6" in text
+
+
+def test_without_a_baseline_nothing_is_drawn(tmp_path):
+    study = {"a": make_comparison([make_record("tangent", seed=s) for s in range(2)])}
+    assert len(write_study(study, tmp_path / "report.html", "One", "").read_text()) < 100_000

@@ -8,11 +8,12 @@ from urllib.parse import quote
 
 from tangora._checks import InputError
 from tangora.report import formats
+from tangora.report.comparison.forest import forest_chart
 from tangora.report.comparison.further import tasks_verdict
 from tangora.report.comparison.page import data_link, missing_sentence
 from tangora.report.comparison.pareto import COSTS, Cost
 from tangora.report.comparison.tables import csv_text, flat_row
-from tangora.report.drawing.styles import SVG_DASHES, recipe_styles
+from tangora.report.drawing.styles import SVG_DASHES, Style, recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.layout import Cell, Grid, Section, cell, number_cell, render
 from tangora.report.recorded import FrozenModel, read_record, save_json
@@ -116,11 +117,16 @@ class _Study:
 
     def page(self, title: str, command: str) -> str:
         names = {row.recipe for rows in self.rows.values() for row in rows}
-        sections = [_results(self), _pairs(self.matrix), _costs(self)] if self.rows else []
+        styles = recipe_styles(names)
+        sections = (
+            [_results(self), _differences(self, styles), _pairs(self.matrix), _costs(self)]
+            if self.rows
+            else []
+        )
         return render(
             _TEMPLATE,
             title,
-            drawn=False,
+            drawn=any(section is not None and section.charts for section in sections),
             command=command,
             num_recipes=len(names),
             num_runs=sum(len(comparison.records) for comparison in self.comparisons.values()),
@@ -128,7 +134,7 @@ class _Study:
             verdict=self.verdict(),
             tasks=[_task(name, comparison) for name, comparison in self.comparisons.items()],
             sections=[section for section in sections if section is not None],
-            styles=recipe_styles(names),
+            styles=styles,
             svg_dashes=SVG_DASHES,
             download=data_link(self.csv()),
         )
@@ -175,6 +181,19 @@ def _results(study: _Study) -> Section:
         "Mean rank: 1 is best; over the tasks, among the recipes that have a result on every one.",
     ]
     return Section("results", "Recipes on tasks", grid=grid, notes=notes if ranks else notes[:1])
+
+
+def _differences(study: _Study, styles: dict[str, Style]) -> Section | None:
+    duels = [[duel for duel in study.matrix.against_lora if duel.task == task] for task in study.rows]
+    charts = [
+        forest_chart(number, found, styles) for number, found in enumerate(filter(None, duels), start=1)
+    ]
+    note = (
+        f"Test metric minus {BASELINE}'s, with 95 % intervals that are not corrected for the number of recipes. "
+        "Filled marks are wins and losses after the correction, hollow ones within noise; triangles at the edge lie "
+        "beyond it."
+    )
+    return Section("differences", f"Against {BASELINE}", charts=charts, notes=[note]) if charts else None
 
 
 def _recipes(study: _Study) -> list[str]:

@@ -53,7 +53,9 @@ for (const entry of document.querySelectorAll(".key li")) {
 if (typeof DecompressionStream === "undefined") {
   for (const plot of plots) plot.textContent = "The figures need a browser of 2023 or later.";
 } else {
-  const idle = window.requestIdleCallback ?? ((task) => setTimeout(task, 200));
+  const idle = window.requestIdleCallback
+    ? (task) => requestIdleCallback(task, { timeout: 2000 })
+    : (task) => setTimeout(task, 200);
   const near = new IntersectionObserver(
     (entries) => entries.forEach((entry) => entry.isIntersecting && draw(entry.target)),
     { rootMargin: "300px" },
