@@ -193,6 +193,7 @@ def test_losses_of_single_examples_are_used_where_the_loss_decides():
 def test_what_neither_finished_nor_diverged_failed(status):
     row = row_of([*sweep([0.8, 0.9]), make_record("lora", 1e-3, status=status, error="bug")])
     assert (row.num_failed, row.num_diverged, row.edge) == (1, 0, "high")
+    assert row.num_out_of_memory == (status == "out_of_memory")
 
 
 def test_trials_do_not_choose():

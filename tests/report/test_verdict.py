@@ -105,10 +105,11 @@ def test_caution():
         make_record("x", 1e-4),
         diverged("lora", 4e-4),
         make_record("x", 3e-4, status="failed", error="bug"),
+        make_record("full", 1e-4, status="out_of_memory", error="too big"),
     ]
     caution = sentences(records)[-1]
     assert "lora (low end), whose best learning rate lies at its edge" in caution
-    assert "of 5 runs, 1 diverged (lora) and 1 failed (x)" in caution
+    assert "of 6 runs, 1 diverged (lora), 1 ran out of memory (full) and 1 failed (x)" in caution
     assert "only one learning rate was tried for full" in sentences([make_record("full")])[-1]
 
 

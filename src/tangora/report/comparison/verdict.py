@@ -151,12 +151,15 @@ def _narrow_grids(rows: Sequence[Row]) -> str | None:
 
 
 def _trouble(rows: Sequence[Row]) -> str | None:
-    diverged = [row.recipe for row in rows if row.num_diverged]
-    failed = [row.recipe for row in rows if row.num_failed]
-    parts = []
-    if diverged:
-        parts.append(f"{sum(row.num_diverged for row in rows)} diverged ({formats.listing(diverged)})")
-    if failed:
-        parts.append(f"{sum(row.num_failed for row in rows)} failed ({formats.listing(failed)})")
+    counts = {
+        "diverged": {row.recipe: row.num_diverged for row in rows},
+        "ran out of memory": {row.recipe: row.num_out_of_memory for row in rows},
+        "failed": {row.recipe: row.num_failed - row.num_out_of_memory for row in rows},
+    }
+    parts = [
+        f"{sum(by_recipe.values())} {what} ({formats.listing(name for name, count in by_recipe.items() if count)})"
+        for what, by_recipe in counts.items()
+        if any(by_recipe.values())
+    ]
     total = formats.plural(sum(row.num_runs for row in rows), "run")
-    return f"of {total}, {' and '.join(parts)}" if parts else None
+    return f"of {total}, {formats.listing(parts)}" if parts else None

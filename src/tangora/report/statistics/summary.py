@@ -56,6 +56,7 @@ class Row:
         num_runs: All runs of the recipe.
         num_diverged: Those that diverged.
         num_failed: Those that failed for any other reason.
+        num_out_of_memory: Those of them that ran out of memory.
         num_learning_rates: Size of the grid.
         time: Seconds per run.
         step_milliseconds: Optimizer time per optimizer step, in milliseconds.
@@ -72,6 +73,7 @@ class Row:
     num_failed: int
     num_learning_rates: int
     learning_rate: float | None = None
+    num_out_of_memory: int = 0
     edge: Edge | None = None
     test: float | None = None
     interval: Interval | None = None
@@ -156,6 +158,7 @@ def _row(records: Sequence[Record], comparison: Comparison) -> Row:
         num_runs=len(records),
         num_diverged=sum(record.status == "diverged" for record in records),
         num_failed=num_failed(records),
+        num_out_of_memory=sum(record.status == "out_of_memory" for record in records),
         num_learning_rates=len(points),
         learning_rate=chosen,
         edge=grid_edge(points, chosen),
