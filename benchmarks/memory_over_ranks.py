@@ -1,0 +1,146 @@
+"""What training holds in memory, by method and rank: optimizer states against their formulas, and all tensors' peak.
+
+Tensors are counted as they are made and freed, so the numbers do not depend on the machine. All are above the loaded
+base model.
+
+    python benchmarks/memory_over_ranks.py --output benchmarks/memory_over_ranks.json
+    python benchmarks/memory_over_ranks.py --quick          # does it run? (tiny model, numbers mean nothing)
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from optimizer_step import state_bytes
+from record import Target, environment, print_table, print_targets, save_record, target_records
+from start_memory import MB, LiveTensors, Settings, base_model, batches_for
+from tangora.adapters import find_pairs
+from tangora.recipes import recipe
+
+FLOAT = 4
+STEPS = 2
+
+Shape = tuple[int, int, int]
+
+# entries of the state of one m x n layer at rank r
+FORMULAS: dict[str, tuple[str, Callable[[int, int, int], int]]] = {
+    "lora": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
+    "p-lora": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
+    "tangent": ("r(m + n) + m + n", lambda m, n, r: (r + 1) * (m + n)),
+    "lora-pro-factor": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
+    "lora-pro": ("2mn", lambda m, n, _: 2 * m * n),
+}
+FULL = "full"
+
+
+def measure(name: str, settings: Settings) -> dict[str, float]:
+    """Take a few training steps.
+
+    Args:
+        name: A recipe.
+        settings: For model, rank and batch.
+
+    Returns:
+        Megabytes: optimizer state, what the formula says of it, what is trained, peak of all tensors.
+    """
+    model: Any = base_model(settings)
+    batches = batches_for(model, replace(settings, num_batches=STEPS))
+    with LiveTensors([*model.parameters(), *model.buffers()]) as tensors:
+        adapted = recipe(name).prepare(
+            model, r=settings.rank, lora_alpha=2 * settings.rank, task_type="CAUSAL_LM", total_steps=STEPS
+        )
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = recipe(name).create_optimizer(adapted.train(), 1e-4)
+        for batch in batches:
+            adapted(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        peak = tensors.peak
+    count = sum(p.numel() for p in trained)
+    wanted = 2 * count if name == FULL else entries(name, [pair.shape for pair in find_pairs(adapted)])
+    return {
+        "state": state_bytes(optimizer) / MB,
+        "formula": FLOAT * wanted / MB,
+        "trained": FLOAT * count / MB,
+        "peak": peak / MB,
+    }
+
+
+def entries(name: str, shapes: Sequence[Shape]) -> int:
+    """Add up a formula over the layers.
+
+    Args:
+        name: A recipe with an adapter.
+        shapes: (m, n, r) of each layer.
+
+    Returns:
+        Entries of the optimizer's state.
+    """
+    _, formula = FORMULAS[name]
+    return sum(formula(*shape) for shape in shapes)
+
+
+def main(
+    output: Path | None = None,
+    model: str = "smollm2-135m",
+    ranks: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,64,256",
+    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny model: does it run?")] = False,
+) -> None:
+    """Measure all methods at all ranks and record them.
+
+    Args:
+        output: JSON file to write.
+        model: Name of the model.
+        ranks: Ranks of the adapters.
+        batch: Sequences per batch.
+        tokens: Tokens per sequence.
+        quick: A tiny model.
+    """
+    torch.manual_seed(0)
+    settings = Settings(model, 1, (batch, tokens), STEPS, quick)
+    facts = environment()
+    wanted = [int(rank) for rank in ranks.split(",")]
+    cases = [(FULL, None), *((name, rank) for rank in wanted for name in FORMULAS)]
+    found = []
+    for name, rank in cases:
+        gc.collect()
+        sizes = measure(name, replace(settings, rank=rank or 1))
+        found.append({"recipe": name, "rank": rank, **sizes})
+    rows = [
+        (
+            one["recipe"],
+            str(one["rank"] or ""),
+            *(f"{one[key]:.2f}" for key in ("state", "formula", "trained", "peak")),
+        )
+        for one in found
+    ]
+    print_table("megabytes", ("recipe", "rank", "state", "formula", "trained", "peak above the model"), rows)
+    targets = [
+        Target(
+            "largest |state / formula - 1|",
+            max(abs(one["state"] / one["formula"] - 1) for one in found),
+            0.01,
+        )
+    ]
+    print_targets(targets)
+    if output is not None:
+        record = {
+            "benchmark": "memory_over_ranks",
+            "environment": facts,
+            "settings": asdict(settings) | {"ranks": wanted},
+            "formulas": {name: text for name, (text, _) in FORMULAS.items()},
+            "cases": found,
+            "targets": target_records(targets),
+        }
+        typer.echo(f"wrote {save_record(output, record).name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
