@@ -88,7 +88,7 @@ def entries(name: str, shapes: Sequence[Shape]) -> int:
 def main(
     output: Path | None = None,
     model: str = "smollm2-135m",
-    ranks: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,64,256",
+    ranks: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,64,128",
     batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny model: does it run?")] = False,
