@@ -2,11 +2,13 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_choice, check_number
@@ -85,14 +87,15 @@ class PairOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stacks = [
-            cache.load(members.pairs, self._state_of)
+        gathered = [
+            cache.gather(members.pairs, self._state_of)
             for cache, members in zip(self._caches, self._members, strict=True)
         ]
-        if not self._all_finite([stack for group_stacks in stacks for stack in group_stacks]):
+        if not self._all_finite([named for each in chain(*gathered) for named in each.by_pair()]):
             return loss
-        for group, group_stacks, members in zip(self.param_groups, stacks, self._members, strict=True):
-            for stack in group_stacks:
+        for group, group_stacks, members in zip(self.param_groups, gathered, self._members, strict=True):
+            for stack, gradients in group_stacks:  # one by one: each copies its factors and gradients
+                stack.load(gradients)
                 stack.write(*self._step_stack(stack, group))
             adamw_parameters(members.rest, self.state, group)
         return loss
@@ -142,34 +145,27 @@ class PairOptimizer(Optimizer, ABC):
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, low=0, high=1, open_high=True)
 
-    def _all_finite(self, stacks: list[PairStack]) -> bool:
-        rest = [
-            (name, parameter.grad)
-            for members in self._members
-            for name, parameter in zip(members.rest_names, members.rest, strict=True)
-            if parameter.grad is not None
+    def _all_finite(self, gradients: Sequence[tuple[LoraPair, Tensor]]) -> bool:
+        named: list[tuple[LoraPair | str, Tensor]] = [
+            *gradients,
+            *(
+                (name, parameter.grad)
+                for members in self._members
+                for name, parameter in zip(members.rest_names, members.rest, strict=True)
+                if parameter.grad is not None
+            ),
         ]
-        gradients = [gradient for stack in stacks for gradient in stack.gradient] + [grad for _, grad in rest]
-        # A sum is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
+        # A norm is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
         # only its verdict "finite" is final. One device synchronisation for the whole model.
-        sums = [gradient.sum() for gradient in gradients]
-        if not sums or torch.stack([total.to(sums[0]) for total in sums]).isfinite().all():
+        if get_total_norm([gradient for _, gradient in named]).isfinite():
             return True
-        if all(gradient.isfinite().all() for gradient in gradients):
+        broken = next((name for name, gradient in named if not gradient.isfinite().all()), None)
+        if broken is None:
             return True
         if self._on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"non-finite gradient in {_first_nonfinite(stacks, rest)}; no step was taken"
-            )
+            where = broken if isinstance(broken, str) else f"layer {broken.name} (adapter {broken.adapter})"
+            raise FloatingPointError(f"non-finite gradient in {where}; no step was taken")
         return False
-
-
-def _first_nonfinite(stacks: list[PairStack], rest: list[tuple[str, Tensor]]) -> str:
-    for stack in stacks:
-        for index, pair in enumerate(stack.pairs):
-            if not all(gradient[index].isfinite().all() for gradient in stack.gradient):
-                return f"layer {pair.name} (adapter {pair.adapter})"
-    return next(name for name, gradient in rest if not gradient.isfinite().all())
 
 
 def parameter_groups(params: Params) -> list[dict[str, Any]]:

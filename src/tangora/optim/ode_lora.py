@@ -21,7 +21,7 @@ from tangora.geometry.retraction import rebalance
 from tangora.optim.adamw import adamw_parameters
 from tangora.optim.base import OnNonfinite, PairOptimizer, Params, parameter_groups
 from tangora.optim.ode_flow import ONE_GRADIENT, SCHEMES, Flow, Scheme
-from tangora.optim.stack import PairStack
+from tangora.optim.stack import Gathered, PairStack
 
 
 class ODELoRA(PairOptimizer):
@@ -169,11 +169,14 @@ class ODELoRA(PairOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        loaded = [
-            (stack, group)
+        gathered = [
+            (each, group)
             for cache, members, group in zip(self._caches, self._members, self.param_groups, strict=True)
-            for stack in cache.load(members.pairs, self._state_of)
+            for each in cache.gather(members.pairs, self._state_of)
         ]
+        loaded = [(each.stack, group) for each, group in gathered]
+        for each, _ in gathered:
+            each.stack.load(each.gradients)
         stacks, groups = [stack for stack, _ in loaded], [group for _, group in loaded]
         flow = Flow(
             stacks, groups, self.scheme, self._all_parameters(), evaluate, lambda: self._check_finite(stacks)
@@ -213,7 +216,8 @@ class ODELoRA(PairOptimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _check_finite(self, stacks: list[PairStack]) -> None:
-        if not self._all_finite(stacks):
+        gathered = (Gathered(stack, [*zip(*stack.gradient, strict=True)]) for stack in stacks)
+        if not self._all_finite([named for each in gathered for named in each.by_pair()]):
             raise FloatingPointError("non-finite gradient; no step was taken")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class PairStack:
     """Pairs of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
-    parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside.
+    parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside. Factors and
+    gradient are copies, there from `load` to `write` only.
 
     Attributes:
         pairs: The members.
@@ -117,7 +118,7 @@ class PairStack:
             self.state(factor, key, *value.shape[1:]).copy_(value)
 
     def write(self, A: FactorA, B: FactorB) -> None:
-        """Write new factors into the parameters and count the step.
+        """Write new factors into the parameters, count the step and let the copies go.
 
         Args:
             A: New factors, ``N r n``.
@@ -126,6 +127,11 @@ class PairStack:
         self.place(A, B)
         for factor in self._parameters:
             self.state(factor, "step").add_(1)
+        del (
+            self.A,
+            self.B,
+            self.gradient,
+        )  # as large as adapter and gradient: not to be held while a model runs
 
     def place(self, A: FactorA, B: FactorB) -> None:
         """Write factors into the parameters, for a look at the gradient there: no step is counted.
@@ -151,14 +157,26 @@ class PairStack:
         return torch.device("cpu") if key == "step" else self._parameters["A"][0].device
 
 
+class Gathered(NamedTuple):
+    """A stack, and the gradients of its members that it can be loaded with."""
+
+    stack: PairStack
+    gradients: list[tuple[FactorA, FactorB]]
+
+    def by_pair(self) -> Iterator[tuple[LoraPair, Tensor]]:
+        """Yield each gradient with the pair that it belongs to."""
+        for pair, gradients in zip(self.stack.pairs, self.gradients, strict=True):
+            yield from ((pair, gradient) for gradient in gradients)
+
+
 class StackCache:
     """Groups pairs into stacks, step by step, keeping those whose members stay together."""
 
     def __init__(self) -> None:
         self._stacks: dict[tuple[int, ...], PairStack] = {}
 
-    def load(self, pairs: Iterable[LoraPair], state: StateOf) -> list[PairStack]:
-        """Group the pairs that can be stepped together and load them.
+    def gather(self, pairs: Iterable[LoraPair], state: StateOf) -> list[Gathered]:
+        """Group the pairs that can be stepped together.
 
         Args:
             pairs: Pairs of one parameter group. Those without gradients for both factors, or switched off by a scaling
@@ -166,7 +184,7 @@ class StackCache:
             state: Gives the state dictionary of a parameter.
 
         Returns:
-            One stack per shape, dtype, device, scaling and age.
+            One stack per shape, dtype, device, scaling and age, not loaded yet.
         """
         members: dict[tuple, list[_Member]] = defaultdict(list)
         for pair in pairs:
@@ -178,12 +196,13 @@ class StackCache:
                 pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device, scaling, age
             ].append((pair, gradients))
         stacks: dict[tuple[int, ...], PairStack] = {}
+        gathered = []
         for group in _in_cache_sized_parts(members.values()):
             key = tuple(id(pair) for pair, _ in group)
             stacks[key] = self._stacks.get(key) or PairStack([pair for pair, _ in group], state)
-            stacks[key].load([gradients for _, gradients in group])
+            gathered.append(Gathered(stacks[key], [gradients for _, gradients in group]))
         self._stacks = stacks
-        return list(stacks.values())
+        return gathered
 
 
 def _in_cache_sized_parts(groups: Iterable[list[_Member]]) -> Iterator[list[_Member]]:
