@@ -1,6 +1,7 @@
 """What every optimizer of the project promises. A new one is added to OPTIMIZERS and must pass unchanged."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -51,6 +52,28 @@ def test_keeps_dtypes_and_computes_in_float32(name, dtype):
     for pair in find_pairs(model):
         for parameter in (pair.A, pair.B):
             assert all(v.dtype == torch.float32 for v in optimizer.state[parameter].values())
+
+
+def storages(tensors):
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def alive(model):
+    gc.collect()
+    known = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+    return sum(storages([*known, *(p.grad for p in model.parameters() if p.grad is not None)]).values())
+
+
+@every
+def test_holds_nothing_but_its_state_between_steps(name):
+    model, x, y = problem()
+    optimizer = OPTIMIZERS[name](model)
+    backward(model, x, y)
+    before = alive(model)
+    optimizer.step()
+    after = alive(model)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert after - before == sum(storages(states).values())
 
 
 @every
