@@ -100,7 +100,7 @@ def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(sm
     assert found["lora"].status == "finished"
     assert found["full"].status == "out_of_memory"
     assert load_record(tmp_path / "out" / "records" / "full-lr0.001-seed0.json").error == found["full"].error
-    assert "1 failed (full)" in outcome.report.read_text()
+    assert "1 ran out of memory (full)" in outcome.report.read_text()
 
 
 def test_side_by_side_gives_what_one_after_the_other_does(small, tmp_path):
