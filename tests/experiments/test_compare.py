@@ -7,7 +7,7 @@ import pytest
 
 from tangora import CompareSettings, InputError, compare
 from tangora.experiments.compare import CompareWatcher, write_report
-from tangora.experiments.plan import PlanSettings, read_plan
+from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.settings import claim_folder
 from tangora.report import load_comparison, summarize

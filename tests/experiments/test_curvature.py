@@ -11,8 +11,8 @@ from scipy.sparse.linalg import eigsh
 from tangora import InputError
 from tangora.curvature import Hessian
 from tangora.experiments.curvature import CurvatureSettings, measure_curvature
+from tangora.experiments.curvature.subject import load_subject
 from tangora.experiments.settings import RunSettings, validated
-from tangora.experiments.subject import load_subject
 from tangora.experiments.train import train
 from tangora.report.curvature import load_curvature
 from tests.experiments.small import write_classifier, write_generator
@@ -29,7 +29,9 @@ def small(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Pictures take most of the time of a small measurement; `found` has some."""
-    monkeypatch.setattr("tangora.experiments.curvature.save_curvature_pictures", lambda _record, _folder: [])
+    monkeypatch.setattr(
+        "tangora.experiments.curvature.measure.save_curvature_pictures", lambda _record, _folder: []
+    )
 
 
 def run_of(small, folder, **changes):

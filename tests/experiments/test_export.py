@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tangora import InputError, RunSettings, export, load_adapter, train
-from tangora.experiments.loading import load_base, load_run_task
+from tangora.experiments.run.loading import load_base, load_run_task
 from tests.experiments.small import write_classifier
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tangora import RunSettings, train
-from tangora.experiments.run import Watcher
+from tangora.experiments.run.execute import Watcher
 from tangora.training.callbacks import read_history
 from tests.experiments.small import write_classifier
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from tangora import CompareSettings, InputError
-from tangora.experiments.plan import PlanSettings, chosen_tasks, due, planned, read_plan
+from tangora.experiments.comparison.plan import PlanSettings, chosen_tasks, read_plan
+from tangora.experiments.comparison.sweep import due, planned
 from tangora.report import MemoryUse, Record, TimeSplit
 
 GRID = [1e-4, 1e-3, 1e-2]

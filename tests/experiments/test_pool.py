@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from tangora import CompareSettings, InputError, compare
-from tangora.experiments import Resources, worker
+from tangora.experiments import Resources
 from tangora.experiments.compare import CompareWatcher
-from tangora.experiments.loading import load_run_task
-from tangora.experiments.plan import due
-from tangora.experiments.run import Watcher
-from tangora.experiments.worker import DiskFullError, record_path, run_cell
+from tangora.experiments.comparison import worker
+from tangora.experiments.comparison.sweep import due
+from tangora.experiments.comparison.worker import DiskFullError, record_path, run_cell
+from tangora.experiments.run.execute import Watcher
+from tangora.experiments.run.loading import load_run_task
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import write_classifier
 from tests.training.tiny import tiny_bert, tiny_tokenizer

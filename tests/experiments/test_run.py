@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tangora import InputError, RunSettings, recipes, train
-from tangora.experiments.loading import load_run_task
-from tangora.experiments.proof import verify_adapter
-from tangora.experiments.run import execute
+from tangora.experiments.run.execute import execute
+from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.proof import verify_adapter
 from tangora.training.callbacks import last_checkpoint, read_history
 from tests.experiments.small import write_classifier, write_generator
 

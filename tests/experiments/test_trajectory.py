@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from tangora import InputError, RunSettings, train
 from tangora.diagnostics import Trajectory, find_tracks
-from tangora.experiments.loading import load_base, load_run_task
+from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.trajectory import target_layers
 from tangora.experiments.settings import validated
-from tangora.experiments.trajectory import target_layers
 from tangora.recipes import recipe
 from tangora.training.callbacks import History, measured_steps, read_history, read_trajectory
 from tests.experiments.small import write_classifier

@@ -35,6 +35,7 @@ from tangora.experiments.compare import (
     compare_tasks,
     write_report,
 )
+from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.curvature import (
     RECORD as CURVATURE_RECORD,
 )
@@ -46,7 +47,6 @@ from tangora.experiments.curvature import (
 )
 from tangora.experiments.diagnose import DiagnoseSettings, diagnose_task
 from tangora.experiments.export import export
-from tangora.experiments.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.reproduce.registry import experiment
 from tangora.experiments.reproduce.run import reproduce, settings_of

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from tangora._checks import InputError
 from tangora.experiments.compare import CompareWatcher, Outcome, StudyOutcome
+from tangora.experiments.comparison.sweep import Cell
 from tangora.experiments.curvature import CurvatureFiles
 from tangora.experiments.diagnose import DiagnosisFiles
-from tangora.experiments.plan import Cell
 from tangora.experiments.reproduce.registry import EXPERIMENTS
 from tangora.experiments.reproduce.run import ReproductionFiles
-from tangora.experiments.run import Watcher
+from tangora.experiments.run.execute import Watcher
 from tangora.report import (
     Comparison,
     Record,

@@ -14,14 +14,15 @@ from pathlib import Path
 from statistics import median
 
 from tangora._checks import InputError, check_choice, check_number, check_whole
-from tangora.experiments.loading import load_run_task
+from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
+from tangora.experiments.comparison.pool import Pool
+from tangora.experiments.comparison.sweep import Cell, due, planned
+from tangora.experiments.comparison.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.experiments.logs import log_to
-from tangora.experiments.plan import JUDGES, Cell, CompareSettings, PlanSettings, due, planned
-from tangora.experiments.pool import Pool
-from tangora.experiments.proof import verify_adapter
-from tangora.experiments.run import Watcher
+from tangora.experiments.run.execute import Watcher
+from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.proof import verify_adapter
 from tangora.experiments.settings import RunSettings, claim_folder
-from tangora.experiments.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.report import (
     Comparison,
     Record,

@@ -8,8 +8,8 @@ from typing import Any
 
 from tangora._checks import InputError
 from tangora.adapters import load_adapter, save_adapter, save_merged
-from tangora.experiments.loading import load_base, load_run_task
-from tangora.experiments.proof import model_card_facts
+from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.proof import model_card_facts
 from tangora.experiments.settings import RunSettings, validated
 
 

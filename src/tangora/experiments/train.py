@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tangora.experiments.loading import load_run_task
 from tangora.experiments.logs import log_to
-from tangora.experiments.run import Watcher, execute
+from tangora.experiments.run.execute import Watcher, execute
+from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings, claim_folder
-from tangora.experiments.trajectory import check_reference
 from tangora.report import Record, load_record, save_json
 from tangora.training.tracking import check_trackers
 

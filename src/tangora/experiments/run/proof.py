@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tangora.adapters import load_adapter, save_adapter
-from tangora.experiments.batches import encoded
-from tangora.experiments.loading import load_base
 from tangora.experiments.provenance import versions
+from tangora.experiments.run.batches import encoded
+from tangora.experiments.run.loading import load_base
 from tangora.experiments.settings import RunSettings
 from tangora.training.data import Task
 from tangora.training.models import LoadedModel

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from tangora._checks import InputError
+from tangora.experiments.comparison.sweep import Cell
 from tangora.experiments.logs import log_to
-from tangora.experiments.plan import Cell
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run import Watcher, execute, read_evaluations, read_steps
+from tangora.experiments.run.execute import Watcher, execute, read_evaluations, read_steps
 from tangora.report import MemoryUse, Record, TimeSplit, save_json
 from tangora.report.records import RECORDS_FOLDER, Status
 from tangora.training.data import Task

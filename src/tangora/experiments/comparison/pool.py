@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tangora.experiments.plan import Cell
-from tangora.experiments.run import Watcher
-from tangora.experiments.worker import DiskFullError, Limits, died, record_path, work
+from tangora.experiments.comparison.sweep import Cell
+from tangora.experiments.comparison.worker import DiskFullError, Limits, died, record_path, work
+from tangora.experiments.run.execute import Watcher
 from tangora.report import Record, load_record, save_json
 from tangora.training.data import Task
 

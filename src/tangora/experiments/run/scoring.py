@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tangora.experiments.batches import encoded
+from tangora.experiments.run.batches import encoded
 from tangora.experiments.settings import RunSettings
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
 from tangora.training.data import Example, Task

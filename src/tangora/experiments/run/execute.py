@@ -15,26 +15,26 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from tangora.experiments.batches import encoded, encoded_batches
-from tangora.experiments.flatness import measure_flatness
-from tangora.experiments.loading import load_base
-from tangora.experiments.memory import memory_use, peak_bytes, reset_peak, unwrapped
-from tangora.experiments.proof import save_with_logits
 from tangora.experiments.provenance import provenance
-from tangora.experiments.scoring import (
+from tangora.experiments.run.batches import encoded, encoded_batches
+from tangora.experiments.run.flatness import measure_flatness
+from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
+from tangora.experiments.run.proof import save_with_logits
+from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
     test_metrics,
     unrelated_loss,
     validation_metrics,
 )
-from tangora.experiments.settings import RunSettings
-from tangora.experiments.trajectory import (
+from tangora.experiments.run.trajectory import (
     curvature_callback,
     curvature_points,
     trajectory_points,
     trajectory_recorder,
 )
+from tangora.experiments.settings import RunSettings
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
 from tangora.report.records import Flatness, Forgetting, Stage

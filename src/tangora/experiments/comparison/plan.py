@@ -1,12 +1,6 @@
-"""What a comparison is to do: its settings, and the runs that they call for, given those that have ended.
+"""What a comparison is to do: its settings, alone or one of several tasks in a plan."""
 
-`due` is a pure function of settings and records, so a comparison that was cut off anywhere goes on as if it had not
-been: nothing else remembers where it was.
-"""
-
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,9 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError, check_choice
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings, validated
 from tangora.recipes import recipe
-from tangora.report import Record, best_learning_rate, sweep_points
-from tangora.report.records import Stage
-from tangora.report.statistics.selection import Edge, grid_edge, trial_points
 from tangora.training.models import Kind
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
@@ -24,12 +15,6 @@ JUDGES: dict[Kind, tuple[str, ...]] = {
     "causal": ("loss", "exact_match"),
 }
 """What may decide a comparison; the first one does by default."""
-
-_RATIO = 3.0
-"""Between a lone learning rate and the next one beyond it."""
-
-_LARGEST_RATIO = 10.0
-"""A coarser grid is not extended by steps as coarse."""
 
 
 class CompareSettings(TaskSettings):
@@ -239,175 +224,3 @@ def chosen_tasks(
     for name in wanted:
         check_choice("tasks", name, tuple(settings.tasks))
     return settings.model_copy(update={"tasks": {name: settings.tasks[name] for name in wanted}})
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison."""
-
-    settings: RunSettings
-    stage: Stage
-
-    @property
-    def id(self) -> str:
-        """Name of its record."""
-        short = f"-steps{self.settings.steps}" if self.stage == "trial" else ""
-        return f"{self.settings.recipe}-lr{self.settings.peak:g}-seed{self.settings.seed}{short}"
-
-
-def due(settings: CompareSettings, records: Sequence[Record]) -> list[Cell]:
-    """List the runs that have to be made now.
-
-    Args:
-        settings: What to compare; ``kind`` must be known.
-        records: Of the runs that have ended, well or badly.
-
-    Returns:
-        Runs without a record that depend on none of each other; empty when the comparison is complete.
-    """
-    known = {record.id: record for record in records}
-    return [
-        cell
-        for name in settings.recipes
-        for cell in _wanted(_Sweep(settings, name, known))
-        if cell.id not in known
-    ]
-
-
-def planned(settings: CompareSettings, records: Sequence[Record]) -> int:
-    """Count the runs of a comparison as far as they can be foreseen.
-
-    Args:
-        settings: What to compare.
-        records: Of the runs that have ended.
-
-    Returns:
-        Runs that ended and those that are still wanted; more may follow from extending and refining grids.
-    """
-    known = {record.id: record for record in records}
-    total = 0
-    for name in settings.recipes:
-        sweep = _Sweep(settings, name, known)
-        cells = list(_wanted(sweep))
-        undecided = any(cell.stage != "final" and cell.id not in known for cell in cells)
-        total += len(cells) + (len(settings.seeds) - settings.sweep_seeds if undecided else 0)
-    return total
-
-
-class _Sweep:
-    """What is known of one recipe's runs."""
-
-    def __init__(self, settings: CompareSettings, name: str, known: dict[str, Record]):
-        self.settings, self.name, self.known = settings, name, known
-
-    def cells(self, rates: Sequence[float], stage: Stage = "sweep", steps: int | None = None) -> list[Cell]:
-        seeds = self.settings.seeds[: self.settings.sweep_seeds]
-        return [
-            Cell(self.settings.run(self.name, rate, seed, steps), stage) for rate in rates for seed in seeds
-        ]
-
-    def records(self, cells: Sequence[Cell]) -> list[Record] | None:
-        # None if one of the runs has not ended
-        found = [self.known.get(cell.id) for cell in cells]
-        return None if None in found else [record for record in found if record is not None]
-
-    def best(self, records: Sequence[Record]) -> float | None:
-        points = sweep_points(records, self.settings.metric)
-        return best_learning_rate(points, higher_is_better=self.settings.higher_is_better)
-
-    def edge(self, rates: Sequence[float], records: Sequence[Record]) -> Edge | None:
-        # the end of the grid beyond which a better learning rate may lie
-        if all(record.status == "diverged" for record in records):
-            return "low"
-        if len(rates) == 1:
-            return "high"
-        return grid_edge(sweep_points(records, self.settings.metric), self.best(records))
-
-
-def _wanted(sweep: _Sweep) -> Iterator[Cell]:
-    # all runs of a recipe as far as the records tell them, those that have ended included
-    settings = sweep.settings
-    if settings.halving is None:
-        trials, rates = [], _adapted(sweep)
-    else:
-        trials, rates = _halved(sweep)
-    yield from trials
-    if rates is None:
-        return
-    cells = sweep.cells(rates)
-    yield from cells
-    records = sweep.records(cells)
-    best = sweep.best(records) if records is not None else None
-    if best is not None:
-        for seed in settings.seeds[settings.sweep_seeds :]:
-            yield Cell(settings.run(sweep.name, best, seed), "final")
-
-
-def _adapted(sweep: _Sweep) -> list[float]:
-    # the grid, with what has been found to be worth adding
-    settings = sweep.settings
-    rates = settings.grid(sweep.name)
-    if not recipe(sweep.name).trains:  # the rate does nothing
-        return rates
-    for _ in range(settings.extend):
-        if (records := sweep.records(sweep.cells(rates))) is None:
-            return rates
-        if (edge := sweep.edge(rates, records)) is None:
-            break
-        rates = _extended(rates, edge)
-    for _ in range(settings.refine):
-        if (records := sweep.records(sweep.cells(rates))) is None:
-            return rates
-        if (best := sweep.best(records)) is None:
-            break
-        rates = _refined(rates, best)
-    return rates
-
-
-def _extended(rates: list[float], edge: Edge) -> list[float]:
-    low, high = (
-        (rates[0], rates[0] * _RATIO) if len(rates) == 1 else (rates[:2] if edge == "low" else rates[-2:])
-    )
-    ratio = min(high / low, _LARGEST_RATIO)
-    return [_rounded(low / ratio), *rates] if edge == "low" else [*rates, _rounded(rates[-1] * ratio)]
-
-
-def _refined(rates: list[float], best: float) -> list[float]:
-    at = rates.index(best)
-    beside = rates[max(at - 1, 0) : at] + rates[at + 1 : at + 2]
-    return sorted({*rates, *(_rounded(math.sqrt(best * other)) for other in beside)})
-
-
-def _halved(sweep: _Sweep) -> tuple[list[Cell], list[float] | None]:
-    # the trials so far, and the rates that go on to the full number of steps once the trials have ended
-    settings, eta = sweep.settings, sweep.settings.halving or 2
-    rates = settings.grid(sweep.name)
-    rounds = math.floor(math.log(len(rates), eta) + 1e-9)
-    if not recipe(sweep.name).trains:
-        rounds = 0
-    trials: list[Cell] = []
-    for left in range(rounds, 0, -1):
-        cells = sweep.cells(rates, "trial", max(1, math.ceil(settings.steps / eta**left)))
-        trials += cells
-        if (records := sweep.records(cells)) is None:
-            return trials, None
-        rates = _leading(records, settings.metric, math.ceil(len(rates) / eta), settings.higher_is_better)
-        if not rates:
-            return trials, []
-    return trials, rates
-
-
-def _leading(records: Sequence[Record], metric: str, count: int, higher_is_better: bool) -> list[float]:
-    sign = -1.0 if higher_is_better else 1.0
-    # as `best_learning_rate` orders them: where a seed diverged, the others would flatter
-    ordered = sorted(
-        (point.num_diverged > 0, sign * point.mean, point.learning_rate)
-        for point in trial_points(records, metric)
-        if point.mean is not None
-    )
-    return sorted(rate for _, _, rate in ordered[:count])
-
-
-def _rounded(rate: float) -> float:
-    # three digits: the same rate has the same name however it was computed
-    return float(f"{rate:.3g}")

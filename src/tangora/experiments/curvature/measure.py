@@ -13,10 +13,7 @@ from torch import Tensor
 from tangora._checks import InputError, check_choice
 from tangora.curvature import CurvatureOperator, Eigenpairs, Hessian
 from tangora.curvature.gauss_newton import GaussNewton
-from tangora.experiments.logs import log_to
-from tangora.experiments.provenance import provenance
-from tangora.experiments.settings import Settings, claim_folder
-from tangora.experiments.spectra import (
+from tangora.experiments.curvature.spectra import (
     Budget,
     Meter,
     batch_noise_of,
@@ -25,7 +22,10 @@ from tangora.experiments.spectra import (
     sharpness_of,
     spectrum_of,
 )
-from tangora.experiments.subject import Subject, load_subject
+from tangora.experiments.curvature.subject import Subject, load_subject
+from tangora.experiments.logs import log_to
+from tangora.experiments.provenance import provenance
+from tangora.experiments.settings import Settings, claim_folder
 from tangora.report import save_json
 from tangora.report.curvature import CurvatureRecord, save_curvature_pictures, write_curvature
 from tangora.report.curvature.record import SPACES, Operator, Space

@@ -10,9 +10,9 @@ from tangora._checks import InputError
 from tangora.curvature import Eigenpairs, Hessian
 from tangora.curvature.adapted import chosen
 from tangora.curvature.sharpness import sharpness
-from tangora.experiments.batches import encoded, encoded_batches
+from tangora.experiments.run.batches import encoded, encoded_batches
+from tangora.experiments.run.trajectory import target_layers
 from tangora.experiments.settings import RunSettings
-from tangora.experiments.trajectory import target_layers
 from tangora.report.records import Flatness, SpaceFlatness
 from tangora.training.data import Task
 from tangora.training.evaluation import evaluate
