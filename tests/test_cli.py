@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -37,6 +38,10 @@ def call(monkeypatch, capsys):
 def flags(small, **changes):
     values = {**small, "steps": 2, "batch_size": 4, **changes}
     return [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def test_version(call):
+    assert call("--version")[:2] == (0, f"tangora {version('tangora')}\n")
 
 
 def test_train_prints_what_it_wrote(call, small, tmp_path):

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,11 +67,27 @@ from tangora.report.records import COMPARISON_FILE
 
 app = typer.Typer(
     name="tangora",
-    help="LoRA fine-tuning that follows full fine-tuning.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"tangora {version('tangora')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def tangora(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version, and end."),
+    ] = False,
+) -> None:
+    """LoRA fine-tuning that follows full fine-tuning."""
+
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with any of these settings; flags win.")
