@@ -73,6 +73,38 @@ def test_costs_are_relative_to_lora(text):
     assert header == ["recipe", "time per run", "trainable parameters", "optimizer state"]
 
 
+def test_picture_beside_it(study, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        write_study(study, tmp_path / name / "report.html", "Three tasks", "")
+        written.append((tmp_path / name / "picture.png").read_bytes())
+    assert written[0].startswith(b"\x89PNG")
+    assert written[0] == written[1]
+
+
+def test_picture_has_better_at_the_right(study, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "tangora.report.comparison.picture._written", lambda figure, _path: drawn.update(figure=figure)
+    )
+    loss = task("Loss", 0.9, metric="loss").model_copy(update={"higher_is_better": False})
+    losses = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")}
+    write_study(losses | study, tmp_path / "report.html", "Five tasks", "")
+    axes = drawn["figure"].get_axes()
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["tangent"]
+    falling = {ax.get_title(): ax.get_xlim()[0] > ax.get_xlim()[1] for ax in axes}
+    assert falling == {
+        "Loss": True,
+        r"\$5": False,
+        "An easy task": False,
+        "A hard task": False,
+        "Even": False,
+    }
+    # no noise in these: a filled mark is a win or a loss
+    filled = [ax.get_lines()[-1].get_markerfacecolor() != "white" for ax in axes]
+    assert filled == [True, True, True, True, False]
+
+
 def test_csv_beside_it(study, tmp_path):
     write_study(study, tmp_path / "report.html", "Three tasks", "")
     with (tmp_path / "study.csv").open(newline="") as file:

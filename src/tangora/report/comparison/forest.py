@@ -15,9 +15,7 @@ from tangora.report.statistics.summary import BASELINE
 from tangora.report.statistics.tasks import Duel
 
 _GREY = "#808080"
-_OUTER = (
-    4  # one recipe that is that many times as far off as is usual must not squeeze all the others into a line
-)
+_OUTER = 4
 
 
 def forest_chart(number: int, duels: Sequence[Duel], styles: dict[str, Style]) -> Chart:
@@ -33,7 +31,7 @@ def forest_chart(number: int, duels: Sequence[Duel], styles: dict[str, Style]) -
     """
     # Plotly draws the first line at the bottom.
     ordered = sorted(duels, key=lambda duel: duel.difference, reverse=not duels[0].higher_is_better)
-    reach = _reach(ordered)
+    reach = forest_reach(ordered)
     figure = without_legend(empty_figure(f"test metric minus {BASELINE}'s", ""))
     figure.update_layout(height=110 + 26 * len(ordered))
     figure.update_xaxes(range=[-reach, reach], nticks=5, tickformat="+~g")
@@ -45,12 +43,29 @@ def forest_chart(number: int, duels: Sequence[Duel], styles: dict[str, Style]) -
     return Chart(f"differences-{number}", ordered[0].task, f"{side} is better.", plain(figure), f"{says}.")
 
 
-def _reach(duels: Sequence[Duel]) -> float:
-    ends = [max(map(abs, _interval(duel))) for duel in duels]
+def forest_reach(duels: Sequence[Duel]) -> float:
+    """Choose how much of the axis is drawn on both sides of zero.
+
+    Args:
+        duels: Recipes against LoRA on one task; at least one.
+
+    Returns:
+        The largest distance from zero of any interval, but for recipes that are many times as far off as is usual:
+        they must not squeeze all the others into a line.
+    """
+    ends = [max(map(abs, drawn_interval(duel))) for duel in duels]
     return 1.05 * (min(max(ends), _OUTER * median(ends)) or 1.0)
 
 
-def _interval(duel: Duel) -> Interval:
+def drawn_interval(duel: Duel) -> Interval:
+    """Return a difference's interval, which is the difference itself where there is none.
+
+    Args:
+        duel: A recipe against LoRA.
+
+    Returns:
+        Low and high end.
+    """
     return duel.interval or (duel.difference, duel.difference)
 
 
@@ -61,7 +76,7 @@ def _told(duel: Duel) -> str:
 
 def _mark(duel: Duel, style: Style, reach: float) -> go.Scatter:
     inside = abs(duel.difference) <= reach
-    low, high = _interval(duel) if inside else (duel.difference, duel.difference)
+    low, high = drawn_interval(duel) if inside else (duel.difference, duel.difference)
     beyond = "triangle-right" if duel.difference > 0 else "triangle-left"
     hollow = "" if duel.outcome in ("win", "loss") else "-open"
     return go.Scatter(

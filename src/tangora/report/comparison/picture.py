@@ -1,18 +1,22 @@
-"""One static picture of a comparison, for a README."""
+"""One static picture of a comparison, or of several tasks, for a README."""
 
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tangora.report import formats
 from tangora.report.comparison.curves import loss_curves, rate_ticks, sweeps, worst_value
+from tangora.report.comparison.forest import drawn_interval, forest_reach
 from tangora.report.drawing.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.records import Comparison
-from tangora.report.statistics.summary import Row, summarize
+from tangora.report.statistics.summary import BASELINE, Row, summarize
+from tangora.report.statistics.tasks import Duel, TaskMatrix
 
 _BAND_OPACITY = 0.15
+_TITLE_LETTERS = 34
 
 
 def save_picture(comparison: Comparison, path: str | Path) -> Path:
@@ -37,6 +41,64 @@ def save_picture(comparison: Comparison, path: str | Path) -> Path:
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, handlelength=3.2)
     figure.suptitle(_plain(comparison.title), fontsize="large", fontweight="bold")
+    return _written(figure, path)
+
+
+def save_study_picture(comparisons: Mapping[str, Comparison], found: TaskMatrix, path: str | Path) -> Path:
+    """Draw how far every recipe is from LoRA on every task, side by side, and write it as PNG.
+
+    Better is always right, so a loss runs from right to left. Hollow marks are within noise.
+
+    Args:
+        comparisons: By the name of the task.
+        found: The recipes on the tasks, which go by these names.
+        path: The PNG file.
+
+    Returns:
+        The path written.
+    """
+    from matplotlib.figure import Figure
+
+    recipes = [name for name in reversed(found.recipes) if name != BASELINE]  # the best one at the top
+    styles = recipe_styles(found.recipes)
+    size = (max(3.2 * len(found.tasks) + 1.4, 6.0), 1.2 + 0.25 * len(recipes))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    columns = figure.subplots(1, len(found.tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(columns, found.tasks, strict=True):
+        duels = [duel for duel in found.against_lora if duel.task == task]
+        _draw_forest(axes, duels, {name: line for line, name in enumerate(recipes)}, styles)
+        axes.set_title(textwrap.fill(_plain(comparisons[task].title), _TITLE_LETTERS), fontsize="medium")
+        axes.set_xlabel(f"test {_plain(comparisons[task].metric)} minus {BASELINE}'s (right: better)")
+    columns[0].set_yticks(range(len(recipes)), [_plain(name) for name in recipes])
+    columns[0].set_ylim(-0.7, len(recipes) - 0.3)
+    return _written(figure, path)
+
+
+def _draw_forest(
+    axes: Any, duels: Sequence[Duel], lines: Mapping[str, int], styles: Mapping[str, Style]
+) -> None:
+    axes.axvline(0, color="#808080", linestyle=(0, (4, 3)), linewidth=1)
+    axes.grid(visible=True, axis="x", color="#808080", alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    if not duels:
+        return
+    reach, better = forest_reach(duels), 1 if duels[0].higher_is_better else -1
+    for duel in duels:
+        style, line = styles[duel.ours], lines[duel.ours]
+        fill = style.color if duel.outcome in ("win", "loss") else "white"
+        if abs(duel.difference) > reach:
+            side = 1 if duel.difference > 0 else -1
+            marker = ">" if side == better else "<"
+            axes.plot(side * 0.97 * reach, line, marker, color=style.color, markerfacecolor=fill)
+            continue
+        axes.plot(drawn_interval(duel), (line, line), color=style.color, linewidth=1.4)
+        marker = MATPLOTLIB_MARKERS[style.marker]
+        axes.plot(duel.difference, line, marker, color=style.color, markerfacecolor=fill, markersize=6)
+    axes.set_xlim(-better * reach, better * reach)
+
+
+def _written(figure: Any, path: str | Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return write_atomic(path, picture.getvalue())

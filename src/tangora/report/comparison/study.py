@@ -12,6 +12,7 @@ from tangora.report.comparison.forest import forest_chart
 from tangora.report.comparison.further import tasks_verdict
 from tangora.report.comparison.page import data_link, missing_sentence
 from tangora.report.comparison.pareto import COSTS, Cost
+from tangora.report.comparison.picture import save_study_picture
 from tangora.report.comparison.tables import csv_text, flat_row
 from tangora.report.drawing.styles import SVG_DASHES, Style, recipe_styles
 from tangora.report.files import write_atomic
@@ -30,7 +31,10 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 def write_study(comparisons: Comparisons, path: Path, title: str, command: str) -> Path:
-    """Write the page over several tasks, ``study.csv`` with its numbers, and ``study.json`` with what they share.
+    """Write the page over several tasks.
+
+    Beside it ``study.csv`` has its numbers, ``picture.png`` every recipe's difference from LoRA, and ``study.json``
+    what the tasks share.
 
     Args:
         comparisons: By the name of the folder beside the page that has the task's own ``report.html``.
@@ -45,6 +49,8 @@ def write_study(comparisons: Comparisons, path: Path, title: str, command: str) 
     folder = Path(path).parent
     write_atomic(folder / "study.csv", study.csv())
     save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
+    if study.matrix.against_lora:
+        save_study_picture(comparisons, study.matrix, folder / "picture.png")
     return write_atomic(path, study.page(title, command))
 
 
