@@ -1,5 +1,6 @@
 import functools
 import gc
+import importlib.util
 
 import huggingface_hub.constants
 import jinja2
@@ -21,6 +22,17 @@ def _templates_compiled_once():
     """PEFT compiles the template of its card at every saving, which takes longer than the saving."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_same_four_bit_layers_on_every_cpu():
+    """Where a CPU has AVX512-BF16, bitsandbytes would compute plain 4-bit layers in bfloat16."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
         yield
 
 

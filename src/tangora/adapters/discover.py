@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tangora._checks import InputError
+from tangora.adapters.four_bit import keep_layout
 from tangora.adapters.offset_layer import inner_variant
 from tangora.adapters.pair import LoraPair
 
@@ -90,7 +91,7 @@ def describe_skipped(skipped: dict[str, str]) -> str:
 
 
 def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:
-    """Find the pairs of a PEFT model and what is none, without a warning.
+    """Find the pairs of a PEFT model and what is none, without a warning; 4-bit layers under pairs keep their layout.
 
     Args:
         model: A model made by PEFT.
@@ -117,6 +118,7 @@ def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:
     if adapter_name is not None and adapter_name not in adapters:
         known = ", ".join(sorted(adapters)) or "none: it has no LoRA layers"
         raise InputError(f"adapter_name must be one of the model's adapters ({known}); got {adapter_name!r}")
+    keep_layout(pair.layer.get_base_layer() for pair in pairs)  # pyright: ignore[reportCallIssue]
     return Discovery(pairs, skipped)
 
 

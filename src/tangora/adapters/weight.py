@@ -7,6 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tangora.adapters.four_bit import keep_layout
 from tangora.adapters.offset import offset_factors
 from tangora.adapters.pair import LoraPair, as_matrix
 
@@ -40,6 +41,7 @@ def module_weight(module: nn.Module, *, transposed: bool | None = None) -> Tenso
     """
     if transposed is None:
         transposed = isinstance(module, (Conv1D, nn.Embedding))
+    keep_layout([module])
     held = getattr(module, "weight", None)
     weight = as_matrix(dequantize_module_weight(module).detach())
     if held is not None and module.weight is not held:

@@ -1,0 +1,47 @@
+"""4-bit layers of bitsandbytes, kept as they were loaded."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def keep_layout(layers: Iterable[nn.Module]) -> None:
+    """Keep 4-bit layers of bitsandbytes from repacking their weights, and undo it where it has happened.
+
+    On a CPU with AVX512-BF16 bitsandbytes (0.49 and later) rewrites a 4-bit weight in place when it is first called in
+    evaluation mode: its scales are rounded to bfloat16 for good, the layer then computes in bfloat16, and whatever
+    dequantizes the weight (DoRA, merging, a start) misreads the new layout. That layer's evaluation becomes slower
+    here and stays what it is in training.
+
+    Args:
+        layers: Any layers; those of other kinds stay as they are.
+
+    Warns:
+        UserWarning: If scales had been rounded already.
+    """
+    rounded = 0
+    for layer in layers:
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+            rounded += _unpacked(layer)
+    if rounded:
+        warnings.warn(
+            f"bitsandbytes had repacked {rounded} 4-bit weights for inference on this CPU, which rounds their scales "
+            "to bfloat16: they differ from the saved base; load it again and call tangora before evaluating it",
+            stacklevel=3,
+        )
+
+
+def _unpacked(layer: nn.Module) -> bool:
+    held: Any = layer.weight
+    if not getattr(getattr(held, "quant_state", None), "packing_format_for_cpu", False):
+        return False
+    layer.state_dict()  # unpacks in place, for lack of a public function that does only that
+    state = held.quant_state
+    if state.absmax.dim() == 2:  # without nested scales bitsandbytes leaves them as the kernel wants them
+        state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+    return True
