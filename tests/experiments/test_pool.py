@@ -44,14 +44,15 @@ def plan(small, **values):
     return CompareSettings(**small | given | values, kind="classification")
 
 
+def content_of(record):
+    """Return a record without times, memory and dates."""
+    content = json.loads(record.model_dump_json(exclude={"time", "created"}))
+    content["memory"].pop("peak_bytes")
+    return content
+
+
 def what_was_found(folder):
-    """Return all records without times, memory and dates."""
-    found = {}
-    for record in load_comparison(folder).records:
-        content = json.loads(record.model_dump_json(exclude={"time", "created"}))
-        content["memory"].pop("peak_bytes")
-        found[record.id] = content
-    return found
+    return {record.id: content_of(record) for record in load_comparison(folder).records}
 
 
 class Killer(CompareWatcher):
@@ -150,6 +151,36 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(small, tmp_path):
     for name, content in kept.items():
         assert (folder / "records" / name).read_bytes() == content
     assert what_was_found(folder) == what_was_found(tmp_path / "whole")
+
+
+class CutOff(BaseException):
+    """What no run survives."""
+
+
+def cut_off(step, _loss):
+    if step == 5:
+        raise CutOff
+
+
+def test_a_run_with_checkpoints_goes_on_from_the_last_and_counts_all_its_time(small, tmp_path):
+    grid = {"recipes": ["tangent"], "learning_rates": {"tangent": [1e-3]}, "seeds": [0]}
+    (cell,) = due(plan(small, **grid, steps=8, save_every=3, evaluate_every=2), [])
+    task = load_run_task(cell.settings)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = run_cell(cell, task, tmp_path / "whole", Watcher())
+
+    with pytest.raises(CutOff):
+        run_cell(cell, task, tmp_path / "cut", Watcher(step=cut_off))
+    kept = tmp_path / "cut" / "runs" / cell.id / "checkpoints" / "checkpoint-3" / "seconds.json"
+    assert min(json.loads(kept.read_text()).values()) > 0
+    kept.write_text(json.dumps({"forward_backward": 1000.0, "optimizer": 2000.0, "evaluation": 3000.0}))
+    heard = []
+    rest = run_cell(cell, task, tmp_path / "cut", Watcher(step=lambda step, _: heard.append(step)))
+    assert heard == [4, 5, 6, 7, 8]
+    assert content_of(rest) == content_of(whole)
+    spent = rest.time
+    assert [s // 1000 for s in (spent.forward_backward, spent.optimizer, spent.evaluation)] == [1, 2, 3]
 
 
 def test_a_full_disk_stops_the_comparison_and_is_no_fault_of_the_run(small, tmp_path, monkeypatch):

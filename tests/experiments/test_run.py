@@ -208,6 +208,16 @@ def test_resume_after_kill_equals_an_uninterrupted_run(classifier, tmp_path, nam
     assert read_history(whole / "metrics.jsonl") == read_history(killed / "metrics.jsonl")
 
 
+def test_evaluations_change_nothing_of_training_and_of_its_history(classifier, tmp_path):
+    found = []
+    for every in (2, None):
+        settings = RunSettings(**classifier, recipe="tangent", steps=5, batch_size=4, evaluate_every=every)
+        found.append(train(settings, tmp_path / str(every)))
+    assert [step.step for step in found[0].history] == [1, 2, 3, 4, 5]
+    assert found[0].history == found[1].history
+    assert [each.step for each in found[0].evaluations] == [2, 4, 5]
+
+
 def test_a_half_written_checkpoint_is_not_used(tmp_path):
     for step, sealed in ((4, True), (8, False)):
         folder = tmp_path / f"checkpoint-{step}"

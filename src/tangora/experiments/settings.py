@@ -105,6 +105,11 @@ class TaskSettings(Settings):
         ge=1,
         description="Steps between evaluations on validation data; default: only at the end.",
     )
+    save_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between checkpoints, from which a run that was cut off goes on; default: no checkpoints.",
+    )
     report_to: list[Tracker] | None = Field(
         default=None,
         description="Live curves, separated by commas: tensorboard (events in each run's folder), trackio, wandb.",
@@ -206,9 +211,6 @@ class RunSettings(TaskSettings):
         None, gt=0, description="Peak; default: the recipe's second smallest."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the start, the data order and dropout.")
-    save_every: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; default: no checkpoints."
-    )
     reference: str | None = Field(
         default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
     )
@@ -307,7 +309,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-_NO_PART = {"report_to"}
+_NO_PART = {"report_to", "save_every"}
 """Settings that change nothing of what is found."""
 
 

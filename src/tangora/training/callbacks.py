@@ -18,6 +18,7 @@ from tangora.diagnostics import Trajectory, TrajectoryPoint
 
 _SEAL = "complete"
 _SUMS = "trajectory.json"
+_SECONDS = "seconds.json"
 
 # A loss this many times the first one is not coming back, and would only cost the time of the remaining steps.
 _EXPLOSION = 20.0
@@ -62,6 +63,37 @@ class StepTimer(TrainerCallback):
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
         return elapsed
+
+
+class Durations(TrainerCallback):
+    """Adds up what a run has spent over its interruptions: every checkpoint keeps the sums of its moment.
+
+    Put this callback before `SealedCheckpoints`.
+
+    Args:
+        spent: Returns seconds by name since this process began to train.
+    """
+
+    def __init__(self, spent: Callable[[], dict[str, float]]):
+        self._spent = spent
+        self._before: dict[str, float] = {}
+
+    def total(self) -> dict[str, float]:
+        """Return seconds by name, those before the checkpoint that training went on from included."""
+        return {name: seconds + self._before.get(name, 0.0) for name, seconds in self._spent().items()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """Take over the sums of the checkpoint that training goes on from."""
+        if state.global_step:
+            kept = _checkpoint(args, state.global_step) / _SECONDS
+            self._before = json.loads(kept.read_text(encoding="utf-8"))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Keep the sums with the checkpoint."""
+        kept = _checkpoint(args, state.global_step) / _SECONDS
+        kept.write_text(json.dumps(self.total()), encoding="utf-8")
 
 
 class History(TrainerCallback):
@@ -176,7 +208,9 @@ class Evaluations(TrainerCallback):
         self.seconds += time.perf_counter() - began
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "metrics": metrics}) + "\n")
+        logs_step = control.should_log  # the Trainer takes any log for that of the step
         self._log({f"eval_{name}": value for name, value in metrics.items()})
+        control.should_log = logs_step
 
 
 class TrajectoryRecorder(TrainerCallback):

@@ -82,7 +82,8 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
     """
     run_folder = folder / RUNS_FOLDER / cell.id
     try:
-        shutil.rmtree(run_folder, ignore_errors=True)  # a run without a record was cut off
+        if not cell.settings.save_every:  # a run without a record was cut off
+            shutil.rmtree(run_folder, ignore_errors=True)
         with log_to(folder / "log.txt"):
             try:
                 record = execute(

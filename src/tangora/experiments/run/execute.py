@@ -40,6 +40,7 @@ from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
 from tangora.report.records import Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
+    Durations,
     Evaluations,
     History,
     SealedCheckpoints,
@@ -133,7 +134,12 @@ def execute(
         )
         for observer in (trajectory_recorder, curvature_callback)
     ]
-    callbacks: list[transformers.TrainerCallback] = [timer, *(each for each in observers if each is not None)]
+    durations = Durations(lambda: _spent(timer, trainer, evaluations))
+    callbacks: list[transformers.TrainerCallback] = [
+        timer,
+        durations,
+        *(each for each in observers if each is not None),
+    ]
     trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
     evaluations = _evaluations(loaded, model, task, settings, folder, trainer)
     try:
@@ -155,7 +161,7 @@ def execute(
             loaded.tokenizer.save_pretrained(folder / "model")
     except (DivergedError, FloatingPointError) as problem:
         result.status, result.error = "diverged", str(problem)
-    result.evaluation_seconds += evaluations.seconds if evaluations else 0.0
+    spent = durations.total()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
     history = read_steps(folder)
@@ -173,10 +179,9 @@ def execute(
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
         time=TimeSplit(
             start=start_seconds,
-            # gradients of further stages are evaluated inside of the optimizer's step
-            forward_backward=timer.forward_backward + trainer.replay_seconds,
-            optimizer=max(0.0, timer.optimizer - trainer.replay_seconds),
-            evaluation=result.evaluation_seconds,
+            forward_backward=spent["forward_backward"],
+            optimizer=spent["optimizer"],
+            evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
@@ -313,6 +318,15 @@ def _evaluations(
     )
     trainer.add_callback(evaluations)
     return evaluations
+
+
+def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) -> dict[str, float]:
+    # gradients of further stages are evaluated inside of the optimizer's step
+    return {
+        "forward_backward": timer.forward_backward + trainer.replay_seconds,
+        "optimizer": max(0.0, timer.optimizer - trainer.replay_seconds),
+        "evaluation": evaluations.seconds if evaluations else 0.0,
+    }
 
 
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:
