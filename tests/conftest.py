@@ -7,8 +7,7 @@ import jinja2
 import pytest
 import torch
 
-# the tests run in one process per core: more threads would only wait for each other
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where torch was there before this package
 
 
 def pytest_collection_finish():
