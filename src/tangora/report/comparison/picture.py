@@ -96,6 +96,7 @@ def _draw_forest(
         marker = MATPLOTLIB_MARKERS[style.marker]
         axes.plot(duel.difference, line, marker, color=style.color, markerfacecolor=fill, markersize=6)
     axes.set_xlim(-better * reach, better * reach)
+    axes.locator_params(axis="x", nbins=4)
 
 
 def _written(figure: Any, path: str | Path) -> Path:
