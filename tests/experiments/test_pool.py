@@ -75,6 +75,7 @@ class Killer(CompareWatcher):
         )
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_recorded_and_the_others_go_on(small, tmp_path):
     killer = Killer()
     outcome = compare(plan(small, steps=30), tmp_path / "out", watcher=killer)
@@ -105,6 +106,7 @@ def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(sm
     assert "1 ran out of memory (full)" in outcome.report.read_text()
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_what_one_after_the_other_does(small, tmp_path):
     one = plan(small)
     compare(one, tmp_path / "one", resources=Resources(jobs=1))
