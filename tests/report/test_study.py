@@ -84,9 +84,12 @@ def test_picture_beside_it(study, tmp_path):
 
 def test_picture_has_better_at_the_right(study, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(
-        "tangora.report.comparison.picture._written", lambda figure, _path: drawn.update(figure=figure)
-    )
+
+    def written(figure, path):
+        drawn["figure"] = figure
+        return path
+
+    monkeypatch.setattr("tangora.report.comparison.picture._written", written)
     loss = task("Loss", 0.9, metric="loss").model_copy(update={"higher_is_better": False})
     losses = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")}
     write_study(losses | study, tmp_path / "report.html", "Five tasks", "")

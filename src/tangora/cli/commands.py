@@ -73,10 +73,11 @@ app = typer.Typer(
 )
 
 
-def _tell_version(wanted: bool) -> None:
+def _tell_version(wanted: bool) -> bool:
     if wanted:
         console.print(f"tangora {version('tangora')}", highlight=False)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
