@@ -1,14 +1,20 @@
 """A study as one file: all runs with what decides and what it cost, without the histories of their steps.
 
 python benchmarks/compact.py results/ablations --output benchmarks/ablations.json
+
+Of such files it writes the page over all tasks, with the picture in the README:
+
+python benchmarks/compact.py benchmarks/standard/{digits-vit,bbc-minilm,sums-smollm2,news-smollm2}.json --report results/page
 """
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from statistics import fmean
 
-from tangora.report import Comparison, Record, load_comparison, summarize
+from tangora.report import Comparison, Record, load_comparison, summarize, write_study
 from tangora.report.files import write_atomic
 
 TRAINING = "training"
@@ -49,10 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="output folder of tangora compare, or a file made of one")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="output folders of tangora compare, or files made of them"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--report", type=Path, help="folder for report.html, study.csv and picture.png")
+    parser.add_argument("--title", default="Study", help="heading of that page")
     arguments = parser.parse_args()
-    study = read_study(arguments.results)
+    study = {name: task for path in arguments.results for name, task in read_study(path).items()}
     for name, comparison in study.items():
         print(f"\n{name} ({len(comparison.records)} runs)\n")
         print(
@@ -75,6 +85,9 @@ def main() -> None:
     if arguments.output:
         dumped = {name: comparison.model_dump(mode="json") for name, comparison in study.items()}
         write_atomic(arguments.output, json.dumps(dumped, separators=(",", ":")) + "\n")
+    if arguments.report:
+        told = shlex.join(["python", *sys.argv])
+        write_study(study, arguments.report / "report.html", arguments.title, told)
 
 
 def _number(value: float | None, sign: str = "") -> str:
