@@ -4,7 +4,7 @@ python benchmarks/compact.py results/ablations --output benchmarks/ablations.jso
 
 Of such files it writes the page over all tasks, with the picture in the README:
 
-python benchmarks/compact.py benchmarks/standard/digits-vit.json benchmarks/standard/bbc-minilm.json --report results/page
+python benchmarks/compact.py benchmarks/standard/digits-vit.json benchmarks/standard/bbc-minilm.json --report page
 """
 
 import argparse
