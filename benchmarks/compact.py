@@ -62,7 +62,12 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="folder for report.html, study.csv and picture.png")
     parser.add_argument("--title", default="Study", help="heading of that page")
     arguments = parser.parse_args()
-    study = {name: task for path in arguments.results for name, task in read_study(path).items()}
+    study: dict[str, Comparison] = {}
+    for path in arguments.results:
+        found = read_study(path)
+        if twice := study.keys() & found.keys():
+            parser.error(f"{path} has a task that was there before: {', '.join(sorted(twice))}")
+        study |= found
     for name, comparison in study.items():
         print(f"\n{name} ({len(comparison.records)} runs)\n")
         print(

@@ -87,13 +87,11 @@ class Durations(TrainerCallback):
     ):
         """Take over the sums of the checkpoint that training goes on from."""
         if state.global_step:
-            kept = _checkpoint(args, state.global_step) / _SECONDS
-            self._before = json.loads(kept.read_text(encoding="utf-8"))
+            self._before = _kept(args, state, _SECONDS)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Keep the sums with the checkpoint."""
-        kept = _checkpoint(args, state.global_step) / _SECONDS
-        kept.write_text(json.dumps(self.total()), encoding="utf-8")
+        _keep(args, state, _SECONDS, self.total())
 
 
 class History(TrainerCallback):
@@ -247,8 +245,7 @@ class TrajectoryRecorder(TrainerCallback):
         lines = [line for line in read_history(self._path) if line["step"] <= step] if step else []
         self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         if step:
-            sums = _checkpoint(args, step) / _SUMS
-            self._trajectory.begin(json.loads(sums.read_text(encoding="utf-8")))
+            self._trajectory.begin(_kept(args, state, _SUMS))
         else:
             self._trajectory.begin()
             self._append(0)
@@ -276,8 +273,7 @@ class TrajectoryRecorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Keep the sums with the checkpoint."""
-        sums = _checkpoint(args, state.global_step) / _SUMS
-        sums.write_text(json.dumps(self._trajectory.state()), encoding="utf-8")
+        _keep(args, state, _SUMS, self._trajectory.state())
 
     def _append(self, step: int) -> None:
         point = self._trajectory.measure(step)
@@ -312,6 +308,16 @@ def read_trajectory(path: str | Path) -> list[TrajectoryPoint]:
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _keep(args: TrainingArguments, state: TrainerState, name: str, content: Any) -> None:
+    # beside what the Trainer has just written
+    (_checkpoint(args, state.global_step) / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _kept(args: TrainingArguments, state: TrainerState, name: str) -> Any:
+    # of the checkpoint that training goes on from
+    return json.loads((_checkpoint(args, state.global_step) / name).read_text(encoding="utf-8"))
 
 
 class SealedCheckpoints(TrainerCallback):

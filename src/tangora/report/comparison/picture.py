@@ -64,11 +64,14 @@ def save_study_picture(comparisons: Mapping[str, Comparison], found: TaskMatrix,
     size = (max(3.2 * len(found.tasks) + 1.4, 6.0), 1.2 + 0.25 * len(recipes))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     columns = figure.subplots(1, len(found.tasks), squeeze=False, sharey=True)[0]
+    lines = {name: line for line, name in enumerate(recipes)}
     for axes, task in zip(columns, found.tasks, strict=True):
-        duels = [duel for duel in found.against_lora if duel.task == task]
-        _draw_forest(axes, duels, {name: line for line, name in enumerate(recipes)}, styles)
-        axes.set_title(textwrap.fill(_plain(comparisons[task].title), _TITLE_LETTERS), fontsize="medium")
-        axes.set_xlabel(f"test {_plain(comparisons[task].metric)} minus {BASELINE}'s (right: better)")
+        _draw_forest(axes, [duel for duel in found.against_lora if duel.task == task], lines, styles)
+        what = f"test {_plain(comparisons[task].metric)} minus {BASELINE}'s (right: better)"
+        _decorate(axes, what, "", textwrap.fill(_plain(comparisons[task].title), _TITLE_LETTERS))
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
     columns[0].set_yticks(range(len(recipes)), [_plain(name) for name in recipes])
     columns[0].set_ylim(-0.7, len(recipes) - 0.3)
     return _written(figure, path)
@@ -78,9 +81,6 @@ def _draw_forest(
     axes: Any, duels: Sequence[Duel], lines: Mapping[str, int], styles: Mapping[str, Style]
 ) -> None:
     axes.axvline(0, color="#808080", linestyle=(0, (4, 3)), linewidth=1)
-    axes.grid(visible=True, axis="x", color="#808080", alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
     if not duels:
         return
     reach, better = forest_reach(duels), 1 if duels[0].higher_is_better else -1
