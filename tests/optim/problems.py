@@ -67,6 +67,18 @@ def backward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
+def adamw_of_the_rest(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Return torch's AdamW on everything that is trained outside pairs, without decay of biases."""
+    rest = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    biases = [p for n, p in rest.items() if n.endswith("bias")]
+    others = [p for n, p in rest.items() if not n.endswith("bias")]
+    assert biases
+    assert others
+    return torch.optim.AdamW(
+        [{"params": others}, {"params": biases, "weight_decay": 0.0}], lr, weight_decay=weight_decay
+    )
+
+
 def trainable(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 

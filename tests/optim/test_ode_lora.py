@@ -20,7 +20,7 @@ from tangora.integrate import (
     projected_rk_step,
 )
 from tangora.optim.ode_flow import SCHEMES
-from tests.optim.problems import Quadratic, backward, loss_of, problem, trainable
+from tests.optim.problems import Quadratic, adamw_of_the_rest, backward, loss_of, problem, trainable
 from tests.reference import dense
 from tests.tolerances import assert_close
 
@@ -180,7 +180,7 @@ def test_all_but_pairs_take_one_step_of_adamw_with_the_first_gradient(scheme):
     optimizer = ODELoRA(model, lr=0.1, scheme=scheme, adamw_lr=1e-3, weight_decay=0.1)
     twin = copy.deepcopy(model)
     head = [p for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n]
-    reference = torch.optim.AdamW(head, lr=1e-3, weight_decay=0.1)
+    reference = adamw_of_the_rest(twin, lr=1e-3, weight_decay=0.1)
     for _ in range(3):
         twin.load_state_dict(
             {**model.state_dict(), **{k: v for k, v in twin.state_dict().items() if "head" in k}}

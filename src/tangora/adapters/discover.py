@@ -1,7 +1,7 @@
 """Find the LoRA pairs of a PEFT model by its layers' attributes, so that every wrapper of a linear layer works."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,11 +71,12 @@ def active_adapter(model: nn.Module) -> str:
     return active[0]
 
 
-def describe_skipped(skipped: dict[str, str]) -> str:
+def describe_skipped(skipped: dict[str, str], consequence: str = ", so trained by AdamW") -> str:
     """Put the layers that are no plain pair into one sentence.
 
     Args:
         skipped: Layer names and reasons.
+        consequence: What follows for them.
 
     Returns:
         Text of the warning; at most five names per reason.
@@ -83,11 +84,20 @@ def describe_skipped(skipped: dict[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         by_reason.setdefault(reason, []).append(name)
-    parts = [
-        f"{reason}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for reason, names in by_reason.items()
-    ]
-    return "not plain LoRA pairs, so trained by AdamW: " + "; ".join(parts)
+    parts = [f"{reason}: {some_of(names)}" for reason, names in by_reason.items()]
+    return f"not plain LoRA pairs{consequence}: {'; '.join(parts)}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """List at most five names, and count the others.
+
+    Args:
+        names: Names of layers.
+
+    Returns:
+        Part of a sentence.
+    """
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:

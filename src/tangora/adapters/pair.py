@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from tangora._types import FactorA, FactorB, Weight
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoraPair:
     r"""Two parameters that change a weight by $s B A$.
 
@@ -31,6 +32,11 @@ class LoraPair:
     tied: tuple[tuple[nn.Parameter, nn.Parameter], ...] = field(default=())
     """Other parameters in the same memory (tied layers): each holds the transposes of (B, A) and its own gradient."""
 
+    def __repr__(self) -> str:
+        m, n, r = self.shape
+        tied = f", tied={len(self.tied)}" if self.tied else ""
+        return f"LoraPair({self.name!r}, adapter={self.adapter!r}, r={r}, {m}x{n}{tied})"
+
     @property
     def scaling(self) -> float:
         """The factor $s$, as it is now: PEFT's ``set_scale`` and merging tools change it at run time."""
@@ -50,6 +56,48 @@ class LoraPair:
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that belongs to the pair, tied ones included."""
         return [self.A, self.B, *(parameter for pair in self.tied for parameter in pair)]
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer computes with this adapter: switched on, and not merged into the weight."""
+        layer: Any = self.layer
+        used = self.adapter in layer.active_adapters and self.adapter not in layer.merged_adapters
+        return used and not layer.disable_adapters
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layer still holds these very parameters: sharding and loading may replace them."""
+        held = (getattr(holder, "weight", holder) for holder in self._holders())
+        return all(parameter is own for parameter, own in zip(held, (self.A, self.B), strict=True))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a factor is a DTensor, of which this process holds a part."""
+        return any(hasattr(factor, "placements") for factor in (self.A, self.B))
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters with the names that they have in the model.
+
+        Returns:
+            Both factors first; parameters that are tied to them are numbered.
+        """
+        embedding, suffix = ("embedding_", "") if self._is_embedding else ("", ".weight")
+        factors = [f"{self.name}.lora_{embedding}{letter}.{self.adapter}{suffix}" for letter in "AB"]
+        tied = [f"{self.name}.tied.{number}" for number in range(2 * len(self.tied))]
+        return list(zip([*factors, *tied], self.parameters, strict=True))
+
+    @property
+    def _is_embedding(self) -> bool:
+        return self.adapter in self.layer.lora_embedding_A  # pyright: ignore[reportOperatorIssue]
+
+    def _holders(self) -> list[Any]:
+        layer: Any = self.layer
+        containers = (
+            (layer.lora_embedding_A, layer.lora_embedding_B)
+            if self._is_embedding
+            else (layer.lora_A, layer.lora_B)
+        )
+        return [container[self.adapter] if self.adapter in container else None for container in containers]  # noqa: SIM401 (a ModuleDict has no get)
 
     def factors(self) -> tuple[FactorA, FactorB]:
         r"""Return the factors as matrices.

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from tangora._types import FactorA, FactorB
-from tangora.optim.stack import Factor, PairStack
+from tangora.adapters import LoraPair
+from tangora.optim.stack import Factor, PairStack, StateShapes
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -29,7 +30,7 @@ def adamw_update(
         exp_avgs: First moments.
         exp_avg_sqs: Second moments.
         steps: Number of steps taken so far, scalar tensors (on the CPU, or with their parameter when fused on a GPU).
-        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay``, optionally ``maximize``.
     """
     beta1, beta2 = group["betas"]
     adamw(
@@ -46,7 +47,7 @@ def adamw_update(
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
-        maximize=False,
+        maximize=group.get("maximize", False),
     )
 
 
@@ -55,32 +56,49 @@ def _can_be_fused(tensor: Tensor, *others: Tensor) -> bool:
     return tensor.device.type in _FUSED_DEVICES and all(other.stride() == tensor.stride() for other in others)
 
 
+def adamw_states(parameters: Sequence[nn.Parameter], state: dict[Tensor, Any]) -> None:
+    """Create the states that trainable parameters lack, and bring all to their parameter's device and dtype.
+
+    Args:
+        parameters: Parameters.
+        state: The optimizer's state.
+    """
+    for parameter in parameters:
+        own = state[parameter] if parameter in state or parameter.requires_grad else None
+        if own is None:
+            continue
+        own.setdefault("step", torch.tensor(0.0))
+        own["step"] = own["step"].to(_step_device(parameter), torch.float32)
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in own:
+                own[key] = torch.zeros_like(parameter.detach())
+            own[key] = own[key].to(parameter.device, parameter.dtype)
+
+
 def adamw_parameters(
     parameters: Sequence[nn.Parameter], state: dict[Tensor, Any], group: dict[str, Any]
 ) -> None:
-    """Step ordinary parameters with AdamW, creating their states like ``torch.optim.AdamW``.
+    """Step ordinary parameters with AdamW.
 
     Args:
         parameters: Parameters; those without gradient are left alone.
         state: The optimizer's state.
-        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``.
     """
     active = [parameter for parameter in parameters if parameter.grad is not None]
-    for parameter in active:
-        if not state[parameter]:
-            state[parameter]["step"] = torch.tensor(0.0, device=_step_device(parameter))
-            state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-            state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-    if active:
-        states = [state[parameter] for parameter in active]
-        adamw_update(
-            active,
-            [parameter.grad for parameter in active if parameter.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["step"] for s in states],
-            group,
-        )
+    adamw_states(active, state)
+    for sharded in (False, True):  # torch's kernels take whole tensors or shards, not both at once
+        some = [parameter for parameter in active if hasattr(parameter, "placements") == sharded]
+        states = [state[parameter] for parameter in some]
+        if some:
+            adamw_update(
+                some,
+                [parameter.grad for parameter in some if parameter.grad is not None],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [s["step"] for s in states],
+                group,
+            )
 
 
 def _step_device(parameter: Tensor) -> torch.device:
@@ -101,6 +119,12 @@ def step_counters(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
     return [torch.tensor(float(step - 1), device=_step_device(tensor)) for tensor in tensors]
 
 
+def factor_moments(pair: LoraPair) -> StateShapes:
+    """Return the states that `adamw_factors` keeps for a pair."""
+    m, n, r = pair.shape
+    return {"A": {"exp_avg": (r, n), "exp_avg_sq": (r, n)}, "B": {"exp_avg": (m, r), "exp_avg_sq": (m, r)}}
+
+
 def adamw_factors(
     stack: PairStack, velocities: tuple[FactorA, FactorB], group: dict[str, Any]
 ) -> tuple[FactorA, FactorB]:
@@ -115,12 +139,10 @@ def adamw_factors(
         The new factors.
     """
     factors: dict[Factor, Tensor] = {"A": stack.A, "B": stack.B}
-    moments = {
-        key: [stack.state(factor, key, *tensor.shape[1:]) for factor, tensor in factors.items()]
-        for key in ("exp_avg", "exp_avg_sq")
-    }
+    moments = {key: [stack.state(factor, key) for factor in factors] for key in ("exp_avg", "exp_avg_sq")}
     steps = step_counters([*factors.values()], stack.step)
-    adamw_update([*factors.values()], velocities, moments["exp_avg"], moments["exp_avg_sq"], steps, group)
+    downhill = {**group, "maximize": False}  # the stack's gradient has its sign already
+    adamw_update([*factors.values()], velocities, moments["exp_avg"], moments["exp_avg_sq"], steps, downhill)
     for index, factor in enumerate(factors):
         stack.keep(factor, **{key: values[index] for key, values in moments.items()})
     return stack.A, stack.B

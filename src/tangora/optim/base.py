@@ -1,10 +1,10 @@
-"""What every pair optimizer shares: building groups, safety against non-finite gradients, AdamW for the rest."""
+"""What every pair optimizer shares: groups, states, safety against wrong or missing gradients, AdamW for the rest."""
 
-import warnings
+import math
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,201 +13,274 @@ from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_choice, check_number
 from tangora._types import FactorA, FactorB
-from tangora.adapters import LoraPair, discover
-from tangora.adapters.discover import describe_skipped
-from tangora.optim.adamw import adamw_parameters
-from tangora.optim.stack import PairStack, StackCache
-
-Params: TypeAlias = nn.Module | Iterable[LoraPair] | Iterable[dict[str, Any]]
-"""A PEFT model; or pairs; or parameter groups with ``pairs``, ``params`` or both."""
+from tangora.adapters import LoraPair
+from tangora.adapters.pair import as_matrix
+from tangora.optim.adamw import adamw_parameters, adamw_states
+from tangora.optim.gradients import Watch
+from tangora.optim.groups import FINGERPRINT, PairGroup, Params, grouped, prepared
+from tangora.optim.stack import COUNTER, Gathered, PairStack, StateShapes, state_place
 
 OnNonfinite = Literal["raise", "skip"]
-
-
-class _Members(NamedTuple):
-    """Who is in a parameter group: pairs, and the parameters that AdamW takes, with names for messages."""
-
-    pairs: list[LoraPair]
-    rest: list[nn.Parameter]
-    rest_names: list[str]
+Stacks = Sequence[tuple[Gathered, dict[str, Any]]]
+"""Stacks with their gradients and the options of their group."""
 
 
 class PairOptimizer(Optimizer, ABC):
     """An optimizer of LoRA pairs; parameters outside pairs are stepped by AdamW with the same options.
 
-    A subclass says how one stack of pairs moves (`_step_stack`) and which group options it has (`_check_group`).
+    ``group["params"]`` is the truth, as in torch: whoever puts other parameters there (sharding, float32 copies) finds
+    them stepped, with their states, or gets an error. States exist from the start, so that distributed checkpoints
+    agree on all ranks.
+
+    A subclass declares its states (`_state_shapes`), moves the pairs (`_step_pairs`) and checks its options
+    (`_check_group`).
     """
 
-    def __init__(self, params: Params, defaults: dict[str, Any], on_nonfinite: OnNonfinite = "raise"):
+    param_groups: list[PairGroup]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        on_nonfinite: OnNonfinite = "raise",
+        rest: Mapping[str, Any] | None = None,
+    ):
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._on_nonfinite = on_nonfinite
-        self._members: list[_Members] = []
-        self._caches: list[StackCache] = []
-        super().__init__(parameter_groups(params), defaults)
-        if not any(members.pairs for members in self._members):
-            raise InputError(
-                f"{type(self).__name__} found no trainable LoRA pair: give it a model made by "
-                "peft.get_peft_model(base, LoraConfig(...)), or parameter groups with 'pairs'"
-            )
+        self._watch = Watch()
+        groups = grouped(params, type(self).__name__, dict(rest or {}))
+        super().__init__(groups, defaults)
+        if isinstance(params, nn.Module):
+            self._watch = Watch(weakref.ref(params))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group.
 
         Args:
-            param_group: Options, and ``pairs`` (list of `LoraPair`), ``params`` (parameters for AdamW, optionally with
-                their names in ``names``), or both.
+            param_group: Options, and ``pairs`` (list of `LoraPair`), ``params`` (parameters for AdamW, or
+                ``(name, parameter)``), or both.
+
+        Raises:
+            InputError: If an option is out of range or a pair cannot be stepped; the optimizer is then as it was.
         """
-        group = dict(param_group)
-        pairs = list(group.pop("pairs", ()))
-        rest = [group["params"]] if isinstance(group.get("params"), Tensor) else list(group.get("params", ()))
-        names = list(group.pop("names", ())) or [
-            f"parameter {index} of group {len(self.param_groups)}" for index in range(len(rest))
-        ]
-        group["params"] = [parameter for pair in pairs for parameter in pair.parameters] + rest
+        named = any("param_names" in group for group in self.param_groups)
+        group = prepared(param_group, type(self).__name__, named=named, index=len(self.param_groups))
+        options = self.defaults | group
+        self._check_common(options)
+        self._check_group(options)
         super().add_param_group(group)
-        self._check_common(self.param_groups[-1])
-        self._check_group(self.param_groups[-1])
-        self._members.append(_Members(pairs, rest, names))
-        self._caches.append(StackCache())
+        self._create_states(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
 
         Args:
-            closure: Evaluates the loss and its gradients again; called once.
+            closure: Evaluates the loss and its gradients again; called once, or as often as the method says.
 
         Returns:
             The closure's loss, or ``None``.
 
         Raises:
+            InputError: If the parameters were replaced by what is no LoRA pair, or no gradient can ever reach them.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``; nothing has changed then.
         """
+        self._adopt()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gathered = [
-            cache.gather(members.pairs, self._state_of)
-            for cache, members in zip(self._caches, self._members, strict=True)
-        ]
-        if not self._all_finite([named for each in chain(*gathered) for named in each.by_pair()]):
+        stacks = [(each, _options(group)) for group in self.param_groups for each in self._gather(group)]
+        self._watch.check(self._pairs(), [pair for each, _ in stacks for pair in each.stack.pairs])
+        try:
+            self._step_pairs(stacks, closure)
+        except FloatingPointError:
+            if self._on_nonfinite == "raise":
+                raise
             return loss
-        for group, group_stacks, members in zip(self.param_groups, gathered, self._members, strict=True):
-            for stack, gradients in group_stacks:  # one by one: each copies its factors and gradients
-                stack.load(gradients)
-                stack.write(*self._step_stack(stack, group))
-            adamw_parameters(members.rest, self.state, group)
+        for group in self.param_groups:
+            adamw_parameters(group.rest, self.state, _options(group))
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; moments keep the dtype they were saved in.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizers do.
 
-        torch casts every state to its parameter's dtype, which would turn float32 moments into bf16 ones.
+        Returns:
+            ``state`` and ``param_groups``; the pairs themselves are no part of it.
+        """
+        self._adopt()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, saved on any device and in any dtype.
+
+        Moments are at least float32 (torch casts every state to its parameter's dtype, which would round the moments of
+        bf16 adapters), and step counters stay on the CPU.
 
         Args:
             state_dict: What `state_dict` returned, for the same groups.
+
+        Raises:
+            InputError: If a state belongs to another optimizer or to an adapter of another shape; nothing is loaded.
         """
+        self._adopt()
+        self._check_loadable(state_dict)
+        groups = self.param_groups
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        current = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, current, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    device = self.state[parameter][key].device  # torch knows where counters belong
-                    self.state[parameter][key] = value.detach().clone().to(device)
+        self.param_groups = [
+            old.with_options(self.defaults | new) for old, new in zip(groups, self.param_groups, strict=True)
+        ]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for (_, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    dtype, device = state_place(factor, key)
+                    self.state[factor][key] = value.detach().to(device, dtype, copy=True).reshape(shapes[key])
+            for (
+                parameter
+            ) in group.rest:  # torch keeps counters as they are, in the memory of what it was given
+                self.state[parameter] = {key: value.clone() for key, value in self.state[parameter].items()}
+            self._create_states(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_members": self._members, "_on_nonfinite": self._on_nonfinite}
+        return {**super().__getstate__(), "_on_nonfinite": self._on_nonfinite}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._caches = [StackCache() for _ in self._members]
+        self.__dict__.setdefault("_watch", Watch())
 
     @abstractmethod
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        """Return the new factors of a stack and keep its states."""
+    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
+        """Move all pairs, or raise `FloatingPointError` before anything has changed."""
+
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
+        """Return the states of a pair beside its counter; none by default."""
+        return {}
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise `InputError` for a bad option of the method."""
 
+    def _adopt(self) -> None:
+        """Let parameters that were replaced from outside take the place, and the states, of the old ones."""
+        for group in self.param_groups:
+            for old, new in group.adopt(type(self).__name__).items():
+                if old in self.state:
+                    self.state[new] = self.state.pop(old)
+
+    def _gather(self, group: PairGroup) -> list[Gathered]:
+        return group.cache.gather(group.pairs, self._state_of, together=group["foreach"] is not False)
+
+    def _create_states(self, group: PairGroup) -> None:
+        group.cache.create_states(
+            group.pairs,
+            self._state_of,
+            lambda pair: self._state_shapes(pair, group),
+            together=group["foreach"] is not False,
+        )
+        adamw_states(group.rest, self.state)
+
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.state[parameter]
 
+    def _pairs(self) -> list[LoraPair]:
+        return [pair for group in self.param_groups for pair in group.pairs]
+
+    def _kept(
+        self, group: PairGroup
+    ) -> Iterator[tuple[LoraPair, nn.Parameter, Mapping[str, tuple[int, ...]]]]:
+        """Yield the parameters of a group's pairs, in its order, with the shapes of the states kept for each."""
+        for pair in group.pairs:
+            shapes = self._state_shapes(pair, group)
+            for factor, parameter in zip(("A", "B"), (pair.A, pair.B), strict=True):
+                matrix = as_matrix(parameter).shape
+                kept = {COUNTER: (), **shapes.get(factor, {})}
+                yield (
+                    pair,
+                    parameter,
+                    {k: tuple(parameter.shape) if v == matrix else v for k, v in kept.items()},
+                )
+            yield from ((pair, parameter, {}) for parameter in pair.parameters[2:])
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if len(group["params"]) != len(saved["params"]):
+                return  # torch's own error says so
+            if saved.get(FINGERPRINT, group[FINGERPRINT]) != group[FINGERPRINT]:
+                raise InputError(
+                    f"this state of {type(self).__name__} was saved for parameters of other shapes, such as an adapter "
+                    "of another rank: make the adapter and its initialization as in the saved run, then load"
+                )
+            for (pair, _, shapes), index in zip(
+                self._kept(group.with_options(group | saved)), saved["params"], strict=False
+            ):
+                state = state_dict["state"].get(index, {})
+                wrong = [
+                    key for key in state if key not in shapes or state[key].numel() != math.prod(shapes[key])
+                ]
+                if wrong or (state and state.keys() != shapes.keys()):
+                    raise InputError(
+                        f"the state of {pair.name} holds {', '.join(state)}, which is no state of "
+                        f"{type(self).__name__} for {pair}: it was saved by another optimizer or for another adapter"
+                    )
+
     @staticmethod
-    def _check_common(group: dict[str, Any]) -> None:
-        check_number("lr", group["lr"], low=0)
+    def _check_common(group: Mapping[str, Any]) -> None:
+        lr = group["lr"]
+        lr = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+        check_number("lr", lr, low=0)
         check_number("weight_decay", group["weight_decay"], low=0)
         check_number("eps", group["eps"], low=0)
         # at one and beyond, decay would turn the weights over instead of shrinking them
-        check_number("lr * weight_decay", group["lr"] * group["weight_decay"], low=0, high=1, open_high=True)
+        check_number("lr * weight_decay", lr * group["weight_decay"], low=0, high=1, open_high=True)
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, low=0, high=1, open_high=True)
+        check_choice("maximize", group["maximize"], (True, False))
+        check_choice("foreach", group["foreach"], (None, True, False))
 
-    def _all_finite(self, gradients: Sequence[tuple[LoraPair, Tensor]]) -> bool:
+    def _check_finite(self, stacks: Stacks) -> None:
+        """Raise `FloatingPointError` if a gradient is not finite, naming its layer."""
         named: list[tuple[LoraPair | str, Tensor]] = [
-            *gradients,
+            *(each for gathered, _ in stacks for each in gathered.by_pair()),
             *(
                 (name, parameter.grad)
-                for members in self._members
-                for name, parameter in zip(members.rest_names, members.rest, strict=True)
+                for group in self.param_groups
+                for name, parameter in zip(group.names, group.rest, strict=True)
                 if parameter.grad is not None
             ),
         ]
         # A norm is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
         # only its verdict "finite" is final. One device synchronisation for the whole model.
-        if get_total_norm([gradient for _, gradient in named]).isfinite():
-            return True
+        if _norm_is_finite([gradient for _, gradient in named]):
+            return
         broken = next((name for name, gradient in named if not gradient.isfinite().all()), None)
-        if broken is None:
-            return True
-        if self._on_nonfinite == "raise":
+        if broken is not None:
             where = broken if isinstance(broken, str) else f"layer {broken.name} (adapter {broken.adapter})"
             raise FloatingPointError(f"non-finite gradient in {where}; no step was taken")
-        return False
 
 
-def parameter_groups(params: Params) -> list[dict[str, Any]]:
-    """Turn what a user gives an optimizer into parameter groups.
+class LayerwiseOptimizer(PairOptimizer):
+    """A pair optimizer whose layers move one by one, each by its own gradient."""
 
-    Args:
-        params: A PEFT model (pairs in one group, all other trainable parameters in a second one), an iterable of
-            pairs, or an iterable of groups, returned as they are.
+    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
+        del closure
+        self._check_finite(stacks)
+        for (stack, gradients), options in stacks:  # one by one: each copies its factors and gradients
+            stack.load(gradients, maximize=options["maximize"])
+            stack.write(*self._step_stack(stack, options))
 
-    Returns:
-        Groups with ``pairs``, ``params`` or both.
-
-    Raises:
-        InputError: If ``params`` is something else, such as a flat list of parameters: which belong together, and
-            with which scaling, cannot be seen from tensors.
-    """
-    if isinstance(params, nn.Module):
-        return _groups_of_model(params)
-    items = list(params)
-    if items and all(isinstance(item, LoraPair) for item in items):
-        return [{"pairs": items}]
-    if items and all(isinstance(item, dict) for item in items):
-        return [item for item in items if isinstance(item, dict)]
-    raise InputError(
-        "params must be a PEFT model, LoRA pairs from tangora.find_pairs(model), or parameter groups with 'pairs' "
-        f"or 'params'; got {type(items[0]).__name__ + 's' if items else 'nothing'}"
-    )
+    @abstractmethod
+    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        """Return the new factors of a stack and keep its states."""
 
 
-def _groups_of_model(model: nn.Module) -> list[dict[str, Any]]:
-    found = discover(model)
-    if found.skipped:
-        warnings.warn(describe_skipped(found.skipped), stacklevel=4)
-    pairs = [pair for pair in found.pairs if pair.trainable]
-    taken = {id(parameter) for pair in pairs for parameter in pair.parameters}
-    rest = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in taken
-    ]
-    groups: list[dict[str, Any]] = [{"pairs": pairs}] if pairs else []
-    if rest:
-        names, parameters = zip(*rest, strict=True)
-        groups.append({"params": list(parameters), "names": list(names)})
-    return groups or [{"params": []}]
+def _options(group: PairGroup) -> dict[str, Any]:
+    return {**group, "lr": float(group["lr"])}
+
+
+def _norm_is_finite(gradients: Sequence[Tensor]) -> bool:
+    # sharded gradients (of a head) have a norm over all ranks, and cannot be mixed with whole ones
+    kinds: dict[bool, list[Tensor]] = {False: [], True: []}
+    for gradient in gradients:
+        kinds[hasattr(gradient, "placements")].append(gradient)
+    norms: list[Any] = [get_total_norm(kind) for kind in kinds.values() if kind]
+    return all(bool(getattr(norm, "full_tensor", lambda norm=norm: norm)().isfinite()) for norm in norms)

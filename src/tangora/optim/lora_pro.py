@@ -12,12 +12,14 @@ import torch
 
 from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
+from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
 from tangora.geometry.retraction import RETRACTIONS, Retraction, kept_balanced, retract
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
-from tangora.optim.adamw import adamw_factors, adamw_update, step_counters
-from tangora.optim.base import OnNonfinite, PairOptimizer, Params
-from tangora.optim.stack import PairStack
+from tangora.optim.adamw import adamw_factors, adamw_update, factor_moments, step_counters
+from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.groups import Params
+from tangora.optim.stack import PairStack, StateShapes
 
 Moments = Literal["weight", "factor"] | None
 MOMENTS = ("weight", "factor", None)
@@ -57,14 +59,14 @@ def adam_on_weight(
     equivalent = basis.mT @ torch.cat([tangent.K, at.V], dim=-2)
     # torch's fused AdamW does all of Adam in one pass over the four matrices: a unit step from zero is -U
     direction = torch.zeros_like(equivalent)
-    unit_step = {**group, "lr": 1.0, "weight_decay": 0.0}
+    unit_step = {**group, "lr": 1.0, "weight_decay": 0.0, "maximize": False}
     adamw_update(
         [direction], [equivalent], [exp_avg], [exp_avg_sq], step_counters([direction], step), unit_step
     )
     return Cotangent((B.mT @ direction).neg_(), (direction @ A.mT).neg_())
 
 
-class LoRAPro(PairOptimizer):
+class LoRAPro(LayerwiseOptimizer):
     r"""LoRA-Pro as an ordinary optimizer, for any PEFT model, rank and scaling.
 
     The factors move so that $W$ moves by the projection of the full gradient (or of Adam's direction) onto the
@@ -84,6 +86,9 @@ class LoRAPro(PairOptimizer):
         betas: Decay rates of the moments. Default as in the paper's code.
         eps: Added to the root of the second moment. Default as in the paper's code.
         weight_decay: Decoupled decay, per unit of ``lr``: of each factor with ``retraction="factors"``, else of $B A$.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
 
     Raises:
@@ -111,6 +116,8 @@ class LoRAPro(PairOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
     ):
         defaults = {
@@ -121,6 +128,8 @@ class LoRAPro(PairOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
         }
         super().__init__(params, defaults, on_nonfinite)
 
@@ -133,6 +142,12 @@ class LoRAPro(PairOptimizer):
                 "moments='factor' needs retraction='factors': a retraction changes the basis in which factor moments "
                 f"are kept; got retraction={group['retraction']!r}"
             )
+
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:
+        m, n, _ = pair.shape
+        if group["moments"] == "weight":
+            return {"B": {"exp_avg": (m, n), "exp_avg_sq": (m, n)}}
+        return factor_moments(pair) if group["moments"] == "factor" else {}
 
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         A, B = stack.A, stack.B
@@ -154,7 +169,7 @@ class LoRAPro(PairOptimizer):
     @staticmethod
     def _weight_moments(stack: PairStack, at: Frame, tangent: Tangent, group: dict[str, Any]) -> Cotangent:
         m, n, _ = stack.pairs[0].shape
-        moments = [stack.state("B", key, m, n) for key in ("exp_avg", "exp_avg_sq")]
+        moments = [stack.state("B", key) for key in ("exp_avg", "exp_avg_sq")]
         size = max(1, _CHUNK_NUMBERS // (m * n))
         parts = (*at, *tangent, *moments, stack.A, stack.B)
         directions = []

@@ -168,8 +168,8 @@ class Flow:
         self.evaluations += 1
         with torch.enable_grad():
             self._evaluate()
-        for stack in self._stacks:
-            stack.load([_gradients(pair) for pair in stack.pairs])
+        for stack, group in self._members():
+            stack.load([_gradients(pair) for pair in stack.pairs], maximize=group["maximize"])
         self._check()
         return self._descents()
 

@@ -12,16 +12,13 @@ Runge-Kutta in the factors are this project's.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from tangora._checks import InputError, check_choice, check_number, check_whole
-from tangora._types import FactorA, FactorB
 from tangora.geometry.gauge import GAUGES, Gauge
 from tangora.geometry.retraction import rebalance
-from tangora.optim.adamw import adamw_parameters
-from tangora.optim.base import OnNonfinite, PairOptimizer, Params, parameter_groups
+from tangora.optim.base import OnNonfinite, PairOptimizer, Stacks
+from tangora.optim.groups import Params
 from tangora.optim.ode_flow import ONE_GRADIENT, SCHEMES, Flow, Scheme
-from tangora.optim.stack import Gathered, PairStack
+from tangora.optim.stack import Gathered
 
 
 class ODELoRA(PairOptimizer):
@@ -69,6 +66,9 @@ class ODELoRA(PairOptimizer):
         betas: AdamW's, for parameters outside pairs.
         eps: AdamW's.
         weight_decay: Decoupled decay, of $B A$ and of parameters outside pairs, per unit of ``lr``.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
         on_nonfinite: ``"raise"`` or ``"skip"`` a step that fails in any of its stages; the parameters are then as
             they were before it.
 
@@ -110,6 +110,8 @@ class ODELoRA(PairOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
     ):
         check_choice("scheme", scheme, SCHEMES)
@@ -125,12 +127,11 @@ class ODELoRA(PairOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
             "evaluations": 0,
         }
-        groups = parameter_groups(params)
-        if adamw_lr is not None:
-            groups = [group if group.get("pairs") else {"lr": adamw_lr} | group for group in groups]
-        super().__init__(groups, defaults, on_nonfinite)
+        super().__init__(params, defaults, on_nonfinite, rest={} if adamw_lr is None else {"lr": adamw_lr})
 
     @property
     def evaluations(self) -> int:
@@ -142,63 +143,26 @@ class ODELoRA(PairOptimizer):
         """Whether a step evaluates the gradient more than once, and so needs a closure."""
         return self.scheme not in ONE_GRADIENT
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step.
-
-        Args:
-            closure: Zeroes the gradients, evaluates the loss, calls ``backward`` and returns the loss, each time on the
-                same batch and with the same dropout. With one gradient per step it may be left out, as with every
-                optimizer.
-
-        Returns:
-            The closure's loss at the first stage, which is the loss before the step; ``None`` without closure.
-
-        Raises:
-            InputError: If the scheme needs a closure and there is none.
-            FloatingPointError: If a stage fails and ``on_nonfinite="raise"``; it says which and why, and nothing has
-                changed then.
-        """
+    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
         evaluate = closure or self.replay
         if evaluate is None and self.multistage:
             raise InputError(
                 f"step needs a closure, because scheme {self.scheme!r} evaluates the gradient more than once: "
                 "optimizer.step(closure); tangora.Trainer does that by itself"
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        gathered = [
-            (each, group)
-            for cache, members, group in zip(self._caches, self._members, self.param_groups, strict=True)
-            for each in cache.gather(members.pairs, self._state_of)
-        ]
-        loaded = [(each.stack, group) for each, group in gathered]
-        for each, _ in gathered:
-            each.stack.load(each.gradients)
-        stacks, groups = [stack for stack, _ in loaded], [group for _, group in loaded]
-        flow = Flow(
-            stacks, groups, self.scheme, self._all_parameters(), evaluate, lambda: self._check_finite(stacks)
-        )
+        loaded, options = [gathered.stack for gathered, _ in stacks], [each for _, each in stacks]
+        for (stack, gradients), each in stacks:
+            stack.load(gradients, maximize=each["maximize"])
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        flow = Flow(loaded, options, self.scheme, parameters, evaluate, lambda: self._check_loaded(stacks))
         try:
             new = flow.step()
-        except FloatingPointError:
-            if self._on_nonfinite == "skip":
-                return loss
-            raise
         finally:
             for group in self.param_groups:
                 group["evaluations"] += flow.evaluations
-        for (stack, group), factors in zip(loaded, new, strict=True):
-            every = group["rebalance_every"]
+        for stack, each, factors in zip(loaded, options, new, strict=True):
+            every = each["rebalance_every"]
             stack.write(*(rebalance(*factors) if every and stack.step % every == 0 else factors))
-        for group, members in zip(self.param_groups, self._members, strict=True):
-            adamw_parameters(members.rest, self.state, group)
-        return loss
-
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        raise NotImplementedError  # the layers do not move one by one
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("gauge", group["gauge"], GAUGES)
@@ -212,13 +176,10 @@ class ODELoRA(PairOptimizer):
         if group["rebalance_every"] is not None:
             check_whole("rebalance_every", group["rebalance_every"], low=1)
 
-    def _all_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def _check_finite(self, stacks: list[PairStack]) -> None:
-        gathered = (Gathered(stack, [*zip(*stack.gradient, strict=True)]) for stack in stacks)
-        if not self._all_finite([named for each in gathered for named in each.by_pair()]):
-            raise FloatingPointError("non-finite gradient; no step was taken")
+    def _check_loaded(self, stacks: Stacks) -> None:
+        """Check the gradients that the stacks hold now, those of a stage."""
+        held = [Gathered(each.stack, [*zip(*each.stack.gradient, strict=True)]) for each, _ in stacks]
+        self._check_finite([(each, {}) for each in held])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "scheme": self.scheme}

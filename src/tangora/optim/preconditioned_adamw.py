@@ -8,11 +8,13 @@ from typing import Any
 
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
+from tangora.adapters import LoraPair
 from tangora.geometry.gram import damped_inverse, gram, times
 from tangora.geometry.tangent import Cotangent
-from tangora.optim.adamw import adamw_factors
-from tangora.optim.base import OnNonfinite, PairOptimizer, Params
-from tangora.optim.stack import PairStack
+from tangora.optim.adamw import adamw_factors, factor_moments
+from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.groups import Params
+from tangora.optim.stack import PairStack, StateShapes
 
 
 def precondition(A: FactorA, B: FactorB, g_A: FactorA, g_B: FactorB, damping: float) -> Cotangent:
@@ -32,7 +34,7 @@ def precondition(A: FactorA, B: FactorB, g_A: FactorA, g_B: FactorB, damping: fl
     return Cotangent(left.to(A.dtype) @ g_A, times(g_B, right.to(A.dtype)))
 
 
-class PreconditionedAdamW(PairOptimizer):
+class PreconditionedAdamW(LayerwiseOptimizer):
     r"""P-LoRA (Scaled AdamW), and the second half of LoRA-One.
 
     Args:
@@ -43,6 +45,9 @@ class PreconditionedAdamW(PairOptimizer):
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of the factors, per unit of ``lr``.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
 
     Raises:
@@ -68,13 +73,26 @@ class PreconditionedAdamW(PairOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
     ):
-        defaults = {"lr": lr, "damping": damping, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
         super().__init__(params, defaults, on_nonfinite)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("damping", group["damping"], low=0, open_low=True)
+
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
+        return factor_moments(pair)
 
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         g_A, g_B = (g * stack.scaling for g in stack.gradient)

@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -15,11 +15,14 @@ from tangora.adapters.pair import as_matrix
 from tangora.geometry.tangent import Cotangent
 
 Factor = Literal["A", "B"]
+StateShapes: TypeAlias = Mapping[Factor, Mapping[str, tuple[int, ...]]]
+"""Shape of each state of a pair by its name, under the factor that it is kept with."""
+StateOf = Callable[[nn.Parameter], dict[str, Any]]
+
 # On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels.
 _CPU_STACK_NUMBERS = 2**20
-
-_Member: TypeAlias = tuple[LoraPair, tuple[FactorA, FactorB]]
-StateOf = Callable[[nn.Parameter], dict[str, Any]]
+COUNTER = "step"
+"""Name of the state that counts a pair's steps."""
 
 
 class _Buffer(NamedTuple):
@@ -61,51 +64,58 @@ class PairStack:
         self._states = {factor: [state(p) for p in self._parameters[factor]] for factor in self._parameters}
         self._buffers: dict[tuple[Factor, str], _Buffer] = {}
 
-    def load(self, gradients: Sequence[tuple[FactorA, FactorB]]) -> None:
+    def create(self, shapes: StateShapes) -> None:
+        """Give the members the states that they lack, zeros, and their step counters."""
+        for factor, states in self._states.items():
+            for key, shape in {COUNTER: (), **shapes.get(factor, {})}.items():
+                if all(key in state for state in states):
+                    continue
+                dtype, device = state_place(self._parameters[factor][0], key)
+                stacked = torch.zeros((len(states), *shape), dtype=dtype, device=device)
+                for index, state in enumerate(states):
+                    if key in state:
+                        stacked[index] = state[key].reshape(shape)
+                self._set(factor, key, stacked)
+
+    def load(self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool = False) -> None:
         """Read factors and counters, and take the gradients of this step.
 
         Args:
             gradients: ``(g_A, g_B)`` of each member.
+            maximize: Whether to climb: the gradients change their sign.
         """
         self.scaling = self.pairs[0].scaling
-        self.step = int(self.state("A", "step")[0]) + 1
+        self.step = int(self.state("A", COUNTER)[0]) + 1
         self.A = _stack([as_matrix(A) for A in self._parameters["A"]])
         self.B = _long_side_contiguous(_stack([as_matrix(B) for B in self._parameters["B"]]))
+        unit = -self.scaling if maximize else self.scaling
         self.gradient = Cotangent(
-            _stack([g_A for g_A, _ in gradients]).div_(self.scaling),
-            _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(self.scaling),
+            _stack([g_A for g_A, _ in gradients]).div_(unit),
+            _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(unit),
         )
 
-    def state(self, factor: Factor, key: str, *shape: int) -> Float[Tensor, "N ..."]:
-        """Return a state of all members as one tensor, zeros where there is none yet.
+    def state(self, factor: Factor, key: str) -> Float[Tensor, "N ..."]:
+        """Return a state of all members as one tensor of matrices, vectors or scalars.
 
         Args:
             factor: Parameter that the state belongs to.
             key: Its name.
-            *shape: Its shape for one member, as matrix, vector or scalar.
 
         Returns:
             The tensor that the states are views of: to be updated in place, or by `keep`.
         """
         states, cached = self._states[factor], self._buffers.get((factor, key))
-        if cached is not None and all(map(operator.is_, [state.get(key) for state in states], cached.slices)):
+        parameter = self._parameters[factor][0]
+        dtype, device = state_place(parameter, key)
+        if (
+            cached is not None
+            and (cached.stacked.dtype, cached.stacked.device) == (dtype, device)
+            and all(map(operator.is_, [state.get(key) for state in states], cached.slices))
+        ):
             return cached.stacked
-        if key in states[0]:
-            stacked = torch.stack([state[key].reshape(shape) for state in states])
-        else:
-            stacked = torch.zeros(
-                (len(states), *shape), dtype=self._state_dtype(key), device=self._device(key)
-            )
-        if factor == "B" and len(shape) == 2:
-            stacked = _long_side_contiguous(stacked)
-        slices = [
-            piece.view(parameter.shape) if piece.numel() == parameter.numel() and shape else piece
-            for piece, parameter in zip(stacked.unbind(), self._parameters[factor], strict=True)
-        ]
-        for state, piece in zip(states, slices, strict=True):
-            state[key] = piece
-        self._buffers[factor, key] = _Buffer(stacked, slices)
-        return stacked
+        held = [state[key] for state in states]
+        matrices = [as_matrix(value) if value.shape == parameter.shape else value for value in held]
+        return self._set(factor, key, torch.stack([value.to(device, dtype) for value in matrices]))
 
     def keep(self, factor: Factor, **values: Float[Tensor, "N ..."]) -> None:
         """Store new values of states.
@@ -115,7 +125,7 @@ class PairStack:
             **values: One stacked tensor per state.
         """
         for key, value in values.items():
-            self.state(factor, key, *value.shape[1:]).copy_(value)
+            self.state(factor, key).copy_(value)
 
     def write(self, A: FactorA, B: FactorB) -> None:
         """Write new factors into the parameters, count the step and let the copies go.
@@ -126,12 +136,8 @@ class PairStack:
         """
         self.place(A, B)
         for factor in self._parameters:
-            self.state(factor, "step").add_(1)
-        del (
-            self.A,
-            self.B,
-            self.gradient,
-        )  # as large as adapter and gradient: not to be held while a model runs
+            self.state(factor, COUNTER).add_(1)
+        del self.A, self.B, self.gradient  # as large as the adapter: not to be held while a model runs
 
     def place(self, A: FactorA, B: FactorB) -> None:
         """Write factors into the parameters, for a look at the gradient there: no step is counted.
@@ -145,16 +151,28 @@ class PairStack:
             parameters = self._parameters[factor]
             torch._foreach_copy_([*parameters], values.view(-1, *parameters[0].shape).unbind())
 
-    def _state_dtype(self, key: str) -> torch.dtype:
-        return (
-            torch.float32
-            if key == "step"
-            else torch.promote_types(self._parameters["A"][0].dtype, torch.float32)
-        )
+    def _set(self, factor: Factor, key: str, stacked: Tensor) -> Tensor:
+        parameter = self._parameters[factor][0]
+        like_the_parameter = stacked.dim() == 3 and stacked[0].numel() == parameter.numel()
+        if factor == "B" and like_the_parameter:
+            # moments of B only: those of the whole weight stay row by row, as torch's fused AdamW wants them
+            stacked = _long_side_contiguous(stacked)
+        slices = [piece.view(parameter.shape) if like_the_parameter else piece for piece in stacked.unbind()]
+        for state, piece in zip(self._states[factor], slices, strict=True):
+            state[key] = piece
+        self._buffers[factor, key] = _Buffer(stacked, slices)
+        return stacked
 
-    def _device(self, key: str) -> torch.device:
-        # like torch's optimizers: counters on the CPU, so that reading them never waits for a GPU
-        return torch.device("cpu") if key == "step" else self._parameters["A"][0].device
+
+def state_place(parameter: Tensor, key: str) -> tuple[torch.dtype, torch.device]:
+    """Return dtype and device of a state of a factor.
+
+    Moments are at least float32, beside their parameter. Counters are on the CPU, as in torch's own optimizers: reading
+    them never waits for a GPU.
+    """
+    if key == COUNTER:
+        return torch.float32, torch.device("cpu")
+    return torch.promote_types(parameter.dtype, torch.float32), parameter.device
 
 
 class Gathered(NamedTuple):
@@ -169,38 +187,60 @@ class Gathered(NamedTuple):
             yield from ((pair, gradient) for gradient in gradients)
 
 
+_Member: TypeAlias = tuple[LoraPair, tuple[FactorA, FactorB]]
+
+
 class StackCache:
     """Groups pairs into stacks, step by step, keeping those whose members stay together."""
 
     def __init__(self) -> None:
         self._stacks: dict[tuple[int, ...], PairStack] = {}
 
-    def gather(self, pairs: Iterable[LoraPair], state: StateOf) -> list[Gathered]:
+    def __reduce__(self) -> tuple[type["StackCache"], tuple[()]]:
+        return StackCache, ()  # a copy has states of its own
+
+    def create_states(
+        self, pairs: Iterable[LoraPair], state: StateOf, shapes: Callable[[LoraPair], StateShapes], **how: Any
+    ) -> None:
+        """Give pairs the states that they lack, in the stacks that they will be stepped in.
+
+        Args:
+            pairs: Pairs of one parameter group.
+            state: Gives the state dictionary of a parameter.
+            shapes: Gives the states of a pair.
+            **how: See `gather`.
+        """
+        for stack, _ in self._stacked([(pair, ()) for pair in pairs], state, **how):
+            stack.create(shapes(stack.pairs[0]))
+
+    def gather(self, pairs: Iterable[LoraPair], state: StateOf, *, together: bool = True) -> list[Gathered]:
         """Group the pairs that can be stepped together.
 
         Args:
             pairs: Pairs of one parameter group. Those without gradients for both factors, or switched off by a scaling
                 of zero, take no step.
             state: Gives the state dictionary of a parameter.
+            together: Whether to stack layers at all.
 
         Returns:
             One stack per shape, dtype, device, scaling and age, not loaded yet.
         """
-        members: dict[tuple, list[_Member]] = defaultdict(list)
-        for pair in pairs:
-            gradients, scaling = pair.gradients(), pair.scaling
-            if gradients is None or scaling == 0:
-                continue
-            age = float(state(pair.A).get("step", 0))
-            members[
-                pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device, scaling, age
-            ].append((pair, gradients))
+        ready = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
+        return self._stacked([each for each in ready if each[1] is not None], state, together=together)
+
+    def _stacked(self, members: Iterable[Any], state: StateOf, *, together: bool = True) -> list[Gathered]:
+        alike: dict[tuple, list[Any]] = defaultdict(list)
+        for member in members:
+            pair = member[0]
+            A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
+            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, age)
+            alike[key if together else (id(pair),)].append(member)
         stacks: dict[tuple[int, ...], PairStack] = {}
         gathered = []
-        for group in _in_cache_sized_parts(members.values()):
-            key = tuple(id(pair) for pair, _ in group)
-            stacks[key] = self._stacks.get(key) or PairStack([pair for pair, _ in group], state)
-            gathered.append(Gathered(stacks[key], [gradients for _, gradients in group]))
+        for part in _in_cache_sized_parts(alike.values()):
+            key = tuple(id(pair) for pair, _ in part)
+            stacks[key] = self._stacks.get(key) or PairStack([pair for pair, _ in part], state)
+            gathered.append(Gathered(stacks[key], [gradients for _, gradients in part]))
         self._stacks = stacks
         return gathered
 

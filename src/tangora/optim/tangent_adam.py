@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tangora._checks import check_choice
 from tangora._types import FactorA, FactorB
+from tangora.adapters import LoraPair
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, kept_balanced, retract
 from tangora.geometry.tangent import (
     Coordinates,
@@ -25,8 +26,9 @@ from tangora.geometry.tangent import (
     second_moments,
     transport,
 )
-from tangora.optim.base import OnNonfinite, PairOptimizer, Params
-from tangora.optim.stack import PairStack
+from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.groups import Params
+from tangora.optim.stack import PairStack, StateShapes
 
 # A row whose gradient is this much below the average counts as having this share of it: the metric must stay
 # invertible, and a row that almost never gets a gradient must not become free to move.
@@ -111,7 +113,7 @@ def tangent_adam_step(
     return new, TangentMoments(carried, rows, columns)
 
 
-class TangentAdam(PairOptimizer):
+class TangentAdam(LayerwiseOptimizer):
     r"""Adam along the projected full gradient, with half of the state of AdamW on the adapters.
 
     Everything it keeps belongs to the weight $W$ and not to the factors, so the sequence of weights is the same for
@@ -129,6 +131,9 @@ class TangentAdam(PairOptimizer):
         eps: Added to the root of the second moment, in the gradient's units.
         weight_decay: Decoupled decay of $B A$, per unit of ``lr``.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
 
     Raises:
@@ -154,6 +159,8 @@ class TangentAdam(PairOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         retraction: Retraction = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
     ):
         defaults = {
@@ -162,18 +169,26 @@ class TangentAdam(PairOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "retraction": retraction,
+            "maximize": maximize,
+            "foreach": foreach,
         }
         super().__init__(params, defaults, on_nonfinite)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("retraction", group["retraction"], RETRACTIONS)
 
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
+        m, n, r = pair.shape
+        return {
+            "A": {"exp_avg": (r, n), "exp_avg_sq_col": (n,)},
+            "B": {"exp_avg": (m, r), "exp_avg_sq_row": (m,)},
+        }
+
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        m, n, r = stack.pairs[0].shape
         moments = TangentMoments(
-            Cotangent(stack.state("A", "exp_avg", r, n), stack.state("B", "exp_avg", m, r)),
-            stack.state("B", "exp_avg_sq_row", m),
-            stack.state("A", "exp_avg_sq_col", n),
+            Cotangent(stack.state("A", "exp_avg"), stack.state("B", "exp_avg")),
+            stack.state("B", "exp_avg_sq_row"),
+            stack.state("A", "exp_avg_sq_col"),
         )
         factors, moments = tangent_adam_step(
             stack.A,

@@ -13,7 +13,7 @@ from tangora._checks import InputError, check_choice
 from tangora.init import start_options
 from tangora.recipes.recipe import Recipe
 
-_COMMON = {"params", "lr", "betas", "eps", "weight_decay", "on_nonfinite"}
+_COMMON = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach", "on_nonfinite"}
 
 
 def optimizer_options(entry: Recipe) -> dict[str, Any]:
