@@ -71,21 +71,31 @@ def active_adapter(model: nn.Module) -> str:
     return active[0]
 
 
-def describe_skipped(skipped: dict[str, str], consequence: str = ", so trained by AdamW") -> str:
+def describe_skipped(skipped: dict[str, str]) -> str:
     """Put the layers that are no plain pair into one sentence.
 
     Args:
         skipped: Layer names and reasons.
-        consequence: What follows for them.
 
     Returns:
         Text of the warning; at most five names per reason.
     """
-    by_reason: dict[str, list[str]] = {}
+    return f"not plain LoRA pairs, so trained by AdamW: {by_reason(skipped)}"
+
+
+def by_reason(skipped: dict[str, str]) -> str:
+    """Group layers by the reason why they are no plain pair.
+
+    Args:
+        skipped: Layer names and reasons.
+
+    Returns:
+        Part of a sentence.
+    """
+    names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
-        by_reason.setdefault(reason, []).append(name)
-    parts = [f"{reason}: {some_of(names)}" for reason, names in by_reason.items()]
-    return f"not plain LoRA pairs{consequence}: {'; '.join(parts)}"
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason}: {some_of(alike)}" for reason, alike in names.items())
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters import LoraPair, discover
-from tangora.adapters.discover import describe_skipped, some_of
+from tangora.adapters.discover import by_reason, describe_skipped, some_of
 from tangora.optim.stack import StackCache
 
 Params: TypeAlias = nn.Module | Iterable[LoraPair] | Iterable[dict[str, Any]]
@@ -144,6 +144,8 @@ def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> P
     rest = [rest] if isinstance(rest, Tensor) else list(rest)
     known = [item[0] for item in rest if isinstance(item, tuple)]
     tensors = [item[1] if isinstance(item, tuple) else item for item in rest]
+    if other := [type(item).__name__ for item in tensors if not isinstance(item, Tensor)]:
+        raise InputError(f"params of a group must be parameters or (name, parameter); got {other[0]}")
     names = known if len(known) == len(rest) else list(given.get("names", ()))
     names = names or [f"parameter {number} of group {index}" for number in range(len(rest))]
     if lone := [pair for pair in pairs if _is_lone(pair)]:
@@ -212,7 +214,7 @@ def _why_none(model: nn.Module, pairs: Sequence[LoraPair], skipped: dict[str, st
             "model.set_adapter or requires_grad_(True)"
         )
     if skipped:
-        return f"{describe_skipped(skipped, '')}; use torch.optim.AdamW"
+        return f"its adapters are no plain pairs ({by_reason(skipped)}); use torch.optim.AdamW"
     return (
         "make the model by peft.get_peft_model(base, LoraConfig(...)), or give parameter groups with 'pairs'; "
         f"got {type(model).__name__}"
