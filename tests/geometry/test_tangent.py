@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tangora.geometry import gauge as gauges
 from tangora.geometry.gauge import GAUGES, factor_velocity, imbalance
 from tangora.geometry.retraction import retract
 from tangora.geometry.tangent import (
@@ -121,6 +122,19 @@ def test_balance_is_kept_by_sylvester_and_lyapunov_only(case):
 
     assert drift("sylvester") < 1e-10
     assert drift("lyapunov") < 1e-10
+
+
+def test_lyapunov_decomposes_its_one_matrix_once(monkeypatch):
+    calls = []
+    original = gauges.eigendecompose
+    monkeypatch.setattr(gauges, "eigendecompose", lambda matrix: calls.append(1) or original(matrix))
+    case = random_case(8, 6, 3, seed=0)
+    at = frame(case.A, case.B)
+    xi = project(at, coordinates(at, seen(case)))
+    for name, expected in (("sylvester", 2), ("lyapunov", 1)):
+        calls.clear()
+        factor_velocity(case.A, case.B, at, xi, name)
+        assert len(calls) == expected
 
 
 def test_balance_is_not_kept_by_the_other_gauges():

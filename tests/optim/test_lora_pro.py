@@ -5,6 +5,7 @@ import torch
 
 from tangora import InputError, LoRAPro
 from tangora.geometry.gauge import GAUGES
+from tangora.optim import adamw
 from tests.cases import combinations, gauge_transform
 from tests.optim.problems import Quadratic, assert_stays_balanced, problem
 from tests.reference import dense
@@ -229,3 +230,21 @@ def test_bad_options():
         LoRAPro(model, lr=1e-3, moments="full")
     with pytest.raises(InputError, match="moments='factor' needs retraction='factors'"):
         LoRAPro(model, lr=1e-3, moments="factor", retraction="auto")
+
+
+def test_moments_of_the_weight_reach_the_fused_adam(monkeypatch):
+    """They are kept row by row, as torch's fused kernel wants them; several passes take several times longer."""
+    fused, original = [], adamw.adamw
+
+    def recorded(*args, **options):
+        fused.append(options["fused"])
+        original(*args, **options)
+
+    monkeypatch.setattr(adamw, "adamw", recorded)
+    for toy in (Quadratic(6, 5, 2, seed=0), Quadratic(5, 9, 3, seed=1)):
+        optimizer = LoRAPro(toy.model, lr=1e-3, moments="weight")
+        for _ in range(2):
+            toy.set_gradients()
+            optimizer.step()
+        assert optimizer.state[toy.B]["exp_avg"].is_contiguous()
+    assert fused == [True] * 4

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -135,13 +136,28 @@ def test_heads_that_peft_does_not_know_are_trained_whole(name, targets, tmp_path
     torch.testing.assert_close(again(tokens).logits, adapted(tokens).logits)
 
 
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_no_recipe_decays_biases_and_norms(name):
+    torch.manual_seed(0)
+    method = recipe(name)
+    model = method.prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=10)
+    for key, parameter in model.named_parameters():  # norms, too, where only adapters are trained otherwise
+        parameter.requires_grad_(parameter.requires_grad or "LayerNorm" in key or key.endswith("bias"))
+    optimizer = method.create_optimizer(model, 1e-4, head_lr=1e-2, weight_decay=0.1)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    kept = transformers.Trainer.get_decay_parameter_names(None, model)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.1 if key in kept else 0.0), key
+
+
 def test_the_ratio_of_the_rates_survives_a_schedule():
     model = recipe("lora").prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=10)
     optimizer = recipe("lora").create_optimizer(model, 1e-4, head_lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
     optimizer.step()
     schedule.step()
-    low, high = sorted(group["lr"] for group in optimizer.param_groups)
+    low, high = sorted({group["lr"] for group in optimizer.param_groups})
     assert high / low == pytest.approx(100)
 
 

@@ -45,12 +45,14 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def test_the_three_ways_train_alike(tmp_path):
+def test_all_ways_train_alike(tmp_path):
     results = []
-    for way in ("recipe", "optimizers", "factory"):
+    for way in ("recipe", "name", "optimizers", "factory"):
         options = parts(tmp_path / way)
         if way == "recipe":
             trainer = tangora.Trainer(**options, recipe=tangora.recipe("tangent"))
+        elif way == "name":
+            trainer = tangora.Trainer(**options, recipe="tangent")
         elif way == "optimizers":
             optimizer = TangentAdam(options["model"], lr=1e-3)
             trainer = transformers.Trainer(**options, optimizers=(optimizer, None))
@@ -263,8 +265,10 @@ def test_modes_that_allow_one_gradient_only_are_refused(tmp_path):
 @pytest.mark.messages
 def test_what_is_refused(tmp_path):
     options = parts(tmp_path)
-    with pytest.raises(InputError, match="recipe must be a recipe such as"):
-        tangora.Trainer(**options, recipe="tangent")
+    with pytest.raises(InputError, match="recipe must be a name such as"):
+        tangora.Trainer(**options, recipe=3)
+    with pytest.raises(InputError, match="did you mean tangent"):
+        tangora.Trainer(**options, recipe="tangant")
     optimizer = TangentAdam(options["model"], lr=1e-3)
     with pytest.raises(InputError, match="recipe and optimizers both name an optimizer"):
         tangora.Trainer(**options, recipe=tangora.recipe("lora"), optimizers=(optimizer, None))

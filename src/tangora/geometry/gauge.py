@@ -69,7 +69,9 @@ def solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> C
     Returns:
         $X$.
     """
-    (l_values, l_vectors), (r_values, r_vectors) = eigendecompose(left), eigendecompose(right)
+    of_left = eigendecompose(left)
+    of_right = of_left if right is left else eigendecompose(right)  # Lyapunov's equation has one matrix
+    (l_values, l_vectors), (r_values, r_vectors) = of_left, of_right
     sums = l_values[..., :, None] + r_values[..., None, :]
     rotated = l_vectors.mT @ constant @ r_vectors
     solved = (rotated / sums).where(sums > cutoff * sums.amax((-2, -1), keepdim=True), 0.0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_number
-from tangora.optim.base import PairOptimizer
+from tangora.recipes.regroup import regroup
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
@@ -85,19 +85,10 @@ def set_head_rate(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
         lr: Learning rate, in [0, inf).
 
     Raises:
-        InputError: If the model has no new head, or the optimizer cannot take it out of the group it is in.
+        InputError: If the model has no new head.
     """
     check_number("head_lr", lr, low=0)
-    head = {id(parameter) for parameter in head_parameters(model)}
+    head = head_parameters(model)
     if not head:
         raise InputError(f"head_lr needs a model with a new head; {type(model).__name__} has none")
-    for group in list(optimizer.param_groups):
-        inside = [parameter for parameter in group["params"] if id(parameter) in head]
-        if len(inside) == len(group["params"]):
-            group["lr"] = lr
-        elif inside:
-            if isinstance(optimizer, PairOptimizer):
-                raise InputError("head_lr needs a parameter group of its own for the head")
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-            options = {key: value for key, value in group.items() if key != "params"}
-            optimizer.add_param_group({**options, "params": inside, "lr": lr})
+    regroup(optimizer, head, lr=lr)

@@ -1,6 +1,7 @@
 """The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
 
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.optim import Optimizer
 
 from tangora._checks import check_choice
 from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
+from tangora.optim.groups import decay_groups
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.regroup import regroup
 from tangora.recipes.variant import varied
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -26,18 +29,23 @@ _BUG_TOLERANCE = 1e-1
 
 
 def _adamw(model: nn.Module, **options: Any) -> Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options)
+    groups = [{key: group[key] for key in group if key != "names"} for group in decay_groups(model)]
+    return torch.optim.AdamW(groups, **options)
 
 
 def _lora_plus(model: nn.Module, **options: Any) -> Optimizer:
-    # ratio 16: the paper's recommendation; PEFT keeps weight decay off biases and norms
-    return create_loraplus_optimizer(
+    # ratio 16: the paper's recommendation
+    optimizer = create_loraplus_optimizer(
         model,  # pyright: ignore[reportArgumentType]
         torch.optim.AdamW,
         loraplus_lr_ratio=16,
         loraplus_weight_decay=options.pop("weight_decay", 0.0),
         **options,
     )
+    # PEFT's own rule lets RMSNorm decay
+    undecayed = [group["params"] for group in decay_groups(model) if group.get("weight_decay") == 0]
+    regroup(optimizer, chain(*undecayed), weight_decay=0.0)
+    return optimizer
 
 
 def _lora_pro(**fixed: Any) -> Any:

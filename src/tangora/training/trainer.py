@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import transformers
 from accelerate.utils import DistributedType
@@ -11,17 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tangora._checks import InputError
+from tangora.optim import PairOptimizer
+from tangora.recipes import Recipe
+from tangora.recipes import recipe as recipe_named
 from tangora.training.callbacks import AdaLoraAllocation
+from tangora.training.engine import check_kept, check_steppable
 from tangora.training.replay import MicroBatch
-
-
-@runtime_checkable
-class OptimizerRecipe(Protocol):
-    """What the trainer needs of a recipe."""
-
-    def create_optimizer(self, model: nn.Module, lr: float, **options: Any) -> Optimizer:
-        """Make the optimizer of a model that is ready to be trained."""
-        ...
 
 
 class Trainer(transformers.Trainer):
@@ -35,7 +30,8 @@ class Trainer(transformers.Trainer):
 
     Args:
         *args: As for ``transformers.Trainer``.
-        recipe: What makes the optimizer, usually ``tangora.recipe("tangent")``; ``None`` leaves everything as it is.
+        recipe: What makes the optimizer: a name such as ``"tangent"``, or what ``tangora.recipe`` returns; ``None``
+            leaves everything as it is.
         head_learning_rate: Of a new head, which the recipe's optimizer trains whole; default: the recipe's choice,
             mostly that of ``TrainingArguments``. It follows the same schedule.
         **kwargs: As for ``transformers.Trainer``.
@@ -45,24 +41,29 @@ class Trainer(transformers.Trainer):
 
     Raises:
         InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``,
-            or ``head_learning_rate`` comes without it.
+            or ``head_learning_rate`` comes without it; or if DeepSpeed or FSDP1 would leave no LoRA pairs to train, or
+            DeepSpeed would put an optimizer of its own in place of the given one.
 
     Example:
         >>> import tangora
         >>> trainer = tangora.Trainer(  # doctest: +SKIP
-        ...     model, arguments, train_dataset=data, recipe=tangora.recipe("tangent")
+        ...     model, arguments, train_dataset=data, recipe="tangent"
         ... )
     """
 
     def __init__(
         self,
         *args: Any,
-        recipe: OptimizerRecipe | None = None,
+        recipe: Recipe | str | None = None,
         head_learning_rate: float | None = None,
         **kwargs: Any,
     ):
-        if recipe is not None and not isinstance(recipe, OptimizerRecipe):
-            raise InputError(f"recipe must be a recipe such as tangora.recipe('tangent'); got {recipe!r}")
+        if isinstance(recipe, str):
+            recipe = recipe_named(recipe)
+        if recipe is not None and not hasattr(recipe, "create_optimizer"):
+            raise InputError(
+                f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {recipe!r}"
+            )
         given = [
             key
             for key in ("optimizers", "optimizer_cls_and_kwargs")
@@ -73,6 +74,8 @@ class Trainer(transformers.Trainer):
         if recipe is None and head_learning_rate is not None:
             raise InputError("head_learning_rate needs a recipe")
         super().__init__(*args, **kwargs)
+        if recipe is not None or isinstance(self.optimizer, PairOptimizer):
+            check_kept(given=self.optimizer is not None)
         self.recipe = recipe
         self.head_learning_rate = head_learning_rate
         self.replay_seconds = 0.0
@@ -102,6 +105,7 @@ class Trainer(transformers.Trainer):
             eps=arguments.adam_epsilon,
             **own,
         )
+        check_steppable(self.optimizer)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -188,6 +192,8 @@ def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tu
         """Called by the Trainer with the model."""
 
         def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> Optimizer:
-            return optimizer(model, **kwargs)
+            made = optimizer(model, **kwargs)
+            check_steppable(made)
+            return made
 
     return Factory, options

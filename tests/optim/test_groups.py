@@ -1,0 +1,173 @@
+"""What is given to an optimizer: which groups become of it, and the sentence where nothing can."""
+
+import pytest
+import torch
+import transformers
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+
+from tangora import InputError, LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, find_pairs
+from tangora.optim.groups import decay_groups
+from tests.optim.problems import OPTIMIZERS, problem
+from tests.optim.zoo import ZOO, _llama
+
+pytestmark = [
+    pytest.mark.messages,
+    pytest.mark.filterwarnings("ignore:step .* changes A of", "ignore:.*groups > 1"),
+]
+CLASSES = (LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam)
+every = pytest.mark.parametrize("optimizer", CLASSES)
+
+
+@pytest.mark.parametrize("make", ZOO, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("thaw", ["", "norm", "bias", "embed"])
+def test_weight_decay_follows_the_trainers_rule(make, thaw):
+    torch.manual_seed(0)
+    model = make().model
+    for name, parameter in model.named_parameters():
+        if thaw and thaw in name and parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    expected = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    groups = decay_groups(model)
+    for group in groups:
+        for name in group["names"]:
+            assert (group.get("weight_decay") == 0.0) == (name not in expected), name
+    listed = [name for group in groups for name in group["names"]]
+    assert sorted(listed) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    assert all(group["params"] for group in groups)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+NO_PAIR = {
+    "experts alone": (
+        lambda: get_peft_model(
+            mixtral(), LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+        ),
+        "target_parameters.*experts.*AdamW",
+    ),
+    "adalora": (
+        lambda: get_peft_model(_llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10)),
+        "AdaLoRA.*q_proj.*AdamW",
+    ),
+    "grouped convolution": (
+        lambda: get_peft_model(
+            nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), LoraConfig(r=2, target_modules=["0"])
+        ),
+        "groups",
+    ),
+    "loha": (lambda: get_peft_model(_llama(), LoHaConfig(target_modules=["q_proj"])), "get_peft_model"),
+    "ia3": (
+        lambda: get_peft_model(_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
+        "get_peft_model",
+    ),
+    "prompt tuning": (
+        lambda: get_peft_model(_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        "get_peft_model",
+    ),
+    "base model": (_llama, "get_peft_model.*LlamaForCausalLM"),
+    "zero-3": (lambda: partitioned(problem()[0]), "ZeRO-3"),
+    "fsdp1": (lambda: FullyShardedDataParallel(nn.Linear(2, 2)), "FSDP1"),
+}
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for torch's class, which wants a process group: what is inside has lost its pairs."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def partitioned(model):
+    """What DeepSpeed ZeRO-3 leaves: parameters without elements."""
+    for parameter in model.parameters():
+        parameter.ds_id = 1
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+    return model
+
+
+@every
+@pytest.mark.parametrize("case", NO_PAIR)
+def test_models_without_pairs_say_what_they_have(optimizer, case):
+    torch.manual_seed(0)
+    make, message = NO_PAIR[case]
+    with pytest.raises(InputError, match=f"{optimizer.__name__} found no trainable LoRA pair: .*{message}"):
+        optimizer(make(), lr=1e-3)
+
+
+@every
+def test_a_merged_file_loaded_for_inference_says_so(optimizer, tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(_llama(), tmp_path)
+    with pytest.raises(InputError, match="is_trainable=True"):
+        optimizer(loaded, lr=1e-3)
+
+
+@every
+@pytest.mark.parametrize("where", ["A", "B", "both"])
+def test_sharded_factors_are_refused(optimizer, where, monkeypatch):
+    model, _, _ = problem()
+    pair = find_pairs(model)[1]
+    for letter in "AB" if where == "both" else where:
+        getattr(pair, letter).placements = ()  # what a DTensor has
+    for params in (model, find_pairs(model)):
+        with pytest.raises(InputError, match=r"two are sharded.*fsdp_size"):
+            optimizer(params, lr=1e-3)
+
+
+def test_half_frozen_experts_and_plain_pairs_share_an_optimizer():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    model = get_peft_model(mixtral(), config)
+    with pytest.warns(UserWarning, match="target_parameters"):
+        optimizer = TangentAdam(model, lr=1e-2)
+    ids = torch.arange(8).view(1, 8)
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_layers_that_never_run_are_named_once(name):
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        state_size=4,
+        conv_kernel=3,
+        use_mambapy=False,
+        pad_token_id=0,
+    )
+    base = transformers.MambaForCausalLM(config)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["in_proj", "dt_proj"]))
+    optimizer, ids = OPTIMIZERS[name](model, lr=1e-3), torch.arange(1, 9).view(1, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.warns(UserWarning, match="1 of 2 LoRA pairs .*dt_proj"):
+        optimizer.step()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()  # a second warning would be an error
+
+
+def test_pairs_have_a_short_repr():
+    assert (
+        repr(find_pairs(problem()[0])[2]) == "LoraPair('base_model.model.three', adapter='default', r=2, 4x6)"
+    )
