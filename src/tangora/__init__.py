@@ -14,7 +14,16 @@ from tangora.adapters import (
 from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
 from tangora.experiments import CompareSettings, RunSettings, compare, export, train
 from tangora.init import Start, initialize
-from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
+from tangora.optim import (
+    LoRAPro,
+    ODELoRA,
+    PreconditionedAdamW,
+    TangentAdam,
+    create_lora_pro,
+    create_ode_lora,
+    create_preconditioned_adamw,
+    create_tangent_adam,
+)
 from tangora.recipes import Recipe, recipe, recipes
 from tangora.training.trainer import Trainer, optimizer_factory
 
@@ -42,6 +51,10 @@ __all__ = [
     "ODELoRA",
     "PreconditionedAdamW",
     "TangentAdam",
+    "create_lora_pro",
+    "create_ode_lora",
+    "create_preconditioned_adamw",
+    "create_tangent_adam",
     # methods by name
     "Recipe",
     "recipe",

@@ -6,9 +6,10 @@ import transformers
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
+import tangora
 from tangora import InputError, LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, find_pairs
 from tangora.optim.groups import decay_groups
-from tests.optim.problems import OPTIMIZERS, problem
+from tests.optim.problems import OPTIMIZERS, backward, problem, trainable
 from tests.optim.zoo import ZOO, _llama
 
 pytestmark = [
@@ -171,3 +172,26 @@ def test_pairs_have_a_short_repr():
     assert (
         repr(find_pairs(problem()[0])[2]) == "LoraPair('base_model.model.three', adapter='default', r=2, 4x6)"
     )
+
+
+@pytest.mark.parametrize(
+    ("create", "optimizer", "options"),
+    [
+        (tangora.create_tangent_adam, TangentAdam, {"retraction": "svd"}),
+        (tangora.create_lora_pro, LoRAPro, {"moments": "factor"}),
+        (tangora.create_preconditioned_adamw, PreconditionedAdamW, {"damping": 1e-2}),
+        (tangora.create_ode_lora, ODELoRA, {"scheme": "euler"}),
+    ],
+)
+def test_factories_make_the_optimizer_of_a_model(create, optimizer, options):
+    (model, x, y), (twin, _, _) = problem(), problem()
+    one, other = create(model, lr=1e-2, **options), optimizer(twin, lr=1e-2, **options)
+    assert type(one) is optimizer
+    for each, its in ((model, one), (twin, other)):
+        backward(each, x, y)
+        its.step()
+    assert all(torch.equal(a, b) for a, b in zip(trainable(model), trainable(twin), strict=True))
+    with pytest.raises(InputError, match="PEFT model; got list"):
+        create(find_pairs(model), lr=1e-2)
+    with pytest.raises(InputError, match="lr"):
+        create(model, lr=-1.0)

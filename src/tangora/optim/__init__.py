@@ -1,9 +1,25 @@
 """Optimizers of LoRA pairs: one method per file, the pure step first, then the thin class."""
 
 from tangora.optim.base import PairOptimizer
+from tangora.optim.create import (
+    create_lora_pro,
+    create_ode_lora,
+    create_preconditioned_adamw,
+    create_tangent_adam,
+)
 from tangora.optim.lora_pro import LoRAPro
 from tangora.optim.ode_lora import ODELoRA
 from tangora.optim.preconditioned_adamw import PreconditionedAdamW
 from tangora.optim.tangent_adam import TangentAdam
 
-__all__ = ["LoRAPro", "ODELoRA", "PairOptimizer", "PreconditionedAdamW", "TangentAdam"]
+__all__ = [
+    "LoRAPro",
+    "ODELoRA",
+    "PairOptimizer",
+    "PreconditionedAdamW",
+    "TangentAdam",
+    "create_lora_pro",
+    "create_ode_lora",
+    "create_preconditioned_adamw",
+    "create_tangent_adam",
+]

@@ -1,0 +1,88 @@
+"""Optimizers made like PEFT's own: ``create_loraplus_optimizer(model, ...)``, ``create_tangent_adam(model, lr=...)``."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from tangora._checks import InputError
+from tangora.optim.base import PairOptimizer
+from tangora.optim.lora_pro import LoRAPro
+from tangora.optim.ode_lora import ODELoRA
+from tangora.optim.preconditioned_adamw import PreconditionedAdamW
+from tangora.optim.tangent_adam import TangentAdam
+
+Made = TypeVar("Made", bound=PairOptimizer)
+
+
+def create_tangent_adam(model: nn.Module, *, lr: float, **options: Any) -> TangentAdam:
+    """Create `TangentAdam` for all trainable parameters of a PEFT model.
+
+    Args:
+        model: PEFT model, possibly wrapped by DistributedDataParallel or ``torch.compile``.
+        lr: Learning rate, in units of full fine-tuning's.
+        **options: Of `TangentAdam`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: If ``model`` is no PEFT model with a trainable LoRA pair, or an option is out of range.
+    """
+    return _create(TangentAdam, model, lr, options)
+
+
+def create_lora_pro(model: nn.Module, *, lr: float, **options: Any) -> LoRAPro:
+    """Create `LoRAPro` for all trainable parameters of a PEFT model.
+
+    Args:
+        model: As for `create_tangent_adam`.
+        lr: Learning rate, in units of full fine-tuning's.
+        **options: Of `LoRAPro`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: As for `create_tangent_adam`.
+    """
+    return _create(LoRAPro, model, lr, options)
+
+
+def create_preconditioned_adamw(model: nn.Module, *, lr: float, **options: Any) -> PreconditionedAdamW:
+    """Create `PreconditionedAdamW` for all trainable parameters of a PEFT model.
+
+    Args:
+        model: As for `create_tangent_adam`.
+        lr: Learning rate, in units of LoRA's.
+        **options: Of `PreconditionedAdamW`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: As for `create_tangent_adam`.
+    """
+    return _create(PreconditionedAdamW, model, lr, options)
+
+
+def create_ode_lora(model: nn.Module, *, lr: float, **options: Any) -> ODELoRA:
+    """Create `ODELoRA` for all trainable parameters of a PEFT model.
+
+    Args:
+        model: As for `create_tangent_adam`.
+        lr: Learning rate, in units of plain gradient descent's on the full weights.
+        **options: Of `ODELoRA`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: As for `create_tangent_adam`.
+    """
+    return _create(ODELoRA, model, lr, options)
+
+
+def _create(optimizer: type[Made], model: nn.Module, lr: float, options: dict[str, Any]) -> Made:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a PEFT model; got {type(model).__name__}")
+    return optimizer(model, lr=lr, **options)  # pyright: ignore[reportCallIssue]
