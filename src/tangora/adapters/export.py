@@ -10,25 +10,30 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tangora._checks import InputError, check_whole
+from tangora._checks import InputError, check_choice, check_whole
 from tangora.adapters.card import model_card
-from tangora.adapters.compress import compress, ranks_of, resolve, trim
+from tangora.adapters.compress import compress, layers_of, ranks_of, resolve, trim
 from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
 from tangora.adapters.discover import Discovery, active_adapter, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
+from tangora.adapters.merge import with_parameters
 from tangora.adapters.offset import has_offset, mutates_base
+from tangora.adapters.once import on_first_rank
 from tangora.adapters.pair import LoraPair
+from tangora.adapters.switch import peft_model
+from tangora.adapters.uniform import uniform as uniform_factors
 
 _WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
@@ -82,6 +87,7 @@ def save_adapter(
     *,
     rank: int | None = None,
     trim_ranks: bool = True,
+    uniform: bool = False,
     initial: dict[str, Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> SavedAdapter:
@@ -90,8 +96,10 @@ def save_adapter(
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
     adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all.
 
+    With ``torch.distributed`` running, rank 0 writes; other ranks that call it wait and return the same.
+
     Args:
-        model: PEFT model with one active adapter.
+        model: PEFT model with one active adapter, also inside DistributedDataParallel or ``torch.compile``.
         path: Folder to write; an existing adapter there is replaced.
         rank: Cut every layer's update $s (B A - B_0 A_0)$ to this rank, by its singular values; the result says what
             was lost. DoRA's magnitudes stay, so that there the cut changes the direction only. Default: exact, which
@@ -99,6 +107,9 @@ def save_adapter(
         trim_ranks: Leave out ranks that are exactly zero in both factors, as rank-adaptive training leaves them; a
             fresh adapter has none. Each layer gets the rank that was found, at its old scaling, and every update stays
             as it is. A loaded adapter cannot grow those ranks again.
+        uniform: Give all layers one rank and one alpha, for readers that know no ``rank_pattern``, ``alpha_pattern`` or
+            rsLoRA (GGUF, vLLM): scalings go into B, which rounds it, and lower ranks are filled up with zeros. The
+            rank, in the result, must not exceed what the reader allows (vLLM's ``max_lora_rank``); ``rank`` cuts it.
         initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
             (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
@@ -108,16 +119,38 @@ def save_adapter(
 
     Raises:
         InputError: If ``model`` is no PEFT model with one active adapter, if its start changed the base weights and
-            ``initial`` is missing or another adapter's, if a scaling was changed at run time, if ``rank`` is given and
-            a layer is no plain pair, or if ``path`` holds anything but an adapter.
+            ``initial`` is missing or another adapter's, if a scaling was changed at run time, if ``rank`` or
+            ``uniform`` is given and a layer is no plain pair, if the factors are sharded, or if ``path`` holds anything
+            but an adapter.
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
+    check_choice("uniform", uniform, (True, False))
+    model = peft_model(model, "save_adapter")
     found = _check_model(model, initial)
-    if rank is not None and found.skipped:
-        name, reason = next(iter(found.skipped.items()))
-        raise InputError(f"rank must be None, because {name} is no plain pair: {reason}; got {rank}")
+    for option, given in (("rank", rank), ("uniform", uniform)):
+        if given and found.skipped:
+            name, reason = next(iter(found.skipped.items()))
+            raise InputError(f"{option} cannot be {given}, because {name} is no plain pair: {reason}")
     target = Path(path).resolve()
+
+    def write() -> SavedAdapter:
+        return _write_adapter(model, target, Path(path), found, rank, trim_ranks, uniform, initial, card)
+
+    return on_first_rank(write, target, "save_adapter")
+
+
+def _write_adapter(
+    model: PeftModel,
+    target: Path,
+    path: Path,
+    found: Discovery,
+    rank: int | None,
+    trim_ranks: bool,
+    uniform: bool,
+    initial: dict[str, Tensor] | None,
+    card: Mapping[str, Any] | None,
+) -> SavedAdapter:
     check_replaceable(target, what="adapter", marker=_CONFIG, known=_FILES.__contains__)
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
@@ -128,7 +161,11 @@ def save_adapter(
             final = final._replace(tensors=resolve(final.tensors))
         if trim_ranks and not found.skipped:
             final = _trimmed(final, scalings)
-        final, saved = _cut(final, scalings if found.pairs else {}, rank, Path(path))
+        final, saved = _cut(final, scalings if found.pairs else {}, rank, path)
+        if uniform and found.pairs:
+            final, saved = _made_uniform(final, scalings, saved)
+        if final.config.get("ensure_weight_tying"):
+            final = _untied(final, model)
         if final is not files:
             _rewrite(written, final)
         classes = getattr(getattr(model, "config", None), "num_labels", None)
@@ -154,16 +191,25 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
         The PEFT model.
 
     Raises:
-        InputError: If ``path`` holds no adapter.
+        InputError: If ``path`` holds no adapter, or one with tensors that no layer of ``base`` takes.
     """
     if not (Path(path) / _CONFIG).is_file():
         raise InputError(f"{path} holds no adapter ({_CONFIG} is missing)")
-    return PeftModel.from_pretrained(base, os.fspath(path), **options)
+    model = PeftModel.from_pretrained(base, os.fspath(path), **options)
+    loaded = {key: options[key] for key in ("is_trainable", "torch_device") if key in options}
+    # once more, since this call says what it could not place
+    left = model.load_adapter(
+        os.fspath(path), options.get("adapter_name", "default"), **loaded
+    ).unexpected_keys
+    if left:
+        raise InputError(
+            f"{path} holds {len(left)} tensors that no layer of the model takes, such as {left[0]}: it was saved for "
+            "another base model, or by a tool that ties layers; save it again with tangora.save_adapter"
+        )
+    return model
 
 
 def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
-    if not isinstance(model, PeftModel):
-        raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
     _check_start(model, initial)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         return Discovery([], {})
@@ -175,6 +221,11 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
     found = discover(model, name)
     for pair in found.pairs:
         _check_scaling(pair)
+        if pair.sharded:
+            raise InputError(
+                f"the factors of {pair.name} are sharded (FSDP2 or tensor parallel), and this process holds a part of "
+                "them: gather them by get_model_state_dict of torch.distributed.checkpoint, or shard the base only"
+            )
     return found
 
 
@@ -275,6 +326,27 @@ def _cut(
     largest = max(smaller.ranks.values())
     saved = SavedAdapter(path, largest, smaller.relative_error, worst, smaller.errors[worst])
     return _Files(smaller.tensors, with_ranks(files.config, smaller.ranks, scalings)), saved
+
+
+def _made_uniform(
+    files: _Files, scalings: dict[str, float], saved: SavedAdapter
+) -> tuple[_Files, SavedAdapter]:
+    tensors, rank, alpha = uniform_factors(files.tensors, scalings)
+    plain = {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    return _Files(tensors, files.config | plain), replace(saved, rank=rank)
+
+
+def _untied(files: _Files, model: PeftModel) -> _Files:
+    # every layer of the file is named in its config, unless PEFT finds again by itself which ones are tied
+    layers = [name.removeprefix("base_model.model.") for name in layers_of(files.tensors)]
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        base: Any = with_parameters(model, lambda tensor: tensor.to("meta")).unload()
+        again = get_peft_model(base, PeftConfig.from_peft_type(**files.config))
+    found = {name for name, module in again.named_modules() if hasattr(module, "lora_A")}
+    if found == {f"base_model.model.{layer}" for layer in layers}:
+        return files
+    return files._replace(config=files.config | {"ensure_weight_tying": False, "target_modules": layers})
 
 
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:

@@ -1,19 +1,24 @@
 """The trained model as a plain one, without PEFT."""
 
+import contextlib
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
+from tangora.adapters.once import on_first_rank
+from tangora.adapters.switch import peft_model
 
 # what transformers writes for a model
 _FILES = re.compile(
@@ -38,18 +43,12 @@ def merged_model(model: PeftModel) -> nn.Module:
         InputError: If ``model`` is no PEFT model, its base is quantized (merging would quantize the sum again), or an
             adapter is merged already.
     """
-    _check_mergeable(model)
-    # Every parameter of the copy is a new one in the same memory. PEFT's safe merge puts new tensors into the weights
-    # and never writes into the old ones.
-    shared: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
-        for parameter in model.parameters()
-    }
-    for tensor in _tied_views(model):
-        shared[id(tensor)] = tensor.detach()
-    twin = copy.deepcopy(model, shared)
+    model = _mergeable(model, "merged_model")
+    # in the same memory: PEFT's safe merge puts new tensors into the weights and never writes into the old ones
+    twin = with_parameters(model, lambda tensor: tensor)
     _untie(twin)
-    return twin.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    with _ties_settled(twin.get_base_model()):
+        return twin.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
 
 
 def save_merged(model: PeftModel, path: str | os.PathLike[str]) -> Path:
@@ -58,7 +57,9 @@ def save_merged(model: PeftModel, path: str | os.PathLike[str]) -> Path:
     Save the tokenizer beside it yourself.
 
     Args:
-        model: PEFT model over a transformers model in floating point; it is left as it is.
+        model: PEFT model over a transformers model in floating point, also inside DistributedDataParallel or
+            ``torch.compile``; it is left as it is. With ``torch.distributed`` running, rank 0 writes, and other ranks
+            that call it wait.
         path: Folder to write, whole or not at all; a model that is there already is replaced.
 
     Returns:
@@ -68,7 +69,7 @@ def save_merged(model: PeftModel, path: str | os.PathLike[str]) -> Path:
         InputError: If ``model`` cannot be merged (see `merged_model`), its base is no transformers model, or ``path``
             holds anything but a model.
     """
-    _check_mergeable(model)
+    model = _mergeable(model, "save_merged")
     if not isinstance(model.get_base_model(), PreTrainedModel):
         raise InputError(
             f"save_merged needs a transformers model as base; got {type(model.get_base_model()).__name__}: "
@@ -78,16 +79,20 @@ def save_merged(model: PeftModel, path: str | os.PathLike[str]) -> Path:
     check_replaceable(
         target, what="model", marker="config.json", known=lambda name: _FILES.fullmatch(name) is not None
     )
-    merged: Any = merged_model(model)
-    with scratch_beside(target) as scratch:
-        merged.save_pretrained(scratch)
-        replace_folder(scratch, target)
-    return Path(path)
+
+    def write() -> Path:
+        merged: Any = merged_model(model)
+        with scratch_beside(target) as scratch:
+            merged.save_pretrained(scratch)
+            replace_folder(scratch, target)
+        return Path(path)
+
+    return on_first_rank(write, target, "save_merged")
 
 
-def _check_mergeable(model: PeftModel) -> None:
-    if not isinstance(model, PeftModel):
-        raise InputError(f"model must be a PeftModel; got {type(model).__name__}")
+def _mergeable(model: nn.Module, owner: str) -> PeftModel:
+    """Return the PEFT model that is to be merged, or raise `InputError`."""
+    model = peft_model(model, owner)
     base: Any = model.get_base_model()
     integers = any(not parameter.is_floating_point() for parameter in model.parameters())
     if integers or getattr(base, "quantization_method", None) or getattr(base, "hf_quantizer", None):
@@ -97,6 +102,24 @@ def _check_mergeable(model: PeftModel) -> None:
         )
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
+    return model
+
+
+def with_parameters(model: PeftModel, new: Callable[[torch.Tensor], torch.Tensor]) -> PeftModel:
+    """Copy a model with other tensors in its parameters; parameters that are one in it are one in the copy.
+
+    Args:
+        model: PEFT model.
+        new: Makes the tensor of a parameter.
+
+    Returns:
+        The copy.
+    """
+    views = [*_tied_views(model)]
+    parameters = [*model.parameters()]  # kept alive: some layers make new ones whenever they are listed
+    memo: dict[int, Any] = {id(p): nn.Parameter(new(p.detach()), p.requires_grad) for p in parameters}
+    memo |= {id(view): new(view.detach()) for view in views}
+    return copy.deepcopy(model, memo)
 
 
 def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -106,18 +129,48 @@ def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from (kwargs.get("tied_adapter") or {}).values()
 
 
-def _untie(model: Any) -> None:
-    base = model.get_base_model()
-    if not isinstance(base, PreTrainedModel):
-        return
-    rows, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or not (hasattr(rows, "lora_A") or hasattr(head, "lora_A")):
-        return
-    first, second = (_base_layer(layer) for layer in (rows, head))
-    if first.weight is second.weight:
-        second.weight = nn.Parameter(torch.clone(first.weight.detach()), first.weight.requires_grad)
-        base.config.tie_word_embeddings = False
+def _untie(model: nn.Module) -> None:
+    """Give layers that merging changes a module and parameters of their own: others may hold the same ones."""
+    times = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base: Any = layer.base_layer
+        if isinstance(base, BaseTunerLayer):
+            continue
+        if times[id(base)] > times[id(layer)]:  # UMT5's encoder calls the very module of the shared table
+            layer.base_layer = base = _twin_of(base)
+        for name, parameter in list(base.named_parameters(recurse=False)):
+            base.register_parameter(name, nn.Parameter(parameter.detach(), parameter.requires_grad))
 
 
-def _base_layer(layer: Any) -> Any:
-    return getattr(layer, "base_layer", layer)
+def _twin_of(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    return twin
+
+
+@contextlib.contextmanager
+def _ties_settled(base: nn.Module) -> Iterator[None]:
+    """Make config and memory say which of a model's tied weights are still tied after merging.
+
+    A saved file leaves out weights that share the memory of another; loading ties what is missing to the source that
+    the model's class names, and leaves alone what the file holds with values of its own.
+    """
+    config = getattr(base, "config", None)
+    if not isinstance(base, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
+        yield
+        return
+    config.tie_word_embeddings = False  # PEFT would look at one pair of them, and warn
+    yield
+    config.tie_word_embeddings = True
+    ties = base.get_expanded_tied_weights_keys(all_submodels=True)
+    parameters = {name: base.get_parameter_or_buffer(name) for name in {*ties, *ties.values()}}
+    broken = [name for name, source in ties.items() if not _same(parameters[name], parameters[source])]
+    for name in broken:
+        parent, _, key = name.rpartition(".")
+        setattr(base.get_submodule(parent), key, nn.Parameter(parameters[name].detach().clone(), False))
+    # the forward pass of T5's kin scales by it; elsewhere readers take it at its word and skip the head in the file
+    config.tie_word_embeddings = getattr(config, "is_encoder_decoder", False) or len(broken) < len(ties)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr()

@@ -1,4 +1,4 @@
-"""Optimizers made like PEFT's own: ``create_tangent_adam(model, lr=...)`` beside ``create_loraplus_optimizer(model, ...)``."""
+"""Optimizers made like PEFT's own: ``create_tangent_adam(model, lr=...)`` beside ``create_loraplus_optimizer``."""
 
 from typing import Any, TypeVar
 
