@@ -6,6 +6,7 @@ offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA a
 weight.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -339,11 +341,13 @@ def _made_uniform(
 def _untied(files: _Files, model: PeftModel) -> _Files:
     # every layer of the file is named in its config, unless PEFT finds again by itself which ones are tied
     layers = [name.removeprefix("base_model.model.") for name in layers_of(files.tensors)]
-    with warnings.catch_warnings(), torch.device("meta"):
+    found: set[str] = set()
+    # in some models PEFT finds nothing at all
+    with warnings.catch_warnings(), torch.device("meta"), contextlib.suppress(NoMatchingPeftModuleError):
         warnings.simplefilter("ignore")
         base: Any = with_parameters(model, lambda tensor: tensor.to("meta")).unload()
         again = get_peft_model(base, PeftConfig.from_peft_type(**files.config))
-    found = {name for name, module in again.named_modules() if hasattr(module, "lora_A")}
+        found = {name for name, module in again.named_modules() if hasattr(module, "lora_A")}
     if found == {f"base_model.model.{layer}" for layer in layers}:
         return files
     return files._replace(config=files.config | {"ensure_weight_tying": False, "target_modules": layers})
