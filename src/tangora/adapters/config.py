@@ -20,10 +20,9 @@ class OffsetConfig(LoraConfig):
     """
 
     def __post_init__(self) -> None:
-        # dataclasses.replace gets here, with which PEFT derives the config of a combination of adapters
+        # dataclasses.replace gets here
         raise InputError(
-            "an adapter with an offset cannot be combined with others: save_adapter it, load_adapter on the base, "
-            "combine that"
+            "the config of an adapter with an offset cannot be changed: give other adapters their own"
         )
 
     def to_dict(self) -> dict[str, Any]:
