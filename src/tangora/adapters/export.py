@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.error import NoMatchingPeftModuleError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -198,11 +200,13 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     if not (Path(path) / _CONFIG).is_file():
         raise InputError(f"{path} holds no adapter ({_CONFIG} is missing)")
     model = PeftModel.from_pretrained(base, os.fspath(path), **options)
-    loaded = {key: options[key] for key in ("is_trainable", "torch_device") if key in options}
-    # once more, since this call says what it could not place
-    left = model.load_adapter(
-        os.fspath(path), options.get("adapter_name", "default"), **loaded
-    ).unexpected_keys
+    name = options.get("adapter_name", "default")
+    taken = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with (
+        safe_open(Path(path) / _WEIGHTS, "pt") if (Path(path) / _WEIGHTS).is_file() else nullcontext() as file
+    ):
+        held = file.keys() if file is not None else ()
+    left = [key for key in held if "lora_" in key and key not in taken]  # which PEFT drops without a word
     if left:
         raise InputError(
             f"{path} holds {len(left)} tensors that no layer of the model takes, such as {left[0]}: it was saved for "
