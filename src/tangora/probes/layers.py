@@ -135,17 +135,18 @@ def probed_layers(
     readable = [layer for layer in found if _why_unreadable(layer.base) is None]
     if not readable:
         wanted = f" called {', '.join(names)}" if names is not None else ""
-        reason = f" ({found[0].name}: {why_unread(found[0].module)})" if found else ""
+        odd = next(iter(unreadable_layers(model, names).items()), None)
+        reason = f" ({odd[0]}: {odd[1]})" if odd else ""
         raise InputError(f"model has no linear layer{wanted} whose gradient could be read{reason}")
     return readable
 
 
-def unreadable_layers(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """List the layers of a plain model that hold a weight whose gradient cannot be read.
+def unreadable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, str]:
+    """List the layers that hold a weight whose gradient cannot be read.
 
     Args:
-        model: Without an adapter.
-        names: Only layers whose name is, or ends with, one of these.
+        model: Any model.
+        names: Only layers whose name is, or ends with, one of these; default all.
 
     Returns:
         Reasons by name of the layer.

@@ -7,6 +7,7 @@ when batches differ, some rows together must have the weighted mean of their los
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,15 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from tangora._checks import InputError
 from tangora._types import LossFn
 from tangora.adapters import unwrapped
+from tangora.probes.ranks import several_ranks
 from tangora.probes.stillness import preserved_randomness
 
 _IGNORED = -100
-_PRECISE, _ROUGH = 1e-4, 2e-2  # relative errors of a loss computed from other rows of the same batch
-_EQUAL = 1e-6
+_TOLERANCE = {
+    torch.float64: 3e-6,
+    torch.float32: 3e-5,
+}  # relative, of a loss on the CPU; some compute it in float32
+_ROUGH, _EQUAL = 2e-2, 1e-6
 
 
 class WeightedLoss:
@@ -77,19 +82,26 @@ class WeightedLoss:
         if self._first is None:
             self._first = batch, counts
         first_batch, first = self._first
-        if counts == first:
+        if counts == first and not several_ranks():
             return counts[0]
+        same_size = num_rows(self.model, batch) == num_rows(self.model, first_batch)
         if self._rule is None:
-            larger = max(first_batch, batch, key=lambda each: num_rows(self.model, each))
-            self._rule = _right_count(self.model, on_device(larger, self.model))
+            self._rule = _right_count(
+                self.model, *(on_device(each, self.model) for each in (first_batch, batch))
+            )
+            if self._rule < 0 and same_size:
+                warnings.warn(f"{self._odd()}: those of equal size weigh alike here", stacklevel=2)
         if self._rule >= 0 and len(counts) == len(first) and first[self._rule]:
             return first[0] * counts[self._rule] / first[self._rule]  # this far all counts were alike
-        if num_rows(self.model, batch) != num_rows(self.model, first_batch):
-            raise InputError(
-                f"the loss of {_class(self.model).__name__} over batches of different sizes is not the mean over the "
-                "examples: make batches of equal size, or give loss_fn"
-            )
-        return first[0]
+        if not same_size:
+            raise InputError(f"{self._odd()}: make batches of equal size, or give loss_fn")
+        return (
+            1.0 if several_ranks() else first[0]
+        )  # the weight of those before; other ranks may count otherwise
+
+    def _odd(self) -> str:
+        name = _class(self.model).__name__
+        return f"the loss of {name} on a large batch is no weighted mean of its losses on small batches"
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -215,36 +227,40 @@ def _takes_loss_from_transformers(model: nn.Module) -> bool:
     return "loss_function" in inspect.unwrap(_class(model).forward).__code__.co_names  # pyright: ignore
 
 
+_Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""Two batches, whose loss together is compared with their losses apart."""
+
+
 @torch.no_grad()
-def _right_count(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    # the count by which the loss of some rows together is the mean of their losses apart; -1 if there is none
-    for trial in _trials(model, batch):
-        errors = _errors(model, trial)
-        if errors:
-            enough = max(10 * min(errors), _EQUAL)
-            return (
-                next(i for i, e in enumerate(errors) if e <= enough)
-                if min(errors) < _tolerance(model)
-                else -1
-            )
-    trusted = _takes_loss_from_transformers(model) and _loss_name(model) not in _PER_SEQUENCE
-    return 0 if trusted else -1  # rows that cannot be told apart
+def _right_count(model: nn.Module, first: Mapping[str, Any], batch: Mapping[str, Any]) -> int:
+    # the count by which the loss of two batches together is the mean of their losses; -1 if there is none
+    larger = max(first, batch, key=lambda each: num_rows(model, each))
+    trials = [(first, batch), *_halves(model, larger)]
+    found = [errors for trial in trials if (errors := _errors(model, *trial))]
+    if not found:  # batches that can be neither joined nor split
+        trusted = _takes_loss_from_transformers(model) and _loss_name(model) not in _PER_SEQUENCE
+        return 0 if trusted else -1
+    worst = [max(errors) for errors in zip(*found, strict=True)]
+    if min(worst) > _tolerance(model):
+        return -1
+    return next(index for index, error in enumerate(worst) if error <= max(10 * min(worst), _EQUAL))
 
 
-def _trials(model: nn.Module, batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    # with half of the labels of one row left out, wrong counts show
+def _halves(model: nn.Module, batch: Mapping[str, Any]) -> list[_Trial]:
+    # the row with the most labels and the others; with half of its labels left out, wrong counts show
     rows, labels = num_rows(model, batch), batch.get("labels")
-    whole = [batch] if rows > 1 else []
-    if not (isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()):
-        return whole
-    fullest = int((labels != _ignored(model)).flatten(1).sum(1).argmax())
-    others = [row for row in range(rows) if row != fullest] or [fullest]
-    trial = _rows(batch, [fullest, *others], rows)
-    if trial is None:
+    singles = [_rows(batch, [row], rows) for row in range(rows)]
+    counts = [0.0 if single is None else _counts(model, single)[0] for single in singles]
+    fullest = counts.index(max(counts))
+    row, others = singles[fullest], _rows(batch, [r for r in range(rows) if r != fullest] or [fullest], rows)
+    if row is None or others is None:
         return []
-    masked = trial["labels"].clone()
-    masked[0, : masked.shape[1] // 2] = _ignored(model)
-    return [{**trial, "labels": masked}, *whole]
+    trials: list[_Trial] = [(row, others)]
+    if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        masked = row["labels"].clone()
+        masked[0, : masked.shape[1] // 2] = _ignored(model)
+        trials.append(({**row, "labels": masked}, others))
+    return trials
 
 
 def _rows(batch: Mapping[str, Any], chosen: Sequence[int], rows: int) -> dict[str, Any] | None:
@@ -261,27 +277,42 @@ def _rows(batch: Mapping[str, Any], chosen: Sequence[int], rows: int) -> dict[st
     return part
 
 
-def _errors(model: nn.Module, trial: Mapping[str, Any]) -> list[float]:
-    # of the mean of the first row's loss and the others', weighted by each of the counts; empty if they do not come apart
-    rows = num_rows(model, trial)
-    parts = [_rows(trial, chosen, rows) for chosen in ([0], range(1, rows))]
-    if None in parts:
-        return []
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    def both(left: Any, right: Any) -> Any:
+        if isinstance(left, Tensor) and left.dim():
+            return torch.cat([left, right])
+        return [*left, *right] if isinstance(left, (list, tuple)) else left
+
+    return {key: both(value, other[key]) for key, value in one.items()}
+
+
+def _errors(model: nn.Module, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
+    # relative, of the mean of two losses weighted by each of the counts; empty if the batches do not go together
     with preserved_randomness():
         try:
-            whole, first, others = (float(model_loss(model, each)) for each in (trial, *parts))
-        except Exception:  # a model may need all rows, or know no label that is left out
+            together, first, second = (
+                model_loss(model, batch) for batch in (_joined(one, other), one, other)
+            )
+        except Exception:  # rows of other lengths, or a label that must not be left out
             return []
-    errors = []
-    for one, other in zip(*(_counts(model, part) for part in parts if part is not None), strict=True):
-        mean = (one * first + other * others) / (one + other) if one and other else torch.nan
-        errors.append(abs(mean - whole) / max(abs(whole), 1e-12))
-    return [torch.inf if math.isnan(error) else error for error in errors]
+    whole, weights = float(together), [_counts(model, batch) for batch in (one, other)]
+    if len(weights[0]) != len(weights[1]):
+        return []
+    means = [_mean((a, float(first)), (b, float(second))) for a, b in zip(*weights, strict=True)]
+    errors = [abs(mean - whole) / max(abs(whole), 1e-12) for mean in means]
+    return [math.inf if math.isnan(error) else error for error in errors]
+
+
+def _mean(*weighted: tuple[float, float]) -> float:
+    total = sum(weight for weight, _ in weighted)
+    return sum(weight * value for weight, value in weighted if weight) / total if total else math.nan
 
 
 def _tolerance(model: nn.Module) -> float:
-    precise = all(p.dtype in (torch.float32, torch.float64) and p.is_cpu for p in model.parameters())
-    return _PRECISE if precise else _ROUGH
+    parameters = list(model.parameters())
+    if not all(parameter.is_cpu for parameter in parameters):
+        return _ROUGH
+    return max((_TOLERANCE.get(parameter.dtype, _ROUGH) for parameter in parameters), default=_ROUGH)
 
 
 def _described(value: Any) -> str:
