@@ -184,7 +184,7 @@ def split(batch, sizes):
 def test_uneven_batches_add_up(kind):
     *what, big = ADD_UP[kind]
     model = made(*what)
-    expected = float(model(**big).loss)
+    expected = model(**big).loss.item()
     # these compute the loss in float32; the mean over masked pixels adds 1e-5 to their number
     tolerance = 1e-6 if kind in ("causal", "CTC", "masked images") else 1e-12
     for sizes in ([ROWS], [2, 3], [1, 2, 2], [1] * ROWS):
@@ -198,7 +198,7 @@ def test_losses_that_do_not_add_up_need_batches_of_equal_size(kind):
     with pytest.raises(InputError, match=what[0].__name__):
         mean_loss(model, split(big, [1, 2, 2]))
     torch.manual_seed(1)
-    expected = float(model(**big).loss)
+    expected = model(**big).loss.item()
     torch.manual_seed(1)
     assert mean_loss(model, [big]) == pytest.approx(expected, rel=1e-12)
     user_loss = mean_loss(model, split(big, [2, 3]), loss_fn=lambda model, batch: model(**batch).loss)
@@ -210,12 +210,12 @@ def test_batches_of_equal_size_that_do_not_add_up_weigh_alike_with_a_warning():
     model, parts = made(*what), split(big, [2, 2, 1])[:2]
     with pytest.warns(UserWarning, match="weigh alike"):
         found = mean_loss(model, parts)
-    assert found == pytest.approx(sum(float(model(**part).loss) for part in parts) / 2, rel=1e-12)
+    assert found == pytest.approx(sum(model(**part).loss.item() for part in parts) / 2, rel=1e-12)
 
 
 def test_labels_of_sequences_of_other_lengths():
     model, rows = made(*ADD_UP["XLM"][:2]), split(TEXT, [1] * ROWS)
-    cut = [{key: value[:, : 8 - index] for key, value in row.items()} for index, row in enumerate(rows)]
+    cut = [{key: value[:, : 8 - index // 2] for key, value in row.items()} for index, row in enumerate(rows)]
     counts = [int((row["labels"] != -100).sum()) for row in cut]
-    sums = [n * float(model(**row).loss) for n, row in zip(counts, cut, strict=True)]
+    sums = [n * model(**row).loss.item() for n, row in zip(counts, cut, strict=True) if n]
     assert mean_loss(model, cut) == pytest.approx(sum(sums) / sum(counts), rel=1e-12)

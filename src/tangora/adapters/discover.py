@@ -188,8 +188,6 @@ def _why_not_plain(layer: LoraLayer, adapter: str, A: Any, B: Any) -> str | None
         return "target_parameters (several matrices in one pair)"
     if variant and not variant.startswith(_PLAIN_VARIANTS):
         return f"{variant.removesuffix('Variant')} (another forward pass)"
-    if (padding := getattr(layer.get_base_layer(), "padding_mode", "zeros")) != "zeros":
-        return f"convolution with padding_mode {padding!r} (PEFT pads its adapter with zeros, so it changes no weight)"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         return "convolution with groups (block-diagonal, not a matrix product)"
     if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):
