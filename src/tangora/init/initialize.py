@@ -120,19 +120,19 @@ def initialize(
     """
     began = time.perf_counter()
     chosen = check_method(method, options, has_batches=batches is not None)
-    model = unwrapped(model)
-    adapter, pairs, odd = _adapter(model, adapter_name)
+    inner: PeftModel = unwrapped(model)
+    adapter, pairs, odd = _adapter(inner, adapter_name)
     _check_whole(method, options, pairs)
-    with _restored_on_error(model, adapter, pairs), _active(model, adapter):
-        _reset(model, adapter, pairs, seed)
+    with _restored_on_error(inner, adapter, pairs), _active(inner, adapter):
+        _reset(inner, adapter, pairs, seed)
         if chosen.offset:  # layers that cannot carry one are named before any work is done
-            attach_offset(model, adapter, {})
-            detach_offset(model, adapter)
+            attach_offset(inner, adapter, {})
+            detach_offset(inner, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
             probing = {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
-                model,
+                inner,
                 batches,
                 chosen,
                 adapter,
@@ -146,9 +146,9 @@ def initialize(
         skipped |= odd
         losses: Mapping[float, float] = {}
         if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
-            losses = _line_search(model, adapter, chosen, sites, held_out, loss_fn)
+            losses = _line_search(inner, adapter, chosen, sites, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
-        _write(model, adapter, chosen, sites, options)
+        _write(inner, adapter, chosen, sites, options)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=2)

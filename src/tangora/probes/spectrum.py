@@ -140,8 +140,9 @@ def gradient_norms(
     ):
         for group in groups:
             readings = probe.read(batches, {layer.name: Request(dense=True) for layer in group})
-            for name in probe.reached:
-                norms[name] = float(torch.linalg.matrix_norm(readings[name].dense))
+            for name, reading in readings.items():
+                if name in probe.reached:
+                    norms[name] = float(torch.linalg.matrix_norm(reading.dense))
     return norms
 
 
