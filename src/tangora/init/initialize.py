@@ -151,7 +151,7 @@ def initialize(
         _write(inner, adapter, chosen, sites, options)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=2)
+        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
     names = tuple(site.pair.name for site in sites)
     return Start(method, names, skipped, time.perf_counter() - began, options.get("step"), losses)
 
