@@ -393,21 +393,22 @@ def test_iterators_and_layers_without_gradient():
     class Idle(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.unused = nn.Linear(6, 5), nn.Linear(6, 5)
+            self.used, self.idle, self.never = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 5)
 
         def forward(self, x):
-            return self.used(x)
+            return self.used(x) + 0 * self.idle(x)
 
     torch.manual_seed(0)
     found = look(
         Idle(), iter([torch.randn(4, 6)]), rank=1, loss_fn=lambda model, batch: loss_of(model(batch))
     )
-    idle = by_name(found)["unused"]
+    assert list(found.skipped) == ["never"]
+    idle = by_name(found)["idle"]
     assert idle.gradient.energy == 0
     only = look(
         Idle(), [torch.randn(4, 6)], rank=1, starts=["lora-ga"], loss_fn=lambda m, batch: loss_of(m(batch))
     )
-    assert by_name(only)["unused"].starts == {"lora-ga": 0.0}
+    assert by_name(only)["idle"].starts == {"lora-ga": 0.0}
     assert set(idle.starts.values()) == {0.0}
     assert (idle.reachable, set(idle.ranks_needed.values())) == (0.0, {None})
     assert found.totals.starts["lora-ga"] == by_name(found)["used"].starts["lora-ga"]

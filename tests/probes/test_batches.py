@@ -98,7 +98,8 @@ def test_iterators_become_lists():
     batches = as_batches(iter([1, 2]))
     assert list(batches) == list(batches) == [1, 2]
     loader = torch.utils.data.DataLoader([1, 2])
-    assert as_batches(loader) is loader
+    assert list(as_batches(loader)) == list(loader)
+    assert as_batches(again := as_batches(loader)) is again
 
 
 @pytest.mark.messages

@@ -8,6 +8,7 @@ from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mu
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.switch import adapters_off, check_unmerged
 from tangora.adapters.weight import base_weight, magnitude_scale, module_weight, refresh_magnitude
+from tangora.adapters.wrapped import check_not_sharded, uncompiled_modules, unwrapped
 
 explain_size_mismatch()
 
@@ -19,6 +20,7 @@ __all__ = [
     "adapters_off",
     "attach_offset",
     "base_weight",
+    "check_not_sharded",
     "check_unmerged",
     "detach_offset",
     "discover",
@@ -31,7 +33,9 @@ __all__ = [
     "module_weight",
     "mutates_base",
     "offset_factors",
+    "uncompiled_modules",
     "refresh_magnitude",
     "save_adapter",
     "save_merged",
+    "unwrapped",
 ]

@@ -1,21 +1,55 @@
-"""Look through what training wraps around a model."""
+"""Look through what data-parallel training and compilation wrap around a model, and refuse sharded weights."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
+
+from tangora._checks import InputError
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """Return the model inside wrappers for data-parallel training and compilation.
 
     Args:
         model: Any model.
 
     Returns:
-        What is inside.
+        The innermost model; anything else is returned unchanged.
     """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    while isinstance(model, (*_PARALLEL, OptimizedModule)):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name the modules of a model, without the wrappers that ``torch.compile`` puts around some of them.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Modules by their path in the model.
+    """
+    return {name: module for name, module in model.named_modules() if not isinstance(module, OptimizedModule)}
+
+
+def check_not_sharded(parameters: Iterable[tuple[str, nn.Parameter]], what: str) -> None:
+    """Raise `InputError` if a parameter is sharded: a DTensor, of which this process holds a part.
+
+    Args:
+        parameters: With their names.
+        what: The function that needs them whole, for the message.
+
+    Raises:
+        InputError: Naming the parameter.
+    """
+    for name, parameter in parameters:
+        if hasattr(parameter, "placements"):
+            raise InputError(
+                f"{what} needs whole weights, and {name} is sharded (FSDP2 or tensor parallelism): call it before "
+                "the model is sharded"
+            )

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangora._checks import InputError
 from tangora._types import LossFn
+from tangora.adapters import check_not_sharded, unwrapped
 from tangora.curvature.differentiable import custom_functions, readable
-from tangora.probes.batches import num_labels, weighted_loss
+from tangora.probes.losses import WeightedLoss
 from tangora.probes.stillness import RandomState
 
 T = TypeVar("T")
@@ -44,8 +45,10 @@ class Evaluation:
     ):
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        self.model = unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
+        check_not_sharded(self.model.named_parameters(), "curvature")
         self.loss_fn = loss_fn
+        self._weighted = WeightedLoss(self.model, loss_fn)
         self.twice = twice
         parameters = list(self.model.parameters())
         self.device = parameters[0].device if parameters else torch.device("cpu")
@@ -126,7 +129,7 @@ class Evaluation:
         return weight, loss
 
     def weight(self, batch: Any) -> float:
-        """Return the weight of a batch in the mean, without running it.
+        """Return the weight of a batch in the mean; the model runs only where uneven batches are tried out.
 
         Args:
             batch: The batch.
@@ -134,7 +137,8 @@ class Evaluation:
         Returns:
             Number of its labels; 1 with ``loss_fn``.
         """
-        return 1.0 if self.loss_fn is not None else num_labels(self.model, batch)
+        with self.open():
+            return self.within({}, lambda: self._weighted.weight(batch))
 
     def state(self) -> tuple[Any, ...]:
         """Return what tells that a tensor of the model was replaced or changed in place.
@@ -185,7 +189,7 @@ class Evaluation:
     def _loss(self, batch: Any) -> tuple[float, Tensor]:
         if self.cast_to is not None:
             batch = _converted_batch(batch, self.cast_to)
-        return weighted_loss(self.model, batch, self.loss_fn)
+        return self._weighted(batch)
 
     def _first_loss(self, batch: Any) -> tuple[float, Tensor]:
         before = RandomState.now()
@@ -209,24 +213,6 @@ class Evaluation:
             )
         self._checked = True
         return weight, loss
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Look through wrappers for data-parallel training and compilation.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        What is inside.
-    """
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 class _Scope(nn.Module):

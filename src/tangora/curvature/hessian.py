@@ -8,7 +8,7 @@ Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from tangora._types import LossFn
 from tangora.curvature.differentiable import explained, refuse_functions
 from tangora.curvature.operators import CurvatureOperator, Over, first_derivatives, joined
 from tangora.curvature.spaces import Leaves, Space
+from tangora.probes.batches import num_batches
 
 Differentiation = Literal["exact", "finite_difference"]
 
@@ -109,7 +110,7 @@ class Hessian(CurvatureOperator):
         if self.differentiation != "exact":
             return False
         if self._cache_graph is None:
-            one = isinstance(self.batches, Sized) and len(self.batches) == 1
+            one = num_batches(self.batches) == 1
             return one and not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         return self._cache_graph
 

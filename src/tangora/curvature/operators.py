@@ -21,7 +21,8 @@ from tangora.curvature.sharpness import Sharpness, sharpness
 from tangora.curvature.spaces import FactorSpace, Leaves, Space
 from tangora.curvature.symmetric import SymmetricOperator
 from tangora.curvature.weight_space import weight_space
-from tangora.probes.batches import as_batches, failing_together, sum_over_ranks
+from tangora.probes.batches import as_batches
+from tangora.probes.ranks import failing_together, sum_over_ranks
 
 Over = Literal["factors", "tangent", "weights"]
 Vector = Tensor | Mapping[str, Tensor]
@@ -287,7 +288,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _together(self) -> Any:
         # one batch alone is this rank's own business
-        return contextlib.nullcontext() if self._alone else failing_together(self.device)
+        return contextlib.nullcontext() if self._alone else failing_together(type(self).__name__, self.device)
 
     def _normalized(self, total: Tensor, weights: float) -> Tensor:
         sums = torch.tensor([weights], dtype=torch.float64, device=self.device)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tangora._checks import InputError
-from tangora.probes.batches import predicts_next_token
+from tangora.probes.losses import predicts_next_token
 
 _IGNORED = -100
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError, check_choice, check_whole
 from tangora._types import FactorA, FactorB, LossFn
-from tangora.adapters import LoraPair, adapters_off, magnitude_scale
+from tangora.adapters import LoraPair, adapters_off, check_not_sharded, magnitude_scale, unwrapped
 from tangora.diagnostics.alignment import (
     EquivalentGradient,
     captured_share,
@@ -27,11 +27,14 @@ from tangora.diagnostics.sites import Site, Subject, find_subject
 from tangora.diagnostics.starts import STARTS, start_factors
 from tangora.geometry.sketch import LowRankSVD
 from tangora.probes import ProbedLayer, Report, as_batches
+from tangora.probes.batches import num_batches
+from tangora.probes.ranks import collective
 from tangora.probes.spectrum import reporting
 
 _ADAPTER = "adapter"
 
 
+@collective
 def diagnose(
     model: nn.Module,
     batches: Iterable[Any],
@@ -95,6 +98,8 @@ def diagnose(
     began = time.perf_counter()
     for start in starts:
         check_choice("starts", start, STARTS)
+    model = unwrapped(model)
+    check_not_sharded(model.named_parameters(), "diagnose")
     subject = find_subject(model, adapter_name, target_modules, rank)
     sites, layers = subject.sites, [site.layer for site in subject.sites]
     budget_rank = subject.common_rank if budget_rank is None else budget_rank
@@ -115,6 +120,8 @@ def diagnose(
         adapted, adapter_loss = base, loss
         if not subject.plain_start:
             adapted, adapter_loss = read(propose=_proposal(subject, None, seed), heard=heard)
+    subject = subject.with_read(base.keys() & adapted.keys())
+    sites = subject.sites
     states = {
         site.name: _state(site.pair, adapted[site.layer.name]) for site in sites if site.pair is not None
     }
@@ -128,7 +135,7 @@ def diagnose(
         plan=_plan(subject, found, budget_rank, alpha),
         plain_start=subject.plain_start,
         exact_norms=how.exact_norms,
-        num_batches=len(batches) if isinstance(batches, Sized) else None,
+        num_batches=num_batches(batches),
         loss=loss,
         adapter_loss=adapter_loss if states else None,
         skipped=subject.skipped,
@@ -154,12 +161,12 @@ def _all_batches(
     subject: Subject, batches: Iterable[Any], held_out: Iterable[Any] | None, how: How
 ) -> Iterable[Any]:
     # something as long as all that will be read, or of unknown length
-    held_out = () if held_out is None else held_out
-    if not (isinstance(batches, Sized) and isinstance(held_out, Sized)):
+    counts = num_batches(batches), num_batches(() if held_out is None else held_out)
+    if counts[0] is None or counts[1] is None:
         return iter(())
     layers = [site.layer for site in subject.sites]
     points = 1 if subject.plain_start else 2
-    return range(points * how.passes(layers) * len(batches) + len(how.groups(layers)) * len(held_out))
+    return range(points * how.passes(layers) * counts[0] + len(how.groups(layers)) * counts[1])
 
 
 def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Propose:

@@ -4,6 +4,7 @@ The orthonormal bases of all adapters of a layer are stacked into one request, s
 $U^\top G$ and $G V^\top$ for all of them; the exact norm comes from the same pass where it is wanted.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -147,7 +148,7 @@ def measure(
         held_out: Other examples, on which the adapters are looked through too.
 
     Returns:
-        By name of the layer, and the mean loss.
+        By name of the layer, without layers that the model does not call; and the mean loss.
     """
     spectra = gradient_spectra(
         model,
@@ -159,6 +160,9 @@ def measure(
         loss_fn=how.loss_fn,
         progress=lambda done, _: heard(done),
     )
+    layers = [layer for layer in layers if layer.name in spectra]  # those that the model calls
+    if not layers:
+        return {}, math.nan
     stacks = {
         layer.name: _stack(propose(layer, spectra[layer.name].svd), spectra[layer.name].svd, how)
         for layer in layers

@@ -1,8 +1,8 @@
 """The layers to look at: a PEFT model's pairs, or the linear layers that PEFT would adapt."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tangora._checks import InputError, check_whole
 from tangora.adapters import LoraPair, check_unmerged, discover, magnitude_scale, mutates_base, offset_factors
-from tangora.probes import ProbedLayer, probed_layers
+from tangora.probes import ProbedLayer, probed_layers, why_unread
+from tangora.probes.layers import unreadable_layers
 
 _BASE = "base_model.model."
 _CLASSIFIER_HEADS = ("score", "classifier")  # PEFT's list, for models without output embeddings
@@ -43,6 +44,29 @@ class Subject:
         """The commonest rank, as far as every layer allows it."""
         commonest = Counter(site.rank for site in self.sites).most_common(1)[0][0]
         return min(commonest, *(min(site.layer.m, site.layer.n) for site in self.sites))
+
+    def with_read(self, read: Collection[str]) -> "Subject":
+        """Move the layers whose gradient could not be read to the skipped ones.
+
+        Args:
+            read: Names of the layers that were read.
+
+        Returns:
+            What is left.
+
+        Raises:
+            InputError: If nothing is.
+        """
+        unread = {
+            site.layer.name: why_unread(site.layer.module)
+            for site in self.sites
+            if site.layer.name not in read
+        }
+        if len(unread) == len(self.sites):
+            name, reason = next(iter(unread.items()))
+            raise InputError(f"no layer's gradient could be read; {name}: {reason}")
+        sites = [site for site in self.sites if site.layer.name in read]
+        return replace(self, sites=sites, skipped=self.skipped | unread)
 
     def is_lora_start(self, site: Site) -> bool:
         """Tell whether a layer's adapter is the start that LoRA would make.
@@ -83,6 +107,7 @@ def find_subject(
         sites = [
             Site(layer.name, layer, None, rank or DEFAULT_RANK) for layer in _linear_layers(model, names)
         ]
+        skipped = {} if names is None else unreadable_layers(model, names)
         plain_start = True
     else:
         if names is not None:
@@ -90,6 +115,8 @@ def find_subject(
         adapter = _active_adapter(model, found.pairs, adapter_name)
         pairs = [pair for pair in found.pairs if pair.adapter == adapter]
         sites = _adapted(model, pairs, adapter, rank)
+        read = {site.layer.name for site in sites}
+        skipped = found.skipped | {p.name: why_unread(p.layer) for p in pairs if p.name not in read}
         plain_start = all(_unmoved(pair) for pair in pairs)
     for site in sites:
         smaller = min(site.layer.m, site.layer.n)
@@ -98,7 +125,7 @@ def find_subject(
                 f"rank must be at most {smaller}, the smaller side of layer {site.name} "
                 f"({site.layer.m} x {site.layer.n}); got {site.rank}"
             )
-    return Subject(sites, found.skipped, plain_start)
+    return Subject(sites, skipped, plain_start)
 
 
 def _adapted(model: nn.Module, pairs: list[LoraPair], adapter: str, rank: int | None) -> list[Site]:
@@ -111,6 +138,7 @@ def _adapted(model: nn.Module, pairs: list[LoraPair], adapter: str, rank: int | 
             rank or min(pair.shape),  # an adapter may have more than full rank, a start may not
         )
         for pair in pairs
+        if pair.name in layers
     ]
 
 

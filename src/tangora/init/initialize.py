@@ -19,12 +19,14 @@ from tangora.adapters import (
     LoraPair,
     active_adapter,
     attach_offset,
+    check_not_sharded,
     check_unmerged,
     detach_offset,
-    find_pairs,
+    discover,
     mutates_base,
     offset_factors,
     refresh_magnitude,
+    unwrapped,
 )
 from tangora.init.methods import PROBE_OPTIONS, Method, Site, check_method, find_sites, seeded
 from tangora.init.one_step import STEP_SIZES
@@ -36,6 +38,7 @@ from tangora.probes import (
     mean_loss,
     probed_layers,
 )
+from tangora.probes.ranks import collective, several_ranks
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Start:
     line_search: Mapping[float, float] = field(default_factory=dict)
 
 
+@collective
 def initialize(
-    model: PeftModel,
+    model: nn.Module,
     method: str,
     batches: Iterable[Any] | None = None,
     *,
@@ -95,8 +99,8 @@ def initialize(
     the mean gradient.
 
     Args:
-        model: PEFT model with LoRA, also inside DistributedDataParallel; the adapter's earlier start or training is
-            lost.
+        model: PEFT model with LoRA, also compiled or inside DistributedDataParallel; the adapter's earlier start or
+            training is lost.
         method: Which start.
         batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
@@ -116,18 +120,19 @@ def initialize(
     """
     began = time.perf_counter()
     chosen = check_method(method, options, has_batches=batches is not None)
-    model = _unwrapped(model)
-    adapter, pairs = _adapter(model, adapter_name)
-    with _restored_on_error(model, adapter, pairs), _active(model, adapter):
-        _reset(model, adapter, pairs, seed)
+    inner: PeftModel = unwrapped(model)
+    adapter, pairs, odd = _adapter(inner, adapter_name)
+    _check_whole(method, options, pairs)
+    with _restored_on_error(inner, adapter, pairs), _active(inner, adapter):
+        _reset(inner, adapter, pairs, seed)
         if chosen.offset:  # layers that cannot carry one are named before any work is done
-            attach_offset(model, adapter, {})
-            detach_offset(model, adapter)
+            attach_offset(inner, adapter, {})
+            detach_offset(inner, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
             probing = {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
-                model,
+                inner,
                 batches,
                 chosen,
                 adapter,
@@ -138,34 +143,37 @@ def initialize(
                 **probing,
             )
         sites, skipped = find_sites(pairs, spectra, chosen, seed)
+        skipped |= odd
         losses: Mapping[float, float] = {}
         if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
-            losses = _line_search(model, adapter, chosen, sites, held_out, loss_fn)
+            losses = _line_search(inner, adapter, chosen, sites, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
-        _write(model, adapter, chosen, sites, options)
+        _write(inner, adapter, chosen, sites, options)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=2)
+        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
     names = tuple(site.pair.name for site in sites)
     return Start(method, names, skipped, time.perf_counter() - began, options.get("step"), losses)
 
 
-def _unwrapped(model: Any) -> Any:
-    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return model.module if wrapped else model
-
-
-def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair]]:
+def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair], dict[str, str]]:
     adapter = adapter_name or active_adapter(model)
-    pairs = find_pairs(model, adapter)
-    if not pairs:
+    found = discover(model, adapter)
+    if not found.pairs:
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")
     if mutates_base(model.peft_config[adapter]):
         raise InputError(
             f"PEFT's start has changed the base weights of adapter {adapter!r}: make it with init_lora_weights=True"
         )
     check_unmerged(model)
-    return adapter, pairs
+    return adapter, found.pairs, found.skipped
+
+
+def _check_whole(method: str, options: Mapping[str, Any], pairs: list[LoraPair]) -> None:
+    reads_weight = method == "pissa" or options.get("scale") == "weight_svd"
+    for pair in pairs if method != "lora" else ():
+        own = pair.layer.named_parameters(prefix=pair.name) if reads_weight else pair.named_parameters()
+        check_not_sharded(own, f"initialization {method!r}")
 
 
 @contextlib.contextmanager
@@ -245,7 +253,7 @@ def _write(
         pair = site.pair
         for parameter, factor in zip((pair.A, pair.B), chosen.factors(site, **options), strict=True):
             parameter.copy_(factor.reshape(parameter.shape))
-            if chosen.directions and dist.is_available() and dist.is_initialized():
+            if chosen.directions and several_ranks():
                 dist.broadcast(parameter.data, src=0)  # to the last bit the same on all ranks
         if chosen.offset:
             A, B = pair.factors()  # as rounded to the adapter's dtype, so that they cancel exactly

@@ -18,7 +18,7 @@ from tangora.init.lora_one import lora_one, lora_one_v1
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
-from tangora.probes import GradientSpectrum
+from tangora.probes import GradientSpectrum, why_unread
 
 Factors = tuple[FactorA, FactorB]
 
@@ -129,7 +129,7 @@ def find_sites(
         if r > min(m, n) and chosen.factors is not _lora:
             skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
         elif chosen.directions and spectrum is None:
-            skipped[pair.name] = "its gradient cannot be read"
+            skipped[pair.name] = why_unread(pair.layer)
         elif spectrum is not None and not spectrum.svd.S[0] > 0:
             skipped[pair.name] = "its gradient is zero on these batches"
         else:

@@ -2,7 +2,7 @@
 
 from tangora.probes.batches import as_batches, mean_loss
 from tangora.probes.gradient import GradientProbe, Reading, Request
-from tangora.probes.layers import ProbedLayer, probed_layers
+from tangora.probes.layers import ProbedLayer, probed_layers, why_unread
 from tangora.probes.spectrum import GradientSpectrum, Report, gradient_norms, gradient_spectra
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "gradient_spectra",
     "mean_loss",
     "probed_layers",
+    "why_unread",
 ]

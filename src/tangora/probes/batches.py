@@ -1,17 +1,17 @@
-"""Batches as users give them: what they are checked for, their loss and their weight in a mean."""
+"""Batches as users give them: what they are checked for, and their mean loss."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from tangora._checks import InputError
 from tangora._types import LossFn
+from tangora.adapters import unwrapped
+from tangora.probes.losses import WeightedLoss
+from tangora.probes.ranks import collective, failing_together, sum_over_ranks
 from tangora.probes.stillness import preserved_randomness, still
 
 
@@ -23,7 +23,7 @@ def as_batches(batches: Iterable[Any] | None, what: str = "batches") -> Iterable
         what: Name of the argument, for the message.
 
     Returns:
-        Something that can be iterated again and again.
+        Something that can be iterated again and again, and raises `InputError` if a later pass is not the first one.
 
     Raises:
         InputError: If there are none, or a single batch was given instead of a list of them.
@@ -32,143 +32,59 @@ def as_batches(batches: Iterable[Any] | None, what: str = "batches") -> Iterable
         raise InputError(f"{what} must be a list of batches or a DataLoader; got None")
     if isinstance(batches, Mapping):
         raise InputError(f"{what} must be a list of batches; got a single batch: put it into a list")
-    return list(batches) if isinstance(batches, Iterator) else batches
+    if isinstance(batches, (list, tuple, _Replayed)):
+        return batches
+    return list(batches) if isinstance(batches, Iterator) else _Replayed(batches, what)
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that a Hugging Face model gives for a batch with labels.
+def num_batches(batches: Any) -> int | None:
+    """Count batches without reading them.
 
     Args:
-        model: The model.
-        batch: Keyword arguments of its forward pass.
+        batches: A list, a DataLoader or anything else.
 
     Returns:
-        The scalar loss.
-
-    Raises:
-        InputError: If the batch is no mapping, or the model returns no loss for it.
+        Their number; ``None`` for a stream, whose DataLoader has a ``len`` that raises.
     """
-    if not isinstance(batch, Mapping):
-        raise InputError(
-            f"without loss_fn a batch must be a dict of model inputs; got {type(batch).__name__}"
-        )
-    loss = getattr(model(**batch), "loss", None)
-    if not isinstance(loss, Tensor):
-        raise InputError(
-            f"the model returns no loss for a batch of {', '.join(batch)}: add labels or give loss_fn"
-        )
-    return loss
-
-
-def num_labels(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """Count the labels that a Hugging Face model's mean loss is taken over.
-
-    Args:
-        model: The model.
-        batch: With ``labels``; -100 marks what is left out.
-
-    Returns:
-        Their number, at least zero; 1 for a batch without ``labels``.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        return 1.0
-    if labels.is_floating_point():
-        return float(len(labels))
-    if labels.dim() > 1 and predicts_next_token(model):  # the first token has nothing to be predicted from
-        labels = labels[..., 1:]
-    return float((labels != -100).sum())
-
-
-def predicts_next_token(model: nn.Module) -> bool:
-    """Say whether the model's own loss compares the logits of each token with the label of the next.
-
-    Args:
-        model: The model.
-
-    Returns:
-        True for causal language models.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False  # the decoder's inputs are shifted instead
-    # transformers takes this loss too where a class name (GPT2LMHeadModel) tells it nothing
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss  # pyright: ignore
-
-
-def on_device(batch: Any, model: nn.Module) -> Any:
-    """Move the tensors of a batch to the device of the model's first parameter.
-
-    Args:
-        batch: Keyword arguments; anything else is returned as it is.
-        model: The model.
-
-    Returns:
-        The batch.
-    """
-    if not isinstance(batch, Mapping):
-        return batch
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def weighted_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> tuple[float, Tensor]:
-    """Return the loss of a batch and its weight in the mean over batches.
-
-    Args:
-        model: The model.
-        batch: What ``loss_fn`` takes, or keyword arguments of the model.
-        loss_fn: The user's loss, weighted 1; default the model's own, weighted by the number of labels.
-
-    Returns:
-        Weight and scalar loss.
-    """
-    if loss_fn is not None:
-        loss = loss_fn(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise InputError(f"loss_fn must return a tensor with one number; got {_described(loss)}")
-        return 1.0, loss
-    batch = on_device(batch, model)
-    return num_labels(model, batch), model_loss(model, batch)
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def sum_over_ranks(*tensors: Tensor) -> None:
-    """Add up tensors over all ranks in place, where ``torch.distributed`` runs.
-
-    Args:
-        *tensors: As many, of the same shapes, on every rank.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-@contextlib.contextmanager
-def failing_together(device: torch.device | None = None) -> Iterator[None]:
-    """Raise on all ranks what one of them raises, so that none waits for it in the next sum.
-
-    Args:
-        device: Where tensors can travel from; default the CPU.
-
-    Raises:
-        InputError: On the other ranks.
-    """
-    failure: Exception | None = None
     try:
-        yield
-    except Exception as error:
-        failure = error
-    failures = torch.tensor(float(failure is not None), device=device)
-    sum_over_ranks(failures)
-    if failure is not None:
-        raise failure
-    if failures:
-        raise InputError("another rank could not read its batches; its own message says why")
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
 
 
+class _Replayed:
+    """Batches that are read again and again, and must be the same each time."""
+
+    def __init__(self, batches: Iterable[Any], what: str):
+        self.batches, self._what = batches, what
+        self._seen: tuple[int, float] | None = None  # number of batches, sum of all they hold
+
+    def __len__(self) -> int:
+        return len(self.batches)  # pyright: ignore[reportArgumentType]
+
+    def __iter__(self) -> Iterator[Any]:
+        count, total = 0, 0.0
+        for batch in self.batches:
+            count, total = count + 1, total + _sum_of(batch)
+            yield batch
+        seen, self._seen = self._seen, self._seen or (count, total)
+        if seen is not None and not (count == seen[0] and math.isclose(total, seen[1], abs_tol=1e-12)):
+            held = f"{count} batches after {seen[0]}" if count != seen[0] else "other examples"
+            raise InputError(
+                f"{self._what} must be the same in every pass, and one pass read {held}: give list({self._what})"
+            )
+
+
+def _sum_of(batch: Any) -> float:
+    if isinstance(batch, Tensor):
+        total = float(batch.detach().double().nan_to_num().sum()) if batch.numel() else 0.0
+        return total if math.isfinite(total) else 0.0
+    if isinstance(batch, Mapping):
+        return math.fsum(map(_sum_of, batch.values()))
+    return math.fsum(map(_sum_of, batch)) if isinstance(batch, (list, tuple)) else 0.0
+
+
+@collective
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | None = None) -> float:
     """Return the mean loss over batches (of all ranks), weighted as gradients are, in evaluation mode.
@@ -185,9 +101,10 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], *, loss_fn: LossFn | Non
         InputError: If there is no batch with a label.
     """
     batches = as_batches(batches)
+    loss_of = WeightedLoss(unwrapped(model), loss_fn)
     device = next((parameter.device for parameter in model.parameters()), None)
-    with failing_together(device), still(model), preserved_randomness(batches):
-        weighted = [weighted_loss(model, batch, loss_fn) for batch in batches]
+    with failing_together("mean_loss", device), still(model), preserved_randomness(batches):
+        weighted = [loss_of(batch) for batch in batches]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for weight, loss in weighted:
         if weight:  # where no label counts the loss is not a number

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora._types import LossFn
-from tangora.probes.batches import failing_together, sum_over_ranks, weighted_loss
+from tangora.adapters import unwrapped
 from tangora.probes.layers import ProbedLayer
+from tangora.probes.losses import WeightedLoss
+from tangora.probes.ranks import failing_together, sum_over_ranks
 from tangora.probes.stillness import preserved_randomness, still
 
 Progress = Callable[[int], None]
@@ -89,7 +91,7 @@ class GradientProbe:
         loss_fn: LossFn | None = None,
         progress: Progress | None = None,
     ):
-        self.model = getattr(model, "module", model) if _is_data_parallel(model) else model
+        self.model: nn.Module = unwrapped(model)
         self.layers = {layer.name: layer for layer in layers}
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         """Where readings are held."""
@@ -97,7 +99,9 @@ class GradientProbe:
         """What readings are computed in, whatever the model's own dtype."""
         self.loss: float | None = None
         """Mean loss of the last reading."""
-        self._loss_fn = loss_fn
+        self.reached: set[str] = set()
+        """Layers of the last reading that the model called with gradients, on any rank."""
+        self._loss = WeightedLoss(self.model, loss_fn)
         self._progress = progress or (lambda _: None)
         self._exit = contextlib.ExitStack()
         self._requests: Mapping[str, Request] = {}
@@ -133,15 +137,16 @@ class GradientProbe:
         """
         self._requests = {name: self._prepared(request) for name, request in requests.items()}
         self._readings = {name: self._zeros(name, request) for name, request in requests.items()}
+        self.reached = set()
         total_weight = total_loss = 0.0
         count = 0
-        with failing_together(self.device), preserved_randomness(batches):
+        with failing_together("GradientProbe.read", self.device), preserved_randomness(batches):
             for batch in batches:
                 weight, loss = self._backward(batch, count)
                 total_weight, total_loss, count = total_weight + weight, total_loss + weight * loss, count + 1
                 self._progress(count)
         readings, self._readings, self._requests = self._readings, {}, {}
-        total_weight, total_loss = _over_ranks(readings, total_weight, total_loss)
+        total_weight, total_loss = self._over_ranks(readings, total_weight, total_loss)
         if total_weight == 0:
             raise InputError("batches must hold at least one batch with at least one label; got none")
         self.loss = total_loss / total_weight
@@ -153,7 +158,7 @@ class GradientProbe:
 
     def _backward(self, batch: Any, index: int) -> tuple[float, float]:
         with torch.enable_grad():
-            self._weight, loss = weighted_loss(self.model, batch, self._loss_fn)
+            self._weight, loss = self._loss(batch)
             if self._weight == 0:
                 return 0.0, 0.0  # no label counts here; the mean over none is not a number
             value = float(loss.detach())
@@ -169,10 +174,20 @@ class GradientProbe:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if layer.name not in self._requests or not torch.is_grad_enabled():
                 return None
+            self.reached.add(layer.name)
             x = args[0] if args else next(iter(kwargs.values()))
             return _Tap.apply(output, anchor, x.detach(), self, layer)
 
         return hook
+
+    def _over_ranks(self, readings: Mapping[str, Reading], *totals: float) -> list[float]:
+        tensors = [tensor for reading in readings.values() for tensor in reading.tensors() if tensor.numel()]
+        numbers = [*totals, *(float(name in self.reached) for name in readings)]
+        summed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        sum_over_ranks(*tensors, summed)
+        numbers = summed.tolist()
+        self.reached = {name for name, times in zip(readings, numbers[len(totals) :], strict=True) if times}
+        return numbers[: len(totals)]
 
     def _prepared(self, request: Request) -> Request:
         right, left = (
@@ -237,15 +252,3 @@ def _full_precision(tensor: Tensor) -> torch.autocast:
 
 def _holds(model: nn.Module, dtype: torch.dtype) -> bool:
     return any(p.dtype == dtype for p in model.parameters())
-
-
-def _is_data_parallel(model: nn.Module) -> bool:
-    return isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-
-
-def _over_ranks(readings: dict[str, Reading], weight: float, loss: float) -> tuple[float, float]:
-    tensors = [tensor for reading in readings.values() for tensor in reading.tensors() if tensor.numel()]
-    device = tensors[0].device if tensors else None
-    totals = torch.tensor([weight, loss], dtype=torch.float64, device=device)
-    sum_over_ranks(*tensors, totals)
-    return float(totals[0]), float(totals[1])

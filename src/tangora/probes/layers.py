@@ -15,7 +15,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from transformers.pytorch_utils import Conv1D
 
 from tangora._checks import InputError
-from tangora.adapters import discover
+from tangora.adapters import discover, uncompiled_modules
 
 # called as functions of their weights, never as layers
 _NEVER_CALLED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -39,8 +39,7 @@ class ProbedLayer:
     @property
     def base(self) -> nn.Module:
         """The layer that holds the weight."""
-        unwrap = getattr(self.module, "get_base_layer", None)
-        return unwrap() if unwrap is not None else self.module
+        return _base(self.module)
 
     def times(self, x: Tensor, right: Tensor) -> Tensor:
         r"""Return $X\,\Omega$, one row for each row of the output.
@@ -58,7 +57,7 @@ class ProbedLayer:
             return rows if base.padding_idx is None else rows * (x.reshape(-1, 1) != base.padding_idx)
         if isinstance(base, nn.modules.conv._ConvNd):
             kernel = right.T.reshape(-1, *base.weight.shape[1:])
-            return _rows(_CONV[x.dim() - 2](x.to(right.dtype), kernel, **_geometry(base)))
+            return _rows(_CONV[x.dim() - 2](_padded(x.to(right.dtype), base), kernel, **_geometry(base)))
         return x.reshape(-1, self.n).to(right.dtype) @ right
 
     def gradient_times(self, grad: Tensor, product: Tensor) -> Tensor:
@@ -95,7 +94,8 @@ class ProbedLayer:
             spatial = [1, *range(2, grad.dim())]
             channels = rows.reshape(grad.shape[0], *(grad.shape[d] for d in spatial[1:]), -1).movedim(-1, 1)
             shape = (rows.shape[1], *base.weight.shape[1:])
-            kernel = _CONV_WEIGHT_GRADIENT[x.dim() - 2](x.to(dtype), shape, channels, **_geometry(base))
+            x = _padded(x.to(dtype), base)
+            kernel = _CONV_WEIGHT_GRADIENT[x.dim() - 2](x, shape, channels, **_geometry(base))
             return kernel.flatten(1)
         return rows.T @ x.reshape(-1, self.n).to(dtype)
 
@@ -129,24 +129,72 @@ def probed_layers(
     if pairs:
         shapes = {pair.name: (pair.layer, *pair.shape[:2]) for pair in pairs}
     else:
-        shapes = {name: (layer, *shape) for name, layer in model.named_modules() if (shape := _shape(layer))}
-    found = [
-        ProbedLayer(name, layer, m, n)
-        for name, (layer, m, n) in shapes.items()
-        if names is None or any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
-    ]
-    found = [layer for layer in found if not isinstance(layer.base, _NEVER_CALLED)]
-    if not found:
+        modules = uncompiled_modules(model)
+        shapes = {name: (layer, *shape) for name, layer in modules.items() if (shape := _shape(layer))}
+    found = [ProbedLayer(name, *shape) for name, shape in shapes.items() if _is_named(name, names)]
+    readable = [layer for layer in found if _why_unreadable(layer.base) is None]
+    if not readable:
         wanted = f" called {', '.join(names)}" if names is not None else ""
-        raise InputError(f"model has no linear layer{wanted} whose gradient could be read")
-    return found
+        odd = next(iter(unreadable_layers(model, names).items()), None)
+        reason = f" ({odd[0]}: {odd[1]})" if odd else ""
+        raise InputError(f"model has no linear layer{wanted} whose gradient could be read{reason}")
+    return readable
+
+
+def unreadable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, str]:
+    """List the layers that hold a weight whose gradient cannot be read.
+
+    Args:
+        model: Any model.
+        names: Only layers whose name is, or ends with, one of these; default all.
+
+    Returns:
+        Reasons by name of the layer.
+    """
+    layers = {name: layer for name, layer in uncompiled_modules(model).items() if _is_named(name, names)}
+    return {name: reason for name, layer in layers.items() if (reason := _why_unreadable(layer))}
+
+
+def why_unread(layer: nn.Module) -> str:
+    """Say why the gradient of a layer has not been read.
+
+    Args:
+        layer: The layer, or PEFT's wrapper around it.
+
+    Returns:
+        Part of a sentence.
+    """
+    return _why_unreadable(_base(layer)) or "the model does not call it with gradients on these batches"
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    unwrap = getattr(layer, "get_base_layer", None)
+    return unwrap() if unwrap is not None else layer
+
+
+def _is_named(name: str, names: Sequence[str] | None) -> bool:
+    return names is None or any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+
+
+def _why_unreadable(layer: nn.Module) -> str | None:
+    if isinstance(layer, _NEVER_CALLED):
+        return "its weight is used without calling the layer"
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return None
+    if layer.transposed:
+        return "transposed convolution"
+    if layer.groups != 1:
+        return "convolution with groups (block-diagonal, not a matrix product)"
+    if layer.padding_mode != "zeros":
+        return f"convolution with padding_mode {layer.padding_mode!r}"
+    return None
 
 
 def _shape(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, Conv1D):
         return layer.weight.shape[1], layer.weight.shape[0]
-    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1 and not layer.transposed:
-        return layer.out_channels, layer.weight[0].numel()
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return None if _why_unreadable(layer) else (layer.out_channels, layer.weight[0].numel())
     sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     has_weight = isinstance(getattr(layer, "weight", None), Tensor)  # quantized layers keep theirs packed
     return sizes if has_weight and isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # pyright: ignore[reportReturnType]
@@ -157,9 +205,11 @@ def _rows(channels: Tensor) -> Tensor:
     return channels.movedim(1, -1).reshape(-1, channels.shape[1])
 
 
+def _padded(x: Tensor, layer: Any) -> Tensor:
+    # "same" may pad the two sides differently, which no number says
+    return F.pad(x, layer._reversed_padding_repeated_twice) if isinstance(layer.padding, str) else x
+
+
 def _geometry(layer: Any) -> dict[str, Any]:
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise InputError(
-            f"convolutions with padding {layer.padding!r} in mode {layer.padding_mode} cannot be probed"
-        )
-    return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    padding = 0 if isinstance(layer.padding, str) else layer.padding
+    return {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}

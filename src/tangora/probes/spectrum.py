@@ -5,7 +5,7 @@ $\Omega$ serves all batches, so that the products are those of the mean gradient
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from tangora.geometry.sketch import (
     svd_from_one_pass,
     svd_from_range,
 )
-from tangora.probes.batches import as_batches
+from tangora.probes.batches import as_batches, num_batches
 from tangora.probes.gradient import GradientProbe, Request
 from tangora.probes.layers import ProbedLayer, probed_layers
+from tangora.probes.ranks import collective
 
 Report = bool | Callable[[int, int | None], None]
 """Whether to draw a progress bar, or what hears of it: batches read, and their total where it is known."""
@@ -45,6 +46,7 @@ class GradientSpectrum:
     energy_error: float
 
 
+@collective
 def gradient_spectra(
     model: nn.Module,
     batches: Iterable[Any],
@@ -77,7 +79,8 @@ def gradient_spectra(
         progress: See `Report`.
 
     Returns:
-        By name of the layer, on the model's device, in float32 (float64 for a float64 model).
+        By name of the layer, on the model's device, in float32 (float64 for a float64 model); without layers that the
+        model does not call with gradients on these batches.
 
     Raises:
         InputError: If there are no batches, or a number is out of range.
@@ -98,10 +101,13 @@ def gradient_spectra(
     ):
         draw = _Gaussian(probe, seed)
         if one_pass:
-            return _one_pass(probe, batches, draw, wanted, tail_probes)
-        return _several_passes(probe, batches, draw, wanted, tail_probes, power_iterations)
+            spectra = _one_pass(probe, batches, draw, wanted, tail_probes)
+        else:
+            spectra = _several_passes(probe, batches, draw, wanted, tail_probes, power_iterations)
+        return {name: spectrum for name, spectrum in spectra.items() if name in probe.reached}
 
 
+@collective
 def gradient_norms(
     model: nn.Module,
     batches: Iterable[Any],
@@ -122,7 +128,7 @@ def gradient_norms(
         progress: See `Report`.
 
     Returns:
-        Frobenius norms by name of the layer.
+        Frobenius norms by name of the layer, without layers that the model does not call with gradients.
     """
     batches = as_batches(batches)
     layers = probed_layers(model) if layers is None else layers
@@ -135,7 +141,8 @@ def gradient_norms(
         for group in groups:
             readings = probe.read(batches, {layer.name: Request(dense=True) for layer in group})
             for name, reading in readings.items():
-                norms[name] = float(torch.linalg.matrix_norm(reading.dense))
+                if name in probe.reached:
+                    norms[name] = float(torch.linalg.matrix_norm(reading.dense))
     return norms
 
 
@@ -262,7 +269,8 @@ def reporting(progress: Report, batches: Iterable[Any], passes: int) -> Iterator
     Yields:
         What to call after each batch.
     """
-    total = passes * len(batches) if isinstance(batches, Sized) else None
+    count_of_all = num_batches(batches)
+    total = None if count_of_all is None else passes * count_of_all
     done = 0
 
     def count(_: int) -> None:

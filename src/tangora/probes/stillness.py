@@ -2,13 +2,15 @@
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextlib.contextmanager
@@ -16,7 +18,7 @@ def still(model: nn.Module) -> Iterator[None]:
     """Freeze all weights, switch dropout and caches off; restore everything afterwards.
 
     Layers that checkpoint their activations do so in training mode only, so they alone stay in it, with their own
-    dropout rates at zero.
+    dropout rates at zero. Compiled models run as plain ones, and reentrant checkpoints without reentry.
 
     Args:
         model: Any model.
@@ -25,6 +27,9 @@ def still(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with contextlib.ExitStack() as stack:
+        # a compiled graph would keep hooks, flags and numbers of the moment it was traced
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _set(stack, torch.utils.checkpoint, "CheckpointFunction", _WithoutReentry)
         for parameter in [p for p in model.parameters() if p.requires_grad]:
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
@@ -36,8 +41,6 @@ def still(model: nn.Module) -> Iterator[None]:
         for module in checkpointing:
             for name in [key for key, value in vars(module).items() if _is_dropout_rate(key, value)]:
                 _set(stack, module, name, 0.0)
-        if checkpointing:
-            _let_gradients_through(stack, model)
         if getattr(config := getattr(model, "config", None), "use_cache", False):  # would only take memory
             _set(stack, config, "use_cache", False)
         yield
@@ -92,6 +95,7 @@ def preserved_randomness(batches: Any = None) -> Iterator[None]:
 
 
 def _generators(batches: Any) -> set[torch.Generator]:
+    batches = getattr(batches, "batches", batches)  # `as_batches` checks that every pass is the same
     holders = batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
     held = (getattr(holder, "generator", None) for holder in holders)
     return {generator for generator in held if isinstance(generator, torch.Generator)}
@@ -113,14 +117,13 @@ def _is_dropout_rate(name: str, value: object) -> bool:
     return isinstance(value, float) and "drop" in name
 
 
-def _let_gradients_through(stack: contextlib.ExitStack, model: nn.Module) -> None:
-    # reentrant checkpointing gives gradients only where its inputs require them, and with frozen weights none do
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is None:
-        return
+class _WithoutReentry:
+    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``, which runs its function without a graph.
 
-    def require(_: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_leaf and output.is_floating_point():
-            output.requires_grad_(True)
+    With frozen weights a reentrant checkpoint has no gradient unless one of its inputs requires one, and it hides
+    tensors that stand in for the model's. The other implementation of torch has the same values and neither defect.
+    """
 
-    stack.callback(embeddings.register_forward_hook(require).remove)
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)

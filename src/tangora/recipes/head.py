@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_number
+from tangora.adapters import unwrapped
 from tangora.recipes.regroup import regroup
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
@@ -68,9 +69,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         Trainable parameters in PEFT's ``modules_to_save``; without PEFT those of `head_names`.
     """
-    model = (
-        model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
-    )
+    model = unwrapped(model)
     kept = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     heads = kept or [model.get_submodule(name) for name in head_names(model)]
     return [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
