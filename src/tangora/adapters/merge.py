@@ -155,7 +155,7 @@ def _ties_settled(base: nn.Module) -> Iterator[None]:
     A saved file leaves out weights that share the memory of another; loading ties what is missing to the source that
     the model's class names, and leaves alone what the file holds with values of its own.
     """
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if not isinstance(base, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
         yield
         return

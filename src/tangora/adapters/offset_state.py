@@ -30,7 +30,7 @@ def factors_of(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int
         yield container, getattr(layer, container)[adapter], frozen, dim
 
 
-def weight_of(live: Any) -> Tensor:
+def weight_of(live: Any) -> Any:
     """Return the parameter of a factor.
 
     Args:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -36,7 +36,7 @@ def on_first_rank(write: Callable[[], T], path: Path, owner: str) -> T:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return write()
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
     key = f"tangora/{owner}/{path}"
     _calls[key] += 1
     key = f"{key}/{_calls[key]}"

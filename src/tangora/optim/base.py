@@ -36,7 +36,7 @@ class PairOptimizer(Optimizer, ABC):
     (`_check_group`).
     """
 
-    param_groups: list[PairGroup]  # pyright: ignore[reportIncompatibleVariableOverride]
+    param_groups: list[PairGroup]  # pyright: ignore
 
     def __init__(
         self,
@@ -127,9 +127,10 @@ class PairOptimizer(Optimizer, ABC):
         self._check_loadable(state_dict)
         groups = self.param_groups
         super().load_state_dict(state_dict)
-        self.param_groups = [
+        loaded: Any = [
             old.with_options(self.defaults | new) for old, new in zip(groups, self.param_groups, strict=True)
         ]
+        self.param_groups = loaded
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for (_, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
                 for key, value in state_dict["state"].get(index, {}).items():
@@ -146,7 +147,8 @@ class PairOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_watch", Watch())
+        if not hasattr(self, "_watch"):
+            self._watch = Watch()
 
     @abstractmethod
     def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
@@ -225,7 +227,7 @@ class PairOptimizer(Optimizer, ABC):
 
     @staticmethod
     def _check_common(group: Mapping[str, Any]) -> None:
-        lr = group["lr"]
+        lr: Any = group["lr"]
         lr = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
         check_number("lr", lr, low=0)
         check_number("weight_decay", group["weight_decay"], low=0)

@@ -143,7 +143,7 @@ def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> P
     _check_whole(pairs, owner)
     rest = [rest] if isinstance(rest, Tensor) else list(rest)
     known = [item[0] for item in rest if isinstance(item, tuple)]
-    tensors = [item[1] if isinstance(item, tuple) else item for item in rest]
+    tensors: list[Any] = [item[1] if isinstance(item, tuple) else item for item in rest]
     if other := [type(item).__name__ for item in tensors if not isinstance(item, Tensor)]:
         raise InputError(f"params of a group must be parameters or (name, parameter); got {other[0]}")
     names = known if len(known) == len(rest) else list(given.get("names", ()))

@@ -61,7 +61,10 @@ class PairStack:
             "A": [pair.A for pair in pairs],
             "B": [pair.B for pair in pairs],
         }
-        self._states = {factor: [state(p) for p in self._parameters[factor]] for factor in self._parameters}
+        self._states: dict[Factor, list[dict[str, Any]]] = {
+            factor: [state(parameter) for parameter in parameters]
+            for factor, parameters in self._parameters.items()
+        }
         self._buffers: dict[tuple[Factor, str], _Buffer] = {}
 
     def create(self, shapes: StateShapes) -> None:

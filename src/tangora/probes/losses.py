@@ -257,6 +257,8 @@ def _halves(model: nn.Module, batch: Mapping[str, Any]) -> list[_Trial]:
         return []
     trials: list[_Trial] = [(row, others)]
     if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        if not (labels.is_cpu or _takes_loss_from_transformers(model)):
+            return trials  # a loss that knows no such label would end the process on a GPU
         masked = row["labels"].clone()
         masked[0, : masked.shape[1] // 2] = _ignored(model)
         trials.append(({**row, "labels": masked}, others))
