@@ -115,13 +115,13 @@ def test_a_reference_trains_nothing_by_itself():
 def test_which_offset_a_config_belongs_to_must_be_known(case):
     model = started(case)
     config = copy.copy(model.peft_config["default"])
-    model.add_adapter("twin", config)  # one adapter has an offset: it can only be this one
-    model.set_adapter("twin")
+    model.add_adapter("copy", config)  # one adapter has an offset: it can only be this one
+    model.set_adapter("copy")
     assert_same(output(model), output(made(CASES[case][0])))
-    with pytest.raises(InputError, match=r"'third'.*2 adapters"):
+    with pytest.raises(InputError, match="'third'.*2 adapters"):
         model.add_adapter("third", copy.copy(config))
     assert "third" not in model.peft_config
-    detach_offset(model, "twin")
+    detach_offset(model, "copy")
     detach_offset(model, "default")
     assert type(model.base_model) is LoraModel
 
@@ -165,7 +165,7 @@ def test_hotswapping_into_an_offset_is_refused(case, tmp_path):
     assert torch.equal(output(model), before)
 
 
-@pytest.mark.parametrize("case", ["linear", "gpt2"])  # PEFT itself cannot swap DoRA's magnitudes
+@pytest.mark.parametrize("case", ["linear", "dora", "gpt2"])
 def test_exports_can_be_swapped_among_each_other(case, tmp_path):
     wanted = {}
     for seed in (0, 1):
@@ -228,7 +228,7 @@ def test_the_delta_of_a_layer_is_that_of_both_pairs(name):
 def test_a_checkpoint_needs_its_start_to_be_repeated(case, tmp_path):
     model = trained(started(case))
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"tangora\.initialize"):
+    with pytest.raises(RuntimeError, match="tangora.initialize"):
         plain(case).load_adapter(str(tmp_path), "default")
     again = started(case)
     again.load_adapter(str(tmp_path), "default")
