@@ -824,6 +824,18 @@ def test_merged_adapters_are_refused():
 
 
 @pytest.mark.messages
+def test_a_config_with_an_offset_makes_no_other_adapter(tmp_path):
+    model = start(plain())
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    with pytest.raises(InputError, match="'second' was made from the config of an adapter with an offset"):
+        save_adapter(model, tmp_path / "adapter")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        loaded(tmp_path / "second")
+
+
+@pytest.mark.messages
 def test_peft_cannot_combine_or_renew_an_adapter_past_its_offset():
     model = start(plain())
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

@@ -3,14 +3,11 @@
 from tangora.adapters.discover import Discovery, active_adapter, discover, find_pairs
 from tangora.adapters.export import SavedAdapter, initial_factors, load_adapter, save_adapter
 from tangora.adapters.merge import merged_model, save_merged
-from tangora.adapters.mismatch import explain_size_mismatch
 from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.switch import adapters_off, check_unmerged
 from tangora.adapters.weight import base_weight, magnitude_scale, module_weight, refresh_magnitude
 from tangora.adapters.wrapped import check_not_sharded, uncompiled_modules, unwrapped
-
-explain_size_mismatch()
 
 __all__ = [
     "Discovery",

@@ -20,9 +20,10 @@ class OffsetConfig(LoraConfig):
     """
 
     def __post_init__(self) -> None:
-        # dataclasses.replace gets here
+        # dataclasses.replace gets here, with which PEFT derives the config of a combination of adapters
         raise InputError(
-            "the config of an adapter with an offset cannot be changed: give other adapters their own"
+            "an adapter with an offset cannot be combined with others: save_adapter it, load_adapter on the base, "
+            "combine that"
         )
 
     def to_dict(self) -> dict[str, Any]:

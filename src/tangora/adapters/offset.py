@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraModel
 from torch import Tensor
 
 from tangora._checks import InputError
 from tangora.adapters.config import OffsetConfig
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
-from tangora.adapters.offset_tuner import OffsetLoraModel
 from tangora.adapters.pair import LoraPair, as_matrix
 
 # starts for which PEFT overwrites the base weights
@@ -45,6 +43,8 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     output, and without the adapter the model is the base. Whoever saves the model (PEFT, a Trainer's checkpoints,
     `save_adapter`) writes one plain adapter of rank $2r$ that fits the original base; loading it back into this model
     restores both pairs.
+
+    Under DistributedDataParallel pass ``broadcast_buffers=False``: the frozen pairs are buffers and never change.
 
     Args:
         model: PEFT model.
@@ -79,7 +79,6 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     config = copy.copy(model.peft_config[adapter_name])
     config.__class__ = OffsetConfig
     model.peft_config[adapter_name] = config
-    model.base_model.__class__ = OffsetLoraModel
 
 
 def detach_offset(model: PeftModel, adapter_name: str) -> None:
@@ -99,8 +98,6 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
         drop_offset(pair.layer, adapter_name)
     if isinstance(model.peft_config[adapter_name], OffsetConfig):
         model.peft_config[adapter_name].__class__ = LoraConfig
-    if not any(isinstance(config, OffsetConfig) for config in model.peft_config.values()):
-        model.base_model.__class__ = LoraModel
 
 
 def has_offset(model: PeftModel, adapter_name: str) -> bool:

@@ -6,7 +6,7 @@ are exact and need nothing but PEFT.
 """
 
 import copy
-import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters.offset_output import difference, frozen_part, is_embedding
-from tangora.adapters.offset_state import factors_of, join_state, split_state, weight_of
 
 # PEFT's layers that ask `lora_variant` in the forward pass, in merging and in unmerging
 _CARRIERS = {
@@ -234,15 +233,12 @@ def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
         # so that PEFT deletes and moves the offset with the adapter
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_offset")
         # functions of this module, so that copies and pickles of the model keep them
-        layer.register_state_dict_post_hook(join_state)
-        layer.register_load_state_dict_pre_hook(split_state)
+        layer.register_state_dict_post_hook(_join_state)
+        layer.register_load_state_dict_pre_hook(_split_state)
         if type(layer).__name__ in _DEAF_TO_VARIANTS_IN_MIXED_BATCHES:
             layer.register_forward_hook(_subtract_in_mixed_batch, with_kwargs=True)
     layer.lora_offset[adapter] = Offset(A0, B0)
     layer.lora_variant[adapter] = OffsetVariant(inner_variant(layer.lora_variant.get(adapter)))
-    layer.get_delta_weight = functools.partial(
-        _whole_delta, layer
-    )  # a partial: copies of the model get their own
 
 
 def drop_offset(layer: Any, adapter: str) -> None:
@@ -253,8 +249,6 @@ def drop_offset(layer: Any, adapter: str) -> None:
         adapter: The adapter.
     """
     del layer.lora_offset[adapter]
-    if not layer.lora_offset:
-        del layer.get_delta_weight
     variant = layer.lora_variant.pop(adapter)
     if variant.inner is not None:
         layer.lora_variant[adapter] = variant.inner
@@ -272,9 +266,8 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
     """
     whole = copy.copy(layer)
     whole.__dict__["_modules"] = dict(layer._modules)
-    whole.__dict__.pop("get_delta_weight", None)  # of PEFT's class, which now sees one pair
-    for container, live, frozen, dim in factors_of(layer, adapter):
-        weight = weight_of(live)
+    for container, live, frozen, dim in _factors(layer, adapter):
+        weight = _weight(live)
         frozen = frozen.to(weight)  # noqa: PLW2901
         # [B - B0, B0] [A; A - A0]: unlike [B, -B0] [A; A0] it is exactly zero at the start, and later as exact as the
         # change is small
@@ -283,6 +276,18 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
             whole, container, adapter, joined if isinstance(live, Tensor) else _with_weight(live, joined)
         )
     return whole
+
+
+def _factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
+    # container in the layer, what it holds for the adapter, its frozen counterpart, and the dimension of the rank
+    offset, kind = layer.lora_offset[adapter], "embedding_" if is_embedding(layer, adapter) else ""
+    for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
+        container = f"lora_{kind}{letter}"
+        yield container, getattr(layer, container)[adapter], frozen, dim
+
+
+def _weight(live: Any) -> Tensor:
+    return live if isinstance(live, Tensor) else live.weight
 
 
 def _replace(whole: Any, container: str, adapter: str, value: Any) -> None:
@@ -295,13 +300,6 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     # where Accelerate spreads a model over devices, this is bound to the original module and its weight
     twin.__dict__.pop("forward", None)
     return twin
-
-
-def _whole_delta(layer: Any, adapter: str) -> Tensor:
-    """Return s (B A - B0 A0), where PEFT's method knows the trained pair alone."""
-    if get_offset(layer, adapter) is None:
-        return type(layer).get_delta_weight(layer, adapter)
-    return with_both_pairs(layer, adapter).get_delta_weight(adapter)
 
 
 def _delta(whole: Any, adapter: str) -> Tensor:
@@ -327,3 +325,33 @@ def _subtract_in_mixed_batch(
             part = layer.scaling[adapter] * frozen_part(layer, adapter, x)
             output[rows] = (output[rows] - part).to(output.dtype)
     return output
+
+
+def _entries(layer: Any, adapter: str, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
+    for container, live, frozen, dim in _factors(layer, adapter):
+        yield f"{prefix}{container}.{adapter}" + ("" if isinstance(live, Tensor) else ".weight"), frozen, dim
+
+
+def _join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    # [A; A0] and [B, -B0]: every bit of all four factors can be read back
+    for adapter in layer.lora_offset:
+        for key, frozen, dim in _entries(layer, adapter, prefix):
+            if key in state:
+                state[key] = torch.cat([state[key], (-frozen if dim else frozen).to(state[key])], dim)
+
+
+@torch.no_grad()
+def _split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for adapter in layer.lora_offset:
+        for key, frozen, dim in _entries(layer, adapter, prefix):
+            if key not in state:
+                continue
+            rank, given = frozen.shape[dim], state[key]
+            if given.shape != torch.cat([frozen, frozen], dim).shape:
+                raise InputError(
+                    f"{key} must have rank {2 * rank}, as the state of a layer with an offset has; "
+                    f"got shape {tuple(given.shape)}: detach_offset before loading another adapter"
+                )
+            trained, start = given.split(rank, dim)
+            state[key] = trained.clone()
+            frozen.copy_(-start if dim else start)
