@@ -5,13 +5,16 @@ inexact in low precision, impossible in 4 bit, and leaves a base that saved adap
 carries the subtracted pair beside its own.
 """
 
-import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters.config import OffsetConfig
@@ -44,7 +47,9 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     `save_adapter`) writes one plain adapter of rank $2r$ that fits the original base; loading it back into this model
     restores both pairs.
 
-    Under DistributedDataParallel pass ``broadcast_buffers=False``: the frozen pairs are buffers and never change.
+    An adapter that is added with this one's config (``model.add_adapter("ref", model.peft_config["default"])``, as TRL
+    does for its reference model) gets the same offset and starts at it. PEFT's tools that read or write the factors
+    alone (combining, hotswapping, conversion) are refused.
 
     Args:
         model: PEFT model.
@@ -75,10 +80,8 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     for pair in pairs:
         B0, A0 = factors.get(pair.name, (None, None))
         put_offset(pair.layer, adapter_name, _like(A0, pair.A), _like(B0, pair.B))
-    # a copy, since other adapters may have been made from the same config
-    config = copy.copy(model.peft_config[adapter_name])
-    config.__class__ = OffsetConfig
-    model.peft_config[adapter_name] = config
+    # copies, since other adapters may have been made from the same config
+    model.peft_config[adapter_name] = OffsetConfig.of(model.peft_config[adapter_name], adapter_name)
 
 
 def detach_offset(model: PeftModel, adapter_name: str) -> None:
@@ -96,8 +99,9 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
         _check_unmerged(pair)
     for pair in found:
         drop_offset(pair.layer, adapter_name)
-    if isinstance(model.peft_config[adapter_name], OffsetConfig):
-        model.peft_config[adapter_name].__class__ = LoraConfig
+    config = model.peft_config[adapter_name]
+    if isinstance(config, OffsetConfig):
+        model.peft_config[adapter_name] = config.without_offset()
 
 
 def has_offset(model: PeftModel, adapter_name: str) -> bool:
@@ -124,6 +128,46 @@ def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
     """
     offset = get_offset(pair.layer, pair.adapter)
     return None if offset is None else (as_matrix(offset.B0), as_matrix(offset.A0))
+
+
+def explain_rank_mismatch(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Check that adapter files have the rank that the state of the model's adapters has, before PEFT loads them.
+
+    The state of an adapter with an offset has twice the adapter's rank. PEFT says of another rank only that sizes
+    differ.
+
+    Args:
+        model: Model whose adapters are about to be loaded; nothing happens unless it is a PEFT model.
+        folder: Checkpoint: the files of "default" or of the active adapter, and a folder for each other adapter.
+
+    Raises:
+        InputError: If a layer's rank differs.
+    """
+    for adapter, file in _adapter_files(model, Path(folder)):
+        with safe_open(file, "pt") as tensors:
+            ranks = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if ".lora_" in key}  # noqa: SIM118
+        for pair in discover(model, adapter).pairs:
+            kind = "embedding_A" if adapter in pair.layer.lora_embedding_A else "A.weight"  # pyright: ignore[reportOperatorIssue]
+            found = ranks.get(f"{pair.name}.lora_{kind}")
+            has = pair.A.shape[0] * (1 if get_offset(pair.layer, adapter) is None else 2)
+            if found not in (None, has) and pair.A.numel():
+                raise InputError(
+                    f"{file} has rank {found} in {pair.name}, and the state of adapter {adapter!r} has rank {has}: "
+                    "initialize the model as before that training (a start with an offset doubles the rank of the "
+                    "state), or train on what tangora.load_adapter(base, path, is_trainable=True) gives"
+                )
+
+
+def _adapter_files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path]]:
+    # as PEFT writes them and transformers' Trainer reads them
+    if not isinstance(model, PeftModel):
+        return
+    alone = not any(folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}"))
+    for adapter in model.peft_config:
+        at_top = adapter in model.active_adapters if alone else adapter == "default"
+        file = (folder if at_top else folder / adapter) / SAFETENSORS_WEIGHTS_NAME
+        if file.is_file():
+            yield adapter, file
 
 
 def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
