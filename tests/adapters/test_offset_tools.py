@@ -6,6 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.intruders import reduce_intruder_dimension
@@ -17,7 +18,7 @@ from peft.utils.hotswap import (
 )
 
 from tangora import InputError, find_pairs, load_adapter, save_adapter
-from tangora.adapters import attach_offset, detach_offset, explain_rank_mismatch, has_offset
+from tangora.adapters import attach_offset, detach_offset, has_offset
 from tests.adapters.models import Holder, adapted, inputs_of
 from tests.adapters.test_offset import IDS, MODELS, QUANTIZED, base_of, plain, run, start, train
 from tests.tolerances import assert_close
@@ -364,25 +365,45 @@ def test_every_kind_of_layer_gives_its_copy_the_offset(name):
 
 @pytest.mark.messages
 @pytest.mark.parametrize("name", ["linear", "gpt2", "embedding", "dora", "rslora", "vit", "patterns-rslora"])
-def test_checkpoints_of_another_rank_are_explained(name, tmp_path):
+def test_files_of_another_rank_are_explained(name, tmp_path):
     train(started(name)).save_pretrained(tmp_path / "offset")
     train(plain(name)).save_pretrained(tmp_path / "plain")
     for make, right, wrong in ((started, "offset", "plain"), (plain, "plain", "offset")):
-        explain_rank_mismatch(make(name), tmp_path / right)
+        model = make(name)
+        before = factors(model)
         with pytest.raises(InputError, match="load_adapter"):
-            explain_rank_mismatch(make(name), tmp_path / wrong)
+            model.load_adapter(str(tmp_path / wrong), "default")
+        assert same(factors(model), before)
+        model.load_adapter(str(tmp_path / right), adapter_name="default")
+        assert not same(factors(model), before)
 
 
 @pytest.mark.messages
 def test_checkpoints_of_several_adapters_are_explained(tmp_path):
-    model = copied_like_trl(started())
-    model.save_pretrained(tmp_path)
-    explain_rank_mismatch(copied_like_trl(started()), tmp_path)
-    explain_rank_mismatch(base_of(), tmp_path)
-    other = started()
-    other.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    copied_like_trl(started()).save_pretrained(tmp_path)
+    model = started()
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(InputError, match="'ref'"):
-        explain_rank_mismatch(other, tmp_path)
+        model.load_adapter(str(tmp_path / "ref"), "ref")
+    with pytest.raises(InputError, match="'ref'"):
+        model.load_adapter(str(tmp_path), "ref", subfolder="ref")
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("make", [plain, started])
+def test_a_trainer_does_not_resume_from_another_start(make, tmp_path):
+    first = (started if make is plain else plain)()
+    trainer_of(first, tmp_path).train()
+    with pytest.raises(InputError, match="load_adapter"):
+        trainer_of(make(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def trainer_of(model, folder):
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    return transformers.Trainer(model, arguments, train_dataset=data)
 
 
 @pytest.mark.messages

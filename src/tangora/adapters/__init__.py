@@ -3,14 +3,7 @@
 from tangora.adapters.discover import Discovery, active_adapter, discover, find_pairs
 from tangora.adapters.export import SavedAdapter, initial_factors, load_adapter, save_adapter
 from tangora.adapters.merge import merged_model, save_merged
-from tangora.adapters.offset import (
-    attach_offset,
-    detach_offset,
-    explain_rank_mismatch,
-    has_offset,
-    mutates_base,
-    offset_factors,
-)
+from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.peft_tools import respect_offsets
 from tangora.adapters.switch import adapters_off, check_unmerged
@@ -27,7 +20,6 @@ __all__ = [
     "check_unmerged",
     "detach_offset",
     "discover",
-    "explain_rank_mismatch",
     "find_pairs",
     "has_offset",
     "initial_factors",

@@ -5,16 +5,12 @@ inexact in low precision, impossible in 4 bit, and leaves a base that saved adap
 carries the subtracted pair beside its own.
 """
 
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tangora._checks import InputError
 from tangora.adapters.config import OffsetConfig
@@ -128,46 +124,6 @@ def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
     """
     offset = get_offset(pair.layer, pair.adapter)
     return None if offset is None else (as_matrix(offset.B0), as_matrix(offset.A0))
-
-
-def explain_rank_mismatch(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Check that adapter files have the rank that the state of the model's adapters has, before PEFT loads them.
-
-    The state of an adapter with an offset has twice the adapter's rank. PEFT says of another rank only that sizes
-    differ.
-
-    Args:
-        model: Model whose adapters are about to be loaded; nothing happens unless it is a PEFT model.
-        folder: Checkpoint: the files of "default" or of the active adapter, and a folder for each other adapter.
-
-    Raises:
-        InputError: If a layer's rank differs.
-    """
-    for adapter, file in _adapter_files(model, Path(folder)):
-        with safe_open(file, "pt") as tensors:
-            ranks = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if ".lora_" in key}  # noqa: SIM118
-        for pair in discover(model, adapter).pairs:
-            kind = "embedding_A" if adapter in pair.layer.lora_embedding_A else "A.weight"  # pyright: ignore[reportOperatorIssue]
-            found = ranks.get(f"{pair.name}.lora_{kind}")
-            has = pair.A.shape[0] * (1 if get_offset(pair.layer, adapter) is None else 2)
-            if found not in (None, has) and pair.A.numel():
-                raise InputError(
-                    f"{file} has rank {found} in {pair.name}, and the state of adapter {adapter!r} has rank {has}: "
-                    "initialize the model as before that training (a start with an offset doubles the rank of the "
-                    "state), or train on what tangora.load_adapter(base, path, is_trainable=True) gives"
-                )
-
-
-def _adapter_files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path]]:
-    # as PEFT writes them and transformers' Trainer reads them
-    if not isinstance(model, PeftModel):
-        return
-    alone = not any(folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}"))
-    for adapter in model.peft_config:
-        at_top = adapter in model.active_adapters if alone else adapter == "default"
-        file = (folder if at_top else folder / adapter) / SAFETENSORS_WEIGHTS_NAME
-        if file.is_file():
-            yield adapter, file
 
 
 def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:

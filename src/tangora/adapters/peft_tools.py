@@ -7,10 +7,13 @@ one place in PEFT that each tool has to pass, looked up at call time: importing 
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from peft.tuners.lora import LoraModel
-from peft.utils import hotswap, loftq_utils
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, loftq_utils
+from safetensors import safe_open
 from torch import nn
 
 from tangora._checks import InputError
@@ -21,6 +24,7 @@ from tangora.adapters.offset_layer import copy_offset, get_offset, refusal
 def respect_offsets() -> None:
     """Let PEFT's tools ask for offsets, from now on in this process; without an offset they do what they did."""
     LoraModel.inject_adapter = _inject_with_offset(LoraModel.inject_adapter)
+    _ask_first(PeftModel, "load_adapter", _check_rank)
     _ask_first(LoraModel, "add_weighted_adapter", _check_combined)
     _ask_first(hotswap, "_convert_scalings_to_tensor", _check_padded)
     _ask_first(loftq_utils, "_SafetensorLoader", _check_replaced)
@@ -57,6 +61,24 @@ def _check_padded(model: nn.Module, *_: Any, **__: Any) -> None:
 def _check_replaced(model: nn.Module, *_: Any, **__: Any) -> None:
     for adapter in _with_offset(model):
         raise refusal(adapter, "cannot get LoftQ's factors")
+
+
+def _check_rank(model: PeftModel, model_id: Any, adapter_name: str, *_: Any, **options: Any) -> None:
+    # the other way round, a layer with an offset refuses the state by itself
+    file = Path(model_id) / (options.get("subfolder") or "") / SAFETENSORS_WEIGHTS_NAME
+    if adapter_name not in model.peft_config or options.get("ignore_mismatched_sizes") or not file.is_file():
+        return
+    with safe_open(file, "pt") as tensors:
+        ranks = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if ".lora_" in key}  # noqa: SIM118
+    for name, layer in model.named_modules():
+        rank = getattr(layer, "r", {}).get(adapter_name) if isinstance(layer, LoraLayer) else None
+        found = ranks.get(f"{name}.lora_A.weight", ranks.get(f"{name}.lora_embedding_A"))
+        if rank and found == 2 * rank and get_offset(layer, adapter_name) is None:
+            raise InputError(
+                f"{file} has rank {found} in {name}, twice that of adapter {adapter_name!r}, as the files of adapters "
+                "with an offset have: call tangora.initialize in the same way as before that training, or go on with "
+                "tangora.load_adapter(base, path, is_trainable=True)"
+            )
 
 
 def _getter_for_hotswap(key: str) -> Callable[[nn.Module], Any]:
