@@ -44,7 +44,7 @@ def started(name="linear"):
 
 
 def with_second(name="linear", **changes):
-    """An adapter with an offset, and a plain one."""
+    """Give the model a plain adapter besides one with an offset."""
     model = train(started(name))
     options = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **MODELS[name][1], **changes}
     options.pop("modules_to_save", None)
@@ -53,7 +53,7 @@ def with_second(name="linear", **changes):
 
 
 def copied_like_trl(model, reference="ref"):
-    """What TRL does for the reference model of DPO, GRPO and KTO, line by line."""
+    """Do what TRL does for the reference model of DPO, GRPO and KTO, line by line."""
     model.add_adapter(reference, model.peft_config["default"])
     for name, param in model.named_parameters():
         if ".default." in name:
@@ -118,6 +118,26 @@ def test_an_added_adapter_starts_at_the_same_base(name):
     assert has_offset(model, "again")
     offsets = [m.lora_offset for m in model.modules() if hasattr(m, "lora_offset")]
     assert all(o["again"].A0.data_ptr() != o["default"].A0.data_ptr() for o in offsets)
+
+
+def test_each_copy_has_the_offset_of_the_adapter_it_was_made_from():
+    model = started()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    start(model, "other", seed=7)
+    for source in ("default", "other"):
+        model.add_adapter(f"like-{source}", model.peft_config[source])
+        for layer in (pair.layer for pair in find_pairs(model, source)):
+            copied, first = layer.lora_offset[f"like-{source}"], layer.lora_offset[source]
+            assert torch.equal(copied.A0, first.A0)
+            assert torch.equal(copied.B0, first.B0)
+
+
+@pytest.mark.messages
+def test_arrow_does_not_route_to_an_offset():
+    model = started()
+    with pytest.raises(InputError, match="'default' carries an offset and cannot be routed to"):
+        model.add_adapter("router", LoraConfig(arrow_config=peft.ArrowConfig()))
+    assert set(model.peft_config) == {"default"}
 
 
 def test_an_added_adapter_of_dora_starts_at_the_base():
@@ -237,8 +257,8 @@ def test_plain_adapters_beside_an_offset_are_combined(kind):
 
 
 @pytest.mark.messages
-@pytest.mark.parametrize("name", ["linear", "gpt2", "embedding", "dora", "nf4", "vit"])
-def test_nothing_is_swapped_into_an_offset(name, tmp_path):
+@pytest.mark.parametrize("name", ["linear", "gpt2", "dora", "nf4", "patterns-rslora"])
+def test_no_files_are_swapped_into_an_offset(name, tmp_path):
     model = train(started(name))
     save_adapter(model, tmp_path / "own")
     train(plain(name)).save_pretrained(tmp_path / "plain")
@@ -247,9 +267,19 @@ def test_nothing_is_swapped_into_an_offset(name, tmp_path):
     for folder in ("own", "plain"):
         with pytest.raises(InputError, match="'default' carries an offset and cannot be swapped"):
             hotswap_adapter(model, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
-        assert same(factors(model), before)
     with pytest.raises(InputError, match="'default' carries an offset and cannot be prepared"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert same(factors(model), before)
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("name", ["embedding", "vit", "dora-embedding"])
+def test_no_state_is_swapped_into_an_offset(name):
+    model, other = train(started(name)), train(plain(name))
+    before = factors(model)
+    state = {key: value for key, value in other.state_dict().items() if ".lora_" in key}
+    with pytest.raises(InputError, match="'default' carries an offset and cannot be swapped"):
+        hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
     assert same(factors(model), before)
 
 

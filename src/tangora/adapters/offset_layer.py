@@ -264,8 +264,8 @@ def refusal(adapter: str, reason: str) -> InputError:
         The error.
     """
     return InputError(
-        f"adapter {adapter!r} carries an offset and {reason}: write it with save_adapter, and use what "
-        "load_adapter(base, path, is_trainable=True) gives"
+        f"adapter {adapter!r} carries an offset and {reason}: write it with tangora.save_adapter, load it on the base "
+        "with tangora.load_adapter(base, path, is_trainable=True), and use that model"
     )
 
 

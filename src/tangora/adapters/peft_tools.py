@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, hotswap, loftq_utils
 from safetensors import safe_open
 from torch import nn
 
 from tangora._checks import InputError
 from tangora.adapters.config import OffsetConfig
+from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import copy_offset, get_offset, refusal
 
 
@@ -70,25 +71,25 @@ def _check_rank(model: PeftModel, model_id: Any, adapter_name: str, *_: Any, **o
         return
     with safe_open(file, "pt") as tensors:
         ranks = {key: tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if ".lora_" in key}  # noqa: SIM118
-    for name, layer in model.named_modules():
-        rank = getattr(layer, "r", {}).get(adapter_name) if isinstance(layer, LoraLayer) else None
-        found = ranks.get(f"{name}.lora_A.weight", ranks.get(f"{name}.lora_embedding_A"))
-        if rank and found == 2 * rank and get_offset(layer, adapter_name) is None:
+    for pair in discover(model).pairs:
+        found = ranks.get(f"{pair.name}.lora_A.weight", ranks.get(f"{pair.name}.lora_embedding_A"))
+        carried = get_offset(pair.layer, adapter_name)
+        if pair.adapter == adapter_name and carried is None and found == 2 * pair.A.shape[0] > 0:
             raise InputError(
-                f"{file} has rank {found} in {name}, twice that of adapter {adapter_name!r}, as the files of adapters "
-                "with an offset have: call tangora.initialize in the same way as before that training, or go on with "
-                "tangora.load_adapter(base, path, is_trainable=True)"
+                f"{file} has rank {found} in {pair.name}, twice that of adapter {adapter_name!r}, as the files of "
+                "adapters with an offset have: call tangora.initialize in the same way as before that training, or go "
+                "on with tangora.load_adapter(base, path, is_trainable=True)"
             )
 
 
 def _getter_for_hotswap(key: str) -> Callable[[nn.Module], Any]:
     # hotswap looks up every factor in this way before it writes the first one
-    path, _, factor = key.rpartition(".lora_")
+    path, found, factor = key.rpartition(".lora_")
     adapter = f"{factor}..".split(".")[1]
 
     def get(model: nn.Module) -> Any:
         value = operator.attrgetter(key)(model)
-        if get_offset(operator.attrgetter(path)(model), adapter):
+        if found and get_offset(operator.attrgetter(path)(model), adapter):
             raise refusal(adapter, "cannot be swapped for another in place")
         return value
 
