@@ -686,7 +686,7 @@ def test_states_of_another_rank_are_refused(tmp_path):
         model.load_state_dict(plain().state_dict())
     assert torch.equal(run(model), expected)
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="has rank 4 in .*q_proj, twice that of adapter 'default'"):
+    with pytest.raises(InputError, match=r"has rank 4 in .*q_proj, twice that of adapter 'default'"):
         plain().load_adapter(str(tmp_path), "default")
 
 

@@ -113,5 +113,6 @@ def _inject_with_offset(inject: Callable[..., None]) -> Callable[..., None]:
             for module in model.modules():
                 if get_offset(module, config.offset_of):
                     copy_offset(module, config.offset_of, adapter_name)
+            tuner.peft_config[adapter_name] = OffsetConfig.of(config, adapter_name)
 
     return injecting
