@@ -5,6 +5,7 @@ from tangora.adapters.export import SavedAdapter, initial_factors, load_adapter,
 from tangora.adapters.merge import merged_model, save_merged
 from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
 from tangora.adapters.pair import LoraPair
+from tangora.adapters.peft_tools import respect_offsets
 from tangora.adapters.switch import adapters_off, check_unmerged
 from tangora.adapters.weight import base_weight, magnitude_scale, module_weight, refresh_magnitude
 from tangora.adapters.wrapped import check_not_sharded, uncompiled_modules, unwrapped
@@ -36,3 +37,5 @@ __all__ = [
     "save_merged",
     "unwrapped",
 ]
+
+respect_offsets()

@@ -1,5 +1,6 @@
 """What the config of a saved adapter says of ranks and scalings, when its files hold another rank than the model."""
 
+import copy
 import math
 import re
 from collections import Counter
@@ -16,14 +17,44 @@ _BASE = "base_model.model."
 class OffsetConfig(LoraConfig):
     """Config of an adapter with an offset: rank r in memory, and in files the rank 2r that its state has.
 
-    It is never constructed: a model's config becomes one by its ``__class__``.
+    Attributes:
+        offset_of: The adapter whose offset other adapters with this config get.
     """
 
+    offset_of: str  # no field of the dataclass, so it is in no file
+
+    @classmethod
+    def of(cls, config: Any, adapter: str) -> "OffsetConfig":
+        """Make the config of an adapter that has got an offset.
+
+        Args:
+            config: Its config without.
+            adapter: Its name.
+
+        Returns:
+            A copy.
+        """
+        made: Any = copy.copy(config)
+        # Other adapters with this config start at the offset, whatever this one started from; until then a product of
+        # zero lets PEFT take the magnitudes of the base.
+        made.__class__, made.offset_of, made.init_lora_weights = cls, adapter, True
+        return made
+
+    def without_offset(self) -> LoraConfig:
+        """Make the config of the adapter without its offset.
+
+        Returns:
+            A copy.
+        """
+        made: Any = copy.copy(self)
+        made.__class__ = LoraConfig
+        del made.offset_of
+        return made
+
     def __post_init__(self) -> None:
-        # dataclasses.replace gets here, with which PEFT derives the config of a combination of adapters
+        # dataclasses.replace gets here
         raise InputError(
-            "an adapter with an offset cannot be combined with others: save_adapter it, load_adapter on the base, "
-            "combine that"
+            "the config of an adapter with an offset describes no other adapter: take a LoraConfig of your own"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ inexact in low precision, impossible in 4 bit, and leaves a base that saved adap
 carries the subtracted pair beside its own.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +43,9 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     `save_adapter`) writes one plain adapter of rank $2r$ that fits the original base; loading it back into this model
     restores both pairs.
 
-    Under DistributedDataParallel pass ``broadcast_buffers=False``: the frozen pairs are buffers and never change.
+    An adapter that is added with this one's config (``model.add_adapter("ref", model.peft_config["default"])``, as TRL
+    does for its reference model) gets the same offset and starts at it. PEFT's tools that read or write the factors
+    alone (combining, hotswapping, conversion) are refused.
 
     Args:
         model: PEFT model.
@@ -75,10 +76,8 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     for pair in pairs:
         B0, A0 = factors.get(pair.name, (None, None))
         put_offset(pair.layer, adapter_name, _like(A0, pair.A), _like(B0, pair.B))
-    # a copy, since other adapters may have been made from the same config
-    config = copy.copy(model.peft_config[adapter_name])
-    config.__class__ = OffsetConfig
-    model.peft_config[adapter_name] = config
+    # copies, since other adapters may have been made from the same config
+    model.peft_config[adapter_name] = OffsetConfig.of(model.peft_config[adapter_name], adapter_name)
 
 
 def detach_offset(model: PeftModel, adapter_name: str) -> None:
@@ -96,8 +95,9 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
         _check_unmerged(pair)
     for pair in found:
         drop_offset(pair.layer, adapter_name)
-    if isinstance(model.peft_config[adapter_name], OffsetConfig):
-        model.peft_config[adapter_name].__class__ = LoraConfig
+    config = model.peft_config[adapter_name]
+    if isinstance(config, OffsetConfig):
+        model.peft_config[adapter_name] = config.without_offset()
 
 
 def has_offset(model: PeftModel, adapter_name: str) -> bool:

@@ -6,7 +6,7 @@ are exact and need nothing but PEFT.
 """
 
 import copy
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from tangora._checks import InputError
-from tangora.adapters.offset_output import difference, frozen_part, is_embedding
+from tangora.adapters.offset_output import difference, factors, frozen_part, is_embedding
+from tangora.adapters.offset_state import join_state, split_state
 
 # PEFT's layers that ask `lora_variant` in the forward pass, in merging and in unmerging
 _CARRIERS = {
@@ -30,6 +31,13 @@ _CARRIERS = {
 }
 # ... and those of them that do not ask it when one batch mixes adapters
 _DEAF_TO_VARIANTS_IN_MIXED_BATCHES = {"Embedding", "HqqLoraLinear"}
+
+# Methods by which PEFT's tools take an adapter for its trained pair alone, and what it thereby cannot be. The product
+# of both pairs would be no better: reduce_intruder_dimension would write it into an adapter with the same offset.
+_METHODS_WITHOUT_OFFSET = {
+    "get_delta_weight": "cannot be read by get_delta_weight",
+    "update_layer": "cannot be made anew by update_layer",
+}
 
 
 class Offset(nn.Module):
@@ -65,21 +73,6 @@ class OffsetVariant(LoraVariant):
             ``False``; `save_adapter` writes plain LoRA of any rank.
         """
         return False
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **_: Any) -> None:  # noqa: ARG004
-        """Refuse to make the adapter anew under its offset, as PEFT would.
-
-        Args:
-            module: The layer.
-            adapter_name: The adapter.
-
-        Raises:
-            InputError: Always.
-        """
-        raise InputError(
-            f"adapter {adapter_name!r} carries an offset, so PEFT must not initialize it again: detach_offset first"
-        )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
@@ -186,6 +179,8 @@ def why_no_carrier(layer: nn.Module, adapter: str) -> str | None:
         return f"it is adapted by PEFT's {kind}, whose forward pass has no place for it"
     if variant is not None and "Dora" not in type(variant).__name__:
         return f"it has another forward pass ({type(variant).__name__.removesuffix('LinearVariant')})"
+    if hasattr(layer, "lora_arrow"):
+        return "Arrow routes between the trained pairs alone"
     if getattr(base, "max_norm", None) is not None:
         return "max_norm of the embedding rescales the factor itself"
     if getattr(base, "_hf_tp_plan", None) is not None:
@@ -232,13 +227,46 @@ def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
         layer.lora_offset = nn.ModuleDict()
         # so that PEFT deletes and moves the offset with the adapter
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_offset")
-        # functions of this module, so that copies and pickles of the model keep them
-        layer.register_state_dict_post_hook(_join_state)
-        layer.register_load_state_dict_pre_hook(_split_state)
+        # functions of modules, so that copies and pickles of the model keep them
+        layer.register_state_dict_post_hook(join_state)
+        layer.register_load_state_dict_pre_hook(split_state)
+        for method in _METHODS_WITHOUT_OFFSET:
+            setattr(layer, method, partial(_call_unless_offset, layer, method))
         if type(layer).__name__ in _DEAF_TO_VARIANTS_IN_MIXED_BATCHES:
             layer.register_forward_hook(_subtract_in_mixed_batch, with_kwargs=True)
     layer.lora_offset[adapter] = Offset(A0, B0)
     layer.lora_variant[adapter] = OffsetVariant(inner_variant(layer.lora_variant.get(adapter)))
+
+
+def copy_offset(layer: Any, source: str, adapter: str) -> None:
+    """Let another adapter of a layer start as one with an offset did: with its frozen pair, and at it.
+
+    Args:
+        layer: Layer of PEFT with both adapters.
+        source: Adapter with an offset.
+        adapter: The other one.
+    """
+    offset = layer.lora_offset[source]
+    put_offset(layer, adapter, offset.A0.clone(), offset.B0.clone())
+    for _, live, frozen, _ in factors(layer, adapter):
+        if not _weight(live).is_meta:
+            _weight(live).data = frozen.clone()
+
+
+def refusal(adapter: str, reason: str) -> InputError:
+    """Make the error for what PEFT cannot do with an adapter that has an offset.
+
+    Args:
+        adapter: The adapter.
+        reason: What cannot be done with it, as a predicate.
+
+    Returns:
+        The error.
+    """
+    return InputError(
+        f"adapter {adapter!r} carries an offset and {reason}: write it with tangora.save_adapter, load it on the base "
+        "with tangora.load_adapter(base, path, is_trainable=True), and use that model"
+    )
 
 
 def drop_offset(layer: Any, adapter: str) -> None:
@@ -265,8 +293,10 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
         A shallow copy for one call of PEFT's methods: base layer, caches and lists of merged adapters are shared.
     """
     whole = copy.copy(layer)
+    for method in _METHODS_WITHOUT_OFFSET:
+        whole.__dict__.pop(method, None)
     whole.__dict__["_modules"] = dict(layer._modules)
-    for container, live, frozen, dim in _factors(layer, adapter):
+    for container, live, frozen, dim in factors(layer, adapter):
         weight = _weight(live)
         frozen = frozen.to(weight)  # noqa: PLW2901
         # [B - B0, B0] [A; A - A0]: unlike [B, -B0] [A; A0] it is exactly zero at the start, and later as exact as the
@@ -278,12 +308,11 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
     return whole
 
 
-def _factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
-    # container in the layer, what it holds for the adapter, its frozen counterpart, and the dimension of the rank
-    offset, kind = layer.lora_offset[adapter], "embedding_" if is_embedding(layer, adapter) else ""
-    for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
-        container = f"lora_{kind}{letter}"
-        yield container, getattr(layer, container)[adapter], frozen, dim
+def _call_unless_offset(layer: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    adapter: Any = args[0] if args else kwargs.get("adapter_name", kwargs.get("adapter"))
+    if get_offset(layer, adapter):
+        raise refusal(adapter, _METHODS_WITHOUT_OFFSET[method])
+    return getattr(type(layer), method)(layer, *args, **kwargs)
 
 
 def _weight(live: Any) -> Tensor:
@@ -325,33 +354,3 @@ def _subtract_in_mixed_batch(
             part = layer.scaling[adapter] * frozen_part(layer, adapter, x)
             output[rows] = (output[rows] - part).to(output.dtype)
     return output
-
-
-def _entries(layer: Any, adapter: str, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
-    for container, live, frozen, dim in _factors(layer, adapter):
-        yield f"{prefix}{container}.{adapter}" + ("" if isinstance(live, Tensor) else ".weight"), frozen, dim
-
-
-def _join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    # [A; A0] and [B, -B0]: every bit of all four factors can be read back
-    for adapter in layer.lora_offset:
-        for key, frozen, dim in _entries(layer, adapter, prefix):
-            if key in state:
-                state[key] = torch.cat([state[key], (-frozen if dim else frozen).to(state[key])], dim)
-
-
-@torch.no_grad()
-def _split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for adapter in layer.lora_offset:
-        for key, frozen, dim in _entries(layer, adapter, prefix):
-            if key not in state:
-                continue
-            rank, given = frozen.shape[dim], state[key]
-            if given.shape != torch.cat([frozen, frozen], dim).shape:
-                raise InputError(
-                    f"{key} must have rank {2 * rank}, as the state of a layer with an offset has; "
-                    f"got shape {tuple(given.shape)}: detach_offset before loading another adapter"
-                )
-            trained, start = given.split(rank, dim)
-            state[key] = trained.clone()
-            frozen.copy_(-start if dim else start)

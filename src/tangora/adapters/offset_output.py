@@ -3,6 +3,7 @@ r"""What a trained pair and its frozen one add to a layer's output: $s (B A x - 
 Arithmetic alone: it reads the factors of a layer that has an offset and changes nothing.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ def is_embedding(layer: Any, adapter: str) -> bool:
         Whether the layer is an adapted embedding.
     """
     return adapter in layer.lora_embedding_A
+
+
+def factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
+    """Go through the two trained factors of a layer with an offset.
+
+    Args:
+        layer: Layer with an offset.
+        adapter: The adapter.
+
+    Yields:
+        Name of the container, what it holds for the adapter, the frozen counterpart, and the dimension of the rank.
+    """
+    offset, kind = layer.lora_offset[adapter], "embedding_" if is_embedding(layer, adapter) else ""
+    for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
+        container = f"lora_{kind}{letter}"
+        yield container, getattr(layer, container)[adapter], frozen, dim
 
 
 def difference(layer: Any, adapter: str, x: Tensor) -> Tensor:
