@@ -184,3 +184,13 @@ def test_wrapped_models(name, tmp_path):
         save_adapter(wrapped, tmp_path / "adapter")
         save_merged(wrapped, tmp_path / "merged")
         assert_same(output(load_adapter(made(name), tmp_path / "adapter")), before)
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_convolutions_that_pad_otherwise_than_their_adapter_are_refused(kind, mode):
+    base = nn.Sequential(kind(3, 4, 3, padding=1, padding_mode=mode))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(InputError, match=f"base_model.model.0 pads with '{mode}'"):
+        merged_model(model)

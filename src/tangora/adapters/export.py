@@ -86,7 +86,7 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def save_adapter(
-    model: PeftModel,
+    model: nn.Module,
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,

@@ -26,7 +26,7 @@ _FILES = re.compile(
 )
 
 
-def merged_model(model: PeftModel) -> nn.Module:
+def merged_model(model: nn.Module) -> nn.Module:
     """Make a plain model with the active adapters in its weights.
 
     The given model is left as it is; weights without an adapter are shared with it, so train neither while the other
@@ -51,7 +51,7 @@ def merged_model(model: PeftModel) -> nn.Module:
         return twin.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
 
 
-def save_merged(model: PeftModel, path: str | os.PathLike[str]) -> Path:
+def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the trained model as a plain one that needs neither PEFT nor tangora.
 
     Save the tokenizer beside it yourself.
@@ -102,6 +102,12 @@ def _mergeable(model: nn.Module, owner: str) -> PeftModel:
         )
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
+    for name, module in model.named_modules():
+        mode = getattr(getattr(module, "base_layer", None), "padding_mode", "zeros")
+        if mode != "zeros":
+            raise InputError(
+                f"{name} pads with {mode!r} and its adapter with zeros, which no one kernel can do: save_adapter instead"
+            )
     return model
 
 

@@ -130,7 +130,7 @@ class PairOptimizer(Optimizer, ABC):
         loaded: Any = [
             old.with_options(self.defaults | new) for old, new in zip(groups, self.param_groups, strict=True)
         ]
-        self.param_groups = loaded
+        self.param_groups = loaded  # pyright: ignore
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for (_, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
                 for key, value in state_dict["state"].get(index, {}).items():

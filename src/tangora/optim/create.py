@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.optim.base import PairOptimizer
@@ -14,7 +14,7 @@ from tangora.optim.tangent_adam import TangentAdam
 Made = TypeVar("Made", bound=PairOptimizer)
 
 
-def create_tangent_adam(model: nn.Module, *, lr: float, **options: Any) -> TangentAdam:
+def create_tangent_adam(model: nn.Module, *, lr: float | Tensor, **options: Any) -> TangentAdam:
     """Create `TangentAdam` for all trainable parameters of a PEFT model.
 
     Args:
@@ -31,7 +31,7 @@ def create_tangent_adam(model: nn.Module, *, lr: float, **options: Any) -> Tange
     return _create(TangentAdam, model, lr, options)
 
 
-def create_lora_pro(model: nn.Module, *, lr: float, **options: Any) -> LoRAPro:
+def create_lora_pro(model: nn.Module, *, lr: float | Tensor, **options: Any) -> LoRAPro:
     """Create `LoRAPro` for all trainable parameters of a PEFT model.
 
     Args:
@@ -48,7 +48,9 @@ def create_lora_pro(model: nn.Module, *, lr: float, **options: Any) -> LoRAPro:
     return _create(LoRAPro, model, lr, options)
 
 
-def create_preconditioned_adamw(model: nn.Module, *, lr: float, **options: Any) -> PreconditionedAdamW:
+def create_preconditioned_adamw(
+    model: nn.Module, *, lr: float | Tensor, **options: Any
+) -> PreconditionedAdamW:
     """Create `PreconditionedAdamW` for all trainable parameters of a PEFT model.
 
     Args:
@@ -65,7 +67,7 @@ def create_preconditioned_adamw(model: nn.Module, *, lr: float, **options: Any) 
     return _create(PreconditionedAdamW, model, lr, options)
 
 
-def create_ode_lora(model: nn.Module, *, lr: float, **options: Any) -> ODELoRA:
+def create_ode_lora(model: nn.Module, *, lr: float | Tensor, **options: Any) -> ODELoRA:
     """Create `ODELoRA` for all trainable parameters of a PEFT model.
 
     Args:
@@ -82,7 +84,7 @@ def create_ode_lora(model: nn.Module, *, lr: float, **options: Any) -> ODELoRA:
     return _create(ODELoRA, model, lr, options)
 
 
-def _create(optimizer: type[Made], model: nn.Module, lr: float, options: dict[str, Any]) -> Made:
+def _create(optimizer: type[Made], model: nn.Module, lr: float | Tensor, options: dict[str, Any]) -> Made:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a PEFT model; got {type(model).__name__}")
     return optimizer(model, lr=lr, **options)  # pyright: ignore[reportCallIssue]

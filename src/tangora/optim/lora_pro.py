@@ -9,6 +9,7 @@ import warnings
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
@@ -108,7 +109,7 @@ class LoRAPro(LayerwiseOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float | Tensor,
         *,
         moments: Moments = "weight",
         gauge: Gauge = "sylvester",

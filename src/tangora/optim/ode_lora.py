@@ -12,6 +12,8 @@ Runge-Kutta in the factors are this project's.
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora.geometry.gauge import GAUGES, Gauge
 from tangora.geometry.retraction import rebalance
@@ -98,7 +100,7 @@ class ODELoRA(PairOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float | Tensor,
         *,
         scheme: Scheme = "rk4",
         gauge: Gauge = "lyapunov",

@@ -6,6 +6,8 @@ Source: Zhang & Pilanci (ICML 2024), Riemannian Preconditioned LoRA, arXiv:2402.
 
 from typing import Any
 
+from torch import Tensor
+
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
@@ -67,7 +69,7 @@ class PreconditionedAdamW(LayerwiseOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float | Tensor,
         *,
         damping: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),

@@ -190,9 +190,6 @@ class Gathered(NamedTuple):
             yield from ((pair, gradient) for gradient in gradients)
 
 
-_Member: TypeAlias = tuple[LoraPair, tuple[FactorA, FactorB]]
-
-
 class StackCache:
     """Groups pairs into stacks, step by step, keeping those whose members stay together."""
 
@@ -203,7 +200,12 @@ class StackCache:
         return StackCache, ()  # a copy has states of its own
 
     def create_states(
-        self, pairs: Iterable[LoraPair], state: StateOf, shapes: Callable[[LoraPair], StateShapes], **how: Any
+        self,
+        pairs: Iterable[LoraPair],
+        state: StateOf,
+        shapes: Callable[[LoraPair], StateShapes],
+        *,
+        together: bool = True,
     ) -> None:
         """Give pairs the states that they lack, in the stacks that they will be stepped in.
 
@@ -211,9 +213,9 @@ class StackCache:
             pairs: Pairs of one parameter group.
             state: Gives the state dictionary of a parameter.
             shapes: Gives the states of a pair.
-            **how: See `gather`.
+            together: See `gather`.
         """
-        for stack, _ in self._stacked([(pair, ()) for pair in pairs], state, **how):
+        for stack in self._stacked(pairs, state, together):
             stack.create(shapes(stack.pairs[0]))
 
     def gather(self, pairs: Iterable[LoraPair], state: StateOf, *, together: bool = True) -> list[Gathered]:
@@ -228,30 +230,29 @@ class StackCache:
         Returns:
             One stack per shape, dtype, device, scaling and age, not loaded yet.
         """
-        ready = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
-        return self._stacked([each for each in ready if each[1] is not None], state, together=together)
+        found = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
+        gradients = {id(pair): given for pair, given in found if given is not None}
+        stacks = self._stacked((pair for pair, _ in found if id(pair) in gradients), state, together)
+        return [Gathered(stack, [gradients[id(pair)] for pair in stack.pairs]) for stack in stacks]
 
-    def _stacked(self, members: Iterable[Any], state: StateOf, *, together: bool = True) -> list[Gathered]:
-        alike: dict[tuple, list[Any]] = defaultdict(list)
-        for member in members:
-            pair = member[0]
+    def _stacked(self, pairs: Iterable[LoraPair], state: StateOf, together: bool) -> list[PairStack]:
+        alike: dict[tuple, list[LoraPair]] = defaultdict(list)
+        for pair in pairs:
             A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
             key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, age)
-            alike[key if together else (id(pair),)].append(member)
+            alike[key if together else (id(pair),)].append(pair)
         stacks: dict[tuple[int, ...], PairStack] = {}
-        gathered = []
         for part in _in_cache_sized_parts(alike.values()):
-            key = tuple(id(pair) for pair, _ in part)
-            stacks[key] = self._stacks.get(key) or PairStack([pair for pair, _ in part], state)
-            gathered.append(Gathered(stacks[key], [gradients for _, gradients in part]))
+            key = tuple(map(id, part))
+            stacks[key] = self._stacks.get(key) or PairStack(part, state)
         self._stacks = stacks
-        return gathered
+        return [*stacks.values()]
 
 
-def _in_cache_sized_parts(groups: Iterable[list[_Member]]) -> Iterator[list[_Member]]:
+def _in_cache_sized_parts(groups: Iterable[list[LoraPair]]) -> Iterator[list[LoraPair]]:
     for group in groups:
-        m, n, r = group[0][0].shape
-        on_cpu = group[0][0].A.device.type == "cpu"
+        m, n, r = group[0].shape
+        on_cpu = group[0].A.device.type == "cpu"
         size = max(1, _CPU_STACK_NUMBERS // (r * (m + n))) if on_cpu else len(group)
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -153,7 +153,7 @@ class TangentAdam(LayerwiseOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float | Tensor,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
