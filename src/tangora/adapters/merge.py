@@ -106,7 +106,7 @@ def _mergeable(model: nn.Module, owner: str) -> PeftModel:
         mode = getattr(getattr(module, "base_layer", None), "padding_mode", "zeros")
         if mode != "zeros":
             raise InputError(
-                f"{name} pads with {mode!r} and its adapter with zeros, which no one kernel can do: save_adapter instead"
+                f"{name} pads with {mode!r} and its adapter with zeros, which no kernel can do: save_adapter instead"
             )
     return model
 
