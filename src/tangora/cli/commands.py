@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tangora._checks import InputError
-from tangora.cli.flags import about, assignments, takes, with_file, with_lists
+from tangora.cli.flags import about, assignments, check_paths, takes, with_file, with_lists
 from tangora.cli.output import console, experiment_table, progress_bars
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
@@ -77,6 +77,7 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
       tangora train --model ./my-model --data data.jsonl --recipe lora-pro --learning-rate 1e-4 --output out
     """
     settings = validated(RunSettings, with_file(values, config), str(config or ""))
+    check_paths(settings)
     from tangora.cli.results import print_run, watcher_of
     from tangora.experiments.train import train
 
@@ -151,6 +152,7 @@ def compare_command(
     base = preset(preset_name) if preset_name else {}
     given = base | (read_yaml(source) if source is not None else {})
     settings = chosen_tasks(read_plan(given, with_lists(values, given), str(source or "")), tasks)
+    check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
     from tangora.cli.results import ComparisonBars, print_outcome, print_study
     from tangora.experiments.compare import Resources, StudyOutcome, compare, compare_tasks
 
@@ -207,6 +209,7 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
       tangora diagnose --model ./my-model --data data.jsonl --adapter out/adapter --output after
     """
     settings = validated(DiagnoseSettings, with_file(values, config), str(config or ""))
+    check_paths(settings)
     from tangora.cli.results import print_diagnosis
     from tangora.experiments.diagnose.measure import diagnose_task
 
@@ -245,6 +248,7 @@ def curvature_command(
     """
     given = with_file(values, config) | {"source": source}
     settings = validated(CurvatureSettings, given, str(config or ""))
+    check_paths(settings)
     from tangora.cli.results import print_curvature
     from tangora.experiments.curvature.measure import measure_curvature
 

@@ -131,7 +131,8 @@ class Recipe:
         options: dict[str, Any] = dict(self.start_options) | (
             {"held_out": held_out} if self.start == "one-step" else {}
         )
-        return initialize(model, self.start, batches, seed=seed, progress=progress, **options)
+        peft_model: Any = model  # `initialize` checks it
+        return initialize(peft_model, self.start, batches, seed=seed, progress=progress, **options)
 
     def create_optimizer(
         self, model: "torch.nn.Module", lr: float, *, head_lr: float | None = None, **options: Any
