@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError, check_number
 from tangora.adapters import discover
+from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
 from tangora.recipes.recipe import Recipe
 
@@ -59,8 +59,7 @@ def prepare(
         scaled = {"use_rslora": False} | dict(entry.options)
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     _check_rank(adapted, r)

@@ -18,8 +18,8 @@ def single_gpu(trainer: transformers.Trainer) -> None:
     if arguments.n_gpu <= 1:
         return
     warnings.warn(
-        f"{arguments.n_gpu} GPUs are visible and one is used, {arguments.device}: the batch would grow with their "
-        "number otherwise; to use all start with torchrun or accelerate launch, to choose one set CUDA_VISIBLE_DEVICES",
+        f"{arguments.n_gpu} GPUs are visible; only {arguments.device} is used, so that the batch keeps its size. "
+        "CUDA_VISIBLE_DEVICES chooses another; under torchrun a script with tangora.Trainer uses all",
         stacklevel=3,
     )
     arguments._n_gpu = 1
