@@ -5,11 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tangora._checks import InputError
-from tangora.recipes import (  # at once: the package `tangora.recipes` has the same name
-    Recipe,
-    recipe,
-    recipes,
-)
+from tangora.recipes import Recipe, recipe, recipes  # now: the package has the name of the function
 
 if TYPE_CHECKING:
     from tangora import curvature
@@ -115,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__]

@@ -1,10 +1,14 @@
 """Under a launcher every command stops before it reads or writes anything; workers of a comparison do not ask."""
 
-import multiprocessing
+import json
+import os
+import socket
+import subprocess
 import sys
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tangora
 from tangora._checks import InputError
@@ -16,6 +20,8 @@ from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.settings import RunSettings
+from tangora.report import load_comparison
+from tests.experiments.small import write_classifier
 
 pytestmark = pytest.mark.messages
 
@@ -56,29 +62,14 @@ def test_one_process_is_not_refused(size, monkeypatch):
     check_one_process("train")
 
 
-def in_a_group(rank, file, told):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def test_a_process_group_that_a_script_has_made_is_refused():
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        check_one_process("train")
-    except InputError as error:
-        told.put(str(error))
-    else:
-        told.put("went on")
-
-
-def test_processes_that_a_script_has_joined_are_refused(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [
-        context.Process(target=in_a_group, args=(rank, tmp_path / "group", told), daemon=True)
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    found = [told.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert all("its process group has 2" in text for text in found)
+        with pytest.raises(InputError, match="its process group has 2"):
+            check_one_process("train")
+    finally:
+        torch.distributed.destroy_process_group()
+    check_one_process("train")
 
 
 @pytest.mark.parametrize(
@@ -103,3 +94,31 @@ def test_the_command_line_ends_with_code_2(arguments, tmp_path, monkeypatch, cap
     assert "WORLD_SIZE" in (told := capsys.readouterr().err)
     assert told.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_do_not_share_the_port_of_a_launcher_with_one_process(tmp_path):
+    settings = {**write_classifier(tmp_path), "steps": 2, "batch_size": 4, "recipes": ["lora", "tangent"]}
+    (tmp_path / "plan.yaml").write_text(
+        json.dumps(settings | {"learning_rates": {"lora": [1e-3, 3e-3]}, "seeds": [0]})
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    words = ["compare", str(tmp_path / "plan.yaml"), "--jobs", "3", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tangora.cli", *words],
+        env=os.environ | launched,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {record.status for record in load_comparison(tmp_path / "out").records} == {"finished"}
