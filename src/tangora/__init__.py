@@ -1,31 +1,41 @@
 """tangora: LoRA fine-tuning that follows full fine-tuning, shows how far it is from it, and proves it."""
 
-from tangora import curvature
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from tangora._checks import InputError
-from tangora.adapters import (
-    LoraPair,
-    SavedAdapter,
-    find_pairs,
-    initial_factors,
-    load_adapter,
-    save_adapter,
-    save_merged,
-)
-from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
-from tangora.experiments import CompareSettings, RunSettings, compare, export, train
-from tangora.init import Start, initialize
-from tangora.optim import (
-    LoRAPro,
-    ODELoRA,
-    PreconditionedAdamW,
-    TangentAdam,
-    create_lora_pro,
-    create_ode_lora,
-    create_preconditioned_adamw,
-    create_tangent_adam,
-)
-from tangora.recipes import Recipe, recipe, recipes
-from tangora.training.trainer import Trainer, optimizer_factory
+from tangora.recipes import Recipe, recipe, recipes  # now: the package has the name of the function
+
+if TYPE_CHECKING:
+    from tangora import curvature
+    from tangora.adapters import (
+        LoraPair,
+        SavedAdapter,
+        find_pairs,
+        initial_factors,
+        load_adapter,
+        save_adapter,
+        save_merged,
+    )
+    from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
+    from tangora.experiments.compare import compare
+    from tangora.experiments.comparison.plan import CompareSettings
+    from tangora.experiments.export import export
+    from tangora.experiments.settings import RunSettings
+    from tangora.experiments.train import train
+    from tangora.init import Start, initialize
+    from tangora.optim import (
+        LoRAPro,
+        ODELoRA,
+        PreconditionedAdamW,
+        TangentAdam,
+        create_lora_pro,
+        create_ode_lora,
+        create_preconditioned_adamw,
+        create_tangent_adam,
+    )
+    from tangora.training.trainer import Trainer, optimizer_factory
 
 __all__ = [
     # pairs and adapters
@@ -70,3 +80,35 @@ __all__ = [
     # errors
     "InputError",
 ]
+
+# imported when they are first used, so that an optimizer costs neither plots nor data sets
+_MODULES = {
+    "tangora.adapters": "LoraPair SavedAdapter find_pairs initial_factors load_adapter save_adapter save_merged",
+    "tangora.diagnostics": "Diagnosis RankPlan diagnose plan_ranks",
+    "tangora.experiments.compare": "compare",
+    "tangora.experiments.comparison.plan": "CompareSettings",
+    "tangora.experiments.export": "export",
+    "tangora.experiments.settings": "RunSettings",
+    "tangora.experiments.train": "train",
+    "tangora.init": "Start initialize",
+    "tangora.optim": "LoRAPro ODELoRA PreconditionedAdamW TangentAdam "
+    "create_lora_pro create_ode_lora create_preconditioned_adamw create_tangent_adam",
+    "tangora.training.trainer": "Trainer optimizer_factory",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    # an exported name, or a package such as `tangora.curvature`
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -10,7 +10,8 @@ from scipy.sparse.linalg import eigsh
 
 from tangora import InputError
 from tangora.curvature import Hessian
-from tangora.experiments.curvature import CurvatureSettings, measure_curvature
+from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.curvature.subject import load_subject
 from tangora.experiments.settings import RunSettings, validated
 from tangora.experiments.train import train

@@ -14,56 +14,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from tangora._checks import InputError
-from tangora.cli.flags import about, assignments, takes, with_file, with_lists
-from tangora.cli.output import (
-    ComparisonBars,
-    console,
-    experiment_table,
-    print_curvature,
-    print_diagnosis,
-    print_outcome,
-    print_reproduction,
-    print_run,
-    print_study,
-    print_tasks,
-    progress_bars,
-    watcher_of,
-)
-from tangora.experiments.compare import (
-    Resources,
-    StudyOutcome,
-    compare,
-    compare_tasks,
-    write_report,
-)
+from tangora.cli.flags import about, assignments, check_paths, takes, with_file, with_lists
+from tangora.cli.output import console, experiment_table, progress_bars
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
-from tangora.experiments.curvature import (
-    RECORD as CURVATURE_RECORD,
-)
-from tangora.experiments.curvature import (
-    CurvatureFiles,
-    CurvatureSettings,
-    measure_curvature,
-    rewrite,
-)
-from tangora.experiments.diagnose import DiagnoseSettings, diagnose_task
-from tangora.experiments.export import export
+from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
+from tangora.experiments.curvature.settings import CurvatureSettings
+from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.reproduce.registry import experiment
-from tangora.experiments.reproduce.run import reproduce, settings_of
-from tangora.experiments.settings import RunSettings, TaskSettings, read_yaml, validated
-from tangora.experiments.train import train
-from tangora.recipes import recipes as all_recipes
-from tangora.report import (
-    load_comparison,
-    load_study,
-    rich_table,
-    summarize,
-    write_study,
+from tangora.experiments.settings import (
+    RunSettings,
+    TaskSettings,
+    read_yaml,
+    run_settings,
+    validated,
 )
-from tangora.report.comparison.flatness import has_flatness, rich_flatness
-from tangora.report.curvature import load_curvature
-from tangora.report.records import COMPARISON_FILE
+from tangora.recipes import recipes as all_recipes
+
+# what needs torch is imported in the commands, once their arguments are known to be good: help and errors come at once
 
 app = typer.Typer(
     name="tangora",
@@ -109,6 +77,10 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
       tangora train --model ./my-model --data data.jsonl --recipe lora-pro --learning-rate 1e-4 --output out
     """
     settings = validated(RunSettings, with_file(values, config), str(config or ""))
+    check_paths(settings)
+    from tangora.cli.results import print_run, watcher_of
+    from tangora.experiments.train import train
+
     with progress_bars() as bars:
         bar = bars.add_task(settings.recipe, total=settings.steps, note="")
         record = train(settings, output, watcher=watcher_of(bars, bar))
@@ -180,6 +152,10 @@ def compare_command(
     base = preset(preset_name) if preset_name else {}
     given = base | (read_yaml(source) if source is not None else {})
     settings = chosen_tasks(read_plan(given, with_lists(values, given), str(source or "")), tasks)
+    check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
+    from tangora.cli.results import ComparisonBars, print_outcome, print_study
+    from tangora.experiments.compare import Resources, StudyOutcome, compare, compare_tasks
+
     told = shlex.join(["tangora", *sys.argv[1:]])
     resources = Resources(jobs, max_hours, max_memory, retry)
     with progress_bars() as bars:
@@ -211,6 +187,9 @@ def export_command(
       tangora export out --rank 8 --output small
       tangora export out --merge --output model
     """
+    run_settings(run)
+    from tangora.experiments.export import export
+
     exported = export(run, output, rank=rank, merge=merge)
     console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
     if rank is not None:
@@ -230,6 +209,10 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
       tangora diagnose --model ./my-model --data data.jsonl --adapter out/adapter --output after
     """
     settings = validated(DiagnoseSettings, with_file(values, config), str(config or ""))
+    check_paths(settings)
+    from tangora.cli.results import print_diagnosis
+    from tangora.experiments.diagnose.measure import diagnose_task
+
     with progress_bars() as bars:
         bar = bars.add_task("diagnose", total=None, note="")
         files = diagnose_task(
@@ -265,6 +248,10 @@ def curvature_command(
     """
     given = with_file(values, config) | {"source": source}
     settings = validated(CurvatureSettings, given, str(config or ""))
+    check_paths(settings)
+    from tangora.cli.results import print_curvature
+    from tangora.experiments.curvature.measure import measure_curvature
+
     with progress_bars() as bars:
         bar = bars.add_task("products", total=None, note="")
         files = measure_curvature(
@@ -305,8 +292,11 @@ def reproduce_command(
     if name is None:
         console.print(experiment_table())
         return
-    wanted = experiment(name)
-    settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
+    wanted, changed = experiment(name), assignments(changes or [])
+    from tangora.cli.results import print_reproduction
+    from tangora.experiments.reproduce.run import reproduce, settings_of
+
+    settings = settings_of(wanted, changed, quick=quick, seed=seed)
     with progress_bars() as bars:
         bar = bars.add_task(name, total=None, note="")
         files = reproduce(
@@ -331,6 +321,18 @@ def report_command(
     [dim]Example:[/dim]
       tangora report results/quickstart
     """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder; give the output folder of tangora compare or tangora curvature"
+        )
+    from tangora.cli.results import print_curvature, print_tasks
+    from tangora.experiments.compare import write_report
+    from tangora.experiments.curvature.measure import CurvatureFiles, rewrite
+    from tangora.report import load_comparison, load_study, rich_table, summarize, write_study
+    from tangora.report.comparison.flatness import has_flatness, rich_flatness
+    from tangora.report.curvature import load_curvature
+    from tangora.report.records import COMPARISON_FILE
+
     if (folder / CURVATURE_RECORD).is_file():
         record = load_curvature(folder / CURVATURE_RECORD)
         print_curvature(CurvatureFiles(record, folder / CURVATURE_RECORD, *rewrite(folder, record)))

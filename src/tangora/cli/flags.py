@@ -12,6 +12,17 @@ from pydantic.fields import FieldInfo
 
 from tangora._checks import InputError
 from tangora.experiments.settings import Settings, read_yaml
+from tangora.training.paths import is_data_path, is_model_path
+
+_PATHS: dict[str, Callable[[str], bool]] = {
+    "model": is_model_path,
+    "source": is_model_path,
+    "data": is_data_path,
+    "test_data": is_data_path,
+    "adapter": bool,
+    "reference": bool,
+}
+"""Settings that may name files or folders, and when they do."""
 
 
 def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -107,6 +118,22 @@ def with_file(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
         InputError: If the file cannot be read.
     """
     return (read_yaml(config) if config is not None else {}) | flags
+
+
+def check_paths(*settings: Settings) -> None:
+    """Check that files and folders exist, before anything slow is imported to read them.
+
+    Args:
+        *settings: What names them.
+
+    Raises:
+        InputError: Naming the first that does not exist.
+    """
+    for each in settings:
+        for key, is_path in _PATHS.items():
+            name = getattr(each, key, None)
+            if name is not None and is_path(name) and not Path(name).expanduser().exists():
+                raise InputError(f"{key} {name!r}: there is no such file or folder")
 
 
 def with_lists(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora._names import STARTS
 from tangora._types import FactorA, FactorB, LossFn
 from tangora.adapters import LoraPair, adapters_off, check_not_sharded, magnitude_scale, unwrapped
 from tangora.diagnostics.alignment import (
@@ -24,7 +25,7 @@ from tangora.diagnostics.measure import How, Measured, Propose, fit_into_memory,
 from tangora.diagnostics.ranks import RankPlan, plan_ranks, required_rank
 from tangora.diagnostics.records import SHARES, AdapterState, Diagnosis, HeldOut, LayerDiagnosis, totals
 from tangora.diagnostics.sites import Site, Subject, find_subject
-from tangora.diagnostics.starts import STARTS, start_factors
+from tangora.diagnostics.starts import start_factors
 from tangora.geometry.sketch import LowRankSVD
 from tangora.probes import ProbedLayer, Report, as_batches
 from tangora.probes.batches import num_batches

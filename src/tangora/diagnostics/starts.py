@@ -12,9 +12,6 @@ from tangora.geometry.sketch import LowRankSVD
 from tangora.init import lora_ga, lora_one, orthogonal, pissa
 from tangora.probes.stillness import preserved_randomness
 
-STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
-"""Starts that can be compared."""
-
 GRADIENT_STARTS = ("lora-ga", "lora-one")
 """Those that are made from the gradient, and fit the examples it was read on."""
 

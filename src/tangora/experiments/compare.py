@@ -18,6 +18,7 @@ from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSet
 from tangora.experiments.comparison.pool import Pool
 from tangora.experiments.comparison.sweep import Cell, due, planned
 from tangora.experiments.comparison.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
+from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.execute import Watcher
 from tangora.experiments.run.loading import load_run_task
@@ -133,9 +134,10 @@ def compare(
         Records, report and best adapter. When time ran out, what there is so far: the same call goes on.
 
     Raises:
-        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or the
-            disk is full; what has finished is kept.
+        InputError: If something in the settings cannot be used, the folder belongs to another configuration, a
+            launcher has started several processes, or the disk is full; what has finished is kept.
     """
+    check_one_process("compare", "--jobs makes several runs side by side")
     with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
         prepared = runner.prepare(settings, Path(output))
@@ -179,6 +181,7 @@ def compare_tasks(
         InputError: As `compare` does, before any run where a task's data or settings cannot be used.
     """
     folder = Path(output)
+    check_one_process("compare", "--jobs makes several runs side by side")
     with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
         # all data is read before the first run: a broken row in the last task must not cost a night

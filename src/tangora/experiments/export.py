@@ -1,16 +1,15 @@
 """`tangora export`: a trained run as the adapter or the model that someone else needs."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tangora._checks import InputError
 from tangora.adapters import load_adapter, save_adapter, save_merged
+from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.proof import model_card_facts
-from tangora.experiments.settings import RunSettings, validated
+from tangora.experiments.settings import run_settings
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,10 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
         The folder and what was lost.
 
     Raises:
-        InputError: If the folder is no finished run with an adapter, or ``output`` is in use by something else.
+        InputError: If the folder is no finished run with an adapter, ``output`` is in use by something else, or a
+            launcher has started several processes.
     """
+    check_one_process("export")
     folder = Path(run)
     settings = run_settings(folder)
     if not (folder / "adapter").is_dir():
@@ -62,30 +63,3 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
     path = save_merged(model, output)
     loaded.tokenizer.save_pretrained(path)
     return Exported(path, True, error)
-
-
-def run_settings(folder: Path) -> RunSettings:
-    """Read the settings of a run.
-
-    Args:
-        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If the folder is none of these.
-    """
-    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
-    source = own if own.is_file() else record
-    try:
-        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise InputError(
-            f"{folder} is no run folder: it has no settings.json, and no record beside it"
-        ) from None
-    values = values if source is own else values.get("settings", {})
-    known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
-    if "recipe" not in known:
-        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
-    return validated(RunSettings, known, str(source))

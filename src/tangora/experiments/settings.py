@@ -16,9 +16,8 @@ from pydantic import (
 )
 
 from tangora._checks import InputError
+from tangora._names import Kind, Tracker
 from tangora.recipes import recipe
-from tangora.training.models import Kind
-from tangora.training.tracking import Tracker
 
 
 class Settings(BaseModel):
@@ -307,6 +306,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
     return values
+
+
+def run_settings(folder: Path) -> RunSettings:
+    """Read the settings of a run.
+
+    Args:
+        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        InputError: If the folder is none of these.
+    """
+    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
+    source = own if own.is_file() else record
+    try:
+        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise InputError(
+            f"{folder} is no run folder: it has no settings.json, and no record beside it"
+        ) from None
+    values = values if source is own else values.get("settings", {})
+    known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
+    if "recipe" not in known:
+        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
+    return validated(RunSettings, known, str(source))
 
 
 _NO_PART = {"report_to", "save_every"}

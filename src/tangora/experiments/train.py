@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.execute import Watcher, execute
 from tangora.experiments.run.loading import load_run_task
@@ -30,8 +31,10 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
         The record of the run.
 
     Raises:
-        InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
+        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or a
+            launcher has started several processes.
     """
+    check_one_process("train")
     folder = Path(output)
     check_trackers(settings.report_to or ())
     task = load_run_task(settings)

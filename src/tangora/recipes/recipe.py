@@ -3,22 +3,18 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from torch.optim import Optimizer
-from transformers import PreTrainedModel
+# methods are listed and named in settings without torch: what works on a model is imported where it is used
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
-from tangora._checks import InputError, check_number
-from tangora.adapters import discover
-from tangora.init import Start, initialize, needs_batches
-from tangora.probes import Report
-from tangora.recipes.head import head_options, set_head_rate
+    import tangora.init
+    import tangora.probes
 
 Adapter = Literal["lora", "adalora"] | None
-MakeOptimizer = Callable[..., Optimizer]
+MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,8 @@ class Recipe:
     @property
     def reads_gradients(self) -> bool:
         """Whether the start needs batches."""
+        from tangora.init import needs_batches
+
         return self.start is not None and needs_batches(self.start)
 
     @property
@@ -61,7 +59,7 @@ class Recipe:
 
     def prepare(
         self,
-        model: PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         *,
         r: int,
         lora_alpha: float | int,
@@ -70,7 +68,7 @@ class Recipe:
         seed: int = 0,
         target_modules: str | list[str] = "all-linear",
         rank_plan: Mapping[str, Any] | None = None,
-    ) -> nn.Module:
+    ) -> "torch.nn.Module":
         """Make a base model ready for training with this method.
 
         Args:
@@ -91,38 +89,29 @@ class Recipe:
             InputError: If the rank is not in [1, smallest side of an adapted layer], or the method takes no rank plan,
                 or the plan was made for another rank, alpha or scaling.
         """
-        if self.adapter is None:
-            return model.requires_grad_(True)
-        check_number("rank", r, low=1)
-        if rank_plan and self.adapter != "lora":
-            raise InputError(
-                f"rank_plan cannot be used with recipe {self.name}, which chooses its ranks itself"
-            )
-        common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
-        if task_type == "SEQ_CLS":
-            common |= head_options(model)
-        if self.adapter == "adalora":
-            config = _adalora_config(r, total_steps, common | dict(self.options))
-        else:
-            scaled = {"use_rslora": False} | dict(self.options)
-            plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
-            config = LoraConfig(r=r, **common, **self.options, **plan)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
-        assert isinstance(adapted, PeftModel)
-        _check_rank(adapted, r)
-        return adapted
+        from tangora.recipes.prepare import prepare
+
+        return prepare(
+            self,
+            model,
+            r=r,
+            lora_alpha=lora_alpha,
+            task_type=task_type,
+            total_steps=total_steps,
+            seed=seed,
+            target_modules=target_modules,
+            rank_plan=rank_plan,
+        )
 
     def initialize(
         self,
-        model: nn.Module,
+        model: "torch.nn.Module",
         batches: Iterable[Any] | None = None,
         *,
         held_out: Iterable[Any] | None = None,
         seed: int = 0,
-        progress: Report = False,
-    ) -> Start | None:
+        progress: "tangora.probes.Report" = False,
+    ) -> "tangora.init.Start | None":
         """Give the adapter this method's start.
 
         Args:
@@ -137,15 +126,17 @@ class Recipe:
         """
         if self.start is None:
             return None
-        assert isinstance(model, PeftModel)
+        from tangora.init import initialize
+
         options: dict[str, Any] = dict(self.start_options) | (
             {"held_out": held_out} if self.start == "one-step" else {}
         )
-        return initialize(model, self.start, batches, seed=seed, progress=progress, **options)
+        peft_model: Any = model  # `initialize` checks it
+        return initialize(peft_model, self.start, batches, seed=seed, progress=progress, **options)
 
     def create_optimizer(
-        self, model: nn.Module, lr: float, *, head_lr: float | None = None, **options: Any
-    ) -> Optimizer:
+        self, model: "torch.nn.Module", lr: float, *, head_lr: float | None = None, **options: Any
+    ) -> "torch.optim.Optimizer":
         """Make the optimizer.
 
         Args:
@@ -159,34 +150,7 @@ class Recipe:
         """
         optimizer = self.make_optimizer(model, lr=lr, **options)
         if head_lr is not None:
+            from tangora.recipes.head import set_head_rate
+
             set_head_rate(optimizer, model, head_lr)
         return optimizer
-
-
-def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
-    # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
-    return AdaLoraConfig(
-        init_r=(3 * r + 1) // 2,
-        target_r=r,
-        total_step=total_steps,
-        tinit=total_steps // 10,
-        tfinal=total_steps // 3,
-        **options,
-    )
-
-
-def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    # the plan leaves layers out that keep the common rank: under another one they would silently get that
-    for key in ("r", "lora_alpha", "use_rslora"):
-        if key in plan and plan[key] != config[key]:
-            raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
-    return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
-
-
-def _check_rank(model: PeftModel, r: int) -> None:
-    for pair in discover(model).pairs:
-        m, n, rank = pair.shape
-        if rank > min(m, n):
-            raise InputError(
-                f"rank must be at most {min(m, n)}, the smaller side of layer {pair.name} ({m} x {n}); got {r}"
-            )

@@ -1,21 +1,12 @@
 """The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
 
 from functools import partial
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from peft.optimizers import create_loraplus_optimizer
-from torch import nn
-from torch.optim import Optimizer
-
 from tangora._checks import check_choice
-from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
-from tangora.optim.groups import decay_groups
+from tangora.recipes.later import Later
 from tangora.recipes.recipe import Recipe
-from tangora.recipes.regroup import regroup
-from tangora.recipes.variant import varied
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
 _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -28,33 +19,19 @@ _HEAD_LR = 1e-3
 _BUG_TOLERANCE = 1e-1
 
 
-def _adamw(model: nn.Module, **options: Any) -> Optimizer:
-    groups = [{key: group[key] for key in group if key != "names"} for group in decay_groups(model)]
-    return torch.optim.AdamW(groups, **options)
-
-
-def _lora_plus(model: nn.Module, **options: Any) -> Optimizer:
-    # ratio 16: the paper's recommendation
-    optimizer = create_loraplus_optimizer(
-        model,  # pyright: ignore[reportArgumentType]
-        torch.optim.AdamW,
-        loraplus_lr_ratio=16,
-        loraplus_weight_decay=options.pop("weight_decay", 0.0),
-        **options,
-    )
-    # PEFT's own rule lets RMSNorm decay
-    undecayed = [group["params"] for group in decay_groups(model) if group.get("weight_decay") == 0]
-    regroup(optimizer, chain(*undecayed), weight_decay=0.0)
-    return optimizer
+_adamw = Later("tangora.recipes.baselines:adamw")
+_lora_plus = Later("tangora.recipes.baselines:lora_plus")
+_preconditioned = Later("tangora.optim:PreconditionedAdamW")
+_tangent = Later("tangora.optim:TangentAdam")
 
 
 def _lora_pro(**fixed: Any) -> Any:
-    return partial(LoRAPro, **fixed)
+    return partial(Later("tangora.optim:LoRAPro"), **fixed)
 
 
 def _ode_lora(**fixed: Any) -> Any:
     # a new head is trained by AdamW, whose steps are not those of plain descent
-    return partial(ODELoRA, adamw_lr=_HEAD_LR, **fixed)
+    return partial(Later("tangora.optim:ODELoRA"), adamw_lr=_HEAD_LR, **fixed)
 
 
 def _options(**options: Any) -> MappingProxyType[str, Any]:
@@ -110,7 +87,7 @@ _TABLE = (
         "LoRA with gradients preconditioned by the other factor",
         "arXiv:2402.02347",
         _LORA_GRID,
-        PreconditionedAdamW,
+        _preconditioned,
     ),
     Recipe(
         "orthogonal",
@@ -134,7 +111,7 @@ _TABLE = (
         "LoRA started with a rank-r step of gradient descent, preconditioned AdamW",
         "arXiv:2502.01235",
         _LORA_GRID,
-        PreconditionedAdamW,
+        _preconditioned,
         options=_options(use_rslora=True),
         start="lora-one",
     ),
@@ -182,7 +159,7 @@ _TABLE = (
         "TangentAdam: Adam on the projected full gradient in half of LoRA's optimizer state",
         "this project, from arXiv:2407.18242, 1804.04235, 2605.08734, 2507.12142",
         _FULL_GRID,
-        TangentAdam,
+        _tangent,
     ),
     Recipe(
         "odelora-euler",
@@ -225,7 +202,7 @@ _TABLE = (
         "orthogonal factors as a start, TangentAdam",
         "https://spaces.ac.cn/archives/10266 and this project",
         _FULL_GRID,
-        TangentAdam,
+        _tangent,
         start="orthogonal",
         start_options=_ORTHOGONAL,
     ),
@@ -234,7 +211,7 @@ _TABLE = (
         "LoRA-GA's start, TangentAdam",
         "arXiv:2407.05000 and this project",
         _FULL_GRID,
-        TangentAdam,
+        _tangent,
         start="lora-ga",
     ),
     Recipe(
@@ -242,7 +219,7 @@ _TABLE = (
         "LoRA-One's start, TangentAdam",
         "arXiv:2502.01235 and this project",
         _FULL_GRID,
-        TangentAdam,
+        _tangent,
         options=_options(use_rslora=True),
         start="lora-one",
     ),
@@ -273,4 +250,8 @@ def recipe(name: str) -> Recipe:
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
     check_choice("recipe", known, tuple(by_name))
-    return varied(by_name[known], changes) if changes else by_name[known]
+    if not changes:
+        return by_name[known]
+    from tangora.recipes.variant import varied  # reads the options of optimizers, which need torch
+
+    return varied(by_name[known], changes)

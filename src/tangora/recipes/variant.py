@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tangora._checks import InputError, check_choice
 from tangora.init import start_options
+from tangora.recipes.later import Later
 from tangora.recipes.recipe import Recipe
 
 _COMMON = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach", "on_nonfinite"}
@@ -27,6 +28,7 @@ def optimizer_options(entry: Recipe) -> dict[str, Any]:
     """
     make = entry.make_optimizer
     maker: Any = make.func if isinstance(make, partial) else make
+    maker = maker.maker if isinstance(maker, Later) else maker
     if not inspect.isclass(maker):
         return {}
     hints = get_type_hints(maker.__init__)

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from tangora._checks import InputError
-
-Tracker = Literal["tensorboard", "trackio", "wandb"]
+from tangora._names import Tracker
 
 TENSORBOARD = "tensorboard"
 """Name of the tracker, and of its folder in a run's folder."""

@@ -15,6 +15,7 @@ from tangora.optim import PairOptimizer
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
 from tangora.training.callbacks import AdaLoraAllocation
+from tangora.training.devices import single_gpu
 from tangora.training.engine import check_kept, check_steppable
 from tangora.training.replay import MicroBatch
 
@@ -74,6 +75,7 @@ class Trainer(transformers.Trainer):
         if recipe is None and head_learning_rate is not None:
             raise InputError("head_learning_rate needs a recipe")
         super().__init__(*args, **kwargs)
+        single_gpu(self)
         if recipe is not None or isinstance(self.optimizer, PairOptimizer):
             check_kept(given=self.optimizer is not None)
         self.recipe = recipe

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tangora import InputError
-from tangora.experiments.reproduce.matrix_sensing import EXPERIMENT, MatrixSensingSettings
+from tangora.experiments.reproduce.matrix_sensing import PARTS, MatrixSensingSettings
 from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
 from tangora.experiments.reproduce.matrix_sensing.problem import (
     draw_problems,
@@ -24,7 +24,7 @@ FIRST_ORDER = ("Euler", "LoRA-Pro SGD", "SVD retraction", "parallel BUG", "BUG",
 
 @pytest.fixture(scope="module")
 def quick():
-    return EXPERIMENT.run(EXPERIMENT.settings(**EXPERIMENT.quick), lambda _done, _total: None)
+    return PARTS.run(PARTS.settings(**PARTS.quick), lambda _done, _total: None)
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +182,14 @@ def test_quick_run_agrees_with_the_derivation(quick):
 
 
 def test_a_run_is_deterministic():
-    settings = EXPERIMENT.settings(**EXPERIMENT.quick | {"size": 8, "max_iterations": 10})
-    first, second = (EXPERIMENT.run(settings, lambda _done, _total: None) for _ in range(2))
+    settings = PARTS.settings(**PARTS.quick | {"size": 8, "max_iterations": 10})
+    first, second = (PARTS.run(settings, lambda _done, _total: None) for _ in range(2))
     assert json.dumps(first.data) == json.dumps(second.data)
 
 
 def test_other_ranks_steps_and_starts_are_tabulated():
     heard = []
-    settings = EXPERIMENT.settings(
+    settings = PARTS.settings(
         size=8,
         rank=1,
         conditions=[10.0],
@@ -201,7 +201,7 @@ def test_other_ranks_steps_and_starts_are_tabulated():
         ranks=[(1, 2)],
         random_size=0.1,
     )
-    result = EXPERIMENT.run(settings, lambda done, total: heard.append((done, total)))
+    result = PARTS.run(settings, lambda done, total: heard.append((done, total)))
     assert heard == [(done, 5 * len(METHODS)) for done in range(1, 5 * len(METHODS) + 1)]
     assert len(result.tables) == 4
     assert any("rank 1, searched 2" in table.columns for table in result.tables)
@@ -213,4 +213,4 @@ def test_bad_settings_are_named():
         validated(MatrixSensingSettings, {"conditions": [1.0, 100.0]})
     settings = MatrixSensingSettings(size=4, rank=1, conditions=[10.0], num_seeds=1, ranks=[(3, 2)])
     with pytest.raises(InputError, match=r"ranks must be pairs .* got \(3, 2\)"):
-        EXPERIMENT.run(settings, lambda _done, _total: None)
+        PARTS.run(settings, lambda _done, _total: None)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from tangora import InputError, find_pairs
-from tangora.experiments.reproduce.pinn import EXPERIMENT, PinnSettings, pretrained
+from tangora.experiments.reproduce.pinn import PARTS, PinnSettings, pretrained
 from tangora.experiments.reproduce.pinn.equations import (
     ALLEN_CAHN,
     CONVECTION,
@@ -33,7 +33,7 @@ from tangora.experiments.reproduce.pinn.runs import Budget, Run, Sweep, adapted,
 from tangora.experiments.settings import validated
 from tests.tolerances import assert_close
 
-SMALL = {**EXPERIMENT.quick, "evaluations": 4, "pretrain_steps": 40, "pretrain_polish": 40}
+SMALL = {**PARTS.quick, "evaluations": 4, "pretrain_steps": 40, "pretrain_polish": 40}
 BUDGET = Budget(evaluations=8, num_points=32, rank=2)
 
 
@@ -217,7 +217,7 @@ def test_quick_run_is_complete_and_repeats_itself():
     settings = small(
         methods=("full (Adam)", "LoRA", "ODELoRA RK4"), seeds=(0, 1), pretrain_steps=5, pretrain_polish=5
     )
-    result = EXPERIMENT.run(settings, lambda *seen: heard.append(seen))
+    result = PARTS.run(settings, lambda *seen: heard.append(seen))
     assert [table.title.split(",")[0] for table in result.tables] == ["convection", "allen-cahn"]
     assert {row[0] for row in result.tables[0].rows} == set(settings.methods)
     names = ["pinn-rates", "pinn-training", "pinn-convection", "pinn-allen-cahn"]
@@ -228,7 +228,7 @@ def test_quick_run_is_complete_and_repeats_itself():
     runs = result.data["convection"]["methods"]["ODELoRA RK4"]
     assert len(runs["best"]) == 2
     assert runs["start"] == "orthogonal"
-    again = EXPERIMENT.run(settings, silent)
+    again = PARTS.run(settings, silent)
     assert again.data == result.data
     assert again.findings == result.findings
 

@@ -8,7 +8,7 @@ import pytest
 
 from tangora._checks import InputError
 from tangora.experiments.reproduce import registry
-from tangora.experiments.reproduce.experiment import Experiment
+from tangora.experiments.reproduce.experiment import Experiment, Parts
 from tangora.experiments.reproduce.registry import EXPERIMENTS
 from tangora.experiments.reproduce.run import PAGE, RECORD, reproduce, settings_of
 from tangora.experiments.settings import Settings
@@ -37,9 +37,8 @@ def fake_run(settings, progress):
     return Result([f"The seed is {settings.seed}."], [table], [figure], [check])
 
 
-FAKE = Experiment(
-    "fake", "A fake", "nowhere", ("All of it.",), FakeSettings, {"size": 2}, fake_run, "no time"
-)
+FAKE_PARTS = Parts(("All of it.",), FakeSettings, {"size": 2}, fake_run)
+FAKE = Experiment("fake", "A fake", "nowhere", lambda: FAKE_PARTS, "no time")
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_seed_needs_a_setting():
     class Seedless(Settings):
         size: int = 1
 
-    seedless = Experiment("s", "s", "s", (), Seedless, {}, fake_run)
+    seedless = Experiment("s", "s", "s", lambda: Parts((), Seedless, {}, fake_run))
     with pytest.raises(InputError, match="takes no seed; allowed: size"):
         settings_of(seedless, {}, seed=1)
 
@@ -160,12 +159,12 @@ def test_every_experiment_is_described(name):
     assert entry.source
     assert entry.duration
     assert isinstance(settings_of(entry, {}, quick=True, seed=3), Settings)
-    assert all(field.description for field in entry.settings.model_fields.values())
+    assert all(field.description for field in entry.parts.settings.model_fields.values())
 
 
 def test_record_is_strict_json(tmp_path):
     result = Result(["x"], [], [], [Check("c", float("nan"), 0, None, "s")], {"a": [float("inf")]})
-    entry = Experiment("e", "e", "e", (), FakeSettings, {}, lambda *_: result)
+    entry = Experiment("e", "e", "e", lambda: Parts((), FakeSettings, {}, lambda *_: result))
     path = reproduce(entry, FakeSettings(), tmp_path / "out").record_path
 
     def refuse(constant):

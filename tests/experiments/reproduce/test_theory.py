@@ -40,7 +40,7 @@ THEORY = ("toy", "linear-shift", "relu-shift")
 def quick(name, seed=0):
     entry = EXPERIMENTS[name]
     heard = []
-    result = entry.run(settings_of(entry, {}, quick=True, seed=seed), lambda *done: heard.append(done))
+    result = entry.parts.run(settings_of(entry, {}, quick=True, seed=seed), lambda *done: heard.append(done))
     return result, heard
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tangora import InputError
-from tangora.experiments.reproduce.width import EXPERIMENT, WidthSettings, loglog_slope
+from tangora.experiments.reproduce.width import PARTS, WidthSettings, loglog_slope
 from tangora.experiments.reproduce.width.layer import START_NAMES, TRAINERS, HiddenLayer
 from tangora.experiments.settings import validated
 
@@ -19,7 +19,7 @@ def layer(width=12, readout="standard", seed=0):
 
 
 def run(**changes):
-    return EXPERIMENT.run(EXPERIMENT.settings(**EXPERIMENT.quick | changes), lambda _done, _total: None)
+    return PARTS.run(PARTS.settings(**PARTS.quick | changes), lambda _done, _total: None)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_choice
+from tangora._names import Kind
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings, validated
 from tangora.recipes import recipe
-from tangora.training.models import Kind
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "loss"),

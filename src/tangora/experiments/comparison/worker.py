@@ -184,6 +184,7 @@ def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison hears it, too, and ends its runs
     _end_with_parent()
+    os.environ.pop("LOCAL_RANK", None)  # a launcher with one process: runs side by side cannot share its port
     with _printing_to(folder / RUNS_FOLDER / f"{cell.id}.txt"):
         if limits.threads is not None:
             torch.set_num_threads(limits.threads)

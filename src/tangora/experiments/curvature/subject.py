@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters import find_pairs, load_adapter
-from tangora.experiments.export import run_settings
 from tangora.experiments.run.batches import encoded_batches
 from tangora.experiments.run.loading import load_base
-from tangora.experiments.settings import RunSettings, TaskSettings
+from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
 from tangora.training.data import Task, load_task
 from tangora.training.models import LoadedModel, load_model
 

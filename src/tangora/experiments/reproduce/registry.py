@@ -1,18 +1,60 @@
-"""All experiments by name. A new one is a module or a folder here with an ``EXPERIMENT``, and a line below."""
+"""All experiments by name. A new one is a module or a folder here with ``PARTS``, and an entry below."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
 
 from tangora._checks import check_choice
-from tangora.experiments.reproduce import linear_shift, matrix_sensing, pinn, relu_shift, toy, width
-from tangora.experiments.reproduce.experiment import Experiment
+from tangora.experiments.reproduce.experiment import Experiment, Parts
 
-EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
-    {
-        module.EXPERIMENT.name: module.EXPERIMENT
-        for module in (toy, linear_shift, relu_shift, matrix_sensing, width, pinn)
-    }
+
+def _entry(name: str, title: str, source: str, duration: str) -> Experiment:
+    def load() -> Parts:
+        return import_module(f"tangora.experiments.reproduce.{name.replace('-', '_')}").PARTS
+
+    return Experiment(name, title, source, load, duration)
+
+
+_ALL = (
+    _entry(
+        "toy",
+        "Toy of LoRA-One: trajectories from LoRA's start and from the spectral one",
+        "LoRA-One (arXiv:2502.01235), toy example of the slides",
+        "3 seconds",
+    ),
+    _entry(
+        "linear-shift",
+        "Linear model of LoRA-One: alignment, spectral start and linear rates",
+        "LoRA-One (arXiv:2502.01235), theorems 3.1 to 3.6 and figure 1",
+        "1 minute",
+    ),
+    _entry(
+        "relu-shift",
+        "ReLU model of LoRA-One: preconditioned descent with GLM-tron's and the true gradient",
+        "LoRA-One (arXiv:2502.01235), theorem 4.3",
+        "1 minute",
+    ),
+    _entry(
+        "matrix-sensing",
+        "Matrix sensing: iterations and gradients against the condition number",
+        "ODELoRA, arXiv:2602.07479, abstract (linear convergence, matrix sensing)",
+        "about three minutes",
+    ),
+    _entry(
+        "width",
+        "Size of a step's effect on a layer's output as the width grows",
+        "ODELoRA, arXiv:2602.07479, abstract (stable feature learning)",
+        "about five minutes",
+    ),
+    _entry(
+        "pinn",
+        "Physics-informed networks: from one coefficient to another",
+        "ODELoRA, arXiv:2602.07479: the experiment on physics-informed networks",
+        "about 10 minutes on a quiet machine",
+    ),
 )
+
+EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({entry.name: entry for entry in _ALL})
 """Experiment by name."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tangora._checks import InputError
+from tangora.experiments.launcher import check_one_process
 from tangora.experiments.provenance import provenance
 from tangora.experiments.reproduce.experiment import Experiment, Progress
 from tangora.experiments.settings import Settings, claim_folder, validated
@@ -49,11 +50,11 @@ def settings_of(
     """
     given = dict(values)
     if seed is not None:
-        fields = wanted.settings.model_fields
+        fields = wanted.parts.settings.model_fields
         if "seed" not in fields and "seeds" not in fields:
             raise InputError(f"{wanted.name} takes no seed; allowed: {', '.join(fields)}")
         given |= {"seed": seed} if "seed" in fields else {"seeds": (seed,)}
-    return validated(wanted.settings, (dict(wanted.quick) if quick else {}) | given)
+    return validated(wanted.parts.settings, (dict(wanted.parts.quick) if quick else {}) | given)
 
 
 def reproduce(
@@ -82,17 +83,19 @@ def reproduce(
         The record, and where the files are.
 
     Raises:
-        InputError: If something in the settings cannot be used, or the folder belongs to another configuration.
+        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or a
+            launcher has started several processes.
     """
+    check_one_process("reproduce")
     folder = Path(output)
     claim_folder(folder, settings)
     start = time.perf_counter()
-    result = wanted.run(settings, progress)
+    result = wanted.parts.run(settings, progress)
     record = ReproductionRecord(
         name=wanted.name,
         title=wanted.title,
         source=wanted.source,
-        stand_ins=wanted.stand_ins,
+        stand_ins=wanted.parts.stand_ins,
         quick=quick,
         command=command,
         settings=settings.model_dump(mode="json"),

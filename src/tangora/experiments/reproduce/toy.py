@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.settings import Settings
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import lora_one, one_step
@@ -339,10 +339,7 @@ def _joined_series(name: str, lines: list[tuple[Tensor, Tensor]]) -> Series:
     return Series(name, torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
 
 
-EXPERIMENT = Experiment(
-    name="toy",
-    title="Toy of LoRA-One: trajectories from LoRA's start and from the spectral one",
-    source=_PAPER,
+PARTS = Parts(
     stand_ins=(
         "Step size, number of steps and random starts are not given in the source.",
         "The figure of the source is in three dimensions; here it is shown in planes.",
@@ -350,5 +347,4 @@ EXPERIMENT = Experiment(
     settings=ToySettings,
     quick={"num_starts": 4, "steps": 1000, "grid": 61},
     run=run_toy,
-    duration="3 seconds",
 )

@@ -170,7 +170,7 @@ def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> lis
         Paths in the base model.
     """
     # PEFT itself chooses, on a twin that holds no weights
-    with torch.random.fork_rng(), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
         adapted = recipe("lora").prepare(
             twin,

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tangora._names import SPACES, Space
 from tangora.report.recorded import FrozenModel, Recorded, read_record
 from tangora.report.records import Count, Seconds
 
-Space = Literal["tangent", "weights", "factors"]
 Operator = Literal["hessian", "gauss-newton"]
-SPACES: tuple[Space, ...] = get_args(Space)
 
 
 class Eigenvalue(FrozenModel):

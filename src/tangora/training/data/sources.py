@@ -17,6 +17,7 @@ import torch
 from tangora._checks import InputError
 from tangora.training.models.digits import TASK_DIGITS, read_digits
 from tangora.training.models.packaged import PackagedFiles
+from tangora.training.paths import DATA_SUFFIXES
 
 
 class Row(NamedTuple):
@@ -190,12 +191,9 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = dict(
+    zip(DATA_SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_parquet), strict=True)
+)
 """File formats by suffix."""
 
 

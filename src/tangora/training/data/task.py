@@ -23,6 +23,7 @@ from tangora.training.data.splits import Counts, check_disjoint, make_splits
 from tangora.training.models import KINDS, Kind
 from tangora.training.models.hub import hub_problem
 from tangora.training.models.packaged import locate, near_hint
+from tangora.training.paths import is_data_path
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _read(spec: str) -> RawData:
         return read_folder(path)
     if path.is_file():
         return read_file(path)
-    if spec.startswith((".", "/", "~")) or path.suffix in READERS:
+    if is_data_path(spec):
         raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed_tasks()}")
     return _read_hub(spec)
 

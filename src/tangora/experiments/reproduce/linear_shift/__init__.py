@@ -2,7 +2,7 @@
 
 import torch
 
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.reproduce.linear_shift.measure import (
     Found,
     LinearShiftSettings,
@@ -117,10 +117,7 @@ def _checks(settings: LinearShiftSettings, found: Found, times: Times) -> tuple[
     )
 
 
-EXPERIMENT = Experiment(
-    name="linear-shift",
-    title="Linear model of LoRA-One: alignment, spectral start and linear rates",
-    source=f"{_PAPER}, theorems 3.1 to 3.6 and figure 1",
+PARTS = Parts(
     stand_ins=(
         (
             "The source's sizes, ranks, numbers of examples and step sizes (its appendix G.1) were not to be had: "
@@ -148,5 +145,4 @@ EXPERIMENT = Experiment(
         "rate_steps": 300,
     },
     run=run_linear_shift,
-    duration="1 minute",
 )

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 
 from tangora._checks import InputError
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
 from tangora.experiments.reproduce.matrix_sensing.problem import (
     Problems,
@@ -241,10 +241,7 @@ def _column(found: Run, index: int) -> Run:
     return Run(found.step, Trace(*(part[..., index : index + 1] for part in parts)))
 
 
-EXPERIMENT = Experiment(
-    name="matrix-sensing",
-    title="Matrix sensing: iterations and gradients against the condition number",
-    source="ODELoRA, arXiv:2602.07479, abstract (linear convergence, matrix sensing)",
+PARTS = Parts(
     stand_ins=(
         (
             "Only ODELoRA's abstract could be read: sizes, starts, step sizes and which Runge-Kutta methods are this "
@@ -265,5 +262,4 @@ EXPERIMENT = Experiment(
         "random_size": None,
     },
     run=run,
-    duration="about three minutes",
 )

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.reproduce.pinn.equations import EQUATIONS, collocation
 from tangora.experiments.reproduce.pinn.figures import rate_figure, solution_figure, training_figure
 from tangora.experiments.reproduce.pinn.findings import checks, findings, table
@@ -177,10 +177,7 @@ def _run_data(run: Run) -> dict[str, Any]:
     return {key: getattr(run, key) for key in keys}
 
 
-EXPERIMENT = Experiment(
-    name="pinn",
-    title="Physics-informed networks: from one coefficient to another",
-    source="ODELoRA, arXiv:2602.07479: the experiment on physics-informed networks",
+PARTS = Parts(
     stand_ins=(
         "Only the source's abstract is known: equations, coefficients, network, rank, rates and budget are ours.",
         "Networks are pretrained on a mild coefficient; the adapter learns a stiffer one from the residual alone.",
@@ -203,5 +200,4 @@ EXPERIMENT = Experiment(
         "pretrain_polish": 100,
     },
     run=run,
-    duration="about 10 minutes on a quiet machine",
 )

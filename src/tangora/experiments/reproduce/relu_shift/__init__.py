@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.reproduce.relu_shift.measure import (
     KINDS,
     NEAR,
@@ -278,10 +278,7 @@ def _range(values: Tensor) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-EXPERIMENT = Experiment(
-    name="relu-shift",
-    title="ReLU model of LoRA-One: preconditioned descent with GLM-tron's and the true gradient",
-    source=_PAPER,
+PARTS = Parts(
     stand_ins=(
         "The source's sizes, number of examples and step sizes were not to be had: those in the settings are ours.",
         "The pre-trained weights are random with rows of norm one; the source says nothing of them.",
@@ -298,5 +295,4 @@ EXPERIMENT = Experiment(
         "count_halvings": 4,
     },
     run=run_relu_shift,
-    duration="1 minute",
 )

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from scipy import stats
 
 from tangora._checks import check_choice
-from tangora.experiments.reproduce.experiment import Experiment, Progress
+from tangora.experiments.reproduce.experiment import Parts, Progress
 from tangora.experiments.reproduce.width.layer import START_NAMES, TRAINERS, HiddenLayer, Readout
 from tangora.experiments.settings import Settings
 from tangora.report.reproduction import Check, Figure, Panel, Result, Series, Table
@@ -303,10 +303,7 @@ def _from(start: str) -> str:
     return "" if start == _NO_START else f" from the {start} start"
 
 
-EXPERIMENT = Experiment(
-    name="width",
-    title="Size of a step's effect on a layer's output as the width grows",
-    source="ODELoRA, arXiv:2602.07479, abstract (stable feature learning)",
+PARTS = Parts(
     stand_ins=(
         (
             "Only ODELoRA's abstract could be read: which quantity its claim is about and at which scaling is not "
@@ -317,5 +314,4 @@ EXPERIMENT = Experiment(
     settings=WidthSettings,
     quick={"widths": [64, 512], "num_seeds": 3, "steps": 2, "starts": ["plain"]},
     run=run,
-    duration="about five minutes",
 )

@@ -111,7 +111,7 @@ class HiddenLayer:
         with torch.no_grad():
             self.h = self._plain[:2](x)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["2"])  # pyright: ignore[reportArgumentType]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             # PEFT wraps the layer in this second container only; its factors get their values from `initialize`
             adapted = get_peft_model(nn.Sequential(*layers), config)  # pyright: ignore[reportArgumentType]
         assert isinstance(adapted, PeftModel)

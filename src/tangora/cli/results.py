@@ -1,0 +1,223 @@
+"""What commands print: progress, tables, sentences, and where the files are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from tangora._checks import InputError
+from tangora.cli.output import console
+from tangora.experiments.compare import CompareWatcher, Outcome, StudyOutcome
+from tangora.experiments.comparison.sweep import Cell
+from tangora.experiments.curvature.measure import CurvatureFiles
+from tangora.experiments.diagnose.measure import DiagnosisFiles
+from tangora.experiments.reproduce.run import ReproductionFiles
+from tangora.experiments.run.execute import Watcher
+from tangora.report import (
+    Comparison,
+    Record,
+    diagnosis_tables,
+    findings,
+    missing_sentence,
+    rich_table,
+    study_verdict,
+    summarize,
+    verdict,
+)
+from tangora.report.comparison.flatness import flatness_sentences, has_flatness, rich_flatness
+from tangora.report.curvature import curvature_tables
+from tangora.report.curvature import findings as curvature_findings
+from tangora.report.reproduction import outcome, rich_checks
+
+
+def watcher_of(bars: Progress, bar: TaskID) -> Watcher:
+    """Let a bar follow a run.
+
+    Args:
+        bars: What draws it.
+        bar: Which.
+
+    Returns:
+        What the run tells its phases and steps.
+    """
+    return Watcher(
+        phase=lambda name: bars.update(bar, note=name),
+        step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
+    )
+
+
+class ComparisonBars(CompareWatcher):
+    """One bar for the comparison, and one for each run that is going on."""
+
+    def __init__(self, bars: Progress):
+        super().__init__()
+        self._bars = bars
+        self._runs = bars.add_task("runs", total=None, note="")
+        self._steps: dict[str, TaskID] = {}
+
+    def plan(self, total: int) -> None:
+        """Hear how many runs there are."""
+        self._bars.update(self._runs, total=total)
+
+    def begin(self, cell: Cell) -> Watcher:
+        """Draw a bar for a run.
+
+        Args:
+            cell: The run that begins.
+
+        Returns:
+            What moves the bar.
+        """
+        self._steps[cell.id] = self._bars.add_task(cell.id, total=cell.settings.steps, note="")
+        return watcher_of(self._bars, self._steps[cell.id])
+
+    def end(self, cell: Cell, record: Record) -> None:
+        """Count the run, and say if it failed."""
+        if cell.id in self._steps:
+            self._bars.remove_task(self._steps.pop(cell.id))
+        self._bars.advance(self._runs)
+        if record.status != "finished":
+            what = f"{cell.id} {record.status.replace('_', ' ')}: {record.error or ''}"
+            self._bars.console.print(escape(what))
+
+
+def print_run(record: Record, output: Path) -> None:
+    """Print what a run measured.
+
+    Args:
+        record: The run.
+        output: Its folder.
+
+    Raises:
+        InputError: If it did not finish.
+    """
+    table = Table(
+        title=f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}", box=None
+    )
+    for heading in ("", *record.metrics):
+        shown = "test, before" if heading == "before" else heading
+        table.add_column(shown, justify="right" if heading else "left")
+    for name in dict.fromkeys(key for split in record.metrics.values() for key in split):
+        cells = (split.get(name) for split in record.metrics.values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in cells))
+    console.print(table)
+    if record.status != "finished":
+        raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
+    if record.flatness is not None:
+        console.print(f"gap      {record.flatness.gap:.4f}, test loss minus training loss")
+        for sentence in flatness_sentences(record.flatness):
+            console.print(escape(sentence))
+    saved = next((output / name for name in ("adapter", "model") if (output / name).exists()), output)
+    console.print(f"saved    {escape(str(saved))}")
+    console.print(f"metrics  {escape(str(output / 'metrics.jsonl'))}")
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print the table and the verdict of a comparison.
+
+    Args:
+        outcome: The comparison.
+    """
+    rows = summarize(outcome.comparison)
+    console.print(rich_table(rows, outcome.comparison))
+    if has_flatness(outcome.comparison):
+        console.print(rich_flatness(outcome.comparison, rows))
+    for sentence in verdict(rows):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(outcome.report))}")
+    print_missing(outcome.comparison)
+    if outcome.adapter is not None:
+        console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
+        console.print(
+            "proof    plain PEFT on the untouched base gives the trained model's logits: "
+            f"largest difference {outcome.difference:.1e}"
+        )
+
+
+def print_missing(comparison: Comparison) -> None:
+    """Say what has not been run, if anything.
+
+    Args:
+        comparison: The comparison.
+    """
+    if sentence := missing_sentence(comparison):
+        console.print(sentence)
+
+
+def print_study(study: StudyOutcome) -> None:
+    """Print the table of every task and what they say together.
+
+    Args:
+        study: The comparisons.
+    """
+    print_tasks({name: outcome.comparison for name, outcome in study.outcomes.items()}, study.report)
+
+
+def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
+    """Print the table of every task and what they say together.
+
+    Args:
+        comparisons: By task.
+        report: The page over all of them.
+    """
+    for comparison in comparisons.values():
+        if comparison.records:
+            console.print(rich_table(summarize(comparison), comparison))
+        print_missing(comparison)
+    for sentence in study_verdict(comparisons):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(report))}")
+
+
+def print_curvature(files: CurvatureFiles) -> None:
+    """Print the tables and the findings of a measurement of curvature.
+
+    Args:
+        files: The measurement and where it was written.
+    """
+    record = files.record
+    for table in curvature_tables(record):
+        console.print(table)
+    for sentence in curvature_findings(record):
+        console.print(escape(sentence))
+    console.print(f"{record.products} products with the matrix over {record.num_examples} examples")
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+    for picture in files.pictures:
+        if picture.suffix == ".png":
+            console.print(f"picture  {escape(str(picture))}")
+
+
+def print_diagnosis(files: DiagnosisFiles) -> None:
+    """Print the tables and the findings of a diagnosis.
+
+    Args:
+        files: The diagnosis and where it was written.
+    """
+    diagnosis = files.record.diagnosis
+    for table in diagnosis_tables(diagnosis):
+        console.print(table)
+    for sentence in findings(diagnosis):
+        console.print(escape(sentence))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"plan     {escape(str(files.plan))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+
+
+def print_reproduction(files: ReproductionFiles) -> None:
+    """Print the findings and the checks of an experiment.
+
+    Args:
+        files: The experiment and where it was written.
+    """
+    record = files.record
+    for sentence in record.result.findings:
+        console.print(escape(sentence))
+    console.print(rich_checks(record.result.checks))
+    console.print(escape(outcome(record)))
+    console.print(f"report   {escape(str(files.page))}")
+    console.print(f"numbers  {escape(str(files.record_path))}")
+    for picture in files.pictures:
+        console.print(f"picture  {escape(str(picture))}")

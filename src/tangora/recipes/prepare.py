@@ -1,0 +1,95 @@
+"""A base model made ready for training with a recipe."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from tangora._checks import InputError, check_number
+from tangora.adapters import discover
+from tangora.init.methods import seeded
+from tangora.recipes.head import head_options
+from tangora.recipes.recipe import Recipe
+
+
+def prepare(
+    entry: Recipe,
+    model: PreTrainedModel,
+    *,
+    r: int,
+    lora_alpha: float | int,
+    task_type: str,
+    total_steps: int,
+    seed: int,
+    target_modules: str | list[str],
+    rank_plan: Mapping[str, Any] | None,
+) -> nn.Module:
+    """Make a base model ready for training; the arguments are those of `Recipe.prepare`.
+
+    Args:
+        entry: The method.
+        model: Base model, changed in place.
+        r: Rank.
+        lora_alpha: LoRA's alpha.
+        task_type: PEFT's task type.
+        total_steps: Number of optimizer steps.
+        seed: Seed of the adapter's random start.
+        target_modules: What PEFT should adapt.
+        rank_plan: Ranks for single layers.
+
+    Returns:
+        The PEFT model, or ``model`` itself for full fine-tuning.
+
+    Raises:
+        InputError: If rank or plan cannot be used.
+    """
+    if entry.adapter is None:
+        return model.requires_grad_(True)
+    check_number("rank", r, low=1)
+    if rank_plan and entry.adapter != "lora":
+        raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
+    common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
+    if task_type == "SEQ_CLS":
+        common |= head_options(model)
+    if entry.adapter == "adalora":
+        config = _adalora_config(r, total_steps, common | dict(entry.options))
+    else:
+        scaled = {"use_rslora": False} | dict(entry.options)
+        plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
+        config = LoraConfig(r=r, **common, **entry.options, **plan)
+    with seeded(seed):
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    _check_rank(adapted, r)
+    return adapted
+
+
+def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
+    # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
+    return AdaLoraConfig(
+        init_r=(3 * r + 1) // 2,
+        target_r=r,
+        total_step=total_steps,
+        tinit=total_steps // 10,
+        tfinal=total_steps // 3,
+        **options,
+    )
+
+
+def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    # the plan leaves layers out that keep the common rank: under another one they would silently get that
+    for key in ("r", "lora_alpha", "use_rslora"):
+        if key in plan and plan[key] != config[key]:
+            raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
+    return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
+
+
+def _check_rank(model: PeftModel, r: int) -> None:
+    for pair in discover(model).pairs:
+        m, n, rank = pair.shape
+        if rank > min(m, n):
+            raise InputError(
+                f"rank must be at most {min(m, n)}, the smaller side of layer {pair.name} ({m} x {n}); got {r}"
+            )

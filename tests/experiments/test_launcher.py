@@ -1,0 +1,124 @@
+"""Under a launcher every command stops before it reads or writes anything; workers of a comparison do not ask."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import tangora
+from tangora._checks import InputError
+from tangora.experiments.compare import compare_tasks
+from tangora.experiments.comparison.plan import CompareSettings, PlanSettings
+from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.settings import CurvatureSettings
+from tangora.experiments.diagnose.measure import diagnose_task
+from tangora.experiments.diagnose.settings import DiagnoseSettings
+from tangora.experiments.launcher import check_one_process
+from tangora.experiments.settings import RunSettings
+from tangora.report import load_comparison
+from tests.experiments.small import write_classifier
+
+pytestmark = pytest.mark.messages
+
+COMPARED = CompareSettings(recipes=["lora"])
+CALLS = {
+    "train": lambda folder: tangora.train(RunSettings(), folder),
+    "compare": lambda folder: tangora.compare(COMPARED, folder),
+    "compare several": lambda folder: compare_tasks(PlanSettings(tasks={"one": COMPARED}), folder),
+    "diagnose": lambda folder: diagnose_task(DiagnoseSettings(), folder),
+    "curvature": lambda folder: measure_curvature(CurvatureSettings(), folder),
+    "export": lambda folder: tangora.export(folder / "run", folder / "small"),
+}
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_several_processes_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = tmp_path / "out"
+    with pytest.raises(
+        InputError, match=f"{name.split()[0]} runs in one process, but WORLD_SIZE is 2"
+    ) as error:
+        CALLS[name](folder)
+    assert "\n" not in str(error.value)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("variable", SIZES)
+def test_all_launchers_that_accelerate_knows(variable, monkeypatch):
+    monkeypatch.setenv(variable, "8")
+    with pytest.raises(InputError, match=f"{variable} is 8"):
+        check_one_process("train")
+
+
+@pytest.mark.parametrize("size", ["", "0", "1", "many"])
+def test_one_process_is_not_refused(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    check_one_process("train")
+
+
+def test_a_process_group_that_a_script_has_made_is_refused():
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(InputError, match="its process group has 2"):
+            check_one_process("train")
+    finally:
+        torch.distributed.destroy_process_group()
+    check_one_process("train")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--output", "out"],
+        ["compare", "--recipes", "lora", "--output", "out"],
+        ["diagnose", "--output", "out"],
+        ["curvature", "minilm-l6", "--output", "out"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_command_line_ends_with_code_2(arguments, tmp_path, monkeypatch, capsys):
+    from tangora import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["tangora", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "WORLD_SIZE" in (told := capsys.readouterr().err)
+    assert told.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_do_not_share_the_port_of_a_launcher_with_one_process(tmp_path):
+    settings = {**write_classifier(tmp_path), "steps": 2, "batch_size": 4, "recipes": ["lora", "tangent"]}
+    (tmp_path / "plan.yaml").write_text(
+        json.dumps(settings | {"learning_rates": {"lora": [1e-3, 3e-3]}, "seeds": [0]})
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {
+        "WORLD_SIZE": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    words = ["compare", str(tmp_path / "plan.yaml"), "--jobs", "3", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tangora.cli", *words],
+        env=os.environ | launched,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {record.status for record in load_comparison(tmp_path / "out").records} == {"finished"}
