@@ -405,3 +405,31 @@ def find_pairs_quietly(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return find_pairs(model)
+
+
+class Attending(nn.Module):
+    """An attention of torch's own beside a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("over", ["factors", "tangent", "weights"])
+def test_attention_whose_weights_peft_replaces_is_named(over):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["attention", "out"], init_lora_weights=False)
+    model = get_peft_model(Attending().double(), config, autocast_adapter_dtype=False)
+    batches = [torch.randn(3, 5, 8, dtype=torch.float64)]
+    options = {"over": over, "loss_fn": lambda m, x: m(x).tanh().mean()}
+    with pytest.raises(InputError, match=r"model\.attention is part of an nn.MultiheadAttention"):
+        Hessian(model, batches, **options)
+    operator = Hessian(model, batches, layers=["model.out"], **options)
+    v = torch.randn(operator.size, dtype=torch.float64)
+    step = 1e-4
+    difference = (operator.gradient_at(step * v) - operator.gradient_at(-step * v)) / (2 * step)
+    torch.testing.assert_close(operator.matvec(v), difference, rtol=1e-5, atol=1e-7)

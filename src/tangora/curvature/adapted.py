@@ -21,6 +21,8 @@ from tangora.adapters.offset_layer import get_offset
 from tangora.adapters.pair import as_matrix
 from tangora.curvature.evaluation import Evaluation
 
+_ATTENTION = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
@@ -223,6 +225,11 @@ def _check(pair: LoraPair) -> None:
         raise InputError(f"adapter {pair.adapter!r} is merged into {pair.name}: unmerge_adapter first")
     if pair.adapter not in layer.active_adapters or layer.disable_adapters:  # pyright: ignore[reportOperatorIssue]
         raise InputError(f"adapter {pair.adapter!r} is not active in {pair.name}: set_adapter first")
+    if isinstance(layer.get_base_layer(), _ATTENTION):  # pyright: ignore[reportCallIssue]
+        raise InputError(
+            f"{pair.name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward pass: its "
+            "curvature cannot be read, so leave the layer out (layers=...)"
+        )
     if pair.scaling == 0:
         raise InputError(
             f"the scaling of {pair.name} must not be zero: nothing reaches the weight through it"
