@@ -103,10 +103,12 @@ def _mergeable(model: nn.Module, owner: str) -> PeftModel:
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
     for name, module in model.named_modules():
-        mode = getattr(getattr(module, "base_layer", None), "padding_mode", "zeros")
-        if mode != "zeros":
+        base = getattr(module, "base_layer", None)
+        mode, dilation = getattr(base, "padding_mode", "zeros"), getattr(base, "dilation", 1)
+        if mode != "zeros" or (dilation != 1 and {*dilation} != {1}):
             raise InputError(
-                f"{name} pads with {mode!r} and its adapter with zeros, which no kernel can do: save_adapter instead"
+                f"{name} has padding mode {mode!r} and dilation {dilation}, which PEFT's adapter of it does not follow, so "
+                "that no kernel can do both: save_adapter instead"
             )
     return model
 
