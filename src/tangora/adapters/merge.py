@@ -107,7 +107,7 @@ def _mergeable(model: nn.Module, owner: str) -> PeftModel:
         mode, dilation = getattr(base, "padding_mode", "zeros"), getattr(base, "dilation", 1)
         if mode != "zeros" or (dilation != 1 and {*dilation} != {1}):
             raise InputError(
-                f"{name} has padding mode {mode!r} and dilation {dilation}, which PEFT's adapter of it does not follow, so "
+                f"{name} has padding mode {mode!r} and dilation {dilation}, which its adapter does not follow, so "
                 "that no kernel can do both: save_adapter instead"
             )
     return model
