@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, XLoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import load_file
@@ -17,10 +17,12 @@ from torch import nn
 from tangora import InputError, TangentAdam, find_pairs
 from tangora.adapters import (
     attach_offset,
+    base_weight,
     detach_offset,
     has_offset,
     offset_factors,
     offset_output,
+    refresh_magnitude,
     save_adapter,
 )
 from tests.adapters.models import LAYERS, Experts, Holder, adapted, inputs_of, loss_of, tiny_llama
@@ -632,6 +634,33 @@ def test_an_optimizer_moves_the_trained_pair_alone():
         assert all(torch.equal(a, b) for a, b in zip(offset_factors(pair), frozen[pair.name], strict=True))
 
 
+@pytest.mark.messages
+@pytest.mark.parametrize("name", ["linear", "dora", "dora-embedding", "gpt2"])
+def test_a_compiled_model(name):
+    torch._dynamo.reset()
+    model = plain(name)
+    compiled = torch.compile(model, backend="eager")
+    run(compiled, name)
+    factors = {pair.name: pair.factors()[::-1] for pair in find_pairs(start(copy.deepcopy(model)))}
+    attach_offset(compiled, "default", factors)
+    train(model)
+    assert_close(run(compiled, name), run(model, name), 1e-12)
+    detach_offset(compiled, "default")
+    assert not has_offset(model, "default")
+
+
+@pytest.mark.parametrize("name", ["linear", "gpt2-conv1d", "conv2d", "embedding"])
+def test_magnitudes_follow_the_whole_weight(name):
+    model = adapted(name, use_dora=True).eval()
+    (pair,) = find_pairs(model)
+    attach_offset(model, "default", {pair.name: tuple(1.5 * factor for factor in pair.factors()[::-1])})
+    (A, B), (B0, A0) = pair.factors(), offset_factors(pair)
+    weight = base_weight(pair) + pair.scaling * (B @ A - B0 @ A0)
+    refresh_magnitude(pair)
+    magnitude = pair.layer.lora_magnitude_vector["default"].weight.detach().flatten()
+    assert_close(magnitude, weight.norm(dim=1), 1e-12)
+
+
 # --- state ---
 
 
@@ -809,6 +838,17 @@ def test_what_cannot_carry_an_offset_is_named(make, message):
         attach_offset(model, "default", {})
     assert not has_offset(model, "default")
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.messages
+def test_adapters_that_xlora_mixes_are_refused(tmp_path):
+    plain("float32").save_pretrained(tmp_path)
+    adapters = {"0": str(tmp_path), "1": str(tmp_path)}
+    base = base_of("float32")
+    base.config.use_cache = False
+    model = get_peft_model(base, XLoraConfig(hidden_size=16, xlora_depth=1, adapters=adapters))
+    with pytest.raises(InputError, match=r"'0' must be LoRA; got .*XLoraModel"):
+        attach_offset(model, "0", {})
 
 
 @pytest.mark.messages

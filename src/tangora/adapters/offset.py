@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, LoraModel, PeftModel
 from torch import Tensor
 
 from tangora._checks import InputError
@@ -17,6 +17,7 @@ from tangora.adapters.config import OffsetConfig
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
 from tangora.adapters.pair import LoraPair, as_matrix
+from tangora.adapters.wrapped import unwrapped
 
 # starts for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -48,7 +49,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
     alone (combining, hotswapping, conversion) are refused.
 
     Args:
-        model: PEFT model.
+        model: PEFT model, also inside DistributedDataParallel or compiled.
         adapter_name: The adapter, of plain LoRA, rsLoRA or DoRA.
         factors: $(B_0, A_0)$ by the names of `LoraPair`, as matrices of shapes m × r and r × n; they are copied, in the
             factors' dtype. Layers that are missing get zeros, so that the rank doubles everywhere. An offset that is
@@ -71,6 +72,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
         >>> torch.equal(model(x), before)
         True
     """
+    model = unwrapped(model)
     pairs = _pairs(model, adapter_name)
     _check_factors(pairs, factors)
     for pair in pairs:
@@ -90,6 +92,7 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
     Raises:
         InputError: If the adapter is merged, or not one of the model's.
     """
+    model = unwrapped(model)
     found = [pair for pair in discover(model, adapter_name).pairs if get_offset(pair.layer, adapter_name)]
     for pair in found:
         _check_unmerged(pair)
@@ -138,8 +141,12 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
         )
     for name, reason in found.skipped.items():
         _refuse(name, f"its adapter is no plain pair: {reason}")
-    if type(config) not in (LoraConfig, OffsetConfig):
-        raise InputError(f"adapter {adapter_name!r} must be LoRA; got {type(config).__name__}")
+    if type(config) not in (LoraConfig, OffsetConfig) or not isinstance(model.base_model, LoraModel):
+        got = (
+            type(config).__name__,
+            type(model.base_model).__name__,
+        )  # X-LoRA's layers read the trained pairs alone
+        raise InputError(f"adapter {adapter_name!r} must be LoRA; got {' in '.join(got)}")
     for pair in found.pairs:
         if pair.tied:
             _refuse(pair.name, "its factors are tied to another layer's")

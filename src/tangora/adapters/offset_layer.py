@@ -320,7 +320,13 @@ def _weight(live: Any) -> Tensor:
 
 
 def _replace(whole: Any, container: str, adapter: str, value: Any) -> None:
-    whole.__dict__["_modules"][container] = {**dict(getattr(whole, container).items()), adapter: value}
+    # a container as PEFT's own is, because torch.compile looks into it
+    held, kind = (
+        copy.copy(getattr(whole, container)),
+        "_parameters" if isinstance(value, Tensor) else "_modules",
+    )
+    held.__dict__[kind] = {**held.__dict__[kind], adapter: value}
+    whole.__dict__["_modules"][container] = held
 
 
 def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -9,6 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tangora.adapters.four_bit import keep_layout
 from tangora.adapters.offset import offset_factors
+from tangora.adapters.offset_layer import get_offset, with_both_pairs
+from tangora.adapters.offset_output import is_embedding
 from tangora.adapters.pair import LoraPair, as_matrix
 
 
@@ -79,21 +81,20 @@ def refresh_magnitude(pair: LoraPair) -> None:
     DoRA then starts from exactly that weight.
 
     Args:
-        pair: The pair.
+        pair: The pair, with or without an offset.
     """
-    layer = pair.layer
+    layer: Any = pair.layer
     magnitudes = getattr(layer, "lora_magnitude_vector", None) or {}
     if pair.adapter not in magnitudes:
         return
     holder: Any = magnitudes[pair.adapter]
     magnitude = holder.weight
-    embedding = pair.adapter in layer.lora_embedding_A  # pyright: ignore[reportOperatorIssue]
-    holder.update_layer(
-        base_layer=layer.get_base_layer(),  # pyright: ignore[reportCallIssue]
-        lora_A=pair.A.detach() if embedding else pair.A,
-        lora_B=pair.B.detach() if embedding else pair.B,
-        scaling=pair.scaling,
-    )
+    view = layer if get_offset(layer, pair.adapter) is None else with_both_pairs(layer, pair.adapter)
+    if is_embedding(layer, pair.adapter):
+        A, B = (held[pair.adapter].detach() for held in (view.lora_embedding_A, view.lora_embedding_B))
+    else:
+        A, B = (held[pair.adapter].weight for held in (view.lora_A, view.lora_B))
+    holder.update_layer(base_layer=layer.get_base_layer(), lora_A=A, lora_B=B, scaling=pair.scaling)
     # PEFT makes a new parameter; an optimizer may know the old one
     magnitude.data.copy_(holder.weight.detach())
     holder.weight = magnitude
