@@ -74,12 +74,16 @@ def _check_rank(model: PeftModel, model_id: Any, adapter_name: str, *_: Any, **o
     for pair in discover(model).pairs:
         found = ranks.get(f"{pair.name}.lora_A.weight", ranks.get(f"{pair.name}.lora_embedding_A"))
         carried = get_offset(pair.layer, adapter_name)
-        if pair.adapter == adapter_name and carried is None and found == 2 * pair.A.shape[0] > 0:
+        own = pair.A.shape[0]
+        if pair.adapter != adapter_name or carried is not None or found in (None, own):
+            continue
+        what = f"{file} has rank {found} in {pair.name}, and adapter {adapter_name!r} has rank {own}"
+        if found == 2 * own:
             raise InputError(
-                f"{file} has rank {found} in {pair.name}, twice that of adapter {adapter_name!r}, as the files of "
-                "adapters with an offset have: call tangora.initialize in the same way as before that training, or go "
-                "on with tangora.load_adapter(base, path, is_trainable=True)"
+                f"{what}; files of adapters that tangora.initialize started have twice the rank: call it in the same "
+                "way as before that training, or go on with tangora.load_adapter(base, path, is_trainable=True)"
             )
+        raise InputError(f"{what}: make the adapter with the rank of the file")
 
 
 def _getter_for_hotswap(key: str) -> Callable[[nn.Module], Any]:

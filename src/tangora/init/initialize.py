@@ -50,6 +50,7 @@ class Start:
         names: Layers that got it.
         skipped: Layers that kept the plain LoRA start, with the reason.
         seconds: What it took.
+        passes: How often the batches were read for gradients.
         step: Step size of ``one-step``.
         line_search: Held-out loss by step size, where ``one-step`` searched.
     """
@@ -58,6 +59,7 @@ class Start:
     names: tuple[str, ...]
     skipped: Mapping[str, str]
     seconds: float
+    passes: int = 0
     step: float | None = None
     line_search: Mapping[float, float] = field(default_factory=dict)
 
@@ -92,8 +94,8 @@ def initialize(
     one-step      the step itself, not to be trained further    step, or held_out batches to search it on
     ============= ============================================= ===============================================
 
-    The methods that read gradients also take ``oversampling`` (8), ``power_iterations`` (1) and ``one_pass`` (False) of
-    `gradient_spectra`.
+    The methods that read gradients do so in one pass over the batches, or two where the gradients' spectra fall slowly.
+    They also take ``oversampling``, ``power_iterations`` (None) and ``one_pass`` (False) of `gradient_spectra`.
 
     With ``torch.distributed`` running, every rank calls it with its own batches, and all get the start that belongs to
     the mean gradient.
@@ -130,7 +132,8 @@ def initialize(
             detach_offset(inner, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
-            probing = {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
+            probing = {"power_iterations": None}
+            probing |= {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
                 inner,
                 batches,
@@ -153,7 +156,8 @@ def initialize(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
     names = tuple(site.pair.name for site in sites)
-    return Start(method, names, skipped, time.perf_counter() - began, options.get("step"), losses)
+    passes = max((spectrum.passes for spectrum in spectra.values()), default=0)
+    return Start(method, names, skipped, time.perf_counter() - began, passes, options.get("step"), losses)
 
 
 def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair], dict[str, str]]:
