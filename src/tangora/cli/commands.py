@@ -21,7 +21,7 @@ from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.reproduce.registry import experiment
+from tangora.experiments.reproduce.registry import experiment, settings_of
 from tangora.experiments.settings import (
     RunSettings,
     TaskSettings,
@@ -292,11 +292,11 @@ def reproduce_command(
     if name is None:
         console.print(experiment_table())
         return
-    wanted, changed = experiment(name), assignments(changes or [])
+    wanted = experiment(name)
+    settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
     from tangora.cli.results import print_reproduction
-    from tangora.experiments.reproduce.run import reproduce, settings_of
+    from tangora.experiments.reproduce.run import reproduce
 
-    settings = settings_of(wanted, changed, quick=quick, seed=seed)
     with progress_bars() as bars:
         bar = bars.add_task(name, total=None, note="")
         files = reproduce(
