@@ -104,6 +104,13 @@ QUICK = {
     "missing folder": (2, ["report", "nowhere"]),
     "unknown experiment": (2, ["reproduce", "tooy"]),
     "bad change": (2, ["reproduce", "toy", "--set", "steps"]),
+    "unknown setting": (2, ["reproduce", "pinn", "--set", "stepz=3"]),
+    "bad value of a setting": (2, ["reproduce", "width", "--set", "widths=[1]"]),
+    "no memory": (2, ["compare", "--recipes", "lora", "--max-memory", "-1", "--output", "out"]),
+    "no rank": (2, ["export", "run", "--rank", "0", "--output", "out"]),
+    "folder without a model": (2, ["train", "--model", "./tests", "--output", "out"]),
+    "folder without an adapter": (2, ["curvature", "minilm-l6", "--adapter", "tests", "--output", "out"]),
+    "folder without a run": (2, ["train", "--reference", "tests", "--measure-every", "1", "--output", "out"]),
 }
 CALLS = """
 import contextlib, io, json, sys

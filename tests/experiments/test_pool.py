@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tangora import CompareSettings, InputError, compare
-from tangora.experiments.compare import CompareWatcher, Resources
+from tangora.experiments.compare import CompareWatcher
 from tangora.experiments.comparison import worker
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import DiskFullError, record_path, run_cell
 from tangora.experiments.run.execute import Watcher

@@ -17,16 +17,17 @@ from tangora._checks import InputError
 from tangora.cli.flags import about, assignments, check_paths, takes, with_file, with_lists
 from tangora.cli.output import console, experiment_table, progress_bars
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.reproduce.registry import experiment
+from tangora.experiments.reproduce.registry import experiment, settings_of
 from tangora.experiments.settings import (
     RunSettings,
     TaskSettings,
+    adapter_settings,
     read_yaml,
-    run_settings,
     validated,
 )
 from tangora.recipes import recipes as all_recipes
@@ -152,12 +153,12 @@ def compare_command(
     base = preset(preset_name) if preset_name else {}
     given = base | (read_yaml(source) if source is not None else {})
     settings = chosen_tasks(read_plan(given, with_lists(values, given), str(source or "")), tasks)
+    resources = Resources(jobs, max_hours, max_memory, retry)
     check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
     from tangora.cli.results import ComparisonBars, print_outcome, print_study
-    from tangora.experiments.compare import Resources, StudyOutcome, compare, compare_tasks
+    from tangora.experiments.compare import StudyOutcome, compare, compare_tasks
 
     told = shlex.join(["tangora", *sys.argv[1:]])
-    resources = Resources(jobs, max_hours, max_memory, retry)
     with progress_bars() as bars:
         options: dict[str, Any] = {
             "command": told,
@@ -178,7 +179,9 @@ def compare_command(
 def export_command(
     run: Annotated[Path, typer.Argument(help="Output folder of tangora train, or a run of tangora compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    rank: Annotated[int | None, typer.Option(help="Cut every update to this rank; default: exact.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut every update to this rank; default: exact.")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with its tokenizer.")] = False,
 ) -> None:
     """Write the adapter of a run at another rank, or merged into its base model.
@@ -187,7 +190,7 @@ def export_command(
       tangora export out --rank 8 --output small
       tangora export out --merge --output model
     """
-    run_settings(run)
+    adapter_settings(run)
     from tangora.experiments.export import export
 
     exported = export(run, output, rank=rank, merge=merge)
@@ -292,11 +295,11 @@ def reproduce_command(
     if name is None:
         console.print(experiment_table())
         return
-    wanted, changed = experiment(name), assignments(changes or [])
+    wanted = experiment(name)
+    settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
     from tangora.cli.results import print_reproduction
-    from tangora.experiments.reproduce.run import reproduce, settings_of
+    from tangora.experiments.reproduce.run import reproduce
 
-    settings = settings_of(wanted, changed, quick=quick, seed=seed)
     with progress_bars() as bars:
         bar = bars.add_task(name, total=None, note="")
         files = reproduce(

@@ -24,6 +24,9 @@ _PATHS: dict[str, Callable[[str], bool]] = {
 }
 """Settings that may name files or folders, and when they do."""
 
+_INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference": "record.json"}
+"""What a folder that they name must hold."""
+
 
 def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each setting, described by it.
@@ -121,19 +124,27 @@ def with_file(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
 
 
 def check_paths(*settings: Settings) -> None:
-    """Check that files and folders exist, before anything slow is imported to read them.
+    """Check that files and folders exist and hold what they must, before anything slow is imported to read them.
 
     Args:
         *settings: What names them.
 
     Raises:
-        InputError: Naming the first that does not exist.
+        InputError: Naming the first that does not.
     """
     for each in settings:
         for key, is_path in _PATHS.items():
             name = getattr(each, key, None)
-            if name is not None and is_path(name) and not Path(name).expanduser().exists():
-                raise InputError(f"{key} {name!r}: there is no such file or folder")
+            if name is not None and is_path(name):
+                _check_path(key, name)
+
+
+def _check_path(key: str, name: str) -> None:
+    path, inside = Path(name).expanduser(), _INSIDE.get(key)
+    if not path.exists():
+        raise InputError(f"{key} {name!r}: there is no such file or folder")
+    if inside is not None and path.is_dir() and not (path / inside).is_file():
+        raise InputError(f"{key} {name!r}: this folder has no {inside}")
 
 
 def with_lists(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from tangora._checks import InputError, check_choice, check_number, check_whole
+from tangora._checks import InputError, check_choice
 from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
 from tangora.experiments.comparison.pool import Pool
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Cell, due, planned
 from tangora.experiments.comparison.worker import RUNS_FOLDER, DiskFullError, Limits, record_path
 from tangora.experiments.launcher import check_one_process
@@ -67,30 +68,6 @@ class CompareWatcher:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a comparison may use; no part of what it is.
-
-    Attributes:
-        jobs: Runs side by side.
-        hours: No run begins that is not expected to end within so many; ``None`` for no limit.
-        gigabytes: What each run may allocate, on a CPU under Linux; ``None`` for no limit.
-        retry: Whether runs that failed or ran out of memory are made again.
-    """
-
-    jobs: int = 1
-    hours: float | None = None
-    gigabytes: float | None = None
-    retry: bool = False
-
-    def __post_init__(self) -> None:
-        check_whole("jobs", self.jobs, low=1)
-        if self.hours is not None:
-            check_number("hours", self.hours, low=0)
-        if self.gigabytes is not None:
-            check_number("gigabytes", self.gigabytes, low=0, open_low=True)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a comparison leaves behind.
 
@@ -116,7 +93,7 @@ def compare(
     *,
     command: str = "tangora.compare(...)",
     watcher: CompareWatcher | None = None,
-    resources: Resources = Resources(),
+    resources: Resources | None = None,
 ) -> Outcome:
     """Run a comparison, or what is missing of it, and write its report.
 
@@ -128,7 +105,7 @@ def compare(
         output: Output folder.
         command: What repeats it, for the report.
         watcher: Hears of the progress.
-        resources: What it may use.
+        resources: What it may use; default: one run at a time, no limits.
 
     Returns:
         Records, report and best adapter. When time ran out, what there is so far: the same call goes on.
@@ -138,6 +115,7 @@ def compare(
             launcher has started several processes, or the disk is full; what has finished is kept.
     """
     check_one_process("compare", "--jobs makes several runs side by side")
+    resources = resources or Resources()
     with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
         prepared = runner.prepare(settings, Path(output))
@@ -163,7 +141,7 @@ def compare_tasks(
     *,
     command: str = "tangora.compare_tasks(...)",
     watcher: CompareWatcher | None = None,
-    resources: Resources = Resources(),
+    resources: Resources | None = None,
 ) -> StudyOutcome:
     """Run comparisons on several tasks, or what is missing of them, and write a report on each and on all.
 
@@ -172,7 +150,7 @@ def compare_tasks(
         output: Output folder, with one folder like that of `compare` for each task.
         command: What repeats it, for the report.
         watcher: Hears of the progress.
-        resources: What it may use.
+        resources: What it may use; default: one run at a time, no limits.
 
     Returns:
         The outcomes.
@@ -182,6 +160,7 @@ def compare_tasks(
     """
     folder = Path(output)
     check_one_process("compare", "--jobs makes several runs side by side")
+    resources = resources or Resources()
     with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
         # all data is read before the first run: a broken row in the last task must not cost a night

@@ -4,12 +4,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tangora._checks import InputError
 from tangora.adapters import load_adapter, save_adapter, save_merged
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.proof import model_card_facts
-from tangora.experiments.settings import run_settings
+from tangora.experiments.settings import adapter_settings
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
     """
     check_one_process("export")
     folder = Path(run)
-    settings = run_settings(folder)
-    if not (folder / "adapter").is_dir():
-        raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
+    settings = adapter_settings(folder)
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")

@@ -370,3 +370,21 @@ def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") 
         raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def adapter_settings(folder: Path) -> RunSettings:
+    """Read the settings of a finished run with an adapter.
+
+    Args:
+        folder: As for `run_settings`.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        InputError: If the folder is no run, or holds no adapter.
+    """
+    settings = run_settings(folder)
+    if not (folder / "adapter").is_dir():
+        raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
+    return settings

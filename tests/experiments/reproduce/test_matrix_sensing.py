@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tangora import InputError
-from tangora.experiments.reproduce.matrix_sensing import PARTS, MatrixSensingSettings
 from tangora.experiments.reproduce.matrix_sensing.methods import METHODS
 from tangora.experiments.reproduce.matrix_sensing.problem import (
     draw_problems,
@@ -16,6 +15,7 @@ from tangora.experiments.reproduce.matrix_sensing.problem import (
     spectral_start,
 )
 from tangora.experiments.reproduce.matrix_sensing.solve import solve
+from tangora.experiments.reproduce.parts.matrix_sensing import PARTS, MatrixSensingSettings
 from tangora.experiments.settings import validated
 from tests.tolerances import assert_close
 

@@ -9,7 +9,9 @@ import torch
 from peft import PeftModel
 
 from tangora import InputError, find_pairs
-from tangora.experiments.reproduce.pinn import PARTS, PinnSettings, pretrained
+from tangora.experiments.reproduce.parts import pinn as named
+from tangora.experiments.reproduce.parts.pinn import PARTS, PinnSettings
+from tangora.experiments.reproduce.pinn import pretrained
 from tangora.experiments.reproduce.pinn.equations import (
     ALLEN_CAHN,
     CONVECTION,
@@ -83,6 +85,10 @@ def test_residual_of_a_network_against_finite_differences():
         u = model(x, t)
     expected = u_t - VISCOSITY * u_xx - 1.5 * (u - u**3)
     assert_close(ALLEN_CAHN.residual(model, x, t, 1.5).detach(), expected, 1e-5)
+
+
+def test_settings_name_all_equations_and_methods():
+    assert (tuple(EQUATIONS), tuple(METHODS)) == (named.EQUATIONS, named.METHODS)
 
 
 @pytest.mark.parametrize("equation", EQUATIONS.values(), ids=list(EQUATIONS))

@@ -9,8 +9,8 @@ import pytest
 from tangora._checks import InputError
 from tangora.experiments.reproduce import registry
 from tangora.experiments.reproduce.experiment import Experiment, Parts
-from tangora.experiments.reproduce.registry import EXPERIMENTS
-from tangora.experiments.reproduce.run import PAGE, RECORD, reproduce, settings_of
+from tangora.experiments.reproduce.registry import EXPERIMENTS, settings_of
+from tangora.experiments.reproduce.run import PAGE, RECORD, reproduce
 from tangora.experiments.settings import Settings
 from tangora.report.reproduction import (
     Check,

@@ -12,14 +12,13 @@ from tangora.experiments.reproduce.linear_shift.dynamics import (
     lora_starts,
 )
 from tangora.experiments.reproduce.linear_shift.rates import follow_rates, start_errors
-from tangora.experiments.reproduce.registry import EXPERIMENTS
+from tangora.experiments.reproduce.registry import EXPERIMENTS, settings_of
 from tangora.experiments.reproduce.relu_shift.measure import (
     ReluShiftSettings,
     draw_problem,
     relative_errors,
     start_of,
 )
-from tangora.experiments.reproduce.run import settings_of
 from tangora.experiments.reproduce.shift import (
     Factors,
     contraction,

@@ -1,16 +1,18 @@
-"""All experiments by name. A new one is a module or a folder here with ``PARTS``, and an entry below."""
+"""All experiments by name. A new one is a module or a folder here, its ``PARTS`` in `parts`, and an entry below."""
 
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
-from tangora._checks import check_choice
+from tangora._checks import InputError, check_choice
 from tangora.experiments.reproduce.experiment import Experiment, Parts
+from tangora.experiments.settings import Settings, validated
 
 
 def _entry(name: str, title: str, source: str, duration: str) -> Experiment:
     def load() -> Parts:
-        return import_module(f"tangora.experiments.reproduce.{name.replace('-', '_')}").PARTS
+        return import_module(f"tangora.experiments.reproduce.parts.{name.replace('-', '_')}").PARTS
 
     return Experiment(name, title, source, load, duration)
 
@@ -74,4 +76,30 @@ def experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-__all__ = ["EXPERIMENTS", "Experiment", "experiment"]
+def settings_of(
+    wanted: Experiment, values: Mapping[str, Any], *, quick: bool = False, seed: int | None = None
+) -> Settings:
+    """Make the settings of an experiment.
+
+    Args:
+        wanted: The experiment.
+        values: By key; they win.
+        quick: Whether the small size is the default.
+        seed: Shorthand for ``seed``, or for ``seeds`` with one number where the experiment has that.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: Naming the first bad key, its value and what is allowed.
+    """
+    given = dict(values)
+    if seed is not None:
+        fields = wanted.parts.settings.model_fields
+        if "seed" not in fields and "seeds" not in fields:
+            raise InputError(f"{wanted.name} takes no seed; allowed: {', '.join(fields)}")
+        given |= {"seed": seed} if "seed" in fields else {"seeds": (seed,)}
+    return validated(wanted.parts.settings, (dict(wanted.parts.quick) if quick else {}) | given)
+
+
+__all__ = ["EXPERIMENTS", "Experiment", "experiment", "settings_of"]

@@ -1,16 +1,13 @@
 """`tangora reproduce`: run an experiment of a paper by name and write what it found."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tangora._checks import InputError
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.provenance import provenance
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.settings import Settings, claim_folder, validated
+from tangora.experiments.settings import Settings, claim_folder
 from tangora.report.reproduction import (
     ReproductionRecord,
     save_pictures,
@@ -29,32 +26,6 @@ class ReproductionFiles:
     record_path: Path
     page: Path
     pictures: tuple[Path, ...]
-
-
-def settings_of(
-    wanted: Experiment, values: Mapping[str, Any], *, quick: bool = False, seed: int | None = None
-) -> Settings:
-    """Make the settings of an experiment.
-
-    Args:
-        wanted: The experiment.
-        values: By key; they win.
-        quick: Whether the small size is the default.
-        seed: Shorthand for ``seed``, or for ``seeds`` with one number where the experiment has that.
-
-    Returns:
-        The settings.
-
-    Raises:
-        InputError: Naming the first bad key, its value and what is allowed.
-    """
-    given = dict(values)
-    if seed is not None:
-        fields = wanted.parts.settings.model_fields
-        if "seed" not in fields and "seeds" not in fields:
-            raise InputError(f"{wanted.name} takes no seed; allowed: {', '.join(fields)}")
-        given |= {"seed": seed} if "seed" in fields else {"seeds": (seed,)}
-    return validated(wanted.parts.settings, (dict(wanted.parts.quick) if quick else {}) | given)
 
 
 def reproduce(

@@ -5,19 +5,19 @@ that LoRA-One's left and right (its weights act from the right) are our right an
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tangora._types import FactorA, FactorB, Weight
+from tangora.experiments.reproduce.parts.linear_shift import Inputs
 from tangora.geometry.sketch import LowRankSVD
 from tangora.geometry.tangent import Cotangent
 from tangora.init import one_step
 from tangora.optim.preconditioned_adamw import precondition
 
-Inputs: TypeAlias = Literal["gaussian", "rademacher", "uniform"]
 Gradient: TypeAlias = Callable[[Weight], Weight]
 """Full gradient at an update $Y$."""
 

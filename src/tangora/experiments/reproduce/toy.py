@@ -6,11 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from tangora.experiments.reproduce.experiment import Parts, Progress
-from tangora.experiments.settings import Settings
+from tangora.experiments.reproduce.experiment import Progress
+from tangora.experiments.reproduce.parts.toy import ToySettings
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import lora_one, one_step
 from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
@@ -19,20 +18,6 @@ from tangora.report.reproduction.records import Check, Result, Table
 _PAPER = "LoRA-One (arXiv:2502.01235), toy example of the slides"
 _LORA, _SPECTRAL = "LoRA start (b = 0)", "spectral start"
 _SHOWN = 4.0
-
-
-class ToySettings(Settings):
-    """Starts and descent."""
-
-    seed: int = Field(default=0, ge=0, description="Seed of the first random start.")
-    num_starts: int = Field(default=8, ge=1, description="Random LoRA starts.")
-    learning_rate: float = Field(default=0.05, gt=0, le=0.2, description="Step of gradient descent.")
-    steps: int = Field(default=2000, ge=1, description="Steps of gradient descent.")
-    start_size: float = Field(default=1.0, gt=0, description="Standard deviation of A's entries.")
-    gamma: float = Field(
-        default=128.0, gt=0, description="LoRA-One's gamma: the spectral start is 1/gamma long."
-    )
-    grid: int = Field(default=81, ge=2, description="Points along each axis of the phase portrait.")
 
 
 class Trajectory(NamedTuple):
@@ -337,14 +322,3 @@ def _joined_series(name: str, lines: list[tuple[Tensor, Tensor]]) -> Series:
     gap = torch.tensor([torch.nan], dtype=torch.float64)
     parts = [(torch.cat([x.double(), gap]), torch.cat([y.double(), gap])) for x, y in lines]
     return Series(name, torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-
-
-PARTS = Parts(
-    stand_ins=(
-        "Step size, number of steps and random starts are not given in the source.",
-        "The figure of the source is in three dimensions; here it is shown in planes.",
-    ),
-    settings=ToySettings,
-    quick={"num_starts": 4, "steps": 1000, "grid": 61},
-    run=run_toy,
-)

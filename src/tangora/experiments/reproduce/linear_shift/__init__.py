@@ -2,7 +2,7 @@
 
 import torch
 
-from tangora.experiments.reproduce.experiment import Parts, Progress
+from tangora.experiments.reproduce.experiment import Progress
 from tangora.experiments.reproduce.linear_shift.measure import (
     Found,
     LinearShiftSettings,
@@ -115,34 +115,3 @@ def _checks(settings: LinearShiftSettings, found: Found, times: Times) -> tuple[
             f"{_PAPER}, theorem 3.6",
         ),
     )
-
-
-PARTS = Parts(
-    stand_ins=(
-        (
-            "The source's sizes, ranks, numbers of examples and step sizes (its appendix G.1) were not to be had: "
-            "those in the settings are ours."
-        ),
-        (
-            "The constants of the theorems are not given; checks compare exponents and, where the linearised dynamics "
-            "predict them, constants."
-        ),
-        "LoRA-One's weights act from the right: its right singular subspace of B is our left one.",
-    ),
-    settings=LinearShiftSettings,
-    quick={
-        "num_seeds": 2,
-        "m": 24,
-        "n": 30,
-        "rank_star": 2,
-        "rank": 6,
-        "start_sizes": (0.1, 1e-3, 1e-5),
-        "steps": 300,
-        "dimensions": (16, 48, 144),
-        "dimension_outputs": 16,
-        "dimension_seeds": 8,
-        "doublings": 6,
-        "rate_steps": 300,
-    },
-    run=run_linear_shift,
-)

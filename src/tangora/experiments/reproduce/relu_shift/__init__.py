@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora.experiments.reproduce.experiment import Parts, Progress
+from tangora.experiments.reproduce.experiment import Progress
 from tangora.experiments.reproduce.relu_shift.measure import (
     KINDS,
     NEAR,
@@ -276,23 +276,3 @@ def _start_table(settings: ReluShiftSettings, starts: Float[Tensor, "g N k s"]) 
 
 def _range(values: Tensor) -> tuple[float, float]:
     return float(values.min()), float(values.max())
-
-
-PARTS = Parts(
-    stand_ins=(
-        "The source's sizes, number of examples and step sizes were not to be had: those in the settings are ours.",
-        "The pre-trained weights are random with rows of norm one; the source says nothing of them.",
-        "With the true gradient the spectral start is made from it too, since that is what training can read.",
-    ),
-    settings=ReluShiftSettings,
-    quick={
-        "num_seeds": 2,
-        "m": 6,
-        "n": 6,
-        "examples": 24_000,
-        "conditions": (1.0, 2.0),
-        "learning_rates": (0.5, 0.9),
-        "count_halvings": 4,
-    },
-    run=run_relu_shift,
-)

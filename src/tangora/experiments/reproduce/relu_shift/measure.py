@@ -4,10 +4,10 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from tangora._types import Weight
+from tangora.experiments.reproduce.parts.relu_shift import ReluShiftSettings
 from tangora.experiments.reproduce.shift import (
     Factors,
     contraction,
@@ -17,7 +17,6 @@ from tangora.experiments.reproduce.shift import (
     preconditioned_step,
     spectral_start,
 )
-from tangora.experiments.settings import Settings
 
 GradientKind: TypeAlias = Literal["GLM-tron", "true"]
 KINDS: tuple[GradientKind, ...] = get_args(GradientKind)
@@ -29,31 +28,6 @@ NEAR = 1 / 20
 """The theorem's largest start error, in units of the smallest singular value of the shift."""
 
 _ENOUGH = 1e-9
-
-
-class ReluShiftSettings(Settings):
-    """Sizes and steps."""
-
-    seed: int = Field(default=0, ge=0, description="First seed.")
-    num_seeds: int = Field(default=3, ge=1, description="Seeds of weights, shift and inputs.")
-    m: int = Field(default=12, ge=1, description="Outputs.")
-    n: int = Field(default=16, ge=2, description="Inputs.")
-    rank: int = Field(default=2, ge=1, description="Rank of the shift and of the adapter.")
-    shift_size: float = Field(
-        default=1.0, gt=0, description="Largest singular value of the shift; the weights' rows have norm one."
-    )
-    examples: int = Field(default=2**15, ge=64, description="Number of Gaussian inputs.")
-    conditions: tuple[float, ...] = Field(
-        default=(1.0, 2.0, 4.0), min_length=1, description="Condition numbers of the shift."
-    )
-    learning_rates: tuple[float, ...] = Field(
-        default=(0.25, 0.5, 0.9), min_length=1, description="Steps of preconditioned descent, below 1."
-    )
-    steps: int = Field(default=200, ge=4, description="Most steps of descent.")
-    damping: float = Field(default=1e-6, gt=0, description="Of the preconditioner; LoRA-One's.")
-    count_halvings: int = Field(
-        default=6, ge=2, description="The start error is measured with examples / 2^0 ... 2^this."
-    )
 
 
 class ReluProblem(NamedTuple):

@@ -16,69 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field, field_validator
 from scipy import stats
 
-from tangora._checks import check_choice
-from tangora.experiments.reproduce.experiment import Parts, Progress
-from tangora.experiments.reproduce.width.layer import START_NAMES, TRAINERS, HiddenLayer, Readout
-from tangora.experiments.settings import Settings
+from tangora._checks import check_choice as check_choice
+from tangora.experiments.reproduce.experiment import Progress
+from tangora.experiments.reproduce.parts.width import WidthSettings
+from tangora.experiments.reproduce.width.layer import TRAINERS, HiddenLayer
 from tangora.report.reproduction import Check, Figure, Panel, Result, Series, Table
 
 _NO_START = "none"
-
-
-class WidthSettings(Settings):
-    """Network, methods and steps."""
-
-    widths: list[int] = Field(
-        default=[128, 256, 512, 1024, 2048, 4096], description="Widths of the hidden layers."
-    )
-    num_seeds: int = Field(default=3, ge=1, description="Networks per width.")
-    seed: int = Field(default=0, ge=0, description="Seed of the first network; the others follow.")
-    steps: int = Field(default=5, ge=1, description="Optimizer steps on one batch.")
-    starts: list[str] = Field(
-        default=list(START_NAMES), description="LoRA starts: plain, orthogonal, lora-ga."
-    )
-    rank: int = Field(default=8, ge=1, description="LoRA's r.")
-    alpha: float = Field(default=16.0, gt=0, description="LoRA's alpha.")
-    inputs: int = Field(default=32, ge=1, description="Input features.")
-    outputs: int = Field(default=16, ge=1, description="Outputs.")
-    num_examples: int = Field(default=32, ge=1, description="Examples in the batch.")
-    readout: Readout = Field(
-        default="standard",
-        description="Last layer's weights of size width^-1/2 (standard) or 1/width (mean-field).",
-    )
-    full_rate: float = Field(
-        default=3e-5, gt=0, description="Rate of Adam-like methods in full fine-tuning's units."
-    )
-    lora_rate: float = Field(default=3e-4, gt=0, description="Rate of Adam-like methods in LoRA's units.")
-    sgd_rate: float = Field(default=3e-3, gt=0, description="Rate of methods without moments.")
-
-    @field_validator("widths")
-    @classmethod
-    def _several(cls, widths: list[int]) -> list[int]:
-        if len(set(widths)) < 2 or min(widths) < 1:
-            raise ValueError(f"widths must be at least two different positive numbers; got {widths}")
-        return sorted(set(widths))
-
-    @field_validator("starts")
-    @classmethod
-    def _known(cls, starts: list[str]) -> list[str]:
-        for start in starts:
-            check_choice("starts", start, START_NAMES)
-        return starts
-
-    def rate(self, method: str) -> float:
-        """Return a method's learning rate, the same at all widths.
-
-        Args:
-            method: Name in the table of trainers.
-
-        Returns:
-            The rate.
-        """
-        return {"full": self.full_rate, "lora": self.lora_rate, "sgd": self.sgd_rate}[TRAINERS[method].rate]
 
 
 class Slope(NamedTuple):
@@ -173,7 +119,7 @@ def _measure(settings: WidthSettings, progress: Progress) -> list[_Row]:
                 seed=settings.seed + seed,
             )
             for index, (method, start) in enumerate(keys):
-                rate = settings.rate(method)
+                rate = settings.rate(TRAINERS[method].rate)
                 moved = layer.changes(TRAINERS[method], start, rate, settings.steps)
                 sizes[index, seed, column] = np.array(moved) / rate
                 done += 1
@@ -301,17 +247,3 @@ def _checks(settings: WidthSettings, first: _Slopes) -> tuple[Check, ...]:
 
 def _from(start: str) -> str:
     return "" if start == _NO_START else f" from the {start} start"
-
-
-PARTS = Parts(
-    stand_ins=(
-        (
-            "Only ODELoRA's abstract could be read: which quantity its claim is about and at which scaling is not "
-            "known, so no claim of the paper is asserted and the exponents are reported as measured."
-        ),
-        "A three-layer tanh network with LoRA on its square layer, one fixed batch, random targets.",
-    ),
-    settings=WidthSettings,
-    quick={"widths": [64, 512], "num_seeds": 3, "steps": 2, "starts": ["plain"]},
-    run=run,
-)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from tangora.adapters import find_pairs
+from tangora.experiments.reproduce.parts.width import Rate, Readout
 from tangora.init import initialize
 from tangora.optim import ODELoRA
 from tangora.recipes import recipe
-
-Rate = Literal["full", "lora", "sgd"]
-Readout = Literal["standard", "mean-field"]
-START_NAMES = ("plain", "orthogonal", "lora-ga")
 
 # the same for all; decay would shrink the weights and blur what a gradient step does
 _ADAM: Mapping[str, Any] = MappingProxyType({"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8})
