@@ -10,7 +10,7 @@ from tangora.geometry.tangent import dense_captured_energy, frame
 from tangora.probes import gradient_spectra
 from tests.adapters.models import Holder
 
-M, N, RANK = 150, 180, 8
+M, N, RANK = 400, 500, 8
 
 
 def matrix(decay: float, m=M, n=N, seed=0) -> torch.Tensor:
@@ -44,7 +44,7 @@ def captured(spectrum, G, r=RANK):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("decay", "passes"), [(0.5, 1), (0.1, 1), (0.05, 2), (0.02, 2), (0.0, 2)])
+@pytest.mark.parametrize(("decay", "passes"), [(0.5, 1), (0.1, 1), (0.03, 2), (0.01, 2), (0.0, 2)])
 def test_a_second_pass_is_made_where_the_spectrum_falls_slowly(decay, passes, seed):
     G = matrix(decay, seed=seed)
     adaptive = read(G, power_iterations=None, seed=seed)
@@ -77,11 +77,11 @@ def test_energies_of_few_passes(decay):
 
 
 def test_batches_are_replayed_and_seeds_decide():
-    G = matrix(0.02)
+    G = matrix(0.002)
     one, again = read(G, power_iterations=None, copies=3), read(G, power_iterations=None, copies=3)
     assert torch.equal(one.svd.U, again.svd.U)
     other = read(G, power_iterations=None, seed=1)
-    assert not torch.allclose(one.svd.U[:, :1].abs(), other.svd.U[:, :1].abs(), atol=1e-12)
+    assert not torch.allclose(one.svd.S, other.svd.S, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,9 @@ def product(model, batches):
 
 
 READINGS = {
-    "initialize": lambda model, batches: tangora.initialize(model, "lora-ga", batches, progress=False),
+    "initialize": lambda model, batches: tangora.initialize(
+        model, "lora-ga", batches, power_iterations=1, progress=False
+    ),
     "diagnose": lambda model, batches: tangora.diagnose(model, batches, progress=False),
     "spectra": lambda model, batches: gradient_spectra(model, batches, 2, progress=False),
     "Hessian": product,

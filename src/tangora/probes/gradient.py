@@ -208,7 +208,10 @@ class GradientProbe:
         def add(total: Tensor, product: Tensor) -> None:
             total.add_(product.to(total.device), alpha=self._weight)
 
-        if product is not None:
+        if request.right is not None:
+            if product is None:
+                assert x is not None
+                product = layer.times(x, request.right.to(x.device))
             add(reading.right, layer.gradient_times(grad, product))
         if x is not None and request.left is not None:
             left = request.left.to(grad.device)
@@ -229,12 +232,11 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         del anchor  # only makes the output require a gradient in a model whose weights are all frozen
         request = probe._requests[layer.name]
-        product = None
-        if request.right is not None:
+        keeps_input, product = request.left is not None or request.dense, None
+        if request.right is not None and not keeps_input:  # else the product is made when it is needed
             with _full_precision(output):
                 product = layer.times(x, request.right.to(x.device))
         ctx.probe, ctx.layer = probe, layer
-        keeps_input = request.left is not None or request.dense
         ctx.save_for_backward(product, x if keeps_input else None)
         return output.clone()  # a view would forbid the in-place operations that some models do next
 

@@ -28,9 +28,10 @@ from tangora.probes.layers import ProbedLayer, probed_layers
 from tangora.probes.ranks import collective, sum_over_ranks
 
 _OVERSAMPLING = 8
-# Above this share of the energy in the wanted triplets, the directions of one pass capture 98 % of what those of four
-# passes do (SmolLM2-135M on BBC News); below it, those of two passes capture 99 % (MiniLM)
-_ENOUGH = 0.88
+# Of an adaptive reading: where the wanted triplets hold more than this share of the energy, the directions of one pass
+# capture at least 95 % of what those of four passes do (benchmarks/start_time.json)
+_ENOUGH = 0.7
+_LEFT_SHARE = 7  # quarters: the left sketch is wider than the right one, for the least squares between them
 
 Report = bool | Callable[[int, int | None], None]
 """Whether to draw a progress bar, or what hears of it: batches read, and their total where it is known."""
@@ -79,9 +80,9 @@ def gradient_spectra(
         rank: Number of triplets wanted, for all layers or by name; at most ``min(m, n)`` are returned.
         layers: Which; default all adapted layers of a PEFT model, all linear layers of a plain one.
         oversampling: Additional directions, which make the wanted ones accurate. Default 8; with
-            ``power_iterations=None`` three times the rank, but at most 48.
+            ``power_iterations=None`` five times the rank, but at most 80.
         power_iterations: Each takes two more passes and squares the decay of the spectrum. ``None``: one pass with wide
-            sketches, and a second one only if the wanted triplets seem to hold less than 88 % of the gradients' energy.
+            sketches, and a second one only if the wanted triplets seem to hold less than 70 % of the gradients' energy.
             That is for their directions; singular values of slowly falling spectra want power iterations.
         one_pass: Read the gradient once only (no replay of batches), at a larger error; no power iterations.
         tail_probes: Random vectors that estimate the energy outside the triplets; at least 2.
@@ -114,8 +115,10 @@ def gradient_spectra(
     ):
         draw = _Gaussian(probe, seed)
         wanted = {name: r + _oversampling(r, oversampling, adaptive) for name, r in ranks.items()}
-        if one_pass or adaptive:
-            spectra = _as_few_passes(probe, batches, draw, wanted, tail_probes, ranks if adaptive else None)
+        if one_pass:
+            spectra = _one_pass(probe, batches, draw, wanted, tail_probes)
+        elif adaptive:
+            spectra = _as_few_passes(probe, batches, draw, wanted, tail_probes, ranks)
         else:
             spectra = _several_passes(probe, batches, draw, wanted, tail_probes, passes)
         return {name: spectrum for name, spectrum in spectra.items() if name in probe.reached}
@@ -196,15 +199,9 @@ def _from_basis(basis: Tensor, seen: Tensor, tail: Tensor, passes: int) -> Gradi
     return GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error), passes)
 
 
-def _as_few_passes(
-    probe: GradientProbe,
-    batches: Iterable[Any],
-    draw: "_Gaussian",
-    wanted: dict[str, int],
-    tail_probes: int,
-    ranks: Mapping[str, int] | None,
+def _one_pass(
+    probe: GradientProbe, batches: Iterable[Any], draw: "_Gaussian", wanted: dict[str, int], tail_probes: int
 ) -> dict[str, GradientSpectrum]:
-    # products from both sides in one pass; with ranks, an exact projection in a second one where that pays
     requests = {
         name: Request(
             right=torch.cat([draw.right(name, width), draw.tail(name, tail_probes)], dim=1),
@@ -212,27 +209,67 @@ def _as_few_passes(
         )
         for name, width in wanted.items()
     }
-    spectra, basis, tails = {}, {}, {}
+    spectra = {}
     for name, reading in probe.read(batches, requests).items():
         probes = requests[name].left
         assert probes is not None
+        svd = svd_from_one_pass(reading.right[:, :-tail_probes], reading.left, probes.T)
+        energies = reading.right[:, -tail_probes:].square().sum(0)  # unbiased, each of them
+        error = energies.std() / tail_probes**0.5
+        spectra[name] = GradientSpectrum(svd, float(energies.mean()), float(error))
+    return spectra
+
+
+def _as_few_passes(
+    probe: GradientProbe,
+    batches: Iterable[Any],
+    draw: "_Gaussian",
+    wanted: dict[str, int],
+    tail_probes: int,
+    ranks: Mapping[str, int],
+) -> dict[str, GradientSpectrum]:
+    """Read products from both sides in one pass, or dense gradients where these are smaller; project in a second pass.
+
+    Args:
+        probe: The probe.
+        batches: What is read.
+        draw: Random vectors; layers of one shape share them, which spares memory.
+        wanted: Number of directions of each layer's sketch.
+        tail_probes: Number of vectors that look outside of them.
+        ranks: Number of triplets wanted; if they hold little of the energy, the second pass is made.
+
+    Returns:
+        By name of the layer.
+    """
+    requests = {
+        name: _both_sides(probe.layers[name], draw, width, tail_probes) for name, width in wanted.items()
+    }
+    spectra, basis, tails = {}, {}, {}
+    for name, reading in probe.read(batches, requests).items():
+        if requests[name].dense:
+            svd = LowRankSVD(*torch.linalg.svd(reading.dense, full_matrices=False))
+            spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum()), 0.0)
+            continue
+        probes = requests[name].left
+        assert probes is not None
         sketch, tails[name] = reading.right[:, :-tail_probes], reading.right[:, -tail_probes:]
-        svd = svd_from_one_pass(sketch, reading.left, probes.T)
-        if ranks is None:
-            energies = tails[name].square().sum(0)  # unbiased, each of them
-            error = energies.std() / tail_probes**0.5
-            spectra[name] = GradientSpectrum(svd, float(energies.mean()), float(error))
-        else:  # nearly unbiased, and much closer
-            basis[name] = orthonormalize(sketch)
-            outside, error = outside_energy(basis[name], tails[name])
-            spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error))
-    if ranks is None or _share(spectra, ranks) >= _ENOUGH:
+        svd, basis[name] = svd_from_one_pass(sketch, reading.left, probes.T), orthonormalize(sketch)
+        outside, error = outside_energy(basis[name], tails[name])
+        spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error))
+    if not basis or _share(spectra, ranks) >= _ENOUGH:
         return spectra
-    del requests
     readings = probe.read(batches, {name: Request(left=Q) for name, Q in basis.items()})
-    return {
+    return spectra | {
         name: _from_basis(basis[name], reading.left, tails[name], 2) for name, reading in readings.items()
     }
+
+
+def _both_sides(layer: ProbedLayer, draw: "_Gaussian", width: int, tail_probes: int) -> Request:
+    width = min(width, layer.m, layer.n)
+    left = min(_LEFT_SHARE * width // 4, layer.m)
+    if (width + tail_probes) * layer.m + left * layer.n >= layer.m * layer.n:
+        return Request(dense=True)
+    return Request(right=draw.shared(0, layer.n, width + tail_probes), left=draw.shared(1, layer.m, left))
 
 
 def _share(spectra: Mapping[str, GradientSpectrum], ranks: Mapping[str, int]) -> float:
@@ -250,7 +287,7 @@ def _share(spectra: Mapping[str, GradientSpectrum], ranks: Mapping[str, int]) ->
 def _oversampling(rank: int, given: int | None, adaptive: bool) -> int:
     if given is not None:
         return given
-    return max(_OVERSAMPLING, min(3 * rank, 48)) if adaptive else _OVERSAMPLING
+    return max(_OVERSAMPLING, min(5 * rank, 80)) if adaptive else _OVERSAMPLING
 
 
 def _ranks(layers: Sequence[ProbedLayer], rank: int | Mapping[str, int]) -> dict[str, int]:
@@ -264,7 +301,8 @@ class _Gaussian:
     """Standard normal vectors, the same ones on every device and rank."""
 
     def __init__(self, probe: GradientProbe, seed: int):
-        self._probe = probe
+        self._probe, self._seed = probe, seed
+        self._shared: dict[tuple[int, int, int], Tensor] = {}
         self._generators = {
             name: torch.Generator().manual_seed((seed << 20) + index)
             for index, name in enumerate(probe.layers)
@@ -280,6 +318,14 @@ class _Gaussian:
 
     def tail(self, name: str, count: int) -> Tensor:
         return self._draw(name, self._probe.layers[name].n, count)
+
+    def shared(self, side: int, rows: int, columns: int) -> Tensor:
+        key = side, rows, columns
+        if key not in self._shared:
+            generator = torch.Generator().manual_seed((self._seed << 40) + (rows << 20) + 2 * columns + side)
+            drawn = torch.randn(rows, columns, generator=generator, dtype=self._probe.dtype)
+            self._shared[key] = drawn.to(self._probe.device)
+        return self._shared[key]
 
     def _draw(self, name: str, rows: int, columns: int) -> Tensor:
         drawn = torch.randn(rows, columns, generator=self._generators[name], dtype=self._probe.dtype)
