@@ -5,6 +5,7 @@ $\Omega$ serves all batches, so that the products are those of the mean gradient
 """
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -322,7 +323,8 @@ class _Gaussian:
     def shared(self, side: int, rows: int, columns: int) -> Tensor:
         key = side, rows, columns
         if key not in self._shared:
-            generator = torch.Generator().manual_seed((self._seed << 40) + (rows << 20) + 2 * columns + side)
+            # torch's generator on the CPU takes 32 bits of a seed
+            generator = torch.Generator().manual_seed(zlib.crc32(repr((self._seed, *key)).encode()))
             drawn = torch.randn(rows, columns, generator=generator, dtype=self._probe.dtype)
             self._shared[key] = drawn.to(self._probe.device)
         return self._shared[key]
