@@ -65,6 +65,28 @@ def bare_model(model: nn.Module) -> PeftModel:
     return bare
 
 
+def named_adapter_parameters(
+    model: nn.Module, adapter_name: str | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Walk over the parameters of adapters and of modules to save.
+
+    Args:
+        model: Any model.
+        adapter_name: Only this adapter; default all.
+
+    Yields:
+        Names in the model and parameters.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for kind in layer.adapter_layer_names:
+            held = attrgetter(kind)(layer)
+            for key, parameter in held.named_parameters() if isinstance(held, nn.Module) else ():
+                if adapter_name in (None, key.partition(".")[0]):
+                    yield f"{name}.{kind}.{key}", parameter
+
+
 def check_unsharded(module: nn.Module, *, adapters_only: bool = False) -> None:
     """Refuse parameters of which a process holds a part only.
 
@@ -75,7 +97,7 @@ def check_unsharded(module: nn.Module, *, adapters_only: bool = False) -> None:
     Raises:
         InputError: Naming one of them.
     """
-    named = _of_adapters(module) if adapters_only else module.named_parameters()
+    named = named_adapter_parameters(module) if adapters_only else module.named_parameters()
     for name, parameter in named:
         if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
             _refuse_sharded(name)
@@ -89,16 +111,6 @@ def _refuse_sharded(name: str) -> None:
         f"{name} is sharded over processes (FSDP, tensor parallel, ZeRO-3): gather the full state dict, load it into "
         "a model that is not sharded, and take that"
     )
-
-
-def _of_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, layer in module.named_modules():
-        if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for kind in layer.adapter_layer_names:
-                held = attrgetter(kind)(layer)
-                if isinstance(held, nn.Module):
-                    for key, parameter in held.named_parameters():
-                        yield f"{name}.{kind}.{key}", parameter
 
 
 def _in_use(layer: BaseTunerLayer) -> bool:

@@ -74,7 +74,7 @@ def compress(tensors: Mapping[str, Tensor], rank: int, scalings: Mapping[str, fl
         The adapter of smaller rank. Layers whose rank is not larger keep every bit.
     """
     result, ranks, lost, total = dict(tensors), {}, {}, {}
-    for layer, (key_A, key_B) in _layers(tensors).items():
+    for layer, (key_A, key_B) in layers_of(tensors).items():
         A, B = tensors[key_A], tensors[key_B]
         B_k, A_k, values = truncate(B.flatten(1), A.flatten(1), rank)
         energy = scalings[layer] ** 2 * values.square()
@@ -102,7 +102,7 @@ def resolve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         All tensors; those of resolved layers are new.
     """
     result = dict(tensors)
-    for key_A, key_B in _layers(tensors).values():
+    for key_A, key_B in layers_of(tensors).values():
         A, B = tensors[key_A], tensors[key_B]
         precision = torch.finfo(A.dtype).eps
         if precision > torch.finfo(torch.float32).eps:
@@ -128,7 +128,7 @@ def trim(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, in
         All tensors, those of shortened layers new, and the ranks by the names of the layers, at least 1.
     """
     result, ranks = dict(tensors), {}
-    for layer, (key_A, key_B) in _layers(tensors).items():
+    for layer, (key_A, key_B) in layers_of(tensors).items():
         A, B = tensors[key_A], tensors[key_B]
         used = (A.flatten(1) != 0).any(1) | (B.transpose(0, 1).flatten(1) != 0).any(1)
         if not used.any():
@@ -148,10 +148,18 @@ def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     Returns:
         Rank by the name of the layer.
     """
-    return {layer: tensors[key_A].shape[0] for layer, (key_A, _) in _layers(tensors).items()}
+    return {layer: tensors[key_A].shape[0] for layer, (key_A, _) in layers_of(tensors).items()}
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Find the pairs of a saved adapter.
+
+    Args:
+        tensors: Its tensors.
+
+    Returns:
+        Keys of A and of B by the name of the layer.
+    """
     found: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _FACTOR.match(key):

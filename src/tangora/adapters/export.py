@@ -1,4 +1,4 @@
-r"""Write and read adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
+r"""Write adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
 A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
 of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolve`). That holds for an
@@ -22,17 +22,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_whole
+from tangora.adapters.bare import bare_model, check_unsharded
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of, resolve, trim
-from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
+from tangora.adapters.config import (
+    OffsetConfig,
+    doubled_rank,
+    is_uniform,
+    with_ranks,
+    with_tied_layers,
+    with_uniform,
+)
 from tangora.adapters.discover import Discovery, active_adapter, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
+from tangora.adapters.load import CONFIG_FILE
 from tangora.adapters.offset import has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
+from tangora.adapters.ranks import first_rank_writes
+from tangora.adapters.uniform import uniform as uniform_factors
 
-_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
-_FILES = {_WEIGHTS, _CONFIG, _CARD, "adapter_model.bin"}
+_FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -58,11 +69,11 @@ class SavedAdapter(os.PathLike[str]):
         return str(self.path)
 
 
-def initial_factors(model: PeftModel) -> dict[str, Tensor]:
+def initial_factors(model: nn.Module) -> dict[str, Tensor]:
     """Copy the adapter's factors, to be taken before training where PEFT's start changed the base weights.
 
     Args:
-        model: PEFT model as `get_peft_model` returned it.
+        model: PEFT model as `get_peft_model` returned it, possibly wrapped (DDP, torch.compile).
 
     Returns:
         Copies of the factors by their saved names, on the CPU; empty where the base is untouched.
@@ -70,35 +81,42 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         InputError: If not exactly one adapter is active.
     """
-    if not mutates_base(model.peft_config[active_adapter(model)]):
+    bare = bare_model(model)
+    if not mutates_base(bare.peft_config[active_adapter(bare)]):
         return {}
-    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
+    state = get_peft_model_state_dict(bare, adapter_name=active_adapter(bare), save_embedding_layers=False)
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
 
 
 def save_adapter(
-    model: PeftModel,
+    model: nn.Module,
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,
     trim_ranks: bool = True,
+    uniform: bool = False,
     initial: dict[str, Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> SavedAdapter:
     r"""Write the active adapter as one plain LoRA adapter.
 
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
-    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all.
+    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all. With
+    ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it and return the same.
 
     Args:
-        model: PEFT model with one active adapter.
+        model: PEFT model with one active adapter, possibly wrapped (DDP, torch.compile).
         path: Folder to write; an existing adapter there is replaced.
         rank: Cut every layer's update $s (B A - B_0 A_0)$ to this rank, by its singular values; the result says what
             was lost. DoRA's magnitudes stay, so that there the cut changes the direction only. Default: exact, which
-            is twice the rank for an adapter that carries an offset.
+            is twice the rank for an adapter that carries an offset. Servers set a limit (vLLM's ``max_lora_rank``,
+            16 by default) that the exact rank may exceed.
         trim_ranks: Leave out ranks that are exactly zero in both factors, as rank-adaptive training leaves them; a
             fresh adapter has none. Each layer gets the rank that was found, at its old scaling, and every update stays
             as it is. A loaded adapter cannot grow those ranks again.
+        uniform: Write one rank, one alpha and the scaling alpha / rank for all layers, as readers without patterns
+            need it (GGUF, some servers). Every update stays as it is, up to the rounding of the factors: other scalings
+            go into $B$, smaller ranks are filled up with zeros. Without patterns and rsLoRA nothing changes.
         initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
             (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
@@ -107,18 +125,35 @@ def save_adapter(
         The folder, usable as a path, with its rank and the error of the compression.
 
     Raises:
-        InputError: If ``model`` is no PEFT model with one active adapter, if its start changed the base weights and
-            ``initial`` is missing or another adapter's, if a scaling was changed at run time, if ``rank`` is given and
-            a layer is no plain pair, or if ``path`` holds anything but an adapter.
+        InputError: If ``model`` is no PEFT model with one active adapter, is sharded or lies on other adapters, if its
+            start changed the base weights and ``initial`` is missing or another adapter's, if a scaling was changed at
+            run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if ``path`` holds anything
+            but an adapter.
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
+
+    def write() -> SavedAdapter:
+        return _save(bare_model(model), Path(path), rank, trim_ranks, uniform, initial, card or {})
+
+    return first_rank_writes(path, write)
+
+
+def _save(
+    model: PeftModel,
+    path: Path,
+    rank: int | None,
+    trim_ranks: bool,
+    uniform: bool,
+    initial: dict[str, Tensor] | None,
+    card: Mapping[str, Any],
+) -> SavedAdapter:
     found = _check_model(model, initial)
-    if rank is not None and found.skipped:
-        name, reason = next(iter(found.skipped.items()))
-        raise InputError(f"rank must be None, because {name} is no plain pair: {reason}; got {rank}")
-    target = Path(path).resolve()
-    check_replaceable(target, what="adapter", marker=_CONFIG, known=_FILES.__contains__)
+    check_unsharded(model, adapters_only=True)
+    if rank is not None:
+        _check_plain(found, "rank", rank)
+    target = path.resolve()
+    check_replaceable(target, what="adapter", marker=CONFIG_FILE, known=_FILES.__contains__)
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
@@ -128,42 +163,25 @@ def save_adapter(
             final = final._replace(tensors=resolve(final.tensors))
         if trim_ranks and not found.skipped:
             final = _trimmed(final, scalings)
-        final, saved = _cut(final, scalings if found.pairs else {}, rank, Path(path))
-        if final is not files:
+        final, saved = _cut(final, scalings if found.pairs else {}, rank, path)
+        if uniform and not is_uniform(final.config):
+            _check_plain(found, "uniform", uniform)
+            final = _uniform(final, scalings)
+        final = final._replace(config=with_tied_layers(final.config, model.peft_config[active_adapter(model)]))
+        if final.tensors is not files.tensors or final.config != files.config:
             _rewrite(written, final)
-        classes = getattr(getattr(model, "config", None), "num_labels", None)
-        images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
-        text = model_card(
-            front, final.config, _of_rank(model, saved, rank), card or {}, classes, images=images
-        )
-        (written / _CARD).write_text(text, encoding="utf-8")
+        (written / _CARD).write_text(_card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8")
         replace_folder(written, target)
     return saved
 
 
-def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
-    """Load a saved adapter on its base model.
-
-    Args:
-        base: The original base model, without adapters.
-        path: Folder that `save_adapter` (or PEFT) wrote.
-        **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …). With
-            ``is_trainable`` the whole pair is trained, offset or not: a saved adapter has none.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        InputError: If ``path`` holds no adapter.
-    """
-    if not (Path(path) / _CONFIG).is_file():
-        raise InputError(f"{path} holds no adapter ({_CONFIG} is missing)")
-    return PeftModel.from_pretrained(base, os.fspath(path), **options)
+def _card(model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]) -> str:
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
+    return model_card(front, files.config, about_rank, facts, classes, images=images)
 
 
 def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
-    if not isinstance(model, PeftModel):
-        raise InputError(f"save_adapter needs a PeftModel; got {type(model).__name__}")
     _check_start(model, initial)
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         return Discovery([], {})
@@ -176,6 +194,11 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
     for pair in found.pairs:
         _check_scaling(pair)
     return found
+
+
+def _check_plain(found: Discovery, option: str, value: Any) -> None:
+    for name, reason in found.skipped.items():
+        raise InputError(f"{option} must be left out, because {name} is no plain pair: {reason}; got {value}")
 
 
 def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
@@ -211,8 +234,10 @@ def _check_scaling(pair: LoraPair) -> None:
 
 
 def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
-    # returns the front matter of PEFT's card
-    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[active_adapter(model)])
+    # Returns the front matter of PEFT's card. What is left out are sharded weights of the base, which PEFT would have
+    # all processes gather.
+    state = {key: value for key, value in model.state_dict().items() if not hasattr(value, "placements")}
+    model.save_pretrained(str(folder), selected_adapters=[active_adapter(model)], state_dict=state)
     card = folder / _CARD  # other adapters than "default" get a folder of their own; the card stays outside
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
@@ -224,12 +249,12 @@ class _Files(NamedTuple):
 
 
 def _read(folder: Path) -> _Files:
-    return _Files(load_file(folder / _WEIGHTS), json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+    return _Files(load_file(folder / _WEIGHTS), json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
 
 
 def _rewrite(folder: Path, files: _Files) -> None:
     save_file(files.tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _with_initial(files: _Files, initial: dict[str, Tensor]) -> _Files:
@@ -277,6 +302,11 @@ def _cut(
     return _Files(smaller.tensors, with_ranks(files.config, smaller.ranks, scalings)), saved
 
 
+def _uniform(files: _Files, scalings: dict[str, float]) -> _Files:
+    same = uniform_factors(files.tensors, scalings)
+    return _Files(same.tensors, with_uniform(files.config, same.rank, same.alpha))
+
+
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
     if saved.worst_layer is not None:
         return (
@@ -284,5 +314,8 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
-        return "Exact: twice the rank holds what was trained less the start, by its singular values."
+        return (
+            "Exact: twice the rank holds what was trained less the start, by its singular values. A server needs room "
+            f"for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
+        )
     return "Exact: the factors are those that were trained, without ranks that are zero."
