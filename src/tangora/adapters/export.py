@@ -85,7 +85,9 @@ def initial_factors(model: nn.Module) -> dict[str, Tensor]:
     if not mutates_base(bare.peft_config[active_adapter(bare)]):
         return {}
     state = get_peft_model_state_dict(bare, adapter_name=active_adapter(bare), save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
+    return {
+        _uncompiled(name): tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)
+    }
 
 
 def save_adapter(
@@ -158,7 +160,9 @@ def _save(
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
         files, scalings = _read(written), _scalings(model)
-        final = files if not initial else _with_initial(files, initial)
+        final = _of_plain_base(files)
+        if initial:
+            final = _with_initial(final, initial)
         if initial or has_offset(model, active_adapter(model)):  # then every adapted layer is a plain pair
             final = final._replace(tensors=resolve(final.tensors))
         if trim_ranks and not found.skipped:
@@ -257,6 +261,20 @@ def _rewrite(folder: Path, files: _Files) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
 
 
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _of_plain_base(files: _Files) -> _Files:
+    if all(name == _uncompiled(name) for name in files.tensors):
+        return files
+    config = dict(files.config)
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(names := config.get(key), list):
+            config[key] = [_uncompiled(name) for name in names]
+    return _Files({_uncompiled(name): tensor for name, tensor in files.tensors.items()}, config)
+
+
 def _with_initial(files: _Files, initial: dict[str, Tensor]) -> _Files:
     tensors = dict(files.tensors)
     # Embeddings and convolutions, whose base PEFT leaves alone, start from a zero factor: appending changes nothing.
@@ -276,7 +294,9 @@ def _scalings(model: PeftModel) -> dict[str, float]:
     name = active_adapter(model)
     held = ((key, getattr(module, "scaling", None)) for key, module in model.named_modules())
     return {
-        key: float(scaling[name]) for key, scaling in held if isinstance(scaling, dict) and name in scaling
+        _uncompiled(key): float(scaling[name])
+        for key, scaling in held
+        if isinstance(scaling, dict) and name in scaling
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError
-from tangora.adapters.bare import bare_model, check_unsharded
+from tangora.adapters.bare import bare_model, check_unsharded, unwrapped
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
 from tangora.adapters.ranks import first_rank_writes
 from tangora.adapters.untie import separate_bases, settle_ties, tie_flags
@@ -67,9 +67,9 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     bare = _mergeable(model)
-    if not isinstance(bare.get_base_model(), PreTrainedModel):
+    if not isinstance(base := unwrapped(bare.get_base_model()), PreTrainedModel):
         raise InputError(
-            f"save_merged needs a transformers model as base; got {type(bare.get_base_model()).__name__}: "
+            f"save_merged needs a transformers model as base; got {type(base).__name__}: "
             "take merged_model(model) and save its state_dict"
         )
     target = Path(path).resolve()
@@ -78,7 +78,7 @@ def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     )
     merged: Any = _merged(bare)
     with scratch_beside(target) as scratch:
-        merged.save_pretrained(scratch)
+        _write(merged, scratch)
         _check_class(merged, scratch)
         replace_folder(scratch, target)
     return Path(path)
@@ -86,7 +86,7 @@ def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _mergeable(model: nn.Module) -> PeftModel:
     bare = bare_model(model)
-    base: Any = bare.get_base_model()
+    base: Any = unwrapped(bare.get_base_model())
     integers = any(not parameter.is_floating_point() for parameter in bare.parameters())
     if integers or getattr(base, "quantization_method", None) or getattr(base, "hf_quantizer", None):
         raise InputError(
@@ -115,7 +115,7 @@ def _merged(model: PeftModel) -> nn.Module:
     flags = tie_flags(twin)
     for config, _ in flags:
         config.tie_word_embeddings = False  # for PEFT, which warns and clears one of them otherwise
-    merged = twin.merge_and_unload(safe_merge=True)
+    merged = unwrapped(twin.merge_and_unload(safe_merge=True))
     for config, flag in flags:
         config.tie_word_embeddings = flag
     settle_ties(merged)
@@ -127,6 +127,16 @@ def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
     for module in model.modules():
         kwargs: Any = getattr(module, "kwargs", None) or {}
         yield from (kwargs.get("tied_adapter") or {}).values()
+
+
+def _write(merged: Any, folder: Path) -> None:
+    try:
+        merged.save_pretrained(folder)
+    except RuntimeError as error:  # modules share weights, and their class does not say so
+        raise InputError(
+            f"transformers cannot write this {type(merged).__name__}: take merged_model(model) and save its "
+            f"state_dict ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_class(merged: PreTrainedModel, folder: Path) -> None:
