@@ -85,14 +85,18 @@ def test_mixed_models_are_refused(tmp_path):
     [
         lambda: in_place(lora(), lora("v_proj"), "first", "second"),  # PEFT has switched the first one off
         lambda: in_place(prompts(), lora()),
-        lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+        lambda: get_peft_model(
+            tiny_llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+        ),
     ],
 )
 def test_what_only_looks_like_it_is_saved(make, tmp_path):
     model, ids = randomize(make()), torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        assert_close(load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))(ids).logits, expected, 1e-6)
+        assert_close(
+            load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))(ids).logits, expected, 1e-6
+        )
         assert_close(merged_model(model)(ids).logits, expected, 1e-5)
 
 

@@ -35,7 +35,11 @@ TIED = {
     "gpt2-tokens": ("gpt2", {"targets": ["c_attn"], "trainable_token_indices": {"wte": TOKENS}}),
     "gpt2-patterns": (
         "gpt2",
-        {"targets": ["wte", "lm_head", "c_attn"], "alpha_pattern": {"lm_head": 7}, "rank_pattern": {"c_attn": 3}},
+        {
+            "targets": ["wte", "lm_head", "c_attn"],
+            "alpha_pattern": {"lm_head": 7},
+            "rank_pattern": {"c_attn": 3},
+        },
     ),
     "t5": ("t5", {"targets": ["embed_tokens", "q"]}),
     "t5-shared": ("t5", {"targets": ["shared", "lm_head"]}),
@@ -67,7 +71,9 @@ def test_tied_layers_are_found_again(case, tmp_path):
     again = load_adapter(made(name), path, is_trainable=True, autocast_adapter_dtype=False)
     assert [pair.tied != () for pair in find_pairs(again)] == [pair.tied != () for pair in find_pairs(model)]
     second = save_adapter(again, tmp_path / "b")
-    assert_close(logits(load_adapter(made(name), second, autocast_adapter_dtype=False), name), expected, 1e-12)
+    assert_close(
+        logits(load_adapter(made(name), second, autocast_adapter_dtype=False), name), expected, 1e-12
+    )
 
 
 # --- files that do not fit ---
@@ -131,7 +137,9 @@ def test_a_base_with_an_adapter_is_refused(tmp_path):
 
 
 def test_prompts_are_loaded_as_peft_loads_them(tmp_path):
-    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    model = get_peft_model(
+        tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).eval()
     again = load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))
     ids = torch.arange(6).view(1, 6)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -69,7 +69,13 @@ WAV2VEC2 = BERT | {
 }
 PATCHES = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
 PATCHES |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-SEGFORMER = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [8], "patch_sizes": [3]}
+SEGFORMER = {
+    "num_encoder_blocks": 1,
+    "depths": [1],
+    "sr_ratios": [1],
+    "hidden_sizes": [8],
+    "patch_sizes": [3],
+}
 SEGFORMER |= {"strides": [2], "num_attention_heads": [2], "mlp_ratios": [2], "decoder_hidden_size": 8}
 SOUND = torch.linspace(-1, 1, 240).view(2, 120).sin()
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16).sin()}
@@ -178,7 +184,15 @@ TABLES = {
     "marian-tokens": ("marian", lora("q_proj", trainable_token_indices={"lm_head": TOKENS})),
     "gpt2-tokens": ("gpt2", lora("c_attn", trainable_token_indices={"lm_head": TOKENS})),
 }
-QUICK = ("bart-encoder.embed_tokens", "t5-lm_head", "umt5-lm_head", "gpt2-table", "whisper-head", "wav2vec2", "clip")
+QUICK = (
+    "bart-encoder.embed_tokens",
+    "t5-lm_head",
+    "umt5-lm_head",
+    "gpt2-table",
+    "whisper-head",
+    "wav2vec2",
+    "clip",
+)
 QUICK += ("bart-tokens", "umt5-whole", "bart-tied")
 
 
@@ -243,7 +257,9 @@ class Two(nn.Module):
 @pytest.mark.parametrize("targets", [["a"], ["b"], ["a", "b"]])
 @pytest.mark.parametrize("dora", [False, True])
 def test_layers_with_one_weight_and_one_layer_at_two_places(targets, dora):
-    model = randomize(get_peft_model(Two().double(), lora(*targets, use_dora=dora), autocast_adapter_dtype=False))
+    model = randomize(
+        get_peft_model(Two().double(), lora(*targets, use_dora=dora), autocast_adapter_dtype=False)
+    )
     x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
     expected = model(x)
     merged = merged_model(model)

@@ -121,7 +121,9 @@ def test_an_adapter_over_a_compiled_base_fits_the_plain_one(part, tmp_path):
         base = torch.compile(base, backend="eager")
     else:
         base.model = torch.compile(base.model, backend="eager")
-    model = randomize(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])))
+    model = randomize(
+        get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    )
     expected = logits(model)
     assert_close(logits(load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))), expected, 1e-6)
     assert_close(logits(merged_model(model)), expected, 1e-5)

@@ -58,7 +58,10 @@ CASES = {
             "alpha_pattern": {"linear": 5},
         },
     ),
-    "lora-bias": (Mixed, {"target_modules": ["conv", "linear"], "lora_bias": True, "alpha_pattern": {"conv": 5}}),
+    "lora-bias": (
+        Mixed,
+        {"target_modules": ["conv", "linear"], "lora_bias": True, "alpha_pattern": {"conv": 5}},
+    ),
 }
 
 
@@ -156,12 +159,17 @@ def test_an_adapter_without_patterns_is_written_as_it_is(tmp_path):
 def test_without_the_option_patterns_stay(tmp_path):
     _, model, _ = made("patterns-rslora")
     config = config_of(save_adapter(model, tmp_path / "a"))
-    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (*PATTERNS.values(), True)
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (
+        *PATTERNS.values(),
+        True,
+    )
 
 
 @pytest.mark.messages
 def test_what_has_no_uniform_form_is_refused(tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), rank_pattern={"q_proj": 3})
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), rank_pattern={"q_proj": 3}
+    )
     with pytest.raises(InputError, match=r"uniform .*q_proj is no plain pair: Kasa"):
         save_adapter(get_peft_model(tiny_llama(), config), tmp_path / "a", uniform=True)
     holder = nn.Sequential(*(Holder(nn.Linear(4, 4)) for _ in range(3)))
@@ -175,7 +183,10 @@ def test_what_has_no_uniform_form_is_refused(tmp_path):
 def test_layers_that_share_their_factors_get_their_own_scaling(tmp_path):
     base = lambda: tiny_llama(tie_word_embeddings=True)  # noqa: E731
     config = LoraConfig(
-        r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, alpha_pattern={"lm_head": 7}
+        r=2,
+        target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+        alpha_pattern={"lm_head": 7},
     )
     model = randomize(get_peft_model(base(), config))
     result = save_adapter(model, tmp_path / "a", uniform=True)

@@ -122,5 +122,8 @@ def _owns(tuner: Any, name: str, layer: BaseTunerLayer) -> bool:
         return True
     if not isinstance(layer, getattr(tuner, "tuner_layer_cls", ())):
         return False
-    owners = [*tuner.targeted_module_names, *(key.rpartition(".")[0] for key in tuner.targeted_parameter_names)]
+    owners = [
+        *tuner.targeted_module_names,
+        *(key.rpartition(".")[0] for key in tuner.targeted_parameter_names),
+    ]
     return any(name == owner or name.startswith(f"{owner}.") for owner in owners)

@@ -86,7 +86,9 @@ def initial_factors(model: nn.Module) -> dict[str, Tensor]:
         return {}
     state = get_peft_model_state_dict(bare, adapter_name=active_adapter(bare), save_embedding_layers=False)
     return {
-        _uncompiled(name): tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)
+        _uncompiled(name): tensor.detach().cpu().clone()
+        for name, tensor in state.items()
+        if _FACTOR.search(name)
     }
 
 
@@ -171,15 +173,21 @@ def _save(
         if uniform and not is_uniform(final.config):
             _check_plain(found, "uniform", uniform)
             final = _uniform(final, scalings)
-        final = final._replace(config=with_tied_layers(final.config, model.peft_config[active_adapter(model)]))
+        final = final._replace(
+            config=with_tied_layers(final.config, model.peft_config[active_adapter(model)])
+        )
         if final.tensors is not files.tensors or final.config != files.config:
             _rewrite(written, final)
-        (written / _CARD).write_text(_card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8")
+        (written / _CARD).write_text(
+            _card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8"
+        )
         replace_folder(written, target)
     return saved
 
 
-def _card(model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]) -> str:
+def _card(
+    model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]
+) -> str:
     classes = getattr(getattr(model, "config", None), "num_labels", None)
     images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
     return model_card(front, files.config, about_rank, facts, classes, images=images)
@@ -253,7 +261,9 @@ class _Files(NamedTuple):
 
 
 def _read(folder: Path) -> _Files:
-    return _Files(load_file(folder / _WEIGHTS), json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    return _Files(
+        load_file(folder / _WEIGHTS), json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    )
 
 
 def _rewrite(folder: Path, files: _Files) -> None:

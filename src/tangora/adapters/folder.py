@@ -65,10 +65,11 @@ def replace_folder(source: Path, target: Path) -> None:
             with suppress(FileNotFoundError):
                 target.rename(old)
             source.rename(target)
-            return
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 continue  # another process was quicker: its folder is replaced in turn
             if old.exists() and not target.exists():
                 old.rename(target)
             raise
+        else:
+            return

@@ -96,8 +96,10 @@ def _mergeable(model: nn.Module) -> PeftModel:
     if any(getattr(module, "merged_adapters", None) for module in bare.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
     if not hasattr(bare.base_model, "merge_and_unload"):
-        kind = bare.active_peft_config.peft_type.value
-        raise InputError(f"an adapter of kind {kind} changes no weights: save_adapter it instead")
+        config: Any = bare.active_peft_config
+        raise InputError(
+            f"an adapter of kind {config.peft_type.value} changes no weights: save_adapter it instead"
+        )
     check_unsharded(bare)
     return bare
 

@@ -38,7 +38,8 @@ def _key(store: Any, target: str) -> str:
     # Where a rank stands in the program: collectives so far, which all ranks have in common, and writings since then.
     # A plain count would go wrong after rank 0 has written something alone.
     try:
-        step = dist.group.WORLD._get_sequence_number_for_group()  # pyright: ignore[reportOptionalMemberAccess]
+        world: Any = dist.group.WORLD
+        step = world._get_sequence_number_for_group()
     except RuntimeError:  # a backend that does not count
         step = 0
     count = store.add(f"tangora/calls/{dist.get_rank()}/{step}/{target}", 1)
@@ -61,8 +62,8 @@ def _awaited(store: Any, key: str, target: str) -> Any:
         store.wait([key])
     except RuntimeError as error:
         raise InputError(
-            f"rank {dist.get_rank()} waited {store.timeout} for rank 0 to write {target}: call this on rank 0 too, with "
-            "the same path, or on rank 0 alone"
+            f"rank {dist.get_rank()} waited {store.timeout} for rank 0 to write {target}: call this on rank 0 too, "
+            "with the same path, or on rank 0 alone"
         ) from error
     result, failure = pickle.loads(store.get(key))
     if failure is not None:

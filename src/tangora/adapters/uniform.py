@@ -42,7 +42,9 @@ def uniform(tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> Uni
     """
     layers = layers_of(tensors)
     rank = max(tensors[key_A].shape[0] for key_A, _ in layers.values())
-    common = _commonest_scaling({layer: tensors[key_B].numel() for layer, (_, key_B) in layers.items()}, scalings)
+    common = _commonest_scaling(
+        {layer: tensors[key_B].numel() for layer, (_, key_B) in layers.items()}, scalings
+    )
     result = dict(tensors)
     for layer, (key_A, key_B) in layers.items():
         ratio, missing = scalings[layer] / common, rank - tensors[key_A].shape[0]
