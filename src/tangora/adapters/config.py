@@ -93,9 +93,8 @@ def with_uniform(config: dict[str, Any], rank: int, alpha: float) -> dict[str, A
         The new config, without patterns.
     """
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
-    if config.get(
-        "ensure_weight_tying"
-    ):  # layers that share their factors and not their scaling can no longer do so
+    if config.get("ensure_weight_tying"):
+        # layers that shared their factors and not their scaling no longer can
         plain["ensure_weight_tying"] = False
     return config | {"r": rank, "lora_alpha": alpha} | plain
 
