@@ -1,95 +1,197 @@
-"""Exports with one rank and one alpha, and files that no layer takes."""
+"""An adapter with one rank and one alpha for all layers has the updates of the one with patterns."""
 
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
 
-from tangora import InputError, initialize
-from tangora.adapters import load_adapter, save_adapter
-from tests.adapters.models import LinearAndExperts
-from tests.adapters.tied import assert_same, made, output, trained
+from tangora import InputError, find_pairs
+from tangora.adapters import attach_offset, initial_factors, save_adapter
+from tangora.adapters.uniform import uniform
+from tests.adapters.models import Holder, randomize, tiny_llama
+from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`", "ignore:.*tied.*")
-PATTERNS = {"rank_pattern": {"q_proj": 3, "v_proj": 5}, "alpha_pattern": {"v_proj": 7}}
-CONFIGS = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "patterns": PATTERNS,
-    "patterns-rslora": {**PATTERNS, "use_rslora": True},
-    "dora-patterns": {**PATTERNS, "use_dora": True},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 3}},
-    "odd-alpha": {"lora_alpha": 5, "r": 3},
-    "modules-to-save": {**PATTERNS, "modules_to_save": ["lm_head"]},
+IDS = torch.arange(12).view(2, 6)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:.*rslora.*"),
+]
+PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 20}}
+
+
+class Mixed(nn.Module):
+    """An embedding, a convolution and a linear layer with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.conv = nn.Embedding(32, 6), nn.Conv1d(6, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, input_ids):
+        return self.linear(torch.tanh(self.conv(self.embed(input_ids).mT).mT))
+
+
+CASES = {
+    "patterns": (tiny_llama, PATTERNS),
+    "rslora": (tiny_llama, {"use_rslora": True}),
+    "patterns-rslora": (tiny_llama, {**PATTERNS, "use_rslora": True}),
+    "dora": (tiny_llama, {"use_dora": True, **PATTERNS}),
+    "embedding": (
+        tiny_llama,
+        {
+            "target_modules": ["embed_tokens", "q_proj"],
+            "rank_pattern": {"embed_tokens": 3},
+            "alpha_pattern": {"q_proj": 20},
+        },
+    ),
+    "modules-to-save": (tiny_llama, {"modules_to_save": ["lm_head"], **PATTERNS}),
+    "pissa": (tiny_llama, {"init_lora_weights": "pissa", **PATTERNS}),
+    "kinds": (
+        Mixed,
+        {
+            "target_modules": ["embed", "conv", "linear"],
+            "rank_pattern": {"conv": 3, "embed": 1},
+            "alpha_pattern": {"linear": 5},
+        },
+    ),
+    "lora-bias": (
+        Mixed,
+        {"target_modules": ["conv", "linear"], "lora_bias": True, "alpha_pattern": {"conv": 5}},
+    ),
 }
 
 
-def adapted(name="llama", **options):
-    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "o_proj"], **options}
-    return trained(get_peft_model(made(name), LoraConfig(**config)))
+def made(name):
+    base, config = CASES[name]
+    options = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **config}
+    model = get_peft_model(base(), LoraConfig(**options)).double()  # PEFT cannot start PiSSA in float64
+    initial = initial_factors(model)
+    randomize(model)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in key:
+            parameter.data.add_(0.1)
+    return base().double(), model, initial
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_every_layer_gets_one_rank_and_one_alpha(case, tmp_path):
-    model = adapted(**CONFIGS[case])
-    before = output(model)
-    saved = save_adapter(model, tmp_path / "x", uniform=True)
-    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    assert not config["use_rslora"]
-    assert isinstance(config["lora_alpha"], int)
-    ranks = {
-        v.shape[0] for k, v in load_file(tmp_path / "x" / "adapter_model.safetensors").items() if "_A" in k
-    }
-    assert ranks == {config["r"]} == {saved.rank}
-    assert_same(output(PeftModel.from_pretrained(made("llama"), tmp_path / "x")), before)
-    assert torch.equal(output(model), before)
+def logits(model):
+    with torch.no_grad():
+        output = model(input_ids=IDS)
+    return getattr(output, "logits", output)
 
 
-@pytest.mark.parametrize(
-    ("case", "changed"), [("plain", 0), ("patterns", 2), ("odd-alpha", 0), ("rslora", 3)]
-)
-def test_layers_with_the_common_scaling_keep_every_bit(case, changed, tmp_path):
-    model = adapted(**CONFIGS[case])
-    save_adapter(model, tmp_path / "faithful")
-    save_adapter(model, tmp_path / "uniform", uniform=True)
-    one, other = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("faithful", "uniform")
+def config_of(saved):
+    return json.loads((saved.path / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:.*lora_B.bias")
+def test_the_updates_are_those_of_the_adapter_with_patterns(name, tmp_path):
+    base, model, initial = made(name)
+    result = save_adapter(model, tmp_path / "a", initial=initial, uniform=True)
+    config = config_of(result)
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    loaded = PeftModel.from_pretrained(base, result.path, autocast_adapter_dtype=False)
+    pairs = find_pairs(loaded)
+    assert {pair.shape[2] for pair in pairs} == {result.rank} == {config["r"]}
+    assert len({pair.scaling for pair in pairs}) == 1
+    # PiSSA has changed the base in float32
+    assert_close(logits(loaded), logits(model), 1e-6 if initial else 1e-12)
+
+
+def test_the_ranks_of_an_offset_and_a_cut_are_uniform_too(tmp_path):
+    base, model, _ = made("patterns-rslora")
+    factors = {p.name: (p.B.detach() + 0.3, p.A.detach().clone()) for p in find_pairs(model)}
+    attach_offset(model, "default", factors)
+    exact = save_adapter(model, tmp_path / "exact", uniform=True)
+    assert exact.rank == 6
+    loaded = PeftModel.from_pretrained(base, exact.path, autocast_adapter_dtype=False)
+    assert_close(logits(loaded), logits(model), 1e-12)
+    assert "rank 6" in (exact.path / "README.md").read_text()
+    cut, same = (save_adapter(model, tmp_path / str(flag), rank=5, uniform=flag) for flag in (False, True))
+    assert (cut.rank, cut.relative_error) == (same.rank, same.relative_error)
+    first, second = (
+        PeftModel.from_pretrained(tiny_llama().double(), each.path, autocast_adapter_dtype=False)
+        for each in (cut, same)
     )
-    same = [key for key in one if torch.equal(one[key], other[key][: one[key].shape[0], : one[key].shape[1]])]
-    assert len(same) == len(one) - changed
+    assert_close(logits(second), logits(first), 1e-12)
 
 
-def test_a_start_with_an_offset_says_its_rank_and_can_be_cut(tmp_path):
-    model = get_peft_model(made("llama"), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
-    initialize(model, "orthogonal")
-    trained(model)
-    before = output(model)
-    assert save_adapter(model, tmp_path / "exact", uniform=True).rank == 4
-    assert_same(output(PeftModel.from_pretrained(made("llama"), tmp_path / "exact")), before)
-    assert save_adapter(model, tmp_path / "cut", uniform=True, rank=1).rank == 1
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_powers_of_two_and_equal_scalings_keep_every_bit(dtype):
+    torch.manual_seed(0)
+    tensors = {}
+    for layer, rank in (("a", 4), ("b", 2), ("c", 4)):
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, 5).to(dtype)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(3, rank).to(dtype)
+    scalings = {"a": 0.7, "b": 2.8, "c": 0.7}
+    same = uniform(tensors, scalings)
+    assert (same.rank, same.alpha) == (4, pytest.approx(2.8))
+    for layer in "abc":
+        B, A = (same.tensors[f"{layer}.lora_{letter}.weight"].double() for letter in "BA")
+        before = (tensors[f"{layer}.lora_{letter}.weight"].double() for letter in "BA")
+        ratio, old = scalings[layer] / 0.7, next(before) @ next(before)
+        assert torch.equal(B @ A, ratio * old)
+
+
+def test_the_scaling_is_the_one_that_rounds_the_fewest_entries():
+    tensors = {}
+    for layer, rows in (("small", 2), ("large", 9), ("twice", 3)):
+        tensors[f"{layer}.lora_A.weight"] = torch.ones(2, 5)
+        tensors[f"{layer}.lora_B.weight"] = torch.full((rows, 2), 0.1)
+    same = uniform(tensors, {"small": 3.0, "large": 1.0, "twice": 2.0})
+    assert same.alpha == 2.0
+    assert torch.equal(same.tensors["large.lora_B.weight"], tensors["large.lora_B.weight"])
+    assert torch.equal(same.tensors["twice.lora_B.weight"], 2 * tensors["twice.lora_B.weight"])
+    assert_close(same.tensors["small.lora_B.weight"], 3 * tensors["small.lora_B.weight"], 1e-7)
+
+
+def test_an_adapter_without_patterns_is_written_as_it_is(tmp_path):
+    model = randomize(get_peft_model(tiny_llama(), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])))
+    plain, same = (save_adapter(model, tmp_path / str(flag), uniform=flag) for flag in (False, True))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (plain.path / name).read_bytes() == (same.path / name).read_bytes()
+
+
+def test_without_the_option_patterns_stay(tmp_path):
+    _, model, _ = made("patterns-rslora")
+    config = config_of(save_adapter(model, tmp_path / "a"))
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (
+        *PATTERNS.values(),
+        True,
+    )
 
 
 @pytest.mark.messages
-def test_layers_that_are_no_pairs_have_no_uniform_rank(tmp_path):
-    config = LoraConfig(r=2, target_modules=["linear"], target_parameters=["experts.weight"])
-    model = get_peft_model(LinearAndExperts(), config)
-    with pytest.raises(InputError, match=r"uniform cannot be True.*experts"):
-        save_adapter(model, tmp_path / "x", uniform=True)
+def test_what_has_no_uniform_form_is_refused(tmp_path):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), rank_pattern={"q_proj": 3}
+    )
+    with pytest.raises(InputError, match=r"uniform .*q_proj is no plain pair: Kasa"):
+        save_adapter(get_peft_model(tiny_llama(), config), tmp_path / "a", uniform=True)
+    holder = nn.Sequential(*(Holder(nn.Linear(4, 4)) for _ in range(3)))
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["it"], alpha_pattern={"0.it": 2**17})
+    model = randomize(get_peft_model(holder, config, autocast_adapter_dtype=False)).half()
+    with pytest.raises(InputError, match=r"float16 has no room for the factors of .*0\.it"):
+        save_adapter(model, tmp_path / "a", uniform=True)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.messages
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
-def test_tensors_that_no_layer_takes_are_refused(name, tmp_path):
-    targets = {"gpt2": ["c_attn"]}.get(name, ["q_proj"])
-    save_adapter(adapted(name, target_modules=targets, fan_in_fan_out=name == "gpt2"), tmp_path / "x")
-    file = tmp_path / "x" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = next(iter(tensors))
-    load_adapter(made(name), tmp_path / "x")
-    save_file({**tensors, key.replace("0", "7", 1): tensors[key].clone()}, file)
-    with pytest.raises(InputError, match="1 tensors that no layer of the model takes"):
-        load_adapter(made(name), tmp_path / "x")
+def test_layers_that_share_their_factors_get_their_own_scaling(tmp_path):
+    base = lambda: tiny_llama(tie_word_embeddings=True)  # noqa: E731
+    config = LoraConfig(
+        r=2,
+        target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+        alpha_pattern={"lm_head": 7},
+    )
+    model = randomize(get_peft_model(base(), config))
+    result = save_adapter(model, tmp_path / "a", uniform=True)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        loaded = PeftModel.from_pretrained(base(), result.path)
+    assert_close(logits(loaded), logits(model), 1e-6)
+    assert not config_of(result)["ensure_weight_tying"]
+    assert len(load_file(result.path / "adapter_model.safetensors")) == 6

@@ -1,7 +1,8 @@
 """The only readers of PEFT's layer types: which parameters form a pair (A, B), and how an adapter is written."""
 
 from tangora.adapters.discover import Discovery, active_adapter, discover, find_pairs
-from tangora.adapters.export import SavedAdapter, initial_factors, load_adapter, save_adapter
+from tangora.adapters.export import SavedAdapter, initial_factors, save_adapter
+from tangora.adapters.load import load_adapter
 from tangora.adapters.merge import merged_model, save_merged
 from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
 from tangora.adapters.pair import LoraPair

@@ -99,11 +99,14 @@ def _usage(config: Mapping[str, Any], path: str, num_labels: int | None, images:
 
 def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
     shown = {
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
+        "kind": config["peft_type"] if "lora_alpha" not in config else None,
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
         "rank per layer": config.get("rank_pattern"),
         "alpha per layer": config.get("alpha_pattern"),
-        "scaling": "alpha / sqrt(rank)" if config.get("use_rslora") else "alpha / rank",
+        "scaling": None
+        if "lora_alpha" not in config
+        else ("alpha / sqrt(rank)" if config.get("use_rslora") else "alpha / rank"),
         "DoRA": config.get("use_dora"),
         "target modules": config.get("target_modules"),
         "modules saved whole": config.get("modules_to_save"),

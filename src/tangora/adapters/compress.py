@@ -152,13 +152,13 @@ def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Name the two factors of every layer of a saved adapter.
+    """Find the pairs of a saved adapter.
 
     Args:
         tensors: Its tensors.
 
     Returns:
-        Names of A and B by the name of the layer.
+        Keys of A and of B by the name of the layer.
     """
     found: dict[str, dict[str, str]] = {}
     for key in tensors:

@@ -112,6 +112,58 @@ def with_ranks(
     }
 
 
+def with_uniform(config: dict[str, Any], rank: int, alpha: float) -> dict[str, Any]:
+    """Give all layers one rank and one alpha, and the scaling alpha / rank.
+
+    Args:
+        config: Config as a dictionary.
+        rank: The rank.
+        alpha: The alpha.
+
+    Returns:
+        The new config, without patterns.
+    """
+    plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+    if config.get("ensure_weight_tying"):
+        # layers that shared their factors and not their scaling no longer can
+        plain["ensure_weight_tying"] = False
+    return config | {"r": rank, "lora_alpha": alpha} | plain
+
+
+def is_uniform(config: dict[str, Any]) -> bool:
+    """Say whether all layers have one rank and one alpha, and the scaling alpha / rank.
+
+    Args:
+        config: Config as a dictionary.
+
+    Returns:
+        Whether they do.
+    """
+    return not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
+
+
+def with_tied_layers(config: dict[str, Any], origin: Any) -> dict[str, Any]:
+    """Name the layers that PEFT adapted because they are tied to one that was named (``ensure_weight_tying``).
+
+    PEFT takes them out of its lists and keeps them beside; a file has the lists alone, and from those it finds the ties
+    again only where an embedding has one of a few names.
+
+    Args:
+        config: Config as a dictionary.
+        origin: Config of the adapter in the model.
+
+    Returns:
+        The new config.
+    """
+    named = {"target_modules": "target_modules_to_tie", "modules_to_save": "modules_to_tie"}
+    found = {}
+    for key, beside in named.items():
+        tied = getattr(origin, beside, None)
+        if tied and not isinstance(config.get(key), str):  # a regular expression still finds what it found
+            found[key] = sorted({*(config.get(key) or ()), *tied})
+    return config | found
+
+
 def _commonest(values: Any) -> Any:
     return Counter(values).most_common(1)[0][0]
 

@@ -1,4 +1,4 @@
-r"""Write and read adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
+r"""Write adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
 A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
 of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolve`). That holds for an
@@ -6,42 +6,44 @@ offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA a
 weight.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils.error import NoMatchingPeftModuleError
-from safetensors import safe_open
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_whole
+from tangora.adapters.bare import bare_model, check_unsharded
 from tangora.adapters.card import model_card
-from tangora.adapters.compress import compress, layers_of, ranks_of, resolve, trim
-from tangora.adapters.config import OffsetConfig, doubled_rank, with_ranks
+from tangora.adapters.compress import compress, ranks_of, resolve, trim
+from tangora.adapters.config import (
+    OffsetConfig,
+    doubled_rank,
+    is_uniform,
+    with_ranks,
+    with_tied_layers,
+    with_uniform,
+)
 from tangora.adapters.discover import Discovery, active_adapter, discover
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
-from tangora.adapters.merge import with_parameters
+from tangora.adapters.load import CONFIG_FILE
 from tangora.adapters.offset import has_offset, mutates_base
-from tangora.adapters.once import on_first_rank
 from tangora.adapters.pair import LoraPair
-from tangora.adapters.switch import peft_model
+from tangora.adapters.ranks import first_rank_writes
 from tangora.adapters.uniform import uniform as uniform_factors
 
-_WEIGHTS, _CONFIG, _CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
-_FILES = {_WEIGHTS, _CONFIG, _CARD, "adapter_model.bin"}
+_FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -67,11 +69,11 @@ class SavedAdapter(os.PathLike[str]):
         return str(self.path)
 
 
-def initial_factors(model: PeftModel) -> dict[str, Tensor]:
+def initial_factors(model: nn.Module) -> dict[str, Tensor]:
     """Copy the adapter's factors, to be taken before training where PEFT's start changed the base weights.
 
     Args:
-        model: PEFT model as `get_peft_model` returned it.
+        model: PEFT model as `get_peft_model` returned it, possibly wrapped (DDP, torch.compile).
 
     Returns:
         Copies of the factors by their saved names, on the CPU; empty where the base is untouched.
@@ -79,10 +81,15 @@ def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     Raises:
         InputError: If not exactly one adapter is active.
     """
-    if not mutates_base(model.peft_config[active_adapter(model)]):
+    bare = bare_model(model)
+    if not mutates_base(bare.peft_config[active_adapter(bare)]):
         return {}
-    state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _FACTOR.search(name)}
+    state = get_peft_model_state_dict(bare, adapter_name=active_adapter(bare), save_embedding_layers=False)
+    return {
+        _uncompiled(name): tensor.detach().cpu().clone()
+        for name, tensor in state.items()
+        if _FACTOR.search(name)
+    }
 
 
 def save_adapter(
@@ -98,22 +105,22 @@ def save_adapter(
     r"""Write the active adapter as one plain LoRA adapter.
 
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
-    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all.
-
-    With ``torch.distributed`` running, rank 0 writes; other ranks that call it wait and return the same.
+    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all. With
+    ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it and return the same.
 
     Args:
-        model: PEFT model with one active adapter, also inside DistributedDataParallel or ``torch.compile``.
+        model: PEFT model with one active adapter, possibly wrapped (DDP, torch.compile).
         path: Folder to write; an existing adapter there is replaced.
         rank: Cut every layer's update $s (B A - B_0 A_0)$ to this rank, by its singular values; the result says what
             was lost. DoRA's magnitudes stay, so that there the cut changes the direction only. Default: exact, which
-            is twice the rank for an adapter that carries an offset.
+            is twice the rank for an adapter that carries an offset. Servers set a limit (vLLM's ``max_lora_rank``,
+            16 by default) that the exact rank may exceed.
         trim_ranks: Leave out ranks that are exactly zero in both factors, as rank-adaptive training leaves them; a
             fresh adapter has none. Each layer gets the rank that was found, at its old scaling, and every update stays
             as it is. A loaded adapter cannot grow those ranks again.
-        uniform: Give all layers one rank and one alpha, for readers that know no ``rank_pattern``, ``alpha_pattern`` or
-            rsLoRA (GGUF, vLLM): scalings go into B, which rounds it, and lower ranks are filled up with zeros. The
-            rank, in the result, must not exceed what the reader allows (vLLM's ``max_lora_rank``); ``rank`` cuts it.
+        uniform: Write one rank, one alpha and the scaling alpha / rank for all layers, as readers without patterns
+            need it (GGUF, some servers). Every update stays as it is, up to the rounding of the factors: other scalings
+            go into $B$, smaller ranks are filled up with zeros. Without patterns and rsLoRA nothing changes.
         initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
             (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
@@ -122,97 +129,68 @@ def save_adapter(
         The folder, usable as a path, with its rank and the error of the compression.
 
     Raises:
-        InputError: If ``model`` is no PEFT model with one active adapter, if its start changed the base weights and
-            ``initial`` is missing or another adapter's, if a scaling was changed at run time, if ``rank`` or
-            ``uniform`` is given and a layer is no plain pair, if the factors are sharded, or if ``path`` holds anything
+        InputError: If ``model`` is no PEFT model with one active adapter, is sharded or lies on other adapters, if its
+            start changed the base weights and ``initial`` is missing or another adapter's, if a scaling was changed at
+            run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if ``path`` holds anything
             but an adapter.
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
-    check_choice("uniform", uniform, (True, False))
-    model = peft_model(model, "save_adapter")
-    found = _check_model(model, initial)
-    for option, given in (("rank", rank), ("uniform", uniform)):
-        if given and found.skipped:
-            name, reason = next(iter(found.skipped.items()))
-            raise InputError(f"{option} cannot be {given}, because {name} is no plain pair: {reason}")
-    target = Path(path).resolve()
 
     def write() -> SavedAdapter:
-        return _write_adapter(model, target, Path(path), found, rank, trim_ranks, uniform, initial, card)
+        return _save(bare_model(model), Path(path), rank, trim_ranks, uniform, initial, card or {})
 
-    return on_first_rank(write, target, "save_adapter")
+    return first_rank_writes(path, write)
 
 
-def _write_adapter(
+def _save(
     model: PeftModel,
-    target: Path,
     path: Path,
-    found: Discovery,
     rank: int | None,
     trim_ranks: bool,
     uniform: bool,
     initial: dict[str, Tensor] | None,
-    card: Mapping[str, Any] | None,
+    card: Mapping[str, Any],
 ) -> SavedAdapter:
-    check_replaceable(target, what="adapter", marker=_CONFIG, known=_FILES.__contains__)
+    found = _check_model(model, initial)
+    check_unsharded(model, adapters_only=True)
+    if rank is not None:
+        _check_plain(found, "rank", rank)
+    target = path.resolve()
+    check_replaceable(target, what="adapter", marker=CONFIG_FILE, known=_FILES.__contains__)
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
         files, scalings = _read(written), _scalings(model)
-        final = files if not initial else _with_initial(files, initial)
+        final = _of_plain_base(files)
+        if initial:
+            final = _with_initial(final, initial)
         if initial or has_offset(model, active_adapter(model)):  # then every adapted layer is a plain pair
             final = final._replace(tensors=resolve(final.tensors))
         if trim_ranks and not found.skipped:
             final = _trimmed(final, scalings)
         final, saved = _cut(final, scalings if found.pairs else {}, rank, path)
-        if uniform and found.pairs:
-            final, saved = _made_uniform(final, scalings, saved)
-        if final.config.get("ensure_weight_tying"):
-            final = _untied(final, model)
-        if final is not files:
-            _rewrite(written, final)
-        classes = getattr(getattr(model, "config", None), "num_labels", None)
-        images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
-        text = model_card(
-            front, final.config, _of_rank(model, saved, rank), card or {}, classes, images=images
+        if uniform and not is_uniform(final.config):
+            _check_plain(found, "uniform", uniform)
+            final = _uniform(final, scalings)
+        final = final._replace(
+            config=with_tied_layers(final.config, model.peft_config[active_adapter(model)])
         )
-        (written / _CARD).write_text(text, encoding="utf-8")
+        if final.tensors is not files.tensors or final.config != files.config:
+            _rewrite(written, final)
+        (written / _CARD).write_text(
+            _card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8"
+        )
         replace_folder(written, target)
     return saved
 
 
-def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
-    """Load a saved adapter on its base model.
-
-    Args:
-        base: The original base model, without adapters.
-        path: Folder that `save_adapter` (or PEFT) wrote.
-        **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …). With
-            ``is_trainable`` the whole pair is trained, offset or not: a saved adapter has none.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        InputError: If ``path`` holds no adapter, or one with tensors that no layer of ``base`` takes.
-    """
-    if not (Path(path) / _CONFIG).is_file():
-        raise InputError(f"{path} holds no adapter ({_CONFIG} is missing)")
-    model = PeftModel.from_pretrained(base, os.fspath(path), **options)
-    name = options.get("adapter_name", "default")
-    taken = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    with (
-        safe_open(Path(path) / _WEIGHTS, "pt") if (Path(path) / _WEIGHTS).is_file() else nullcontext() as file
-    ):
-        held = file.keys() if file is not None else ()
-    left = [key for key in held if "lora_" in key and key not in taken]  # which PEFT drops without a word
-    if left:
-        raise InputError(
-            f"{path} holds {len(left)} tensors that no layer of the model takes, such as {left[0]}: it was saved for "
-            "another base model, or by a tool that ties layers; save it again with tangora.save_adapter"
-        )
-    return model
+def _card(
+    model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]
+) -> str:
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
+    return model_card(front, files.config, about_rank, facts, classes, images=images)
 
 
 def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
@@ -227,12 +205,12 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
     found = discover(model, name)
     for pair in found.pairs:
         _check_scaling(pair)
-        if pair.sharded:
-            raise InputError(
-                f"the factors of {pair.name} are sharded (FSDP2 or tensor parallel), and this process holds a part of "
-                "them: gather them by get_model_state_dict of torch.distributed.checkpoint, or shard the base only"
-            )
     return found
+
+
+def _check_plain(found: Discovery, option: str, value: Any) -> None:
+    for name, reason in found.skipped.items():
+        raise InputError(f"{option} must be left out, because {name} is no plain pair: {reason}; got {value}")
 
 
 def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
@@ -268,8 +246,10 @@ def _check_scaling(pair: LoraPair) -> None:
 
 
 def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
-    # returns the front matter of PEFT's card
-    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=[active_adapter(model)])
+    # Returns the front matter of PEFT's card. What is left out are sharded weights of the base, which PEFT would have
+    # all processes gather.
+    state = {key: value for key, value in model.state_dict().items() if not hasattr(value, "placements")}
+    model.save_pretrained(str(folder), selected_adapters=[active_adapter(model)], state_dict=state)
     card = folder / _CARD  # other adapters than "default" get a folder of their own; the card stays outside
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
@@ -281,12 +261,28 @@ class _Files(NamedTuple):
 
 
 def _read(folder: Path) -> _Files:
-    return _Files(load_file(folder / _WEIGHTS), json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+    return _Files(
+        load_file(folder / _WEIGHTS), json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    )
 
 
 def _rewrite(folder: Path, files: _Files) -> None:
     save_file(files.tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _of_plain_base(files: _Files) -> _Files:
+    if all(name == _uncompiled(name) for name in files.tensors):
+        return files
+    config = dict(files.config)
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(names := config.get(key), list):
+            config[key] = [_uncompiled(name) for name in names]
+    return _Files({_uncompiled(name): tensor for name, tensor in files.tensors.items()}, config)
 
 
 def _with_initial(files: _Files, initial: dict[str, Tensor]) -> _Files:
@@ -308,7 +304,9 @@ def _scalings(model: PeftModel) -> dict[str, float]:
     name = active_adapter(model)
     held = ((key, getattr(module, "scaling", None)) for key, module in model.named_modules())
     return {
-        key: float(scaling[name]) for key, scaling in held if isinstance(scaling, dict) and name in scaling
+        _uncompiled(key): float(scaling[name])
+        for key, scaling in held
+        if isinstance(scaling, dict) and name in scaling
     }
 
 
@@ -334,27 +332,9 @@ def _cut(
     return _Files(smaller.tensors, with_ranks(files.config, smaller.ranks, scalings)), saved
 
 
-def _made_uniform(
-    files: _Files, scalings: dict[str, float], saved: SavedAdapter
-) -> tuple[_Files, SavedAdapter]:
-    tensors, rank, alpha = uniform_factors(files.tensors, scalings)
-    plain = {"r": rank, "lora_alpha": alpha, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    return _Files(tensors, files.config | plain), replace(saved, rank=rank)
-
-
-def _untied(files: _Files, model: PeftModel) -> _Files:
-    # every layer of the file is named in its config, unless PEFT finds again by itself which ones are tied
-    layers = [name.removeprefix("base_model.model.") for name in layers_of(files.tensors)]
-    found: set[str] = set()
-    # in some models PEFT finds nothing at all
-    with warnings.catch_warnings(), torch.device("meta"), contextlib.suppress(NoMatchingPeftModuleError):
-        warnings.simplefilter("ignore")
-        base: Any = with_parameters(model, lambda tensor: tensor.to("meta")).unload()
-        again = get_peft_model(base, PeftConfig.from_peft_type(**files.config))
-        found = {name for name, module in again.named_modules() if hasattr(module, "lora_A")}
-    if found == {f"base_model.model.{layer}" for layer in layers}:
-        return files
-    return files._replace(config=files.config | {"ensure_weight_tying": False, "target_modules": layers})
+def _uniform(files: _Files, scalings: dict[str, float]) -> _Files:
+    same = uniform_factors(files.tensors, scalings)
+    return _Files(same.tensors, with_uniform(files.config, same.rank, same.alpha))
 
 
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
@@ -364,5 +344,8 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
-        return "Exact: twice the rank holds what was trained less the start, by its singular values."
+        return (
+            "Exact: twice the rank holds what was trained less the start, by its singular values. A server needs room "
+            f"for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
+        )
     return "Exact: the factors are those that were trained, without ranks that are zero."

@@ -1,10 +1,11 @@
 """Folders that appear whole or not at all."""
 
-import os
+import errno
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tangora._checks import InputError
@@ -55,17 +56,20 @@ def replace_folder(source: Path, target: Path) -> None:
     """Move a folder to its place; what was there comes back if that fails.
 
     Args:
-        source: The finished folder.
+        source: The finished folder, in one of `scratch_beside`, which takes what was replaced.
         target: Its place.
     """
-    if not target.exists():
-        source.rename(target)
-        return
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    target.rename(old)
-    try:
-        source.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+    for attempt in itertools.count():
+        old = source.with_name(f"old-{attempt}")
+        try:
+            with suppress(FileNotFoundError):
+                target.rename(old)
+            source.rename(target)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue  # another process was quicker: its folder is replaced in turn
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        else:
+            return

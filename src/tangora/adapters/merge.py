@@ -1,24 +1,24 @@
 """The trained model as a plain one, without PEFT."""
 
-import contextlib
 import copy
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError
+from tangora.adapters.bare import bare_model, check_unsharded
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
-from tangora.adapters.once import on_first_rank
-from tangora.adapters.switch import peft_model
+from tangora.adapters.ranks import first_rank_writes
+from tangora.adapters.untie import separate_bases, settle_ties, tie_flags
+from tangora.adapters.wrapped import unwrapped
 
 # what transformers writes for a model
 _FILES = re.compile(
@@ -30,104 +30,108 @@ def merged_model(model: nn.Module) -> nn.Module:
     """Make a plain model with the active adapters in its weights.
 
     The given model is left as it is; weights without an adapter are shared with it, so train neither while the other
-    is in use. Input and output embeddings that share their memory are untied when one of them is adapted, because after
-    merging they differ.
+    is in use. Weights that several modules share (input and output embeddings, the tables of encoder and decoder) are
+    untied when merging makes them differ: only the adapted module changes.
 
     Args:
-        model: PEFT model with a base in floating point.
+        model: PEFT model with a base in floating point, possibly wrapped (DDP, torch.compile).
 
     Returns:
         The merged model.
 
     Raises:
-        InputError: If ``model`` is no PEFT model, its base is quantized (merging would quantize the sum again), or an
+        InputError: If ``model`` is no PEFT model, its base is quantized (merging would quantize the sum again), sharded
+            or holds other adapters, its adapter has no weights to merge or convolves otherwise than its layer, or an
             adapter is merged already.
     """
-    model = _mergeable(model, "merged_model")
-    # in the same memory: PEFT's safe merge puts new tensors into the weights and never writes into the old ones
-    twin = with_parameters(model, lambda tensor: tensor)
-    _untie(twin)
-    with _ties_settled(twin.get_base_model()):
-        return twin.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    return _merged(_mergeable(model))
 
 
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the trained model as a plain one that needs neither PEFT nor tangora.
 
-    Save the tokenizer beside it yourself.
+    Save the tokenizer beside it yourself. With ``torch.distributed`` running, rank 0 writes, and other ranks that call
+    this wait for it.
 
     Args:
-        model: PEFT model over a transformers model in floating point, also inside DistributedDataParallel or
-            ``torch.compile``; it is left as it is. With ``torch.distributed`` running, rank 0 writes, and other ranks
-            that call it wait.
+        model: PEFT model over a transformers model in floating point; it is left as it is.
         path: Folder to write, whole or not at all; a model that is there already is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If ``model`` cannot be merged (see `merged_model`), its base is no transformers model, or ``path``
-            holds anything but a model.
+        InputError: If ``model`` cannot be merged (see `merged_model`), its base is no transformers model, its class
+            would load the file as another model, or ``path`` holds anything but a model.
     """
-    model = _mergeable(model, "save_merged")
-    if not isinstance(model.get_base_model(), PreTrainedModel):
+    return first_rank_writes(path, lambda: _save_merged(model, path))
+
+
+def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    bare = _mergeable(model)
+    if not isinstance(base := unwrapped(bare.get_base_model()), PreTrainedModel):
         raise InputError(
-            f"save_merged needs a transformers model as base; got {type(model.get_base_model()).__name__}: "
+            f"save_merged needs a transformers model as base; got {type(base).__name__}: "
             "take merged_model(model) and save its state_dict"
         )
     target = Path(path).resolve()
     check_replaceable(
         target, what="model", marker="config.json", known=lambda name: _FILES.fullmatch(name) is not None
     )
-
-    def write() -> Path:
-        merged: Any = merged_model(model)
-        with scratch_beside(target) as scratch:
-            merged.save_pretrained(scratch)
-            replace_folder(scratch, target)
-        return Path(path)
-
-    return on_first_rank(write, target, "save_merged")
+    merged: Any = _merged(bare)
+    with scratch_beside(target) as scratch:
+        _write(merged, scratch)
+        _check_class(merged, scratch)
+        replace_folder(scratch, target)
+    return Path(path)
 
 
-def _mergeable(model: nn.Module, owner: str) -> PeftModel:
-    """Return the PEFT model that is to be merged, or raise `InputError`."""
-    model = peft_model(model, owner)
-    base: Any = model.get_base_model()
-    integers = any(not parameter.is_floating_point() for parameter in model.parameters())
+def _mergeable(model: nn.Module) -> PeftModel:
+    bare = bare_model(model)
+    base: Any = unwrapped(bare.get_base_model())
+    integers = any(not parameter.is_floating_point() for parameter in bare.parameters())
     if integers or getattr(base, "quantization_method", None) or getattr(base, "hf_quantizer", None):
         raise InputError(
             "a quantized base cannot be merged without quantizing the sum again: save_adapter, load the base in "
             "floating point, load_adapter, and merge that"
         )
-    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+    if any(getattr(module, "merged_adapters", None) for module in bare.modules()):
         raise InputError("the adapter is merged already: unmerge_adapter first")
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        mode, dilation = getattr(base, "padding_mode", "zeros"), getattr(base, "dilation", 1)
-        if mode != "zeros" or (dilation != 1 and {*dilation} != {1}):
+    if not hasattr(bare.base_model, "merge_and_unload"):
+        config: Any = bare.active_peft_config
+        raise InputError(
+            f"an adapter of kind {config.peft_type.value} changes no weights: save_adapter it instead"
+        )
+    for name, module in bare.named_modules():
+        layer: Any = getattr(module, "base_layer", None)
+        mode, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", 1)
+        if mode != "zeros" or set(dilation if isinstance(dilation, tuple) else (dilation,)) != {1}:
             raise InputError(
                 f"{name} has padding mode {mode!r} and dilation {dilation}, which its adapter does not follow, so "
                 "that no kernel can do both: save_adapter instead"
             )
-    return model
+    check_unsharded(bare)
+    return bare
 
 
-def with_parameters(model: PeftModel, new: Callable[[torch.Tensor], torch.Tensor]) -> PeftModel:
-    """Copy a model with other tensors in its parameters; parameters that are one in it are one in the copy.
-
-    Args:
-        model: PEFT model.
-        new: Makes the tensor of a parameter.
-
-    Returns:
-        The copy.
-    """
-    views = [*_tied_views(model)]
-    parameters = [*model.parameters()]  # kept alive: some layers make new ones whenever they are listed
-    memo: dict[int, Any] = {id(p): nn.Parameter(new(p.detach()), p.requires_grad) for p in parameters}
-    memo |= {id(view): new(view.detach()) for view in views}
-    return copy.deepcopy(model, memo)
+def _merged(model: PeftModel) -> nn.Module:
+    views = list(_tied_views(model))
+    # Every parameter of the copy is a new one in the same memory. PEFT's MultiheadAttention makes new parameters at
+    # every walk: these must live until the copy is made, or their ids would come to mean others.
+    parameters = list(model.parameters())
+    shared: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in parameters
+    }
+    twin: Any = copy.deepcopy(model, shared | {id(view): view.detach() for view in views})
+    separate_bases(twin)
+    flags = tie_flags(twin)
+    for config, _ in flags:
+        config.tie_word_embeddings = False  # for PEFT, which warns and clears one of them otherwise
+    merged = unwrapped(twin.merge_and_unload(safe_merge=True))
+    for config, flag in flags:
+        config.tie_word_embeddings = flag
+    settle_ties(merged)
+    return merged
 
 
 def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -137,48 +141,36 @@ def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from (kwargs.get("tied_adapter") or {}).values()
 
 
-def _untie(model: nn.Module) -> None:
-    """Give layers that merging changes a module and parameters of their own: others may hold the same ones."""
-    times = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
-        base: Any = layer.base_layer
-        if isinstance(base, BaseTunerLayer):
-            continue
-        if times[id(base)] > times[id(layer)]:  # UMT5's encoder calls the very module of the shared table
-            layer.base_layer = base = _twin_of(base)
-        for name, parameter in list(base.named_parameters(recurse=False)):
-            base.register_parameter(name, nn.Parameter(parameter.detach(), parameter.requires_grad))
+def _write(merged: Any, folder: Path) -> None:
+    try:
+        merged.save_pretrained(folder)
+    except RuntimeError as error:  # modules share weights, and their class does not say so
+        raise InputError(
+            f"transformers cannot write this {type(merged).__name__}: take merged_model(model) and save its "
+            f"state_dict ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def _twin_of(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    return twin
-
-
-@contextlib.contextmanager
-def _ties_settled(base: nn.Module) -> Iterator[None]:
-    """Make config and memory say which of a model's tied weights are still tied after merging.
-
-    A saved file leaves out weights that share the memory of another; loading ties what is missing to the source that
-    the model's class names, and leaves alone what the file holds with values of its own.
-    """
-    config: Any = getattr(base, "config", None)
-    if not isinstance(base, PreTrainedModel) or not getattr(config, "tie_word_embeddings", False):
-        yield
+def _check_class(merged: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model that its own class would build with other weights or with fewer modules."""
+    try:
+        with init_empty_weights():
+            fresh = type(merged)(type(merged.config).from_pretrained(folder))
+    except TypeError:  # a class that takes more than a config
         return
-    config.tie_word_embeddings = False  # PEFT would look at one pair of them, and warn
-    yield
-    config.tie_word_embeddings = True
-    ties = base.get_expanded_tied_weights_keys(all_submodels=True)
-    parameters = {name: base.get_parameter_or_buffer(name) for name in {*ties, *ties.values()}}
-    broken = [name for name, source in ties.items() if not _same(parameters[name], parameters[source])]
-    for name in broken:
-        parent, _, key = name.rpartition(".")
-        setattr(base.get_submodule(parent), key, nn.Parameter(parameters[name].detach().clone(), False))
-    # the forward pass of T5's kin scales by it; elsewhere readers take it at its word and skip the head in the file
-    config.tie_word_embeddings = getattr(config, "is_encoder_decoder", False) or len(broken) < len(ties)
+    built, held = ({k: v.shape for k, v in each.state_dict().items()} for each in (fresh, merged))
+    if different := sorted(built.items() ^ held.items()):
+        _refuse_class(merged, different[0][0])
+    names: dict[int, str] = {}
+    for name, module in fresh.named_modules(remove_duplicate=False):
+        if (first := names.setdefault(id(module), name)) != name:
+            one, other = (merged.get_submodule(each).state_dict() for each in (first, name))
+            if any(not torch.equal(one[key], other[key]) for key in one):
+                _refuse_class(merged, name)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr()
+def _refuse_class(merged: nn.Module, name: str) -> None:
+    raise InputError(
+        f"{type(merged).__name__} would load another {name} than the merged model has: save_adapter instead, or take "
+        "merged_model(model) and save its state_dict"
+    )

@@ -3,13 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from tangora._checks import InputError
-from tangora.adapters.wrapped import unwrapped
 
 
 @contextlib.contextmanager
@@ -56,28 +54,3 @@ def check_unmerged(model: nn.Module) -> None:
             raise InputError(
                 f"adapter {module.merged_adapters[0]!r} is merged into {name}: call unmerge_adapter first"
             )
-
-
-def peft_model(model: nn.Module, owner: str) -> PeftModel:
-    """Return the PEFT model inside wrappers for data-parallel training and compilation.
-
-    Args:
-        model: What a user gave.
-        owner: Name of the function, for the message.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        InputError: If there is none, or its base model is one, too: each writes only its own adapters.
-    """
-    inner = unwrapped(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, PeftModel):
-        raise InputError(f"{owner} needs a PeftModel; got {type(model).__name__}")
-    nested = next((name for name, m in inner.named_modules() if name and isinstance(m, PeftModel)), None)
-    if nested is not None:
-        raise InputError(
-            f"{owner} needs a PeftModel over a base model, and its {nested} is a PeftModel, whose adapters would be "
-            "lost: use model.add_adapter for a second adapter, or merge_and_unload the first one before"
-        )
-    return inner

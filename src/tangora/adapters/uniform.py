@@ -1,38 +1,82 @@
-"""One rank and one alpha for all layers, for readers that know no patterns: GGUF, vLLM, llama.cpp."""
+r"""One rank and one alpha for a whole adapter, as readers without patterns (GGUF, some servers) expect."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from tangora._checks import InputError
 from tangora.adapters.compress import layers_of
 
 
-def uniform(
-    tensors: Mapping[str, Tensor], scalings: Mapping[str, float]
-) -> tuple[dict[str, Tensor], int, float | int]:
-    r"""Fold the scalings of an adapter into its factors $B$ and fill all ranks up with zeros.
+@dataclass(frozen=True)
+class Uniform:
+    """An adapter whose layers all have the scaling ``alpha / rank``."""
 
-    Every $s B A$ stays what it is, up to the rounding of $B$; layers with the commonest scaling keep every bit.
+    tensors: dict[str, Tensor]
+    """All tensors; those of layers that had another rank or scaling are new."""
+    rank: int
+    """Rank of every layer."""
+    alpha: float
+    """Alpha of every layer."""
+
+
+def uniform(tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> Uniform:
+    r"""Write every update $s B A$ with one scaling $c$ and one rank: $c\,(\tfrac{s}{c} B) A$, filled up with zeros.
+
+    The scaling $c$ is one of the adapter's own. Factors that are multiplied by a power of two keep every bit, so the
+    one is taken from which most entries of $B$ differ by such a power.
 
     Args:
         tensors: Tensors of a saved adapter of plain pairs.
         scalings: Scaling by the name of the layer.
 
     Returns:
-        All tensors, the rank, and alpha: every scaling is alpha / rank.
+        The adapter with one rank, the largest, and one alpha.
+
+    Raises:
+        InputError: If the dtype of a factor has no room for its multiple.
     """
-    result, layers = dict(tensors), layers_of(tensors)
+    layers = layers_of(tensors)
     rank = max(tensors[key_A].shape[0] for key_A, _ in layers.values())
-    common = Counter(scalings[layer] for layer in layers).most_common(1)[0][0]
-    alpha = common * rank
-    if not float(alpha).is_integer():  # some readers take whole numbers only
-        alpha, common = rank, 1.0
+    common = _commonest_scaling(
+        {layer: tensors[key_B].numel() for layer, (_, key_B) in layers.items()}, scalings
+    )
+    result = dict(tensors)
     for layer, (key_A, key_B) in layers.items():
-        A, B = tensors[key_A], tensors[key_B]
-        factor, missing = scalings[layer] / common, rank - A.shape[0]
-        scaled = B if factor == 1 else (B.double() * factor).to(B.dtype)
-        result[key_A] = F.pad(A, (*[0, 0] * (A.dim() - 1), 0, missing)).contiguous()
-        result[key_B] = F.pad(scaled, (*[0, 0] * (B.dim() - 2), 0, missing)).contiguous()
-    return result, rank, int(alpha)
+        ratio, missing = scalings[layer] / common, rank - tensors[key_A].shape[0]
+        for key in (key_B, f"{layer}.lora_B.bias"):
+            if key in tensors and ratio != 1:
+                result[key] = _times(tensors[key], ratio, layer)
+        if missing:
+            result[key_A] = _padded(tensors[key_A], missing, 0)
+            result[key_B] = _padded(result[key_B], missing, 1)
+    return Uniform(result, rank, common * rank)
+
+
+def _commonest_scaling(sizes: Mapping[str, int], scalings: Mapping[str, float]) -> float:
+    classes, exact = Counter[float](), Counter[float]()
+    for layer, size in sizes.items():
+        classes[math.frexp(scalings[layer])[0]] += size
+        exact[scalings[layer]] += size
+    mantissa = classes.most_common(1)[0][0]
+    return max((s for s in exact if math.frexp(s)[0] == mantissa), key=exact.__getitem__)
+
+
+def _times(factor: Tensor, ratio: float, layer: str) -> Tensor:
+    result = (factor.double() * ratio).to(factor.dtype)
+    if not torch.isfinite(result).all() or ((result == 0) & (factor != 0)).any():
+        raise InputError(
+            f"uniform must be False, because {factor.dtype} has no room for the factors of {layer} times {ratio:g}; "
+            "save the model in float32"
+        )
+    return result
+
+
+def _padded(factor: Tensor, missing: int, dim: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)

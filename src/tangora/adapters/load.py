@@ -1,0 +1,73 @@
+"""Read saved adapters, every tensor of them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from tangora._checks import InputError
+from tangora.adapters.bare import named_adapter_parameters
+from tangora.adapters.wrapped import unwrapped
+
+CONFIG_FILE = "adapter_config.json"
+
+
+def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
+    """Load a saved adapter on its base model.
+
+    Args:
+        base: The original base model, without adapters; of a wrapped one (DDP, torch.compile) the module inside.
+        path: Folder that `save_adapter` (or PEFT) wrote.
+        **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …). With
+            ``is_trainable`` the whole pair is trained, offset or not: a saved adapter has none.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        InputError: If ``path`` holds no adapter, ``base`` holds one already, a tensor of the file has no place in the
+            model, or the file lacks one.
+    """
+    folder = Path(path, options.get("subfolder") or "")
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)")
+    bare = unwrapped(base)
+    for name, module in bare.named_modules():
+        if isinstance(module, (BaseTunerLayer, PeftModel)):
+            raise InputError(
+                f"base holds an adapter already ({name or type(module).__name__}): load the original model, or call "
+                "load_adapter of the PEFT model"
+            )
+    mapping = options.get("key_mapping") or getattr(bare, "_checkpoint_conversion_mapping", {})
+    try:
+        model = PeftModel.from_pretrained(bare, os.fspath(path), **options)
+    except KeyError as error:  # PEFT looks a module to save up before it asks whether the file has it
+        raise InputError(f"{folder} lacks {error.args[0]}, which its config names") from error
+    _check_taken(model, folder, mapping, options)
+    return model
+
+
+def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], options: dict[str, Any]) -> None:
+    name = options.get("adapter_name", "default")
+    if model.peft_config[name].is_prompt_learning:
+        return
+    # PEFT keeps this answer for itself; loading the same tensors once more changes nothing
+    answer: Any = set_peft_model_state_dict(
+        model,
+        load_peft_weights(os.fspath(folder), device="cpu", key_mapping=mapping),
+        adapter_name=name,
+        ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
+    )
+    if answer.unexpected_keys:
+        raise InputError(
+            f"{folder} holds {answer.unexpected_keys[0]}, which has no place in the model: it belongs to another base, "
+            "or its config does not name that layer"
+        )
+    state, absent = model.state_dict(keep_vars=True), set(answer.missing_keys)
+    loaded = {tensor.data_ptr() for key, tensor in state.items() if key not in absent}
+    for key, parameter in named_adapter_parameters(model, name):
+        if key in absent and parameter.data_ptr() not in loaded:  # several methods share one bank of vectors
+            raise InputError(f"{folder} lacks {key}: it belongs to another base, or was not written whole")
