@@ -143,3 +143,22 @@ def test_prompts_are_loaded_as_peft_loads_them(tmp_path):
     again = load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))
     ids = torch.arange(6).view(1, 6)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+def test_ranks_that_adalora_took_away_stay_away(tmp_path):
+    model = randomize(
+        get_peft_model(
+            tiny_llama(), AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"], total_step=10)
+        )
+    )
+    layer = next(name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_E"))
+    model.peft_config["default"].rank_pattern = {f"{layer}.lora_E.default": [True, False, True]}
+    with torch.no_grad():
+        model.base_model.model.get_submodule(layer).lora_E["default"][1] = 0.0
+    ids = torch.arange(6).view(1, 6)
+    expected = model.eval()(input_ids=ids).logits
+    again = load_adapter(tiny_llama(), save_adapter(model, tmp_path / "a"))
+    assert_close(again.eval()(input_ids=ids).logits, expected, 1e-5)
+    assert again.base_model.model.get_submodule(layer).lora_E["default"].shape[0] == 2
+    assert again.peft_config["default"].rank_pattern

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import AdaLoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -52,8 +52,12 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
 
 def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], options: dict[str, Any]) -> None:
     name = options.get("adapter_name", "default")
-    if model.peft_config[name].is_prompt_learning:
+    config: Any = model.peft_config[name]
+    if config.is_prompt_learning:
         return
+    ranks = getattr(config, "rank_pattern", None)
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = None  # its layers have their ranks by now, and would be cut a second time
     # PEFT keeps this answer for itself; loading the same tensors once more changes nothing
     answer: Any = set_peft_model_state_dict(
         model,
@@ -61,6 +65,8 @@ def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], option
         adapter_name=name,
         ignore_mismatched_sizes=options.get("ignore_mismatched_sizes", False),
     )
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = ranks
     if answer.unexpected_keys:
         raise InputError(
             f"{folder} holds {answer.unexpected_keys[0]}, which has no place in the model: it belongs to another base, "
