@@ -11,12 +11,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from tangora._checks import InputError
-from tangora.adapters.wrapped import unwrapped
+from tangora.adapters.wrapped import check_not_sharded, unwrapped
 
 _APART = (
     "merge the inner adapter into the base first (merge_and_unload), or hold both in one model (add_adapter) and save "
     "each by itself"
 )
+_GATHER = "gather the full state dict, load it into a model that is not sharded, and take that"
 
 
 def bare_model(model: nn.Module) -> PeftModel:
@@ -70,30 +71,25 @@ def named_adapter_parameters(
                     yield f"{name}.{kind}.{key}", parameter
 
 
-def check_unsharded(module: nn.Module, *, adapters_only: bool = False) -> None:
-    """Refuse parameters of which a process holds a part only.
+def check_gathered(model: nn.Module, what: str, *, adapters_only: bool = False) -> None:
+    """Refuse to write parameters of which a process holds a part only.
 
     Args:
-        module: Model.
+        model: Any model.
+        what: The function that writes, for the message.
         adapters_only: Whether only parameters of adapters and of modules to save matter.
 
     Raises:
         InputError: Naming one of them.
     """
-    named = named_adapter_parameters(module) if adapters_only else module.named_parameters()
-    for name, parameter in named:
-        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
-            _refuse_sharded(name)
-    for name, part in module.named_modules():
-        if type(part).__name__ == "FullyShardedDataParallel":
-            _refuse_sharded(name or "model")
-
-
-def _refuse_sharded(name: str) -> None:
-    raise InputError(
-        f"{name} is sharded over processes (FSDP, tensor parallel, ZeRO-3): gather the full state dict, load it into "
-        "a model that is not sharded, and take that"
+    check_not_sharded(
+        named_adapter_parameters(model) if adapters_only else model.named_parameters(), what, _GATHER
     )
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"{what} needs whole weights, and {name or 'the model'} is sharded (FSDP): {_GATHER}"
+            )
 
 
 def _in_use(layer: BaseTunerLayer) -> bool:

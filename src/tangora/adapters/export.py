@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_whole
-from tangora.adapters.bare import bare_model, check_unsharded
+from tangora.adapters.bare import bare_model, check_gathered
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of, resolve, trim
 from tangora.adapters.config import (
@@ -153,7 +153,7 @@ def _save(
     card: Mapping[str, Any],
 ) -> SavedAdapter:
     found = _check_model(model, initial)
-    check_unsharded(model, adapters_only=True)
+    check_gathered(model, "save_adapter", adapters_only=True)
     if rank is not None:
         _check_plain(found, "rank", rank)
     target = path.resolve()

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError
-from tangora.adapters.bare import bare_model, check_unsharded
+from tangora.adapters.bare import bare_model, check_gathered
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
 from tangora.adapters.ranks import first_rank_writes
 from tangora.adapters.untie import separate_bases, settle_ties, tie_flags
@@ -110,7 +110,7 @@ def _mergeable(model: nn.Module) -> PeftModel:
                 f"{name} has padding mode {mode!r} and dilation {dilation}, which its adapter does not follow, so "
                 "that no kernel can do both: save_adapter instead"
             )
-    check_unsharded(bare)
+    check_gathered(bare, "merging")
     return bare
 
 

@@ -37,19 +37,23 @@ def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if not isinstance(module, OptimizedModule)}
 
 
-def check_not_sharded(parameters: Iterable[tuple[str, nn.Parameter]], what: str) -> None:
-    """Raise `InputError` if a parameter is sharded: a DTensor, of which this process holds a part.
+def check_not_sharded(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    what: str,
+    instead: str = "call it before the model is sharded",
+) -> None:
+    """Raise `InputError` if a process holds a part of a parameter only.
 
     Args:
         parameters: With their names.
         what: The function that needs them whole, for the message.
+        instead: What to do, for the message.
 
     Raises:
         InputError: Naming the parameter.
     """
     for name, parameter in parameters:
-        if hasattr(parameter, "placements"):
+        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
             raise InputError(
-                f"{what} needs whole weights, and {name} is sharded (FSDP2 or tensor parallelism): call it before "
-                "the model is sharded"
+                f"{what} needs whole weights, and {name} is sharded (FSDP, tensor parallelism, ZeRO-3): {instead}"
             )
