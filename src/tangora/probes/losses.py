@@ -235,10 +235,11 @@ _Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
 def _right_count(model: nn.Module, first: Mapping[str, Any], batch: Mapping[str, Any]) -> int:
     # the count by which the loss of two batches together is the mean of their losses; -1 if there is none
     larger = max(first, batch, key=lambda each: num_rows(model, each))
-    trials = [(first, batch), *_halves(model, larger)]
+    trusted = _takes_loss_from_transformers(model) and _loss_name(model) not in _PER_SEQUENCE
+    # where the guess is hardly wrong, two rows tell, and cost little next to the reading itself
+    trials = _parts(model, larger, 1)[-1:] if trusted else [(first, batch), *_parts(model, larger, None)]
     found = [errors for trial in trials if (errors := _errors(model, *trial))]
     if not found:  # batches that can be neither joined nor split
-        trusted = _takes_loss_from_transformers(model) and _loss_name(model) not in _PER_SEQUENCE
         return 0 if trusted else -1
     worst = [max(errors) for errors in zip(*found, strict=True)]
     if min(worst) > _tolerance(model):
@@ -246,13 +247,14 @@ def _right_count(model: nn.Module, first: Mapping[str, Any], batch: Mapping[str,
     return next(index for index, error in enumerate(worst) if error <= max(10 * min(worst), _EQUAL))
 
 
-def _halves(model: nn.Module, batch: Mapping[str, Any]) -> list[_Trial]:
-    # the row with the most labels and the others; with half of its labels left out, wrong counts show
+def _parts(model: nn.Module, batch: Mapping[str, Any], most: int | None) -> list[_Trial]:
+    # the row with the most labels and (at most so many) others; with half of its labels left out, wrong counts show
     rows, labels = num_rows(model, batch), batch.get("labels")
     singles = [_rows(batch, [row], rows) for row in range(rows)]
     counts = [0.0 if single is None else _counts(model, single)[0] for single in singles]
     fullest = counts.index(max(counts))
-    row, others = singles[fullest], _rows(batch, [r for r in range(rows) if r != fullest] or [fullest], rows)
+    rest = [r for r in range(rows) if r != fullest][:most] or [fullest]
+    row, others = singles[fullest], _rows(batch, rest, rows)
     if row is None or others is None:
         return []
     trials: list[_Trial] = [(row, others)]
