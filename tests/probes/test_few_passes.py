@@ -1,4 +1,4 @@
-"""Directions in one pass, or two where the spectrum falls slowly, against dense gradients of any spectrum."""
+"""Directions in one pass, or three where the spectrum falls slowly, against dense gradients of any spectrum."""
 
 import pytest
 import torch
@@ -44,14 +44,14 @@ def captured(spectrum, G, r=RANK):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("decay", "passes"), [(0.5, 1), (0.1, 1), (0.03, 2), (0.01, 2), (0.0, 2)])
-def test_a_second_pass_is_made_where_the_spectrum_falls_slowly(decay, passes, seed):
+@pytest.mark.parametrize(("decay", "passes"), [(0.5, 1), (0.1, 1), (0.03, 3), (0.01, 3), (0.0, 3)])
+def test_more_passes_are_made_where_the_spectrum_falls_slowly(decay, passes, seed):
     G = matrix(decay, seed=seed)
     adaptive = read(G, power_iterations=None, seed=seed)
     assert adaptive.passes == passes
     four = captured(read(G, power_iterations=1, seed=seed), G)
     assert captured(adaptive, G) >= 0.95 * four
-    if passes == 2 and decay:  # no directions of a flat spectrum are better than others
+    if passes == 3 and decay:  # no directions of a flat spectrum are better than others
         assert captured(adaptive, G) > captured(read(G, one_pass=True, seed=seed), G)
 
 
@@ -79,7 +79,7 @@ def test_energies_of_few_passes(decay):
 def test_batches_are_replayed_and_seeds_decide():
     G = matrix(0.002)
     one, again = read(G, power_iterations=None, copies=3), read(G, power_iterations=None, copies=3)
-    assert torch.equal(one.svd.U, again.svd.U)
+    torch.testing.assert_close(one.svd.U, again.svd.U, rtol=0, atol=1e-8)  # sums in BLAS have no fixed order
     other = read(G, power_iterations=None, seed=1)
     assert not torch.allclose(one.svd.S, other.svd.S, rtol=1e-3)
 
@@ -88,8 +88,10 @@ def test_batches_are_replayed_and_seeds_decide():
     ("method", "options", "passes"),
     [
         ("lora-ga", {}, 1),
-        ("lora-one", {}, 1),
-        ("one-step", {"step": 0.1}, 1),
+        ("lora-one-v1", {}, 1),
+        ("lora-one", {}, 4),
+        ("one-step", {"step": 0.1}, 4),
+        ("lora-one", {"power_iterations": None}, 1),
         ("lora-ga", {"power_iterations": 1}, 4),
         ("lora-ga", {"power_iterations": 0}, 2),
         ("lora-ga", {"one_pass": True}, 1),
@@ -108,3 +110,39 @@ def test_initialize_says_how_often_it_read(method, options, passes):
     if method == "lora-ga":
         (pair,) = find_pairs(model)
         assert float(dense_captured_energy(frame(*pair.factors()), G)) > 0.95
+
+
+@pytest.mark.parametrize("decay", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_more_passes_find_what_four_would_in_spectra_like_powers(decay, seed):
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (
+        torch.linalg.qr(torch.randn(size, M, dtype=torch.float64, generator=generator)).Q for size in (M, N)
+    )
+    G = (U / torch.arange(1, M + 1) ** decay) @ V.T
+    four, few = (read(G, power_iterations=count, seed=seed) for count in (1, None))
+    assert captured(few, G) >= 0.95 * captured(four, G)
+
+
+@pytest.mark.parametrize("method", ["lora-one", "one-step"])
+def test_the_step_keeps_the_energy_of_the_best_one_of_its_rank(method):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, M)).Q for size in (M, N))
+    spikes = torch.full((M,), 0.1)
+    spikes[:2] = 2.0
+    G = (U * (spikes + torch.exp(-0.05 * torch.arange(M)))) @ V.T
+    model = get_peft_model(Holder(nn.Linear(N, M, bias=False)), LoraConfig(r=RANK, target_modules=["it"]))
+    options = {"step": 0.1} if method == "one-step" else {}
+    initialize(
+        model,
+        method,
+        [torch.eye(N)],
+        loss_fn=lambda each, x: (each(x) * G.T).sum(),
+        progress=False,
+        **options,
+    )
+    (pair,) = find_pairs(model)
+    A, B = pair.factors()
+    step = B @ A / (B @ A).norm()
+    best = torch.linalg.svdvals(G)[:RANK].norm()
+    assert float((step * -G).sum()) > 0.98 * float(best)

@@ -94,8 +94,9 @@ def initialize(
     one-step      the step itself, not to be trained further    step, or held_out batches to search it on
     ============= ============================================= ===============================================
 
-    The methods that read gradients do so in one pass over the batches, or two where the gradients' spectra fall slowly.
-    They also take ``oversampling``, ``power_iterations`` (None) and ``one_pass`` (False) of `gradient_spectra`.
+    LoRA-GA and ``lora-one-v1`` need directions of the gradient and read the batches once, or three times where spectra
+    fall slowly. ``lora-one`` and ``one-step`` need singular values, too, and read them four times. All take
+    ``oversampling``, ``power_iterations`` (None, and 1) and ``one_pass`` (False) of `gradient_spectra`.
 
     With ``torch.distributed`` running, every rank calls it with its own batches, and all get the start that belongs to
     the mean gradient.
@@ -132,7 +133,7 @@ def initialize(
             detach_offset(inner, adapter)
         spectra: Mapping[str, GradientSpectrum] = {}
         if chosen.directions:
-            probing = {"power_iterations": None}
+            probing = {"power_iterations": 1 if chosen.values else None}
             probing |= {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
                 inner,

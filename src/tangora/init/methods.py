@@ -42,6 +42,8 @@ class Method:
     """Types of its options, by name."""
     directions: int = 0
     """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
+    values: bool = False
+    """Whether it weighs directions by singular values, which few passes tell too roughly."""
     offset: bool = False
     """Whether $-s B_0 A_0$ is carried along, so that the model starts from the base."""
 
@@ -205,8 +207,8 @@ METHODS = {
     "lora-ga": Method(
         _lora_ga, _typed(lora_ga, "direction", "scale", "stable_gamma"), directions=2, offset=True
     ),
-    "lora-one": Method(_lora_one, _typed(lora_one, "gamma"), directions=1),
+    "lora-one": Method(_lora_one, _typed(lora_one, "gamma"), directions=1, values=True),
     "lora-one-v1": Method(_lora_one_v1, _typed(lora_one_v1, "gamma"), directions=1, offset=True),
-    "one-step": Method(_one_step, _typed(one_step, "step", "held_out"), directions=1),
+    "one-step": Method(_one_step, _typed(one_step, "step", "held_out"), directions=1, values=True),
 }
 PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")

@@ -72,8 +72,8 @@ def gradient_spectra(
 ) -> dict[str, GradientSpectrum]:
     r"""Estimate the leading singular triplets of the mean gradient of many layers at once.
 
-    Takes ``2 (power_iterations + 1)`` passes over the batches, or one, or one or two. No gradient of a weight's size is
-    formed.
+    Takes ``2 (power_iterations + 1)`` passes over the batches, or one, or one to three. No gradient of a weight's size
+    is formed.
 
     Args:
         model: PEFT or plain model, also quantized; left as it was found.
@@ -83,7 +83,7 @@ def gradient_spectra(
         oversampling: Additional directions, which make the wanted ones accurate. Default 8; with
             ``power_iterations=None`` five times the rank, but at most 80.
         power_iterations: Each takes two more passes and squares the decay of the spectrum. ``None``: one pass with wide
-            sketches, and a second one only if the wanted triplets seem to hold less than 70 % of the gradients' energy.
+            sketches, and two more only if the wanted triplets seem to hold less than 70 % of the gradients' energy.
             That is for their directions; singular values of slowly falling spectra want power iterations.
         one_pass: Read the gradient once only (no replay of batches), at a larger error; no power iterations.
         tail_probes: Random vectors that estimate the energy outside the triplets; at least 2.
@@ -111,7 +111,7 @@ def gradient_spectra(
     adaptive = power_iterations is None and not one_pass
     passes = 2 * ((power_iterations or 0) + 1)
     with (
-        reporting(progress, batches, 1 if one_pass else passes) as heard,
+        reporting(progress, batches, None if adaptive else 1 if one_pass else passes) as heard,
         GradientProbe(model, layers, loss_fn=loss_fn, progress=heard) as probe,
     ):
         draw = _Gaussian(probe, seed)
@@ -229,7 +229,7 @@ def _as_few_passes(
     tail_probes: int,
     ranks: Mapping[str, int],
 ) -> dict[str, GradientSpectrum]:
-    """Read products from both sides in one pass, or dense gradients where these are smaller; project in a second pass.
+    """Read products from both sides in one pass, or dense gradients where these are smaller; iterate in two more.
 
     Args:
         probe: The probe.
@@ -237,7 +237,7 @@ def _as_few_passes(
         draw: Random vectors; layers of one shape share them, which spares memory.
         wanted: Number of directions of each layer's sketch.
         tail_probes: Number of vectors that look outside of them.
-        ranks: Number of triplets wanted; if they hold little of the energy, the second pass is made.
+        ranks: Number of triplets wanted; if they hold little of the energy, more passes are made.
 
     Returns:
         By name of the layer.
@@ -245,7 +245,7 @@ def _as_few_passes(
     requests = {
         name: _both_sides(probe.layers[name], draw, width, tail_probes) for name, width in wanted.items()
     }
-    spectra, basis, tails = {}, {}, {}
+    spectra, tails = {}, {}
     for name, reading in probe.read(batches, requests).items():
         if requests[name].dense:
             svd = LowRankSVD(*torch.linalg.svd(reading.dense, full_matrices=False))
@@ -254,14 +254,15 @@ def _as_few_passes(
         probes = requests[name].left
         assert probes is not None
         sketch, tails[name] = reading.right[:, :-tail_probes], reading.right[:, -tail_probes:]
-        svd, basis[name] = svd_from_one_pass(sketch, reading.left, probes.T), orthonormalize(sketch)
-        outside, error = outside_energy(basis[name], tails[name])
+        svd = svd_from_one_pass(sketch, reading.left, probes.T)
+        outside, error = outside_energy(orthonormalize(sketch), tails[name])
         spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error))
-    if not basis or _share(spectra, ranks) >= _ENOUGH:
+    if not tails or _share(spectra, ranks) >= _ENOUGH:
         return spectra
+    basis = _bases(probe, batches, {name: spectra[name].svd.Vh.T for name in tails})
     readings = probe.read(batches, {name: Request(left=Q) for name, Q in basis.items()})
     return spectra | {
-        name: _from_basis(basis[name], reading.left, tails[name], 2) for name, reading in readings.items()
+        name: _from_basis(basis[name], reading.left, tails[name], 3) for name, reading in readings.items()
     }
 
 
@@ -357,19 +358,21 @@ def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedL
 
 
 @contextlib.contextmanager
-def reporting(progress: Report, batches: Iterable[Any], passes: int) -> Iterator[Callable[[int], None]]:
+def reporting(
+    progress: Report, batches: Iterable[Any], passes: int | None
+) -> Iterator[Callable[[int], None]]:
     """Count batches over several passes, on a bar or for whoever listens.
 
     Args:
         progress: See `Report`.
         batches: What each pass reads.
-        passes: How many there will be.
+        passes: How many there will be, where it is known.
 
     Yields:
         What to call after each batch.
     """
     count_of_all = num_batches(batches)
-    total = None if count_of_all is None else passes * count_of_all
+    total = None if count_of_all is None or passes is None else passes * count_of_all
     done = 0
 
     def count(_: int) -> None:
