@@ -30,10 +30,12 @@ if TYPE_CHECKING:
         ODELoRA,
         PreconditionedAdamW,
         TangentAdam,
+        TangentMuon,
         create_lora_pro,
         create_ode_lora,
         create_preconditioned_adamw,
         create_tangent_adam,
+        create_tangent_muon,
     )
     from tangora.training.trainer import Trainer, optimizer_factory
 
@@ -61,10 +63,12 @@ __all__ = [
     "ODELoRA",
     "PreconditionedAdamW",
     "TangentAdam",
+    "TangentMuon",
     "create_lora_pro",
     "create_ode_lora",
     "create_preconditioned_adamw",
     "create_tangent_adam",
+    "create_tangent_muon",
     # methods by name
     "Recipe",
     "recipe",
@@ -91,8 +95,9 @@ _MODULES = {
     "tangora.experiments.settings": "RunSettings",
     "tangora.experiments.train": "train",
     "tangora.init": "Start initialize",
-    "tangora.optim": "LoRAPro ODELoRA PreconditionedAdamW TangentAdam "
-    "create_lora_pro create_ode_lora create_preconditioned_adamw create_tangent_adam",
+    "tangora.optim": "LoRAPro ODELoRA PreconditionedAdamW TangentAdam TangentMuon "
+    "create_lora_pro create_ode_lora create_preconditioned_adamw create_tangent_adam "
+    "create_tangent_muon",
     "tangora.training.trainer": "Trainer optimizer_factory",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

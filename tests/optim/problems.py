@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tangora import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
+from tangora import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, TangentMuon
 
 OPTIMIZERS = {
     "lora-pro-weight": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, **kw}),
@@ -13,6 +13,9 @@ OPTIMIZERS = {
     "lora-pro-auto": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, "retraction": "auto", **kw}),
     "tangent": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, **kw}),
     "tangent-svd": lambda model, **kw: TangentAdam(model, **{"lr": 1e-2, "retraction": "svd", **kw}),
+    "tangent-muon": lambda model, **kw: TangentMuon(
+        model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}
+    ),
     "odelora-euler": lambda model, **kw: ODELoRA(model, **{"lr": 0.1, "scheme": "euler", **kw}),
     "odelora-bug": lambda model, **kw: ODELoRA(
         model, **{"lr": 0.1, "scheme": "bug", "tolerance": 1e-3, **kw}

@@ -79,3 +79,18 @@ def orthographic(A: Tensor, B: Tensor, xi: Tensor, step: float) -> Tensor:
     core = U.T @ target @ V
     left, right = target @ V, U.T @ target
     return left @ torch.linalg.inv(core) @ right
+
+
+def msign(Z: Tensor) -> Tensor:
+    """Return U V' of the SVD, without the directions in which Z vanishes."""
+    U, S, Vh = torch.linalg.svd(Z, full_matrices=False)
+    kept = S / S[0] > 1e-11
+    return U[:, kept] @ Vh[kept]
+
+
+def spectral_direction(A: Tensor, B: Tensor, M: Tensor, iterations: int) -> Tensor:
+    """Alternate between the matrices with singular values one and the tangent space."""
+    X = project(A, B, M)
+    for _ in range(iterations):
+        X = project(A, B, msign(X))
+    return X

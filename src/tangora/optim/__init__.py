@@ -6,11 +6,13 @@ from tangora.optim.create import (
     create_ode_lora,
     create_preconditioned_adamw,
     create_tangent_adam,
+    create_tangent_muon,
 )
 from tangora.optim.lora_pro import LoRAPro
 from tangora.optim.ode_lora import ODELoRA
 from tangora.optim.preconditioned_adamw import PreconditionedAdamW
 from tangora.optim.tangent_adam import TangentAdam
+from tangora.optim.tangent_muon import TangentMuon
 
 __all__ = [
     "LoRAPro",
@@ -18,8 +20,10 @@ __all__ = [
     "PairOptimizer",
     "PreconditionedAdamW",
     "TangentAdam",
+    "TangentMuon",
     "create_lora_pro",
     "create_ode_lora",
     "create_preconditioned_adamw",
     "create_tangent_adam",
+    "create_tangent_muon",
 ]

@@ -10,6 +10,7 @@ from tangora.optim.lora_pro import LoRAPro
 from tangora.optim.ode_lora import ODELoRA
 from tangora.optim.preconditioned_adamw import PreconditionedAdamW
 from tangora.optim.tangent_adam import TangentAdam
+from tangora.optim.tangent_muon import TangentMuon
 
 Made = TypeVar("Made", bound=PairOptimizer)
 
@@ -29,6 +30,23 @@ def create_tangent_adam(model: nn.Module, *, lr: float | Tensor, **options: Any)
         InputError: If ``model`` is no PEFT model with a trainable LoRA pair, or an option is out of range.
     """
     return _create(TangentAdam, model, lr, options)
+
+
+def create_tangent_muon(model: nn.Module, *, lr: float | Tensor = 0.02, **options: Any) -> TangentMuon:
+    """Create `TangentMuon` for all trainable parameters of a PEFT model.
+
+    Args:
+        model: As for `create_tangent_adam`.
+        lr: Learning rate, see `TangentMuon`.
+        **options: Of `TangentMuon`.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: As for `create_tangent_adam`.
+    """
+    return _create(TangentMuon, model, lr, options)
 
 
 def create_lora_pro(model: nn.Module, *, lr: float | Tensor, **options: Any) -> LoRAPro:

@@ -13,6 +13,7 @@ _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 # Plain descent on the full weights: in 30 steps MiniLM learnt little of BBC News at 0.03 and nothing at 3. The start is
 # PEFT's B = 0: from an orthogonal or LoRA-GA's start the loss fell by a quarter of that or less at the same rate.
 _ODE_GRID = (1e-1, 3e-1, 1.0)
+_MUON_GRID = (5e-3, 1e-2, 2e-2, 4e-2)
 _HEAD_LR = 1e-3
 # after 15 steps from r = 8 at 0.3: 0.01 had cut the rank of one layer of 37, 0.1 that of all but six, at held-out
 # losses of 1.035 and 1.065
@@ -23,6 +24,7 @@ _adamw = Later("tangora.recipes.baselines:adamw")
 _lora_plus = Later("tangora.recipes.baselines:lora_plus")
 _preconditioned = Later("tangora.optim:PreconditionedAdamW")
 _tangent = Later("tangora.optim:TangentAdam")
+_tangent_muon = Later("tangora.optim:TangentMuon")
 
 
 def _lora_pro(**fixed: Any) -> Any:
@@ -162,6 +164,13 @@ _TABLE = (
         _tangent,
     ),
     Recipe(
+        "tangent-muon",
+        "TangentMuon: Muon on the projected momentum in half of LoRA's optimizer state",
+        "this project, from arXiv:2507.12142, 2608.14492, 2609.02734",
+        _MUON_GRID,
+        _tangent_muon,
+    ),
+    Recipe(
         "odelora-euler",
         "gradient flow on the balanced rank-r matrices, Euler's steps",
         "arXiv:2602.07479",
@@ -203,6 +212,15 @@ _TABLE = (
         "https://spaces.ac.cn/archives/10266 and this project",
         _FULL_GRID,
         _tangent,
+        start="orthogonal",
+        start_options=_ORTHOGONAL,
+    ),
+    Recipe(
+        "orthogonal+tangent-muon",
+        "orthogonal factors as a start, TangentMuon",
+        "https://spaces.ac.cn/archives/10266 and this project",
+        _MUON_GRID,
+        _tangent_muon,
         start="orthogonal",
         start_options=_ORTHOGONAL,
     ),

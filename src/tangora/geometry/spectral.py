@@ -1,0 +1,127 @@
+r"""The steepest direction of the tangent space under the spectral norm: Muon's step, seen only through thin matrices.
+
+Muon moves the weights along $\mathrm{msign}(M) = P Q^\top$ of the momentum's singular value decomposition
+$M = P \Sigma Q^\top$. An adapter can move along tangent vectors only, and the projection of $\mathrm{msign}(P_T M)$ is
+one whose singular values are still close to one; alternating $\tau$ times brings them closer. In the frame's bases,
+completed by those of the tangent vector itself, all of this happens in a $2r \times 2r$ matrix.
+
+Source: tau = 1 is the direction of Riemannion (arXiv:2507.12142) and sMuon (arXiv:2608.14492), tau > 1 that of LoRA-TSD
+(arXiv:2609.02734); the form with one small core is derived in ``docs/theory/tangent_muon.md``.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tangora._types import Core, FactorA
+from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
+from tangora.geometry.tangent import Coordinates, Frame, Tangent
+
+# Odd polynomials a x + b x^3 + c x^5, each the best approximation of 1 on the interval that the last one leaves, from
+# [2e-7, 2] down to rounding: Polar Express (Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932), without its safety
+# factors for bfloat16. The last is Newton-Schulz's of fifth order, which the others tend to.
+_POLAR_EXPRESS = (
+    (4.2571489273, -3.1602166312, 0.5864823232),
+    (4.2571435428, -3.1602135606, 0.5864821581),
+    (4.2571188076, -3.1601964523, 0.5864802066),
+    (4.2570135105, -3.1601236225, 0.5864718991),
+    (4.2565653167, -3.1598136197, 0.5864365379),
+    (4.2546585952, -3.1584947022, 0.5862860927),
+    (4.2465650224, -3.1528945366, 0.5856473034),  # float32 begins here, with [1.2e-3, 2]
+    (4.2125328750, -3.1293167684, 0.5829579835),
+    (4.0749711176, -3.0335012857, 0.5720313387),
+    (3.5990653676, -2.6947556542, 0.5334570521),
+    (2.6085042066, -1.9336502253, 0.4477941364),
+    (1.9426878036, -1.3233142633, 0.3824036167),
+    (1.8750979090, -1.2501087835, 0.3750108785),
+    (1.8750000000, -1.2500000000, 0.3750000000),
+)
+_LARGEST = 1.98  # a little inside: beyond the interval the polynomials grow fast
+_FLOAT32_STEPS = slice(6, 13)
+
+
+def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
+    r"""Return the polar factor $P Q^\top$ of the singular value decomposition $P \Sigma Q^\top$.
+
+    Matrix products only: batched, without waiting for the device. Singular values above a share of the largest (1e-3 in
+    float32, 1e-6 in float64) become one, smaller ones grow by 1e3 at least, and zeros stay zero.
+
+    Args:
+        matrix: Square, float32 or float64, of any size including zero; finite.
+
+    Returns:
+        The factor, in the same dtype.
+    """
+    tiny = torch.finfo(matrix.dtype).tiny
+    largest = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # squares of huge numbers overflow
+    steps = _POLAR_EXPRESS if matrix.dtype == torch.float64 else _POLAR_EXPRESS[_FLOAT32_STEPS]
+    with _full_float32():
+        X = matrix / largest
+        G = X.mT @ X
+        # the root of the sum of all fourth powers: above the largest singular value, but not by much
+        size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
+        X, G = X * (_LARGEST / size), G * (_LARGEST / size).square()
+        for a, b, c in steps:
+            X = a * X + X @ (b * G + c * (G @ G))
+            G = X.mT @ X
+    return X
+
+
+def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tangent:
+    r"""Return $(P_T \circ \mathrm{msign})^\tau(P_T M)$, the tangent vector along which Muon's step is followed.
+
+    Args:
+        at: Frame at the current factors.
+        seen: $(U^\top M,\; M V^\top)$ of the momentum or gradient $M$, of any size.
+        iterations: $\tau \ge 1$. Singular values of the result lie in about [0.7, 1.2] for 1, within 3 % of one for 4.
+
+    Returns:
+        The tangent vector; zero where $P_T M$ is. Directions in which a factor vanishes move with the other one.
+    """
+    U, V = at.U, at.V
+    r = V.shape[-2]
+    largest = torch.maximum(*(part.abs().amax((-2, -1), keepdim=True) for part in seen))
+    left, right = (part / largest.clamp(min=torch.finfo(V.dtype).tiny) for part in seen)
+    C = left @ V.mT
+    size = torch.hypot(*(torch.linalg.matrix_norm(part, keepdim=True) for part in (left, right)))
+    outside_V, outside_U = plus(left, C, V, scale=-1.0), plus_times(right, U, C, scale=-1.0).mT
+    (right_basis, right_size), (left_basis, left_size) = _orthonormal((outside_V, outside_U), size)
+    # M's projection is [U Q_J] core [V; Q_K'] for M V' - U C = Q_J R_J and (U' M - C V)' = Q_K R_K
+    core = torch.cat([torch.cat([C, right_size], -1), torch.cat([left_size.mT, torch.zeros_like(C)], -1)], -2)
+    for _ in range(iterations):
+        core = polar(core)
+        core[..., r:, r:] = 0  # the part outside of the tangent space
+    K = plus(core[..., :r, :r] @ V, core[..., :r, r:], right_basis, fresh=True)
+    return Tangent(K, times(left_basis.mT, core[..., r:, :r]))
+
+
+def _orthonormal(parts: Sequence[FactorA], size: Float[Tensor, "*b 1 1"]) -> list[tuple[FactorA, Core]]:
+    r"""Return $Q$ with orthonormal or zero rows, and $S$ with ``part`` $= S Q$, for parts of matrices of this size."""
+    # where nearly all was subtracted the rest is rounding, and must not become a direction
+    rounding = [10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps for part in parts]
+    left_over = [
+        torch.linalg.matrix_norm(part, keepdim=True) > eps * size
+        for part, eps in zip(parts, rounding, strict=True)
+    ]
+    parts = [part * there for part, there in zip(parts, left_over, strict=True)]
+    G = torch.stack([gram(part) for part in parts])
+    Z = whiten(G, relative_cutoff(G.shape[-1], parts[0].dtype))
+    sizes = (G @ Z).to(parts[0].dtype)
+    return [(z.mT.to(part.dtype) @ part, size) for part, z, size in zip(parts, Z, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    # TF32 and bf16 products, which a program may have allowed for its model, make the iteration diverge
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

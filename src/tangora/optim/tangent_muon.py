@@ -1,0 +1,189 @@
+r"""TangentMuon: Muon in the tangent space, without any matrix of the weight's size.
+
+A combination of known parts, whose sources are: orthogonalised momentum (Muon, Jordan et al. 2024); its projection onto
+the tangent space (Riemannion, arXiv:2507.12142; sMuon, arXiv:2608.14492) and alternating projections (LoRA-TSD,
+arXiv:2609.02734); momentum kept in the tangent space and transported by projection, and a retraction, as in
+`TangentAdam`. Derivation: ``docs/theory/tangent_muon.md``.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tangora._checks import check_choice, check_number, check_whole
+from tangora._types import FactorA, FactorB
+from tangora.adapters import LoraPair
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, kept_balanced, retract
+from tangora.geometry.spectral import spectral_direction
+from tangora.geometry.tangent import Coordinates, Cotangent, coordinates, frame, transport
+from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.groups import Params
+from tangora.optim.stack import PairStack, StateShapes
+
+_REFERENCE_RANK = 8
+
+
+def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
+    r"""Return the spectral norm that a step changes the weight by: $\mathrm{lr}\,\sqrt{m / n}\,\sqrt{8 / r}$.
+
+    $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 no input changes the layer's output by more than ``lr``
+    times its own root mean square, whatever the layer's size. $\sqrt{8/r}$ keeps the Frobenius norm of the step the
+    same at every rank.
+
+    Args:
+        m: Outputs of the layer.
+        n: Inputs of the layer.
+        r: Rank.
+        lr: Learning rate.
+
+    Returns:
+        The norm.
+    """
+    return lr * math.sqrt(m / n * _REFERENCE_RANK / r)
+
+
+def tangent_muon_step(
+    A: FactorA,
+    B: FactorB,
+    gradient: Cotangent,
+    momentum: Cotangent,
+    *,
+    step_size: float,
+    decay: float,
+    beta: float,
+    nesterov: bool,
+    iterations: int,
+    retraction: Retraction,
+    stored: torch.dtype,
+) -> tuple[Factors, Cotangent]:
+    r"""Take one TangentMuon step on $Y = B A$.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        gradient: $(B^\top g,\; g A^\top)$.
+        momentum: State, transported to ``A``, ``B``.
+        step_size: Spectral norm of the step, in units of $B A$.
+        decay: Factor on $Y$.
+        beta: Decay rate of the momentum.
+        nesterov: Whether the step looks ahead, along $\beta M + (1 - \beta) g$.
+        iterations: $\tau$ of `spectral_direction`.
+        retraction: How to come back to rank r.
+        stored: Dtype of the parameters; the momentum must belong to the factors as they are stored.
+
+    Returns:
+        New factors and the momentum transported to them.
+    """
+    at = frame(A, B)
+    seen = coordinates(at, gradient)
+    pairs = list(zip(coordinates(at, momentum), seen, strict=True))
+    average = Coordinates(*(m.lerp_(g, 1 - beta) for m, g in pairs))
+    ahead = Coordinates(*(g.lerp(m, beta) for m, g in pairs)) if nesterov else average
+    direction = spectral_direction(at, ahead, iterations)
+    shrunk = at._replace(whiten_B=at.whiten_B / decay)
+    new = kept_balanced(*retract(A, B * decay, shrunk, direction, step_size, retraction))
+    new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
+    return new, transport(at, average, new.A, new.B)
+
+
+class TangentMuon(LayerwiseOptimizer):
+    r"""Muon along the projected momentum, with half of the state of AdamW on the adapters.
+
+    Every step has the same size whatever the gradient's: its singular values are about
+    $\mathrm{lr} \sqrt{m / n} \sqrt{8 / r}$ (`spectral_step_size`), so one learning rate serves all layers, ranks,
+    alphas and scalings of the gradient. Everything that it keeps belongs to the weight and not to the factors: the
+    sequence of weights is the same for $(B, A)$ and $(B R, R^{-1} A)$, to the accuracy of the dtype. With rank
+    $\min(m, n)$ it is Muon on the weight.
+
+    Args:
+        params: PEFT model, pairs, or parameter groups.
+        lr: How far a step moves a layer at rank 8: by at most this share of the root mean square of its input. It must
+            decay towards the end of training, since steps do not shrink with the gradient.
+        momentum: Decay rate of the momentum.
+        nesterov: Whether the step looks ahead along $\beta M + (1 - \beta) g$.
+        iterations: Alternating projections between the spectral ball and the tangent space.
+        weight_decay: Decoupled decay of $B A$, per unit of ``lr``.
+        retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
+        adamw_lr: Learning rate of AdamW for all parameters outside pairs, such as a new head.
+        betas: AdamW's decay rates.
+        eps: AdamW's.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+
+    Raises:
+        InputError: For an option outside its range.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from tangora import TangentMuon
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> optimizer = TangentMuon(model)
+        >>> model(torch.randn(5, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        iterations: int = 1,
+        weight_decay: float = 0.0,
+        retraction: Retraction = "auto",
+        adamw_lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "iterations": iterations,
+            "weight_decay": weight_decay,
+            "retraction": retraction,
+            "betas": betas,
+            "eps": eps,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults, on_nonfinite, rest={"lr": adamw_lr})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("momentum", group["momentum"], low=0, high=1, open_high=True)
+        check_choice("nesterov", group["nesterov"], (True, False))
+        check_whole("iterations", group["iterations"], low=1)
+        check_choice("retraction", group["retraction"], RETRACTIONS)
+
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
+        m, n, r = pair.shape
+        return {"A": {"momentum_buffer": (r, n)}, "B": {"momentum_buffer": (m, r)}}
+
+    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        m, n, r = stack.pairs[0].shape
+        factors, momentum = tangent_muon_step(
+            stack.A,
+            stack.B,
+            stack.gradient,
+            Cotangent(stack.state("A", "momentum_buffer"), stack.state("B", "momentum_buffer")),
+            step_size=spectral_step_size(m, n, r, group["lr"]) / stack.scaling,
+            decay=1 - group["lr"] * group["weight_decay"],
+            beta=group["momentum"],
+            nesterov=group["nesterov"],
+            iterations=group["iterations"],
+            retraction=group["retraction"],
+            stored=stack.pairs[0].A.dtype,
+        )
+        stack.keep("A", momentum_buffer=momentum.A)
+        stack.keep("B", momentum_buffer=momentum.B)
+        return factors
