@@ -83,3 +83,37 @@ class DenseTangentAdam:
         xi = dense.project_metric(A, B, self.M / (1 - 0.9**self.t), D_r, D_c)
         U, S, Vh = torch.linalg.svd(B @ A - self.lr / self.s * xi, full_matrices=False)
         self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+
+
+class Muon:
+    """Muon with an exact polar factor, Nesterov's momentum and decoupled decay, on W."""
+
+    def __init__(self, W: Tensor, lr: float, step_size: float, beta: float = 0.9, wd: float = 0.0):
+        self.W, self.lr, self.step_size, self.beta, self.wd = W.clone(), lr, step_size, beta, wd
+        self.M = torch.zeros_like(W)
+
+    def step(self, g: Tensor) -> None:
+        self.M = self.beta * self.M + (1 - self.beta) * g
+        ahead = self.beta * self.M + (1 - self.beta) * g
+        self.W = (1 - self.lr * self.wd) * self.W - self.step_size * dense.msign(ahead)
+
+
+class DenseTangentMuon:
+    """TangentMuon with every object of the size of W and retraction by a full SVD."""
+
+    def __init__(self, A: Tensor, B: Tensor, s: float, step_size: float, *, nesterov: bool, iterations: int):
+        self.A, self.B, self.s, self.step_size = A.clone(), B.clone(), s, step_size
+        self.nesterov, self.iterations = nesterov, iterations
+        self.M = torch.zeros(len(B), A.shape[1], dtype=A.dtype)
+
+    @property
+    def Y(self) -> Tensor:
+        return self.B @ self.A
+
+    def step(self, g: Tensor) -> None:
+        A, B, r = self.A, self.B, len(self.A)
+        self.M = 0.9 * dense.project(A, B, self.M) + 0.1 * dense.project(A, B, g)
+        ahead = 0.9 * self.M + 0.1 * g if self.nesterov else self.M
+        xi = dense.spectral_direction(A, B, ahead, self.iterations)
+        U, S, Vh = torch.linalg.svd(B @ A - self.step_size / self.s * xi, full_matrices=False)
+        self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
