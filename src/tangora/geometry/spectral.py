@@ -77,8 +77,8 @@ def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tan
         at: Frame at the current factors.
         seen: $(U^\top M,\; M V^\top)$ of the momentum or gradient $M$, of any size.
         iterations: $\tau \ge 1$. No singular value of the result exceeds $2 / \sqrt 3$. For gradients without preferred
-            directions they lie in about [0.7, 1.2] for 1, within 3 % of one for 4; where the gradient is nearly parallel
-            to $B A$, directions outside of its spaces stay small.
+            directions they lie in about [0.7, 1.2] for 1, within 3 % of one for 4; where the gradient is nearly
+            parallel to $B A$, directions outside of its spaces stay small.
 
     Returns:
         The tangent vector; zero where $P_T M$ is. Directions in which a factor vanishes move with the other one.
