@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -19,11 +20,28 @@ from tangora._checks import InputError
 from tangora._names import Kind, Tracker
 from tangora.recipes import recipe
 
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every random generator takes, NumPy's too."""
+
+_MOST = 10**15
+
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change."""
+    """Base of all settings: unknown keys are errors, numbers are finite, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's true would be taken for 1, and numbers that fit no tensor would be refused by whatever meets them first
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        for part in _parts(value):
+            if isinstance(part, bool) and not ("bool" in wanted or "Any" in wanted):
+                raise ValueError(f"{info.field_name} must be no boolean; got {part}")
+            if isinstance(part, int) and abs(part) > _MOST:
+                raise ValueError(f"{info.field_name} must be at most {_MOST:.0e}; got {part}")
+        return value
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
         """Tell in which keys these settings ask for more of the same than others did.
@@ -36,6 +54,13 @@ class Settings(BaseModel):
         """
         del found
         return set()
+
+
+def _parts(value: Any) -> list[Any]:
+    # what lists and mappings hold, however deep
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
 
 
 class TaskSettings(Settings):
@@ -209,7 +234,7 @@ class RunSettings(TaskSettings):
     learning_rate: float | None = Field(
         None, gt=0, description="Peak; default: the recipe's second smallest."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the start, the data order and dropout.")
+    seed: Seed = Field(default=0, description="Seed of the start, the data order and dropout.")
     reference: str | None = Field(
         default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
     )
@@ -267,7 +292,7 @@ def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") 
         InputError: Naming the first bad key, its value and what is allowed.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
 
@@ -299,12 +324,56 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{path}{place} is not valid YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, brackets without end
+        raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
+    return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in an output folder.
+
+    Returns:
+        As JSON holds them.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or give another folder") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged (no keys and values); restore it, or give another folder")
+    return values
+
+
+def run_file(folder: Path) -> dict[str, Any]:
+    """Read what the folder of a run, or the record beside it, says of its settings and origin.
+
+    Returns:
+        As JSON holds it, keys of other versions included.
+
+    Raises:
+        InputError: If there is nothing, or it is damaged.
+    """
+    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
+    source = own if own.is_file() else record
+    if not source.is_file():
+        raise InputError(f"{folder} is no run folder: it has no settings.json, and no record beside it")
+    values = read_settings(source)
+    if source is record:
+        values = values["settings"] if isinstance(values.get("settings"), dict) else {}
     return values
 
 
@@ -320,56 +389,15 @@ def run_settings(folder: Path) -> RunSettings:
     Raises:
         InputError: If the folder is none of these.
     """
-    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
-    source = own if own.is_file() else record
-    try:
-        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise InputError(
-            f"{folder} is no run folder: it has no settings.json, and no record beside it"
-        ) from None
-    values = values if source is own else values.get("settings", {})
+    values = run_file(folder)
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     if "recipe" not in known:
-        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
-    return validated(RunSettings, known, str(source))
-
-
-_NO_PART = {"report_to", "save_every"}
-"""Settings that change nothing of what is found."""
-
-
-def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") -> None:
-    """Write the settings into an output folder, or check that it belongs to them.
-
-    Args:
-        folder: Output folder, created when missing.
-        settings: What will be run there.
-        name: Name of the file.
-
-    Raises:
-        InputError: If the folder belongs to another configuration (the message names the first difference), or holds
-            something else.
-    """
-    path = folder / name
-    wanted = json.loads(settings.model_dump_json())
-    if path.exists():
-        # what an older version did not know was as it is by default
-        fields = type(settings).model_fields.items()
-        usual = {key: field.get_default(call_default_factory=True) for key, field in fields}
-        found = usual | json.loads(path.read_text(encoding="utf-8"))
-        # what was refused before its first step left nothing to protect
-        holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
-        for key in sorted((wanted.keys() | found.keys()) - _NO_PART - settings.grown_from(found)):
-            if wanted.get(key) != found.get(key) and holds_work:
-                raise InputError(
-                    f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
-                    f"{wanted.get(key)!r} here; choose another --output"
-                )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        raise InputError(
+            f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME"
+            if "recipes" in values
+            else f"{folder} holds no run: give an output folder of tangora train, or one of the runs of tangora compare"
+        )
+    return validated(RunSettings, known, str(folder))
 
 
 def adapter_settings(folder: Path) -> RunSettings:

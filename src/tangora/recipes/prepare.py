@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +12,7 @@ from tangora.adapters import discover
 from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.targets import check_targets, wrapped
 
 
 def prepare(
@@ -48,6 +49,7 @@ def prepare(
     if entry.adapter is None:
         return model.requires_grad_(True)
     check_number("rank", r, low=1)
+    check_targets(model, target_modules)
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
     common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
@@ -60,8 +62,7 @@ def prepare(
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+        adapted = wrapped(model, config)
     _check_rank(adapted, r)
     return adapted
 

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Settings
+from tangora.experiments.settings import Seed, Settings
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -78,7 +78,7 @@ class CurvatureSettings(Settings):
         description="Keep the graph of every batch: half the time, much memory; default: where there is one batch.",
     )
     float64: bool = Field(default=False, description="Compute in float64.")
-    seed: int = Field(default=0, ge=0, description="Seed of random vectors and of a new head.")
+    seed: Seed = Field(default=0, description="Seed of random vectors and of a new head.")
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -101,6 +101,15 @@ class CurvatureSettings(Settings):
                 f"landscape_points must be odd, so that the point itself is one of them; got {points}"
             )
         return points
+
+    @model_validator(mode="after")
+    def _several_batches(self) -> "CurvatureSettings":
+        if self.per_batch and self.num_examples <= self.batch_size:
+            raise ValueError(
+                f"per_batch compares mini-batches, and num_examples = {self.num_examples} with batch_size = "
+                f"{self.batch_size} gives one; give more examples or a smaller batch_size"
+            )
+        return self
 
 
 def _separated(value: object) -> object:

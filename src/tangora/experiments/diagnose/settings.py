@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.settings import Settings
+from tangora.experiments.settings import Seed, Settings
 
 
 class DiagnoseSettings(Settings):
@@ -59,7 +59,7 @@ class DiagnoseSettings(Settings):
     power_iterations: int = Field(
         default=1, ge=0, description="Rounds that sharpen the singular values, two passes each."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of random vectors, starts and a new head.")
+    seed: Seed = Field(default=0, description="Seed of random vectors, starts and a new head.")
 
     @field_validator("target_modules")
     @classmethod
