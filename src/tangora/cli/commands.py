@@ -86,7 +86,7 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
         step = last_step(output)
         return f"goes on from step {step}" if step else "begins again; --save-every keeps checkpoints"
 
-    there = (output / RECORD).is_file()
+    there = os.path.isfile(output / RECORD)
     with interruptible(next_time), progress_bars() as bars:
         bar = bars.add_task(settings.recipe, total=settings.steps, note="", visible=not there)
         record = train(settings, output, watcher=watcher_of(bars, bar))

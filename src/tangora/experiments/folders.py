@@ -59,16 +59,19 @@ def check_output(folder: Path) -> None:
             raise InputError(f"{folder} cannot be written: {nearest} is read-only; choose another --output")
 
 
-def check_new(folder: Path) -> None:
-    """Check that a folder does not exist, or is empty.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Hold the place of a folder that is written whole.
 
     Raises:
-        InputError: If something would be lost.
+        InputError: If something is there that would be lost, another process writes it, or it cannot be written.
     """
     with one_line_errors(folder):
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not empty; choose another --output")
-    check_output(folder)
+        check_output(folder)
+        with _made(folder.absolute().parent), locked(folder, folder.with_name(f".{folder.name}.lock")):
+            yield
 
 
 @contextlib.contextmanager
