@@ -67,7 +67,9 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except NoMatchingPeftModuleError as error:
-        raise InputError(f"{folder} belongs to another base: {_one_line(error)}") from error
+        raise InputError(
+            f"{folder} belongs to another base: this model has none of the layers in its {CONFIG_FILE}"
+        ) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

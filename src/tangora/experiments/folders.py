@@ -68,7 +68,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """
     with one_line_errors(folder):
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not empty; choose another --output")
+            raise InputError(f"{folder} exists already; choose another --output")
         check_output(folder)
         with _made(folder.absolute().parent), locked(folder, folder.with_name(f".{folder.name}.lock")):
             yield
@@ -111,6 +111,7 @@ def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """
     held = FileLock(path := lock or folder / _LOCK)
     with one_line_errors(folder):
+        path.touch()  # says why where nothing can be written
         try:
             held.acquire(blocking=False)
         except Timeout:

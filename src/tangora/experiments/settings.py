@@ -1,6 +1,7 @@
 """What a run needs to know, validated: every error names the key, the value and what is allowed."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -38,7 +39,7 @@ class Settings(BaseModel):
         wanted = str(cls.model_fields[info.field_name or ""].annotation)
         for part in _parts(value):
             if isinstance(part, bool) and not ("bool" in wanted or "Any" in wanted):
-                raise ValueError(f"{info.field_name} must be no boolean; got {part}")
+                raise ValueError(f"{info.field_name} cannot be a boolean; got {str(part).lower()}")
             if isinstance(part, int) and abs(part) > _MOST:
                 raise ValueError(f"{info.field_name} must be at most {_MOST:.0e}; got {part}")
         return value
@@ -266,11 +267,18 @@ class RunSettings(TaskSettings):
 def _read_plan(path: str) -> dict[str, Any]:
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rank_plan cannot be read: {error}") from None
     keys = ("rank_pattern", "alpha_pattern")
     if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
         raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+    for key, number, what in (
+        ("rank_pattern", int, "whole numbers"),
+        ("alpha_pattern", (int, float), "numbers"),
+    ):
+        for name, value in plan[key].items():
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
     return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}
 
 

@@ -1,5 +1,6 @@
 """A base model made ready for training with a recipe."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ def prepare(
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
         adapted = wrapped(model, config)
+    _check_plan(adapted, rank_plan or {})
     _check_rank(adapted, r)
     return adapted
 
@@ -85,6 +87,17 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         if key in plan and plan[key] != config[key]:
             raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
     return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
+
+
+def _check_plan(model: PeftModel, plan: Mapping[str, Any]) -> None:
+    # PEFT would leave a layer that is not there out without a word
+    names = [pair.name for pair in discover(model).pairs]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in plan.get(key, {}):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise InputError(
+                    f"rank_plan is of another model: {key} names {pattern}, which is not adapted here"
+                )
 
 
 def _check_rank(model: PeftModel, r: int) -> None:
