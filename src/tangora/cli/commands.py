@@ -11,26 +11,22 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from tangora._checks import InputError
-from tangora.cli.flags import about, assignments, check_paths, takes, with_file, with_lists
-from tangora.cli.output import console, experiment_table, progress_bars
+from tangora.cli.errors import one_line
+from tangora.cli.flags import assignments, check_paths, names_for, takes, with_file
+from tangora.cli.listing import experiments, listing
+from tangora.cli.output import console, progress_bars
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.reproduce.registry import experiment, settings_of
-from tangora.experiments.settings import (
-    RunSettings,
-    TaskSettings,
-    adapter_settings,
-    read_yaml,
-    validated,
-)
-from tangora.recipes import recipes as all_recipes
+from tangora.experiments.reproduce.registry import EXPERIMENTS, experiment, settings_of
+from tangora.experiments.settings import RunSettings, adapter_settings, read_yaml, validated
 
 # what needs torch is imported in the commands, once their arguments are known to be good: help and errors come at once
 
@@ -39,7 +35,26 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["--help", "-h"],
+        # --learning_rate is --learning-rate
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
 )
+
+_RESOURCES = "Output and resources"
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+class _Command(TyperCommand):
+    """A command whose help stands among the other flags, not in front of them."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the flag of the help."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel, option.metavar = _RESOURCES, ""
+        return option
 
 
 def _tell_version(wanted: bool) -> bool:
@@ -53,31 +68,52 @@ def _tell_version(wanted: bool) -> bool:
 def tangora(
     show_version: Annotated[
         bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Say the version, and end."),
+        typer.Option(
+            "--version",
+            callback=_tell_version,
+            is_eager=True,
+            metavar="",
+            help="Show the version and exit.",
+        ),
     ] = False,
 ) -> None:
-    """LoRA fine-tuning that follows full fine-tuning."""
+    """Train and compare LoRA methods, and measure how closely they follow full fine-tuning."""
 
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with any of these settings; flags win.")
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="<file>",
+        rich_help_panel=_RESOURCES,
+        help="YAML file with any of these settings. Flags win; --no-NAME switches a setting off.",
+    ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Output folder; the same command continues what is there.")
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="<folder>",
+        rich_help_panel=_RESOURCES,
+        help="Output folder; the same command resumes an interrupted run.",
+    ),
 ]
 
 
-@app.command("train")
+@app.command("train", cls=_Command)
 @takes(RunSettings)
 def train_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
-    """Train one model with one method; writes the adapter, metrics.jsonl and record.json.
+    r"""Train one model with one method; writes the adapter, metrics.jsonl and record.json.
 
     [dim]Examples:[/dim]
       tangora train --output out
-      tangora train --model smollm2-135m --data reasoning-gym:chain_sum --recipe tangent --exact-match --output out
-      tangora train --model ./my-model --data data.jsonl --recipe lora-pro --learning-rate 1e-4 --output out
+      tangora train --model smollm2-135m --data reasoning-gym:chain_sum \
+        --recipe tangent --exact-match --output out
+      tangora train --model ./my-model --data data.jsonl --epochs 3 \
+        --recipe lora-pro --learning-rate 1e-4 --output out
     """
-    settings = validated(RunSettings, with_file(values, config), str(config or ""))
+    settings = validated(RunSettings, with_file(RunSettings, values, config), str(config or ""))
     check_paths(settings)
     from tangora.cli.results import print_run, watcher_of
     from tangora.experiments.train import train
@@ -88,71 +124,77 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
     print_run(record, output)
 
 
-@app.command("compare")
-@takes(TaskSettings)
+@app.command("compare", cls=_Command)
+@takes(CompareSettings)
 def compare_command(
     output: Output,
     plan: Annotated[
-        Path | None, typer.Argument(help="YAML file with any of these settings, for one task or several.")
+        Path | None,
+        typer.Argument(metavar="PLAN", help="YAML file with any of these settings, for one task or several."),
     ] = None,
     config: ConfigFile = None,
     preset_name: Annotated[
-        str | None, typer.Option("--preset", help=f"{', '.join(PRESETS)}; other flags change it.")
-    ] = None,
-    recipes: Annotated[str | None, typer.Option(help="Names of the methods, separated by commas.")] = None,
-    learning_rates: Annotated[
         str | None,
-        typer.Option(help="One grid for all, separated by commas; a YAML file can give one for each method."),
+        typer.Option(
+            "--preset",
+            metavar="<text>",
+            rich_help_panel="Method",
+            autocompletion=names_for("preset"),
+            help=f"Comparison that comes with tangora; other flags change it. One of {', '.join(PRESETS)}.",
+        ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Separated by commas; the first ones sweep.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same as --seeds with one number.")] = None,
-    judge_by: Annotated[str | None, typer.Option(help=about(CompareSettings, "judge_by"))] = None,
-    sweep_seeds: Annotated[int | None, typer.Option(help=about(CompareSettings, "sweep_seeds"))] = None,
-    extend: Annotated[int | None, typer.Option(help=about(CompareSettings, "extend"))] = None,
-    refine: Annotated[int | None, typer.Option(help=about(CompareSettings, "refine"))] = None,
-    halving: Annotated[int | None, typer.Option(help=about(CompareSettings, "halving"))] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the report.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Of a plan with several tasks only these, separated by commas.")
+        str | None,
+        typer.Option(
+            metavar="<list>",
+            rich_help_panel="Model and data",
+            help="Tasks of the plan to run, separated by commas. Default: all.",
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="<int>", rich_help_panel=_RESOURCES, help="Parallel runs; they share the cores."
+        ),
+    ] = 1,
     max_hours: Annotated[
-        float | None, typer.Option(min=0, help="Begin no run that is not expected to end by then.")
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="<float>",
+            rich_help_panel=_RESOURCES,
+            help="Time limit in hours: do not start a run that is expected to exceed it.",
+        ),
     ] = None,
     max_memory: Annotated[
-        float | None, typer.Option(help="Gigabytes that each run may allocate, on a CPU under Linux.")
+        float | None,
+        typer.Option(
+            metavar="<float>",
+            rich_help_panel=_RESOURCES,
+            help="Memory limit of each run in gigabytes, on a CPU under Linux.",
+        ),
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", metavar="", rich_help_panel=_RESOURCES, help="Repeat failed runs.")
+    ] = False,
     **values: Any,
 ) -> None:
-    """Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
+    r"""Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
 
-    Every run has its own process and record: killed at any moment, the same command goes on where it stopped.
+    Every run has its own process and record: after any interruption, the same command continues.
 
     [dim]Examples:[/dim]
       tangora compare --preset quickstart --output results/quickstart
-      tangora compare --recipes full,lora,tangent --data reviews.csv --seeds 0,1,2 --output results/reviews
+      tangora compare --recipes full,lora,tangent --data reviews.csv \
+        --seeds 0,1,2 --output results/reviews
       tangora compare plan.yaml --jobs 2 --max-hours 8 --output results/plan
     """
-    lists = {
-        "recipes": recipes,
-        "learning_rates": learning_rates,
-        "seeds": seeds,
-        "seed": seed,
-        "extend": extend,
-        "refine": refine,
-        "judge_by": judge_by,
-        "sweep_seeds": sweep_seeds,
-        "halving": halving,
-        "title": title,
-    }
-    values |= {key: value for key, value in lists.items() if value is not None}
     if plan is not None and config is not None:
         raise InputError(f"give one plan, not both {plan} and {config}")
     source = plan or config
     base = preset(preset_name) if preset_name else {}
-    given = base | (read_yaml(source) if source is not None else {})
-    settings = chosen_tasks(read_plan(given, with_lists(values, given), str(source or "")), tasks)
+    given = CompareSettings.overridden(base, read_yaml(source) if source is not None else {})
+    settings = chosen_tasks(read_plan(given, values, str(source or "")), tasks)
     resources = Resources(jobs, max_hours, max_memory, retry)
     check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
     from tangora.cli.results import ComparisonBars, print_outcome, print_study
@@ -175,14 +217,47 @@ def compare_command(
         print_outcome(study)
 
 
-@app.command("export")
+@app.command("export", cls=_Command)
 def export_command(
-    run: Annotated[Path, typer.Argument(help="Output folder of tangora train, or a run of tangora compare.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Output folder of tangora train, or a run of tangora compare."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="<folder>", rich_help_panel=_RESOURCES, help="Folder to write."
+        ),
+    ],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Cut every update to this rank; default: exact.")
+        int | None,
+        typer.Option(
+            "--rank",
+            "--r",
+            min=1,
+            metavar="<int>",
+            rich_help_panel="Adapter",
+            help="Truncate every layer's update to this rank (r). Default: exact.",
+        ),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with its tokenizer.")] = False,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            metavar="",
+            rich_help_panel="Adapter",
+            help="Write one rank and one alpha for all layers, for readers without patterns (GGUF, some servers).",
+        ),
+    ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            metavar="",
+            rich_help_panel="Adapter",
+            help="Write the whole model with its tokenizer instead of an adapter.",
+        ),
+    ] = False,
 ) -> None:
     """Write the adapter of a run at another rank, or merged into its base model.
 
@@ -190,10 +265,12 @@ def export_command(
       tangora export out --rank 8 --output small
       tangora export out --merge --output model
     """
+    if uniform and merge:
+        raise InputError("--uniform is for adapters, and --merge writes a whole model; give one of them")
     adapter_settings(run)
     from tangora.experiments.export import export
 
-    exported = export(run, output, rank=rank, merge=merge)
+    exported = export(run, output, rank=rank, merge=merge, uniform=uniform)
     console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
     if rank is not None:
         console.print(
@@ -201,17 +278,19 @@ def export_command(
         )
 
 
-@app.command("diagnose")
+@app.command("diagnose", cls=_Command)
 @takes(DiagnoseSettings)
 def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -> None:
-    """Measure how much of the full gradient LoRA sees; writes diagnosis.html and rank_plan.json.
+    r"""Measure how much gradient energy LoRA captures; writes diagnosis.html and rank_plan.json.
 
     [dim]Examples:[/dim]
       tangora diagnose --output out
-      tangora diagnose --model smollm2-135m --data reasoning-gym:chain_sum --budget-rank 8 --output out
-      tangora diagnose --model ./my-model --data data.jsonl --adapter out/adapter --output after
+      tangora diagnose --model smollm2-135m --data reasoning-gym:chain_sum \
+        --budget-rank 8 --output out
+      tangora diagnose --model ./my-model --data data.jsonl \
+        --adapter out/adapter --output after
     """
-    settings = validated(DiagnoseSettings, with_file(values, config), str(config or ""))
+    settings = validated(DiagnoseSettings, with_file(DiagnoseSettings, values, config), str(config or ""))
     check_paths(settings)
     from tangora.cli.results import print_diagnosis
     from tangora.experiments.diagnose.measure import diagnose_task
@@ -228,28 +307,29 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
     print_diagnosis(files)
 
 
-@app.command("curvature")
+@app.command("curvature", cls=_Command)
 @takes(CurvatureSettings)
 def curvature_command(
     source: Annotated[
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
-            help="Folder of tangora train or of a run of tangora compare; or a model: packaged name, folder, hub name.",
+            help="Output folder of tangora train, a run of tangora compare, or a model.",
         ),
     ],
     output: Output,
     config: ConfigFile = None,
     **values: Any,
 ) -> None:
-    """Measure the Hessian of the loss: largest eigenvalues, spectral density, trace; writes curvature.html.
+    r"""Measure the Hessian of the loss: largest eigenvalues, spectral density, trace; writes curvature.html.
 
     [dim]Examples:[/dim]
       tangora curvature out --output out/curvature
-      tangora curvature smollm2-135m --data reasoning-gym:chain_sum --adapter out/adapter --output after
-      tangora curvature out --per-layer --per-batch --landscape --gauss-newton --output all
+      tangora curvature smollm2-135m --data reasoning-gym:chain_sum \
+        --adapter out/adapter --output after
+      tangora curvature out --per-layer --per-batch --landscape --output all
     """
-    given = with_file(values, config) | {"source": source}
+    given = with_file(CurvatureSettings, values, config) | {"source": source}
     settings = validated(CurvatureSettings, given, str(config or ""))
     check_paths(settings)
     from tangora.cli.results import print_curvature
@@ -267,20 +347,47 @@ def curvature_command(
     print_curvature(files)
 
 
-@app.command("reproduce")
+@app.command("reproduce", cls=_Command)
 def reproduce_command(
     name: Annotated[
-        str | None, typer.Argument(help="Name of the experiment; without it they are listed.")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of the experiment. Default: list them.",
+            autocompletion=lambda incomplete: [each for each in EXPERIMENTS if each.startswith(incomplete)],
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Output folder [dim]\\[default: reproduced/NAME][/dim]."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="<folder>",
+            rich_help_panel=_RESOURCES,
+            help="Output folder. Default: reproduced/NAME.",
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few seconds instead of minutes.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            metavar="",
+            rich_help_panel="Accuracy and cost",
+            help="Reduced size: seconds instead of minutes.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="<int>", rich_help_panel="Accuracy and cost", help="Random seed."),
+    ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            rich_help_panel="Accuracy and cost",
+            help="Change a setting; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Repeat an experiment of the papers; writes reproduction.html and checks what the paper states.
@@ -293,7 +400,7 @@ def reproduce_command(
       tangora reproduce linear-shift --quick --seed 3 --set rank=8 --output out
     """
     if name is None:
-        console.print(experiment_table())
+        console.print(experiments())
         return
     wanted = experiment(name)
     settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
@@ -315,11 +422,14 @@ def reproduce_command(
         raise typer.Exit(1)
 
 
-@app.command("report")
+@app.command("report", cls=_Command)
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="Output folder of tangora compare or tangora curvature.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Output folder of tangora compare or tangora curvature."),
+    ],
 ) -> None:
-    """Write tables, pictures and pages of a comparison, on one task or several, or of a measured curvature, again.
+    """Rewrite the tables, pictures and pages of a comparison or of a curvature measurement.
 
     [dim]Example:[/dim]
       tangora report results/quickstart
@@ -355,22 +465,14 @@ def report_command(
     console.print(f"report   {escape(str(page))}")
 
 
-@app.command("list")
+@app.command("list", cls=_Command)
 def list_command() -> None:
-    """List the methods, and the experiments that can be repeated.
+    """List the recipes, and the models, data, comparisons and experiments that come with tangora.
 
     [dim]Example:[/dim]
       tangora list
     """
-    table = Table(box=None)
-    for heading in ("recipe", "what it is", "source", "default learning rates"):
-        table.add_column(heading, overflow="fold")
-    for entry in all_recipes():
-        table.add_row(
-            entry.name, entry.summary, entry.paper, ", ".join(f"{lr:g}" for lr in entry.learning_rates)
-        )
-    console.print(table)
-    console.print(experiment_table())
+    console.print(listing(), highlight=False)
 
 
 def main() -> None:
@@ -381,10 +483,13 @@ def main() -> None:
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
     try:
-        app()
-    except InputError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        code = app(standalone_mode=False)
+    except (InputError, TyperException) as error:
+        if not (sentence := str(error) if isinstance(error, InputError) else one_line(error)):
+            raise SystemExit(2) from None  # without arguments: the help has been printed
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    if code == _INTERRUPTED:
         Console(stderr=True).print("interrupted; the same command continues where it stopped")
-        raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)

@@ -38,6 +38,7 @@ from tangora.report import (
 )
 from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
 from tangora.training.data import Task
+from tangora.training.devices import check_device
 from tangora.training.tracking import check_trackers
 
 
@@ -181,6 +182,7 @@ class _Runner:
     def prepare(self, settings: CompareSettings, folder: Path) -> tuple[CompareSettings, Task, Path]:
         # reads the data and claims the folder
         check_trackers(settings.report_to or ())
+        check_device(settings.device)
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = settings.model_copy(update={"kind": task.kind})
         if settings.judge_by is not None:

@@ -26,7 +26,14 @@ class Exported:
     relative_error: float = 0.0
 
 
-def export(run: str | Path, output: str | Path, *, rank: int | None = None, merge: bool = False) -> Exported:
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    merge: bool = False,
+    uniform: bool = False,
+) -> Exported:
     """Write the adapter of a finished run once more: at another rank, or merged into its base.
 
     Args:
@@ -34,6 +41,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
         output: Folder to write.
         rank: Cut every layer's update to this rank; default exact.
         merge: Write the whole model, with tokenizer, instead of an adapter.
+        uniform: Write one rank and one alpha for all layers, as `save_adapter` does.
 
     Returns:
         The folder and what was lost.
@@ -50,7 +58,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
     model = load_adapter(loaded.model, folder / "adapter")
     facts = model_card_facts(task, settings)
     if not merge:
-        saved = save_adapter(model, output, rank=rank, card=facts)
+        saved = save_adapter(model, output, rank=rank, uniform=uniform, card=facts)
         return Exported(Path(output), False, saved.relative_error)
     error = 0.0
     if rank is not None:

@@ -9,6 +9,7 @@ from tangora.experiments.run.loading import load_run_task
 from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.report import Record, load_record, save_json
+from tangora.training.devices import check_device
 from tangora.training.tracking import check_trackers
 
 RECORD = "record.json"
@@ -37,6 +38,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     check_one_process("train")
     folder = Path(output)
     check_trackers(settings.report_to or ())
+    check_device(settings.device)
     task = load_run_task(settings)
     check_reference(settings, task)
     claim_folder(folder, settings)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from tangora.experiments.run.batches import encoded_batches
 from tangora.experiments.run.loading import load_base
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
 from tangora.training.data import Task, load_task
+from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
 _DATA_KEYS = (
@@ -28,6 +28,7 @@ _DATA_KEYS = (
     "num_validation",
     "num_test",
     "max_length",
+    "device",
 )
 _NOT_KEPT = (
     "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
@@ -137,8 +138,7 @@ def _from_run(folder: Path, settings: RunSettings) -> Subject:
 
 
 def _subject(model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str) -> Subject:
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(device_named(settings.device))
     pairs = find_pairs(model) if isinstance(model, PeftModel) else []
     ranks = tuple(sorted({pair.shape[2] for pair in pairs}))
     title = f"{name} on {Path(settings.data).name}"

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from tangora.adapters import load_adapter
@@ -19,6 +18,7 @@ from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
 from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
 
 RECORD, PLAN, PAGE = "diagnosis.json", "rank_plan.json", "diagnosis.html"
@@ -64,6 +64,7 @@ def diagnose_task(
     check_one_process("diagnose")
     folder = Path(output)
     phase("loading")
+    check_device(settings.device)
     task = _load_task(settings)
     claim_folder(folder, settings)
     with log_to(folder / "log.txt"):
@@ -107,8 +108,7 @@ def _load_task(settings: DiagnoseSettings) -> Task:
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
     loaded = load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
-    if torch.cuda.is_available():
-        loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
+    loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:
         return loaded, load_adapter(loaded.model, settings.adapter)
     rank = settings.rank or DEFAULT_RANK

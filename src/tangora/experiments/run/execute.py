@@ -49,6 +49,7 @@ from tangora.training.callbacks import (
     read_history,
 )
 from tangora.training.data import Task
+from tangora.training.devices import keep_to
 from tangora.training.models import LoadedModel
 from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
@@ -231,9 +232,10 @@ def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSetti
         r=settings.rank,
         lora_alpha=settings.alpha,
         task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
-        total_steps=settings.steps,
+        total_steps=settings.num_steps(len(task.train)),
         seed=settings.seed,
         target_modules=settings.target_modules,
+        lora_dropout=settings.lora_dropout,
         rank_plan=settings.rank_plan,
     )
     batches = held_out = None
@@ -257,16 +259,21 @@ def _trainer(
     watcher: Watcher,
 ) -> Trainer:
     data, collate = encoded(task.train, loaded, settings)
+    steps = settings.num_steps(len(task.train))
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        max_steps=settings.steps,
+        max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        warmup_steps=math.ceil(settings.warmup * steps),
         max_grad_norm=settings.clip,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        # the other kind finds no gradient where a frozen base has embedded the tokens
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=settings.device == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no",
@@ -282,6 +289,7 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error",
     )
+    keep_to(arguments, settings.device)
     trainer = Trainer(
         model=model,  # pyright: ignore[reportArgumentType]
         args=arguments,

@@ -1,6 +1,7 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    quantize_to: torch.device | None = None,
 ) -> LoadedModel:
     """Load a model for classification or for causal language modelling.
 
@@ -70,6 +72,8 @@ def load_model(
         labels: Names of the classes, in the order of their numbers.
         dtype: Floating-point type of the weights.
         seed: Seed of a new head, in [0, inf).
+        quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
+            ``dtype``), all but the head; default: not quantized, on the CPU.
 
     Returns:
         The model in evaluation mode, and its tokenizer or image scaler.
@@ -93,7 +97,9 @@ def load_model(
         torch.default_generator.manual_seed(seed)
         scaler = _load_scaler(source, name, kind, local)
         tokenizer: Any = _load_tokenizer(source, name, local) if scaler is None else scaler
-        model = _load_weights(source, name, kind, label_names, dtype, local, images=scaler is not None)
+        model = _load_weights(
+            source, name, kind, label_names, local, _precision(dtype, quantize_to), images=scaler is not None
+        )
     if scaler is None:
         _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
@@ -206,18 +212,35 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes to load weights in a precision."""
+    if quantize_to is None:
+        return {"dtype": dtype}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "load_in_4bit needs bitsandbytes, which is not installed; run: pip install bitsandbytes"
+        )
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": quantization, "device_map": {"": quantize_to}}
+
+
 def _load_weights(
     source: str,
     name: str,
     kind: Kind,
     labels: tuple[str, ...],
-    dtype: torch.dtype,
     local: bool,
+    precision: dict[str, Any],
     *,
     images: bool,
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+    options: dict[str, Any] = precision | {"local_files_only": local, "output_loading_info": True}
     auto: Any = transformers.AutoModelForCausalLM
     if kind == "classification":
         auto = (
