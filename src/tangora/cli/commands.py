@@ -267,11 +267,13 @@ def export_command(
     """
     if uniform and merge:
         raise InputError("--uniform is for adapters, and --merge writes a whole model; give one of them")
-    adapter_settings(run)
+    settings = adapter_settings(run)
     from tangora.experiments.export import export
 
     exported = export(run, output, rank=rank, merge=merge, uniform=uniform)
     console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
+    if merge and settings.load_in_4bit:
+        console.print("trained on a 4-bit base, merged into the base in full precision")
     if rank is not None:
         console.print(
             f"cut to rank {rank}: this changes the updates by {exported.relative_error:.2%} of their norm"

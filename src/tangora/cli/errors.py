@@ -36,7 +36,7 @@ def one_line(error: TyperException) -> str:
         return _bad_value(told, message)
     if hasattr(told, "option_name"):
         if "not take a value" in message:
-            return _switch(told.option_name, context)
+            return f"{told.option_name} takes no value"
         return f"{told.option_name} needs a value"
     if extra := re.fullmatch(r"Got unexpected extra argument\S* \((.*)\)\.?", message):
         return _extra(extra[1].split()[0], context, command)

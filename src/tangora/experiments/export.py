@@ -53,6 +53,8 @@ def export(
     check_one_process("export")
     folder = Path(run)
     settings = adapter_settings(folder)
+    if merge:  # into the weights as they were before they were quantized
+        settings = settings.model_copy(update={"load_in_4bit": False})
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")

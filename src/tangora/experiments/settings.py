@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
 from tangora.recipes import recipe
 
@@ -311,6 +311,13 @@ class TaskSettings(Settings):
                 f"steps and epochs exclude each other; got steps = {self.steps} and epochs = {self.epochs:g}"
             )
         return self
+
+    @field_validator("load_in_4bit")
+    @classmethod
+    def _quantizable(cls, wanted: bool) -> bool:
+        if wanted:
+            check_installed("bitsandbytes", "load_in_4bit")
+        return wanted
 
     @field_validator("device")
     @classmethod

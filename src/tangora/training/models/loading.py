@@ -1,7 +1,6 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_choice, check_installed, check_whole
 from tangora._names import KINDS, Kind
+from tangora.adapters.four_bit import keep_layout
+from tangora.recipes.head import head_names
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
@@ -100,6 +101,8 @@ def load_model(
         model = _load_weights(
             source, name, kind, label_names, local, _precision(dtype, quantize_to), images=scaler is not None
         )
+    if quantize_to is not None:
+        keep_layout(model.modules())
     if scaler is None:
         _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
@@ -216,10 +219,7 @@ def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str
     """Return what ``from_pretrained`` takes to load weights in a precision."""
     if quantize_to is None:
         return {"dtype": dtype}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "load_in_4bit needs bitsandbytes, which is not installed; run: pip install bitsandbytes"
-        )
+    check_installed("bitsandbytes", "quantize_to")
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -227,6 +227,14 @@ def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str
         bnb_4bit_compute_dtype=dtype,
     )
     return {"dtype": dtype, "quantization_config": quantization, "device_map": {"": quantize_to}}
+
+
+def _head(auto: Any, source: str, local: bool) -> list[str]:
+    """Return the names of a classifier's head, which is trained whole: quantized weights cannot be."""
+    with torch.device("meta"):
+        return head_names(
+            auto.from_config(transformers.AutoConfig.from_pretrained(source, local_files_only=local))
+        )
 
 
 def _load_weights(
@@ -254,6 +262,8 @@ def _load_weights(
             "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
         }
     try:
+        if kind == "classification" and "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = _head(auto, source, local)
         model, info = auto.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
