@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,8 +23,8 @@ def one_line(error: TyperException) -> str:
     """
     told: Any = error  # the parser's own classes are private
     message = " ".join(error.message.split())
-    context = getattr(told, "ctx", None)
-    command = context.command_path if context is not None else "tangora"
+    context: Any = getattr(told, "ctx", None) or SimpleNamespace(command_path="tangora")
+    command = context.command_path
     if hasattr(told, "possibilities"):
         return _unknown_flag(told.option_name, context, command)
     if message.startswith("No such command"):

@@ -95,6 +95,22 @@ def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
+def option(panel: str, metavar: str, text: str, *names: str, **more: Any) -> Any:
+    """Return a flag that a command declares itself.
+
+    Args:
+        panel: Heading in the help.
+        metavar: Its value in the help; empty for a switch.
+        text: What it means.
+        *names: Its names; default: the parameter's.
+        **more: Further options of `typer.Option`.
+
+    Returns:
+        The option.
+    """
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, **more)
+
+
 def names_for(key: str) -> Callable[[str], list[str]]:
     """Return what completes the names of a setting, the last one of a list separated by commas.
 
