@@ -132,7 +132,11 @@ BAD = {
     "learning rate": (["--learning-rate", "-1"], "learning_rate", "greater than 0; got -1"),
     "steps": (["--steps", "0"], "steps", "greater than or equal to 1; got 0"),
     "rank": (["--rank", "500"], "rank must be at most", "got 500"),
-    "schedule": (["--schedule", "stairs"], "schedule", "'linear', 'cosine' or 'constant'; got 'stairs'"),
+    "schedule": (
+        ["--schedule", "stairs"],
+        "schedule",
+        "must be one of linear, cosine, constant; got 'stairs'",
+    ),
     "task": (["--data", "reasoning-gym:chain_sums"], "chain_sums", "chain_sum"),
 }
 

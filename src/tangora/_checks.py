@@ -1,6 +1,7 @@
 """Checks at the public boundary: every error names the argument, its value and what is allowed."""
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Collection
 
@@ -74,3 +75,17 @@ def check_whole(name: str, value: int, *, low: int) -> None:
     check_number(name, value, low=low)
     if not isinstance(value, int):
         raise InputError(f"{name} must be a whole number; got {value!r}")
+
+
+def check_installed(package: str, name: str) -> None:
+    """Raise `InputError` unless an optional package is installed.
+
+    Args:
+        package: Its name, for Python and for pip.
+        name: The argument that needs it.
+
+    Raises:
+        InputError: With the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{name} needs {package}, which is not installed; run: pip install {package}")

@@ -43,6 +43,7 @@ from tangora.report import (
 )
 from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
 from tangora.training.data import Task
+from tangora.training.devices import check_device
 from tangora.training.tracking import check_trackers
 
 
@@ -217,6 +218,7 @@ class _Runner:
         # reads the data, claims the folder, and checks all that could fail in every run
         check_output(folder)
         check_trackers(settings.report_to or ())
+        check_device(settings.device)
         each = [settings.run(name, settings.grid(name)[0], settings.seeds[0]) for name in settings.recipes]
         task = load_run_task(each[0])
         settings = settings.model_copy(update={"kind": task.kind})

@@ -27,7 +27,14 @@ class Exported:
     relative_error: float = 0.0
 
 
-def export(run: str | Path, output: str | Path, *, rank: int | None = None, merge: bool = False) -> Exported:
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    merge: bool = False,
+    uniform: bool = False,
+) -> Exported:
     """Write the adapter of a finished run once more: at another rank, or merged into its base.
 
     Args:
@@ -35,6 +42,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
         output: Folder to write.
         rank: Cut every layer's update to this rank; default exact.
         merge: Write the whole model, with tokenizer, instead of an adapter.
+        uniform: Write one rank and one alpha for all layers, as `save_adapter` does.
 
     Returns:
         The folder and what was lost.
@@ -45,18 +53,20 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
     """
     check_one_process("export")
     with new_folder(Path(output)):
-        return _exported(run, output, rank, merge)
+        return _exported(run, output, rank, merge, uniform)
 
 
-def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool) -> Exported:
+def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool, uniform: bool) -> Exported:
     folder = Path(run)
     settings = adapter_settings(folder)
+    if merge:  # into the weights as they were before they were quantized
+        settings = settings.model_copy(update={"load_in_4bit": False})
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")
     facts = model_card_facts(task, settings)
     if not merge:
-        saved = save_adapter(model, output, rank=rank, card=facts)
+        saved = save_adapter(model, output, rank=rank, uniform=uniform, card=facts)
         return Exported(Path(output), False, saved.relative_error)
     error = 0.0
     if rank is not None:

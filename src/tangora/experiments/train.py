@@ -14,6 +14,7 @@ from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
 from tangora.training.callbacks import last_checkpoint
+from tangora.training.devices import check_device
 from tangora.training.tracking import check_trackers
 
 RECORD = "record.json"
@@ -45,6 +46,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     folder = Path(output)
     check_output(folder)
     check_trackers(settings.report_to or ())
+    check_device(settings.device)
     task = load_run_task(settings)
     check_reference(settings, task)
     check_options(settings, task)

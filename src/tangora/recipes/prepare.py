@@ -26,6 +26,7 @@ def prepare(
     total_steps: int,
     seed: int,
     target_modules: str | list[str],
+    lora_dropout: float,
     rank_plan: Mapping[str, Any] | None,
 ) -> nn.Module:
     """Make a base model ready for training; the arguments are those of `Recipe.prepare`.
@@ -39,6 +40,7 @@ def prepare(
         total_steps: Number of optimizer steps.
         seed: Seed of the adapter's random start.
         target_modules: What PEFT should adapt.
+        lora_dropout: PEFT's.
         rank_plan: Ranks for single layers.
 
     Returns:
@@ -53,7 +55,12 @@ def prepare(
     check_targets(model, target_modules)
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
-    common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
+    common = {
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": target_modules,
+        "task_type": task_type,
+    }
     if task_type == "SEQ_CLS":
         common |= head_options(model)
     if entry.adapter == "adalora":

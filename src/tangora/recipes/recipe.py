@@ -67,6 +67,7 @@ class Recipe:
         total_steps: int,
         seed: int = 0,
         target_modules: str | list[str] = "all-linear",
+        lora_dropout: float = 0.0,
         rank_plan: Mapping[str, Any] | None = None,
     ) -> "torch.nn.Module":
         """Make a base model ready for training with this method.
@@ -79,6 +80,7 @@ class Recipe:
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
             seed: Seed of the adapter's random start; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
+            lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
             rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
                 ``lora_alpha``, ``use_rslora``), as ``tangora diagnose`` writes them.
 
@@ -100,6 +102,7 @@ class Recipe:
             total_steps=total_steps,
             seed=seed,
             target_modules=target_modules,
+            lora_dropout=lora_dropout,
             rank_plan=rank_plan,
         )
 

@@ -31,6 +31,7 @@ from tangora.experiments.provenance import provenance
 from tangora.report import save_json
 from tangora.report.curvature import CurvatureRecord, save_curvature_pictures, write_curvature
 from tangora.report.curvature.record import Operator
+from tangora.training.devices import check_device
 
 PAGE, PICTURES = "curvature.html", "pictures"
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -76,6 +77,7 @@ def measure_curvature(
     check_one_process("curvature")
     folder = Path(output)
     check_output(folder)
+    check_device(settings.device)
     phase("loading")
     subject = load_subject(settings.source, settings.adapter, settings.model_dump(), settings.seed)
     spaces = chosen_spaces(settings, subject)

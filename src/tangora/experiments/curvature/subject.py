@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from tangora.experiments.run.loading import load_base
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
 from tangora.training.data import Task, load_task
+from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
 _DATA_KEYS = (
@@ -30,6 +30,7 @@ _DATA_KEYS = (
     "num_validation",
     "num_test",
     "max_length",
+    "device",
 )
 _NOT_KEPT = (
     "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
@@ -142,8 +143,7 @@ def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Su
 
 
 def _subject(model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str) -> Subject:
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(device_named(settings.device))
     pairs = find_pairs(model) if isinstance(model, PeftModel) else []
     ranks = tuple(sorted({pair.shape[2] for pair in pairs}))
     title = f"{name} on {Path(settings.data).name}"

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from tangora._checks import InputError
@@ -20,6 +19,7 @@ from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
 from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
 
 RECORD, PLAN, PAGE = "diagnosis.json", "rank_plan.json", "diagnosis.html"
@@ -66,6 +66,7 @@ def diagnose_task(
     folder = Path(output)
     check_output(folder)
     phase("loading")
+    check_device(settings.device)
     task = _load_task(settings)
     _check_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
@@ -120,8 +121,7 @@ def _load_task(settings: DiagnoseSettings) -> Task:
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
     loaded = load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
-    if torch.cuda.is_available():
-        loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
+    loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:
         return loaded, load_adapter(loaded.model, settings.adapter)
     rank = settings.rank or DEFAULT_RANK

@@ -53,6 +53,7 @@ from tangora.training.callbacks import (
     read_history,
 )
 from tangora.training.data import Task
+from tangora.training.devices import keep_to
 from tangora.training.models import LoadedModel
 from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
@@ -256,17 +257,22 @@ def _trainer(
     watcher: Watcher,
 ) -> Trainer:
     data, collate = encoded(task.train, loaded, settings)
+    steps = settings.num_steps(len(task.train))
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
-        max_steps=settings.steps,
+        max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
-        warmup_steps=min(math.ceil(settings.warmup * settings.steps), settings.steps - 1),
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         max_grad_norm=settings.clip,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        # the other kind finds no gradient where a frozen base has embedded the tokens
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=settings.device == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no",
@@ -282,6 +288,7 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error",
     )
+    keep_to(arguments, settings.device)
     trainer = Trainer(
         model=model,  # pyright: ignore[reportArgumentType]
         args=arguments,

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tangora._checks import InputError
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
+from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
 
@@ -31,15 +33,25 @@ def load_base(settings: RunSettings, task: Task) -> LoadedModel:
         task: Its data, for the labels.
 
     Returns:
-        Model and tokenizer.
+        Model and tokenizer; the model on the run's device.
     """
-    return load_model(
+    device = device_named(settings.device)
+    loaded = load_model(
         settings.model,
         kind=task.kind,
         labels=task.labels or None,
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
+        quantize_to=device if settings.load_in_4bit else None,
     )
+    if settings.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
+        raise InputError(
+            f"gradient_checkpointing cannot be used with model {settings.model!r}: "
+            f"{type(loaded.model).__name__} does not support it; leave it out"
+        )
+    if not settings.load_in_4bit:  # what is quantized has been loaded to the device
+        loaded.model.to(device)  # pyright: ignore[reportArgumentType]
+    return loaded
 
 
 def prepare(method: str, model: Any, task: Task, settings: RunSettings) -> nn.Module:
@@ -59,9 +71,10 @@ def prepare(method: str, model: Any, task: Task, settings: RunSettings) -> nn.Mo
         r=settings.rank,
         lora_alpha=settings.alpha,
         task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
-        total_steps=settings.steps,
+        total_steps=settings.num_steps(len(task.train)),
         seed=settings.seed,
         target_modules=settings.target_modules,
+        lora_dropout=settings.lora_dropout,
         rank_plan=settings.rank_plan,
     )
 

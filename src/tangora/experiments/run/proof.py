@@ -88,7 +88,7 @@ def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
         "recipe": settings.recipe,
         "learning rate": settings.peak,
         "seed": settings.seed,
-        "steps": settings.steps,
+        "steps": settings.num_steps(len(task.train)),
         "batch size": settings.batch_size * settings.accumulate,
         "data": task.name,
         "data fingerprint": task.fingerprint,

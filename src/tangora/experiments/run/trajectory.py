@@ -154,7 +154,7 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
             )
     reference = Reference(folder)
     assert settings.measure_every is not None
-    reference.check_steps(measured_steps(settings.steps, settings.measure_every))
+    reference.check_steps(measured_steps(settings.num_steps(len(task.train)), settings.measure_every))
     return reference
 
 

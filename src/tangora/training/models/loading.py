@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_choice, check_installed, check_whole
 from tangora._names import KINDS, Kind
+from tangora.adapters.four_bit import keep_layout
+from tangora.recipes.head import head_names
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
@@ -57,6 +59,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    quantize_to: torch.device | None = None,
 ) -> LoadedModel:
     """Load a model for classification or for causal language modelling.
 
@@ -70,6 +73,8 @@ def load_model(
         labels: Names of the classes, in the order of their numbers.
         dtype: Floating-point type of the weights.
         seed: Seed of a new head, in [0, inf).
+        quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
+            ``dtype``), all but the head; default: not quantized, on the CPU.
 
     Returns:
         The model in evaluation mode, and its tokenizer or image scaler.
@@ -93,7 +98,11 @@ def load_model(
         torch.default_generator.manual_seed(seed)
         scaler = _load_scaler(source, name, kind, local)
         tokenizer: Any = _load_tokenizer(source, name, local) if scaler is None else scaler
-        model = _load_weights(source, name, kind, label_names, dtype, local, images=scaler is not None)
+        model = _load_weights(
+            source, name, kind, label_names, local, _precision(dtype, quantize_to), images=scaler is not None
+        )
+    if quantize_to is not None:
+        keep_layout(model.modules())
     if scaler is None:
         _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
@@ -206,18 +215,40 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes to load weights in a precision."""
+    if quantize_to is None:
+        return {"dtype": dtype}
+    check_installed("bitsandbytes", "quantize_to")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": quantization, "device_map": {"": quantize_to}}
+
+
+def _head(auto: Any, source: str, local: bool) -> list[str]:
+    """Return the names of a classifier's head, which is trained whole: quantized weights cannot be."""
+    with torch.device("meta"):
+        return head_names(
+            auto.from_config(transformers.AutoConfig.from_pretrained(source, local_files_only=local))
+        )
+
+
 def _load_weights(
     source: str,
     name: str,
     kind: Kind,
     labels: tuple[str, ...],
-    dtype: torch.dtype,
     local: bool,
+    precision: dict[str, Any],
     *,
     images: bool,
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+    options: dict[str, Any] = precision | {"local_files_only": local, "output_loading_info": True}
     auto: Any = transformers.AutoModelForCausalLM
     if kind == "classification":
         auto = (
@@ -231,6 +262,8 @@ def _load_weights(
             "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
         }
     try:
+        if kind == "classification" and "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = _head(auto, source, local)
         model, info = auto.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
