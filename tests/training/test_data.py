@@ -11,7 +11,10 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.answers import answers_match
 from tangora.training.data import Task, generated, load_task, sources
-from tangora.training.data.columns import Columns, content_key, to_examples
+from tangora.training.data.columns import content_key, to_examples
+from tangora.training.data.files import read_file
+from tangora.training.data.recognise import Columns, recognise
+from tangora.training.data.rows import RawData, Row
 from tangora.training.data.splits import Counts, make_splits, stratified_order
 
 SMALL = {"num_validation": 3, "num_test": 4}
@@ -160,7 +163,7 @@ def test_class_names_of_hub_data_sets():
     labelled = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
     withheld = datasets.Dataset.from_dict({"text": ["c"], "label": [-1]}, features=features)
     data = sources.from_datasets({"train": labelled, "test": withheld}, "zoo")
-    examples, labels = to_examples(data, "classification", Columns())
+    examples, labels = to_examples(data, recognise(data, Columns(), "classification"))
     assert labels == ("zebra", "ant")
     assert examples == {"train": [{"text": "a", "label": 0}, {"text": "b", "label": 1}], "test": []}
 
@@ -284,21 +287,21 @@ def test_labels_that_cannot_be_learned_are_named():
         sources.from_datasets({"train": broken}, "zoo")
     rows = {
         "train": [
-            sources.Row("a:1", {"text": "x", "label": "yes"}),
-            sources.Row("a:2", {"text": "y", "label": "no"}),
+            Row("a:1", {"text": "x", "label": "yes"}),
+            Row("a:2", {"text": "y", "label": "no"}),
         ],
-        "test": [sources.Row("b:1", {"text": "z", "label": "nope"})],
+        "test": [Row("b:1", {"text": "z", "label": "nope"})],
     }
     with pytest.raises(
         InputError, match="b:1: column 'label' must hold a label of the training rows, no, yes"
     ):
-        to_examples(sources.RawData(rows), "classification", Columns())
+        to_examples(RawData(rows), recognise(RawData(rows), Columns(), "classification"))
 
 
 def test_lines_of_a_json_list(tmp_path):
     values = [{"text": f'{index} "], [', "deep": [{"a": [1, 2]}, "}"]} for index in range(4)]
     (tmp_path / "a.json").write_text("\n [" + ",\n\n".join(map(json.dumps, values)) + "\n]\n")
-    found = sources.read_file(tmp_path / "a.json").splits["train"]
+    found = read_file(tmp_path / "a.json").splits["train"]
     assert [row.values for row in found] == values
     assert [row.where.rsplit(":", 1)[1] for row in found] == ["2", "4", "6", "8"]
 

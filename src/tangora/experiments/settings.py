@@ -43,7 +43,9 @@ class TaskSettings(Settings):
 
     model: str = Field(default="minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
     data: str = Field(
-        default="bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name."
+        default="bbc-news",
+        description="Packaged name, reasoning-gym:<name>, local file (.jsonl .json .csv .tsv .parquet), folder of "
+        "<label>/*.txt, or hub name: owner/name or owner/name/config.",
     )
     test_data: str | None = Field(
         default=None,
@@ -56,20 +58,39 @@ class TaskSettings(Settings):
         default="float32", description="Of the frozen weights; what is trained is always float32."
     )
     text_column: str | None = Field(
-        default=None, description="Column of the text; a,b for pairs, a|b for the first that there is."
+        default=None,
+        description="Column of the text; `a,b` for sentence pairs; `a|b` uses the first column that exists. Default, as "
+        "for the other columns: recognized by its name.",
     )
-    label_column: str | None = Field(default=None, description="Column of the label.")
-    prompt_column: str | None = Field(default=None, description="Column of the prompt.")
+    label_column: str | None = Field(default=None, description="Column of the label, for classification.")
+    prompt_column: str | None = Field(
+        default=None,
+        description="Column of the prompt. A causal example is prompt + newline + completion + eos; the loss counts the "
+        "completion.",
+    )
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None,
+        description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need it, "
+        "or false in a settings file: turns joined by newlines.",
+    )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples; default: all that remain."
     )
-    num_validation: int = Field(default=200, ge=1, description="Examples that choose the learning rate.")
-    num_test: int = Field(default=500, ge=1, description="Examples that are reported.")
+    num_validation: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validation examples, used to select the learning rate. Default: a fifth of the data, at most 200.",
+    )
+    num_test: int | None = Field(
+        default=None,
+        ge=1,
+        description="Test examples, used for the reported metrics. Default: a fifth of the data, at most 500.",
+    )
     steps: int = Field(default=100, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=16, ge=1, description="Examples per step and micro-batch.")
     accumulate: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut.")
+    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut, and counted.")
     rank: int = Field(default=8, ge=1, description="LoRA's r.")
     alpha: float = Field(default=16.0, gt=0, description="LoRA's alpha.")
     target_modules: str | list[str] = Field(

@@ -18,7 +18,7 @@ from torch import nn
 from tangora.experiments.provenance import provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.flatness import measure_flatness
-from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.loading import fit_notes, load_base
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.run.proof import save_with_logits
 from tangora.experiments.run.scoring import (
@@ -65,10 +65,12 @@ class Watcher:
 
     Attributes:
         phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
+        note: Called with a sentence about the data: its columns and sizes, and what is cut off.
         step: Called with the number of optimizer steps done and the loss.
     """
 
     phase: Callable[[str], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -120,6 +122,10 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     watcher.phase("start")
     loaded = load_base(settings, task)
+    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    for note in notes:
+        logger.info("%s", note)
+        watcher.note(note)
     result = _Result(
         metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
     )
@@ -174,6 +180,7 @@ def execute(
         status=result.status,
         error=result.error,
         settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        notes=notes,
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],

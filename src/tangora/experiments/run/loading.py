@@ -1,13 +1,20 @@
 """The data of a run, and the base model that it begins with."""
 
+from typing import TypeVar
+
 import torch
 
-from tangora.experiments.settings import RunSettings
+from tangora._checks import InputError
+from tangora.experiments.settings import RunSettings, TaskSettings
 from tangora.training.data import Task, load_task
+from tangora.training.data.fit import check_fit
+from tangora.training.data.prompts import check_chat_template
 from tangora.training.models import LoadedModel, load_model
 
+_SettingsT = TypeVar("_SettingsT", bound=TaskSettings)
 
-def load_run_task(settings: RunSettings) -> Task:
+
+def load_run_task(settings: TaskSettings) -> Task:
     """Load the data of a run.
 
     Args:
@@ -15,8 +22,75 @@ def load_run_task(settings: RunSettings) -> Task:
 
     Returns:
         The task.
+
+    Raises:
+        InputError: If it cannot be loaded, or ``chat_template`` does not suit it.
     """
-    return load_task(settings.data, **settings.as_task())
+    task = load_task(settings.data, **settings.as_task())
+    check_chat(task, settings.chat_template)
+    return task
+
+
+def check_chat(task: Task, chat_template: bool | None) -> None:
+    """Raise unless it is clear how the texts of a task are to be written.
+
+    Args:
+        task: The data.
+        chat_template: The setting.
+
+    Raises:
+        InputError: If conversations come without it, or it would do nothing.
+    """
+    if chat_template is None and any("messages" in example for example in task.train):
+        raise InputError(
+            f"data {task.name!r} holds conversations: give --chat-template to write them with the tokenizer's chat "
+            "template, or chat_template: false in a settings file to join the turns by newlines"
+        )
+    if chat_template and (task.kind != "causal" or not all(example["prompt"] for example in task.train)):
+        raise InputError(
+            f"chat_template is for prompts with completions and for conversations; data {task.name!r} holds "
+            f"{'labels' if task.kind == 'classification' else 'plain text'}: leave it out"
+        )
+
+
+def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
+    """Write the sizes that were chosen into settings, so that folders and records tell them.
+
+    Args:
+        settings: What asked for the task.
+        task: The data.
+
+    Returns:
+        The settings, with numbers of validation and test examples.
+    """
+    sizes = {"num_validation": len(task.validation), "num_test": len(task.test)}
+    return settings.model_copy(update=sizes)
+
+
+def fit_notes(settings: TaskSettings, task: Task, loaded: LoadedModel) -> list[str]:
+    """Check that the model can read the data, and say what of it is cut off.
+
+    Args:
+        settings: For length and format.
+        task: The data.
+        loaded: Base model and tokenizer.
+
+    Returns:
+        Sentences.
+
+    Raises:
+        InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting leaves
+            nothing to learn from.
+    """
+    if settings.chat_template:
+        check_chat_template(loaded.tokenizer)
+    return check_fit(
+        task,
+        loaded.tokenizer,
+        max_length=settings.max_length,
+        vocabulary=loaded.vocabulary,
+        chat_template=bool(settings.chat_template),
+    )
 
 
 def load_base(settings: RunSettings, task: Task) -> LoadedModel:
