@@ -59,20 +59,20 @@ class TaskSettings(Settings):
     )
     text_column: str | None = Field(
         default=None,
-        description="Column of the text; `a,b` for sentence pairs; `a|b` uses the first column that exists. Default, as "
-        "for the other columns: recognized by its name.",
+        description="Column of the text; `a,b` for sentence pairs; `a|b` uses the first column that exists. Default, "
+        "as for the other columns: recognized by its name.",
     )
     label_column: str | None = Field(default=None, description="Column of the label, for classification.")
     prompt_column: str | None = Field(
         default=None,
-        description="Column of the prompt. A causal example is prompt + newline + completion + eos; the loss counts the "
-        "completion.",
+        description="Column of the prompt. A causal example is prompt + newline + completion + eos; the loss counts "
+        "the completion.",
     )
     completion_column: str | None = Field(default=None, description="Column of the completion.")
     chat_template: bool | None = Field(
         default=None,
-        description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need it, "
-        "or false in a settings file: turns joined by newlines.",
+        description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
+        "it, or false in a settings file: turns joined by newlines.",
     )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples; default: all that remain."
@@ -90,7 +90,9 @@ class TaskSettings(Settings):
     steps: int = Field(default=100, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=16, ge=1, description="Examples per step and micro-batch.")
     accumulate: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut, and counted.")
+    max_length: int = Field(
+        default=128, ge=2, description="Tokens per example; longer ones are cut, and counted."
+    )
     rank: int = Field(default=8, ge=1, description="LoRA's r.")
     alpha: float = Field(default=16.0, gt=0, description="LoRA's alpha.")
     target_modules: str | list[str] = Field(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 from tangora.adapters import find_pairs, load_adapter
 from tangora.experiments.run.batches import encoded_batches
-from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
-from tangora.training.data import Task, load_task
+from tangora.training.data import Task
 from tangora.training.models import LoadedModel, load_model
 
 _DATA_KEYS = (
@@ -24,6 +24,7 @@ _DATA_KEYS = (
     "label_column",
     "prompt_column",
     "completion_column",
+    "chat_template",
     "num_train",
     "num_validation",
     "num_test",
@@ -117,14 +118,14 @@ def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed
 
 
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
-    task = load_task(settings.data, **settings.as_task())
+    task = load_run_task(settings)
     loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
     return _subject(model, loaded, task, settings, Path(source).name)
 
 
 def _from_run(folder: Path, settings: RunSettings) -> Subject:
-    task = load_task(settings.data, **settings.as_task())
+    task = load_run_task(settings)
     if (folder / "adapter").is_dir():
         loaded = load_base(settings, task)
         model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)

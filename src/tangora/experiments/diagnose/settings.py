@@ -21,11 +21,14 @@ class DiagnoseSettings(Settings):
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None, description="Write causal examples with the tokenizer's chat template, as in train."
+    )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples, as in train; default: all that remain."
     )
-    num_validation: int = Field(default=200, ge=1, description="Examples kept apart, as in train.")
-    num_test: int = Field(default=500, ge=1, description="Examples kept apart, as in train.")
+    num_validation: int | None = Field(default=None, ge=1, description="Examples kept apart, as in train.")
+    num_test: int | None = Field(default=None, ge=1, description="Examples kept apart, as in train.")
     num_examples: int = Field(default=32, ge=1, description="Training examples whose gradient is read.")
     num_held_out: int = Field(
         default=32, ge=0, description="Further training examples, on which the starts are looked at too."

@@ -20,7 +20,7 @@ from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.flatness import measure_flatness
 from tangora.experiments.run.loading import fit_notes, load_base
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
-from tangora.experiments.run.proof import save_with_logits
+from tangora.experiments.run.proof import data_format, save_with_logits
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
@@ -179,7 +179,8 @@ def execute(
         stage=stage,
         status=result.status,
         error=result.error,
-        settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        settings=settings.model_dump(mode="json")
+        | {"data_fingerprint": task.fingerprint, "data_format": data_format(task, settings)},
         notes=notes,
         metrics=result.metrics,
         history=history,

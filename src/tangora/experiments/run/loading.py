@@ -1,17 +1,30 @@
 """The data of a run, and the base model that it begins with."""
 
-from typing import TypeVar
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
+from transformers import AutoTokenizer
 
 from tangora._checks import InputError
-from tangora.experiments.settings import RunSettings, TaskSettings
+from tangora.experiments.settings import RunSettings, Settings, TaskSettings
 from tangora.training.data import Task, load_task
 from tangora.training.data.fit import check_fit
 from tangora.training.data.prompts import check_chat_template
-from tangora.training.models import LoadedModel, load_model
+from tangora.training.models import Kind, LoadedModel, load_model
 
-_SettingsT = TypeVar("_SettingsT", bound=TaskSettings)
+_SettingsT = TypeVar("_SettingsT", bound=Settings)
+
+
+class _Reading(Protocol):
+    """Settings that say how texts are read."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def chat_template(self) -> bool | None: ...
 
 
 def load_run_task(settings: TaskSettings) -> Task:
@@ -67,7 +80,7 @@ def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
     return settings.model_copy(update=sizes)
 
 
-def fit_notes(settings: TaskSettings, task: Task, loaded: LoadedModel) -> list[str]:
+def fit_notes(settings: _Reading, task: Task, loaded: LoadedModel) -> list[str]:
     """Check that the model can read the data, and say what of it is cut off.
 
     Args:
@@ -79,8 +92,8 @@ def fit_notes(settings: TaskSettings, task: Task, loaded: LoadedModel) -> list[s
         Sentences.
 
     Raises:
-        InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting leaves
-            nothing to learn from.
+        InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting
+            leaves nothing to learn from.
     """
     if settings.chat_template:
         check_chat_template(loaded.tokenizer)
@@ -103,10 +116,62 @@ def load_base(settings: RunSettings, task: Task) -> LoadedModel:
     Returns:
         Model and tokenizer.
     """
+    return _load(settings, task.kind, task.labels)
+
+
+def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
+    """Load the untouched base model of a finished run, with what stands beside its adapter instead of the data.
+
+    Args:
+        settings: The run's.
+        adapter: Folder of its adapter.
+
+    Returns:
+        The model, and the tokenizer that was saved with the adapter, if there is one.
+
+    Raises:
+        InputError: If an older version has saved the adapter without the names of the classes, and the data that holds
+            them cannot be read.
+    """
+    kind, labels = _saved_kind(adapter, settings), _saved_labels(adapter)
+    if kind == "classification" and not labels:
+        try:
+            labels = load_run_task(settings).labels
+        except InputError as error:
+            raise InputError(
+                f"{adapter} was saved without the names of its classes, by an older version, and the data that holds "
+                f"them cannot be read: {error}"
+            ) from error
+    loaded = _load(settings, kind, labels)
+    if (adapter / "tokenizer_config.json").is_file():
+        return replace(loaded, tokenizer=AutoTokenizer.from_pretrained(adapter, local_files_only=True))
+    return loaded
+
+
+def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedModel:
     return load_model(
         settings.model,
-        kind=task.kind,
-        labels=task.labels or None,
+        kind=kind,
+        labels=labels or None,
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
     )
+
+
+def _saved_kind(adapter: Path, settings: RunSettings) -> Kind:
+    config = _json(adapter / "adapter_config.json")
+    # images have no task type of PEFT's
+    known: dict[str, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
+    return known.get(str(config.get("task_type"))) or settings.kind or "classification"
+
+
+def _saved_labels(adapter: Path) -> tuple[str, ...]:
+    names = _json(adapter / "config.json").get("id2label") or {}
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}

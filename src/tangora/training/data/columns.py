@@ -18,7 +18,13 @@ Example: TypeAlias = dict[str, Any]
 A conversation also has ``messages``, of which ``prompt`` and ``completion`` are the plain form.
 """
 
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 """Names of roles in ShareGPT's format, and those of transformers."""
 
 

@@ -75,7 +75,9 @@ def _parsed(text: str, path: Path, what: str, first: int = 1) -> object:
         # some of Python's sentences end in "at"
         raise InputError(f"{place}; {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise InputError(f"{path}:{first}: the {what} must be JSON that can be read; {reason(error)}") from error
+        raise InputError(
+            f"{path}:{first}: the {what} must be JSON that can be read; {reason(error)}"
+        ) from error
 
 
 def _object_row(values: object, where: str) -> Row:
@@ -108,7 +110,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _is_json(text: str) -> bool:
-    """Tell whether text is JSON by itself."""
+    """Return whether text is JSON by itself."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):

@@ -72,12 +72,16 @@ def _turns(
 def _seen(encoding: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the tokens by which a model can tell an example from others: without what it has to say itself."""
     tokens, labels = encoding["input_ids"], encoding["labels"]
-    asked = [token for token, label in zip(tokens, labels, strict=True) if label == IGNORED] if isinstance(labels, list) else []
+    asked = (
+        [token for token, label in zip(tokens, labels, strict=True) if label == IGNORED]
+        if isinstance(labels, list)
+        else []
+    )
     return tuple(asked or tokens)
 
 
 def _lost(turns: list[list[list[int]]], tokenizer: Any, kind: Kind, max_length: int) -> str:
-    """Say which part of the examples is cut off."""
+    """Return which part of the examples is cut off."""
     if kind == "classification":
         return "the beginning" if getattr(tokenizer, "truncation_side", "right") == "left" else "the end"
     cut = sum(len(pieces[-1]) > max_length for pieces in turns)

@@ -50,7 +50,9 @@ def check_classes(found: Sequence[str], names: Sequence[str], where: str) -> Non
     same: dict[float, str] = {}
     for name in sorted(numbers):
         if (other := same.setdefault(numbers[name], name)) != name:
-            raise InputError(f"{where} must write a class in one way; {other!r} and {name!r} are the same number")
+            raise InputError(
+                f"{where} must write a class in one way; {other!r} and {name!r} are the same number"
+            )
 
 
 def class_notes(found: Sequence[str], names: Sequence[str]) -> list[str]:

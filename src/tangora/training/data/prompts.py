@@ -22,7 +22,7 @@ def encode_turns(
     """Turn examples into token numbers of prompts and completions in turn; the last piece is a completion.
 
     Args:
-        examples: With ``prompt`` (may be empty in the plain format) and ``completion``; conversations with ``messages``.
+        examples: With ``prompt`` (may be empty in the plain format) and ``completion``; of conversations ``messages``.
         tokenizer: Of the model.
         chat_template: Whether the tokenizer's chat template writes the texts. Otherwise an example is ``prompt +
             newline + completion + eos``, and of a conversation ``prompt`` is all turns but the last.
@@ -111,7 +111,9 @@ def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
     if "messages" in example:
         return example["messages"]
     if not example["prompt"]:
-        raise InputError("chat_template needs prompts or messages; plain text has none: leave chat_template out")
+        raise InputError(
+            "chat_template needs prompts or messages; plain text has none: leave chat_template out"
+        )
     return [
         {"role": "user", "content": example["prompt"]},
         {"role": "assistant", "content": example["completion"]},
@@ -119,7 +121,7 @@ def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _template(messages: list[dict[str, str]], tokenizer: Any, opened: bool) -> str:
-    """Write messages with the tokenizer's template, ready for an answer or not."""
+    """Return messages written with the tokenizer's template, ready for an answer or not."""
     check_chat_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)

@@ -11,13 +11,16 @@ from tangora.training.models import Kind
 PIXELS = "pixels"
 """Column of images: channels, rows and columns of numbers in [0, 1]."""
 
+# fmt: off
 _TEXTS = (
-    "text sentence review content body comment message tweet post document article passage description headline title "
-    "utterance abstract transcript"
-).split()
+    "text", "sentence", "review", "content", "body", "comment", "message", "tweet", "post", "document", "article",
+    "passage", "description", "headline", "title", "utterance", "abstract", "transcript",
+)
 _LABELS = (
-    "label labels sentiment class category target stars rating intent topic emotion polarity tag genre"
-).split()
+    "label", "labels", "sentiment", "class", "category", "target", "stars", "rating", "intent", "topic", "emotion",
+    "polarity", "tag", "genre",
+)
+# fmt: on
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -30,8 +33,8 @@ _PAIRS = (
     ("query", "document"),
 )
 _CHATS = ("messages", "conversations", "conversation")
-_PROMPTS = "prompt instruction question query problem input user".split()
-_COMPLETIONS = "completion response output solution answer assistant".split()
+_PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user")
+_COMPLETIONS = ("completion", "response", "output", "solution", "answer", "assistant")
 _CONTEXTS = ("input", "context")
 _NO_TEXTS = {*_LABELS, *_CHATS, *_PROMPTS, *_COMPLETIONS}
 _NUMBERING = re.compile(r"|index|idx|id|.*_(id|idx)|unnamed:_\d+")
@@ -73,7 +76,7 @@ class Layout:
     images: bool = False
 
     def sentence(self, present: Sequence[str]) -> str:
-        """Say which columns are used for what, and which are not."""
+        """Return a sentence of which columns are used for what, and which are not."""
         roles = {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
         used = {
             role: (name,) if isinstance(name, str) else tuple(name) for role, name in roles.items() if name
@@ -183,12 +186,12 @@ class _Finder:
         return (found,) if found else ()
 
     def header(self) -> str:
-        """Say which columns there are."""
+        """Return a sentence of which columns there are."""
         return f"its columns are {listed([_quoted(column) for column in self.present]) or 'none'}"
 
 
 def _kind(finder: _Finder, given: Columns) -> Kind:
-    """Guess the kind of a task."""
+    """Return the kind of a task, guessed."""
     if given.prompt or given.completion:
         return "causal"
     if given.label:
@@ -202,27 +205,28 @@ def _kind(finder: _Finder, given: Columns) -> Kind:
 
 
 def _exchange(finder: _Finder) -> bool:
-    """Tell whether there are conversations, or prompts with completions."""
+    """Return whether there are conversations, or prompts with completions."""
     plain = {_plain(column) for column in finder.present}
     return bool(plain & {*_CHATS} or (plain & {*_PROMPTS} and plain & {*_COMPLETIONS}))
 
 
 def _has_text_and_label(finder: _Finder) -> bool:
-    """Tell whether columns of text and label are there under their usual names."""
+    """Return whether columns of text and label are there under their usual names."""
     plain = {_plain(column) for column in finder.present}
     return bool(plain & {*_LABELS}) and (bool(plain & {*_TEXTS}) or bool(finder.pair()))
 
 
 def _labelled(finder: _Finder, given: Columns) -> Layout:
     """Return the columns of a classification."""
-    if given.label is not None:
-        label = finder.named(given.label, "label_column")
-    else:
-        label = finder.known(_LABELS, "label")
+    label = (
+        finder.known(_LABELS, "label") if given.label is None else finder.named(given.label, "label_column")
+    )
     images = PIXELS in finder.present and given.text is None
     texts = () if images else finder.texts(given, label)
     if label is None or not (texts or images):
-        missing = [f"--{role}-column NAME" for role, found in (("text", texts), ("label", label)) if not found]
+        missing = [
+            f"--{role}-column NAME" for role, found in (("text", texts), ("label", label)) if not found
+        ]
         missing = ["--label-column NAME"] if images else missing
         raise InputError(
             f"{finder.data.name}: no column is recognised as the {'label' if texts or images else 'text'} of a "
@@ -277,9 +281,9 @@ def _plain_text(finder: _Finder, given: Columns) -> Layout:
         texts = (finder.present[0],)
     if len(texts) != 1:
         raise InputError(
-            f"{finder.data.name}: its columns are not recognised; {finder.header()}; give --text-column NAME and "
-            "--label-column NAME to classify texts, --prompt-column NAME and --completion-column NAME to learn answers, "
-            "or --text-column NAME and --kind causal to learn plain text"
+            f"{finder.data.name}: its columns are not recognised; {finder.header()}; give --text-column NAME "
+            "and --label-column NAME to classify texts, --prompt-column NAME and --completion-column NAME to learn "
+            "answers, or --text-column NAME and --kind causal to learn plain text"
         )
     return Layout("causal", text=texts)
 
@@ -293,8 +297,8 @@ def _check_no_label_is_left(data: RawData, layout: Layout) -> None:
     if 1 < len(set(values)) <= len(values) / 2:
         name = _quoted(rest[0])
         raise InputError(
-            f"{data.name}: is {name} the label of {_quoted(layout.text[0])}? give --label-column {name} to classify, or "
-            "--kind causal to train a language model on the texts alone"
+            f"{data.name}: is {name} the label of {_quoted(layout.text[0])}? give --label-column {name} to classify, "
+            "or --kind causal to train a language model on the texts alone"
         )
 
 

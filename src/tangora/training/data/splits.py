@@ -9,7 +9,6 @@ from typing import NamedTuple
 from tangora._checks import InputError, check_whole
 from tangora.training.data.columns import Example, content_key, shown
 
-
 MOST_VALIDATION, MOST_TEST = 200, 500
 """Sizes by default, where the data is large enough."""
 
@@ -184,7 +183,7 @@ def fitting(available: Mapping[str, int], counts: Counts) -> Counts:
 
 
 def _fits(available: Mapping[str, int], counts: Counts) -> bool:
-    """Tell whether there are as many examples as were asked for."""
+    """Return whether there are as many examples as were asked for."""
     rest = available.get("train", 0)
     for name in ("test", "validation"):
         count = getattr(counts, name)
@@ -204,6 +203,4 @@ def _refuse(name: str, available: Mapping[str, int], counts: Counts) -> None:
     )
     if not _fits(available, proposed):
         raise InputError(f"training, validation and test need an example each; {name} has {has or 'none'}")
-    raise InputError(
-        f"{name} has {has}, too few for {counts.flags()}; these sizes fit: {proposed.flags()}"
-    )
+    raise InputError(f"{name} has {has}, too few for {counts.flags()}; these sizes fit: {proposed.flags()}")

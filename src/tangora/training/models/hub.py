@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import huggingface_hub
+from datasets import config
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -19,10 +20,8 @@ TIMEOUT = 4.0
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Let ``huggingface_hub``, and the loaders that ask it, use nothing but their caches."""
-    import datasets
-
     # both read the environment only once, when they are imported
-    holders = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
+    holders = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in holders]
     for module, name in holders:
         setattr(module, name, True)
@@ -55,7 +54,7 @@ def hub_problem(name: str, repo_type: str) -> tuple[str | None, bool]:
 
 
 def _ask(name: str, repo_type: str) -> tuple[str | None, bool]:
-    """Ask the hub, however long it takes."""
+    """Return what the hub answers, however long it takes."""
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=TIMEOUT)
     except HFValidationError:

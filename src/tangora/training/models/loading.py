@@ -141,7 +141,9 @@ def _resolve(name: str) -> tuple[str, bool]:
         return str(dequantized(path)), True
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
-            raise InputError(f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter")
+            raise InputError(
+                f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
         return str(path), True
