@@ -199,7 +199,7 @@ def _save(
         if classifier:
             _write_config(model, written)
         if tokenizer is not None:
-            tokenizer.save_pretrained(written)
+            _write_tokenizer(tokenizer, written)
         replace_folder(written, target)
     return saved
 
@@ -228,6 +228,15 @@ def _write_config(model: PeftModel, folder: Path) -> None:
     values = json.loads(config.to_json_string())
     values.pop("_name_or_path", None)  # a folder of this machine, perhaps
     (folder / _MODEL_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():  # transformers keeps only the sides that were given when the tokenizer was made
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {key: getattr(tokenizer, key) for key in ("padding_side", "truncation_side")}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _card(
