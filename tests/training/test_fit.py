@@ -49,8 +49,11 @@ def test_prompts_lose_their_beginning_before_completions_lose_their_end():
         "8 of 8 training examples are cut to 5 tokens (longest 7); the beginning of the prompt is lost"
         in told
     )
-    (told,) = notes(pairs([f"1 2 3 {number}" for number in range(8)], "1 2 3"), 5)
+    (told,) = notes(pairs([f"1 2 3 {number}" for number in range(8)], "1 2"), 5)
     assert "of the prompt is lost" in told
+    answers = [{"prompt": f"{n}", "completion": "1 2 3 4 5 6" if n else "1"} for n in range(8)]
+    (told,) = notes(task("causal", [{"prompt": "7 7", "completion": "1 2"}, *answers[:2]]), 5)
+    assert "the beginning of the prompt, and of 1 the end of the completion, is lost" in told
     (told,) = notes(task("causal", [{"prompt": "", "completion": f"{n} 1 2 3 4"} for n in range(8)]), 5)
     assert "the end is lost" in told
 

@@ -15,7 +15,10 @@ TEMPLATE = (
     "{{ {'system': 'blue', 'user': 'red', 'assistant': 'green'}[message.role] }} {{ message.content }}</s>"
     "{% endfor %}{% if add_generation_prompt %}green {% endif %}"
 )
-FORGETFUL = TEMPLATE.replace("{{ message.content }}", "{{ message.content if loop.last else 'sea' }}")
+FORGETFUL = TEMPLATE.replace(
+    "{{ message.content }}",
+    "{{ 'sea' if message.role == 'assistant' and not loop.last else message.content }}",
+)
 
 
 def chat_tokenizer(template=TEMPLATE):
@@ -52,10 +55,8 @@ def test_the_loss_counts_every_turn_of_the_assistant():
     assert written(tokenizer, tokens) == "<s> blue cat </s> red 1 </s> green 2 </s> red 3 </s> green 4 5 </s>"
     trained = [token for token, label in zip(tokens, encoding["labels"], strict=True) if label == token]
     assert written(tokenizer, trained) == "2 </s> 4 5 </s>"
-    whole = tokenizer.apply_chat_template(
-        conversation("s cat", "u 1", "a 2", "u 3", "a 4 5")["messages"], tokenize=True
-    )
-    assert tokens == list(whole["input_ids"] if hasattr(whole, "keys") else whole)
+    example = conversation("s cat", "u 1", "a 2", "u 3", "a 4 5")
+    assert tokens == tokenizer.apply_chat_template(example["messages"], return_dict=True)["input_ids"]
 
 
 def test_turns_that_the_template_writes_otherwise_later_are_not_trained():
