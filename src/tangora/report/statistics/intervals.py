@@ -23,7 +23,8 @@ ALPHA = 0.05
 
 _PSEUDO = 2.0  # further examples, one each way: Bonett and Price
 _SMALLEST_P = 1e-300
-_EQUAL = 1e-5  # means of seeds that differ by a smaller share are equal but for rounding (float32)
+_EQUAL = 1e-5  # means of seeds that differ by a smaller share are equal but for rounding
+_ROUNDING = 2e-7  # of float32
 _LARGEST_RATIO = 1e10  # a residual below this share of the mean square of seeds counts as none
 _NODES = {1: 48, 2: 24, 3: 12}  # by the number of groups, whose nodes are combined
 
@@ -78,7 +79,7 @@ class Estimate:
         return float(tail(abs(self.value), np.array(self.variances), np.array(self.weights), self.df))
 
 
-def estimate(*groups: Scores, unit: float = 1.0) -> Estimate | None:
+def estimate(*groups: Scores, unit: float = 0.0) -> Estimate | None:
     r"""Estimate a mean over seeds and test examples, or a sum of several.
 
     Seeds and examples are both drawn at random and crossed. With mean squares $M$ of the two-way analysis of variance
@@ -98,7 +99,7 @@ def estimate(*groups: Scores, unit: float = 1.0) -> Estimate | None:
     Args:
         groups: Seeds x test examples. Examples are the same in all groups, seeds are not. What shares its seeds is
             one group: for a paired difference, the difference of both methods' scores.
-        unit: Size of a score, for when all differences are zero.
+        unit: Typical size of a score, for when all differences are zero or due to rounding; 0 if not known.
 
     Returns:
         The estimate of the sum of the groups' means. Where a group has a single seed, seeds count as fixed. None if
@@ -113,7 +114,7 @@ def estimate(*groups: Scores, unit: float = 1.0) -> Estimate | None:
     num_examples = groups[0].shape[-1]
     value = float(sum(group.mean() for group in groups))
     one_seed = any(len(group) == 1 for group in groups)
-    if num_examples == 1 and (one_seed or all(_agree(group) for group in groups)):
+    if num_examples == 1 and (one_seed or all(_agree(group, unit) for group in groups)):
         return None
     variances, weights = mixture(*groups, unit=unit)
     over = "examples" if one_seed else "seeds" if num_examples == 1 else "seeds and examples"
@@ -121,7 +122,7 @@ def estimate(*groups: Scores, unit: float = 1.0) -> Estimate | None:
     return Estimate(value, tuple(variances.tolist()), tuple(weights.tolist()), df, over)
 
 
-def mixture(*groups: Scores, unit: float = 1.0) -> tuple[Scores, Scores]:
+def mixture(*groups: Scores, unit: float = 0.0) -> tuple[Scores, Scores]:
     """Weigh the variances that the sum of the groups' means may have.
 
     Args:
@@ -166,7 +167,7 @@ def _further(scores: Scores, unit: float) -> Scores:
     """Return the sum of squares of the further examples along the last dimension."""
     number = np.count_nonzero(scores, axis=-1)
     square = (scores**2).sum(axis=-1) / np.maximum(number, 1)
-    return _PSEUDO * np.where(number > 0, square, unit**2)
+    return _PSEUDO * np.where(number > 0, square, (unit or 1.0) ** 2)
 
 
 def _rest(scores: Scores, unit: float) -> Scores:
@@ -219,9 +220,10 @@ def _wilson(share: float, margin: float, num_examples: float) -> Interval:
     return (share + excess / 2) / (1 + excess), half / (1 + excess)
 
 
-def _agree(scores: Scores) -> bool:
+def _agree(scores: Scores, unit: float) -> bool:
     """Return whether single numbers per seed are equal but for rounding."""
-    return float(np.ptp(scores)) <= _EQUAL * float(np.abs(scores).max())
+    rounding = max(_EQUAL * float(np.abs(scores).max()), _ROUNDING * unit)
+    return float(np.ptp(scores)) <= rounding
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -90,7 +90,7 @@ def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
     for weight, item in terms:
         scores = item.scores if in_common else item.scores.mean(axis=1, keepdims=True)
         groups[item.seeds] = groups.get(item.seeds, 0.0) + weight * scores
-    unit = max(math.sqrt((item.scores**2).mean()) for _, item in terms) or 1.0
+    unit = max(math.sqrt((item.scores**2).mean()) for _, item in terms)
     estimated = estimate(*groups.values(), unit=unit)
     if estimated is None:
         return None
