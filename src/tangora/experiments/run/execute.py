@@ -262,7 +262,6 @@ def _trainer(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         warmup_steps=math.ceil(settings.warmup * settings.steps),
@@ -288,6 +287,7 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
+        learning_rate=settings.peak,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,
