@@ -68,9 +68,7 @@ def prepare(
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
     # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
-    return AdaLoraConfig(
-        init_r=(3 * r + 1) // 2, target_r=r, **adalora_schedule(total_steps), **options
-    )
+    return AdaLoraConfig(init_r=(3 * r + 1) // 2, target_r=r, **adalora_schedule(total_steps), **options)
 
 
 def adalora_schedule(total_steps: int) -> dict[str, int]:

@@ -68,7 +68,7 @@ class Trainer(transformers.Trainer):
     Raises:
         InputError: If ``recipe`` is no recipe, does not fit the model, or comes together with ``optimizers`` or
             ``optimizer_cls_and_kwargs``; if another argument of this class comes without it; or if DeepSpeed or FSDP1
-            would leave no LoRA pairs to train, or DeepSpeed would put an optimizer of its own in place of the given one.
+            would leave no LoRA pairs to train, or DeepSpeed would replace the optimizer that was given.
 
     Example:
         >>> import tangora
@@ -99,7 +99,9 @@ class Trainer(transformers.Trainer):
                     raise InputError("peft_config needs a recipe, or another trainer that takes it")
                 kwargs["peft_config"] = peft_config
         given = (value for value in (*args, kwargs.get("args")))
-        arguments = next((value for value in given if isinstance(value, transformers.TrainingArguments)), None)
+        arguments = next(
+            (value for value in given if isinstance(value, transformers.TrainingArguments)), None
+        )
         self._adapter_seed = 42 if arguments is None else arguments.seed
         super().__init__(model if model is None else self._adapted(model), *args, **kwargs)
         single_gpu(self)
@@ -107,8 +109,9 @@ class Trainer(transformers.Trainer):
             check_kept(given=self.optimizer is not None)
         if self.recipe is not None:
             self._set_learning_rate(self.recipe, learning_rate)
-            is_peft = isinstance(unwrapped(self.model), PeftModel)
-            if is_peft and self.recipe.start is None and (other := started_by(self.model)):
+            inner = unwrapped(self.model)
+            other = started_by(inner) if isinstance(inner, PeftModel) else None
+            if self.recipe.start is None and other is not None:
                 logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
         self.replay_seconds = 0.0
         self._update: list[MicroBatch] = []
@@ -127,7 +130,9 @@ class Trainer(transformers.Trainer):
     def _set_learning_rate(self, recipe: Recipe, given: float | None) -> None:
         default = next(field.default for field in fields(self.args) if field.name == "learning_rate")
         if given is None and self.args.learning_rate != default:
-            logger.info("recipe %r: learning rate %g, of TrainingArguments", recipe.name, self.args.learning_rate)
+            logger.info(
+                "recipe %r: learning rate %g, of TrainingArguments", recipe.name, self.args.learning_rate
+            )
             return
         if given is None:
             # the default of TrainingArguments cannot be told from the same number given
@@ -152,7 +157,9 @@ class Trainer(transformers.Trainer):
         """
         return self._adapted(super().call_model_init(trial))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train; a recipe without training (``one-step``) only initializes the adapter.
 
         Args:
@@ -193,7 +200,9 @@ class Trainer(transformers.Trainer):
         else:
             start(self, self.recipe)
             arguments = self.args
-            own: dict[str, Any] = {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
+            own: dict[str, Any] = (
+                {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
+            )
             self.optimizer = optimizer = self.recipe.create_optimizer(
                 model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
                 arguments.learning_rate,
@@ -264,7 +273,9 @@ def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
     if recipe is None:
         return None
     if not hasattr(recipe, "create_optimizer"):
-        raise InputError(f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {recipe!r}")
+        raise InputError(
+            f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {recipe!r}"
+        )
     for key in ("optimizers", "optimizer_cls_and_kwargs"):
         if options.get(key) not in (None, (None, None)):
             raise InputError(f"recipe and {key} both name an optimizer; give one of them")
