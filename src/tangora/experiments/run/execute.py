@@ -272,7 +272,6 @@ def _trainer(
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
@@ -304,6 +303,7 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
+        learning_rate=settings.peak,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,
