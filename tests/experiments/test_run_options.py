@@ -68,7 +68,11 @@ def test_an_epoch_sees_every_example_once(texts, tmp_path):
     # the schedule, too, is that of so many steps
     same = train(
         RunSettings(
-            **{**texts, **settings}, recipe="lora", batch_size=8, learning_rate=1e-3, steps=len(record.history)
+            **{**texts, **settings},
+            recipe="lora",
+            batch_size=8,
+            learning_rate=1e-3,
+            steps=len(record.history),
         ),
         tmp_path / "steps",
     )
@@ -220,7 +224,7 @@ def test_what_is_an_adapters_is_refused_without_one(option):
 
 def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(InputError, match="load_in_4bit needs bitsandbytes, .*: pip install bitsandbytes"):
+    with pytest.raises(InputError, match=r"load_in_4bit needs bitsandbytes, .*: pip install bitsandbytes"):
         validated(RunSettings, {"load_in_4bit": True})
 
 
