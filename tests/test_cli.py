@@ -271,6 +271,8 @@ def test_help_shows_choices_and_readable_defaults(call, monkeypatch):
     assert "<bool>" not in text("train")
     assert "Default: lora,orthogonal,pissa,lora-ga,lora-one." in text("diagnose")
     assert "Default: 0,1,2." in text("compare")
+    for command in FLAGS:
+        assert not re.search(r"Default: (None|False|Pydantic|\[)", text(command))
 
 
 @pytest.mark.parametrize("settings", [*FLAGS.values()])
