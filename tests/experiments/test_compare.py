@@ -8,8 +8,8 @@ import pytest
 from tangora import CompareSettings, InputError, compare
 from tangora.experiments.compare import CompareWatcher, write_report
 from tangora.experiments.comparison.plan import PlanSettings, read_plan
+from tangora.experiments.folders import claimed
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.settings import claim_folder
 from tangora.report import load_comparison, summarize
 from tangora.training.data import load_task
 from tests.experiments.small import write_classifier, write_generator
@@ -75,7 +75,7 @@ def test_files(done):
     for name in ("settings.json", "comparison.json", "summary.csv", "report.html", "picture.png", "log.txt"):
         assert (folder / name).stat().st_size > 0 or name == "log.txt"
     assert (outcome.adapter / "adapter_config.json").exists()
-    assert outcome.difference <= 1e-5
+    assert outcome.proof.difference <= 1e-5
     assert outcome.adapter_recipe in ("lora", "tangent")
 
 
@@ -136,10 +136,14 @@ def test_exact_answers_may_decide(tmp_path):
 )
 def test_what_a_comparison_has_is_not_changed(tmp_path, key, there, here):
     usual = {"recipes": ["full", "lora"], "seeds": [0, 1]}
-    claim_folder(tmp_path, CompareSettings(**usual | {key: there}))
-    (tmp_path / "records").mkdir()
-    with pytest.raises(InputError, match=f"belongs to another configuration: {key} is"):
-        claim_folder(tmp_path, CompareSettings(**usual | {key: here}))
+    with claimed(tmp_path / "out", CompareSettings(**usual | {key: there})):
+        (tmp_path / "out" / "records").mkdir()
+        (tmp_path / "out" / "records" / "one.json").write_text("{}")
+    with (
+        pytest.raises(InputError, match=f"belongs to another configuration: {key} is"),
+        claimed(tmp_path / "out", CompareSettings(**usual | {key: here})),
+    ):
+        pass
 
 
 def test_the_report_can_be_written_again(done, tmp_path):

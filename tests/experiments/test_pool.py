@@ -235,8 +235,9 @@ def test_no_run_begins_when_the_time_is_over(small, tmp_path, monkeypatch):
 @pytest.mark.messages
 def test_a_comparison_in_which_nothing_works_says_why(small, tmp_path):
     wrong = plan(small, target_modules=["nothing"], seeds=[0])
-    with pytest.raises(InputError, match=r"no run finished; lora-lr0\.001-seed0: .*target_modules"):
+    with pytest.raises(InputError, match=r"target_modules must name .* dense, key, .*; got 'nothing'"):
         compare(wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="jobs must be"):
         Resources(jobs=0)
     with pytest.raises(InputError, match="gigabytes must be"):

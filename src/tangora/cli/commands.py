@@ -1,5 +1,6 @@
 """Commands that train and measure: each parses, calls, prints."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.markup import escape
 from tangora._checks import InputError
 from tangora.cli.app import RESOURCES, Command, ConfigFile, Output, app
 from tangora.cli.flags import check_paths, names_for, option, takes, with_file
-from tangora.cli.output import console, progress_bars
+from tangora.cli.output import console, interruptible, progress_bars
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.curvature.settings import CurvatureSettings
@@ -37,11 +38,18 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
     settings = validated(RunSettings, with_file(RunSettings, values, config), str(config or ""))
     check_paths(settings)
     from tangora.cli.results import print_run, watcher_of
-    from tangora.experiments.train import train
+    from tangora.experiments.train import RECORD, last_step, train
 
-    with progress_bars() as bars:
-        bar = bars.add_task(settings.recipe, total=settings.steps, note="")
+    def next_time() -> str:
+        step = last_step(output)
+        return f"goes on from step {step}" if step else "begins again; --save-every keeps checkpoints"
+
+    there = os.path.isfile(output / RECORD)
+    with interruptible(next_time), progress_bars() as bars:
+        bar = bars.add_task(settings.recipe, total=settings.steps, note="", visible=not there)
         record = train(settings, output, watcher=watcher_of(bars, bar))
+    if there:
+        console.print(f"already {record.status}: nothing was run; choose another --output to run it again")
     print_run(record, output)
 
 
@@ -107,20 +115,26 @@ def compare_command(
     from tangora.experiments.compare import StudyOutcome, compare, compare_tasks
 
     told = shlex.join(["tangora", *sys.argv[1:]])
-    with progress_bars() as bars:
+    with interruptible(lambda: watcher.next_time), progress_bars() as bars:
+        watcher = ComparisonBars(bars)
         options: dict[str, Any] = {
             "command": told,
-            "watcher": ComparisonBars(bars),
+            "watcher": watcher,
             "resources": resources,
         }
         if isinstance(settings, PlanSettings):
             study = compare_tasks(settings, output, **options)
         else:
             study = compare(settings, output, **options)
+    if not watcher.begun:
+        console.print("already finished: nothing was run")
     if isinstance(study, StudyOutcome):
         print_study(study)
     else:
         print_outcome(study)
+    outcomes = study.outcomes.values() if isinstance(study, StudyOutcome) else [study]
+    if any(each.failed or not each.proven for each in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command("export", cls=Command)
@@ -169,7 +183,8 @@ def export_command(
     settings = adapter_settings(run)
     from tangora.experiments.export import export
 
-    exported = export(run, output, rank=rank, merge=merge, uniform=uniform)
+    with interruptible():
+        exported = export(run, output, rank=rank, merge=merge, uniform=uniform)
     console.print(f"{'model  ' if exported.merged else 'adapter'}  {escape(str(exported.path))}")
     if merge and settings.load_in_4bit:
         console.print("trained on a 4-bit base, merged into the base in full precision")
@@ -196,7 +211,7 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
     from tangora.cli.results import print_diagnosis
     from tangora.experiments.diagnose.measure import diagnose_task
 
-    with progress_bars() as bars:
+    with interruptible(), progress_bars() as bars:
         bar = bars.add_task("diagnose", total=None, note="")
         files = diagnose_task(
             settings,
@@ -236,7 +251,7 @@ def curvature_command(
     from tangora.cli.results import print_curvature
     from tangora.experiments.curvature.measure import measure_curvature
 
-    with progress_bars() as bars:
+    with interruptible(), progress_bars() as bars:
         bar = bars.add_task("products", total=None, note="")
         files = measure_curvature(
             settings,

@@ -12,7 +12,7 @@ from tangora._checks import InputError
 from tangora.cli.app import RESOURCES, Command, app
 from tangora.cli.flags import assignments, option
 from tangora.cli.listing import experiments, listing
-from tangora.cli.output import console, progress_bars
+from tangora.cli.output import console, interruptible, progress_bars
 from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
 from tangora.experiments.reproduce.registry import EXPERIMENTS, experiment, settings_of
 
@@ -57,7 +57,7 @@ def reproduce_command(
     from tangora.cli.results import print_reproduction
     from tangora.experiments.reproduce.run import reproduce
 
-    with progress_bars() as bars:
+    with interruptible(), progress_bars() as bars:
         bar = bars.add_task(name, total=None, note="")
         files = reproduce(
             wanted,

@@ -15,6 +15,7 @@ from tangora.experiments.curvature.measure import CurvatureFiles
 from tangora.experiments.diagnose.measure import DiagnosisFiles
 from tangora.experiments.reproduce.run import ReproductionFiles
 from tangora.experiments.run.execute import Watcher
+from tangora.experiments.run.proof import Proof
 from tangora.report import (
     Comparison,
     Record,
@@ -54,11 +55,18 @@ class ComparisonBars(CompareWatcher):
     def __init__(self, bars: Progress):
         super().__init__()
         self._bars = bars
+        self.begun = self.ended = 0
         self._runs = bars.add_task("runs", total=None, note="")
         self._steps: dict[str, TaskID] = {}
 
+    @property
+    def next_time(self) -> str:
+        """What the same command does after an interruption."""
+        return f"goes on: {self.ended} of {self.total} runs are done" if self.ended else "begins again"
+
     def plan(self, total: int) -> None:
         """Hear how many runs there are."""
+        super().plan(total)
         self._bars.update(self._runs, total=total)
 
     def begin(self, cell: Cell) -> Watcher:
@@ -70,11 +78,13 @@ class ComparisonBars(CompareWatcher):
         Returns:
             What moves the bar.
         """
+        self.begun += 1
         self._steps[cell.id] = self._bars.add_task(cell.id, total=cell.settings.steps, note="")
         return watcher_of(self._bars, self._steps[cell.id])
 
     def end(self, cell: Cell, record: Record) -> None:
         """Count the run, and say if it failed."""
+        self.ended += 1
         if cell.id in self._steps:
             self._bars.remove_task(self._steps.pop(cell.id))
         self._bars.advance(self._runs)
@@ -130,10 +140,22 @@ def print_outcome(outcome: Outcome) -> None:
     print_missing(outcome.comparison)
     if outcome.adapter is not None:
         console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
-        console.print(
-            "proof    plain PEFT on the untouched base gives the trained model's logits: "
-            f"largest difference {outcome.difference:.1e}"
-        )
+    if outcome.proof is not None:
+        console.print(proof_line(outcome.proof))
+    if outcome.failed:
+        names = ", ".join(record.id for record in outcome.failed)
+        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry makes them again")
+
+
+def proof_line(proof: Proof) -> str:
+    """Return the sentence on whether plain PEFT computes with the saved adapter what the trained model did."""
+    difference = f"largest difference {proof.difference:.1e}"
+    if proof.holds:
+        return f"proof    plain PEFT on the untouched base gives the trained model's logits: {difference}"
+    return (
+        "proof    failed: plain PEFT on the untouched base does not give the trained model's logits: "
+        f"{difference}, and rounding explains {proof.allowed:.1e}; do not use this adapter"
+    )
 
 
 def print_missing(comparison: Comparison) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tangora.adapters import load_adapter, save_adapter, save_merged
+from tangora.experiments.folders import new_folder
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.proof import model_card_facts
@@ -47,10 +48,15 @@ def export(
         The folder and what was lost.
 
     Raises:
-        InputError: If the folder is no finished run with an adapter, ``output`` is in use by something else, or a
-            launcher has started several processes.
+        InputError: If the folder is no finished run with an adapter, ``output`` exists and is not empty or cannot be
+            written, or a launcher has started several processes.
     """
     check_one_process("export")
+    with new_folder(Path(output)):
+        return _exported(run, output, rank, merge, uniform)
+
+
+def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool, uniform: bool) -> Exported:
     folder = Path(run)
     settings = adapter_settings(folder)
     if merge:  # into the weights as they were before they were quantized

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -22,11 +23,28 @@ from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
 from tangora.recipes import recipe
 
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every random generator takes, NumPy's too."""
+
+_MOST = 10**15
+
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change."""
+    """Base of all settings: unknown keys are errors, numbers are finite, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's true would be taken for 1, and numbers that fit no tensor would be refused by whatever meets them first
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        for part in _parts(value):
+            if isinstance(part, bool) and not ("bool" in wanted or "Any" in wanted):
+                raise ValueError(f"{info.field_name} cannot be a boolean; got {str(part).lower()}")
+            if isinstance(part, int) and abs(part) > _MOST:
+                raise ValueError(f"{info.field_name} must be at most {_MOST:.0e}; got {part}")
+        return value
 
     groups: ClassVar[Mapping[str, str]] = {}
     """Headings of the help, each by the first setting that stands under it."""
@@ -90,6 +108,13 @@ class Settings(BaseModel):
         """
         del found
         return set()
+
+
+def _parts(value: Any) -> list[Any]:
+    # what lists and mappings hold, however deep
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
 
 
 def device_name(name: str | None) -> str | None:
@@ -389,8 +414,8 @@ class RunSettings(TaskSettings):
         gt=0,
         description="Peak learning rate. Default: the second-smallest value of the recipe's search grid.",
     )
-    seed: int = Field(
-        default=0, ge=0, description="Seed of the initialization, the order of the data and dropout (seed)."
+    seed: Seed = Field(
+        default=0, description="Seed of the initialization, the order of the data and dropout (seed)."
     )
     reference: str | None = Field(
         default=None,
@@ -443,11 +468,18 @@ def check_adapted(settings: TaskSettings, name: str) -> None:
 def _read_plan(path: str) -> dict[str, Any]:
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rank_plan cannot be read: {error}") from None
     keys = ("rank_pattern", "alpha_pattern")
     if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
         raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+    for key, number, what in (
+        ("rank_pattern", int, "whole numbers"),
+        ("alpha_pattern", (int, float), "numbers"),
+    ):
+        for name, value in plan[key].items():
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
     return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}
 
 
@@ -469,7 +501,7 @@ def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") 
         InputError: Naming the first bad key, its value and what is allowed.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
 
@@ -510,12 +542,56 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{path}{place} is not valid YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, brackets without end
+        raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
+    return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in an output folder.
+
+    Returns:
+        As JSON holds them.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or give another folder") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged (no keys and values); restore it, or give another folder")
+    return values
+
+
+def run_file(folder: Path) -> dict[str, Any]:
+    """Read what the folder of a run, or the record beside it, says of its settings and origin.
+
+    Returns:
+        As JSON holds it, keys of other versions included.
+
+    Raises:
+        InputError: If there is nothing, or it is damaged.
+    """
+    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
+    source = own if own.is_file() else record
+    if not source.is_file():
+        raise InputError(f"{folder} is no run folder: it has no settings.json, and no record beside it")
+    values = read_settings(source)
+    if source is record:
+        values = values["settings"] if isinstance(values.get("settings"), dict) else {}
     return values
 
 
@@ -531,59 +607,18 @@ def run_settings(folder: Path) -> RunSettings:
     Raises:
         InputError: If the folder is none of these.
     """
-    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
-    source = own if own.is_file() else record
-    try:
-        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise InputError(
-            f"{folder} is no run folder: it has no settings.json, and no record beside it"
-        ) from None
-    values = values if source is own else values.get("settings", {})
+    values = run_file(folder)
     # where a run was computed says nothing of where its adapter is read
     known = {
         key: value for key, value in values.items() if key in RunSettings.model_fields and key != "device"
     }
     if "recipe" not in known:
-        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
-    return validated(RunSettings, known, str(source))
-
-
-_NO_PART = {"report_to", "save_every", "device"}
-"""Settings that change nothing of what is found."""
-
-
-def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") -> None:
-    """Write the settings into an output folder, or check that it belongs to them.
-
-    Args:
-        folder: Output folder, created when missing.
-        settings: What will be run there.
-        name: Name of the file.
-
-    Raises:
-        InputError: If the folder belongs to another configuration (the message names the first difference), or holds
-            something else.
-    """
-    path = folder / name
-    wanted = json.loads(settings.model_dump_json())
-    if path.exists():
-        # what an older version did not know was as it is by default
-        fields = type(settings).model_fields.items()
-        usual = {key: field.get_default(call_default_factory=True) for key, field in fields}
-        found = usual | json.loads(path.read_text(encoding="utf-8"))
-        # what was refused before its first step left nothing to protect
-        holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
-        for key in sorted((wanted.keys() | found.keys()) - _NO_PART - settings.grown_from(found)):
-            if wanted.get(key) != found.get(key) and holds_work:
-                raise InputError(
-                    f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
-                    f"{wanted.get(key)!r} here; choose another --output"
-                )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        raise InputError(
+            f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME"
+            if "recipes" in values
+            else f"{folder} holds no run: give an output folder of tangora train, or one of the runs of tangora compare"
+        )
+    return validated(RunSettings, known, str(folder))
 
 
 def adapter_settings(folder: Path) -> RunSettings:

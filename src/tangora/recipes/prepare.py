@@ -1,9 +1,10 @@
 """A base model made ready for training with a recipe."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from tangora.adapters import discover
 from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.targets import check_targets, wrapped
 
 
 def prepare(
@@ -50,6 +52,7 @@ def prepare(
     if entry.adapter is None:
         return model.requires_grad_(True)
     check_number("rank", r, low=1)
+    check_targets(model, target_modules)
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
     common = {
@@ -67,8 +70,8 @@ def prepare(
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+        adapted = wrapped(model, config)
+    _check_plan(adapted, rank_plan or {})
     _check_rank(adapted, r)
     return adapted
 
@@ -91,6 +94,17 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         if key in plan and plan[key] != config[key]:
             raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
     return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
+
+
+def _check_plan(model: PeftModel, plan: Mapping[str, Any]) -> None:
+    # PEFT would leave a layer that is not there out without a word
+    names = [pair.name for pair in discover(model).pairs]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in plan.get(key, {}):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise InputError(
+                    f"rank_plan is of another model: {key} names {pattern}, which is not adapted here"
+                )
 
 
 def _check_rank(model: PeftModel, r: int) -> None:

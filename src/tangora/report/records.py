@@ -220,6 +220,19 @@ class Comparison(FrozenModel):
             raise ValueError(f"the same run is recorded more than once: {twice[0]}")
         return self
 
+    @model_validator(mode="after")
+    def _check_same_origin(self) -> "Comparison":
+        # an older version did not keep them
+        for key, name in (("data_fingerprint", "data"), ("model_fingerprint", "model")):
+            first = {r.settings[key]: r.id for r in reversed(self.records) if r.settings.get(key)}
+            if len(first) > 1:
+                one, other, *_ = first.values()
+                raise ValueError(
+                    f"the {name} changed between its runs, {other} and {one} for example: they cannot be averaged; "
+                    "compare anew in another folder"
+                )
+        return self
+
 
 def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
     """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run.

@@ -10,6 +10,7 @@ from tangora._checks import InputError, check_choice
 from tangora._names import Kind
 from tangora.experiments.settings import (
     RunSettings,
+    Seed,
     Settings,
     TaskSettings,
     check_adapted,
@@ -50,7 +51,7 @@ class CompareSettings(TaskSettings):
         description="One search grid for all recipes, separated by commas; a YAML file can give one per recipe. "
         "Default: each recipe's own.",
     )
-    seeds: list[int] = Field(
+    seeds: list[Seed] = Field(
         default=[0, 1, 2],
         min_length=1,
         description="Seeds, separated by commas. The first ones run the sweep, all are reported.",
@@ -101,9 +102,10 @@ class CompareSettings(TaskSettings):
     @field_validator("recipes")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("recipes must differ from each other")
-        return [recipe(name).name for name in names]
+        names = [recipe(name).name for name in names]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"recipes must differ from each other; got {twice[0]} twice")
+        return names
 
     @field_validator("seeds")
     @classmethod
@@ -118,7 +120,9 @@ class CompareSettings(TaskSettings):
         for name, grid in grids.items():
             if not grid or min(grid) <= 0:
                 raise ValueError(f"learning_rates of {name} must be positive numbers; got {grid}")
-        return {recipe(name).name: sorted(set(grid)) for name, grid in grids.items()}
+            if len({f"{rate:g}" for rate in grid}) < len(grid):  # as runs are named
+                raise ValueError(f"learning_rates of {name} must differ from each other; got {grid}")
+        return {recipe(name).name: sorted(grid) for name, grid in grids.items()}
 
     @model_validator(mode="after")
     def _enough_seeds(self) -> "CompareSettings":
@@ -204,7 +208,7 @@ class CompareSettings(TaskSettings):
             recipe(name).adapter is None
         ):  # nothing to be aligned, whole models as snapshots, steps below bfloat16's
             shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
-        return RunSettings.model_validate(shared | own)
+        return validated(RunSettings, shared | own)
 
 
 def _listed(key: str, value: Any, kind: type) -> Any:

@@ -134,7 +134,7 @@ class Pool:
         run.told.close()
         path = record_path(run.folder, run.cell)
         if not path.exists():
-            save_json(died(run.cell, run.task, run.folder, run.process.exitcode), path)
+            save_json(died(run.cell, run.task, run.folder, run.process.exitcode, self._limits), path)
         return load_record(path)
 
 

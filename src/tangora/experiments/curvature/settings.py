@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Settings, device_name
+from tangora.experiments.settings import Seed, Settings, device_name
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -98,7 +98,7 @@ class CurvatureSettings(Settings):
         description="Keep the graph of every batch: half the time, much more memory. Default: with a single batch.",
     )
     float64: bool = Field(default=False, description="Compute in float64.")
-    seed: int = Field(default=0, ge=0, description="Seed of the random vectors and of a new head.")
+    seed: Seed = Field(default=0, description="Seed of the random vectors and of a new head.")
     device: str | None = Field(
         default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )
@@ -129,6 +129,15 @@ class CurvatureSettings(Settings):
                 f"landscape_points must be odd, so that the point itself is one of them; got {points}"
             )
         return points
+
+    @model_validator(mode="after")
+    def _several_batches(self) -> "CurvatureSettings":
+        if self.per_batch and self.num_examples <= self.batch_size:
+            raise ValueError(
+                f"per_batch compares mini-batches, and num_examples = {self.num_examples} with batch_size = "
+                f"{self.batch_size} gives one; give more examples or a smaller batch_size"
+            )
+        return self
 
 
 def _separated(value: object) -> object:

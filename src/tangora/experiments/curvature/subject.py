@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters import find_pairs, load_adapter
+from tangora.experiments.folders import check_origin, kept_origin
 from tangora.experiments.run.batches import encoded_batches
 from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.origin import origin_of
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
 from tangora.training.data import Task, load_task
 from tangora.training.devices import device_named
@@ -114,7 +116,7 @@ def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed
         return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
     if adapter is not None:
         raise InputError(f"adapter is for models; {source} is a run, which has its own: got {adapter}")
-    return _from_run(Path(source), run_settings(Path(source)).model_copy(update=changes))
+    return _from_run(Path(source), run_settings(Path(source)), changes)
 
 
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
@@ -124,8 +126,11 @@ def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: 
     return _subject(model, loaded, task, settings, Path(source).name)
 
 
-def _from_run(folder: Path, settings: RunSettings) -> Subject:
+def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Subject:
+    settings = trained.model_copy(update=changes)
     task = load_task(settings.data, **settings.as_task())
+    if not changes.keys() - {"max_length"}:
+        check_origin(folder, kept_origin(folder), origin_of(settings, task))
     if (folder / "adapter").is_dir():
         loaded = load_base(settings, task)
         model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from tangora._checks import InputError
 from tangora.adapters import load_adapter
 from tangora.diagnostics import DEFAULT_RANK, diagnose
 from tangora.experiments.diagnose.settings import DiagnoseSettings
+from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.settings import claim_folder
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
@@ -63,11 +64,12 @@ def diagnose_task(
     """
     check_one_process("diagnose")
     folder = Path(output)
+    check_output(folder)
     phase("loading")
     check_device(settings.device)
     task = _load_task(settings)
-    claim_folder(folder, settings)
-    with log_to(folder / "log.txt"):
+    _check_sizes(settings, task)
+    with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)
@@ -84,20 +86,31 @@ def diagnose_task(
             seed=settings.seed,
             progress=progress,
         )
-    record = DiagnosisRecord(
-        title=f"{Path(settings.model).name} on {Path(settings.data).name}",
-        command=command,
-        settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
-        diagnosis=found,
-        **provenance(),
-    )
-    plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
-    return DiagnosisFiles(
-        record,
-        save_json(record, folder / RECORD),
-        write_atomic(folder / PLAN, plan + "\n"),
-        write_diagnosis(record, folder / PAGE),
-    )
+        record = DiagnosisRecord(
+            title=f"{Path(settings.model).name} on {Path(settings.data).name}",
+            command=command,
+            settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+            diagnosis=found,
+            **provenance(),
+        )
+        plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
+        return DiagnosisFiles(
+            record,
+            save_json(record, folder / RECORD),
+            write_atomic(folder / PLAN, plan + "\n"),
+            write_diagnosis(record, folder / PAGE),
+        )
+
+
+def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
+    # defaults shrink to what there is; what was asked for does not
+    asked = settings.model_fields_set & {"num_examples", "num_held_out"}
+    wanted, there = settings.num_examples + settings.num_held_out, len(task.train)
+    if asked and wanted > there:
+        raise InputError(
+            f"num_examples and num_held_out must be at most {there} together, the number of training examples; got "
+            f"{settings.num_examples} and {settings.num_held_out}"
+        )
 
 
 def _load_task(settings: DiagnoseSettings) -> Task:

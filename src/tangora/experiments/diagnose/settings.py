@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.settings import Settings, device_name
+from tangora.experiments.settings import Seed, Settings, device_name
 
 
 class DiagnoseSettings(Settings):
@@ -89,7 +89,7 @@ class DiagnoseSettings(Settings):
         ge=0,
         description="Power iterations that sharpen the singular values, two passes over the data each.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of random vectors, initializations and a new head.")
+    seed: Seed = Field(default=0, description="Seed of random vectors, initializations and a new head.")
     device: str | None = Field(
         default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )

@@ -1,5 +1,6 @@
 """The proof of a saved adapter: plain PEFT computes with it, on the untouched base, what the trained model did."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,26 @@ from tangora.training.data import Task
 from tangora.training.models import LoadedModel
 
 _NUM_EXAMPLES = 8
+_ROUNDING = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest difference that rounding explains, as a share of the largest logit: the frozen weights' dtype decides."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What plain PEFT's logits say of a saved adapter.
+
+    Attributes:
+        difference: Largest absolute difference from the trained model's logits.
+        allowed: The most that rounding explains.
+    """
+
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether plain PEFT computes what the trained model did."""
+        return self.difference <= self.allowed  # not so for NaN
 
 
 def save_with_logits(
@@ -35,7 +56,7 @@ def save_with_logits(
     torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
 
 
-def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
+def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
     """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's.
 
     Args:
@@ -44,12 +65,13 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> float:
         folder: The run's folder.
 
     Returns:
-        Largest absolute difference of the logits on a few test examples.
+        The difference of the logits on a few test examples, and whether rounding explains it.
     """
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")
     expected = torch.load(folder / "logits.pt", weights_only=True)
-    return float((_logits(model, loaded, task, settings) - expected).abs().max())
+    difference = float((_logits(model, loaded, task, settings) - expected).abs().max())
+    return Proof(difference, _ROUNDING[settings.dtype] * max(1.0, float(expected.abs().max())))
 
 
 def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""What a run is made from, in short: the same for the same data and model, whatever their names and dates."""
+
+import hashlib
+from pathlib import Path
+
+from tangora.experiments.settings import TaskSettings
+from tangora.training.data import Task
+from tangora.training.models.loading import PACKAGED_MODELS
+
+_SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt"}
+_CHUNK, _NUM_CHUNKS = 2**16, 64
+"""Training changes nearly every weight: of large files, bytes at regular places are enough."""
+
+
+def origin_of(settings: TaskSettings, task: Task) -> dict[str, str]:
+    """Return the fingerprints of data and model; of the latter only for files of the user's, which may change."""
+    model = model_fingerprint(settings.model)
+    return {"data_fingerprint": task.fingerprint} | ({"model_fingerprint": model} if model else {})
+
+
+def model_fingerprint(name: str) -> str | None:
+    """Hash the sizes and a part of the bytes of a model's files, in a fraction of a second for any size.
+
+    Args:
+        name: As the user gave it.
+
+    Returns:
+        SHA-256; ``None`` for a packaged model or one from the hub.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED_MODELS or not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES)
+    seen = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        seen.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
+        step = max(_CHUNK, size // _NUM_CHUNKS)
+        with file.open("rb") as content:
+            for start in range(0, size, step):
+                content.seek(start)
+                seen.update(content.read(_CHUNK))
+    return seen.hexdigest()
