@@ -207,7 +207,7 @@ def test_again_and_another_configuration(run, tmp_path):
         ({"over": "tangents"}, "over must be one of tangent, weights, factors.*did you mean tangent"),
         ({"top": 0}, "top: .*greater than or equal to 1; got 0"),
         ({"radius": -1}, "radius: .*greater than or equal to 0"),
-        ({"split": "tset"}, "split: .*'train', 'validation' or 'test'"),
+        ({"split": "tset"}, "split must be one of train, validation, test; got 'tset'"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"adapter": "/nowhere"}, "is a run, which has its own"),
         ({"layers": "nothing"}, "nothing"),
