@@ -17,7 +17,7 @@ from rich.markup import escape
 from tangora._checks import InputError
 from tangora._names import DATA, MODELS, SPACES, STARTS
 from tangora.experiments.presets import PRESETS
-from tangora.experiments.settings import Settings, read_yaml
+from tangora.experiments.values import Settings, read_yaml
 from tangora.recipes import recipes
 from tangora.training.paths import is_data_path, is_model_path
 

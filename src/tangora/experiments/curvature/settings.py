@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Seed, Settings, device_name
+from tangora.experiments.values import Seed, Settings, device_name
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
