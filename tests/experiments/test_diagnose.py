@@ -10,7 +10,7 @@ from tangora import InputError, find_pairs, load_adapter, recipe, save_adapter
 from tangora.diagnostics import Diagnosis
 from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tangora.report import load_diagnosis
 from tangora.training.models import load_model
 from tests.experiments.small import write_classifier, write_generator

@@ -11,8 +11,10 @@ from tangora.experiments.compare import compare
 from tangora.experiments.comparison.plan import CompareSettings, read_plan
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.export import export
-from tangora.experiments.settings import RunSettings, run_settings, validated
+from tangora.experiments.run.execute import Watcher
+from tangora.experiments.settings import RunSettings, run_settings
 from tangora.experiments.train import train
+from tangora.experiments.values import validated
 from tests.experiments.small import write_classifier, write_generator
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -193,7 +195,7 @@ def test_the_base_is_quantized_and_the_head_is_not(task, recipe, tmp_path, reque
     record = train(settings, tmp_path / "out")
     assert record.status == "finished"
     assert record.settings["load_in_4bit"]
-    assert verify_adapter(settings, data, tmp_path / "out") < 1e-5
+    assert verify_adapter(settings, data, tmp_path / "out").difference < 1e-5
     # merged, it is a plain model
     export(tmp_path / "out", tmp_path / "merged", merge=True)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -226,6 +228,31 @@ def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(InputError, match=r"load_in_4bit needs bitsandbytes, .*: pip install bitsandbytes"):
         validated(RunSettings, {"load_in_4bit": True})
+
+
+# --- interrupted and resumed ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 1.5, "accumulate": 2, "lora_dropout": 0.3, "gradient_checkpointing": True},
+        pytest.param({"epochs": 1, "load_in_4bit": True, "lora_dropout": 0.3}, marks=needs_bitsandbytes),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(sums, tmp_path, options):
+    settings = RunSettings(**sums, **options, recipe="tangent", batch_size=8, save_every=3)
+
+    def stop(step, _):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "cut", watcher=Watcher(step=stop))
+    resumed, whole = (train(settings, tmp_path / name) for name in ("cut", "whole"))
+    assert len(whole.history) == settings.num_steps(80)
+    assert losses(resumed) == losses(whole)
+    assert resumed.metrics == whole.metrics
 
 
 # --- devices ---

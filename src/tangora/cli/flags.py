@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from glob import escape as escape_glob
 from glob import glob
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -16,7 +17,7 @@ from rich.markup import escape
 from tangora._checks import InputError
 from tangora._names import DATA, MODELS, SPACES, STARTS
 from tangora.experiments.presets import PRESETS
-from tangora.experiments.settings import Settings, read_yaml
+from tangora.experiments.values import Settings, read_yaml
 from tangora.recipes import recipes
 from tangora.training.paths import is_data_path, is_model_path
 
@@ -54,6 +55,9 @@ _PATHS: dict[str, Callable[[str], bool]] = {
     "reference": bool,
 }
 """Settings that may name files or folders, and when they do."""
+
+_SHOWN = {"rank_plan": "<file>", "adapter": "<folder>", "reference": "<folder>"}
+"""What the help shows as the value of a setting, where that is more than its type."""
 
 _INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference": "record.json"}
 """What a folder that they name must hold."""
@@ -170,7 +174,7 @@ def _option(key: str, field: FieldInfo, panel: str | None) -> Any:
         f"--{key.replace('_', '-')}",
         help=" ".join([escape(str(field.description)), *notes]),
         show_default=False,
-        metavar=shown.replace("str", "text"),
+        metavar=_SHOWN.get(key, shown.replace("str", "text")),
         rich_help_panel=panel,
         autocompletion=_completion(key, choices),
     )
@@ -184,35 +188,32 @@ def _completion(key: str, choices: tuple[str, ...]) -> Callable[[str], list[str]
 
 def _kind(field: FieldInfo) -> type:
     # lists are text with commas on a command line; the settings split it
-    kinds = {kind for kind in (int, float, bool) if kind in (field.annotation, *get_args(field.annotation))}
-    return kinds.pop() if kinds and not _is_list(field) else str
+    types = _types(field)
+    return next((kind for kind in (int, float, bool) if kind in types), str)
+
+
+def _types(field: FieldInfo) -> tuple[Any, ...]:
+    found: Any = field.annotation
+    return get_args(found) if isinstance(found, UnionType) else (found,)
 
 
 def _is_list(field: FieldInfo) -> bool:
-    parts = (field.annotation, *get_args(field.annotation))
-    return str not in parts and any(get_origin(part) in (list, tuple) or part is list for part in parts)
+    types = _types(field)
+    return str not in types and any(get_origin(each) in (list, dict) for each in types)
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:
-    for part in (field.annotation, *get_args(field.annotation)):
-        if get_origin(part) is Literal:
-            return get_args(part)
-        if get_origin(part) is list and get_origin(get_args(part)[0]) is Literal:
-            return ()
-    return ()
+    return next((get_args(each) for each in _types(field) if get_origin(each) is Literal), ())
 
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if value is None or field.is_required() or isinstance(value, bool):
-        return ""
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    # without one, what happens then stands in the description
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
 
 
 def _switched(given: Mapping[str, Any]) -> dict[str, Any]:

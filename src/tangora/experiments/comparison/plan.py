@@ -8,14 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_choice
 from tangora._names import Kind
-from tangora.experiments.settings import (
-    RunSettings,
-    Seed,
-    Settings,
-    TaskSettings,
-    check_adapted,
-    validated,
-)
+from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
+from tangora.experiments.values import Seed, Settings, validated
 from tangora.recipes import recipe
 
 JUDGES: dict[Kind, tuple[str, ...]] = {

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Seed, Settings, device_name
+from tangora.experiments.values import Seed, Settings, device_name
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -86,7 +86,7 @@ class CurvatureSettings(Settings):
     )
     num_examples: int = Field(default=32, ge=1, description="Number of examples, the first of the split.")
     batch_size: int = Field(
-        default=8, ge=1, description="Examples per batch, and per mini-batch of --per-batch."
+        default=8, ge=1, description="Examples per batch; per-batch measures each of these batches."
     )
     tolerance: float = Field(
         default=1e-2, gt=0, lt=1, description="Relative residual at which an eigenvalue has converged."
