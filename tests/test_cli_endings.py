@@ -75,7 +75,7 @@ def test_an_interrupted_training_says_from_where_it_goes_on(
     assert call(*arguments)[0] == 0
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    assert out.startswith("already finished")
+    assert "already finished" in out
 
 
 def test_an_interrupted_training_without_checkpoints_says_so(call, small, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_an_interrupted_comparison_says_how_much_is_done(call, small, tmp_path, 
     assert call(*arguments)[0] == 0
     code, out, _ = call(*arguments)
     assert code == 0
-    assert out.startswith("already finished")
+    assert "already finished" in out
 
 
 def test_a_proof_that_fails_says_so(call, small, tmp_path, monkeypatch):
