@@ -106,7 +106,7 @@ def test_a_saved_adapter_is_looked_at_where_it_ended(classifier, adapter, tmp_pa
         ({"adapter": "/nowhere"}, "/nowhere holds no adapter"),
         ({"starts": "lora,olora"}, "starts must be one of"),
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"num_validation": 10**6}, "num_validation"),
+        ({"num_validation": 10**6}, "too few for --num-validation 1000000"),
     ],
 )
 def test_errors(classifier, tmp_path, changes, message):

@@ -1,6 +1,6 @@
 """What commands print: progress, tables, sentences, and where the files are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -33,18 +33,20 @@ from tangora.report.curvature import findings as curvature_findings
 from tangora.report.reproduction import outcome, rich_checks
 
 
-def watcher_of(bars: Progress, bar: TaskID) -> Watcher:
+def watcher_of(bars: Progress, bar: TaskID, note: Callable[[str], None] | None = None) -> Watcher:
     """Let a bar follow a run.
 
     Args:
         bars: What draws it.
         bar: Which.
+        note: Called with sentences about the data; by default they are printed.
 
     Returns:
         What the run tells its phases and steps.
     """
     return Watcher(
         phase=lambda name: bars.update(bar, note=name),
+        note=note or (lambda sentence: bars.console.print(escape(sentence), soft_wrap=True)),
         step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
     )
 
@@ -58,6 +60,7 @@ class ComparisonBars(CompareWatcher):
         self.begun = self.ended = 0
         self._runs = bars.add_task("runs", total=None, note="")
         self._steps: dict[str, TaskID] = {}
+        self._told: set[str] = set()
 
     @property
     def next_time(self) -> str:
@@ -80,7 +83,13 @@ class ComparisonBars(CompareWatcher):
         """
         self.begun += 1
         self._steps[cell.id] = self._bars.add_task(cell.id, total=cell.settings.steps, note="")
-        return watcher_of(self._bars, self._steps[cell.id])
+        return watcher_of(self._bars, self._steps[cell.id], self._tell_once)
+
+    def _tell_once(self, sentence: str) -> None:
+        # every run says it, as every run has a process of its own
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self._bars.console.print(escape(sentence), soft_wrap=True)
 
     def end(self, cell: Cell, record: Record) -> None:
         """Count the run, and say if it failed."""

@@ -26,7 +26,7 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.loading import load_base, load_run_task, with_sizes
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
@@ -219,9 +219,9 @@ class _Runner:
         check_output(folder)
         check_trackers(settings.report_to or ())
         check_device(settings.device)
+        task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
+        settings = with_sizes(settings.model_copy(update={"kind": task.kind}), task)
         each = [settings.run(name, settings.grid(name)[0], settings.seeds[0]) for name in settings.recipes]
-        task = load_run_task(each[0])
-        settings = settings.model_copy(update={"kind": task.kind})
         if settings.judge_by is not None:
             check_choice("judge_by", settings.judge_by, JUDGES[task.kind])
         for run in each:

@@ -7,9 +7,11 @@ from pathlib import Path
 from tangora.adapters import load_adapter, save_adapter, save_merged
 from tangora.experiments.folders import new_folder
 from tangora.experiments.launcher import check_one_process
-from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.loading import load_run_base
 from tangora.experiments.run.proof import model_card_facts
 from tangora.experiments.settings import adapter_settings
+from tangora.report import load_record
+from tangora.report.records import RECORDS_FOLDER
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def export(
 ) -> Exported:
     """Write the adapter of a finished run once more: at another rank, or merged into its base.
 
+    The training data is not needed: names of classes and the tokenizer stand beside the run's adapter.
+
     Args:
         run: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
         output: Folder to write.
@@ -61,18 +65,27 @@ def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool
     settings = adapter_settings(folder)
     if merge:  # into the weights as they were before they were quantized
         settings = settings.model_copy(update={"load_in_4bit": False})
-    task = load_run_task(settings)
-    loaded = load_base(settings, task)
+    loaded = load_run_base(settings, folder / "adapter")
     model = load_adapter(loaded.model, folder / "adapter")
-    facts = model_card_facts(task, settings)
     if not merge:
-        saved = save_adapter(model, output, rank=rank, uniform=uniform, card=facts)
+        facts = model_card_facts(settings, *_told(folder))
+        saved = save_adapter(
+            model, output, rank=rank, uniform=uniform, card=facts, tokenizer=loaded.tokenizer
+        )
         return Exported(Path(output), False, saved.relative_error)
     error = 0.0
     if rank is not None:
         with tempfile.TemporaryDirectory() as scratch:
             error = save_adapter(model, Path(scratch) / "adapter", rank=rank).relative_error
-            model = load_adapter(load_base(settings, task).model, Path(scratch) / "adapter")
+            model = load_adapter(load_run_base(settings, folder / "adapter").model, Path(scratch) / "adapter")
     path = save_merged(model, output)
     loaded.tokenizer.save_pretrained(path)
     return Exported(path, True, error)
+
+
+def _told(run: Path) -> tuple[str, str]:
+    """Return what the record of a run tells of its data: fingerprint and format."""
+    own, beside = run / "record.json", run.parent.parent / RECORDS_FOLDER / f"{run.name}.json"
+    path = own if own.is_file() else beside
+    settings = load_record(path).settings if path.is_file() else {}
+    return str(settings.get("data_fingerprint", "unknown")), str(settings.get("data_format", "unknown"))

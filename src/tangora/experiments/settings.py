@@ -158,7 +158,8 @@ class TaskSettings(Settings):
     )
     data: str = Field(
         default="bbc-news",
-        description="Data set: packaged name, reasoning-gym:NAME, local file or folder, or hub name.",
+        description="Data set: packaged name, reasoning-gym:NAME, local file (.jsonl .json .csv .tsv .parquet), folder "
+        "of LABEL/*.txt, or hub name: owner/name or owner/name/config.",
     )
     test_data: str | None = Field(
         default=None,
@@ -169,20 +170,38 @@ class TaskSettings(Settings):
     )
     text_column: str | None = Field(
         default=None,
-        description="Column of the text; a,b for sentence pairs, a|b for the first column that exists.",
+        description="Column of the text; a,b for sentence pairs, a|b for the first column that exists. Default, as for "
+        "the other columns: recognized by its name.",
     )
-    label_column: str | None = Field(default=None, description="Column of the label.")
-    prompt_column: str | None = Field(default=None, description="Column of the prompt.")
+    label_column: str | None = Field(default=None, description="Column of the label, for classification.")
+    prompt_column: str | None = Field(
+        default=None,
+        description="Column of the prompt. A causal example is prompt + newline + completion + eos; the loss counts "
+        "the completion.",
+    )
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None,
+        description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
+        "it, or false in a settings file: turns joined by newlines.",
+    )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."
     )
-    num_validation: int = Field(
-        default=200, ge=1, description="Validation examples, used to select the learning rate."
+    num_validation: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validation examples, used to select the learning rate. Default: a fifth of the data, at most 200.",
     )
-    num_test: int = Field(default=500, ge=1, description="Test examples, used for the reported metrics.")
+    num_test: int | None = Field(
+        default=None,
+        ge=1,
+        description="Test examples, used for the reported metrics. Default: a fifth of the data, at most 500.",
+    )
     max_length: int = Field(
-        default=128, ge=2, description="Maximum tokens per example (max_seq_length); longer ones are cut."
+        default=128,
+        ge=2,
+        description="Maximum tokens per example (max_seq_length); longer ones are cut, and counted.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

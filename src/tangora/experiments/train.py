@@ -8,7 +8,7 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.checks import check_options
 from tangora.experiments.run.execute import Watcher, execute
-from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.loading import load_run_task, with_sizes
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings
@@ -48,6 +48,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     check_trackers(settings.report_to or ())
     check_device(settings.device)
     task = load_run_task(settings)
+    settings = with_sizes(settings, task)
     check_reference(settings, task)
     check_options(settings, task)
     origin = origin_of(settings, task)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tangora._checks import InputError
-from tangora.adapters import LoraPair, discover
+from tangora.adapters import LoraPair, discover, warn_if_base_changed
 from tangora.adapters.discover import by_reason, describe_skipped, some_of
 from tangora.optim.stack import StackCache
 
@@ -193,6 +193,7 @@ def _groups_of_model(model: nn.Module, owner: str) -> list[dict[str, Any]]:
         raise InputError(
             f"{owner} found no trainable LoRA pair: {_why_none(model, found.pairs, found.skipped)}"
         )
+    warn_if_base_changed(model)
     if found.skipped:
         warnings.warn(describe_skipped(found.skipped), stacklevel=5)
     if lone := [pair for pair in found.pairs if _is_lone(pair)]:

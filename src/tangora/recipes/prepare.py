@@ -78,14 +78,12 @@ def prepare(
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
     # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
-    return AdaLoraConfig(
-        init_r=(3 * r + 1) // 2,
-        target_r=r,
-        total_step=total_steps,
-        tinit=total_steps // 10,
-        tfinal=total_steps // 3,
-        **options,
-    )
+    return AdaLoraConfig(init_r=(3 * r + 1) // 2, target_r=r, **adalora_schedule(total_steps), **options)
+
+
+def adalora_schedule(total_steps: int) -> dict[str, int]:
+    """Return the steps between which AdaLoRA moves ranks, as options of PEFT's configuration."""
+    return {"total_step": total_steps, "tinit": total_steps // 10, "tfinal": total_steps // 3}
 
 
 def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

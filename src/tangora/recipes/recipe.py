@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
+    import tangora._types
     import tangora.init
     import tangora.probes
 
@@ -112,6 +113,7 @@ class Recipe:
         batches: Iterable[Any] | None = None,
         *,
         held_out: Iterable[Any] | None = None,
+        loss_fn: "tangora._types.LossFn | None" = None,
         seed: int = 0,
         progress: "tangora.probes.Report" = False,
     ) -> "tangora.init.Start | None":
@@ -121,6 +123,7 @@ class Recipe:
             model: What `prepare` returned.
             batches: Model inputs with labels, for starts that read gradients.
             held_out: Others, for a start that is tuned on them (``one-step``).
+            loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
             progress: Whether to draw a progress bar, or what hears of it.
 
@@ -135,7 +138,9 @@ class Recipe:
             {"held_out": held_out} if self.start == "one-step" else {}
         )
         peft_model: Any = model  # `initialize` checks it
-        return initialize(peft_model, self.start, batches, seed=seed, progress=progress, **options)
+        return initialize(
+            peft_model, self.start, batches, loss_fn=loss_fn, seed=seed, progress=progress, **options
+        )
 
     def create_optimizer(
         self, model: "torch.nn.Module", lr: float, *, head_lr: float | None = None, **options: Any

@@ -151,6 +151,9 @@ class Record(Recorded):
     )
     error: str | None = Field(default=None, description="What happened to a run that did not finish.")
     settings: dict[str, Any] = Field(description="Everything needed to run it again.")
+    notes: list[str] = Field(
+        default_factory=list, description="What was decided about the data, and how much of it was cut off."
+    )
     metrics: dict[str, Metrics] = Field(
         description='Keys "validation" and "test" after training, "before" for the test set before it.'
     )

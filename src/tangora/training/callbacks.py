@@ -343,18 +343,3 @@ def last_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(path)
             del found[step]
     return found[max(found)] if found else None
-
-
-class AdaLoraAllocation(TrainerCallback):
-    """Calls AdaLoRA's rank allocation after every optimizer step, which PEFT leaves to the training loop."""
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ):
-        """Let AdaLoRA see the gradients of this step."""
-        model.base_model.update_and_allocate(state.global_step)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def is_model_path(name: str) -> bool:
@@ -26,4 +26,4 @@ def is_data_path(name: str) -> bool:
     Returns:
         Whether only a file or folder can be meant.
     """
-    return name.startswith((".", "/", "~")) or Path(name).suffix in DATA_SUFFIXES
+    return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in DATA_SUFFIXES

@@ -121,6 +121,8 @@ class Pool:
                 return True
             if kind == "phase":
                 run.watcher.phase(what[0])
+            elif kind == "note":
+                run.watcher.note(what[0])
             elif kind == "step":
                 run.watcher.step(*what)
             elif kind == "full":

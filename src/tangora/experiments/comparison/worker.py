@@ -210,6 +210,7 @@ def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection)
             _limit_memory(limits.gigabytes)
         watcher = Watcher(
             phase=lambda name: told.send(("phase", name)),
+            note=lambda sentence: told.send(("note", sentence)),
             step=lambda number, loss: told.send(("step", number, loss)),
         )
         try:

@@ -39,6 +39,10 @@ class CurvatureSettings(Settings):
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None,
+        description="Write causal examples with the tokenizer's chat template; default: as the run.",
+    )
     num_train: int | None = Field(default=None, ge=1, description="Training examples, as in train.")
     num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")
     num_test: int | None = Field(default=None, ge=1, description="Test examples, as in train.")

@@ -11,10 +11,10 @@ from tangora._checks import InputError
 from tangora.adapters import find_pairs, load_adapter
 from tangora.experiments.folders import check_origin, kept_origin
 from tangora.experiments.run.batches import encoded_batches
-from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
-from tangora.training.data import Task, load_task
+from tangora.training.data import Task
 from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
@@ -26,6 +26,7 @@ _DATA_KEYS = (
     "label_column",
     "prompt_column",
     "completion_column",
+    "chat_template",
     "num_train",
     "num_validation",
     "num_test",
@@ -120,7 +121,7 @@ def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed
 
 
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
-    task = load_task(settings.data, **settings.as_task())
+    task = load_run_task(settings)
     loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
     return _subject(model, loaded, task, settings, Path(source).name)
@@ -128,7 +129,7 @@ def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: 
 
 def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Subject:
     settings = trained.model_copy(update=changes)
-    task = load_task(settings.data, **settings.as_task())
+    task = load_run_task(settings)
     if not changes.keys() - {"max_length"}:
         check_origin(folder, kept_origin(folder), origin_of(settings, task))
     if (folder / "adapter").is_dir():

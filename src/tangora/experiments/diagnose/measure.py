@@ -1,6 +1,7 @@
 """A diagnosis of a model on data, both by name, and what it leaves in a folder."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
+from tangora.experiments.run.loading import check_chat, fit_notes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
 from tangora.training.data import Task, collator, encode, load_task
 from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
 
 RECORD, PLAN, PAGE = "diagnosis.json", "rank_plan.json", "diagnosis.html"
 
@@ -69,8 +73,11 @@ def diagnose_task(
     check_device(settings.device)
     task = _load_task(settings)
     _check_sizes(settings, task)
+    settings = with_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
+        for note in (*task.notes, *fit_notes(settings, task, loaded)):
+            logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)
         found = diagnose(
@@ -116,7 +123,9 @@ def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
 def _load_task(settings: DiagnoseSettings) -> Task:
     keys = ("kind", "num_train", "num_validation", "num_test")
     columns = ("text_column", "label_column", "prompt_column", "completion_column")
-    return load_task(settings.data, **{key: getattr(settings, key) for key in (*keys, *columns)})
+    task = load_task(settings.data, **{key: getattr(settings, key) for key in (*keys, *columns)})
+    check_chat(task, settings.chat_template)
+    return task
 
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
@@ -143,8 +152,9 @@ def _batches(
     collate, size, end = collator(loaded.tokenizer, task.kind), settings.batch_size, settings.num_examples
     batches = []
     for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
+        how = {"kind": task.kind, "max_length": settings.max_length}
         data = (
-            encode(examples, loaded.tokenizer, kind=task.kind, max_length=settings.max_length).encodings
+            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template)).encodings
             if examples
             else []
         )

@@ -40,13 +40,16 @@ class DiagnoseSettings(Settings):
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None, description="Write causal examples with the tokenizer's chat template, as in train."
+    )
     num_train: int | None = Field(
         default=None,
         ge=1,
         description="Training examples, as in train. Default: all that are not set aside.",
     )
-    num_validation: int = Field(default=200, ge=1, description="Validation examples, as in train.")
-    num_test: int = Field(default=500, ge=1, description="Test examples, as in train.")
+    num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")
+    num_test: int | None = Field(default=None, ge=1, description="Test examples, as in train.")
     max_length: int = Field(
         default=128, ge=2, description="Maximum tokens per example (max_seq_length); longer ones are cut."
     )

@@ -20,10 +20,10 @@ from tangora.experiments.provenance import provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.flatness import measure_flatness
-from tangora.experiments.run.loading import load_base, prepare
+from tangora.experiments.run.loading import fit_notes, load_base, prepare
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.run.origin import origin_of
-from tangora.experiments.run.proof import save_with_logits
+from tangora.experiments.run.proof import data_format, save_with_logits
 from tangora.experiments.run.saving import check_space, rescued, save_weights
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
@@ -70,10 +70,12 @@ class Watcher:
 
     Attributes:
         phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
+        note: Called with a sentence about the data: its columns and sizes, and what is cut off.
         step: Called with the number of optimizer steps done and the loss.
     """
 
     phase: Callable[[str], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -127,6 +129,10 @@ def execute(
     check_options(settings, task)
     loaded = load_base(settings, task)
     check_model([settings], task, loaded)
+    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    for note in notes:
+        logger.info("%s", note)
+        watcher.note(note)
     result = _Result(
         metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
     )
@@ -182,7 +188,10 @@ def execute(
         stage=stage,
         status=result.status,
         error=result.error,
-        settings=settings.model_dump(mode="json") | origin_of(settings, task),
+        settings=settings.model_dump(mode="json")
+        | origin_of(settings, task)
+        | {"data_format": data_format(task, settings)},
+        notes=notes,
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -263,7 +272,6 @@ def _trainer(
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
@@ -295,6 +303,7 @@ def _trainer(
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
+        learning_rate=settings.peak,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,

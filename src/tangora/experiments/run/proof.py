@@ -13,7 +13,7 @@ from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.provenance import versions
 from tangora.experiments.run.batches import encoded
 from tangora.experiments.run.loading import load_base
-from tangora.experiments.settings import RunSettings
+from tangora.experiments.settings import RunSettings, TaskSettings
 from tangora.training.data import Task
 from tangora.training.models import LoadedModel
 
@@ -52,7 +52,8 @@ def save_with_logits(
         task: Its data.
         settings: The run's.
     """
-    save_adapter(model, folder / "adapter", card=model_card_facts(task, settings))
+    facts = model_card_facts(settings, task.fingerprint, data_format(task, settings))
+    save_adapter(model, folder / "adapter", card=facts, tokenizer=loaded.tokenizer)
     torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
 
 
@@ -74,24 +75,49 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
     return Proof(difference, _ROUNDING[settings.dtype] * max(1.0, float(expected.abs().max())))
 
 
-def model_card_facts(task: Task, settings: RunSettings) -> dict[str, Any]:
+def data_format(task: Task, settings: TaskSettings) -> str:
+    """Say how the examples of a task are written for a model, as a card has code for it.
+
+    Args:
+        task: The data.
+        settings: For the chat template.
+
+    Returns:
+        One of the formats that `tangora.adapters.card` knows; ``images`` for images.
+    """
+    if settings.chat_template:
+        return "chat template"
+    first = task.train[0]
+    if task.kind == "causal":
+        return "prompt + newline + completion + eos" if first["prompt"] else "plain text"
+    if "pixels" in first:
+        return "images"
+    return "pair of texts" if "text_pair" in first else "text"
+
+
+def model_card_facts(settings: RunSettings, fingerprint: str, form: str) -> dict[str, Any]:
     """Return what a model card should tell of a run.
 
     Args:
-        task: Its data.
         settings: The run's.
+        fingerprint: Of its data.
+        form: How its examples are written, from `data_format`.
 
     Returns:
         Facts by name.
     """
+    length = {"steps": settings.steps} if settings.epochs is None else {"epochs": settings.epochs}
     return {
+        "base model": settings.model,
         "recipe": settings.recipe,
         "learning rate": settings.peak,
         "seed": settings.seed,
-        "steps": settings.num_steps(len(task.train)),
+        **length,
         "batch size": settings.batch_size * settings.accumulate,
-        "data": task.name,
-        "data fingerprint": task.fingerprint,
+        "data": settings.data,
+        "data fingerprint": fingerprint,
+        "format": form,
+        "max length": settings.max_length,
     } | versions()
 
 

@@ -324,9 +324,9 @@ def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section |
 def _mean_cell(values: Sequence[float]) -> Cell:
     mean = fmean(values)
     estimated = estimate(np.array(values)[:, None])
-    # The base is the same for every seed.
-    known = estimated if estimated is not None and estimated.standard_error else None
-    return number_cell(mean, formats.metric(mean), formats.interval(known.interval if known else None))
+    return number_cell(
+        mean, formats.metric(mean), formats.interval(estimated.interval if estimated else None)
+    )
 
 
 def flatness_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:

@@ -41,13 +41,14 @@ class Row:
         interval_over: What the interval would have change: seeds, test examples, or both.
         difference: `test` minus that of ``lora``.
         difference_interval: Its 95 % interval, paired where seeds and test examples agree.
-        p_value: Two-sided, of no difference from ``lora``; None for a single seed, whose interval cannot tell.
+        p_value: Two-sided, of no difference from ``lora``; None for a single seed, and where all seeds
+            of single numbers show the same difference.
         p_corrected: `p_value` by Holm's correction for all recipes of the comparison but ``full``, whose difference
             is a question of its own.
         versus_full: `test` minus that of ``full``.
         versus_full_interval: Its 95 % interval.
-        gap_closed: `difference` as a share of that of ``full``; None unless full fine-tuning is better than LoRA
-            by more than noise.
+        gap_closed: `difference` as a share of that of ``full``; None unless full fine-tuning is significantly better
+            than LoRA.
         gap_closed_interval: Its 95 % interval, which accounts for the noise of both differences.
         gap_closed_missing: Why there is no `gap_closed`.
         validation: Validation metric, mean over the seeds.
@@ -197,13 +198,7 @@ def _with_test(row: Row, found: Sample | None) -> Row:
     row = replace(row, test=found.mean, num_seeds=len(found.seeds))
     if estimated is None:
         return row
-    return replace(row, interval=_possible(estimated.interval, row.metric), interval_over=estimated.over)
-
-
-def _possible(interval: Interval, metric: str) -> Interval:
-    # a symmetric interval does not know that no accuracy is above 1
-    low, high = interval
-    return (max(low, 0.0), min(high, 1.0)) if metric == "accuracy" else interval
+    return replace(row, interval=estimated.interval, interval_over=estimated.over)
 
 
 def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
@@ -256,16 +251,16 @@ def _no_gap(full: Row | None, lora: Row | None) -> str | None:
     if full is None or full.test is None or lora is None or lora.test is None:
         return f"{CEILING} or {BASELINE} has no test result"
     if full.p_value is None:
-        return "a single seed cannot tell the gap from noise"
+        return "the noise of the gap is not known: a single seed, or the same difference for every seed"
     if leads(full):
         return None
     if trails(full):
         return f"{CEILING} is worse than {BASELINE}"
-    return f"{CEILING} is not better than {BASELINE} by more than noise"
+    return f"{CEILING} is not significantly better than {BASELINE}"
 
 
 def leads(row: Row) -> bool:
-    """Tell whether a recipe is better than LoRA by more than noise.
+    """Tell whether a recipe is significantly better than LoRA.
 
     Args:
         row: The recipe's row.
@@ -277,7 +272,7 @@ def leads(row: Row) -> bool:
 
 
 def trails(row: Row) -> bool:
-    """Tell whether a recipe is worse than LoRA by more than noise.
+    """Tell whether a recipe is significantly worse than LoRA.
 
     Args:
         row: The recipe's row.
@@ -297,7 +292,7 @@ def better_or_worse(difference: float | None, p_value: float | None, *, higher_i
         higher_is_better: Whether the metric is to be maximized.
 
     Returns:
-        1 if it is better by more than noise, -1 if it is worse, else 0.
+        1 if it is significantly better, -1 if significantly worse, else 0.
     """
     if difference is None or p_value is None or p_value >= ALPHA:
         return 0

@@ -50,6 +50,11 @@ class LoadedModel:
     name: str
     kind: Kind
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model has embeddings for; 0 for images."""
+        return 0 if isinstance(self.tokenizer, ImageScaler) else _vocabulary(self.model)
+
 
 def load_model(
     name: str,
@@ -104,6 +109,7 @@ def load_model(
     if quantize_to is not None:
         keep_layout(model.modules())
     if scaler is None:
+        _check_tokenizer(model, tokenizer, name)
         _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
 
@@ -143,6 +149,10 @@ def _resolve(name: str) -> tuple[str, bool]:
             raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
         return str(dequantized(path)), True
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+            raise InputError(
+                f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
         return str(path), True
@@ -282,7 +292,24 @@ def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]
         some = ", ".join(sorted(new)[:3])
         raise InputError(
             f"model {name!r} lacks {len(new)} of the weights that kind={kind!r} needs, such as {some}; "
-            f"allowed is a model trained as {type(model).__name__}"
+            f"use a model trained as {type(model).__name__}"
+            + (", or data with a label to classify" if kind == "causal" else "")
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise if a tokenizer knows far fewer tokens than its model, as one that was made of no files does."""
+    known, vocabulary = len(tokenizer), _vocabulary(model)
+    if known < vocabulary / 2:
+        raise InputError(
+            f"model {name!r} has no tokenizer of its own: the one found knows {known} tokens, the model {vocabulary}; "
+            "save the tokenizer into the model's folder with tokenizer.save_pretrained"
         )
 
 
