@@ -73,7 +73,8 @@ def diagnose_task(
     claim_folder(folder, settings)
     with log_to(folder / "log.txt"):
         loaded, model = _load_model(settings, task)
-        for note in (*task.notes, *fit_notes(settings, task, loaded)):
+        how = {"max_length": settings.max_length, "chat_template": settings.chat_template}
+        for note in (*task.notes, *fit_notes(task, loaded, **how)):
             logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)

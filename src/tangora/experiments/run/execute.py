@@ -122,7 +122,10 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     watcher.phase("start")
     loaded = load_base(settings, task)
-    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    notes = [
+        *task.notes,
+        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
+    ]
     for note in notes:
         logger.info("%s", note)
         watcher.note(note)
