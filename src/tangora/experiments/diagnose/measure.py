@@ -76,7 +76,8 @@ def diagnose_task(
     settings = with_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
-        for note in (*task.notes, *fit_notes(settings, task, loaded)):
+        how = {"max_length": settings.max_length, "chat_template": settings.chat_template}
+        for note in (*task.notes, *fit_notes(task, loaded, **how)):
             logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)

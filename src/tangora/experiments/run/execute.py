@@ -129,7 +129,10 @@ def execute(
     check_options(settings, task)
     loaded = load_base(settings, task)
     check_model([settings], task, loaded)
-    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    notes = [
+        *task.notes,
+        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
+    ]
     for note in notes:
         logger.info("%s", note)
         watcher.note(note)
