@@ -174,9 +174,8 @@ def cells(simulations: int, examples: Sequence[int]) -> Iterable[tuple[str, str,
 
 
 def _suspicious(found: dict[str, float]) -> bool:
-    return any(found[name] < 1 - ALPHA for name in NAMES[:3]) or any(
-        value > ALPHA for name, value in found.items() if name.startswith("family")
-    )
+    family = max(value for name, value in found.items() if name.startswith("family"))
+    return family > ALPHA or any(found[name] < LOWEST + 0.01 * (name == NAMES[0]) for name in NAMES[:3])
 
 
 def summary(found: Sequence[dict[str, float]]) -> dict[str, float]:
