@@ -109,7 +109,7 @@ def test_recipes_that_tie_everywhere_share_a_rank():
     found = matrix(tasks)
     assert found.mean_ranks == dict.fromkeys("abc", 2.0)
     assert found.rank_p_value == 1.0
-    assert {duel.outcome for duel in found.pairs} == {"tie"}
+    assert {duel.outcome for duel in found.pairs} == {None}  # equal numbers say nothing of the noise
 
 
 def test_recipes_without_a_result_take_no_part():
