@@ -137,7 +137,7 @@ def test_nothing_beats_the_front(higher_is_better):
     rows, cost = summarize(comparison), COSTS[0]
     assert [row.recipe for row in front(rows, cost)] == ["cheap", "twin", "best"]
     drawn = {trace.meta: (trace.x[0], trace.y[0]) for trace in pareto_figure(rows, cost).data if trace.meta}
-    assert drawn == {row.recipe: (row.time.total, row.test) for row in rows}
+    assert drawn == {row.recipe: (row.seconds, row.test) for row in rows}
     assert front(rows, COSTS[1]) == []  # memory was not measured
 
 

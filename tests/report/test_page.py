@@ -119,8 +119,9 @@ def test_costs_have_a_table_of_their_own(page):
     assert "peak memory" not in header  # not measured by any run
     for line, row in zip(lines, realistic_rows(), strict=True):
         cells = dict(zip(header, line, strict=True))
-        assert cells["time per run"] == formats.seconds(row.time.total)
-        assert cells["optimizer step"] == formats.milliseconds(row.step_milliseconds)
+        seconds, step = cells["time per run"].split("\n"), cells["optimizer step"].split("\n")
+        assert seconds[0] == formats.seconds(row.seconds)
+        assert step[0] == formats.milliseconds(row.step_milliseconds)
         assert cells["trained"] == formats.count(row.trainable_parameters)
 
 
@@ -131,7 +132,7 @@ def test_speed_and_robustness(page):
         cells = dict(zip(header, line, strict=True))
         assert cells["optimizer steps"] == ("–" if item.steps is None else f"{item.steps:.0f}")
         assert cells["time"] == formats.seconds(item.seconds)
-        assert cells["seeds that get there"] == f"{item.num_reached} of {item.num_seeds}"
+        assert cells["seeds that reach it"] == f"{item.num_reached} of {item.num_seeds}"
     _, *lines = page.tables["robustness-table"]
     found = robustness(comparison, rows)
     assert [line[0] for line in lines] == list(found)
@@ -237,7 +238,7 @@ def test_hostile_text_stays_text():
     assert "<script>alert" not in text
     page = Page(text)
     assert page.open == []
-    assert len(page.scripts) == 8
+    assert len(page.scripts) == 7
     assert HOSTILE in page.tables["results-table"][1] + page.tables["results-table"][2]
     assert [tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)] == []
 

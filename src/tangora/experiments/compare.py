@@ -27,8 +27,10 @@ from tangora.experiments.run.proof import verify_adapter
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.report import (
     Comparison,
+    Recommendation,
     Record,
     load_record,
+    recommendation,
     save_json,
     save_picture,
     summarize,
@@ -85,6 +87,11 @@ class Outcome:
     adapter: Path | None = None
     adapter_recipe: str | None = None
     difference: float | None = None
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The cheapest recipe that is not significantly worse than the best."""
+        return recommendation(self.comparison)
 
 
 def compare(
@@ -243,7 +250,7 @@ class _Runner:
         self, settings: CompareSettings, task: Task, folder: Path, records: list[Record], missing: list[str]
     ) -> Outcome:
         comparison = Comparison(
-            title=settings.title,
+            title=settings.heading,
             command=self._command,
             metric=settings.metric,
             higher_is_better=settings.higher_is_better,

@@ -335,7 +335,7 @@ def run_settings(folder: Path) -> RunSettings:
     return validated(RunSettings, known, str(source))
 
 
-_NO_PART = {"report_to", "save_every"}
+_NO_PART = {"report_to", "save_every", "title"}
 """Settings that change nothing of what is found."""
 
 

@@ -1,6 +1,7 @@
 """What a comparison is to do: its settings, alone or one of several tasks in a plan."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -53,7 +54,9 @@ class CompareSettings(TaskSettings):
         description="What chooses learning rates and decides: accuracy (classification), exact_match (generated "
         "answers) or loss; default: accuracy where there are classes, else loss.",
     )
-    title: str = Field(default="Comparison", description="Heading of the report.")
+    title: str | None = Field(
+        default=None, description="Heading of the report; default: recipes, data and model."
+    )
 
     @field_validator("recipes")
     @classmethod
@@ -121,6 +124,12 @@ class CompareSettings(TaskSettings):
             Its grid, ascending.
         """
         return self.learning_rates.get(name) or list(recipe(name).learning_rates)
+
+    @property
+    def heading(self) -> str:
+        """The title, or what is compared, on what."""
+        names = ", ".join(self.recipes) if len(self.recipes) <= 5 else f"{len(self.recipes)} recipes"
+        return self.title or f"{names} on {Path(self.data).name} with {Path(self.model).name}"
 
     @property
     def metric(self) -> str:

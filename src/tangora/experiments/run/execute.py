@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from tangora.experiments.provenance import provenance
+from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.flatness import measure_flatness
 from tangora.experiments.run.loading import load_base
@@ -118,6 +118,7 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = load_average()
     watcher.phase("start")
     loaded = load_base(settings, task)
     result = _Result(
@@ -174,6 +175,7 @@ def execute(
         status=result.status,
         error=result.error,
         settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -183,6 +185,7 @@ def execute(
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
+        load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(folder),
@@ -192,7 +195,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(),
+        **provenance(settings.model),
     )
 
 
