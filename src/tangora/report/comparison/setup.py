@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from tangora._names import MODELS
 from tangora.report import formats
 from tangora.report.records import Comparison, Record
 from tangora.report.statistics.selection import group_by_recipe, judged_runs
 from tangora.report.statistics.summary import Row
+from tangora.report.subject import model_name
 
 _UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the machine is a likely cause of
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -57,21 +57,6 @@ def setup_line(comparison: Comparison) -> str:
         "seeds": "seeds: {}",
     }
     return " · ".join(text.format(facts[name]) for name, text in write.items() if name in facts)
-
-
-def model_name(settings: Mapping[str, Any], described: str | None = None) -> str:
-    """Name a model, and say what it is where its short name does not.
-
-    Args:
-        settings: With the key ``model``.
-        described: What a record says it is; default: what is known of packaged models.
-
-    Returns:
-        For example "smollm2-135m (SmolLM2-135M-Instruct, dequantized from Q4_1)".
-    """
-    name = str(settings.get("model") or "")
-    what = described or MODELS.get(name)
-    return f"{name} ({what})" if name and what else name
 
 
 def examples_text(comparison: Comparison) -> str:

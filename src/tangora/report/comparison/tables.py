@@ -144,6 +144,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> Table:
     shown = [column for column in columns(comparison) if column.short]
     table = Table(
         title=Text(f"{comparison.title}\n{setup_line(comparison)}".strip()),
+        title_justify="left",
         caption=_legend(comparison, rows),
         caption_justify="left",
         box=box.SIMPLE_HEAD,

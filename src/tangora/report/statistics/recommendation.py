@@ -9,8 +9,8 @@ from tangora.report.statistics.intervals import ALPHA, Interval, holm
 from tangora.report.statistics.samples import Sample, contrast
 from tangora.report.statistics.summary import Row, judge
 
-SAME_TIME = 1.05
-"""Ratio of two median times within which they count as equal, and memory decides."""
+SAME_COST = 1.05
+"""Ratio of two median times, or of two memories, within which they count as equal."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def recommend(rows: Sequence[Row], samples: Mapping[str, Sample]) -> Recommendat
 
     Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
     examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
-    The cheapest has the smallest median time per run, the initialization included; of times within 5 % of it, the
-    smallest memory.
+    The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
+    smallest memory; of those within 5 % of that, the best test result.
 
     Args:
         rows: From `judge`, best first.
@@ -110,10 +110,12 @@ def _by_validation(rows: Sequence[Row]) -> Recommendation | None:
 def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
     left, ordered = list(rows), []
     while left:
-        limit = SAME_TIME * min(_seconds(row) for row in left)
-        cheapest = min((row for row in left if _seconds(row) <= limit), key=_memory)
-        left.remove(cheapest)
-        ordered.append(cheapest)
+        equal = left
+        for cost in (_seconds, _memory):
+            limit = SAME_COST * min(map(cost, equal))
+            equal = [row for row in equal if cost(row) <= limit]
+        ordered.append(equal[0])
+        left.remove(equal[0])
     return ordered
 
 
@@ -121,7 +123,7 @@ def _seconds(row: Row) -> float:
     return math.inf if row.seconds is None else row.seconds
 
 
-def _memory(row: Row) -> tuple[float, float, float, str]:
-    peak = math.inf if row.peak_bytes is None else row.peak_bytes
-    state = math.inf if row.optimizer_state_bytes is None else row.optimizer_state_bytes
-    return peak, state, _seconds(row), row.recipe
+def _memory(row: Row) -> float:
+    # where no peak is known, the optimizer's state is what recipes differ in
+    known = row.optimizer_state_bytes if row.peak_bytes is None else row.peak_bytes
+    return math.inf if known is None else known
