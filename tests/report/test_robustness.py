@@ -105,8 +105,8 @@ def test_sentences():
     full = sweep("full", {1e-4: 0.9, 2e-5: 0.5, 2e-4: 0.5})
     widths, carried, tripled = rate_verdict(measured([*wide, *narrow, *full]))
     assert widths == (
-        "wide has the widest range of learning rates within 2 % of its best result: at least a factor of 3; lora: only "
-        "the best one tried."
+        "wide has the widest range of learning rates within 2 % of its best result: at least a factor of 3; lora: the "
+        "best one only."
     )
     assert carried == (
         "At the best learning rate of full, wide is within 2 % of the best result and lora is worse than that."

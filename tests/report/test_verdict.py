@@ -226,6 +226,12 @@ def test_memory_decides_between_equal_times():
         runs("c", CLEAR, time=taking(11.0), memory=memory(1)),
     )
     assert found.candidates == ("b", "a", "c")
+    assert "(10.4 s per run, within 5 % of the fastest, 10.0 s)" in recommendation_sentence(found)
+
+
+def test_the_better_one_of_equally_cheap_ones_is_recommended():
+    found = advised(runs("a", CLEAR, time=taking(10.0)), runs("b", NOISY, time=taking(10.1)))
+    assert (found.recipe, found.best) == ("b", "b")
 
 
 def test_significantly_worse_is_meant_after_correction():

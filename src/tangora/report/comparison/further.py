@@ -120,7 +120,7 @@ def _widths(found: Mapping[str, Robustness]) -> list[str]:
 
 def _width(item: Robustness) -> str:
     if item.width == 1:
-        return "only the best one tried"
+        return "the best one only"
     bound = "at least " if item.open_low or item.open_high else ""
     return f"{bound}a factor of {item.width:.3g}"
 

@@ -170,7 +170,7 @@ def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]
         if curves := evaluation_curves(comparison, rows, metric):
             figure = curves_figure(curves, rows, "", keyed=True)
             charts.append(Chart(f"evaluation-{len(charts)}", metric, "", plain(figure), last_values(curves)))
-    sections = [Section("loss-title", loss.title, charts=[loss], keyed=True)]
+    sections = [Section("loss-title", loss.title, charts=[loss], keyed=True)] if losses else []
     if charts:
         notes = [f"Mean over the seeds at each recipe's best learning rate; {_BAND}."]
         sections.append(

@@ -47,9 +47,11 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
     if len(found.candidates) == 1:
         others = "; all others are significantly worse, or have no result of several seeds"
         return f"Recommendation: {use}, the best{others}."
-    took = formats.seconds(found.seconds)
+    # what reads the same is the same
+    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
+    took += "" if took.startswith(least) else f", within 5 % of the fastest, {least}"
     cheapest = (
-        f"Recommendation: {use}, the cheapest ({took} per run) of the {len(found.candidates)} recipes that are not "
+        f"Recommendation: {use}, the cheapest ({took}) of the {len(found.candidates)} recipes that are not "
         "significantly worse than the best"
     )
     if found.difference is None:

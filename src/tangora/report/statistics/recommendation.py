@@ -26,6 +26,7 @@ class Recommendation:
         difference: Test metric of `recipe` minus that of `best`; None where they are the same.
         difference_interval: Its 95 % interval.
         seconds: Median time per run of `recipe`.
+        least_seconds: The smallest of all candidates; times within 5 % of it count as equal.
     """
 
     recipe: str
@@ -36,6 +37,7 @@ class Recommendation:
     difference: float | None = None
     difference_interval: Interval | None = None
     seconds: float | None = None
+    least_seconds: float | None = None
 
 
 def recommendation(comparison: Comparison) -> Recommendation | None:
@@ -93,6 +95,7 @@ def recommend(rows: Sequence[Row], samples: Mapping[str, Sample]) -> Recommendat
         difference=None if same else samples[chosen.recipe].mean - samples[best.recipe].mean,
         difference_interval=estimated.interval if estimated else None,
         seconds=chosen.seconds,
+        least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
     )
 
 
