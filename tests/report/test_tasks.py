@@ -123,7 +123,7 @@ def test_sentences():
         "Against lora, corrected for 6 comparisons (Holm): good wins on 2 tasks; bad loses on 2 tasks; 2 ties."
     )
     assert found[1] == (
-        "Of 12 pairs of recipes on a task, 10 differ by more than noise when corrected for all of them."
+        "Of 12 pairs of recipes on a task, 10 differ significantly after correction for all of them."
     )
     assert found[2].startswith("Mean ranks over 2 tasks: good 1.0, ")
     assert found[2].endswith("; fewer than 5 tasks cannot tell such ranks from chance.")

@@ -32,8 +32,10 @@ from tangora.experiments.run.proof import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
 from tangora.report import (
     Comparison,
+    Recommendation,
     Record,
     load_record,
+    recommendation,
     save_json,
     save_picture,
     summarize,
@@ -100,6 +102,11 @@ class Outcome:
     def proven(self) -> bool:
         """Whether the best adapter, if there is one, does what the trained model did."""
         return self.proof is None or self.proof.holds
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The cheapest recipe that is not significantly worse than the best."""
+        return recommendation(self.comparison)
 
 
 def compare(
@@ -291,7 +298,7 @@ class _Runner:
         self, settings: CompareSettings, task: Task, folder: Path, records: list[Record], missing: list[str]
     ) -> Outcome:
         comparison = Comparison(
-            title=settings.title,
+            title=settings.heading,
             command=self._command,
             metric=settings.metric,
             higher_is_better=settings.higher_is_better,

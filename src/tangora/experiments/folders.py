@@ -32,7 +32,7 @@ _MAKERS = {
 }
 """A setting that only one command has, and the command."""
 
-_NO_PART = {"report_to", "save_every", "device"}
+_NO_PART = {"report_to", "save_every", "device", "title"}
 """Settings that change nothing of what is found."""
 
 _NO_SPACE = "No space left on device"

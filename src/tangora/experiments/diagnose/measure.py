@@ -99,7 +99,7 @@ def diagnose_task(
             command=command,
             settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
             diagnosis=found,
-            **provenance(),
+            **provenance(settings.model),
         )
         plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
         return DiagnosisFiles(

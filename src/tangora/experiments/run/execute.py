@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from tangora.experiments.folders import CHECKPOINTS
-from tangora.experiments.provenance import provenance
+from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.flatness import measure_flatness
@@ -125,6 +125,7 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = load_average()
     watcher.phase("start")
     check_options(settings, task)
     loaded = load_base(settings, task)
@@ -195,6 +196,7 @@ def execute(
         | origin_of(settings, task)
         | {"data_format": data_format(task, settings)},
         notes=notes,
+        num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -204,6 +206,7 @@ def execute(
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
+        load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(folder),
@@ -213,7 +216,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(),
+        **provenance(settings.model),
     )
 
 
