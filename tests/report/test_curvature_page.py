@@ -239,7 +239,7 @@ def test_findings():
         in joined
     )
     assert "mainly in pooler (25 %), bert.layer.2.dense (21 %) and bert.layer.2.query (18 %)" in joined
-    assert sentences[-1] == "All of this holds for the 32 training examples that were read."
+    assert sentences[-1] == "All numbers are for the 32 training examples that were read."
     assert "None" not in joined
 
 

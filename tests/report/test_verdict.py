@@ -144,6 +144,11 @@ def test_a_gap_that_nothing_closes():
     assert "no other recipe closes any of that gap" in sentences(records)[2]
 
 
+def test_full_fine_tuning_alone_may_differ():
+    found = sentences(runs("lora", CLEAR) + runs("full", BETTER) + runs("a", NOISY) + runs("b", NOISY))
+    assert found[0].startswith("No recipe but full fine-tuning is significantly different from lora; ")
+
+
 def test_no_gap():
     assert "there is no gap to close" in sentences(runs("lora", BETTER) + runs("full", CLEAR))[1]
     assert "no share of that gap is given" in sentences(runs("lora", CLEAR) + runs("full", NOISY))[1]

@@ -77,12 +77,15 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
         for found, how in ((better, "better"), (worse, "worse"))
         if found
     ]
+    # the sentence on the gap says it of full fine-tuning
+    apart = any(row.recipe == CEILING and (leads(row) or trails(row)) for row in judged)
+    none = "No recipe but full fine-tuning" if apart else "No recipe"
     if not parts and len(others) == 1:
         return f"{others[0].recipe} is not significantly different from {BASELINE} ({_distance(others[0])})."
     if not parts:
-        return f"No recipe is significantly different from {BASELINE}; the best of the others: {nearest}."
+        return f"{none} is significantly different from {BASELINE}; the best of the others: {nearest}."
     if not better:
-        parts.insert(0, f"No recipe is significantly better than {BASELINE}")
+        parts.insert(0, f"{none} is significantly better than {BASELINE}")
     return f"{'; '.join(parts)}."
 
 

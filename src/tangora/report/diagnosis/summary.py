@@ -221,8 +221,10 @@ def _of_ranks(diagnosis: Diagnosis) -> list[str]:
     row = kind_rows(diagnosis)[-1]
     # one rank may reach several shares: the largest says it all
     largest = {row.ranks_needed[share]: share for share in SHARES}
-    parts = [f"{share} % of it {_at_rank(rank, row.known_rank)}" for rank, share in largest.items()]
-    return [f"With one rank for all layers, the best adapters could capture {formats.listing(parts)}."]
+    parts = [f"{share} % {_at_rank(rank, row.known_rank)}" for rank, share in largest.items()]
+    return [
+        f"With one rank for all layers, the energy that adapters can capture is {formats.listing(parts)} at most."
+    ]
 
 
 def _at_rank(rank: int | None, known: int) -> str:
