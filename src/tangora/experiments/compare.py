@@ -22,7 +22,7 @@ from tangora.experiments.comparison.worker import RUNS_FOLDER, DiskFullError, Li
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.loading import load_run_task, with_sizes
+from tangora.experiments.run.loading import load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.proof import verify_adapter
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.report import (
@@ -181,6 +181,7 @@ class _Runner:
     def prepare(self, settings: CompareSettings, folder: Path) -> tuple[CompareSettings, Task, Path]:
         # reads the data and claims the folder
         check_trackers(settings.report_to or ())
+        settings = with_recorded_sizes(settings, folder)
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = with_sizes(settings.model_copy(update={"kind": task.kind}), task)
         if settings.judge_by is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.execute import Watcher, execute
-from tangora.experiments.run.loading import load_run_task, with_sizes
+from tangora.experiments.run.loading import load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings, claim_folder
 from tangora.report import Record, load_record, save_json
@@ -37,6 +37,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     check_one_process("train")
     folder = Path(output)
     check_trackers(settings.report_to or ())
+    settings = with_recorded_sizes(settings, folder)
     task = load_run_task(settings)
     settings = with_sizes(settings, task)
     check_reference(settings, task)

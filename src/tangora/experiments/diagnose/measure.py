@@ -15,7 +15,7 @@ from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import check_chat, fit_notes, with_sizes
+from tangora.experiments.run.loading import check_chat, fit_notes, with_recorded_sizes, with_sizes
 from tangora.experiments.settings import claim_folder
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
@@ -68,6 +68,7 @@ def diagnose_task(
     check_one_process("diagnose")
     folder = Path(output)
     phase("loading")
+    settings = with_recorded_sizes(settings, folder)
     task = _load_task(settings)
     settings = with_sizes(settings, task)
     claim_folder(folder, settings)
