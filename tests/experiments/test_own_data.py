@@ -37,6 +37,11 @@ def test_sizes_are_recorded_and_folders_that_name_them_go_on(small, tmp_path):
     assert load_record(tmp_path / "old.json").notes == []
 
 
+def test_folders_with_other_sizes_go_on_with_those(small, tmp_path):
+    record = train(RunSettings(**small, num_validation=50, num_test=60), tmp_path / "out")
+    assert train(RunSettings(**small), tmp_path / "out") == record
+
+
 def test_the_default_task_has_its_published_sizes():
     settings = RunSettings()
     sized = with_sizes(settings, load_run_task(settings))

@@ -26,7 +26,7 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.loading import load_base, load_run_task, with_sizes
+from tangora.experiments.run.loading import load_base, load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
@@ -226,6 +226,7 @@ class _Runner:
         check_output(folder)
         check_trackers(settings.report_to or ())
         check_device(settings.device)
+        settings = with_recorded_sizes(settings, folder)
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = with_sizes(settings.model_copy(update={"kind": task.kind}), task)
         each = [settings.run(name, settings.grid(name)[0], settings.seeds[0]) for name in settings.recipes]

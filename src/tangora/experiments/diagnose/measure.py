@@ -16,7 +16,7 @@ from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import check_chat, fit_notes, with_sizes
+from tangora.experiments.run.loading import check_chat, fit_notes, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
@@ -71,6 +71,7 @@ def diagnose_task(
     check_output(folder)
     phase("loading")
     check_device(settings.device)
+    settings = with_recorded_sizes(settings, folder)
     task = _load_task(settings)
     _check_sizes(settings, task)
     settings = with_sizes(settings, task)

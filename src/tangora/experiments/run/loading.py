@@ -74,6 +74,27 @@ def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
     return settings.model_copy(update=sizes)
 
 
+def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
+    """Take sizes that were not given from an output folder, so that the same command continues what is there.
+
+    Args:
+        settings: What is asked for.
+        folder: Output folder, new or not. Older versions had other default sizes.
+
+    Returns:
+        The settings, unchanged if the folder is new or is about other data.
+    """
+    found = _json(folder / "settings.json")
+    if found.get("data") != getattr(settings, "data", None):
+        return settings
+    sizes = {
+        key: found[key]
+        for key in ("num_validation", "num_test")
+        if getattr(settings, key) is None and isinstance(found.get(key), int)
+    }
+    return settings.model_copy(update=sizes)
+
+
 def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> list[str]:
     """Check that the model can read the data, and say what of it is cut off.
 
@@ -213,6 +234,7 @@ def _saved_labels(adapter: Path) -> tuple[str, ...]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
