@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from tangora._checks import check_number, check_whole
 
-
 _MOST = 1e6
 """Hours or gigabytes: more is meant for no limit."""
 
