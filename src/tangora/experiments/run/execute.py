@@ -24,7 +24,7 @@ from tangora.experiments.run.loading import fit_notes, load_base, prepare
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import data_format, save_with_logits
-from tangora.experiments.run.saving import check_space, rescued, save_weights
+from tangora.experiments.run.saving import check_space, read_whole, rescued, save_weights
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
@@ -354,7 +354,8 @@ def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) 
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:
     watched = reset_peak()
     checkpoint = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with read_whole(checkpoint, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return peak_bytes() if watched else None
 
 
