@@ -140,7 +140,7 @@ def flags(values):
 def test_command(call, classifier, tmp_path):
     code, out, err = call(*flags(of(classifier)), "--output", tmp_path / "out")
     assert code == 0, err
-    assert "A plain LoRA start of rank 2 sees" in out
+    assert "Plain LoRA of rank 2 captures" in out
     assert "all layers" in out
     assert "query" in out
     assert "rank_plan.json" in out.replace("\n", "")
