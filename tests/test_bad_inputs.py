@@ -18,6 +18,7 @@ import pytest
 from tangora import cli
 from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings
+from tangora.experiments.run.execute import Watcher
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tests.experiments.small import write_classifier, write_generator
@@ -50,8 +51,8 @@ CAUSAL = ["--model={generator}", "--data={sums}", "--num-train=40", "--num-valid
 
 def numbers():
     """Numbers out of range, that are none, or that no tensor holds."""
-    whole = ["0", "-1", "1.5", "many", "", "nan", "1e3", "99999999999999999999"]
-    real = ["-1", "nan", "inf", "-inf", "lots", ""]
+    whole = ["0", "-1", "1.5", "many", "", "99999999999999999999"]
+    real = ["-1", "nan", "inf", "-inf", "1e300", "lots"]
     flags = {
         "train": (
             ["steps", "batch-size", "accumulate", "rank", "num-train", "num-validation", "save-every"],
@@ -97,7 +98,19 @@ def lists():
         yield "compare", [f"--seeds={value}"]
     for value in ("1e-3,1e-3", "1e-3,0.001", "nan", "1e-3,inf", "0", "-1e-3", "", "a,b", "1e-3,1.0000001e-3"):
         yield "compare", [f"--learning-rates={value}"]
-    for value in ("nothing", "q_proj,v_proj", "query,q_proj", "", "query,", "[", "(", "LayerNorm", "encoder"):
+    for value in (
+        "nothing",
+        "q_proj,v_proj",
+        "query,q_proj",
+        "",
+        "query,",
+        "[",
+        "(",
+        "LayerNorm",
+        "encoder",
+        ".*",
+        "classifier",
+    ):
         for command in ("train", "compare", "diagnose"):
             yield command, [f"--target-modules={value}"]
     for value in ("orthogonl", "", "pissa,pissb"):
@@ -261,6 +274,9 @@ def outputs():
     for command, (owner, folder) in itertools.product(COMMANDS, OF.items()):
         yield command, [f"--output={{{folder}}}", *([] if command != owner else ["--num-test=11"])]
     yield "train", ["--output={run}", "--data={changed}"]
+    for name in ("checkpoint_adapter", "checkpoint_state", "checkpoint_optimizer", "metrics"):
+        yield "train", [f"--output={{cut_{name}}}", "--recipe=lora", "--save-every=1"]
+    yield "train", ["--data={texts}", "--output={texts}/out"]
 
 
 def other_commands():
@@ -377,6 +393,7 @@ def world(tmp_path_factory):
     small = write_classifier(root)
     settings = {**small, "num_train": 40, "num_validation": 10, "num_test": 10, "steps": 2, "batch_size": 4}
     places = {"root": root, "model": root / "model", "data": root / "data.jsonl", "out": root / "out"}
+    train_in_part(RunSettings(**settings, recipe="lora", save_every=1), root / "part")
     for name, recipe in (("run", "lora"), ("full_run", "full")):
         train(RunSettings(**settings, recipe=recipe), root / name)
     sizes = {key: settings[key] for key in ("model", "data", "num_train", "num_validation", "num_test")}
@@ -391,6 +408,15 @@ def world(tmp_path_factory):
     places |= {name.partition(".")[0]: root / name for name in names if name.partition(".")[0] not in places}
     places |= {"nowhere": root / "nowhere" / "at-all.csv", "adapter": root / "run" / "adapter"}
     return {name: str(path) for name, path in places.items()} | {"long_name": str(root / ("x" * 300))}
+
+
+def train_in_part(settings, folder):
+    def stop(step, _loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, folder, watcher=Watcher(step=stop))
 
 
 def _write_comparison(root, settings):
@@ -423,6 +449,15 @@ def _write_comparison(root, settings):
 
 
 def _write_damaged(root):
+    checkpoint = Path("checkpoints", "checkpoint-1")
+    for name, path in {
+        "cut_checkpoint_adapter": checkpoint / "adapter_model.safetensors",
+        "cut_checkpoint_state": checkpoint / "trainer_state.json",
+        "cut_checkpoint_optimizer": checkpoint / "optimizer.pt",
+        "cut_metrics": Path("metrics.jsonl"),
+    }.items():
+        shutil.copytree(root / "part", root / name)
+        (root / name / path).write_text("{\n{\n")
     for name in (
         "run_bad_config",
         "run_cut",
@@ -467,6 +502,10 @@ def _write_texts(root, settings):
     (root / "empty_folder").mkdir()
     (root / "foreign").mkdir()
     (root / "foreign" / "thesis.tex").write_text("years of work")
+    for label, word in itertools.product(("red", "blue"), "0123456789"):
+        (root / "texts" / label).mkdir(parents=True, exist_ok=True)
+        for other in "0123456789":
+            (root / "texts" / label / f"{word}{other}.txt").write_text(f"{label} {word} {other}")
     (root / "empty.csv").write_text("")
     (root / "header.csv").write_text("text,label\n")
     (root / "broken_json.jsonl").write_text('{"text": "a cat", "label": 1}\n{"text": \n')

@@ -309,6 +309,16 @@ def test_export_to_a_full_disk_leaves_nothing(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.messages
+def test_export_to_another_base_is_refused(small, tmp_path):
+    train(settings_of(small), tmp_path / "out")
+    change_data(small)  # which an adapter does not need
+    export(tmp_path / "out", tmp_path / "small", rank=1)
+    change_model(small)
+    with pytest.raises(InputError, match="the model changed since"):
+        export(tmp_path / "out", tmp_path / "merged", merge=True)
+
+
+@pytest.mark.messages
 def test_export_overwrites_nothing(small, tmp_path):
     train(settings_of(small), tmp_path / "out")
     weights = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()

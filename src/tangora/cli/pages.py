@@ -1,5 +1,6 @@
 """Commands that repeat, rewrite or list what is there."""
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -88,6 +89,23 @@ def report_command(
         raise InputError(
             f"{folder} is no folder; give the output folder of tangora compare or tangora curvature"
         )
+    from tangora.experiments.folders import locked
+    from tangora.report.records import COMPARISON_FILE
+
+    tasks = sorted(path.parent for path in folder.glob(f"*/{COMPARISON_FILE}"))
+    if not (tasks or any((folder / name).is_file() for name in (CURVATURE_RECORD, COMPARISON_FILE))):
+        raise InputError(
+            f"{folder} holds no comparison that has ended and no measured curvature; give the output folder of tangora "
+            "compare or tangora curvature"
+        )
+    with interruptible(), contextlib.ExitStack() as held:
+        for each in (folder, *tasks):
+            held.enter_context(locked(each))
+        _rewrite(folder)
+
+
+def _rewrite(folder: Path) -> None:
+    # writes the pages of whatever the folder holds
     from tangora.cli.results import print_curvature, print_tasks
     from tangora.experiments.compare import write_report
     from tangora.experiments.curvature.measure import CurvatureFiles, rewrite

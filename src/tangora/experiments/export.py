@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tangora.adapters import load_adapter, save_adapter, save_merged
-from tangora.experiments.folders import new_folder
+from tangora.experiments.folders import check_origin, kept_origin, new_folder
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_run_base
+from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import model_card_facts
 from tangora.experiments.settings import adapter_settings
 from tangora.report import load_record
@@ -65,6 +66,7 @@ def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool
     settings = adapter_settings(folder)
     if merge:  # into the weights as they were before they were quantized
         settings = settings.model_copy(update={"load_in_4bit": False})
+    check_origin(folder, kept_origin(folder), origin_of(settings))
     loaded = load_run_base(settings, folder / "adapter")
     model = load_adapter(loaded.model, folder / "adapter")
     if not merge:

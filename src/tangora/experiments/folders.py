@@ -32,7 +32,7 @@ _MAKERS = {
 }
 """A setting that only one command has, and the command."""
 
-_NO_PART = {"report_to", "save_every", "device"}
+_NO_PART = {"report_to", "save_every", "device", "title"}
 """Settings that change nothing of what is found."""
 
 _NO_SPACE = "No space left on device"
@@ -89,6 +89,7 @@ def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None =
             data (the message names the first difference), or cannot be written.
     """
     check_output(folder)
+    _check_outside(folder, settings)
     path = folder / SETTINGS
     with one_line_errors(folder), _made(folder), locked(folder, folder / _LOCK):
         if path.exists():
@@ -189,6 +190,14 @@ def kept_origin(folder: Path) -> dict[str, Any]:
     """
     found = run_file(folder)
     return {key: found[key] for key in (*ORIGIN, *ORIGIN.values()) if key in found}
+
+
+def _check_outside(folder: Path, settings: Settings) -> None:
+    # in a folder of texts every subfolder is a class
+    for key in ("data", "test_data"):
+        name = getattr(settings, key, None)
+        if name is not None and Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+            raise InputError(f"{folder} lies in {key} {name!r}, which would change; choose another --output")
 
 
 def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> None:

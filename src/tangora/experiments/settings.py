@@ -14,7 +14,7 @@ from pydantic import (
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
-from tangora.experiments.values import Seed, Settings, device_name, read_settings, validated
+from tangora.experiments.values import Seed, Settings, device_name, read_settings, target_names, validated
 from tangora.recipes import recipe
 
 
@@ -209,12 +209,7 @@ class TaskSettings(Settings):
     @field_validator("target_modules")
     @classmethod
     def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        # PEFT reads a single string as a pattern; names come separated by commas from the command line
-        return (
-            [name.strip() for name in targets.split(",")]
-            if isinstance(targets, str) and "," in targets
-            else targets
-        )
+        return target_names(targets)
 
     @field_validator("report_to", mode="before")
     @classmethod

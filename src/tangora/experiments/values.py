@@ -23,7 +23,7 @@ from tangora._checks import InputError
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What every random generator takes, NumPy's too."""
 
-_MOST = 10**15
+_MOST, _LEAST = 10**15, 1e-30
 
 
 class Settings(BaseModel):
@@ -33,14 +33,25 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML's true would be taken for 1, and numbers that fit no tensor would be refused by whatever meets them first
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's true would be taken for 1
         wanted = str(cls.model_fields[info.field_name or ""].annotation)
         for part in _parts(value):
             if isinstance(part, bool) and not ("bool" in wanted or "Any" in wanted):
                 raise ValueError(f"{info.field_name} cannot be a boolean; got {str(part).lower()}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _sizes_of_tensors(cls, value: Any, info: ValidationInfo) -> Any:
+        # what no tensor holds would be refused by whatever meets it first, or be nothing
+        for part in _parts(value):
             if isinstance(part, int) and abs(part) > _MOST:
                 raise ValueError(f"{info.field_name} must be at most {_MOST:.0e}; got {part}")
+            if isinstance(part, float) and part and not _LEAST <= abs(part) <= 1 / _LEAST:
+                raise ValueError(
+                    f"{info.field_name} must be 0 or in [{_LEAST:g}, {1 / _LEAST:g}]; got {part:g}"
+                )
         return value
 
     groups: ClassVar[Mapping[str, str]] = {}
@@ -112,6 +123,14 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
+
+
+def target_names(targets: str | list[str]) -> str | list[str]:
+    """Return names as PEFT takes them: it reads a single string as a pattern, and a name alone is none."""
+    if not isinstance(targets, str) or targets == "all-linear":
+        return targets
+    names = [name.strip() for name in targets.split(",")]
+    return names if len(names) > 1 or re.fullmatch(r"[\w.-]+", targets) else targets
 
 
 def device_name(name: str | None) -> str | None:

@@ -113,6 +113,7 @@ def _with_default_adapter(entry: Recipe, model: nn.Module, seed: int) -> nn.Modu
         total_steps=10,  # AdaLoRA's schedule is set when the number of steps is known
         seed=seed,
         target_modules="all-linear",
+        lora_dropout=0.0,
         rank_plan=None,
     )
 

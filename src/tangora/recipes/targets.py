@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -64,8 +65,12 @@ def wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """
     try:
         made = get_peft_model(model, config)
+    except NoMatchingPeftModuleError as error:  # the head, which is trained whole
+        raise InputError(
+            f"target_modules must name layers outside of the head; got {config.target_modules!r}"
+        ) from error
     except (ValueError, TypeError, NotImplementedError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:160]
         raise InputError(f"target_modules {config.target_modules!r} cannot be adapted: {said}") from error
     assert isinstance(made, PeftModel)
     return made

@@ -154,11 +154,19 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary per step.
+
+    Raises:
+        InputError: If the file is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
+        ) from error
 
 
 class Evaluations(TrainerCallback):

@@ -138,7 +138,7 @@ def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str)
         time=TimeSplit(start=0.0, forward_backward=0.0, optimizer=0.0, evaluation=0.0),
         memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
         trainable_parameters=0,
-        **provenance(),
+        **provenance(cell.settings.model),
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.values import Seed, Settings, device_name
+from tangora.experiments.values import Seed, Settings, device_name, target_names
 
 
 class DiagnoseSettings(Settings):
@@ -105,8 +105,7 @@ class DiagnoseSettings(Settings):
     @field_validator("target_modules")
     @classmethod
     def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        # PEFT reads a single string as a pattern; names come separated by commas from the command line
-        return _names(targets) if isinstance(targets, str) and "," in targets else targets
+        return target_names(targets)
 
     @field_validator("starts", mode="before")
     @classmethod

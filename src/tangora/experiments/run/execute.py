@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from tangora.experiments.folders import CHECKPOINTS
-from tangora.experiments.provenance import provenance
+from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.flatness import measure_flatness
@@ -24,7 +24,7 @@ from tangora.experiments.run.loading import fit_notes, load_base, prepare
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import data_format, save_with_logits
-from tangora.experiments.run.saving import check_space, rescued, save_weights
+from tangora.experiments.run.saving import check_space, read_whole, rescued, save_weights
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
@@ -127,11 +127,15 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = load_average()
     watcher.phase("start")
     check_options(settings, task)
     loaded = load_base(settings, task)
     check_model([settings], task, loaded)
-    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    notes = [
+        *task.notes,
+        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
+    ]
     for note in notes:
         logger.info("%s", note)
         watcher.note(note)
@@ -195,6 +199,7 @@ def execute(
         | origin_of(settings, task)
         | {"data_format": data_format(task, settings)},
         notes=notes,
+        num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -204,6 +209,7 @@ def execute(
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
+        load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(folder),
@@ -213,7 +219,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(),
+        **provenance(settings.model),
     )
 
 
@@ -351,7 +357,8 @@ def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) 
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:
     watched = reset_peak()
     checkpoint = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with read_whole(checkpoint, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return peak_bytes() if watched else None
 
 

@@ -12,10 +12,13 @@ _CHUNK, _NUM_CHUNKS = 2**16, 64
 """Training changes nearly every weight: of large files, bytes at regular places are enough."""
 
 
-def origin_of(settings: TaskSettings, task: Task) -> dict[str, str]:
-    """Return the fingerprints of data and model; of the latter only for files of the user's, which may change."""
-    model = model_fingerprint(settings.model)
-    return {"data_fingerprint": task.fingerprint} | ({"model_fingerprint": model} if model else {})
+def origin_of(settings: TaskSettings, task: Task | None = None) -> dict[str, str]:
+    """Return the fingerprints of data, where it is known, and of a model whose files are the user's and may change."""
+    found = {
+        "data_fingerprint": task.fingerprint if task else None,
+        "model_fingerprint": model_fingerprint(settings.model),
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def model_fingerprint(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tangora._checks import InputError
 from tangora.adapters import load_adapter, save_adapter
 from tangora.experiments.provenance import versions
 from tangora.experiments.run.batches import encoded
@@ -70,7 +72,10 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
     """
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")
-    expected = torch.load(folder / "logits.pt", weights_only=True)
+    try:
+        expected = torch.load(folder / "logits.pt", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise InputError(f"{folder / 'logits.pt'} cannot be read, so that nothing can be proven") from error
     difference = float((_logits(model, loaded, task, settings) - expected).abs().max())
     return Proof(difference, _ROUNDING[settings.dtype] * max(1.0, float(expected.abs().max())))
 

@@ -2,10 +2,12 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -72,6 +74,39 @@ def rescued(folder: Path, loaded: LoadedModel, model: nn.Module) -> Iterator[Non
             kept = f"{place.parent} is full, too"
         raise InputError(
             f"{folder}: no space left on device; {kept}; free some space, and the same command {step}"
+        ) from problem
+
+
+@contextmanager
+def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read what to do.
+
+    Args:
+        checkpoint: What training goes on from, if anything.
+        step: Returns the number of steps done.
+
+    Raises:
+        InputError: If training ends before a step was made.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as problem:
+        if checkpoint is None or is_disk_full(problem) or step() > int(checkpoint.name.split("-")[1]):
+            raise
+        said = " ".join(str(problem).split())[:100]
+        raise InputError(
+            f"{checkpoint} cannot be read ({said}); delete it, and the same command goes on from the one before"
         ) from problem
 
 
