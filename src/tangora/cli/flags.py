@@ -7,7 +7,7 @@ from glob import escape as escape_glob
 from glob import glob
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -194,7 +194,7 @@ def _kind(field: FieldInfo) -> type:
 
 def _types(field: FieldInfo) -> tuple[Any, ...]:
     found: Any = field.annotation
-    return get_args(found) if isinstance(found, UnionType) else (found,)
+    return get_args(found) if get_origin(found) in (Union, UnionType) else (found,)
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -48,6 +48,7 @@ def watcher_of(bars: Progress, bar: TaskID, note: Callable[[str], None] | None =
     return Watcher(
         phase=lambda name: bars.update(bar, note=name),
         note=note or (lambda sentence: bars.console.print(escape(sentence), soft_wrap=True)),
+        length=lambda steps: bars.update(bar, total=steps),
         step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
     )
 

@@ -77,7 +77,7 @@ class TaskSettings(Settings):
     chat_template: bool | None = Field(
         default=None,
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
-        "it, or false in a settings file: turns joined by newlines.",
+        "it; no-chat-template joins their turns by newlines instead.",
     )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."

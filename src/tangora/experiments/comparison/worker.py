@@ -211,6 +211,7 @@ def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection)
         watcher = Watcher(
             phase=lambda name: told.send(("phase", name)),
             note=lambda sentence: told.send(("note", sentence)),
+            length=lambda steps: told.send(("length", steps)),
             step=lambda number, loss: told.send(("step", number, loss)),
         )
         try:

@@ -41,7 +41,7 @@ class CurvatureSettings(Settings):
     completion_column: str | None = Field(default=None, description="Column of the completion.")
     chat_template: bool | None = Field(
         default=None,
-        description="Write causal examples with the tokenizer's chat template; default: as the run.",
+        description="Write causal examples with the tokenizer's chat template. Default: as the run.",
     )
     num_train: int | None = Field(default=None, ge=1, description="Training examples, as in train.")
     num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")

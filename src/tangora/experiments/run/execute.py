@@ -71,11 +71,13 @@ class Watcher:
     Attributes:
         phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
         note: Called with a sentence about the data: its columns and sizes, and what is cut off.
+        length: Called with the number of optimizer steps that there will be.
         step: Called with the number of optimizer steps done and the loss.
     """
 
     phase: Callable[[str], None] = lambda _: None
     note: Callable[[str], None] = lambda _: None
+    length: Callable[[int], None] = lambda _: None
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -163,6 +165,7 @@ def execute(
     try:
         with rescued(folder, loaded, model) if keep_model else contextlib.nullcontext():
             watcher.phase("training")
+            watcher.length(settings.num_steps(len(task.train)))
             result.peak_bytes = _train(trainer, folder / CHECKPOINTS) if method.trains else None
             _check_finite(model)
             # first of all, what nothing could bring back
