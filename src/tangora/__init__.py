@@ -109,7 +109,9 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 # PEFT imports bitsandbytes, which warns on some CPUs, with or without 4-bit layers, that it will do without a faster
 # kernel from the hub. The record is dropped at its logger; what fails while 4-bit layers are used is raised as ever.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+    lambda record: (
+        not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+    )
 )
 
 

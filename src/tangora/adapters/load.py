@@ -6,9 +6,10 @@ from typing import Any
 
 from peft import AdaLoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind, check_path
 from tangora.adapters.bare import named_adapter_parameters
 from tangora.adapters.wrapped import unwrapped
 
@@ -31,10 +32,13 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
         InputError: If ``path`` holds no adapter, ``base`` holds one already, a tensor of the file has no place in the
             model, or the file lacks one.
     """
-    folder = Path(path, options.get("subfolder") or "")
+    folder = check_path("path", path) / (options.get("subfolder") or "")
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)")
     bare = unwrapped(base)
+    check_kind(
+        "base", bare, nn.Module, "a loaded base model, such as AutoModelForCausalLM.from_pretrained(name)"
+    )
     for name, module in bare.named_modules():
         if isinstance(module, (BaseTunerLayer, PeftModel)):
             raise InputError(
@@ -44,6 +48,15 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     mapping = options.get("key_mapping") or getattr(bare, "_checkpoint_conversion_mapping", {})
     try:
         model = PeftModel.from_pretrained(bare, os.fspath(path), **options)
+    except NoMatchingPeftModuleError as error:
+        raise InputError(
+            f"{folder} is an adapter for another base model: its layers are not in {type(bare).__name__}"
+        ) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = next(line.strip() for line in str(error).split("\n") if "size mismatch" in line)
+        raise InputError(f"{folder} is an adapter for another base model: {first}") from error
     except KeyError as error:  # PEFT looks a module to save up before it asks whether the file has it
         raise InputError(f"{folder} lacks {error.args[0]}, which its config names") from error
     _check_taken(model, folder, mapping, options)

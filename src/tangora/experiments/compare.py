@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, check_kind, check_path
 from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
 from tangora.experiments.comparison.pool import Pool
 from tangora.experiments.comparison.resources import Resources
@@ -115,10 +115,11 @@ def compare(
             launcher has started several processes, or the disk is full; what has finished is kept.
     """
     check_one_process("compare", "--jobs makes several runs side by side")
-    resources = resources or Resources()
+    check_kind("settings", settings, CompareSettings, "a CompareSettings")
+    folder, resources = check_path("output", output), resources or Resources()
     with Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, resources, watcher or CompareWatcher(), command)
-        prepared = runner.prepare(settings, Path(output))
+        prepared = runner.prepare(settings, folder)
         return runner.run(*prepared)
 
 

@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangora._checks import check_path
 from tangora.adapters import load_adapter, save_adapter, save_merged
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_base, load_run_task
@@ -43,7 +44,7 @@ def export(run: str | Path, output: str | Path, *, rank: int | None = None, merg
             launcher has started several processes.
     """
     check_one_process("export")
-    folder = Path(run)
+    folder, output = check_path("run", run), check_path("output", output)
     settings = adapter_settings(folder)
     task = load_run_task(settings)
     loaded = load_base(settings, task)

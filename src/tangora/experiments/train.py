@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tangora._checks import check_kind, check_path
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.execute import Watcher, execute
@@ -35,7 +36,8 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
             launcher has started several processes.
     """
     check_one_process("train")
-    folder = Path(output)
+    check_kind("settings", settings, RunSettings, "a RunSettings")
+    folder = check_path("output", output)
     check_trackers(settings.report_to or ())
     task = load_run_task(settings)
     check_reference(settings, task)

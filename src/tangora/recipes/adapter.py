@@ -4,7 +4,7 @@ import copy
 import logging
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.auto.modeling_auto import (
@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from tangora._checks import InputError
+from tangora._checks import InputError, shown
 from tangora.adapters import active_adapter, mutates_base, unwrapped
 from tangora.init import is_trained, started_by
 from tangora.init.methods import seeded
-from tangora.recipes.prepare import prepare
+from tangora.recipes.prepare import prepare, with_adapter
 from tangora.recipes.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"with a recipe, model must be a loaded model; got {model!r}: load it by from_pretrained or "
+            f"with a recipe, model must be a loaded model; got {shown(model)}: load it by from_pretrained or "
             "tangora.load_model"
         )
     bare = unwrapped(model)
@@ -81,7 +81,7 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
         )
         return made
     with seeded(seed):
-        return get_peft_model(bare, _with_options(entry, config))
+        return with_adapter(bare, _with_options(entry, config))
 
 
 def _whole(entry: Recipe, model: nn.Module, config: Any, *, has_adapter: bool) -> nn.Module:

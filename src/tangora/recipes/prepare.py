@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from tangora._checks import InputError, check_number
+from tangora._checks import InputError, check_choice, check_kind, check_number, check_seed, check_whole
 from tangora.adapters import discover
 from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
@@ -45,11 +47,18 @@ def prepare(
     Raises:
         InputError: If rank or plan cannot be used.
     """
+    check_kind("model", model, nn.Module, "a loaded base model")
     if entry.adapter is None:
         return model.requires_grad_(True)
-    check_number("rank", r, low=1)
+    check_whole("rank", r, low=1)
+    check_number("lora_alpha", lora_alpha, low=0, open_low=True)
+    check_choice("task_type", task_type, [each.value for each in TaskType])
+    check_whole("total_steps", total_steps, low=1)
+    check_seed(seed)
+    check_kind("rank_plan", rank_plan, (Mapping, type(None)), "a rank plan, as tangora diagnose writes it")
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
+    _check_targets(target_modules)
     common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
     if task_type == "SEQ_CLS":
         common |= head_options(model)
@@ -60,10 +69,33 @@ def prepare(
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+        adapted = with_adapter(model, config)
     _check_rank(adapted, r)
     return adapted
+
+
+def with_adapter(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Return a base model with a new adapter, or raise `InputError` if its layers are not there."""
+    try:
+        adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except NoMatchingPeftModuleError as error:
+        kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+        raise InputError(
+            f"target_modules must name layers of {type(model).__name__}, whose linear ones are "
+            f"{', '.join(sorted(kinds)) or 'none'}, or be all-linear; got {_written(config)}"
+        ) from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _written(config: Any) -> str:
+    # PEFT keeps a list of names as a set
+    targets = config.target_modules
+    return str(targets) if isinstance(targets, (str, type(None))) else ", ".join(sorted(map(str, targets)))
 
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
@@ -82,6 +114,13 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         if key in plan and plan[key] != config[key]:
             raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
     return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
+
+
+def _check_targets(targets: Any) -> None:
+    allowed = "names of layers, or all-linear"
+    check_kind("target_modules", targets, (str, list, tuple, set), allowed)
+    for name in () if isinstance(targets, str) else targets:
+        check_kind("target_modules", name, str, allowed)
 
 
 def _check_rank(model: PeftModel, r: int) -> None:
