@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tangora._checks import InputError, check_whole
+from tangora._checks import InputError, check_kind, check_path, check_whole
 from tangora.adapters.bare import bare_model, check_gathered
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of, resolve, trim
@@ -147,11 +147,16 @@ def save_adapter(
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
+    target = check_path("path", path)
+    check_kind(
+        "initial", initial, (Mapping, type(None)), "what initial_factors(model) returned before training"
+    )
+    check_kind("card", card, (Mapping, type(None)), "a dict of facts")
 
     def write() -> SavedAdapter:
-        return _save(bare_model(model), Path(path), rank, trim_ranks, uniform, initial, card or {}, tokenizer)
+        return _save(bare_model(model), target, rank, trim_ranks, uniform, initial, card or {}, tokenizer)
 
-    return first_rank_writes(path, write)
+    return first_rank_writes(target, write)
 
 
 def _save(

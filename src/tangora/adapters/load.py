@@ -13,7 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind, check_path
 from tangora.adapters.bare import named_adapter_parameters
 from tangora.adapters.wrapped import unwrapped
 
@@ -37,14 +37,15 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
         InputError: If ``path`` holds no adapter or a damaged one, ``base`` is no model or holds an adapter already, a
             tensor of the file has no place in the model, or the file lacks one.
     """
-    folder = Path(path, options.get("subfolder") or "")
+    folder = check_path("path", path) / (options.get("subfolder") or "")
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)")
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise InputError(f"{folder} holds no weights ({_WEIGHTS[0]} is missing)")
-    if not isinstance(base, nn.Module):
-        raise InputError(f"base must be a model, not its name; got {base!r}")
     bare = unwrapped(base)
+    check_kind(
+        "base", bare, nn.Module, "a loaded base model, such as AutoModelForCausalLM.from_pretrained(name)"
+    )
     for name, module in bare.named_modules():
         if isinstance(module, (BaseTunerLayer, PeftModel)):
             raise InputError(

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, check_kind, check_path
 from tangora.adapters.folder import replace_folder, scratch_beside
 from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
 from tangora.experiments.comparison.pool import Pool
@@ -138,10 +138,11 @@ def compare(
             launcher has started several processes, or the disk is full. What has finished is kept.
     """
     check_one_process("compare", "--jobs makes several runs side by side")
-    resources = resources or Resources()
+    check_kind("settings", settings, CompareSettings, "a CompareSettings")
+    folder, resources = check_path("output", output), resources or Resources()
     with ExitStack() as held, Pool(resources.jobs, Limits(gigabytes=resources.gigabytes)) as pool:
         runner = _Runner(pool, held, resources, watcher or CompareWatcher(), command)
-        prepared = runner.prepare(settings, Path(output))
+        prepared = runner.prepare(settings, folder)
         return runner.run(*prepared)
 
 

@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangora._checks import check_path
 from tangora.adapters import load_adapter, save_adapter, save_merged
 from tangora.experiments.folders import check_origin, kept_origin, new_folder
 from tangora.experiments.launcher import check_one_process
@@ -57,12 +58,12 @@ def export(
             written, or a launcher has started several processes.
     """
     check_one_process("export")
-    with new_folder(Path(output)):
-        return _exported(run, output, rank, merge, uniform)
+    folder, target = check_path("run", run), check_path("output", output)
+    with new_folder(target):
+        return _exported(folder, target, rank, merge, uniform)
 
 
-def _exported(run: str | Path, output: str | Path, rank: int | None, merge: bool, uniform: bool) -> Exported:
-    folder = Path(run)
+def _exported(folder: Path, output: Path, rank: int | None, merge: bool, uniform: bool) -> Exported:
     settings = adapter_settings(folder)
     if merge:  # into the weights as they were before they were quantized
         settings = settings.model_copy(update={"load_in_4bit": False})

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from tangora._checks import check_kind, check_path
 from tangora.experiments.folders import CHECKPOINTS, LOG, check_origin, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
@@ -43,7 +44,8 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
             was.
     """
     check_one_process("train")
-    folder = Path(output)
+    check_kind("settings", settings, RunSettings, "a RunSettings")
+    folder = check_path("output", output)
     check_output(folder)
     check_trackers(settings.report_to or ())
     check_device(settings.device)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_seed
 from tangora._types import LossFn
 from tangora.adapters import (
     LoraPair,
@@ -129,6 +129,7 @@ def initialize(
     """
     began = time.perf_counter()
     chosen = check_method(method, options, has_batches=batches is not None)
+    check_seed(seed)
     inner: PeftModel = unwrapped(model)
     adapter, pairs, odd = _adapter(inner, adapter_name)
     _check_whole(method, options, pairs)
@@ -175,7 +176,7 @@ def initialize(
 
 
 def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair], dict[str, str]]:
-    adapter = adapter_name or active_adapter(model)
+    adapter = active_adapter(model) if adapter_name is None else adapter_name
     found = discover(model, adapter)
     if not found.pairs:
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")

@@ -4,7 +4,7 @@ import copy
 import logging
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.auto.modeling_auto import (
@@ -16,12 +16,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from tangora._checks import InputError
+from tangora._checks import InputError, shown
 from tangora.adapters import active_adapter, mutates_base, unwrapped
 from tangora.init import is_trained, started_by
 from tangora.init.methods import seeded
 from tangora.recipes.prepare import prepare
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.targets import check_targets, wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"with a recipe, model must be a loaded model; got {model!r}: load it by from_pretrained or "
+            f"with a recipe, model must be a loaded model; got {shown(model)}: load it by from_pretrained or "
             "tangora.load_model"
         )
     bare = unwrapped(model)
@@ -80,8 +81,11 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
             ALPHA,
         )
         return made
+    config = _with_options(entry, config)
+    if config.target_modules is not None:
+        check_targets(bare, config.target_modules)
     with seeded(seed):
-        return get_peft_model(bare, _with_options(entry, config))
+        return wrapped(bare, config)
 
 
 def _whole(entry: Recipe, model: nn.Module, config: Any, *, has_adapter: bool) -> nn.Module:

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
-from tangora._checks import InputError, check_number
+from tangora._checks import InputError, check_choice, check_kind, check_number, check_seed, check_whole
 from tangora.adapters import discover
 from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
@@ -49,12 +49,18 @@ def prepare(
     Raises:
         InputError: If rank or plan cannot be used.
     """
+    check_kind("model", model, nn.Module, "a loaded base model")
     if entry.adapter is None:
         return model.requires_grad_(True)
-    check_number("rank", r, low=1)
-    check_targets(model, target_modules)
+    check_whole("rank", r, low=1)
+    check_number("lora_alpha", lora_alpha, low=0, open_low=True)
+    check_choice("task_type", task_type, [each.value for each in TaskType])
+    check_whole("total_steps", total_steps, low=1)
+    check_seed(seed)
+    check_kind("rank_plan", rank_plan, (Mapping, type(None)), "a rank plan, as tangora diagnose writes it")
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
+    check_targets(model, target_modules)
     common = {
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from tangora._checks import InputError, check_kind, check_number
+
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
 if TYPE_CHECKING:
     import torch
@@ -156,6 +158,12 @@ class Recipe:
         Returns:
             The optimizer of all trainable parameters.
         """
+        from torch import Tensor, nn
+
+        check_kind("model", model, nn.Module, "the model that prepare returned")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"model must have trainable parameters; {type(model).__name__} has none")
+        check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
         optimizer = self.make_optimizer(model, lr=lr, **options)
         if head_lr is not None:
             from tangora.recipes.head import set_head_rate

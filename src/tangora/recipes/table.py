@@ -4,7 +4,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from tangora._checks import check_choice
+from tangora._checks import check_choice, check_kind
 from tangora.recipes.later import Later
 from tangora.recipes.recipe import Recipe
 
@@ -247,6 +247,7 @@ def recipe(name: str) -> Recipe:
     Raises:
         InputError: If there is none of this name (the message lists all), or it has no such option.
     """
+    check_kind("recipe", name, str, "the name of a recipe, such as 'tangent'")
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
     check_choice("recipe", known, tuple(by_name))

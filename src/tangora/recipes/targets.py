@@ -3,14 +3,14 @@
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind
 from tangora.recipes.head import head_names
 
 _USUAL = (nn.Linear, nn.Conv2d, Conv1D)
@@ -26,6 +26,7 @@ def check_targets(model: nn.Module, targets: str | Iterable[str]) -> None:
     Raises:
         InputError: With the names that there are.
     """
+    check_kind("target_modules", targets, (str, list, tuple, set), "names of layers, or all-linear")
     if targets == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
@@ -36,6 +37,7 @@ def check_targets(model: nn.Module, targets: str | Iterable[str]) -> None:
             f"target_modules must be names or a regular expression ({error}); got {targets!r}"
         ) from None
     for target in [targets] if isinstance(targets, str) else targets:
+        check_kind("target_modules", target, str, "names of layers, or all-linear")
         found = [
             name
             for name in names
@@ -54,7 +56,7 @@ def _unknown(target: str, model: nn.Module) -> str:
     return f"target_modules must name layers of the model, such as {', '.join(names)}; got {target!r}{hint}"
 
 
-def wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def wrapped(model: nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap a model with an adapter.
 
     Returns:
@@ -64,13 +66,18 @@ def wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         InputError: If PEFT refuses a layer.
     """
     try:
-        made = get_peft_model(model, config)
+        made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except NoMatchingPeftModuleError as error:  # the head, which is trained whole
         raise InputError(
-            f"target_modules must name layers outside of the head; got {config.target_modules!r}"
+            f"target_modules must name layers outside of the head; got {_written(config)}"
         ) from error
     except (ValueError, TypeError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:160]
-        raise InputError(f"target_modules {config.target_modules!r} cannot be adapted: {said}") from error
+        raise InputError(f"target_modules {_written(config)} cannot be adapted: {said}") from error
     assert isinstance(made, PeftModel)
     return made
+
+
+def _written(config: Any) -> str:
+    targets = config.target_modules  # PEFT keeps a list of names as a set
+    return repr(targets) if isinstance(targets, (str, type(None))) else ", ".join(sorted(targets))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.trainer_utils import TrainOutput
 
-from tangora._checks import InputError, check_number
+from tangora._checks import InputError, check_kind, check_number, shown
 from tangora.adapters import unwrapped, warn_if_base_changed
 from tangora.init import started_by
 from tangora.optim import PairOptimizer
@@ -98,10 +98,12 @@ class Trainer(transformers.Trainer):
                 if "peft_config" not in inspect.signature(super().__init__).parameters:
                     raise InputError("peft_config needs a recipe, or another trainer that takes it")
                 kwargs["peft_config"] = peft_config
-        given = (value for value in (*args, kwargs.get("args")))
-        arguments = next(
-            (value for value in given if isinstance(value, transformers.TrainingArguments)), None
-        )
+        if model is None and kwargs.get("model_init") is None:
+            raise InputError("model must be a model, or model_init a function that makes one; got neither")
+        known = transformers.TrainingArguments
+        check_kind("args", kwargs.get("args"), (known, type(None)), "a transformers.TrainingArguments")
+        given = (value for value in (*args, kwargs.get("args")) if isinstance(value, known))
+        arguments = next(given, None)  # other trainers take them at another place
         self._adapter_seed = 42 if arguments is None else arguments.seed
         super().__init__(model if model is None else self._adapted(model), *args, **kwargs)
         single_gpu(self)
@@ -274,7 +276,7 @@ def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
         return None
     if not hasattr(recipe, "create_optimizer"):
         raise InputError(
-            f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {recipe!r}"
+            f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {shown(recipe)}"
         )
     for key in ("optimizers", "optimizer_cls_and_kwargs"):
         if options.get(key) not in (None, (None, None)):

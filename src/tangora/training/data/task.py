@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_choice, check_kind, check_seed
 from tangora.training.data.columns import Example, repeats, to_examples
 from tangora.training.data.files import READERS, read_file
 from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
@@ -117,8 +118,12 @@ def load_task(
         >>> task.labels
         ('business', 'entertainment', 'politics', 'sports', 'tech')
     """
+    spec = os.fspath(spec) if isinstance(spec, os.PathLike) else spec
+    check_kind("spec", spec, str, "the name of a data set, or its file or folder")
+    for column in (text_column, label_column, prompt_column, completion_column, test_spec):
+        check_kind("columns and test_spec", column, (str, type(None)), "names")
     check_choice("kind", kind, (None, *KINDS))
-    check_whole("seed", seed, low=0)
+    check_seed(seed)
     counts = Counts(num_train, num_validation, num_test)
     counts.check()
     columns = Columns(text_column, label_column, prompt_column, completion_column)

@@ -1,6 +1,7 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice, check_installed, check_whole
+from tangora._checks import InputError, check_choice, check_installed, check_kind, check_seed, check_whole
 from tangora._names import KINDS, Kind
 from tangora.adapters.four_bit import keep_layout
 from tangora.recipes.head import head_names
@@ -91,8 +92,11 @@ def load_model(
         >>> load_model("minilm-l6", kind="classification", labels=["good", "bad"]).model.config.num_labels
         2
     """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    check_kind("name", name, str, "the name of a model, or its folder")
     check_choice("kind", kind, KINDS)
-    check_whole("seed", seed, low=0)
+    check_seed(seed)
+    check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
     if not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point type; got {dtype}")
     label_names = _label_names(kind, num_labels, labels)
@@ -127,6 +131,9 @@ def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | Non
             raise InputError("kind='classification' needs labels or num_labels")
         check_whole("num_labels", num_labels, low=2)
         return tuple(f"LABEL_{index}" for index in range(num_labels))
+    check_kind("labels", labels, (list, tuple), "a list of names")
+    for label in labels:
+        check_kind("labels", label, str, "a list of names")
     names = tuple(labels)
     if num_labels not in {None, len(names)}:
         raise InputError(f"num_labels must be the number of labels, {len(names)}; got {num_labels}")
