@@ -57,7 +57,8 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
     if found.difference is None:
         return f"{cheapest}, and the best itself."
     noise = formats.interval(found.difference_interval, sign=True)
-    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}, 95 % interval {noise})."
+    known = "" if found.difference_interval is None else f", 95 % interval {noise}"
+    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}{known})."
 
 
 def _against_lora(judged: Sequence[Row]) -> str | None:
@@ -68,7 +69,7 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
     nearest = _amounts(_tied(others))
     if not tested:
         return (
-            f"With one seed per recipe no difference from {BASELINE} can be told from noise; the best of the others: "
+            f"With {_unknown(others[0])} no difference from {BASELINE} can be told from noise; the best of the others: "
             f"{nearest}."
         )
     better, worse = [row for row in tested if leads(row)], [row for row in tested if trails(row)]
@@ -87,6 +88,11 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
     if not better:
         parts.insert(0, f"{none} is significantly better than {BASELINE}")
     return f"{'; '.join(parts)}."
+
+
+def _unknown(row: Row) -> str:
+    # why a difference has no p-value
+    return "one seed per recipe" if row.num_seeds == 1 else "so few different seeds"
 
 
 def _amounts(rows: Sequence[Row]) -> str:
@@ -146,7 +152,7 @@ def _next(best: Row, others: Sequence[Row]) -> str:
         return _overlap(best, second)
     amount = formats.difference(second.difference)
     if second.p_value is None:
-        return f"; one seed cannot tell whether the next, {second.recipe} ({amount}), is different"
+        return f"; {_unknown(second)} cannot tell whether the next, {second.recipe} ({amount}), is different"
     if trails(second):
         return f"; the next, {second.recipe}, is significantly worse ({amount})"
     return f"; the next, {second.recipe}, is not significantly different ({amount})"
@@ -178,7 +184,7 @@ def _gap(judged: Sequence[Row]) -> str | None:
         return None
     amount = formats.difference(full.difference)
     if full.p_value is None:
-        return f"Full fine-tuning differs from {BASELINE} by {amount}; one seed cannot tell that from noise."
+        return f"Full fine-tuning differs from {BASELINE} by {amount}; {_unknown(full)} cannot tell that from noise."
     noise = f"{amount}, 95 % interval {formats.interval(full.difference_interval, sign=True)}"
     if leads(full):
         return f"Full fine-tuning is significantly better than {BASELINE} ({noise}){_closest(judged)}."
