@@ -267,6 +267,8 @@ def test_help_shows_choices_and_readable_defaults(call, monkeypatch):
         return " ".join(" ".join(line.strip("│") for line in lines).split())
 
     assert "One of linear, cosine, constant. Default: linear." in text("train")
+    assert "One of classification, causal." in text("train")
+    assert "One of accuracy, loss, exact_match." in text("compare")
     assert "see tangora list" in text("train")
     assert "<bool>" not in text("train")
     assert "Default: lora,orthogonal,pissa,lora-ga,lora-one." in text("diagnose")

@@ -13,8 +13,9 @@ from tangora.curvature import Hessian
 from tangora.experiments.curvature.measure import measure_curvature
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.curvature.subject import load_subject
-from tangora.experiments.settings import RunSettings, validated
+from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
+from tangora.experiments.values import validated
 from tangora.report.curvature import load_curvature
 from tests.experiments.small import write_classifier, write_generator
 

@@ -10,7 +10,7 @@ from tangora import InputError, find_pairs, load_adapter, recipe, save_adapter
 from tangora.diagnostics import Diagnosis
 from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tangora.report import load_diagnosis
 from tangora.training.models import load_model
 from tests.experiments.small import write_classifier, write_generator
@@ -140,7 +140,7 @@ def flags(values):
 def test_command(call, classifier, tmp_path):
     code, out, err = call(*flags(of(classifier)), "--output", tmp_path / "out")
     assert code == 0, err
-    assert "A plain LoRA start of rank 2 sees" in out
+    assert "Plain LoRA of rank 2 captures" in out
     assert "all layers" in out
     assert "query" in out
     assert "rank_plan.json" in out.replace("\n", "")

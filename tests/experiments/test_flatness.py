@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from tangora import InputError
 from tangora.experiments.compare import CompareSettings, compare
-from tangora.experiments.settings import RunSettings, validated
+from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
+from tangora.experiments.values import validated
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import write_classifier
 

@@ -12,8 +12,9 @@ from tangora.experiments.comparison.plan import CompareSettings, read_plan
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.export import export
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.settings import RunSettings, run_settings, validated
+from tangora.experiments.settings import RunSettings, run_settings
 from tangora.experiments.train import train
+from tangora.experiments.values import validated
 from tests.experiments.small import write_classifier, write_generator
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -62,7 +63,13 @@ def test_epochs_are_as_many_steps_as_they_take(epochs, num_train, batch_size, ac
 
 def test_an_epoch_sees_every_example_once(texts, tmp_path):
     settings = {"accumulate": 3, "num_train": 61, "warmup": 0.5}
-    record = run({**texts, **settings}, tmp_path / "epochs", epochs=2)
+    lengths = []
+    record = train(
+        RunSettings(**{**texts, **settings}, recipe="lora", batch_size=8, learning_rate=1e-3, epochs=2),
+        tmp_path / "epochs",
+        watcher=Watcher(length=lengths.append),
+    )
+    assert lengths == [6]
     assert len(record.history) == 2 * 3  # eight batches in steps of three
     assert record.settings["epochs"] == 2
     assert record.settings["steps"] is None

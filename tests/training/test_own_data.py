@@ -106,8 +106,12 @@ def test_named_columns_win_and_their_case_does_not_matter():
 @pytest.mark.parametrize(
     ("columns", "given", "message"),
     [
-        ("a,b", {}, r"its columns are a, b; give --text-column NAME and --label-column NAME to classify"),
-        ("I loved it,positive", {}, r"its columns are 'I loved it', positive; give"),
+        (
+            "a,b",
+            {},
+            r"\(from the first line\) are a, b; give --text-column NAME and --label-column NAME to",
+        ),
+        ("I loved it,positive", {}, r"are 'I loved it', positive; give"),
         (
             "title,body,label",
             {},
@@ -119,6 +123,7 @@ def test_named_columns_win_and_their_case_does_not_matter():
         ("a,b,c", {"text": "a", "kind": "classification"}, "the label .*; give --label-column NAME$"),
         ("a,b", {"prompt": "a"}, "no column is recognised as the completion"),
         ("review,sentiment", {"text": "reviews"}, "text_column must be one of review, .*did you mean review"),
+        ("text,label", {"text": "text", "label": "text"}, "must differ; both are 'text'"),
         ("a,b", {"text": "a,c"}, "text_column must be one of a, b; got 'c'"),
     ],
 )
@@ -135,6 +140,11 @@ def test_what_looks_like_an_unknown_label_is_asked_for(tmp_path):
         load_task(path)
     assert load_task(path, label_column="verdict").labels == ("bad", "good")
     assert load_task(path, kind="causal").train[0]["completion"].startswith("film")
+    scored = table(tmp_path / "g.csv", ["text", "score"], [[f"film {i}", str(i / 7)] for i in range(60)])
+    with pytest.raises(InputError, match=r"is score the label of text\?"):
+        load_task(scored)
+    with pytest.raises(InputError, match="regression is not supported"):
+        load_task(scored, label_column="score")
 
 
 def test_sizes_are_shares_of_what_is_there(tmp_path):
@@ -188,6 +198,13 @@ def test_separators_and_marks_are_detected(tmp_path, separator, mark):
             {"review": f"a{separator}, ; b\nc", "sentiment": "good"},
             {"review": "d", "sentiment": "bad"},
         ]
+
+
+def test_a_line_that_says_the_separator_is_no_header(tmp_path):
+    (tmp_path / "f.csv").write_text("sep=;\ntext;label\na, b;1\n")
+    (row,) = read_file(tmp_path / "f.csv").splits["train"]
+    assert row.values == {"text": "a, b", "label": "1"}
+    assert row.where.endswith(":3")
 
 
 def test_long_cells_are_read(tmp_path):

@@ -7,7 +7,7 @@ from glob import escape as escape_glob
 from glob import glob
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -17,7 +17,7 @@ from rich.markup import escape
 from tangora._checks import InputError
 from tangora._names import DATA, MODELS, SPACES, STARTS
 from tangora.experiments.presets import PRESETS
-from tangora.experiments.settings import Settings, read_yaml
+from tangora.experiments.values import Settings, read_yaml
 from tangora.recipes import recipes
 from tangora.training.paths import is_data_path, is_model_path
 
@@ -194,7 +194,7 @@ def _kind(field: FieldInfo) -> type:
 
 def _types(field: FieldInfo) -> tuple[Any, ...]:
     found: Any = field.annotation
-    return get_args(found) if isinstance(found, UnionType) else (found,)
+    return get_args(found) if get_origin(found) in (Union, UnionType) else (found,)
 
 
 def _is_list(field: FieldInfo) -> bool:

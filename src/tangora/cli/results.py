@@ -22,6 +22,7 @@ from tangora.report import (
     diagnosis_tables,
     findings,
     missing_sentence,
+    recommendation_sentence,
     rich_table,
     study_verdict,
     summarize,
@@ -47,6 +48,7 @@ def watcher_of(bars: Progress, bar: TaskID, note: Callable[[str], None] | None =
     return Watcher(
         phase=lambda name: bars.update(bar, note=name),
         note=note or (lambda sentence: bars.console.print(escape(sentence), soft_wrap=True)),
+        length=lambda steps: bars.update(bar, total=steps),
         step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
     )
 
@@ -145,6 +147,8 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(rich_flatness(outcome.comparison, rows))
     for sentence in verdict(rows):
         console.print(escape(sentence))
+    if advice := recommendation_sentence(outcome.recommendation):
+        console.print(escape(advice))
     console.print(f"report   {escape(str(outcome.report))}")
     print_missing(outcome.comparison)
     if outcome.adapter is not None:

@@ -26,14 +26,16 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.loading import load_base, load_run_task, with_sizes
+from tangora.experiments.run.loading import load_base, load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
 from tangora.report import (
     Comparison,
+    Recommendation,
     Record,
     load_record,
+    recommendation,
     save_json,
     save_picture,
     summarize,
@@ -100,6 +102,11 @@ class Outcome:
     def proven(self) -> bool:
         """Whether the best adapter, if there is one, does what the trained model did."""
         return self.proof is None or self.proof.holds
+
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The cheapest recipe that is not significantly worse than the best."""
+        return recommendation(self.comparison)
 
 
 def compare(
@@ -219,6 +226,7 @@ class _Runner:
         check_output(folder)
         check_trackers(settings.report_to or ())
         check_device(settings.device)
+        settings = with_recorded_sizes(settings, folder)
         task = load_run_task(settings.run(settings.recipes[0], 1.0, 0))
         settings = with_sizes(settings.model_copy(update={"kind": task.kind}), task)
         each = [settings.run(name, settings.grid(name)[0], settings.seeds[0]) for name in settings.recipes]
@@ -291,7 +299,7 @@ class _Runner:
         self, settings: CompareSettings, task: Task, folder: Path, records: list[Record], missing: list[str]
     ) -> Outcome:
         comparison = Comparison(
-            title=settings.title,
+            title=settings.heading,
             command=self._command,
             metric=settings.metric,
             higher_is_better=settings.higher_is_better,

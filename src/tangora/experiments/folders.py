@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tangora._checks import InputError
-from tangora.experiments.settings import Settings, read_settings, run_file
+from tangora.experiments.settings import run_file
+from tangora.experiments.values import Settings, read_settings
 from tangora.report.files import write_atomic
 
 SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.txt", "checkpoints"
@@ -31,7 +32,7 @@ _MAKERS = {
 }
 """A setting that only one command has, and the command."""
 
-_NO_PART = {"report_to", "save_every", "device"}
+_NO_PART = {"report_to", "save_every", "device", "title"}
 """Settings that change nothing of what is found."""
 
 _NO_SPACE = "No space left on device"

@@ -8,7 +8,7 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.run.checks import check_options
 from tangora.experiments.run.execute import Watcher, execute
-from tangora.experiments.run.loading import load_run_task, with_sizes
+from tangora.experiments.run.loading import load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings
@@ -47,6 +47,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     check_output(folder)
     check_trackers(settings.report_to or ())
     check_device(settings.device)
+    settings = with_recorded_sizes(settings, folder)
     task = load_run_task(settings)
     settings = with_sizes(settings, task)
     check_reference(settings, task)

@@ -71,6 +71,19 @@ class MemoryUse(FrozenModel):
     adapter_bytes: Count = Field(description="All trained parameters.")
 
 
+class MachineLoad(FrozenModel):
+    """How busy the machine was, by the number of processes that ran or wanted to, mean over one minute."""
+
+    before: float = Field(ge=0, description="Before the run.")
+    after: float = Field(ge=0, description="At its end, the run's own threads among them.")
+    processors: int = Field(ge=1, description="Logical processors of the machine.")
+
+    @property
+    def busy(self) -> bool:
+        """Whether more wanted to run than there are processors, so that times are too long."""
+        return max(self.before, self.after) > self.processors + 0.5
+
+
 class SpaceFlatness(FrozenModel):
     """Curvature of the training loss over one space of directions."""
 
@@ -159,7 +172,14 @@ class Record(Recorded):
     )
     history: list[StepRecord] = Field(description="Training steps, in order.")
     evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
+    num_examples: dict[str, Count] = Field(
+        default_factory=dict, description='Keys "train", "validation" and "test"; empty in older records.'
+    )
     time: TimeSplit
+    load: MachineLoad | None = Field(
+        default=None,
+        description="How busy the machine was; None where it cannot be told, or in older records.",
+    )
     memory: MemoryUse
     gradient_evaluations: Count | None = Field(
         default=None,

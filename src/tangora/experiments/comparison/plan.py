@@ -2,20 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_choice
 from tangora._names import Kind
-from tangora.experiments.settings import (
-    RunSettings,
-    Seed,
-    Settings,
-    TaskSettings,
-    check_adapted,
-    validated,
-)
+from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
+from tangora.experiments.values import Seed, Settings, validated
 from tangora.recipes import recipe
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
@@ -82,7 +77,9 @@ class CompareSettings(TaskSettings):
         description="Metric that selects learning rates and ranks recipes. Default: accuracy for classification, "
         "else loss; exact_match needs generated answers.",
     )
-    title: str = Field(default="Comparison", description="Heading of the report.")
+    title: str | None = Field(
+        default=None, description="Heading of the report; default: recipes, data and model."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -172,6 +169,12 @@ class CompareSettings(TaskSettings):
             Its grid, ascending.
         """
         return self.learning_rates.get(name) or list(recipe(name).learning_rates)
+
+    @property
+    def heading(self) -> str:
+        """The title, or what is compared, on what."""
+        names = ", ".join(self.recipes) if len(self.recipes) <= 5 else f"{len(self.recipes)} recipes"
+        return self.title or f"{names} on {Path(self.data).name} with {Path(self.model).name}"
 
     @property
     def metric(self) -> str:

@@ -123,6 +123,8 @@ class Pool:
                 run.watcher.phase(what[0])
             elif kind == "note":
                 run.watcher.note(what[0])
+            elif kind == "length":
+                run.watcher.length(what[0])
             elif kind == "step":
                 run.watcher.step(*what)
             elif kind == "full":

@@ -138,7 +138,7 @@ def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str)
         time=TimeSplit(start=0.0, forward_backward=0.0, optimizer=0.0, evaluation=0.0),
         memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
         trainable_parameters=0,
-        **provenance(),
+        **provenance(cell.settings.model),
     )
 
 
@@ -211,6 +211,7 @@ def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection)
         watcher = Watcher(
             phase=lambda name: told.send(("phase", name)),
             note=lambda sentence: told.send(("note", sentence)),
+            length=lambda steps: told.send(("length", steps)),
             step=lambda number, loss: told.send(("step", number, loss)),
         )
         try:

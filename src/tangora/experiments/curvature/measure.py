@@ -193,7 +193,7 @@ def _measure(
         **more,
         products=meter.done,
         seconds=time.perf_counter() - began,
-        **provenance(),
+        **provenance(subject.loaded.name),
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Seed, Settings, device_name
+from tangora.experiments.values import Seed, Settings, device_name
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -41,7 +41,7 @@ class CurvatureSettings(Settings):
     completion_column: str | None = Field(default=None, description="Column of the completion.")
     chat_template: bool | None = Field(
         default=None,
-        description="Write causal examples with the tokenizer's chat template; default: as the run.",
+        description="Write causal examples with the tokenizer's chat template. Default: as the run.",
     )
     num_train: int | None = Field(default=None, ge=1, description="Training examples, as in train.")
     num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")

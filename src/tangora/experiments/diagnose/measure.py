@@ -16,7 +16,7 @@ from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import check_chat, fit_notes, with_sizes
+from tangora.experiments.run.loading import check_chat, fit_notes, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
@@ -71,12 +71,14 @@ def diagnose_task(
     check_output(folder)
     phase("loading")
     check_device(settings.device)
+    settings = with_recorded_sizes(settings, folder)
     task = _load_task(settings)
     _check_sizes(settings, task)
     settings = with_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
-        for note in (*task.notes, *fit_notes(settings, task, loaded)):
+        how = {"max_length": settings.max_length, "chat_template": settings.chat_template}
+        for note in (*task.notes, *fit_notes(task, loaded, **how)):
             logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)
@@ -98,7 +100,7 @@ def diagnose_task(
             command=command,
             settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
             diagnosis=found,
-            **provenance(),
+            **provenance(settings.model),
         )
         plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
         return DiagnosisFiles(

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.settings import Seed, Settings, device_name, target_names
+from tangora.experiments.values import Seed, Settings, device_name, target_names
 
 
 class DiagnoseSettings(Settings):

@@ -8,7 +8,7 @@ from tangora.experiments.folders import claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.provenance import provenance
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 from tangora.report.reproduction import (
     ReproductionRecord,
     save_pictures,

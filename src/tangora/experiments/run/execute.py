@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from tangora.experiments.folders import CHECKPOINTS
-from tangora.experiments.provenance import provenance
+from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.flatness import measure_flatness
@@ -71,11 +71,13 @@ class Watcher:
     Attributes:
         phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
         note: Called with a sentence about the data: its columns and sizes, and what is cut off.
+        length: Called with the number of optimizer steps that there will be.
         step: Called with the number of optimizer steps done and the loss.
     """
 
     phase: Callable[[str], None] = lambda _: None
     note: Callable[[str], None] = lambda _: None
+    length: Callable[[int], None] = lambda _: None
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -125,11 +127,15 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = load_average()
     watcher.phase("start")
     check_options(settings, task)
     loaded = load_base(settings, task)
     check_model([settings], task, loaded)
-    notes = [*task.notes, *fit_notes(settings, task, loaded)]
+    notes = [
+        *task.notes,
+        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
+    ]
     for note in notes:
         logger.info("%s", note)
         watcher.note(note)
@@ -159,6 +165,7 @@ def execute(
     try:
         with rescued(folder, loaded, model) if keep_model else contextlib.nullcontext():
             watcher.phase("training")
+            watcher.length(settings.num_steps(len(task.train)))
             result.peak_bytes = _train(trainer, folder / CHECKPOINTS) if method.trains else None
             _check_finite(model)
             # first of all, what nothing could bring back
@@ -192,6 +199,7 @@ def execute(
         | origin_of(settings, task)
         | {"data_format": data_format(task, settings)},
         notes=notes,
+        num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -201,6 +209,7 @@ def execute(
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
+        load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(folder),
@@ -210,7 +219,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(),
+        **provenance(settings.model),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,15 +19,6 @@ from tangora.training.devices import device_named
 from tangora.training.models import Kind, LoadedModel, load_model
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
-
-
-class _Reading(Protocol):
-    """Settings that say how texts are read."""
-
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def chat_template(self) -> bool | None: ...
 
 
 def load_run_task(settings: TaskSettings) -> Task:
@@ -83,13 +74,35 @@ def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
     return settings.model_copy(update=sizes)
 
 
-def fit_notes(settings: _Reading, task: Task, loaded: LoadedModel) -> list[str]:
+def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
+    """Take sizes that were not given from an output folder, so that the same command continues what is there.
+
+    Args:
+        settings: What is asked for.
+        folder: Output folder, new or not. Older versions had other default sizes.
+
+    Returns:
+        The settings, unchanged if the folder is new or is about other data.
+    """
+    found = _json(folder / "settings.json")
+    if found.get("data") != getattr(settings, "data", None):
+        return settings
+    sizes = {
+        key: found[key]
+        for key in ("num_validation", "num_test")
+        if getattr(settings, key) is None and isinstance(found.get(key), int)
+    }
+    return settings.model_copy(update=sizes)
+
+
+def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> list[str]:
     """Check that the model can read the data, and say what of it is cut off.
 
     Args:
-        settings: For length and format.
         task: The data.
         loaded: Base model and tokenizer.
+        max_length: The setting.
+        chat_template: The setting.
 
     Returns:
         Sentences.
@@ -98,14 +111,14 @@ def fit_notes(settings: _Reading, task: Task, loaded: LoadedModel) -> list[str]:
         InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting
             leaves nothing to learn from.
     """
-    if settings.chat_template:
+    if chat_template:
         check_chat_template(loaded.tokenizer)
     return check_fit(
         task,
         loaded.tokenizer,
-        max_length=settings.max_length,
+        max_length=max_length,
         vocabulary=loaded.vocabulary,
-        chat_template=bool(settings.chat_template),
+        chat_template=bool(chat_template),
     )
 
 
@@ -221,6 +234,7 @@ def _saved_labels(adapter: Path) -> tuple[str, ...]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

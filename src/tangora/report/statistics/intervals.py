@@ -21,7 +21,7 @@ Over = Literal["seeds and examples", "examples", "seeds"]
 ALPHA = 0.05
 """One minus the level of every interval, and the corrected p-value below which a difference is significant."""
 
-_PSEUDO = 2.0  # further examples, one each way: Bonett and Price
+_FURTHER = 2.0  # further examples, one each way: Bonett and Price
 _SMALLEST_P = 1e-300
 _EQUAL = 1e-5  # means of seeds that differ by a smaller share are equal but for rounding
 _ROUNDING = 2e-7  # of float32
@@ -136,15 +136,15 @@ def mixture(*groups: Scores, unit: float = 0.0) -> tuple[Scores, Scores]:
     if num_examples == 1:
         return _combined([_over_seeds(group, np.zeros(group.shape[:-2]), nodes) for group in groups])
     by_example = np.sum([group.mean(axis=-2) for group in groups], axis=0)
+    examples = by_example.var(axis=-1) / (num_examples - 1)
     further = _further(by_example, unit)
-    examples = (by_example.var(axis=-1) + further / num_examples) / (num_examples - 1)
     if any(group.shape[-2] == 1 for group in groups):
-        return examples[..., None], np.ones_like(examples[..., None])
-    rests = [_rest(group, unit) for group in groups]
+        return (examples + further)[..., None], np.ones_like(examples[..., None])
+    rests = [_rest(group) for group in groups]
     variances, weights = _combined(
         [_over_seeds(group, rest, nodes) for group, rest in zip(groups, rests, strict=True)]
     )
-    return variances + np.maximum(examples - sum(rests), 0.0)[..., None], weights
+    return variances + (np.maximum(examples - sum(rests), 0.0) + further)[..., None], weights
 
 
 def tail(difference: Scores | float, variances: Scores, weights: Scores, df: float) -> Scores:
@@ -163,20 +163,20 @@ def tail(difference: Scores | float, variances: Scores, weights: Scores, df: flo
     return np.clip((2.0 * stdtr(df, -t) * weights).sum(axis=-1), _SMALLEST_P, 1.0)
 
 
-def _further(scores: Scores, unit: float) -> Scores:
-    """Return the sum of squares of the further examples along the last dimension."""
-    number = np.count_nonzero(scores, axis=-1)
-    square = (scores**2).sum(axis=-1) / np.maximum(number, 1)
-    return _PSEUDO * np.where(number > 0, square, (unit or 1.0) ** 2)
+def _further(by_example: Scores, unit: float) -> Scores:
+    """Return what the further examples add to the variance."""
+    number = np.count_nonzero(by_example, axis=-1)
+    square = (by_example**2).sum(axis=-1) / np.maximum(number, 1)
+    return _FURTHER * np.where(number > 0, square, (unit or 1.0) ** 2) / by_example.shape[-1] ** 2
 
 
-def _rest(scores: Scores, unit: float) -> Scores:
+def _rest(scores: Scores) -> Scores:
     """Return what neither seed nor example explains, as a part of the variance of the mean."""
     num_seeds, num_examples = scores.shape[-2:]
     mean = scores.mean(axis=(-2, -1), keepdims=True)
     residual = scores - scores.mean(axis=-2, keepdims=True) - scores.mean(axis=-1, keepdims=True) + mean
-    squares = (residual**2).sum(axis=(-2, -1)) + _further(scores.reshape(*scores.shape[:-2], -1), unit)
-    return squares / ((num_seeds - 1) * (num_examples - 1) * num_seeds * num_examples)
+    degrees = (num_seeds - 1) * (num_examples - 1)
+    return (residual**2).sum(axis=(-2, -1)) / (degrees * num_seeds * num_examples)
 
 
 def _over_seeds(scores: Scores, rest: Scores, nodes: int) -> tuple[Scores, Scores]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 from tangora._checks import InputError
 from tangora.report.records import Comparison, Record, TimeSplit
@@ -59,8 +59,11 @@ class Row:
         num_failed: Those that failed for any other reason.
         num_out_of_memory: Those of them that ran out of memory.
         num_learning_rates: Size of the grid.
-        time: Seconds per run.
-        step_milliseconds: Optimizer time per optimizer step, in milliseconds.
+        time: Seconds per run, the median of each part.
+        seconds: The same in all, median over the runs.
+        seconds_range: The shortest and the longest run.
+        step_milliseconds: Optimizer time per optimizer step, in milliseconds, median over the runs.
+        step_milliseconds_range: The smallest and the largest.
         optimizer_state_bytes: Tensors in the optimizer's state.
         peak_bytes: Peak memory during training, the largest over the seeds.
         trainable_parameters: Number of trained parameters.
@@ -92,7 +95,10 @@ class Row:
     validation_loss: float | None = None
     num_seeds: int = 0
     time: TimeSplit | None = None
+    seconds: float | None = None
+    seconds_range: Interval | None = None
     step_milliseconds: float | None = None
+    step_milliseconds_range: Interval | None = None
     optimizer_state_bytes: int | None = None
     peak_bytes: int | None = None
     trainable_parameters: int | None = None
@@ -169,16 +175,20 @@ def _row(records: Sequence[Record], comparison: Comparison) -> Row:
 
 
 def _with_costs(row: Row, runs: Sequence[Record]) -> Row:
-    steps = sum(num_steps(run) for run in runs)
-    optimizer_seconds = sum(run.time.optimizer for run in runs)
+    seconds = [run.time.total for run in runs]
+    steps = [1000 * run.time.optimizer / num for run in runs if (num := num_steps(run))]
     peaks = [run.memory.peak_bytes for run in runs if run.memory.peak_bytes is not None]
     parts = TimeSplit.model_fields
     return replace(
         row,
         validation=_mean_metric(runs, row.metric),
         validation_loss=_mean_metric(runs, "loss"),
-        time=TimeSplit(**{part: fmean(getattr(run.time, part) for run in runs) for part in parts}),
-        step_milliseconds=1000 * optimizer_seconds / steps if steps else None,
+        # medians: one run on a busy machine must not decide
+        time=TimeSplit(**{part: median(getattr(run.time, part) for run in runs) for part in parts}),
+        seconds=median(seconds),
+        seconds_range=(min(seconds), max(seconds)),
+        step_milliseconds=median(steps) if steps else None,
+        step_milliseconds_range=(min(steps), max(steps)) if steps else None,
         optimizer_state_bytes=max(run.memory.optimizer_state_bytes for run in runs),
         peak_bytes=max(peaks, default=None),
         trainable_parameters=max(run.trainable_parameters for run in runs),

@@ -154,7 +154,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
     """Yield the lines of a CSV file with a header, whose separator is detected."""
     csv.field_size_limit(_LONGEST_CELL)
     text = _read_text_file(path)
-    separator = _separator(text, path)
+    said = re.match(r"sep=(.)\r?\n", text)  # Excel writes and reads such a line before the header
+    text = text[said.end() :] if said else text
+    before = 1 if said else 0
+    separator = said[1] if said else _separator(text, path)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         names = list(reader.fieldnames or ())
@@ -167,13 +170,13 @@ def _read_csv(path: Path) -> Iterator[Row]:
             # DictReader files surplus cells under None and fills missing ones with None
             if None in values or None in values.values():
                 raise InputError(
-                    f"{path}:{reader.line_num}: a line must have {len(names)} cells, as the header "
+                    f"{path}:{reader.line_num + before}: a line must have {len(names)} cells, as the header "
                     f"(separator {separator!r})"
                 )
-            yield Row(f"{path}:{reader.line_num}", values)
+            yield Row(f"{path}:{reader.line_num + before}", values)
     except csv.Error as error:
         # the DictReader itself counts only the lines that it could read
-        line = reader.reader.line_num
+        line = reader.reader.line_num + before
         raise InputError(f"{path}:{line}: the line must be CSV; {error}") from error
 
 

@@ -85,7 +85,7 @@ class Layout:
             used["image"] = (PIXELS,)
         told = ", ".join(f"{role} = {' and '.join(map(repr, names))}" for role, names in used.items())
         taken = {name for names in used.values() for name in names}
-        rest = [name for name in present if name not in taken]
+        rest = [repr(name) for name in present if name not in taken]
         return f"columns: {told}" + (f"; not used: {listed(rest)}" if rest else "")
 
 
@@ -185,9 +185,14 @@ class _Finder:
         found = self.known(_TEXTS, "text", without=without) or (self.only_other(label) if label else None)
         return (found,) if found else ()
 
+    def taken(self, given: Columns) -> tuple[str, ...]:
+        """Return the columns that the user named as text."""
+        return self.texts(given, None) if given.text is not None else ()
+
     def header(self) -> str:
         """Return a sentence of which columns there are."""
-        return f"its columns are {listed([_quoted(column) for column in self.present]) or 'none'}"
+        table = " (from the first line)" if self.data.name.lower().endswith((".csv", ".tsv")) else ""
+        return f"its columns{table} are {listed([_quoted(column) for column in self.present]) or 'none'}"
 
 
 def _kind(finder: _Finder, given: Columns) -> Kind:
@@ -198,7 +203,7 @@ def _kind(finder: _Finder, given: Columns) -> Kind:
         return "classification"
     if given.text is None and _exchange(finder) and not _has_text_and_label(finder):
         return "causal"
-    label = finder.known(_LABELS, "label")
+    label = finder.known(_LABELS, "label", without=finder.taken(given))
     if label and (PIXELS in finder.present or finder.texts(given, label) or label == "label"):
         return "classification"
     return "causal"
@@ -219,8 +224,12 @@ def _has_text_and_label(finder: _Finder) -> bool:
 def _labelled(finder: _Finder, given: Columns) -> Layout:
     """Return the columns of a classification."""
     label = (
-        finder.known(_LABELS, "label") if given.label is None else finder.named(given.label, "label_column")
+        finder.known(_LABELS, "label", without=finder.taken(given))
+        if given.label is None
+        else finder.named(given.label, "label_column")
     )
+    if label in finder.taken(given):
+        raise InputError(f"{finder.data.name}: text_column and label_column must differ; both are {label!r}")
     images = PIXELS in finder.present and given.text is None
     texts = () if images else finder.texts(given, label)
     if label is None or not (texts or images):
@@ -281,7 +290,7 @@ def _plain_text(finder: _Finder, given: Columns) -> Layout:
         texts = (finder.present[0],)
     if len(texts) != 1:
         raise InputError(
-            f"{finder.data.name}: its columns are not recognised; {finder.header()}; give --text-column NAME "
+            f"{finder.data.name}: no columns are recognised; {finder.header()}; give --text-column NAME "
             "and --label-column NAME to classify texts, --prompt-column NAME and --completion-column NAME to learn "
             "answers, or --text-column NAME and --kind causal to learn plain text"
         )
@@ -294,12 +303,17 @@ def _check_no_label_is_left(data: RawData, layout: Layout) -> None:
     if layout.kind == "classification" or not layout.text or len(rest) != 1:
         return
     values = [str(row.values.get(rest[0])) for row in data.splits["train"]]
-    if 1 < len(set(values)) <= len(values) / 2:
+    if 1 < len(set(values)) <= len(values) / 2 or all(map(_is_number, values)):
         name = _quoted(rest[0])
         raise InputError(
             f"{data.name}: is {name} the label of {_quoted(layout.text[0])}? give --label-column {name} to classify, "
             "or --kind causal to train a language model on the texts alone"
         )
+
+
+def _is_number(text: str) -> bool:
+    """Return whether text is a number."""
+    return re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text.strip()) is not None
 
 
 def _plain(name: str) -> str:

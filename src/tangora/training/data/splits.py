@@ -149,7 +149,7 @@ def make_splits(
     available = {name: len(pool) for name, pool in ordered.items()}
     wanted = fitting(available, counts)
     if not _fits(available, wanted):
-        _refuse(name, available, counts)
+        _refuse(name, sum(map(len, pools.values())), available, counts)
     rest = ordered["train"]
     taken: dict[str, tuple[Example, ...]] = {}
     for split, count in (("test", wanted.test), ("validation", wanted.validation)):
@@ -193,7 +193,7 @@ def _fits(available: Mapping[str, int], counts: Counts) -> bool:
     return counts.train is not None and 1 <= counts.train <= rest
 
 
-def _refuse(name: str, available: Mapping[str, int], counts: Counts) -> None:
+def _refuse(name: str, total: int, available: Mapping[str, int], counts: Counts) -> None:
     """Raise, and propose sizes that fit."""
     proposed = fitting(available, Counts())
     has = ", ".join(
@@ -201,6 +201,8 @@ def _refuse(name: str, available: Mapping[str, int], counts: Counts) -> None:
         for split, word in (("train", ""), ("validation", "validation "), ("test", "test "))
         if split in available
     )
+    if total > sum(available.values()):
+        has += f" among {total}"
     if not _fits(available, proposed):
         raise InputError(f"training, validation and test need an example each; {name} has {has or 'none'}")
     raise InputError(f"{name} has {has}, too few for {counts.flags()}; these sizes fit: {proposed.flags()}")
