@@ -94,8 +94,8 @@ def test_a_killed_run_is_recorded_and_the_others_go_on(small, tmp_path):
 
 def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(small, tmp_path):
     wide = plan(small, recipes=["lora", "full"], learning_rates={"lora": [1e-3], "full": [1e-3]}, seeds=[0])
-    # 51 MB of word vectors: frozen they fit, with their gradient and moments they need 200
-    tiny_bert(num_hidden_layers=1, vocab_size=400_000).save_pretrained(tmp_path / "wide")
+    # 51 MB of position vectors: frozen they fit, with their gradient and moments they need 200
+    tiny_bert(num_hidden_layers=1, max_position_embeddings=400_000).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     wide = wide.model_copy(update={"model": str(tmp_path / "wide")})
     outcome = compare(wide, tmp_path / "out", resources=Resources(gigabytes=0.17))
