@@ -14,7 +14,8 @@ SMALLER = {
     "max_length=128": "max_length=16",
     "[0, 1, 2], **settings": "[0], learning_rates={'lora': [1e-3], 'tangent': [1e-3]}, **settings",
     '"num_train": 400': '"max_length": 16, "num_train": 40',
-    '"num_validation": 100, "num_test": 100': '"num_validation": 10, "num_test": 10',
+    '"num_validation": 100': '"num_validation": 10',
+    '"num_test": 100': '"num_test": 10',
 }
 
 

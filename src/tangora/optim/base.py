@@ -125,9 +125,9 @@ class PairOptimizer(Optimizer, ABC):
         Raises:
             InputError: If a state belongs to another optimizer or to an adapter of another shape; nothing is loaded.
         """
+        self._adopt()
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise InputError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
-        self._adopt()
         self._check_loadable(state_dict)
         groups = self.param_groups
         super().load_state_dict(state_dict)

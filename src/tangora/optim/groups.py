@@ -113,9 +113,10 @@ def grouped(params: Params, owner: str, rest: dict[str, Any]) -> list[dict[str, 
     if items and all(isinstance(item, LoraPair) for item in items):
         return [{"pairs": items}]
     if not items or not all(isinstance(item, dict) for item in items):
+        got = f"{type(items[0]).__name__}s" if items else "nothing"
         raise InputError(
             "params must be a PEFT model (not its parameters), LoRA pairs from tangora.find_pairs(model), or parameter "
-            f"groups with 'pairs' or 'params'; got {type(items[0]).__name__ + 's' if items else shown(params)}"
+            f"groups with 'pairs' or 'params'; got {got if isinstance(params, Iterable) else shown(params)}"
         )
     given = [item for item in items if isinstance(item, dict)]
     groups = [dict(item) if _has_pairs(item) else rest | item for item in given]
