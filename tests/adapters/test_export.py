@@ -423,7 +423,7 @@ def test_the_card_of_a_classifier_gives_its_head_the_right_shape_and_no_folder(t
     text = (save_adapter(model, tmp_path / "adapter").path / "README.md").read_text()
     assert str(tmp_path) not in text
     assert "# LoRA adapter for BertForSequenceClassification (base)" in text
-    assert str(tmp_path) not in (tmp_path / "adapter" / "config.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "adapter" / "base_config" / "config.json").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     code = code.replace("path or name of the base model", str(tmp_path / "base"))
     scope: dict = {}

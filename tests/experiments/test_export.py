@@ -81,6 +81,9 @@ def test_the_adapter_folder_alone_serves_a_classifier(run, capsys):
     assert tuple(scope["config"].id2label.values()) == task.labels
     expected = logits(load_adapter(load_base(settings, task).model, folder / "adapter"), task)
     torch.testing.assert_close(logits(scope["model"], task), expected)
+    # transformers' own way to an adapter
+    direct = AutoModelForSequenceClassification.from_pretrained(folder / "adapter", config=scope["config"])
+    torch.testing.assert_close(logits(direct, task), expected)
 
 
 def test_the_names_of_the_classes_are_in_the_folder(tmp_path):
@@ -91,7 +94,7 @@ def test_the_names_of_the_classes_are_in_the_folder(tmp_path):
     path.write_text("review,sentiment\n" + "".join(lines))
     record = train(RunSettings(**values | {"data": str(path)}, steps=1), tmp_path / "out")
     assert "text = 'review', label = 'sentiment'" in " ".join(record.notes)
-    names = json.loads((tmp_path / "out" / "adapter" / "config.json").read_text())["id2label"]
+    names = json.loads((tmp_path / "out" / "adapter" / "base_config" / "config.json").read_text())["id2label"]
     assert names == {"0": "bad", "1": "fair", "2": "good"}
     card = (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert all(f"| classes: {number} | {name} |" in card for number, name in names.items())
@@ -134,7 +137,7 @@ def test_runs_of_older_versions_are_exported_with_their_data(run, tmp_path):
     folder, settings = run
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("base_config/config.json", "tokenizer.json", "tokenizer_config.json"):
         (copy / "adapter" / name).unlink()
     export(copy, tmp_path / "model", merge=True)
     names = AutoConfig.from_pretrained(tmp_path / "model").id2label

@@ -121,7 +121,9 @@ def _usage(
         "",
         'adapter = "path or name of this adapter"',
         *(
-            ["config = AutoConfig.from_pretrained(adapter)  # with the names of the classes"]
+            [
+                'config = AutoConfig.from_pretrained(adapter, subfolder="base_config")  # with the names of the classes'
+            ]
             if classified
             else []
         ),

@@ -46,7 +46,8 @@ from tangora.adapters.wrapped import unwrapped
 _WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
 _FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
-_MODEL_CONFIG = "config.json"
+# beside the adapter's own files transformers would take a config.json for that of a whole model
+_MODEL_CONFIG = "base_config"
 # what tokenizers and image processors write, beside the files that they name themselves
 _TOKENIZER_FILES = re.compile(
     r"tokenizer.*|(special_tokens_map|added_tokens|vocab|preprocessor_config|processor_config)\.json"
@@ -115,8 +116,9 @@ def save_adapter(
 
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
     adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. Beside a classifier's adapter stands the
-    ``config.json`` of its model, with the names of its classes (``id2label``). The folder appears whole or not at all.
-    With ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it and return the same.
+    config of its model, ``base_config/config.json``, with the names of its classes (``id2label``). The folder appears
+    whole or not at all. With ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it
+    and return the same.
 
     Args:
         model: PEFT model with one active adapter, possibly wrapped (DDP, torch.compile).
@@ -232,7 +234,9 @@ def _write_config(model: PeftModel, folder: Path) -> None:
     config: Any = unwrapped(model.get_base_model()).config
     values = json.loads(config.to_json_string())
     values.pop("_name_or_path", None)  # a folder of this machine, perhaps
-    (folder / _MODEL_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / _MODEL_CONFIG).mkdir()
+    path = folder / _MODEL_CONFIG / "config.json"
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:

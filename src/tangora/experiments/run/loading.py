@@ -228,7 +228,7 @@ def _saved_kind(adapter: Path, settings: RunSettings) -> Kind:
 
 
 def _saved_labels(adapter: Path) -> tuple[str, ...]:
-    names = _json(adapter / "config.json").get("id2label") or {}
+    names = _json(adapter / "base_config" / "config.json").get("id2label") or {}
     return tuple(names[key] for key in sorted(names, key=int))
 
 
