@@ -7,6 +7,7 @@ from pairs of them drawn with a fixed seed. ``{name}`` stands for a file or fold
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tangora import cli
 from tangora.experiments.diagnose.measure import diagnose_task
@@ -183,11 +185,16 @@ def files():
             "{cut_weights}",
             "{bad_config}",
             "{adapter}",
+            "{pipe}",
             "a/b/c",
+            "~no-such-user/model",
+            "x" * 5000,
             "",
         ),
     ):
         yield command, [f"--model={model}"]
+    for name in (*CONFIGS, "folder_weights", "loop_weights", "pickled_junk"):
+        yield "train", [f"--model={{{name}}}"]
     for command, data in itertools.product(
         COMMANDS,
         (
@@ -198,6 +205,13 @@ def files():
             "{binary}",
             "{one_class}",
             "{empty_folder}",
+            "{pipe}",
+            "{texts_pipe}",
+            "{texts_folder}",
+            "{texts_dangling}",
+            "{empty_first_line}",
+            "~no-such-user/x.csv",
+            "x" * 5000 + ".csv",
             "./x.parquet",
             "",
         ),
@@ -214,6 +228,8 @@ def files():
         "bad_adapter",
         "wide_adapter",
         "other_base",
+        "huge_adapter",
+        "pattern_adapter",
     ):
         yield "diagnose", [f"--adapter={{{adapter}}}"]
         yield "curvature", [f"--adapter={{{adapter}}}"]
@@ -221,6 +237,20 @@ def files():
         yield command, [f"--config={{{name}}}"]
     for command, name in itertools.product(COMMANDS, ("nowhere", "empty_folder", "binary", "cut_weights")):
         yield command, [f"--config={{{name}}}"]
+
+
+CONFIGS = {
+    "config_text": {"hidden_size": "x"},
+    "config_zero": {"num_attention_heads": 0},
+    "config_huge": {"vocab_size": 10**10},
+    "config_dtype": {"dtype": "float7"},
+    "config_quantized": {"quantization_config": {"quant_method": "awq"}},
+    "config_quantization": {"quantization_config": 3},
+    "config_pad": {"pad_token_id": 9999},
+    "config_unknown": {"model_type": "foobar"},
+    "config_activation": {"hidden_act": "nope"},
+}
+"""What stands in a model's config.json in place of what is right."""
 
 
 YAML = {
@@ -298,6 +328,9 @@ def other_commands():
         "run_bad_settings",
         "run_list_settings",
         "run_other_base",
+        "run_not_finite",
+        "run_bad_tokenizer",
+        "run_pipe",
     ]
     for run in runs:
         yield "export", [f"{{{run}}}", "--output={out}"]
@@ -403,6 +436,7 @@ def world(tmp_path_factory):
     places |= {"generator": root / "causal" / "model", "sums": root / "causal" / "sums.jsonl"}
     _write_comparison(root, settings)
     _write_damaged(root)
+    _write_damaged_models(root)
     _write_texts(root, settings)
     names = [path.name for path in root.iterdir()]
     places |= {name.partition(".")[0]: root / name for name in names if name.partition(".")[0] not in places}
@@ -482,11 +516,17 @@ def _write_damaged(root):
         shutil.copytree(folder, root / name)
     (root / "run_bad_settings" / "settings.json").write_text("{")
     (root / "run_list_settings" / "settings.json").write_text("[1]")
-    for name, change in (("other_base", {"target_modules": ["q_proj"]}), ("wide_adapter", {"r": 3})):
+    for name, change in (
+        ("other_base", {"target_modules": ["q_proj"]}),
+        ("wide_adapter", {"r": 3}),
+        ("huge_adapter", {"r": 10**10}),
+        ("pattern_adapter", {"target_modules": "("}),
+    ):
         shutil.copytree(root / "run" / "adapter", root / name)
         path = root / name / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     shutil.copy(root / "other_base" / "adapter_config.json", root / "run_other_base" / "adapter")
+    _write_damaged_runs(root)
     for name in ("no_weights", "cut_weights", "bad_config"):
         shutil.copytree(root / "model", root / name)
     (root / "no_weights" / "model.safetensors").unlink()
@@ -498,6 +538,28 @@ def _write_damaged(root):
         (root / name / "record.json").write_text("{}")
 
 
+def _write_damaged_runs(root):
+    for name in ("run_not_finite", "run_bad_tokenizer", "run_pipe"):
+        shutil.copytree(root / "run", root / name)
+    weights = root / "run_not_finite" / "adapter" / "adapter_model.safetensors"
+    save_file({key: value * math.nan for key, value in load_file(weights).items()}, weights)
+    (root / "run_bad_tokenizer" / "adapter" / "tokenizer.json").write_text("{")
+    (root / "run_pipe" / "adapter" / "adapter_config.json").unlink()
+    os.mkfifo(root / "run_pipe" / "adapter" / "adapter_config.json")
+
+
+def _write_damaged_models(root):
+    for name in (*CONFIGS, "folder_weights", "loop_weights", "pickled_junk"):
+        shutil.copytree(root / "model", root / name)
+        config = root / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | CONFIGS.get(name, {})))
+        if name not in CONFIGS:
+            (root / name / "model.safetensors").unlink()
+    (root / "folder_weights" / "model.safetensors").mkdir()
+    (root / "loop_weights" / "model.safetensors").symlink_to(root / "loop_weights" / "model.safetensors")
+    (root / "pickled_junk" / "pytorch_model.bin").write_bytes(b"junk")
+
+
 def _write_texts(root, settings):
     (root / "empty_folder").mkdir()
     (root / "foreign").mkdir()
@@ -506,6 +568,13 @@ def _write_texts(root, settings):
         (root / "texts" / label).mkdir(parents=True, exist_ok=True)
         for other in "0123456789":
             (root / "texts" / label / f"{word}{other}.txt").write_text(f"{label} {word} {other}")
+    for name in ("texts_pipe", "texts_folder", "texts_dangling"):
+        shutil.copytree(root / "texts", root / name)
+    os.mkfifo(root / "texts_pipe" / "red" / "x.txt")
+    (root / "texts_folder" / "red" / "x.txt").mkdir()
+    (root / "texts_dangling" / "red" / "x.txt").symlink_to(root / "nothing-there")
+    os.mkfifo(root / "pipe.csv")
+    (root / "empty_first_line.csv").write_text("\n\ntext,label\na,b\n")
     (root / "empty.csv").write_text("")
     (root / "header.csv").write_text("text,label\n")
     (root / "broken_json.jsonl").write_text('{"text": "a cat", "label": 1}\n{"text": \n')
@@ -542,7 +611,9 @@ def contents(root):
         found[folder] = sorted(names)
         for path in (Path(folder, name) for name in files):
             found[str(path)] = (
-                os.readlink(path) if path.is_symlink() else hashlib.sha256(path.read_bytes()).digest()
+                os.readlink(path)
+                if path.is_symlink()
+                else path.is_file() and hashlib.sha256(path.read_bytes()).digest()
             )
     return found
 

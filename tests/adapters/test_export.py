@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import yaml
-from peft import AdaLoraConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
@@ -735,3 +735,9 @@ def test_a_start_that_was_not_trained_is_not_saved_as_zeros(tmp_path):
     B, A = saved_factors(model, pair, tmp_path / "out")
     assert A.any(1).all()
     assert (B @ A).norm() <= 1e-6 * B.norm() * A.norm()
+
+
+def test_a_rank_for_an_adapter_without_pairs_is_refused(tmp_path):
+    model = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(InputError, match=r"this adapter \(IA3\) holds no LoRA pair; got 1"):
+        save_adapter(model, tmp_path / "out", rank=1)

@@ -206,7 +206,7 @@ def test_hub_data_set_with_config(monkeypatch):
             r":1: column 'label' must hold text or a whole number, as regression is not",
         ),
         ('{"text": "a", "label": null}', r":1: column 'label' must hold text or a whole number; got None"),
-        ('{"text": "a", "label": 1}', r"at least 2 different labels; got 1"),
+        ('{"text": "a", "label": 1}', r"at least 2 different labels; got only '1'"),
         ('{"prompt": "a"}', r"its columns are prompt; give --text-column NAME"),
         ('{"prompt": "a", "completion": null}', r":1: column 'completion' must hold text; got None"),
         ('{"text": "a"}\n{"text": "b", "label": 1}', r":1: this example has no column 'label'; it has text"),

@@ -175,6 +175,11 @@ def _save(
     check_gathered(model, "save_adapter", adapters_only=True)
     if rank is not None:
         _check_plain(found, "rank", rank)
+        if not found.pairs:
+            kind = str(getattr(model.peft_config[active_adapter(model)].peft_type, "value", "other"))
+            raise InputError(
+                f"rank must be left out, because this adapter ({kind}) holds no LoRA pair; got {rank}"
+            )
     target = path.resolve()
     classifier = _classes(model) is not None
     check_replaceable(

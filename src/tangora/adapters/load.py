@@ -4,13 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from peft import AdaLoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from safetensors import SafetensorError
 from torch import nn
 
 from tangora._checks import InputError, check_kind, check_path
@@ -71,11 +70,11 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder} belongs to another base: this model has none of the layers in its {CONFIG_FILE}"
         ) from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise InputError(f"{folder} belongs to another base: {_one_line(error)}") from error
-    except (SafetensorError, UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged config or file ends in any of them
+        if "size mismatch" in str(error):
+            raise InputError(f"{folder} belongs to another base: {_one_line(error)}") from error
         raise InputError(f"{folder} cannot be read: {_one_line(error)}") from error
 
 
@@ -110,3 +109,7 @@ def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], option
     for key, parameter in named_adapter_parameters(model, name):
         if key in absent and parameter.data_ptr() not in loaded:  # several methods share one bank of vectors
             raise InputError(f"{folder} lacks {key}: it belongs to another base, or was not written whole")
+        if key not in absent and not parameter.isfinite().all():
+            raise InputError(
+                f"{folder} holds values in {key} that are no finite numbers: its training diverged"
+            )

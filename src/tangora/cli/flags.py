@@ -19,7 +19,7 @@ from tangora._names import DATA, MODELS, SPACES, STARTS
 from tangora.experiments.presets import PRESETS
 from tangora.experiments.values import Settings, read_yaml
 from tangora.recipes import recipes
-from tangora.training.paths import is_data_path, is_model_path
+from tangora.training.paths import is_data_path, is_model_path, local_path
 
 PANELS = (
     "Method",
@@ -286,8 +286,8 @@ def check_paths(*settings: Settings) -> None:
 
 
 def _check_path(key: str, name: str) -> None:
-    path, inside = Path(name).expanduser(), _INSIDE.get(key)
-    if not path.exists():
+    path, inside = local_path(name), _INSIDE.get(key)
+    if path is None:
         raise InputError(f"{key} {name!r}: there is no such file or folder")
     if inside is not None and path.is_dir() and not (path / inside).is_file():
         raise InputError(f"{key} {name!r}: this folder has no {inside}")

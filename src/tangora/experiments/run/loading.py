@@ -15,6 +15,7 @@ from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
 from tangora.training.data.fit import check_fit
 from tangora.training.data.prompts import check_chat_template
+from tangora.training.data.rows import reason
 from tangora.training.devices import device_named
 from tangora.training.models import Kind, LoadedModel, load_model
 
@@ -160,8 +161,15 @@ def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
             ) from error
     loaded = _load(settings, kind, labels)
     if (adapter / "tokenizer_config.json").is_file():
-        return replace(loaded, tokenizer=AutoTokenizer.from_pretrained(adapter, local_files_only=True))
+        return replace(loaded, tokenizer=_saved_tokenizer(adapter))
     return loaded
+
+
+def _saved_tokenizer(adapter: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    except Exception as error:  # a damaged file ends in any of them
+        raise InputError(f"{adapter} has no tokenizer that can be read: {reason(error)}") from error
 
 
 def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedModel:
@@ -228,13 +236,15 @@ def _saved_kind(adapter: Path, settings: RunSettings) -> Kind:
 
 
 def _saved_labels(adapter: Path) -> tuple[str, ...]:
-    names = _json(adapter / "base_config" / "config.json").get("id2label") or {}
+    names = _json(adapter / "base_config" / "config.json").get("id2label")
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        return ()
     return tuple(names[key] for key in sorted(names, key=int))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

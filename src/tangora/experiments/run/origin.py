@@ -1,11 +1,11 @@
 """What a run is made from, in short: the same for the same data and model, whatever their names and dates."""
 
 import hashlib
-from pathlib import Path
 
 from tangora.experiments.settings import TaskSettings
 from tangora.training.data import Task
 from tangora.training.models.loading import PACKAGED_MODELS
+from tangora.training.paths import local_path
 
 _SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt"}
 _CHUNK, _NUM_CHUNKS = 2**16, 64
@@ -30,10 +30,12 @@ def model_fingerprint(name: str) -> str | None:
     Returns:
         SHA-256; ``None`` for a packaged model or one from the hub.
     """
-    path = Path(name).expanduser()
-    if name in PACKAGED_MODELS or not path.exists():
+    path = local_path(name)
+    if name in PACKAGED_MODELS or path is None:
         return None
-    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES)
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
     seen = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -154,13 +154,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
     """Yield the lines of a CSV file with a header, whose separator is detected."""
     csv.field_size_limit(_LONGEST_CELL)
     text = _read_text_file(path)
-    said = re.match(r"sep=(.)\r?\n", text)  # Excel writes and reads such a line before the header
+    said = re.match(r'"?sep=([^"\s]|\t)"?\r?\n', text)  # Excel writes and reads such a line before the header
     text = text[said.end() :] if said else text
     before = 1 if said else 0
     separator = said[1] if said else _separator(text, path)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         names = list(reader.fieldnames or ())
+        if not names and text.strip():
+            raise InputError(f"{path}:{before + 1}: the first line must name the columns; it is empty")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(

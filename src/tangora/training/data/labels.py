@@ -34,7 +34,9 @@ def check_classes(found: Sequence[str], names: Sequence[str], where: str) -> Non
     """
     known = set(found)
     if len(names) < 2:
-        raise InputError(f"{where} must hold at least 2 different labels; got {listed(list(names))}")
+        raise InputError(
+            f"{where} must hold at least 2 different labels; got only {listed(list(map(repr, names)))}"
+        )
     numbers = {name: number for name in known if (number := _number(name)) is not None}
     fractions = [name for name, number in numbers.items() if not number.is_integer()]
     if len(numbers) == len(known) > _MOST_NUMBERS and fractions:

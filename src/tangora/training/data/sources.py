@@ -72,7 +72,12 @@ def read_folder(path: Path) -> RawData:
 
 def _read_text(path: Path) -> str:
     """Return a text in UTF-8, or failing that in Latin-1, as one article of BBC News needs."""
-    content = path.read_bytes()
+    if not path.is_file():  # a folder, a pipe, a link that leads nowhere
+        raise InputError(f"{path} must be a text file; it is none")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -5,7 +5,6 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from tangora._checks import InputError, check_choice, check_kind, check_seed
 from tangora.training.data.columns import Example, repeats, to_examples
@@ -25,7 +24,7 @@ from tangora.training.data.splits import Counts, Splits, check_disjoint, make_sp
 from tangora.training.models import KINDS, Kind
 from tangora.training.models.hub import hub_problem
 from tangora.training.models.packaged import locate, near_hint
-from tangora.training.paths import is_data_path
+from tangora.training.paths import is_data_path, local_path
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,8 @@ def _read(spec: str) -> RawData:
         return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
     if spec in PACKAGED_IMAGES:
         return read_digit_images(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return read_folder(path)
-    if path.is_file():
-        return read_file(path)
+    if (path := local_path(spec)) is not None:
+        return read_folder(path) if path.is_dir() else read_file(path)
     if is_data_path(spec):
         raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed_tasks()}")
     return _read_hub(spec)

