@@ -221,15 +221,13 @@ def test_points_may_be_numbers_lists_arrays_or_tensors(made):
 
 
 def test_an_adapter_for_another_base_is_named(made, tmp_path):
-    with pytest.raises(
-        InputError, match="is an adapter for another base model: its layers are not in Sequential"
-    ):
+    with pytest.raises(InputError, match="belongs to another base"):
         tangora.load_adapter(torch.nn.Sequential(torch.nn.Linear(2, 2)), made["adapter"])
-    with pytest.raises(InputError, match="another base model"):
+    with pytest.raises(InputError, match="belongs to another base"):
         tangora.load_adapter(tiny_llama(hidden_size=16), made["adapter"])
 
 
 def test_layers_that_are_not_there_are_answered_by_those_that_are():
     for targets in ("query", ["query", "value"]):
-        with pytest.raises(InputError, match=r"down_proj, gate_proj, k_proj, .*or be all-linear; got query"):
+        with pytest.raises(InputError, match=r"down_proj, gate_proj, k_proj, .*got 'query'"):
             prepare(targets, "target_modules")

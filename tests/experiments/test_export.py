@@ -154,7 +154,7 @@ def test_runs_of_older_versions_are_exported_with_their_data(run, tmp_path):
 def test_an_export_never_replaces_the_runs_own_adapter(run):
     folder, _ = run
     for output in (folder / "adapter", folder):
-        with pytest.raises(InputError, match="belongs to the run"):
+        with pytest.raises(InputError, match="exists already"):
             export(folder, output, rank=1)
 
 

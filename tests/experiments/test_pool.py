@@ -45,8 +45,8 @@ def plan(small, **values):
 
 
 def content_of(record):
-    """Return a record without times, memory and dates."""
-    content = json.loads(record.model_dump_json(exclude={"time", "created"}))
+    """Return a record without times, memory, dates and what else the machine did."""
+    content = json.loads(record.model_dump_json(exclude={"time", "created", "load"}))
     content["memory"].pop("peak_bytes")
     return content
 

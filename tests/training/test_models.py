@@ -117,7 +117,7 @@ def test_loading_is_silent_and_restores_verbosity(bert_folder, capfd):
         ("minilm-l6", {"kind": "classification", "labels": ["a", "a"]}, "2 different names; got a, a"),
         (
             "minilm-l6",
-            {"kind": "classification", "labels": "ab", "num_labels": 3},
+            {"kind": "classification", "labels": ["a", "b"], "num_labels": 3},
             "number of labels, 2; got 3",
         ),
         ("minilm-l6", {"kind": "causal", "num_labels": 3}, "leave them out for 'causal'"),

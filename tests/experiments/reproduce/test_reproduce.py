@@ -48,7 +48,7 @@ def call(monkeypatch, capsys):
 
     everything = MappingProxyType({**EXPERIMENTS, "fake": FAKE})
     monkeypatch.setattr(registry, "EXPERIMENTS", everything)
-    monkeypatch.setattr(cli.output, "EXPERIMENTS", everything)
+    monkeypatch.setattr(cli.listing, "EXPERIMENTS", everything)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])
