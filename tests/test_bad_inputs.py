@@ -269,6 +269,7 @@ YAML = {
     "yaml_tab": "max_length:\t- 1\n\t- 2\n",
     "yaml_control": "max_length: \x01\n",
     "yaml_empty": "",
+    "yaml_twice": "max_length: 16\nmax_length: 17\n",
     "yaml_huge": "max_length: 999999999999999999999999\n",
 }
 
@@ -391,6 +392,9 @@ PLANS = {
     "plan_names": "tasks: {a: {}, ../b: {}}",
     "plan_list": "tasks: [a, b]",
     "plan_none": "tasks: {}",
+    "plan_twice": "tasks: {a: {}, a: {steps: 3}}",
+    "plan_file": "tasks: {report.html: {}}",
+    "plan_ranks": "tasks: {a: {rank_plan: {a: 1}}}",
     "plan_empty": "tasks: {a: 1}",
 }
 

@@ -225,6 +225,8 @@ class TaskSettings(Settings):
         values = cls.spelled(values)
         if values.get("epochs") is not None:
             values = {"steps": None} | values
+        if isinstance(values.get("rank_plan"), dict):
+            return values | {"rank_plan": _checked_plan(values["rank_plan"])}
         if not isinstance(values.get("rank_plan"), str):
             return values
         plan = _read_plan(values["rank_plan"])
@@ -378,6 +380,10 @@ def _read_plan(path: str) -> dict[str, Any]:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rank_plan cannot be read: {error}") from None
+    return _checked_plan(plan)
+
+
+def _checked_plan(plan: Any) -> dict[str, Any]:
     keys = ("rank_pattern", "alpha_pattern")
     if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
         raise ValueError(f"rank_plan must hold {' and '.join(keys)}")

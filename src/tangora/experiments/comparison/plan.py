@@ -232,6 +232,9 @@ def _number(key: str, text: str, kind: type) -> Any:
         raise InputError(f"{key} must be numbers separated by commas; got {text!r}") from None
 
 
+_NAMES_OF_FILES = {"report.html", "settings.json"}
+
+
 class PlanSettings(Settings):
     """Several comparisons that share what is not said for each task."""
 
@@ -244,6 +247,10 @@ class PlanSettings(Settings):
         for name in tasks:
             if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name[0] == ".":
                 raise ValueError(f"tasks need names of letters, digits, '-', '_' and '.'; got {name!r}")
+            if name in _NAMES_OF_FILES:
+                raise ValueError(
+                    f"tasks must not be called {name!r}, which is the name of a file beside them"
+                )
         return tasks
 
 
