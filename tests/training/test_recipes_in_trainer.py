@@ -206,6 +206,13 @@ def test_training_from_another_initialization_is_said(tmp_path, caplog):
     assert "recipe 'tangent' trains from initialization 'orthogonal'" in caplog.text
 
 
+def test_another_optimizer_of_the_arguments_is_said(tmp_path, caplog):
+    made(tmp_path, recipe="tangent")
+    assert "optim of TrainingArguments" not in caplog.text
+    made(tmp_path, recipe="tangent", changes={"optim": "adafactor"})
+    assert "recipe 'tangent': its own optimizer; optim of TrainingArguments is not used" in caplog.text
+
+
 class Squares(tangora.Trainer):
     """A loss of its own, which takes labels out of the inputs as TRL's do."""
 
@@ -451,6 +458,8 @@ MISFITS = {
     "a learning rate without a recipe": (None, with_lora, {"learning_rate": 1e-3}, "learning_rate needs a recipe"),
     "a head's without a recipe": (None, with_lora, {"head_learning_rate": 1e-3}, "head_learning_rate needs"),
     "a configuration without a recipe": (None, tiny_bert, {"peft_config": LoraConfig()}, "peft_config needs a recipe"),
+    "a head's below zero": ("lora", with_lora, {"head_learning_rate": -1.0}, "head_learning_rate must be a number"),
+    "a class": (tangora.Recipe, with_lora, {}, "recipe must be a name such as"),
     "not a number": ("lora", with_lora, {"learning_rate": float("nan")}, "learning_rate must be a number"),
 }  # fmt: skip
 

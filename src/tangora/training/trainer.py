@@ -130,7 +130,14 @@ class Trainer(transformers.Trainer):
         return made
 
     def _set_learning_rate(self, recipe: Recipe, given: float | None) -> None:
-        default = next(field.default for field in fields(self.args) if field.name == "learning_rate")
+        if self.head_learning_rate is not None:
+            check_number("head_learning_rate", self.head_learning_rate, low=0)
+        usual = {field.name: field.default for field in fields(self.args)}
+        if self.args.optim != usual["optim"]:
+            logger.warning(
+                "recipe %r: its own optimizer; optim of TrainingArguments is not used", recipe.name
+            )
+        default = usual["learning_rate"]
         if given is None and self.args.learning_rate != default:
             logger.info(
                 "recipe %r: learning rate %g, of TrainingArguments", recipe.name, self.args.learning_rate
@@ -274,7 +281,7 @@ def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
         recipe = recipe_named(recipe)
     if recipe is None:
         return None
-    if not hasattr(recipe, "create_optimizer"):
+    if isinstance(recipe, type) or not hasattr(recipe, "create_optimizer"):
         raise InputError(
             f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {shown(recipe)}"
         )
