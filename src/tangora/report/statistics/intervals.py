@@ -14,6 +14,8 @@ from scipy.special import stdtr
 Scores = NDArray[np.float64]
 """Seeds x test examples; one column when only the mean of each seed is known."""
 
+_PerSimulation = Scores | np.float64
+
 Interval = tuple[float, float]
 
 Over = Literal["seeds and examples", "examples", "seeds"]
@@ -147,7 +149,7 @@ def mixture(*groups: Scores, unit: float = 0.0) -> tuple[Scores, Scores]:
     return variances + (np.maximum(examples - sum(rests), 0.0) + further)[..., None], weights
 
 
-def tail(difference: Scores | float, variances: Scores, weights: Scores, df: float) -> Scores:
+def tail(difference: Scores | float, variances: Scores, weights: Scores, df: float) -> _PerSimulation:
     """Return the probability of a larger difference, on either side, if there is none.
 
     Args:
@@ -163,14 +165,14 @@ def tail(difference: Scores | float, variances: Scores, weights: Scores, df: flo
     return np.clip((2.0 * stdtr(df, -t) * weights).sum(axis=-1), _SMALLEST_P, 1.0)
 
 
-def _further(by_example: Scores, unit: float) -> Scores:
+def _further(by_example: Scores, unit: float) -> _PerSimulation:
     """Return what the further examples add to the variance."""
     number = np.count_nonzero(by_example, axis=-1)
     square = (by_example**2).sum(axis=-1) / np.maximum(number, 1)
     return _FURTHER * np.where(number > 0, square, (unit or 1.0) ** 2) / by_example.shape[-1] ** 2
 
 
-def _rest(scores: Scores) -> Scores:
+def _rest(scores: Scores) -> _PerSimulation:
     """Return what neither seed nor example explains, as a part of the variance of the mean."""
     num_seeds, num_examples = scores.shape[-2:]
     mean = scores.mean(axis=(-2, -1), keepdims=True)
@@ -179,7 +181,7 @@ def _rest(scores: Scores) -> Scores:
     return (residual**2).sum(axis=(-2, -1)) / (degrees * num_seeds * num_examples)
 
 
-def _over_seeds(scores: Scores, rest: Scores, nodes: int) -> tuple[Scores, Scores]:
+def _over_seeds(scores: Scores, rest: _PerSimulation, nodes: int) -> tuple[Scores, Scores]:
     """Return variances that a mean over seeds may have, none below the rest, and their weights."""
     num_seeds = scores.shape[-2]
     seeds = scores.mean(axis=-1).var(axis=-1, ddof=1)[..., None] / num_seeds
