@@ -29,8 +29,8 @@ def test_a_script_of_the_guide_runs(index, tmp_path, monkeypatch):
         script = script.replace(given, smaller)
     exec(compile(script, str(GUIDE), "exec"), {"__name__": "guide"})
     wanted = (
-        ["out/adapter/adapter_config.json"]
+        ["bbc-adapter/adapter_config.json"]
         if index == 0
-        else ["out/run/record.json", "out/merged/config.json"]
+        else ["bbc-run/record.json", "bbc-merged/config.json"]
     )
     assert all((tmp_path / name).is_file() for name in wanted)

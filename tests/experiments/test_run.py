@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def test_one_step_is_a_start_without_training(classifier, tmp_path):
 
 
 def test_a_rank_plan_gives_single_layers_their_own_rank(classifier, tmp_path):
-    plan = {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1}, "alpha_pattern": {}}
+    # as tangora diagnose writes it
+    name = re.escape("bert.encoder.layer.0.attention.self.query")
+    plan = {"rank_pattern": {f"^{name}": 1}, "alpha_pattern": {}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     settings = RunSettings(
         **classifier, recipe="lora", steps=1, batch_size=4, rank_plan=str(tmp_path / "plan.json")

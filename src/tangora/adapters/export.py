@@ -420,7 +420,7 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return (
-            "Exact: twice the rank holds what was trained less the start, by its singular values. A server needs room "
-            f"for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
+            "Exact: the trained product minus the initial one, by singular values, at twice the rank. A server needs "
+            f"room for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
         )
-    return "Exact: the factors are those that were trained, without ranks that are zero."
+    return "Exact: the trained factors, without zero ranks."

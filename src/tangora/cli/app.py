@@ -81,7 +81,7 @@ Output = Annotated[
     option(
         RESOURCES,
         "<folder>",
-        "Output folder; the same command resumes an interrupted run.",
+        "Output folder; the same command goes on with what is there.",
         "--output",
         "-o",
     ),

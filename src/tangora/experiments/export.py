@@ -67,7 +67,7 @@ def _exported(folder: Path, output: Path, rank: int | None, merge: bool, uniform
     settings = adapter_settings(folder)
     if merge:  # into the weights as they were before they were quantized
         settings = settings.model_copy(update={"load_in_4bit": False})
-    check_origin(folder, kept_origin(folder), origin_of(settings))
+    check_origin(folder, kept_origin(folder), origin_of(settings), "bring the original back")
     loaded = load_run_base(settings, folder / "adapter")
     model = load_adapter(loaded.model, folder / "adapter")
     if not merge:

@@ -159,13 +159,16 @@ def is_disk_full(problem: BaseException) -> bool:
     return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or _NO_SPACE in str(problem)
 
 
-def check_origin(folder: Path, found: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+def check_origin(
+    folder: Path, found: Mapping[str, Any], origin: Mapping[str, str], mend: str = "choose another --output"
+) -> None:
     """Check that data and model are still those that results were made from.
 
     Args:
         folder: For the message.
         found: What is kept of the results' origin, among other settings; an older version kept nothing.
         origin: What it is now.
+        mend: What to do about it.
 
     Raises:
         InputError: Naming what changed.
@@ -175,7 +178,7 @@ def check_origin(folder: Path, found: Mapping[str, Any], origin: Mapping[str, st
         if before and now and before != now:
             raise InputError(
                 f"the {name} changed since {folder} was begun: {name} {str(found.get(name))!r} has the fingerprint "
-                f"{now[:12]} now, and had {str(before)[:12]} then; choose another --output"
+                f"{now[:12]} now, and had {str(before)[:12]} then; {mend}"
             )
 
 

@@ -65,7 +65,7 @@ class TaskSettings(Settings):
     text_column: str | None = Field(
         default=None,
         description="Column of the text; a,b for sentence pairs, a|b for the first column that exists. Default, as for "
-        "the other columns: recognized by its name.",
+        "the other columns: recognised by its name.",
     )
     label_column: str | None = Field(default=None, description="Column of the label, for classification.")
     prompt_column: str | None = Field(

@@ -13,7 +13,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,7 +32,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_booleans(cls, value: Any, info: Any) -> Any:
         # YAML's true would be taken for 1
         wanted = str(cls.model_fields[info.field_name or ""].annotation)
         for part in _parts(value):
@@ -43,7 +42,7 @@ class Settings(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _sizes_of_tensors(cls, value: Any, info: ValidationInfo) -> Any:
+    def _sizes_of_tensors(cls, value: Any, info: Any) -> Any:
         # what no tensor holds would be refused by whatever meets it first, or be nothing
         for part in _parts(value):
             if isinstance(part, int) and abs(part) > _MOST:

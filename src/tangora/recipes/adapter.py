@@ -169,9 +169,7 @@ def _check_kind(entry: Recipe, config: Any, what: str) -> None:
     wanted = AdaLoraConfig if entry.adapter == "adalora" else LoraConfig
     is_other = isinstance(config, AdaLoraConfig) and entry.adapter != "adalora"
     if not isinstance(config, wanted) or is_other:
-        raise InputError(
-            f"recipe {entry.name!r} needs a {wanted.__name__}; {what} is a {type(config).__name__}"
-        )
+        raise InputError(f"recipe {entry.name!r} needs {wanted.__name__}; {what} has {type(config).__name__}")
 
 
 def _check_start(entry: Recipe, config: Any, what: str) -> None:

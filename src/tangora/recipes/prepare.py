@@ -102,7 +102,7 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 
 def _check_plan(model: PeftModel, plan: Mapping[str, Any]) -> None:
     # PEFT would leave a layer that is not there out without a word
-    names = [pair.name for pair in discover(model).pairs]
+    names = [pair.name.removeprefix("base_model.model.") for pair in discover(model).pairs]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in plan.get(key, {}):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):

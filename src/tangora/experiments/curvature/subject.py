@@ -131,7 +131,7 @@ def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Su
     settings = trained.model_copy(update=changes)
     task = load_run_task(settings)
     if not changes.keys() - {"max_length"}:
-        check_origin(folder, kept_origin(folder), origin_of(settings, task))
+        check_origin(folder, kept_origin(folder), origin_of(settings, task), "bring the original back")
     if (folder / "adapter").is_dir():
         loaded = load_base(settings, task)
         model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)

@@ -27,6 +27,14 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def _cost(found: Recommendation) -> str:
+    if found.seconds is None:
+        return "in memory; the machine was too busy to compare times"
+    # what reads the same is the same
+    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
+    return took if took.startswith(least) else f"{took}, within 5 % of the fastest, {least}"
+
+
 def recommendation_sentence(found: Recommendation | None) -> str | None:
     """Say which recipe to use, and why.
 
@@ -44,14 +52,16 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
             "Recommendation: cannot be decided with one seed per recipe, which tells no difference from noise; best on "
             f"validation data is {found.recipe} at {formats.learning_rate(found.learning_rate)}."
         )
+    if not found.swept:
+        return (
+            f"Recommendation: try more learning rates first; of the rates that were tried, {found.recipe} at "
+            f"{formats.learning_rate(found.learning_rate)} is "
+            f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
+        )
     if len(found.candidates) == 1:
-        others = "; all others are significantly worse, or have no result of several seeds"
-        return f"Recommendation: {use}, the best{others}."
-    # what reads the same is the same
-    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
-    took += "" if took.startswith(least) else f", within 5 % of the fastest, {least}"
+        return f"Recommendation: {use}, the best; no other recipe with several seeds is level with it."
     cheapest = (
-        f"Recommendation: {use}, the cheapest ({took}) of the {len(found.candidates)} recipes that are not "
+        f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
         "significantly worse than the best"
     )
     if found.difference is None:
@@ -117,7 +127,10 @@ def _best(judged: Sequence[Row]) -> str:
         return f"{best.recipe} reaches a test {best.metric} of {_measured(best)}; there is no other recipe to compare."
     tied = _tied(judged)
     if len(tied) > 1:
-        each = "; ".join(f"{row.recipe}: {_certainty(row)}" for row in tied)
+        known = {_certainty(row) for row in tied}
+        each = (
+            known.pop() if len(known) == 1 else "; ".join(f"{row.recipe}: {_certainty(row)}" for row in tied)
+        )
         names = formats.listing(row.recipe for row in tied)
         return f"{names} share the best test {best.metric}, {formats.metric(best.test)} ({each}){_standing(tied)}."
     return f"{best.recipe} has the best test {best.metric}, {_measured(best)}{_next(best, others)}."
@@ -134,7 +147,7 @@ def _tied(rows: Sequence[Row]) -> list[Row]:
 def _standing(best: Sequence[Row]) -> str:
     # what the best are against LoRA, where another sentence does not say it
     told = [row for row in best if row.recipe not in (BASELINE, CEILING) and row.p_value is not None]
-    if not told:
+    if not told or any(row.recipe == BASELINE for row in best):
         return ""
     amount = formats.difference(told[0].difference)
     if all(leads(row) for row in told):

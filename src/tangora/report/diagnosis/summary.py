@@ -221,14 +221,12 @@ def _of_ranks(diagnosis: Diagnosis) -> list[str]:
     row = kind_rows(diagnosis)[-1]
     # one rank may reach several shares: the largest says it all
     largest = {row.ranks_needed[share]: share for share in SHARES}
-    parts = [f"{share} % {_at_rank(rank, row.known_rank)}" for rank, share in largest.items()]
-    return [
-        f"With one rank for all layers, the energy that adapters can capture is {formats.listing(parts)} at most."
-    ]
+    parts = [f"{share} % of the energy {_at_rank(rank, row.known_rank)}" for rank, share in largest.items()]
+    return [f"With one rank for all layers, adapters can capture {formats.listing(parts)}."]
 
 
 def _at_rank(rank: int | None, known: int) -> str:
-    return f"only beyond rank {known}" if rank is None else f"at rank {rank}"
+    return f"only beyond rank {known}" if rank is None else f"from rank {rank} on"
 
 
 def _of_plan(diagnosis: Diagnosis) -> list[str]:

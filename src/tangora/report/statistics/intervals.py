@@ -185,7 +185,7 @@ def _over_seeds(scores: Scores, rest: _PerSimulation, nodes: int) -> tuple[Score
     """Return variances that a mean over seeds may have, none below the rest, and their weights."""
     num_seeds = scores.shape[-2]
     seeds = scores.mean(axis=-1).var(axis=-1, ddof=1)[..., None] / num_seeds
-    rest = np.maximum(rest[..., None], np.maximum(seeds / _LARGEST_RATIO, _SMALLEST_P))
+    rest = np.maximum(np.asarray(rest)[..., None], np.maximum(seeds / _LARGEST_RATIO, _SMALLEST_P))
     ratio = (num_seeds - 1) / 2 * seeds / rest
     # As a function of the angle, with variance = rest / sin(angle)^2, the posterior has no singularity; beyond `reach`
     # it vanishes. The points lie closest where the variance is largest, on which small p-values depend.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tangora.report.records import Comparison
 from tangora.report.statistics.intervals import ALPHA, Interval, holm
@@ -25,7 +25,8 @@ class Recommendation:
         candidates: Recipes that are not significantly worse than `best`, which is one of them, the cheapest first.
         difference: Test metric of `recipe` minus that of `best`; None where they are the same.
         difference_interval: Its 95 % interval.
-        seconds: Median time per run of `recipe`.
+        swept: Whether each candidate, and what is worse, had more than one learning rate to choose from.
+        seconds: Median time per run of `recipe`; None where a busy machine made times say nothing.
         least_seconds: The smallest of all candidates; times within 5 % of it count as equal.
     """
 
@@ -36,6 +37,7 @@ class Recommendation:
     candidates: tuple[str, ...]
     difference: float | None = None
     difference_interval: Interval | None = None
+    swept: bool = True
     seconds: float | None = None
     least_seconds: float | None = None
 
@@ -49,10 +51,13 @@ def recommendation(comparison: Comparison) -> Recommendation | None:
     Returns:
         As `recommend`.
     """
-    return recommend(*judge(comparison))
+    busy = any(record.load is not None and record.load.busy for record in comparison.records)
+    return recommend(*judge(comparison), timed=not busy)
 
 
-def recommend(rows: Sequence[Row], samples: Mapping[str, Sample]) -> Recommendation | None:
+def recommend(
+    rows: Sequence[Row], samples: Mapping[str, Sample], *, timed: bool = True
+) -> Recommendation | None:
     """Choose the cheapest recipe that is not significantly worse than the best.
 
     Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
@@ -63,11 +68,12 @@ def recommend(rows: Sequence[Row], samples: Mapping[str, Sample]) -> Recommendat
     Args:
         rows: From `judge`, best first.
         samples: Their test scores, from `judge`.
+        timed: Whether times can be compared; else memory alone says what is cheap.
 
     Returns:
         The choice; the best one on validation data where no recipe has several seeds; None where no run finished.
     """
-    known = [row for row in rows if row.learning_rate is not None]
+    known = [row if timed else replace(row, seconds=None) for row in rows if row.learning_rate is not None]
     tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]
     if not tested:
         return _by_validation(known)
@@ -94,6 +100,7 @@ def recommend(rows: Sequence[Row], samples: Mapping[str, Sample]) -> Recommendat
         candidates=tuple(row.recipe for row in candidates),
         difference=None if same else samples[chosen.recipe].mean - samples[best.recipe].mean,
         difference_interval=estimated.interval if estimated else None,
+        swept=all(row.num_learning_rates > 1 for row in tested),
         seconds=chosen.seconds,
         least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
     )
