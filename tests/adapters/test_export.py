@@ -450,7 +450,7 @@ def test_every_folder_has_a_card_and_safetensors_alone(adapter, tmp_path):
     names = {entry.name for entry in path.iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     text = (path / "README.md").read_text()
-    assert "Exact: the factors are those that were trained" in text
+    assert "Exact: the trained factors" in text
     assert "base_model" not in front_matter(text)
 
 

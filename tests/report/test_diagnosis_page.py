@@ -211,7 +211,7 @@ def test_other_examples():
 
 
 def test_shares_of_one_rank_are_merged():
-    assert "capture is 80 % at rank 1 and 90 % only beyond rank 2 at most." in " ".join(
+    assert "80 % of the energy from rank 1 on and 90 % of the energy only beyond rank 2." in " ".join(
         findings(diagnosis(NAMES[:1]))
     )
     (sharp,) = diagnosis(NAMES[:1]).layers
@@ -219,10 +219,7 @@ def test_shares_of_one_rank_are_merged():
     (sentence,) = [
         s for s in findings(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
     ]
-    assert (
-        sentence
-        == "With one rank for all layers, the energy that adapters can capture is 90 % at rank 1 at most."
-    )
+    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1 on."
 
 
 def test_model_and_data_come_first():
