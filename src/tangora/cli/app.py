@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from tangora._checks import InputError
@@ -17,8 +17,21 @@ from tangora.cli.errors import one_line
 from tangora.cli.flags import option
 from tangora.cli.output import console
 
+
+class Program(TyperGroup):
+    """The program, whose own flags take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return its flags."""
+        params = super().get_params(ctx)
+        for each in params:
+            each.metavar = ""
+        return params
+
+
 app = typer.Typer(
     name="tangora",
+    cls=Program,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

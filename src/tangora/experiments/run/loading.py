@@ -52,7 +52,7 @@ def check_chat(task: Task, chat_template: bool | None) -> None:
     if chat_template is None and any("messages" in example for example in task.train):
         raise InputError(
             f"data {task.name!r} holds conversations: give --chat-template to write them with the tokenizer's chat "
-            "template, or chat_template: false in a settings file to join the turns by newlines"
+            "template, or --no-chat-template to join the turns by newlines"
         )
     if chat_template and (task.kind != "causal" or not all(example["prompt"] for example in task.train)):
         raise InputError(
