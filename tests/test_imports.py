@@ -70,6 +70,29 @@ def test_an_optimizer_loads_no_plots_no_data_sets_and_no_command_line():
     assert not unwanted & loaded
 
 
+LOGS = """
+import json, logging, sys
+import tangora
+from tangora import TangentAdam  # loads PEFT, and with it bitsandbytes
+log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module named 'kernels'")
+log.warning("Failed to load the library")
+print(json.dumps(None))
+"""
+
+
+def test_a_missing_optional_kernel_of_bitsandbytes_is_no_news_and_other_failures_are():
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.stderr.splitlines() == ["Failed to load the library"]
+
+
 COMMANDS = ("train", "compare", "diagnose", "curvature", "export", "reproduce", "report", "list")
 QUICK = {
     "": (0, []),

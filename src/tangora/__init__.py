@@ -1,5 +1,6 @@
 """tangora: LoRA fine-tuning that follows full fine-tuning, shows how far it is from it, and proves it."""
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
         create_tangent_adam,
         create_tangent_muon,
     )
+    from tangora.training.data.task import load_task
+    from tangora.training.models.loading import load_model
     from tangora.training.trainer import Trainer, optimizer_factory
 
 __all__ = [
@@ -73,6 +76,9 @@ __all__ = [
     "Recipe",
     "recipe",
     "recipes",
+    # models and data by name
+    "load_model",
+    "load_task",
     # training
     "Trainer",
     "optimizer_factory",
@@ -98,9 +104,20 @@ _MODULES = {
     "tangora.optim": "LoRAPro ODELoRA PreconditionedAdamW TangentAdam TangentMuon "
     "create_lora_pro create_ode_lora create_preconditioned_adamw create_tangent_adam "
     "create_tangent_muon",
+    "tangora.training.data.task": "load_task",
+    "tangora.training.models.loading": "load_model",
     "tangora.training.trainer": "Trainer optimizer_factory",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+# PEFT imports bitsandbytes, which warns on some CPUs, with or without 4-bit layers, that it will do without a faster
+# kernel from the hub. The record is dropped at its logger; what fails while 4-bit layers are used is raised as ever.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: (
+        not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+    )
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,12 @@
 """Checks at the public boundary: every error names the argument, its value and what is allowed."""
 
 import difflib
+import importlib.util
 import math
+import os
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -20,12 +24,12 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     Raises:
         InputError: With the nearest allowed value when there is one.
     """
-    if value in allowed:
+    if any(_equal(value, option) for option in allowed):
         return
     options = ", ".join(repr(option) if option is None else str(option) for option in allowed)
-    near = difflib.get_close_matches(str(value), [str(option) for option in allowed], n=1)
+    near = difflib.get_close_matches(str(value)[:80], [str(option) for option in allowed], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise InputError(f"{name} must be one of {options}; got {value!r}{hint}")
+    raise InputError(f"{name} must be one of {options}; got {shown(value)}{hint}")
 
 
 def check_number(
@@ -57,7 +61,7 @@ def check_number(
         return
     left = "(" if open_low or math.isinf(low) else "["
     right = ")" if open_high or math.isinf(high) else "]"
-    raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}{right}; got {value!r}")
+    raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}{right}; got {shown(value)}")
 
 
 def check_whole(name: str, value: int, *, low: int) -> None:
@@ -73,4 +77,74 @@ def check_whole(name: str, value: int, *, low: int) -> None:
     """
     check_number(name, value, low=low)
     if not isinstance(value, int):
-        raise InputError(f"{name} must be a whole number; got {value!r}")
+        raise InputError(f"{name} must be a whole number; got {shown(value)}")
+
+
+def check_installed(package: str, name: str) -> None:
+    """Raise `InputError` unless an optional package is installed.
+
+    Args:
+        package: Its name, for Python and for pip.
+        name: The argument that needs it.
+
+    Raises:
+        InputError: With the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{name} needs {package}, which is not installed; run: pip install {package}")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raise `InputError` unless a value can seed a generator, here and in the libraries that are used."""
+    check_whole(name, seed, low=0)
+    check_number(name, seed, high=2**32 - 1)
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
+    """Raise `InputError` unless a value is of a kind.
+
+    Args:
+        name: The argument as the user knows it.
+        value: What was given.
+        kind: Its class, or several.
+        allowed: What may be given, in words.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {allowed}; got {shown(value)}")
+
+
+def check_callable(name: str, value: object, allowed: str) -> None:
+    """Raise `InputError` unless a value can be called; ``allowed`` says with what."""
+    if not callable(value):
+        raise InputError(f"{name} must be {allowed}; got {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return a path, or raise `InputError` if a value is none."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        raise InputError(f"{name} must be a path; got {shown(value)}")
+    if not path:
+        raise InputError(f"{name} must be a path; got an empty text")
+    return Path(path)
+
+
+def shown(value: object) -> str:
+    """Return a value for a message of one line: as Python writes it if that is short, else what it is."""
+    written = repr(value) if isinstance(value, _WRITTEN) else ""
+    if written and len(written) <= 80 and "\n" not in written:
+        return written
+    return value.__name__ if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+# of other objects, such as models and tensors, the type says more
+_WRITTEN = (str, bytes, int, float, complex, type(None), list, tuple, set, dict, os.PathLike)
+
+
+def _equal(value: Any, option: object) -> bool:
+    try:
+        return bool(value == option)
+    except (TypeError, ValueError, RuntimeError):  # of arrays and tensors
+        return False

@@ -17,3 +17,18 @@ SPACES: tuple[Space, ...] = get_args(Space)
 
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 """Initializations that a diagnosis can compare."""
+
+MODELS: dict[str, str] = {
+    "minilm-l6": "all-MiniLM-L6-v2: a sentence encoder with 23 million parameters, for classification",
+    "smollm2-135m": "SmolLM2-135M-Instruct, dequantized from Q4_1 (4 bits): text generation or classification",
+    "vit-digits": "a small vision transformer, pretrained here on images of the digits 0 to 4",
+}
+"""Models that need no hub, and what they are."""
+
+DATA: dict[str, str] = {
+    "bbc-news": "2125 news articles in five classes",
+    "digits": "8x8 images of the digits 5 to 9",
+    "digits-permuted": "8x8 images of all ten digits, their pixels in another order",
+    "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
+}
+"""Data that needs no hub, and what it is."""

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 import yaml
-from peft import AdaLoraConfig, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, KasaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 from tangora import InputError, find_pairs
 from tangora.adapters import (
@@ -29,6 +29,7 @@ from tangora.adapters.compress import truncate
 from tests.adapters.models import Holder, LinearAndExperts, randomize, tiny_llama
 from tests.cases import combinations
 from tests.tolerances import assert_close
+from tests.training.tiny import tiny_tokenizer
 
 IDS = torch.arange(12).view(2, 6)
 # PEFT says so whenever an embedding is adapted
@@ -421,10 +422,26 @@ def test_the_card_of_a_classifier_gives_its_head_the_right_shape_and_no_folder(t
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     text = (save_adapter(model, tmp_path / "adapter").path / "README.md").read_text()
     assert str(tmp_path) not in text
-    (line,) = (line for line in text.splitlines() if line.startswith("base = "))
-    assert line.endswith('from_pretrained("path or name of the base model", num_labels=5)')
-    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
-    assert PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert "# LoRA adapter for BertForSequenceClassification (base)" in text
+    assert str(tmp_path) not in (tmp_path / "adapter" / "base_config" / "config.json").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("path or name of the base model", str(tmp_path / "base"))
+    scope: dict = {}
+    exec(code.replace("path or name of this adapter", str(tmp_path / "adapter")), scope)
+    assert isinstance(scope["model"], PeftModel)
+    assert scope["model"].config.num_labels == 5
+
+
+def test_a_tokenizer_is_saved_with_an_adapter_and_never_lost(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side, tokenizer.chat_template = "left", "{{ messages[0].content }}"
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear"))
+    for _ in range(2):  # it may be replaced by another
+        save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert (again.padding_side, again.chat_template) == (tokenizer.padding_side, tokenizer.chat_template)
+    with pytest.raises(InputError, match=r"holds .* beside the adapter, which would be lost"):
+        save_adapter(model, tmp_path / "a")
 
 
 @pytest.mark.parametrize("adapter", ["default", "other"])
@@ -433,7 +450,7 @@ def test_every_folder_has_a_card_and_safetensors_alone(adapter, tmp_path):
     names = {entry.name for entry in path.iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     text = (path / "README.md").read_text()
-    assert "Exact: the factors are those that were trained" in text
+    assert "Exact: the trained factors" in text
     assert "base_model" not in front_matter(text)
 
 
@@ -718,3 +735,9 @@ def test_a_start_that_was_not_trained_is_not_saved_as_zeros(tmp_path):
     B, A = saved_factors(model, pair, tmp_path / "out")
     assert A.any(1).all()
     assert (B @ A).norm() <= 1e-6 * B.norm() * A.norm()
+
+
+def test_a_rank_for_an_adapter_without_pairs_is_refused(tmp_path):
+    model = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(InputError, match=r"this adapter \(IA3\) holds no LoRA pair; got 1"):
+        save_adapter(model, tmp_path / "out", rank=1)

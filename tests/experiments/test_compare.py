@@ -6,12 +6,15 @@ import shutil
 import pytest
 
 from tangora import CompareSettings, InputError, compare
+from tangora._names import MODELS
 from tangora.experiments.compare import CompareWatcher, write_report
 from tangora.experiments.comparison.plan import PlanSettings, read_plan
+from tangora.experiments.folders import claimed
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.settings import claim_folder
+from tangora.experiments.provenance import provenance
 from tangora.report import load_comparison, summarize
 from tangora.training.data import load_task
+from tangora.training.models import PACKAGED_MODELS
 from tests.experiments.small import write_classifier, write_generator
 
 
@@ -75,8 +78,39 @@ def test_files(done):
     for name in ("settings.json", "comparison.json", "summary.csv", "report.html", "picture.png", "log.txt"):
         assert (folder / name).stat().st_size > 0 or name == "log.txt"
     assert (outcome.adapter / "adapter_config.json").exists()
-    assert outcome.difference <= 1e-5
+    assert outcome.proof.difference <= 1e-5
     assert outcome.adapter_recipe in ("lora", "tangent")
+
+
+def test_records_say_on_what_they_ran_and_how_busy_the_machine_was(done):
+    settings, _, outcome, _ = done
+    for record in (run for run in outcome.comparison.records if run.status == "finished"):
+        sizes = {
+            "train": settings.num_train,
+            "validation": settings.num_validation,
+            "test": settings.num_test,
+        }
+        assert record.num_examples == sizes
+        assert record.load.processors >= 1
+        assert min(record.load.before, record.load.after) >= 0
+        assert record.model_description is None
+    assert provenance("smollm2-135m")["model_description"].startswith("SmolLM2-135M-Instruct, dequantized")
+    assert set(MODELS) == set(PACKAGED_MODELS)
+
+
+def test_the_default_title_says_what_was_compared(done):
+    settings, folder, outcome, _ = done
+    unnamed = settings.model_copy(update={"title": None})
+    assert unnamed.heading == f"{', '.join(settings.recipes)} on data.jsonl with model"
+    many = CompareSettings(recipes=["full", "lora", "lora-ga", "lora-pro", "tangent", "dora"])
+    assert many.heading == "6 recipes on bbc-news with minilm-l6"
+    assert CompareSettings(recipes=["lora"], title="Mine").heading == "Mine"
+    # the same comparison under another title
+    log = Log()
+    again = compare(settings.model_copy(update={"title": "Other"}), folder, command="test", watcher=log)
+    assert (again.comparison.title, log.began) == ("Other", [])
+    assert again.recommendation == outcome.recommendation
+    compare(settings, folder, command="test")
 
 
 def test_same_data_order_for_every_method(done):
@@ -136,10 +170,14 @@ def test_exact_answers_may_decide(tmp_path):
 )
 def test_what_a_comparison_has_is_not_changed(tmp_path, key, there, here):
     usual = {"recipes": ["full", "lora"], "seeds": [0, 1]}
-    claim_folder(tmp_path, CompareSettings(**usual | {key: there}))
-    (tmp_path / "records").mkdir()
-    with pytest.raises(InputError, match=f"belongs to another configuration: {key} is"):
-        claim_folder(tmp_path, CompareSettings(**usual | {key: here}))
+    with claimed(tmp_path / "out", CompareSettings(**usual | {key: there})):
+        (tmp_path / "out" / "records").mkdir()
+        (tmp_path / "out" / "records" / "one.json").write_text("{}")
+    with (
+        pytest.raises(InputError, match=f"belongs to another configuration: {key} is"),
+        claimed(tmp_path / "out", CompareSettings(**usual | {key: here})),
+    ):
+        pass
 
 
 def test_the_report_can_be_written_again(done, tmp_path):

@@ -13,8 +13,9 @@ from tangora.curvature import Hessian
 from tangora.experiments.curvature.measure import measure_curvature
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.curvature.subject import load_subject
-from tangora.experiments.settings import RunSettings, validated
+from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
+from tangora.experiments.values import validated
 from tangora.report.curvature import load_curvature
 from tests.experiments.small import write_classifier, write_generator
 
@@ -207,7 +208,7 @@ def test_again_and_another_configuration(run, tmp_path):
         ({"over": "tangents"}, "over must be one of tangent, weights, factors.*did you mean tangent"),
         ({"top": 0}, "top: .*greater than or equal to 1; got 0"),
         ({"radius": -1}, "radius: .*greater than or equal to 0"),
-        ({"split": "tset"}, "split: .*'train', 'validation' or 'test'"),
+        ({"split": "tset"}, "split must be one of train, validation, test; got 'tset'"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"adapter": "/nowhere"}, "is a run, which has its own"),
         ({"layers": "nothing"}, "nothing"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tangora import InputError, RunSettings, train
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tangora.training.callbacks import History, read_history
 from tangora.training.curvature import read_curvature
 from tests.experiments.small import write_classifier

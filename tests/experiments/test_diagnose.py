@@ -10,7 +10,7 @@ from tangora import InputError, find_pairs, load_adapter, recipe, save_adapter
 from tangora.diagnostics import Diagnosis
 from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tangora.report import load_diagnosis
 from tangora.training.models import load_model
 from tests.experiments.small import write_classifier, write_generator
@@ -106,7 +106,7 @@ def test_a_saved_adapter_is_looked_at_where_it_ended(classifier, adapter, tmp_pa
         ({"adapter": "/nowhere"}, "/nowhere holds no adapter"),
         ({"starts": "lora,olora"}, "starts must be one of"),
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"num_validation": 10**6}, "num_validation"),
+        ({"num_validation": 10**6}, "too few for --num-validation 1000000"),
     ],
 )
 def test_errors(classifier, tmp_path, changes, message):
@@ -140,7 +140,7 @@ def flags(values):
 def test_command(call, classifier, tmp_path):
     code, out, err = call(*flags(of(classifier)), "--output", tmp_path / "out")
     assert code == 0, err
-    assert "A plain LoRA start of rank 2 sees" in out
+    assert "Plain LoRA of rank 2 captures" in out
     assert "all layers" in out
     assert "query" in out
     assert "rank_plan.json" in out.replace("\n", "")

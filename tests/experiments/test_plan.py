@@ -191,7 +191,7 @@ def test_bad_plans_are_named():
         read_plan({"tasks": {"../a": {"recipes": ["lora"]}}})
     with pytest.raises(InputError, match="sweep_seeds must be at most 1, all seeds; got 2"):
         read_plan({"recipes": ["lora"], "seeds": [0], "sweep_seeds": 2})
-    with pytest.raises(InputError, match="halving drops learning rates"):
+    with pytest.raises(InputError, match="`halving` cannot be combined"):
         read_plan({"recipes": ["lora"], "halving": 2, "refine": 1})
     with pytest.raises(InputError, match="seeds must differ"):
         read_plan({"recipes": ["lora"], "seeds": [0, 0]})

@@ -10,7 +10,7 @@ from tangora import InputError, RunSettings, train
 from tangora.diagnostics import Trajectory, find_tracks
 from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.trajectory import target_layers
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tangora.recipes import recipe
 from tangora.training.callbacks import History, measured_steps, read_history, read_trajectory
 from tests.experiments.small import write_classifier

@@ -1,5 +1,6 @@
 """`initialize` end to end: the factors that it writes, what it leaves alone, and what it says."""
 
+import copy
 import importlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, has_offset, offset_factors
 from tangora.geometry.tangent import dense_captured_energy, frame
-from tangora.init import initialize, needs_batches, starts
+from tangora.init import initialize, is_trained, needs_batches, started_by, starts
 from tangora.init.one_step import STEP_SIZES
 from tests.cases import combinations
 from tests.init.test_starts import assert_same_up_to_signs
@@ -23,6 +24,7 @@ R, ALPHA = 3, 6.0
 GRADIENT = ("lora-ga", "lora-one", "lora-one-v1", "one-step")
 OFFSET = ("orthogonal", "pissa", "lora-ga", "lora-one-v1")
 OPTIONS = {"one-step": {"step": 0.05}}
+TRAINED = pytest.mark.filterwarnings("ignore:adapter .* is trained")
 ACCURATE = {"power_iterations": 8, "oversampling": 12}
 
 
@@ -323,6 +325,30 @@ def test_quantized_bases(method):
 
 
 @pytest.mark.parametrize("method", starts())
+def test_erasing_training_is_said_and_another_start_is_not(method):
+    model = net()
+    start(model, "orthogonal")
+    assert not is_trained(model)
+    start(model, method)  # no warning, which would be an error
+    assert started_by(model) == method
+    assert not is_trained(copy.deepcopy(model))
+    with torch.no_grad():
+        for pair in find_pairs(model):
+            pair.B.add_(1e-4)
+    assert is_trained(model)
+    with pytest.warns(UserWarning, match="adapter 'default' is trained"):
+        start(model, method)
+    assert not is_trained(model)
+
+
+def test_what_was_done_prints_on_one_short_line():
+    done = start(net(), "lora-ga")
+    assert repr(done).startswith("Start('lora-ga': 2 layers, ")
+    assert len(repr(done)) < 80
+
+
+@TRAINED
+@pytest.mark.parametrize("method", starts())
 def test_a_second_time_gives_the_same(method):
     once, twice = net(use_dora=True), net(use_dora=True)
     start(once, method)
@@ -370,6 +396,7 @@ def test_flags_and_gradients_are_left_alone():
     assert model.training
 
 
+@TRAINED
 @pytest.mark.parametrize("active", ["default", "other"])
 def test_one_adapter_among_several(active):
     model = net()
@@ -587,6 +614,7 @@ WRONG = {
 }
 
 
+@TRAINED
 @pytest.mark.messages
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_done_is_named_and_changes_nothing(case):
@@ -604,6 +632,7 @@ def test_what_cannot_be_done_is_named_and_changes_nothing(case):
         assert_equal(before, all_of(model))
 
 
+@TRAINED
 @pytest.mark.parametrize("method", [*GRADIENT, "pissa"])
 def test_an_error_gives_everything_back(method, monkeypatch):
     """Also magnitudes, biases, an offset that was there, and whichever adapter was active."""
@@ -630,6 +659,7 @@ def test_an_error_gives_everything_back(method, monkeypatch):
         assert torch.equal(model(x), output)
 
 
+@TRAINED
 def test_biases_of_lora_are_given_back():
     model = net(lora_bias=True)
     randomize(model)

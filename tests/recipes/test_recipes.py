@@ -95,6 +95,7 @@ HEADS = {
         DistilBertForSequenceClassification,
         DistilBertConfig(vocab_size=30, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=3),
         ["pre_classifier", "classifier"],
+        ["q_lin", "v_lin"],
     ),
     "bart": (
         BartForSequenceClassification,
@@ -103,14 +104,16 @@ HEADS = {
             encoder_attention_heads=2, decoder_attention_heads=2, num_labels=3,
         ),
         ["classification_head"],
+        ["q_proj", "v_proj"],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
-@pytest.mark.parametrize("targets", ["all-linear", ["q_lin", "v_lin", "q_proj", "v_proj"]])
-def test_heads_that_peft_does_not_know_are_trained_whole(name, targets, tmp_path):
-    build, config, heads = HEADS[name]
+@pytest.mark.parametrize("all_linear", [True, False])
+def test_heads_that_peft_does_not_know_are_trained_whole(name, all_linear, tmp_path):
+    build, config, heads, attention = HEADS[name]
+    targets = "all-linear" if all_linear else attention
     torch.manual_seed(0)
     model = build(config).eval()
     assert head_names(model) == heads

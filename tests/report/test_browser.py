@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tangora.report import StepRecord, render_page, summarize, write_csv, write_page, write_study
+from tangora.report import MemoryUse, StepRecord, render_page, summarize, write_csv, write_page, write_study
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -90,6 +90,28 @@ def test_all_figures_in_light_in_dark_and_on_a_phone(opened, file):
     assert page.evaluate("document.documentElement.scrollWidth") == 375  # it scrolls in one direction
 
 
+def test_a_table_wider_than_its_place_says_so(opened, file):
+    page = opened(file, viewport={"width": 375, "height": 700})
+    wide = page.locator(".scroll[data-wide]").filter(has=page.locator("#results-table"))
+    wide.wait_for()
+    page.set_viewport_size({"width": 1300, "height": 700})
+    wide.wait_for(state="detached")
+
+
+def test_four_small_figures_stand_two_by_two(opened, tmp_path):
+    memory = MemoryUse(peak_bytes=9_000_000, optimizer_state_bytes=2_000_000, adapter_bytes=1_000_000)
+    records = [make_record("full", memory=memory), make_record("lora", test=0.8, memory=memory)]
+    page = opened(
+        write_page(make_comparison(records), tmp_path / "report.html"),
+        viewport={"width": 1300, "height": 700},
+    )
+    lefts = page.evaluate(
+        "[...document.querySelectorAll('.panels > div')].map((panel) => panel.getBoundingClientRect().left)"
+    )
+    assert len(lefts) == 4
+    assert (lefts[0], lefts[1]) == (lefts[2], lefts[3])
+
+
 def contrasts(page):
     colors = page.evaluate(
         "['.verdict p', '.notes li', '#results-table td', '#results-table small', '.plot .xtick text']"
@@ -124,7 +146,7 @@ def test_numbers_are_those_of_the_records(opened, file):
     drawn = page.evaluate(
         "document.getElementById('pareto-seconds').data.filter((t) => t.meta).map((t) => [t.meta, t.x[0], t.y[0]])"
     )
-    assert {name: (x, y) for name, x, y in drawn} == {n: (r.time.total, r.test) for n, r in rows.items()}
+    assert {name: (x, y) for name, x, y in drawn} == {n: (r.seconds, r.test) for n, r in rows.items()}
 
 
 def test_filters(opened, file):

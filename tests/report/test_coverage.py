@@ -1,11 +1,11 @@
-"""How often the intervals hold the truth, and how often no effect is called a win: 1000 simulated studies each."""
+"""How often the intervals hold the truth, and how often no effect is called a win: as in benchmarks/intervals.py."""
 
 import numpy as np
 import pytest
 from scipy.special import ndtri
 
 from tangora.report import summarize
-from tangora.report.statistics.intervals import estimate, holm
+from tangora.report.statistics.intervals import estimate, holm, mixture, tail
 from tangora.report.statistics.samples import Sample, contrast, gap_closed
 from tangora.report.statistics.summary import leads
 from tangora.report.statistics.tasks import matrix
@@ -37,35 +37,41 @@ def draw(rng, num_seeds, num_examples, shares):
     )
 
 
-def covered(estimates, truth):
-    return np.mean([abs(found.value - truth) <= found.margin for found in estimates])
+def p_values(scores, truth=0.0):
+    """Of many simulations at once: below 0.05 exactly where the interval does not hold the truth."""
+    variances, weights = mixture(scores)
+    return tail(np.abs(scores.mean(axis=(1, 2)) - truth), variances, weights, max(scores.shape[2] - 1, 1))
 
 
-@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_seeds_and_examples(regime, num_seeds):
     rng = np.random.default_rng(10)
-    found = [estimate(0.3 + draw(rng, num_seeds, 100, REGIMES[regime])) for _ in range(TRIALS)]
-    assert LOW <= covered(found, 0.3) <= HIGH
-    if regime == "examples":  # few seeds do not widen what does not depend on them
-        assert np.mean([estimated.margin for estimated in found]) < 1.05 * 1.96
+    held = np.mean(
+        [p_values(draw(rng, num_seeds, 100, REGIMES[regime])[None]) >= 0.05 for _ in range(TRIALS)]
+    )
+    assert held >= LOW
+    if regime == "seeds":  # no more than it must
+        assert held <= HIGH
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
 def test_one_number_per_seed(num_seeds):
     rng = np.random.default_rng(11)
-    found = [estimate(rng.normal(0.3, 1.0, (num_seeds, 1))) for _ in range(TRIALS)]
-    assert LOW <= covered(found, 0.3) <= HIGH
+    found = [estimate(rng.normal(0.3, 1.0, (num_seeds, 1))).p_value for _ in range(TRIALS)]
+    shifted = [estimate(rng.normal(0.0, 1.0, (num_seeds, 1))).p_value for _ in range(TRIALS)]
+    assert LOW <= np.mean(np.array(shifted) >= 0.05) <= HIGH
+    assert np.mean(found) < np.mean(shifted)
 
 
 def test_other_seeds_for_both_methods():
     rng = np.random.default_rng(12)
     found = []
-    for _ in range(TRIALS):
+    for _ in range(TRIALS // 2):
         examples = rng.normal(0, 5, (1, 60))
         ours, theirs = (examples + draw(rng, size, 60, (0.5, 0.3, 0.2)) for size in (3, 4))
-        found.append(estimate(ours, -theirs))
-    assert LOW <= covered(found, 0.0) <= HIGH
+        found.append(estimate(ours, -theirs).p_value)
+    assert np.mean(np.array(found) >= 0.05) >= LOW
 
 
 def answers(rng, num_seeds, difficulty, accuracy, seed_effect):
@@ -77,7 +83,7 @@ def answers(rng, num_seeds, difficulty, accuracy, seed_effect):
     return (latent > 0).astype(float)
 
 
-@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
 @pytest.mark.parametrize("seed_effect", [0.0, 0.1, 0.4])
 def test_paired_accuracies(seed_effect, num_seeds):
     rng = np.random.default_rng(13)
@@ -85,17 +91,60 @@ def test_paired_accuracies(seed_effect, num_seeds):
     for _ in range(TRIALS):
         difficulty = rng.normal(0, 1, 150)
         ours, theirs, same = (answers(rng, num_seeds, difficulty, a, seed_effect) for a in (0.93, 0.90, 0.90))
-        found.append(estimate(ours - theirs))
-        null.append(estimate(same - theirs))
-    assert LOW <= covered(found, 0.03) <= HIGH
-    assert np.mean([estimated.value > estimated.margin for estimated in null]) <= 0.05
+        found.append(ours - theirs)
+        null.append(same - theirs)
+    assert np.mean(p_values(np.array(found), 0.03) >= 0.05) >= LOW
+    assert np.mean(p_values(np.array(null)) < 0.05) <= 1 - LOW
+
+
+@pytest.mark.parametrize("num_examples", [60, 200])
+@pytest.mark.parametrize("accuracy", [0.9, 0.97])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_effect", [0.0, 0.3])
+def test_none_of_equal_methods_differs_from_lora(seed_effect, num_seeds, accuracy, num_examples):
+    """Few answers differ, in whole numbers, so that seeds agree by chance."""
+    rng = np.random.default_rng(18)
+    shape = (500, num_seeds, num_examples)
+    easy, base = rng.random((500, 1, num_examples)) < 0.8, rng.random((500, 1, num_examples)) < accuracy
+
+    def method():
+        threshold = ndtri(accuracy) * np.sqrt(1 + seed_effect**2) + seed_effect * rng.normal(
+            size=(*shape[:2], 1)
+        )
+        return np.where(easy, base, rng.standard_normal(shape) < threshold).astype(float)
+
+    lora = method()
+    found = np.array([p_values(method() - lora) for _ in range(13)])
+    for others in (1, 3, 13):  # as Holm: the smallest
+        assert np.mean(found[:others].min(axis=0) * others < 0.05) <= 0.05 + 2 * 0.0097
+
+
+@pytest.mark.parametrize(("num_seeds", "least"), [(3, 0.4), (5, 0.85)])
+def test_an_effect_is_found(num_seeds, least):
+    rng = np.random.default_rng(19)
+    shape = (300, num_seeds, 400)
+    ours, theirs = (rng.random(shape) < accuracy for accuracy in (0.95, 0.85))
+    assert np.mean(3 * p_values(ours.astype(float) - theirs) < 0.05) > least
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.9, 0.98])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_mean_accuracies(num_seeds, accuracy):
+    rng = np.random.default_rng(20)
+    held = []
+    for _ in range(300):
+        scores = answers(rng, num_seeds, rng.normal(0, 1, 100), accuracy, 0.1)
+        low, high = contrast((1.0, Sample(tuple(range(num_seeds)), scores, (0.0, 1.0)))).interval
+        assert 0 <= low < high <= 1
+        held.append(low <= accuracy <= high)
+    assert np.mean(held) >= 0.95 - 2 * 0.0126
 
 
 @pytest.mark.parametrize("seed_effect", [0.0, 0.5])
 def test_share_of_the_gap(seed_effect):
     rng = np.random.default_rng(14)
-    shares = []
-    for _ in range(TRIALS // 4):
+    held, trials = [], TRIALS // 10
+    for _ in range(trials):
         examples = rng.normal(0, 2, (1, 60))
         lora, full, ours = (
             Sample(
@@ -104,11 +153,11 @@ def test_share_of_the_gap(seed_effect):
             )
             for mean in (0.0, 3.0, 1.8)
         )
-        gap = contrast((1.0, full), (-1.0, lora))
-        if gap.interval[0] > 0:
-            shares.append(gap_closed(ours, lora, full)[1])
-    assert len(shares) > 0.9 * TRIALS // 4
-    assert LOW <= np.mean([low <= 0.6 <= high for low, high in shares]) <= 0.99  # standard error: 1.4 %
+        if contrast((1.0, full), (-1.0, lora)).interval[0] > 0:
+            low, high = gap_closed(ours, lora, full)[1]
+            held.append(low <= 0.6 <= high)
+    assert len(held) > 0.8 * trials
+    assert np.mean(held) >= 0.9  # standard error: 2 %
 
 
 TEMPLATE = make_record(history=[], evaluations=[])
@@ -131,23 +180,23 @@ def test_records_with_a_known_effect():
     rng = np.random.default_rng(15)
     rows = [
         {row.recipe: row for row in summarize(comparison(rng, {"lora": 0.8, "same": 0.8, "full": 0.9}))}
-        for _ in range(TRIALS)
+        for _ in range(TRIALS // 4)
     ]
     for recipe, truth in {"same": 0.0, "full": 0.1}.items():
         ends = [row[recipe].difference_interval for row in rows]
-        assert LOW <= np.mean([low <= truth <= high for low, high in ends]) <= HIGH
+        assert np.mean([low <= truth <= high for low, high in ends]) >= LOW
     for recipe, truth in {"lora": 0.8, "same": 0.8, "full": 0.9}.items():
         ends = [row[recipe].interval for row in rows]
-        assert LOW <= np.mean([low <= truth <= high for low, high in ends]) <= HIGH
+        assert np.mean([low <= truth <= high for low, high in ends]) >= LOW
     assert np.mean([leads(row["same"]) for row in rows]) <= 0.05
-    assert np.mean([leads(row["full"]) for row in rows]) > 0.4  # and an effect is found
+    assert np.mean([leads(row["full"]) for row in rows]) > 0.3  # and an effect is found
 
 
 @pytest.mark.slow
 def test_no_effect_on_several_tasks_is_no_win_anywhere():
     rng = np.random.default_rng(16)
     wins = []
-    for _ in range(200):
+    for _ in range(60):
         tasks = [comparison(rng, dict.fromkeys("abc", 0.8) | {"lora": 0.8}, title) for title in "xy"]
         found = matrix(tasks)
         wins.append(
@@ -156,8 +205,8 @@ def test_no_effect_on_several_tasks_is_no_win_anywhere():
                 for family in (found.against_lora, found.pairs)
             ]
         )
-    # standard error of 5 % over 200 trials: 1.5 %
-    assert (np.mean(wins, axis=0) <= 0.08).all()
+    # standard error of 5 % over 60 trials: 2.8 %
+    assert (np.mean(wins, axis=0) <= 0.1).all()
 
 
 def test_without_correction_some_of_many_recipes_would_win():

@@ -180,14 +180,14 @@ def test_every_view_can_be_chosen(page):
 
 def test_findings():
     plain = findings(diagnosis())
-    assert plain[0] == "A plain LoRA start of rank 2 sees 2.0 % of the full gradient."
+    assert plain[0] == "Plain LoRA of rank 2 captures 2.0 % of the full gradient's energy at its start."
     assert plain[1] == (
-        "LoRA-GA's start would see 80 %, LoRA-One's start 70 %, PiSSA's start 10 %, a random orthogonal start 5.0 %; "
-        "no adapter of this rank can see more than 85 %."
+        "LoRA-GA would capture 80 %, LoRA-One 70 %, PiSSA 10 %, a random orthogonal initialization 5.0 %; no adapter "
+        "of this rank can capture more than 85 %."
     )
     trained = findings(diagnosis(adapter=0.4, plain=False))
-    assert trained[0].startswith("The adapter as it stands, of rank 2, sees 40 %")
-    assert trained[1] == "A plain LoRA start of rank 2 on the base model sees 2.0 %."
+    assert trained[0].startswith("The adapter, of rank 2, captures 40 %")
+    assert trained[1] == "Plain LoRA of rank 2 on the base model captures 2.0 %."
     assert findings(diagnosis(adapter=None))[0] == plain[0]
     assert all("None" not in sentence for sentence in plain + trained)
 
@@ -195,8 +195,8 @@ def test_findings():
 def test_other_examples():
     found = diagnosis(held_out=True)
     assert findings(found)[2] == (
-        "Of the gradient on other examples than it was made from, LoRA-GA's start sees 40 % and LoRA-One's start sees "
-        "60 %."
+        "On examples that were not used for the initialization, captured energy is 40 % for LoRA-GA and 60 % for "
+        "LoRA-One."
     )
     assert list(view_names(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
     header, rows = kind_table(found)
@@ -208,6 +208,27 @@ def test_other_examples():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(diagnosis_tables(found)[0])
     assert "80|40" in console.export_text()
+
+
+def test_shares_of_one_rank_are_merged():
+    assert "80 % of the energy from rank 1 on and 90 % of the energy only beyond rank 2." in " ".join(
+        findings(diagnosis(NAMES[:1]))
+    )
+    (sharp,) = diagnosis(NAMES[:1]).layers
+    sharp = replace(sharp, gradient=Spectrum(16, 24, (9.9, 1.0), 99.0, 0.0))
+    (sentence,) = [
+        s for s in findings(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
+    ]
+    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1 on."
+
+
+def test_model_and_data_come_first():
+    settings = {"model": "smollm2-135m", "data": "reviews.csv", "rank": 2, "adapter": None}
+    shown = render_diagnosis(record(settings=settings))
+    for part in ("SmolLM2-135M-Instruct, dequantized from Q4_1", "reviews.csv"):
+        assert shown.index(part) < shown.index("Findings")
+    assert ">null<" not in shown
+    assert "of the makers" in render_diagnosis(record(settings=settings, model_description="of the makers"))
 
 
 def test_kinds_are_weighted_with_their_energy():

@@ -137,8 +137,14 @@ def test_nothing_beats_the_front(higher_is_better):
     rows, cost = summarize(comparison), COSTS[0]
     assert [row.recipe for row in front(rows, cost)] == ["cheap", "twin", "best"]
     drawn = {trace.meta: (trace.x[0], trace.y[0]) for trace in pareto_figure(rows, cost).data if trace.meta}
-    assert drawn == {row.recipe: (row.time.total, row.test) for row in rows}
+    assert drawn == {row.recipe: (row.seconds, row.test) for row in rows}
     assert front(rows, COSTS[1]) == []  # memory was not measured
+    assert [trace.line.dash for trace in pareto_figure(rows, cost).data if trace.mode == "lines"] == ["dot"]
+    alone = summarize(
+        make_comparison([record("best", 1, 0.9), record("worse", 2, 0.4)], higher_is_better=True)
+    )
+    if higher_is_better:
+        assert not [trace for trace in pareto_figure(alone, cost).data if trace.mode == "lines"]
 
 
 def test_sweep_marks_chosen_and_diverged():

@@ -7,19 +7,25 @@ from html.parser import HTMLParser
 import pytest
 
 from tangora._checks import InputError
+from tangora._names import MODELS
 from tangora.report import (
+    TimeSplit,
     formats,
     rate_verdict,
+    recommendation,
+    recommendation_sentence,
     render_page,
     robustness,
     speed_verdict,
     speeds,
+    summarize,
     verdict,
     write_csv,
     write_page,
 )
+from tangora.report.comparison.setup import busy_sentences, setup_facts
 from tangora.report.layout import packed_plotly
-from tangora.report.records import Forgetting
+from tangora.report.records import Forgetting, MachineLoad
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
 VOID = {"meta", "line", "br", "link", "img", "input"}
@@ -119,8 +125,9 @@ def test_costs_have_a_table_of_their_own(page):
     assert "peak memory" not in header  # not measured by any run
     for line, row in zip(lines, realistic_rows(), strict=True):
         cells = dict(zip(header, line, strict=True))
-        assert cells["time per run"] == formats.seconds(row.time.total)
-        assert cells["optimizer step"] == formats.milliseconds(row.step_milliseconds)
+        seconds, step = cells["time per run"].split("\n"), cells["optimizer step"].split("\n")
+        assert seconds[0] == formats.seconds(row.seconds)
+        assert step[0] == formats.milliseconds(row.step_milliseconds)
         assert cells["trained"] == formats.count(row.trainable_parameters)
 
 
@@ -131,7 +138,7 @@ def test_speed_and_robustness(page):
         cells = dict(zip(header, line, strict=True))
         assert cells["optimizer steps"] == ("–" if item.steps is None else f"{item.steps:.0f}")
         assert cells["time"] == formats.seconds(item.seconds)
-        assert cells["seeds that get there"] == f"{item.num_reached} of {item.num_seeds}"
+        assert cells["seeds that reach it"] == f"{item.num_reached} of {item.num_seeds}"
     _, *lines = page.tables["robustness-table"]
     found = robustness(comparison, rows)
     assert [line[0] for line in lines] == list(found)
@@ -200,6 +207,89 @@ def test_the_verdict_comes_first(text):
     assert places == sorted(places)
 
 
+def test_what_was_compared_comes_before_anything_else():
+    settings = {
+        "model": "smollm2-135m", "data": "reviews.csv", "steps": 12, "batch_size": 4, "accumulate": 2, "rank": 3,
+        "alpha": 6.0, "num_train": None, "report_to": None,
+    }  # fmt: skip
+    sizes = {"train": 70, "validation": 20, "test": 30}
+    records = [make_record(seed=seed, num_examples=sizes) for seed in range(2)]
+    comparison = make_comparison(records, settings=settings)
+    text = render_page(comparison)
+    facts = dict(setup_facts(comparison))
+    assert facts == {
+        "model": f"smollm2-135m ({MODELS['smollm2-135m']})",
+        "data": "reviews.csv",
+        "examples": "70 training, 20 validation, 30 test",
+        "steps": "12",
+        "batch size": "4 × 2",
+        "rank": "3",
+        "alpha": "6",
+        "seeds": "2",
+    }  # fmt: skip
+    assert all(text.index(f"<dd>{value}</dd>") < text.index("Verdict") for value in facts.values())
+    assert "<dd>null</dd>" not in text
+    assert "SmolLM2-135M-Instruct, dequantized from Q4_1" in facts["model"]
+    own = make_comparison([make_record(model_description="made at home")], settings={"model": "x"})
+    assert dict(setup_facts(own))["model"] == "x (made at home)"
+
+
+def test_older_records_know_their_sizes_in_part():
+    assert dict(setup_facts(realistic()))["examples"] == "200 test"
+    assert dict(setup_facts(make_comparison([make_record()], settings={}))) == {"seeds": "1"}
+
+
+def test_the_recommendation_stands_with_the_verdict(text):
+    sentence = recommendation_sentence(recommendation(realistic()))
+    assert text.index("Verdict") < text.index(sentence) < text.index("results-table")
+
+
+def loaded(before, after, processors=2, seed=0):
+    return make_record(seed=seed, load=MachineLoad(before=before, after=after, processors=processors))
+
+
+def warnings(*records):
+    comparison = make_comparison(records)
+    return busy_sentences(comparison, summarize(comparison))
+
+
+def test_a_busy_machine_is_said():
+    (sentence,) = warnings(loaded(0.2, 1.9), loaded(5.25, 3.0, seed=1))
+    assert "during 1 of 2 runs" in sentence
+    assert "up to 5.2 on 2 processors" in sentence
+    assert sentence in render_page(make_comparison([loaded(0.2, 1.9), loaded(5.25, 3.0, seed=1)]))
+    assert warnings(loaded(0.2, 2.1), loaded(30.0, 60.0, 64, seed=1), make_record(seed=2)) == []
+
+
+def test_very_different_times_of_equal_runs_are_said():
+    def run(seed, seconds):
+        time = TimeSplit(start=0, forward_backward=seconds, optimizer=0, evaluation=0)
+        return make_record("lora-ga", seed=seed, time=time)
+
+    (sentence,) = warnings(run(0, 7.8), run(1, 21.0), run(2, 76.0))
+    assert "lora-ga (7.8 s to 1 min 16 s)" in sentence
+    assert warnings(run(0, 7.0), run(1, 8.0), run(2, 13.0)) == []
+    assert warnings(run(0, 7.0)) == []
+
+
+def test_dotted_is_explained_only_where_something_is_dotted(text):
+    assert "Dotted:" in text
+    assert "Dotted:" not in render_page(make_comparison([make_record()]))
+
+
+def test_one_learning_rate_each_is_no_sweep():
+    page = Page(render_page(make_comparison([make_record(), make_record("full")])))
+    assert "robustness-table" not in page.tables
+    one = [
+        make_record("full"),
+        *(make_record("lora", rate, validation=v) for rate, v in ((1e-4, 0.5), (3e-4, 0.9))),
+    ]
+    page = Page(render_page(make_comparison([*one, make_record("lora", 1e-3, validation=0.5)])))
+    rows = {line[0]: line[1:] for line in page.tables["robustness-table"][1:]}
+    assert rows["full"][1:3] == ["1e-4, the only one tried", "–"]
+    assert rows["lora"][1:3] == ["3e-4 only", "–"]
+
+
 def test_every_run_is_listed_with_its_error(page):
     _, *lines = page.tables["runs-table"]
     assert len(lines) == len(realistic().records)
@@ -237,7 +327,7 @@ def test_hostile_text_stays_text():
     assert "<script>alert" not in text
     page = Page(text)
     assert page.open == []
-    assert len(page.scripts) == 8
+    assert len(page.scripts) == 7
     assert HOSTILE in page.tables["results-table"][1] + page.tables["results-table"][2]
     assert [tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)] == []
 

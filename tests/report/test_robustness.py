@@ -105,14 +105,16 @@ def test_sentences():
     full = sweep("full", {1e-4: 0.9, 2e-5: 0.5, 2e-4: 0.5})
     widths, carried, tripled = rate_verdict(measured([*wide, *narrow, *full]))
     assert widths == (
-        "wide has the widest range of learning rates within 2 % of its best: it spans at least a factor of 3; lora's "
-        "spans a factor of 1."
+        "wide has the widest range of learning rates within 2 % of its best result: at least a factor of 3; lora: the "
+        "best one only."
     )
-    assert carried == "The best learning rate of full carries over to wide and does not carry over to lora."
-    assert tripled == "At about 3 times its best learning rate, lora of 2 recipes tried diverges."
+    assert carried == (
+        "At the best learning rate of full, wide is within 2 % of the best result and lora is worse than that."
+    )
+    assert tripled == "At about 3 times the best learning rate, lora of 2 recipes tried diverges."
     assert rate_verdict(measured(sweep("x", {1e-4: 0.9}))) == []
     assert rate_verdict(measured(sweep("x", {1e-4: 0.9, 2e-4: 0.5}))) == [
-        "No recipe is within 2 % of its best at any other learning rate that was tried."
+        "No recipe is within 2 % of its best result at any other learning rate that was tried."
     ]
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from tangora.report.statistics.intervals import estimate
 from tangora.report.statistics.samples import Sample, contrast, gap_closed
@@ -65,7 +66,7 @@ def test_fiellers_formula_without_examples_and_without_correlation_to_the_recipe
     )
     d, g = (ours.scores - lora.scores)[:, 0], (full.scores - lora.scores)[:, 0]
     covariance = np.cov(d, g) / 4
-    t = estimate(d[:, None]).margin / estimate(d[:, None]).standard_error
+    t = stats.t.ppf(0.975, 3)
     roots = np.roots(
         [
             g.mean() ** 2 - t**2 * covariance[1, 1],
@@ -76,12 +77,48 @@ def test_fiellers_formula_without_examples_and_without_correlation_to_the_recipe
     assert gap_closed(ours, lora, full)[1] == pytest.approx(tuple(sorted(roots)), abs=1e-5)
 
 
-def test_a_share_that_is_exact():
+def test_a_share_that_is_the_same_for_every_seed_says_nothing_of_its_noise():
     lora, full = of([[0.0], [0.1]]), of([[1.0], [1.1]])
-    assert gap_closed(of([[0.5], [0.6]]), lora, full) == (pytest.approx(0.5), pytest.approx((0.5, 0.5)))
-    lora_row, interval = gap_closed(lora, lora, full)
-    assert lora_row == pytest.approx(0.0)
-    assert interval == pytest.approx((0.0, 0.0), abs=1e-9)
+    assert gap_closed(of([[0.5], [0.6]]), lora, full) == (pytest.approx(0.5), None)
+    assert gap_closed(lora, lora, full) == (pytest.approx(0.0), None)
+
+
+ANSWERS = {"all right": 60, "all but one": 59, "half": 30, "none": 0}
+
+
+@pytest.mark.parametrize("right", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+def test_the_interval_of_an_accuracy_lies_in_its_bounds_and_has_a_width(num_seeds, right):
+    answers = np.tile(np.arange(60) < right, (num_seeds, 1)).astype(float)
+    low, high = contrast((1.0, Sample(tuple(range(num_seeds)), answers, (0.0, 1.0)))).interval
+    assert 0 <= low <= right / 60 <= high + 1e-12
+    assert high <= 1
+    wilson = stats.binomtest(right, 60).proportion_ci(method="wilson")
+    assert high - low == pytest.approx(wilson.high - wilson.low, rel=0.25)
+    if right == 60:
+        assert 0.91 < low < 0.95
+
+
+def test_differences_keep_to_the_bounds_of_their_metric():
+    shares = (0.0, 1.0)
+    ours, theirs = (
+        Sample((0, 1), np.array([[0.9], [0.2]]), shares),
+        Sample((0, 1), np.array([[0.1], [0.7]]), shares),
+    )
+    assert contrast((1.0, ours), (-1.0, theirs)).interval == (-1.0, 1.0)
+    assert contrast((1.0, ours)).interval == shares
+    losses = (0.0, np.inf)
+    ours, theirs = Sample((0, 1), ours.scores, losses), Sample((0, 1), theirs.scores, losses)
+    assert contrast((1.0, ours)).interval[0] == 0.0
+    low, high = contrast((1.0, ours), (-1.0, theirs)).interval
+    assert low < -1 < 1 < high
+
+
+def test_equal_answers_leave_an_interval_about_zero():
+    answers = of(np.random.default_rng(4).random((2, 60)) < 0.9)
+    found = contrast((1.0, answers), (-1.0, answers))
+    assert found.p_value == pytest.approx(1.0)
+    assert -0.5 < found.interval[0] < 0 < found.interval[1] < 0.5
 
 
 def test_a_single_seed_has_a_share_without_an_interval():

@@ -115,7 +115,7 @@ def test_runs_of_another_length_are_smoothed_alike():
     assert found["long"].steps == 103  # 3 of 5 losses at 0.5 and 2 at 1.5 are 0.9
 
 
-def test_sentences():
+def test_the_sentence_counts_who_gets_there_with_every_seed_and_lora_too():
     found = measured(
         run("lora", falling(0.01)),
         run("steps", falling(0.04), time=TIME.model_copy(update={"start": 80.0})),
@@ -123,14 +123,49 @@ def test_sentences():
     )
     (sentence,) = speed_verdict(found)
     assert sentence == (
-        "steps needs the fewest steps to reach lora's final training loss (1.0200), 27 on average, and time the least "
-        "time, 1 min 01 s; lora itself took 100 steps and 1 min 50 s."
+        "All recipes reach lora's final training loss, 1.0200, with every seed. Of these, steps needs the fewest "
+        "optimizer steps, 27 on average, and time needs the least time, 1 min 01 s; lora itself took 100 steps on "
+        "average and 1 min 50 s."
     )
     found = measured(run("lora", falling(0.01)), run("slow", falling(0.005)))
     assert speed_verdict(found) == [
-        "No other recipe reaches lora's final training loss (1.0200) with every seed."
+        "Only lora reaches lora's final training loss, 1.0200, with every seed: 100 steps on average and 1 min 50 s."
     ]
     assert speed_verdict(measured(run("lora", falling(0.01)))) == []
+
+
+def test_lora_may_take_the_least_time():
+    slow = TIME.model_copy(update={"start": 500.0})
+    found = measured(run("lora", falling(0.01)), *(run(n, falling(0.02), time=slow) for n in ("a", "b")))
+    (sentence,) = speed_verdict(found)
+    assert (
+        "a and b need the fewest optimizer steps, 51 on average, and lora needs the least time, 1 min 50 s"
+        in sentence
+    )
+
+
+def test_what_reads_the_same_in_the_table_is_a_tie():
+    found = measured(run("lora", falling(0.01)), run("x", falling(0.01)), run("y", falling(0.005)))
+    (sentence,) = speed_verdict(found)
+    assert sentence.startswith("Only lora and x reach ")
+    assert sentence.endswith("lora and x need the least time, 1 min 50 s.")
+
+
+def test_lora_that_gets_there_with_some_seeds_only_is_said_to():
+    lora = [run("lora", falling(slope), seed) for seed, slope in enumerate((0.011, 0.010, 0.009))]
+    fast = [run("fast", falling(0.02), seed) for seed in range(3)]
+    (sentence,) = speed_verdict(measured(*lora, *fast))
+    assert sentence.startswith("Only fast reaches ")
+    assert "in 2 of 3 seeds" in sentence
+
+
+def test_two_noisy_batches_are_no_claim():
+    found = measured(run("lora", falling(0.01)[:36]), run("x", falling(0.02)[:36]))
+    assert found["x"].window == 2
+    (sentence,) = speed_verdict(found)
+    assert "cannot be told" in sentence
+    assert "a mean over only 2 steps" in sentence
+    assert "fewest" not in sentence
 
 
 def test_realistic():

@@ -4,7 +4,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tangora.report import formats, markdown_table, rich_table, summarize, write_csv
+from tangora.report import TimeSplit, formats, markdown_table, rich_table, summarize, write_csv
 from tangora.report.comparison.tables import columns
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
@@ -53,6 +53,27 @@ def test_markdown_escapes():
     assert "<script" not in line.replace("\\<", "")
 
 
+def test_times_are_medians_with_ranges():
+    def run(seed, seconds, optimizer):
+        time = TimeSplit(start=0, forward_backward=seconds, optimizer=optimizer, evaluation=0)
+        return make_record(seed=seed, time=time)
+
+    (row,) = summarize(make_comparison([run(0, 7.0, 0.4), run(1, 20.0, 0.8), run(2, 70.0, 80.0)]))
+    assert (row.seconds, row.seconds_range) == (20.8, (7.4, 150.0))
+    assert (row.step_milliseconds, row.step_milliseconds_range) == (200.0, (100.0, 20_000.0))
+    cells = {column.header: column.cell(row) for column in columns(make_comparison([]))}
+    assert (cells["time per run"], cells["range of the time"]) == ("20.8 s", "7.4 s to 2 min 30 s")
+    (row,) = summarize(make_comparison([run(0, 7.0, 0.4)]))
+    assert next(c for c in columns(make_comparison([])) if c.header == "range of the time").cell(row) == "–"
+
+
+def test_the_terminal_says_what_was_compared_on_what():
+    text = rendered(realistic(), 120, realistic_rows())
+    assert "MiniLM on BBC News" in text
+    assert "200 test" in text
+    assert "seeds: 3" in text
+
+
 def test_csv_is_unrounded(tmp_path):
     rows = summarize(make_comparison([make_record(test=1 / 3), diverged("x", 1.0)]))
     with write_csv(rows, tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
@@ -60,6 +81,7 @@ def test_csv_is_unrounded(tmp_path):
     assert [line["recipe"] for line in read] == ["lora", "x"]
     assert float(read[0]["test"]) == 1 / 3
     assert float(read[0]["seconds_forward_backward"]) == 8.0
+    assert float(read[0]["seconds_range_high"]) == float(read[0]["seconds"])
     assert read[1]["test"] == read[1]["seconds_start"] == read[1]["interval_low"] == ""
 
 

@@ -1,7 +1,16 @@
 import pytest
 
-from tangora.report import summarize, verdict
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic_rows
+from tangora.report import (
+    Recommendation,
+    TimeSplit,
+    formats,
+    recommendation,
+    recommendation_sentence,
+    summarize,
+    verdict,
+)
+from tangora.report.records import MachineLoad, MemoryUse
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 def sentences(records, **changes):
@@ -11,56 +20,118 @@ def sentences(records, **changes):
     return found
 
 
-def runs(recipe, values, rates=(1e-4, 2e-4, 4e-4)):
+def runs(recipe, values, rates=(1e-4, 2e-4, 4e-4), **changes):
     """A sweep best in the middle, and there one run per value."""
     edges = [make_record(recipe, rate, validation=0.1) for rate in (rates[0], rates[2])]
-    return edges + [make_record(recipe, rates[1], seed, test=value) for seed, value in enumerate(values)]
+    return edges + [
+        make_record(recipe, rates[1], seed, test=value, **changes) for seed, value in enumerate(values)
+    ]
 
 
 CLEAR = [0.90, 0.91, 0.92]
-BETTER = [0.95, 0.96, 0.97]
+BETTER = [0.951, 0.959, 0.97]
 NOISY = [0.85, 0.99, 0.92]
 
 
 def test_a_clear_win():
-    best, caution = sentences(runs("lora", CLEAR) + runs("tangent", BETTER))
+    records = runs("lora", CLEAR) + runs("tangent", BETTER)
+    row = summarize(make_comparison(records))[0]
+    against, best, caution = sentences(records)
+    noise = formats.interval(row.difference_interval, sign=True)
+    assert against == (
+        f"tangent (+0.0500, 95 % interval {noise}, corrected {formats.p_value(row.p_corrected)}) is significantly "
+        "better than lora."
+    )
     assert best == (
-        "tangent has the best test accuracy, 0.9600 (95 % interval 0.9352 to 0.9848, 3 seeds); its difference "
-        "from lora, +0.0500, is more than noise (95 % interval +0.0500 to +0.0500)."
+        f"tangent has the best test accuracy, 0.9600 (95 % interval {formats.interval(row.interval)}, 3 seeds), "
+        "significantly better than lora (+0.0500)."
     )
     assert caution == "Every chosen learning rate lies inside its grid, and no run diverged or failed."
 
 
 def test_a_win_within_noise_is_no_win():
-    best = sentences(runs("lora", CLEAR) + runs("tangent", NOISY))[0]
-    assert "but its difference from lora, +0.0100, is within noise" in best
+    against, best, _ = sentences(runs("lora", CLEAR) + runs("tangent", NOISY))
+    assert against.startswith("tangent is not significantly different from lora (+0.0100, 95 % interval ")
+    assert best.endswith(", not significantly different from lora (+0.0100).")
 
 
 def test_a_win_that_does_not_stand_up_to_correction():
     records = runs("lora", CLEAR) + runs("tangent", [0.915, 0.935, 0.945])
-    assert "is more than noise" in sentences(records)[0]
+    assert "significantly better than lora" in sentences(records)[0]
     others = [run for name in "abcdefgh" for run in runs(name, [0.91, 0.90, 0.92])]
-    best = sentences(records + others)[0]
-    assert best.startswith("tangent")
-    assert "is within noise once corrected for the number of recipes (p = 0." in best
+    against, best, _ = sentences(records + others)
+    assert against.startswith(
+        "No recipe is significantly different from lora; the best of the others: tangent ("
+    )
+    assert "not significant after correction for the number of recipes" in against
+    assert best.startswith("tangent has the best")
 
 
 def test_one_seed_claims_nothing():
     found = sentences(runs("lora", [0.90]) + runs("tangent", [0.95]) + runs("full", [0.94]))
-    assert "1 seed, no interval" in found[0]
-    assert "cannot be told" in found[0]
-    assert "one seed cannot tell that from noise" in found[1]
+    assert (
+        "no difference from lora can be told from noise; the best of the others: tangent (+0.0500)"
+        in found[0]
+    )
+    assert "1 seed, no interval" in found[1]
+    assert "one seed per recipe cannot tell that from noise" in found[2]
 
 
 def test_lora_may_win():
-    assert "worse by more than noise (−0.0500)" in sentences(runs("lora", BETTER) + runs("x", CLEAR))[0]
-    assert "differs from it only within noise" in sentences(runs("lora", BETTER) + runs("x", NOISY))[0]
-    assert "cannot be told" in sentences(runs("lora", [0.9]) + runs("x", [0.8]))[0]
+    against, best, _ = sentences(runs("lora", BETTER) + runs("x", CLEAR))
+    assert against.startswith("No recipe is significantly better than lora; x (−0.0500, ")
+    assert best.endswith("the next, x, is significantly worse (−0.0500).")
+    assert (
+        "the next, x, is not significantly different ("
+        in sentences(runs("lora", BETTER) + runs("x", NOISY))[1]
+    )
+    assert "one seed per recipe cannot tell" in sentences(runs("lora", [0.9]) + runs("x", [0.8]))[1]
 
 
-def test_ties_are_ties():
-    found = sentences(runs("lora", CLEAR) + runs("tangent", CLEAR))
-    assert found[0].startswith("lora and tangent share the best test accuracy")
+def test_better_and_worse_are_both_named():
+    against = sentences(runs("lora", CLEAR) + runs("good", BETTER) + runs("bad", [0.809, 0.811, 0.82]))[0]
+    better, worse = against.split("; ")
+    assert better.startswith("good (")
+    assert better.endswith("is significantly better than lora")
+    assert worse.startswith("bad (")
+
+
+def test_a_tie_names_all_with_their_intervals():
+    tied = runs("a", NOISY) + runs("b", [0.92, 0.92, 0.92]) + runs("c", [0.92])
+    rows = {row.recipe: row for row in summarize(make_comparison(runs("lora", CLEAR) + tied))}
+    against, best, _ = sentences(runs("lora", CLEAR) + tied)
+    assert all(f"{name} (+0.0100" in against for name in "abc")
+    assert best.startswith("a, b and c share the best test accuracy, 0.9200 (")
+    assert f"a: 95 % interval {formats.interval(rows['a'].interval)}, 3 seeds; b: " in best
+    assert "c: 1 seed, no interval" in best
+    assert best.endswith(", not significantly different from lora (+0.0100).")
+
+
+def test_no_recommendation_of_a_single_rate():
+    one_rate = [
+        make_record(recipe, 1e-4, seed, test=value)
+        for recipe, values in (("lora", CLEAR), ("tangent", BETTER))
+        for seed, value in enumerate(values)
+    ]
+    found = recommendation(make_comparison(one_rate))
+    assert not found.swept
+    assert "try more learning rates first" in recommendation_sentence(found)
+
+
+def test_times_of_a_busy_machine_decide_nothing():
+    records = runs("lora", CLEAR) + runs("tangent", [0.91, 0.90, 0.92])
+    busy = MachineLoad(before=9.0, after=9.0, processors=2)
+    records = [record.model_copy(update={"load": busy}) for record in records]
+    found = recommendation(make_comparison(records))
+    assert found.seconds is None
+    assert "too busy to compare times" in recommendation_sentence(found)
+
+
+def test_a_tie_with_lora():
+    against, best, _ = sentences(runs("lora", CLEAR) + runs("tangent", [0.91, 0.90, 0.92]))
+    assert against.startswith("tangent is not significantly different from lora (+0.0000, ")
+    assert best.startswith("lora and tangent share the best test accuracy")
+    assert "significant" not in best  # said already
 
 
 @pytest.mark.parametrize(
@@ -68,7 +139,7 @@ def test_ties_are_ties():
     [
         (CLEAR, "does not overlap that of the next, b"),
         (NOISY, "overlaps that of the next, b"),
-        ([0.8], "cannot be"),
+        ([0.8], "one seed cannot tell"),
     ],
 )
 def test_without_lora(second, claim):
@@ -80,17 +151,22 @@ def test_a_single_recipe():
 
 
 def test_the_gap():
-    found = sentences(runs("lora", CLEAR) + runs("full", BETTER) + runs("tangent", [0.93, 0.94, 0.95]))
-    assert found[0].startswith("full has the best")
-    assert found[1] == "Of the others, tangent is better than lora by more than noise."
-    assert "better than lora by +0.0500" in found[2]
-    assert "tangent closes 60 % (60 % to 60 %) of that gap" in found[2]
+    middle = [0.9305, 0.9345, 0.945]
+    against, best, gap, _ = sentences(runs("lora", CLEAR) + runs("full", BETTER) + runs("tangent", middle))
+    assert against.startswith("tangent (")
+    assert best.startswith("full has the best")
+    assert gap.startswith("Full fine-tuning is significantly better than lora (+0.0500, 95 % interval ")
+    assert "; tangent closes 53 % (" in gap
 
 
 def test_a_gap_that_nothing_closes():
-    found = sentences(runs("lora", CLEAR) + runs("full", BETTER) + runs("a", [0.89, 0.90, 0.91]))
-    assert "a is worse than lora by more than noise" in found[1]
-    assert "no other recipe closes any of that gap" in found[2]
+    records = runs("lora", CLEAR) + runs("full", BETTER) + runs("a", [0.886, 0.904, 0.907])
+    assert "no other recipe closes any of that gap" in sentences(records)[2]
+
+
+def test_full_fine_tuning_alone_may_differ():
+    found = sentences(runs("lora", CLEAR) + runs("full", BETTER) + runs("a", NOISY) + runs("b", NOISY))
+    assert found[0].startswith("No recipe but full fine-tuning is significantly different from lora; ")
 
 
 def test_no_gap():
@@ -117,7 +193,109 @@ def test_nothing_finished():
     found = sentences([diverged("lora", 1e-4), diverged("full", 1e-4)])
     assert found[0] == "No recipe has a test result, so nothing can be compared."
     assert "of 2 runs, 2 diverged (full and lora)" in found[1]
+    assert recommendation(make_comparison([diverged("lora", 1e-4)])) is None
+    assert recommendation_sentence(None) is None
 
 
 def test_realistic():
     assert len(verdict(realistic_rows())) == 4
+
+
+def taking(seconds):
+    return TimeSplit(start=1.0, forward_backward=seconds - 1.0, optimizer=0.0, evaluation=0.0)
+
+
+def advised(*records):
+    return recommendation(make_comparison([run for group in records for run in group]))
+
+
+def test_the_cheapest_of_those_not_significantly_worse_is_recommended():
+    found = advised(
+        runs("best", NOISY, time=taking(30)),
+        runs("cheap", CLEAR, time=taking(10)),
+        runs("bad", [0.5, 0.51, 0.52], time=taking(1)),
+    )
+    assert (found.recipe, found.learning_rate, found.decided) == ("cheap", 2e-4, True)
+    assert (found.best, found.candidates, found.seconds) == ("best", ("cheap", "best"), 10)
+    low, high = found.difference_interval
+    assert found.difference == pytest.approx(-0.01)
+    assert low < -0.01 < 0 < high
+    assert recommendation_sentence(found).startswith(
+        "Recommendation: use cheap at 2e-4, the cheapest (10.0 s per run) of the 2 recipes that are not significantly "
+        "worse than the best, best (difference −0.0100, 95 % interval "
+    )
+
+
+def test_the_best_may_be_the_cheapest_or_the_only_one_left():
+    found = advised(runs("best", NOISY, time=taking(5)), runs("dear", CLEAR, time=taking(10)))
+    assert (found.recipe, found.best, found.difference) == ("best", "best", None)
+    assert recommendation_sentence(found).endswith("and the best itself.")
+    found = advised(runs("a", BETTER, time=taking(9)), runs("b", [0.5, 0.51, 0.52], time=taking(1)))
+    assert found.candidates == ("a",)
+    assert recommendation_sentence(found).startswith("Recommendation: use a at 2e-4, the best; ")
+
+
+def test_one_slow_run_does_not_make_a_recipe_dear():
+    records = runs("x", NOISY, time=taking(10))
+    records[-1] = records[-1].model_copy(update={"time": taking(500)})
+    assert advised(records, runs("y", CLEAR, time=taking(20))).recipe == "x"
+
+
+def test_memory_decides_between_equal_times():
+    def memory(peak):
+        return MemoryUse(peak_bytes=peak, optimizer_state_bytes=1, adapter_bytes=1)
+
+    found = advised(
+        runs("a", CLEAR, time=taking(10.0), memory=memory(900)),
+        runs("b", NOISY, time=taking(10.4), memory=memory(100)),
+        runs("c", CLEAR, time=taking(11.0), memory=memory(1)),
+    )
+    assert found.candidates == ("b", "a", "c")
+    assert "(10.4 s per run, within 5 % of the fastest, 10.0 s)" in recommendation_sentence(found)
+
+
+def test_the_better_one_of_equally_cheap_ones_is_recommended():
+    found = advised(runs("a", CLEAR, time=taking(10.0)), runs("b", NOISY, time=taking(10.1)))
+    assert (found.recipe, found.best) == ("b", "b")
+
+
+def test_significantly_worse_is_meant_after_correction():
+    pair = [
+        runs("best", [0.901, 0.911, 0.921], time=taking(9)),
+        runs("x", [0.888, 0.89, 0.904], time=taking(1)),
+    ]
+    assert advised(*pair).recipe == "best"
+    many = [runs(name, [0.91, 0.90, 0.92], time=taking(9)) for name in "abcdefgh"]
+    assert advised(*pair, *many).recipe == "x"
+
+
+def test_one_seed_cannot_decide():
+    found = advised(
+        [make_record("a", validation=0.8, test=0.99)], [make_record("b", 3e-3, validation=0.9, test=0.1)]
+    )
+    assert (found.recipe, found.decided, found.candidates) == ("b", False, ())
+    sentence = recommendation_sentence(found)
+    assert "cannot be decided with one seed" in sentence
+    assert "b at 3e-3" in sentence
+    # a recipe with one seed is no candidate beside others with several
+    assert advised(runs("a", CLEAR), runs("b", [0.99])).candidates == ("a",)
+
+
+def test_lower_may_be_better():
+    records = [
+        make_record(
+            name, seed=seed, metrics={"validation": {"loss": loss}, "test": {"loss": loss + 0.01 * seed}}
+        )
+        for name, loss in (("a", 0.5), ("b", 0.9))
+        for seed in range(3)
+    ]
+    changes = {"metric": "loss", "higher_is_better": False}
+    assert recommendation(make_comparison(records, **changes)).best == "a"
+    assert recommendation(make_comparison(records[::3], **changes)).recipe == "a"
+
+
+def test_a_recommendation_of_a_realistic_comparison():
+    found = recommendation(realistic())
+    assert isinstance(found, Recommendation)
+    assert found.recipe in found.candidates
+    assert found.best == realistic_rows()[0].recipe

@@ -11,7 +11,10 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.answers import answers_match
 from tangora.training.data import Task, generated, load_task, sources
-from tangora.training.data.columns import Columns, content_key, to_examples
+from tangora.training.data.columns import content_key, to_examples
+from tangora.training.data.files import read_file
+from tangora.training.data.recognise import Columns, recognise
+from tangora.training.data.rows import RawData, Row
 from tangora.training.data.splits import Counts, make_splits, stratified_order
 
 SMALL = {"num_validation": 3, "num_test": 4}
@@ -160,7 +163,7 @@ def test_class_names_of_hub_data_sets():
     labelled = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
     withheld = datasets.Dataset.from_dict({"text": ["c"], "label": [-1]}, features=features)
     data = sources.from_datasets({"train": labelled, "test": withheld}, "zoo")
-    examples, labels = to_examples(data, "classification", Columns())
+    examples, labels = to_examples(data, recognise(data, Columns(), "classification"))
     assert labels == ("zebra", "ant")
     assert examples == {"train": [{"text": "a", "label": 0}, {"text": "b", "label": 1}], "test": []}
 
@@ -191,17 +194,26 @@ def test_hub_data_set_with_config(monkeypatch):
         ("", r":1: the file must hold at least one example; it is empty"),
         ('{"text": "a", "label": 1}\n\n{"text"', r":3: the line must be JSON"),
         ('{"text": "a", "label": 1}\n[1]', r":2: an example must be a JSON object; got list"),
-        ('{"text": "a", "label": 1}\n{"text": "b"}', r":2: label_column must be one of text; got 'label'"),
-        ('{"texts": "a", "label": 1}', r":1: text_column must be one of texts, label.*did you mean texts"),
+        ('{"text": "a", "label": 1}\n{"text": "b"}', r":2: this example has no column 'label'; it has text"),
+        (
+            '{"a": "a", "b": "b", "label": 1}',
+            r"bad\.jsonl: no column is recognised as the text.*--text-column NAME$",
+        ),
         ('{"text": 3, "label": 1}', r":1: column 'text' must hold text; got 3"),
         ('{"text": "  ", "label": 1}', r":1: column 'text' must hold text"),
-        ('{"text": "a", "label": 0.5}', r":1: column 'label' must hold text or a whole number; got 0\.5"),
+        (
+            '{"text": "a", "label": 0.5}',
+            r":1: column 'label' must hold text or a whole number, as regression is not",
+        ),
         ('{"text": "a", "label": null}', r":1: column 'label' must hold text or a whole number; got None"),
-        ('{"text": "a", "label": 1}', r"at least 2 different labels; got 1"),
-        ('{"prompt": "a"}', r":1: completion_column must be one of prompt"),
+        ('{"text": "a", "label": 1}', r"at least 2 different labels; got only '1'"),
+        ('{"prompt": "a"}', r"its columns are prompt; give --text-column NAME"),
         ('{"prompt": "a", "completion": null}', r":1: column 'completion' must hold text; got None"),
-        ('{"text": "a"}\n{"text": "b", "label": 1}', r":1: label_column must be one of text"),
-        ('{"prompt": "a", "completion": "b"}\n{"text": "c"}', r":2: prompt_column must be one of text"),
+        ('{"text": "a"}\n{"text": "b", "label": 1}', r":1: this example has no column 'label'; it has text"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"text": "c"}',
+            r":2: this example has no column 'prompt'; it has text",
+        ),
         ('{"text": "\\ud800", "label": 1}', r":1: column 'text' must hold Unicode text; surrogates"),
         ('{"text": {"long": "' + 999 * "a" + '"}, "label": 1}', r":1: column 'text'.*got .{80}\.\.\.$"),
         (5000 * "[", r":1: the line must be JSON"),
@@ -233,11 +245,15 @@ def test_bad_lines_are_named(tmp_path, content, message):
             b'{"text": "a"}\n{"text": "\xe9"}\n',
             r"a\.jsonl:2: the file must be UTF-8 text; byte 11",
         ),
-        ("a.json", b'[{"text": "a"},\n oops]', r"a\.json:2: the file must be a JSON list"),
+        (
+            "a.json",
+            b'[{"text": "a"},\n oops]',
+            r"a\.json:2: the file must be JSON; Expecting value at column 2$",
+        ),
         ("a.json", b'[{"text": "a,[]"},\n\n{"text": 1}]', r"a\.json:3: column 'text' must hold text; got 1"),
         ("a.json", b'[\n{"text": "a"}\n,2]', r"a\.json:3: an example must be a JSON object; got int"),
         ("a.parquet", b"nothing", r"must be a Parquet file"),
-        ("a.xlsx", b"nothing", r"must end in one of \.jsonl, \.json, \.csv, \.parquet; got '\.xlsx'"),
+        ("a.xlsx", b"nothing", r"must end in one of \.jsonl, \.json, \.csv, \.tsv, \.parquet; got '\.xlsx'"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -258,7 +274,7 @@ def test_bad_rows_of_parquet_are_named(tmp_path):
         ),
         (
             {"text": ["a", "b"], "label": [1.0, 0.5]},
-            r"row 0: column 'label' must hold text or a whole number",
+            r"row 1: column 'label' must hold text or a whole number, as regression",
         ),
         ({"text": text, "label": [1, 2]}, r"a\.parquet: row 1: a value cannot be read; 'utf-8' codec"),
     ]:
@@ -284,21 +300,21 @@ def test_labels_that_cannot_be_learned_are_named():
         sources.from_datasets({"train": broken}, "zoo")
     rows = {
         "train": [
-            sources.Row("a:1", {"text": "x", "label": "yes"}),
-            sources.Row("a:2", {"text": "y", "label": "no"}),
+            Row("a:1", {"text": "x", "label": "yes"}),
+            Row("a:2", {"text": "y", "label": "no"}),
         ],
-        "test": [sources.Row("b:1", {"text": "z", "label": "nope"})],
+        "test": [Row("b:1", {"text": "z", "label": "nope"})],
     }
     with pytest.raises(
         InputError, match="b:1: column 'label' must hold a label of the training rows, no, yes"
     ):
-        to_examples(sources.RawData(rows), "classification", Columns())
+        to_examples(RawData(rows), recognise(RawData(rows), Columns(), "classification"))
 
 
 def test_lines_of_a_json_list(tmp_path):
     values = [{"text": f'{index} "], [', "deep": [{"a": [1, 2]}, "}"]} for index in range(4)]
     (tmp_path / "a.json").write_text("\n [" + ",\n\n".join(map(json.dumps, values)) + "\n]\n")
-    found = sources.read_file(tmp_path / "a.json").splits["train"]
+    found = read_file(tmp_path / "a.json").splits["train"]
     assert [row.values for row in found] == values
     assert [row.where.rsplit(":", 1)[1] for row in found] == ["2", "4", "6", "8"]
 
@@ -334,14 +350,17 @@ def test_the_same_completion_may_answer_two_questions():
     assert Task("own", "causal", *rows).test == rows[2]
 
 
+FITTING = "20 different examples, too few for .*: --num-train 12 --num-validation 4 --num-test 4$"
+
+
 @pytest.mark.messages
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_test": 21, "num_validation": 0}, "num_test must be at most 20, the number of different"),
-        ({"num_test": 4, "num_validation": 17}, "num_validation must be at most 16"),
-        ({"num_train": 14, **SMALL}, r"num_train must be in \[1, 13\]"),
-        ({"num_test": 17, "num_validation": 3}, "num_train must be in .* got all that remain"),
+        ({"num_test": 21, "num_validation": 0}, FITTING),
+        ({"num_test": 4, "num_validation": 17}, FITTING),
+        ({"num_train": 14, **SMALL}, FITTING),
+        ({"num_test": 17, "num_validation": 3}, FITTING),
         ({"num_train": 0}, "num_train must be"),
         ({"num_test": 1.5}, "num_test must be a whole number"),
         ({"kind": "casual"}, "did you mean causal"),
@@ -365,7 +384,8 @@ def test_bad_data_to_test_on(tmp_path):
         tmp_path / "b.jsonl", [{"text": str(index), "label": index % 7} for index in range(20)]
     )
     with pytest.raises(
-        InputError, match=r"test_data must have the labels of data, .*; it has 0, 1, 2, 3, 4, 5, 6"
+        InputError,
+        match=r"b\.jsonl:1: column 'label' must hold a label of the training rows, no, yes; got '0'",
     ):
         load_task(path, test_spec=other, **SMALL)
     with pytest.raises(InputError, match="tasks bring their own test problems; leave test_data out"):
@@ -495,7 +515,7 @@ def test_problems_are_judged_by_who_made_them(spec, right, wrong):
         (
             "chain_sum,min_terms=1,max_terms=1,min_digits=1,max_digits=1",
             {"num_test": 5, "num_validation": 6},
-            "num_validation must be at most 5, all that",
+            "10 different problems .*--num-validation 6 --num-test 5; these sizes fit: --num-train 6 --num-val",
         ),
     ],
 )

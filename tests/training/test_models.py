@@ -1,12 +1,17 @@
 """Where models come from, what a new head is, and what a message says when there is no model."""
 
+import time
+
+import datasets
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from tangora._checks import InputError
-from tangora.training.models import PACKAGED_MODELS, gguf, load_model
+from tangora.training.data import load_task
+from tangora.training.models import PACKAGED_MODELS, gguf, hub, load_model
 from tangora.training.models import loading as models
 from tangora.training.models.cache import cache_folder
 from tangora.training.models.gguf import dequantized
@@ -112,7 +117,7 @@ def test_loading_is_silent_and_restores_verbosity(bert_folder, capfd):
         ("minilm-l6", {"kind": "classification", "labels": ["a", "a"]}, "2 different names; got a, a"),
         (
             "minilm-l6",
-            {"kind": "classification", "labels": "ab", "num_labels": 3},
+            {"kind": "classification", "labels": ["a", "b"], "num_labels": 3},
             "number of labels, 2; got 3",
         ),
         ("minilm-l6", {"kind": "causal", "num_labels": 3}, "leave them out for 'causal'"),
@@ -146,6 +151,57 @@ def test_folder_without_a_model(tmp_path):
     (tmp_path / "model.bin").write_text("")
     with pytest.raises(InputError, match=r"is a file, but not \.gguf"):
         load_model(str(tmp_path / "model.bin"), kind="causal")
+
+
+@pytest.mark.messages
+def test_a_folder_without_a_tokenizer(tmp_path):
+    tiny_bert(vocab_size=300).save_pretrained(tmp_path / "bert")
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path / "llama")
+    for name, options in (
+        ("bert", {"kind": "classification", "num_labels": 3}),
+        ("llama", {"kind": "causal"}),
+    ):
+        with pytest.raises(InputError, match="has no tokenizer") as caught:
+            load_model(str(tmp_path / name), **options)
+        assert "\n" not in str(caught.value)
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")  # one of another model
+    with pytest.raises(InputError, match="knows 26 tokens, the model 300; save the tokenizer"):
+        load_model(str(tmp_path / "llama"), kind="causal")
+
+
+@pytest.mark.messages
+def test_a_folder_with_an_adapter_is_no_model(tmp_path):
+    for name in ("adapter_config.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter; give its base model"):
+        load_model(str(tmp_path), kind="causal")
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize("repo_type", ["model", "dataset"])
+def test_a_hub_that_does_not_answer_is_waited_for_once_and_briefly(monkeypatch, repo_type):
+    asked = []
+
+    def silent(*_, **__):
+        asked.append(1)
+        time.sleep(2)
+
+    monkeypatch.setattr(hub, "TIMEOUT", 0.05)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", silent)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="the hub cannot be reached") as caught:
+        load_model("no/such", kind="causal") if repo_type == "model" else load_task("no/such/name")
+    assert time.monotonic() - began < 1.5
+    assert len(asked) == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_is_undone():
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    with hub.offline():
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        assert datasets.config.HF_HUB_OFFLINE
+    assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
 
 @pytest.mark.messages

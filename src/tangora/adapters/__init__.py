@@ -4,7 +4,14 @@ from tangora.adapters.discover import Discovery, active_adapter, discover, find_
 from tangora.adapters.export import SavedAdapter, initial_factors, save_adapter
 from tangora.adapters.load import load_adapter
 from tangora.adapters.merge import merged_model, save_merged
-from tangora.adapters.offset import attach_offset, detach_offset, has_offset, mutates_base, offset_factors
+from tangora.adapters.offset import (
+    attach_offset,
+    detach_offset,
+    has_offset,
+    mutates_base,
+    offset_factors,
+    warn_if_base_changed,
+)
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.peft_tools import respect_offsets
 from tangora.adapters.switch import adapters_off, check_unmerged
@@ -37,6 +44,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "unwrapped",
+    "warn_if_base_changed",
 ]
 
 respect_offsets()

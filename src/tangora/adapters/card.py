@@ -17,14 +17,28 @@ _PATH = re.compile(
 )
 
 
+_INPUTS = {
+    "text": 'inputs = tokenizer(["a text"], truncation=True, max_length={length}, padding=True, return_tensors="pt")',
+    "pair of texts": 'inputs = tokenizer(["a text"], ["the other text"], truncation=True, max_length={length}, '
+    'padding=True, return_tensors="pt")',
+    "prompt + newline + completion + eos": 'inputs = tokenizer("a prompt" + "\\n", return_tensors="pt")',
+    "plain text": 'inputs = tokenizer("a beginning", return_tensors="pt")',
+    "chat template": 'messages = [{{"role": "user", "content": "a prompt"}}]\n'
+    "inputs = tokenizer.apply_chat_template(\n"
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)',
+}
+"""Code that turns a text into a model's inputs, as in training, by the fact ``format``."""
+
+
 def model_card(
     front: Mapping[str, Any],
     config: Mapping[str, Any],
     rank: str,
     facts: Mapping[str, Any],
-    num_labels: int | None = None,
+    classes: Mapping[int, str] | None = None,
     *,
     images: bool = False,
+    architecture: str = "",
 ) -> str:
     """Write the card.
 
@@ -33,9 +47,11 @@ def model_card(
         config: The adapter's config.
         rank: What there is to say about its rank, one sentence.
         facts: What the user knows: recipe, seed, data, learning rate, …; nested mappings are fine. Of absolute paths
-            only the last part is shown.
-        num_labels: Number of classes of a classifier, whose head must have the saved one's shape.
+            only the last part is shown. ``base model`` names it in the title, ``format`` says how texts were written,
+            and adds code that serves the adapter.
+        classes: Names of the classes of a classifier, which are saved beside the adapter.
         images: Whether the model reads images.
+        architecture: Class of the base model, for the title where the base is a folder.
 
     Returns:
         Markdown with a YAML front matter.
@@ -50,11 +66,16 @@ def model_card(
         data["base_model"] = base
     else:
         data.pop("base_model", None)  # PEFT writes an empty one, or a folder of this machine
+    told = str(facts.get("base model") or path)
+    title = without_paths(told)
+    if title != told:
+        title = f"{architecture} ({title})" if architecture else title
+    shown = dict(facts) | ({"classes": {str(n): name for n, name in classes.items()}} if classes else {})
     sections = [
-        f"# LoRA adapter for {base or 'a model without a name'}",
+        f"# LoRA adapter for {title or 'a model without a name'}",
         f"{rank} The base weights were not changed: nothing but PEFT is needed to load it.",
-        f"## Use\n\n{_usage(config, path, num_labels, images)}",
-        f"## Training\n\n{_table(facts)}" if facts else "",
+        f"## Use\n\n{_usage(config, path, facts, bool(classes), images)}",
+        f"## Training\n\n{_table(shown)}" if shown else "",
         f"## Adapter\n\n{_table(_of_adapter(config))}",
         f"## Versions\n\n{_table(_versions())}",
     ]
@@ -81,7 +102,9 @@ def _last(path: str) -> str:
     return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).name
 
 
-def _usage(config: Mapping[str, Any], path: str, num_labels: int | None, images: bool) -> str:
+def _usage(
+    config: Mapping[str, Any], path: str, facts: Mapping[str, Any], classified: bool, images: bool
+) -> str:
     # PEFT has no task type of its own for images
     classifier = "ImageClassification" if images else "SequenceClassification"
     kind = {"CAUSAL_LM": "CausalLM", "SEQ_CLS": classifier, "SEQ_2_SEQ_LM": "Seq2SeqLM"}
@@ -89,12 +112,52 @@ def _usage(config: Mapping[str, Any], path: str, num_labels: int | None, images:
         f"AutoModelFor{kind[task]}" if (task := str(config.get("task_type") or "")) in kind else "AutoModel"
     )
     source = path if path and path == without_paths(path) else "path or name of the base model"
-    classes = f", num_labels={num_labels}" if num_labels and loader.endswith(classifier) else ""
-    return (
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {loader}\n\n"
-        f'base = {loader}.from_pretrained("{source}"{classes})\n'
-        'model = PeftModel.from_pretrained(base, "path or name of this adapter")\n```'
-    )
+    inputs = None if images else _INPUTS.get(str(facts.get("format")))
+    names = [*(["AutoConfig"] if classified else []), loader, *(["AutoTokenizer"] if inputs else [])]
+    lines = [
+        *(["import torch"] if classified and inputs else []),
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(names)}",
+        "",
+        'adapter = "path or name of this adapter"',
+        *(
+            [
+                'config = AutoConfig.from_pretrained(adapter, subfolder="base_config")  # with the names of the classes'
+            ]
+            if classified
+            else []
+        ),
+        *(
+            [
+                f"base = {loader}.from_pretrained(",
+                f'    "{source}", config=config, ignore_mismatched_sizes=True',
+                ")",
+            ]
+            if classified
+            else [f'base = {loader}.from_pretrained("{source}")']
+        ),
+        "model = PeftModel.from_pretrained(base, adapter).eval()",
+    ]
+    if inputs:
+        lines += [
+            "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+            "",
+            inputs.format(length=facts.get("max length", 128)),
+            *(_CLASSIFY if classified else _GENERATE),
+        ]
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```"
+
+
+_CLASSIFY = (
+    "with torch.no_grad():",
+    "    numbers = model(**inputs).logits.argmax(-1).tolist()",
+    "print([config.id2label[number] for number in numbers])",
+)
+_GENERATE = (
+    "tokens = model.generate(**inputs, max_new_tokens=100)",
+    'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+)
 
 
 def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:

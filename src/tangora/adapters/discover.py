@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind
 from tangora.adapters.four_bit import keep_layout
 from tangora.adapters.offset_layer import inner_variant
 from tangora.adapters.pair import LoraPair
@@ -125,6 +125,7 @@ def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_kind("adapter_name", adapter_name, (str, type(None)), "the name of an adapter")
     pairs: list[LoraPair] = []
     skipped: dict[str, str] = {}
     adapters: set[str] = set()

@@ -20,8 +20,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from tangora._checks import InputError, check_whole
+from tangora._checks import InputError, check_kind, check_path, check_whole
 from tangora.adapters.bare import bare_model, check_gathered
 from tangora.adapters.card import model_card
 from tangora.adapters.compress import compress, ranks_of, resolve, trim
@@ -40,10 +41,18 @@ from tangora.adapters.offset import has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.ranks import first_rank_writes
 from tangora.adapters.uniform import uniform as uniform_factors
+from tangora.adapters.wrapped import unwrapped
 
 _WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
 _FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
+# beside the adapter's own files transformers would take a config.json for that of a whole model
+_MODEL_CONFIG = "base_config"
+# what tokenizers and image processors write, beside the files that they name themselves
+_TOKENIZER_FILES = re.compile(
+    r"tokenizer.*|(special_tokens_map|added_tokens|vocab|preprocessor_config|processor_config)\.json"
+    r"|chat_template\.jinja|additional_chat_templates|vocab\.txt|merges\.txt"
+)
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -101,12 +110,15 @@ def save_adapter(
     uniform: bool = False,
     initial: dict[str, Tensor] | None = None,
     card: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> SavedAdapter:
     r"""Write the active adapter as one plain LoRA adapter.
 
     ``PeftModel.from_pretrained(original_base, path)`` then gives the logits of ``model``. Everything else that the
-    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. The folder appears whole or not at all. With
-    ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it and return the same.
+    adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. Beside a classifier's adapter stands the
+    config of its model, ``base_config/config.json``, with the names of its classes (``id2label``). The folder appears
+    whole or not at all. With ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it
+    and return the same.
 
     Args:
         model: PEFT model with one active adapter, possibly wrapped (DDP, torch.compile).
@@ -124,6 +136,7 @@ def save_adapter(
         initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
             (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
+        tokenizer: Tokenizer or image processor to save beside the adapter, so that the folder serves it.
 
     Returns:
         The folder, usable as a path, with its rank and the error of the compression.
@@ -136,11 +149,16 @@ def save_adapter(
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
+    target = check_path("path", path)
+    check_kind(
+        "initial", initial, (Mapping, type(None)), "what initial_factors(model) returned before training"
+    )
+    check_kind("card", card, (Mapping, type(None)), "a dict of facts")
 
     def write() -> SavedAdapter:
-        return _save(bare_model(model), Path(path), rank, trim_ranks, uniform, initial, card or {})
+        return _save(bare_model(model), target, rank, trim_ranks, uniform, initial, card or {}, tokenizer)
 
-    return first_rank_writes(path, write)
+    return first_rank_writes(target, write)
 
 
 def _save(
@@ -151,13 +169,22 @@ def _save(
     uniform: bool,
     initial: dict[str, Tensor] | None,
     card: Mapping[str, Any],
+    tokenizer: Any,
 ) -> SavedAdapter:
     found = _check_model(model, initial)
     check_gathered(model, "save_adapter", adapters_only=True)
     if rank is not None:
         _check_plain(found, "rank", rank)
+        if not found.pairs:
+            kind = str(getattr(model.peft_config[active_adapter(model)].peft_type, "value", "other"))
+            raise InputError(
+                f"rank must be left out, because this adapter ({kind}) holds no LoRA pair; got {rank}"
+            )
     target = path.resolve()
-    check_replaceable(target, what="adapter", marker=CONFIG_FILE, known=_FILES.__contains__)
+    classifier = _classes(model) is not None
+    check_replaceable(
+        target, what="adapter", marker=CONFIG_FILE, known=lambda name: _is_known(name, classifier, tokenizer)
+    )
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
@@ -181,16 +208,64 @@ def _save(
         (written / _CARD).write_text(
             _card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8"
         )
+        if classifier:
+            _write_config(model, written)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, written)
         replace_folder(written, target)
     return saved
+
+
+def _is_known(name: str, classifier: bool, tokenizer: Any) -> bool:
+    # a tokenizer that would not be written again is a stranger
+    if name == _MODEL_CONFIG:
+        return classifier
+    own = getattr(tokenizer, "vocab_files_names", {}).values()
+    return name in _FILES or (
+        tokenizer is not None and (name in own or _TOKENIZER_FILES.fullmatch(name) is not None)
+    )
+
+
+def _classes(model: PeftModel) -> dict[int, str] | None:
+    # every transformers config has id2label, but only classifiers mean it
+    base = unwrapped(model.get_base_model())
+    config = getattr(base, "config", None)
+    if not isinstance(base, PreTrainedModel) or not re.search("ForSequence|ForImage", type(base).__name__):
+        return None
+    return dict(getattr(config, "id2label", None) or {}) or None
+
+
+def _write_config(model: PeftModel, folder: Path) -> None:
+    config: Any = unwrapped(model.get_base_model()).config
+    values = json.loads(config.to_json_string())
+    values.pop("_name_or_path", None)  # a folder of this machine, perhaps
+    (folder / _MODEL_CONFIG).mkdir()
+    path = folder / _MODEL_CONFIG / "config.json"
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():  # transformers keeps only the sides that were given when the tokenizer was made
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {key: getattr(tokenizer, key) for key in ("padding_side", "truncation_side")}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _card(
     model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]
 ) -> str:
-    classes = getattr(getattr(model, "config", None), "num_labels", None)
-    images = getattr(model.get_base_model(), "main_input_name", "") == "pixel_values"
-    return model_card(front, files.config, about_rank, facts, classes, images=images)
+    base = model.get_base_model()
+    return model_card(
+        front,
+        files.config,
+        about_rank,
+        facts,
+        _classes(model),
+        images=getattr(base, "main_input_name", "") == "pixel_values",
+        architecture=type(unwrapped(base)).__name__,
+    )
 
 
 def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discovery:
@@ -345,7 +420,7 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return (
-            "Exact: twice the rank holds what was trained less the start, by its singular values. A server needs room "
-            f"for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
+            "Exact: the trained product minus the initial one, by singular values, at twice the rank. A server needs "
+            f"room for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
         )
-    return "Exact: the factors are those that were trained, without ranks that are zero."
+    return "Exact: the trained factors, without zero ranks."

@@ -1,18 +1,23 @@
 """Read saved adapters, every tensor of them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import AdaLoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind, check_path
 from tangora.adapters.bare import named_adapter_parameters
 from tangora.adapters.wrapped import unwrapped
 
 CONFIG_FILE = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -28,13 +33,18 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
         The PEFT model.
 
     Raises:
-        InputError: If ``path`` holds no adapter, ``base`` holds one already, a tensor of the file has no place in the
-            model, or the file lacks one.
+        InputError: If ``path`` holds no adapter or a damaged one, ``base`` is no model or holds an adapter already, a
+            tensor of the file has no place in the model, or the file lacks one.
     """
-    folder = Path(path, options.get("subfolder") or "")
+    folder = check_path("path", path) / (options.get("subfolder") or "")
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)")
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise InputError(f"{folder} holds no weights ({_WEIGHTS[0]} is missing)")
     bare = unwrapped(base)
+    check_kind(
+        "base", bare, nn.Module, "a loaded base model, such as AutoModelForCausalLM.from_pretrained(name)"
+    )
     for name, module in bare.named_modules():
         if isinstance(module, (BaseTunerLayer, PeftModel)):
             raise InputError(
@@ -42,12 +52,34 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
                 "load_adapter of the PEFT model"
             )
     mapping = options.get("key_mapping") or getattr(bare, "_checkpoint_conversion_mapping", {})
-    try:
+    with _one_line_errors(folder):
         model = PeftModel.from_pretrained(bare, os.fspath(path), **options)
-    except KeyError as error:  # PEFT looks a module to save up before it asks whether the file has it
-        raise InputError(f"{folder} lacks {error.args[0]}, which its config names") from error
     _check_taken(model, folder, mapping, options)
     return model
+
+
+@contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:  # PEFT looks a module to save up before it asks whether the file has it
+        raise InputError(f"{folder} lacks {error.args[0]}, which its config names") from error
+    except InputError:
+        raise
+    except NoMatchingPeftModuleError as error:
+        raise InputError(
+            f"{folder} belongs to another base: this model has none of the layers in its {CONFIG_FILE}"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged config or file ends in any of them
+        if "size mismatch" in str(error):
+            raise InputError(f"{folder} belongs to another base: {_one_line(error)}") from error
+        raise InputError(f"{folder} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], options: dict[str, Any]) -> None:
@@ -77,3 +109,7 @@ def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], option
     for key, parameter in named_adapter_parameters(model, name):
         if key in absent and parameter.data_ptr() not in loaded:  # several methods share one bank of vectors
             raise InputError(f"{folder} lacks {key}: it belongs to another base, or was not written whole")
+        if key not in absent and not parameter.isfinite().all():
+            raise InputError(
+                f"{folder} holds values in {key} that are no finite numbers: its training diverged"
+            )

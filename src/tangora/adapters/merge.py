@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_path
 from tangora.adapters.bare import bare_model, check_gathered
 from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
 from tangora.adapters.ranks import first_rank_writes
@@ -64,7 +64,8 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         InputError: If ``model`` cannot be merged (see `merged_model`), its base is no transformers model, its class
             would load the file as another model, or ``path`` holds anything but a model.
     """
-    return first_rank_writes(path, lambda: _save_merged(model, path))
+    target = check_path("path", path)
+    return first_rank_writes(target, lambda: _save_merged(model, target))
 
 
 def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:

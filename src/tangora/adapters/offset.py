@@ -5,6 +5,7 @@ inexact in low precision, impossible in 4 bit, and leaves a base that saved adap
 carries the subtracted pair beside its own.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,23 @@ def mutates_base(config: Any) -> bool:
         Whether it did.
     """
     return str(getattr(config, "init_lora_weights", True)).lower().startswith(_MUTATING)
+
+
+def warn_if_base_changed(model: Any) -> None:
+    """Warn before training that saving an adapter will need its initial factors.
+
+    Args:
+        model: Any model, possibly wrapped.
+    """
+    configs = getattr(unwrapped(model), "peft_config", None)
+    for adapter, config in configs.items() if isinstance(configs, dict) else ():
+        if mutates_base(config):
+            warnings.warn(
+                f"PEFT's initialization {config.init_lora_weights!r} of adapter {adapter!r} has changed the base "
+                "weights: to save it for the original base, take initial = tangora.initial_factors(model) before "
+                "training, and save it by tangora.save_adapter(model, path, initial=initial)",
+                stacklevel=3,
+            )
 
 
 def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

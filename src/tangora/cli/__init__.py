@@ -1,5 +1,6 @@
 """The command line."""
 
-from tangora.cli.commands import app, main
+from tangora.cli import commands, pages  # noqa: F401  # they register themselves, in this order
+from tangora.cli.app import app, main
 
 __all__ = ["app", "main"]

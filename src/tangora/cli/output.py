@@ -1,22 +1,42 @@
-"""What the terminal shows before anything is loaded: bars, and the experiments."""
+"""What the terminal shows before anything is loaded: the console, and bars."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
-from tangora.experiments.reproduce.registry import EXPERIMENTS
 
 console = Console()
 
 
-def experiment_table() -> Table:
-    """Return the table of the experiments that can be repeated."""
-    table = Table(box=None)
-    for heading in ("experiment", "what it is", "source", "full size"):
-        table.add_column(heading, overflow="fold")
-    for entry in EXPERIMENTS.values():
-        table.add_row(entry.name, entry.title, entry.source, entry.duration)
-    return table
+@contextlib.contextmanager
+def interruptible(next_time: Callable[[], str] = lambda: "begins again") -> Iterator[None]:
+    """End the program with one line when the user (exit code 130) or a scheduler (143) interrupts a command.
+
+    Args:
+        next_time: Says what the same command does next.
+
+    Raises:
+        SystemExit: Then.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if alone else None
+    try:
+        yield
+    except KeyboardInterrupt as reason:
+        Console(stderr=True).print(
+            f"interrupted; the same command {next_time()}", soft_wrap=True, highlight=False
+        )
+        raise SystemExit(128 + (signal.SIGTERM if reason.args else signal.SIGINT)) from None
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def progress_bars() -> Progress:

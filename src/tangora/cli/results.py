@@ -1,6 +1,6 @@
 """What commands print: progress, tables, sentences, and where the files are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,12 +15,14 @@ from tangora.experiments.curvature.measure import CurvatureFiles
 from tangora.experiments.diagnose.measure import DiagnosisFiles
 from tangora.experiments.reproduce.run import ReproductionFiles
 from tangora.experiments.run.execute import Watcher
+from tangora.experiments.run.proof import Proof
 from tangora.report import (
     Comparison,
     Record,
     diagnosis_tables,
     findings,
     missing_sentence,
+    recommendation_sentence,
     rich_table,
     study_verdict,
     summarize,
@@ -32,18 +34,21 @@ from tangora.report.curvature import findings as curvature_findings
 from tangora.report.reproduction import outcome, rich_checks
 
 
-def watcher_of(bars: Progress, bar: TaskID) -> Watcher:
+def watcher_of(bars: Progress, bar: TaskID, note: Callable[[str], None] | None = None) -> Watcher:
     """Let a bar follow a run.
 
     Args:
         bars: What draws it.
         bar: Which.
+        note: Called with sentences about the data; by default they are printed.
 
     Returns:
         What the run tells its phases and steps.
     """
     return Watcher(
         phase=lambda name: bars.update(bar, note=name),
+        note=note or (lambda sentence: bars.console.print(escape(sentence), soft_wrap=True)),
+        length=lambda steps: bars.update(bar, total=steps),
         step=lambda step, loss: bars.update(bar, completed=step, note=f"loss {loss:.3f}"),
     )
 
@@ -54,11 +59,19 @@ class ComparisonBars(CompareWatcher):
     def __init__(self, bars: Progress):
         super().__init__()
         self._bars = bars
+        self.begun = self.ended = 0
         self._runs = bars.add_task("runs", total=None, note="")
         self._steps: dict[str, TaskID] = {}
+        self._told: set[str] = set()
+
+    @property
+    def next_time(self) -> str:
+        """What the same command does after an interruption."""
+        return f"goes on: {self.ended} of {self.total} runs are done" if self.ended else "begins again"
 
     def plan(self, total: int) -> None:
         """Hear how many runs there are."""
+        super().plan(total)
         self._bars.update(self._runs, total=total)
 
     def begin(self, cell: Cell) -> Watcher:
@@ -70,11 +83,19 @@ class ComparisonBars(CompareWatcher):
         Returns:
             What moves the bar.
         """
+        self.begun += 1
         self._steps[cell.id] = self._bars.add_task(cell.id, total=cell.settings.steps, note="")
-        return watcher_of(self._bars, self._steps[cell.id])
+        return watcher_of(self._bars, self._steps[cell.id], self._tell_once)
+
+    def _tell_once(self, sentence: str) -> None:
+        # every run says it, as every run has a process of its own
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self._bars.console.print(escape(sentence), soft_wrap=True)
 
     def end(self, cell: Cell, record: Record) -> None:
         """Count the run, and say if it failed."""
+        self.ended += 1
         if cell.id in self._steps:
             self._bars.remove_task(self._steps.pop(cell.id))
         self._bars.advance(self._runs)
@@ -126,14 +147,28 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(rich_flatness(outcome.comparison, rows))
     for sentence in verdict(rows):
         console.print(escape(sentence))
+    if advice := recommendation_sentence(outcome.recommendation):
+        console.print(escape(advice))
     console.print(f"report   {escape(str(outcome.report))}")
     print_missing(outcome.comparison)
     if outcome.adapter is not None:
         console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
-        console.print(
-            "proof    plain PEFT on the untouched base gives the trained model's logits: "
-            f"largest difference {outcome.difference:.1e}"
-        )
+    if outcome.proof is not None:
+        console.print(proof_line(outcome.proof))
+    if outcome.failed:
+        names = ", ".join(record.id for record in outcome.failed)
+        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry makes them again")
+
+
+def proof_line(proof: Proof) -> str:
+    """Return the sentence on whether plain PEFT computes with the saved adapter what the trained model did."""
+    difference = f"largest difference {proof.difference:.1e}"
+    if proof.holds:
+        return f"proof    plain PEFT on the untouched base gives the trained model's logits: {difference}"
+    return (
+        "proof    failed: plain PEFT on the untouched base does not give the trained model's logits: "
+        f"{difference}, and rounding explains {proof.allowed:.1e}; do not use this adapter"
+    )
 
 
 def print_missing(comparison: Comparison) -> None:

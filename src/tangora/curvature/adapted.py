@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind
 from tangora.adapters import LoraPair
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import get_offset
@@ -203,7 +203,10 @@ def chosen(names: Sequence[str], layers: Iterable[str] | None) -> list[str]:
     """
     if layers is None:
         return list(names)
+    check_kind("layers", layers, (str, list, tuple), "names or patterns of layers")
     layers = [layers] if isinstance(layers, str) else list(layers)
+    for wanted in layers:
+        check_kind("layers", wanted, str, "names or patterns of layers")
     for wanted in layers:
         if not any(_matches(name, wanted) for name in names):
             raise InputError(f"layers must name layers of the model, such as {names[0]}; got {wanted!r}")

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._checks import InputError, check_whole
-from tangora.curvature.products import random_signs
+from tangora.curvature.products import random_signs, seeded_generator
 from tangora.curvature.surface import LossSurface, mean_and_error
 
 _ACCURACY = 1e-3
@@ -173,7 +173,7 @@ def batch_statistics(
     """
     check_whole("probes", probes, low=2)
     check_whole("top", top, low=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     signs = random_signs((probes, operator.size), generator, operator.dtype, operator.device)
     readings: list[_Reading] = []
     for weight, batch in operator.per_batch():

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tangora._checks import check_whole
-from tangora.curvature.products import random_signs
+from tangora.curvature.products import random_signs, seeded_generator
 from tangora.curvature.surface import LossSurface, mean_and_error
 
 _ACCURACY = 1e-3
@@ -107,7 +107,7 @@ def block_statistics(
     layout: Mapping[str, slice] = operator.space.layout
     before = operator.products
     whole = operator.top_eigenpairs(top, tol=tol, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     signs = random_signs((probes, operator.size), generator, operator.dtype, operator.device)
     samples = {name: [] for name in layout}
     for sign in signs:

@@ -16,8 +16,9 @@ width: this library.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.linalg
@@ -25,13 +26,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._checks import InputError, check_choice, check_number, check_whole
+from tangora._checks import InputError, check_choice, check_number, check_whole, shown
 from tangora.curvature.lanczos import Krylov
-from tangora.curvature.products import Device, Matvec, Products, Progress
+from tangora.curvature.products import Device, Matvec, Products, Progress, seeded_generator
 from tangora.curvature.trace import Estimate, mean_of
 
 # of the range of the spectrum: a single eigenvalue is drawn this wide
 _NARROWEST = 1e-4
+
+
+Points: TypeAlias = Float[Tensor, "*s"] | np.ndarray | Sequence[float] | float
+"""Where a function is evaluated."""
 
 
 class Distribution(NamedTuple):
@@ -70,16 +75,16 @@ class SpectralDensity:
         """The lowest and the highest node; the spectrum reaches at least as far."""
         return min(nodes[0] for nodes in self.nodes), max(nodes[-1] for nodes in self.nodes)
 
-    def cdf(self, x: Float[Tensor, "*s"]) -> Distribution:
+    def cdf(self, x: Points) -> Distribution:
         """Return the share of eigenvalues up to some points.
 
         Args:
-            x: The points.
+            x: The points: a tensor, an array, a list or one number.
 
         Returns:
             See `Distribution`.
         """
-        points = _array(x)
+        points = _array("x", x)
         values, lower, upper = [], [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             before = np.concatenate([[0.0], np.cumsum(weights)])
@@ -89,10 +94,10 @@ class SpectralDensity:
             lower.append(before[np.maximum(count - 1, 0)])
             upper.append(before[np.minimum(count + 1, len(nodes))])
         return Distribution(
-            torch.from_numpy(np.mean(values, 0)),
-            torch.from_numpy(_standard_error(np.stack(values))),
-            torch.from_numpy(np.mean(lower, 0)),
-            torch.from_numpy(np.mean(upper, 0)),
+            torch.as_tensor(np.mean(values, 0)),
+            torch.as_tensor(_standard_error(np.stack(values))),
+            torch.as_tensor(np.mean(lower, 0)),
+            torch.as_tensor(np.mean(upper, 0)),
         )
 
     def moment(self, power: int) -> Estimate:
@@ -114,11 +119,11 @@ class SpectralDensity:
         ]
         return mean_of(samples, self.products)
 
-    def smoothed(self, x: Float[Tensor, "*s"], width: float | None = None) -> Float[Tensor, "*s"]:
+    def smoothed(self, x: Points, width: float | None = None) -> Float[Tensor, "*s"]:
         """Return the density, smoothed by normal distributions at the nodes.
 
         Args:
-            x: The points; see `grid` for points that miss no peak.
+            x: The points, as for `cdf`; see `grid` for points that miss no peak.
             width: One standard deviation for all nodes, in units of the eigenvalues; default each node's own, see the
                 head of this file.
 
@@ -127,24 +132,24 @@ class SpectralDensity:
         """
         if width is not None:
             check_number("width", width, low=0, open_low=True)
-        points = _array(x)
-        density = np.zeros_like(points)
+        points = _array("x", x)
+        density = np.zeros_like(points)  # a scalar where there is one point
         for nodes, weights, widths in zip(self.nodes, self.weights, self.widths(), strict=True):
             for node, weight, own in zip(nodes, weights, widths, strict=True):
                 deviation = own if width is None else width
                 away = (points - node) / deviation
                 density += weight / (deviation * math.sqrt(2 * math.pi)) * np.exp(-0.5 * away**2)
-        return torch.from_numpy(density / len(self.nodes))
+        return torch.as_tensor(density / len(self.nodes))
 
     def log_density(
-        self, exponents: Float[Tensor, "*s"], sign: int = 1, width: float | None = None
+        self, exponents: Points, sign: int = 1, width: float | None = None
     ) -> Float[Tensor, "*s"]:
         r"""Return the density of $\log_{10} |\lambda|$ over the eigenvalues of one sign.
 
         It is `smoothed` in another variable, and integrates to the share of eigenvalues of that sign.
 
         Args:
-            exponents: $\log_{10} |\lambda|$.
+            exponents: $\log_{10} |\lambda|$, as the points of `cdf`.
             sign: 1 or -1.
             width: As for `smoothed`.
 
@@ -152,7 +157,7 @@ class SpectralDensity:
             Shares of all eigenvalues per decade, float64 on the CPU.
         """
         check_choice("sign", sign, (1, -1))
-        sizes = 10.0 ** exponents.detach().double().cpu()
+        sizes = 10.0 ** torch.as_tensor(_array("exponents", exponents))
         return self.smoothed(sign * sizes, width) * sizes * math.log(10)
 
     def widths(self) -> tuple[tuple[float, ...], ...]:
@@ -183,6 +188,8 @@ class SpectralDensity:
         """
         check_whole("points", points, low=2)
         nodes, widths = (np.concatenate([*map(np.asarray, parts)]) for parts in (self.nodes, self.widths()))
+        if width is not None:
+            check_number("width", width, low=0, open_low=True)
         spread = widths if width is None else np.full_like(widths, width)
         around = nodes[:, None] + spread[:, None] * np.linspace(-3, 3, 7)
         even = np.linspace(around.min(), around.max(), points)
@@ -233,7 +240,7 @@ def spectral_density(
         check_whole(name, value, low=1)
     steps = min(steps, size)
     product = Products(matvec, size, probes * steps, dtype=dtype, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     nodes, weights, residuals = [], [], []
     for _ in range(probes):
         small = Krylov(product, steps, product.signs(generator)).tridiagonalize(steps)
@@ -245,11 +252,17 @@ def spectral_density(
     return SpectralDensity(tuple(nodes), tuple(weights), tuple(residuals), size, product.count)
 
 
-def _array(x: Tensor) -> np.ndarray:
-    points = x.detach().double().cpu().numpy()
-    if not np.isfinite(points).all():
-        raise InputError("x must be finite")
-    return points
+def _array(name: str, points: Any) -> np.ndarray:
+    try:
+        points = points.detach().cpu().double() if isinstance(points, Tensor) else points
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{name} must be a number, a list of numbers or a tensor; got {shown(points)}"
+        ) from None
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} must be finite; got {shown(points)}")
+    return array
 
 
 def _standard_error(values: np.ndarray) -> np.ndarray:

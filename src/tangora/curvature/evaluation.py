@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind
 from tangora._types import LossFn
 from tangora.adapters import check_not_sharded, unwrapped
 from tangora.curvature.differentiable import custom_functions, readable
@@ -45,6 +45,7 @@ class Evaluation:
     ):
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        check_kind("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
         self.model: nn.Module = unwrapped(model)
         check_not_sharded(self.model.named_parameters(), "curvature")
         self.loss_fn = loss_fn

@@ -34,6 +34,7 @@ from tangora.curvature.products import (
     dot,
     norm,
     orthogonalize,
+    seeded_generator,
 )
 
 # a remainder of so many roundings is noise of the products: the Krylov space has ended
@@ -127,7 +128,7 @@ def lanczos_eigenpairs(
     budget = max_products or (size if rows == size else 10 * rows)
     rows = min(rows, budget)
     product = Products(matvec, size, budget, dtype=dtype, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     krylov = Krylov(product, rows, product.normal(generator) if start is None else start)
     search = _Search(k, which, max(tol, ROUNDING * torch.finfo(product.dtype).eps), copies)
     return search.run(krylov, generator).to_operator(dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora.curvature.filters import normalize_filters
+from tangora.curvature.products import seeded_generator
 from tangora.curvature.surface import LossSurface
 from tangora.curvature.weight_space import WeightSpace
 
@@ -153,7 +154,7 @@ def _directions(
         return {f"eigenvector {index + 1}": pairs.vectors[:, index] for index in range(dimensions)}
     if directions == "gradient":
         return _along_gradient(operator, dimensions, tol, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     noise = [
         torch.randn(operator.size, generator=generator, dtype=torch.float64).to(
             operator.device, operator.dtype

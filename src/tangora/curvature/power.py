@@ -29,6 +29,7 @@ from tangora.curvature.products import (
     dot,
     norm,
     orthogonalize,
+    seeded_generator,
 )
 
 
@@ -78,7 +79,7 @@ def power_eigenpairs(
         product=product,
         found=torch.empty(k, size, dtype=product.dtype, device=product.device),
         tol=max(tol, ROUNDING * torch.finfo(product.dtype).eps),
-        generator=torch.Generator().manual_seed(seed),
+        generator=seeded_generator(seed),
     )
     high, low = (k, 0) if which == "magnitude" else ends(k, which)
     signs = [0 if which == "magnitude" else 1] * high + [-1] * low

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_callable, check_kind, check_seed
 
 Matvec = Callable[[Tensor], Tensor]
 """Product of a symmetric matrix with a flat vector."""
@@ -19,6 +20,12 @@ Device = torch.device | str
 
 ROUNDING = 10
 """So many roundings of the operator's norm are not told from zero."""
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """Return a generator on the CPU, or raise `InputError` if the seed is none."""
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 class Products:
@@ -43,6 +50,7 @@ class Products:
         device: Device,
         progress: Progress | None = None,
     ):
+        check_callable("matvec", matvec, "a function of a vector")
         self._matvec, self._operator_dtype, self._progress = matvec, dtype, progress
         self.size, self.total, self.device = size, total, device
         self.dtype = torch.promote_types(dtype, torch.float32)
@@ -60,7 +68,9 @@ class Products:
         Raises:
             InputError: If it has another shape or is not finite.
         """
-        product = self._matvec(vector.to(self._operator_dtype)).detach()
+        product: Any = self._matvec(vector.to(self._operator_dtype))
+        check_kind("what matvec returns", product, Tensor, "a tensor")
+        product = product.detach()
         self.count += 1
         if product.shape != (self.size,):
             raise InputError(f"matvec must return shape ({self.size},); got {tuple(product.shape)}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tangora._checks import check_number, check_whole
 from tangora.curvature.eigenpairs import Eigenpairs
+from tangora.curvature.products import seeded_generator
 from tangora.curvature.surface import LossSurface
 from tangora.curvature.trust_region import maximize_in_krylov_space
 
@@ -124,7 +125,7 @@ def sharpness(
     leading: Eigenpairs = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
     vector = leading.vectors[:, 0]
     second = maximize_in_krylov_space(operator.matvec, gradient, [gradient, vector], radius, krylov)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     noise = [torch.randn(operator.size, generator=generator).to(vector) for _ in range(random_starts)]
     best, value, origin, found = torch.zeros_like(vector), 0.0, "none", {}
     for name, start in _starts(gradient, vector, second.step, noise, radius):

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from tangora._checks import check_number, check_whole
 from tangora.curvature.lanczos import Krylov
-from tangora.curvature.products import Device, Matvec, Products, Progress, dot, norm, orthogonalize
+from tangora.curvature.products import (
+    Device,
+    Matvec,
+    Products,
+    Progress,
+    dot,
+    norm,
+    orthogonalize,
+    seeded_generator,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def hutchinson(
     check_whole("size", size, low=1)
     check_whole("products", products, low=2)
     product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator(seed)
     samples = []
     for _ in range(products):
         signs = product.signs(generator)
@@ -206,7 +215,7 @@ class _Captured:
         check_whole("size", size, low=1)
         check_whole("products", products, low=4)
         self._product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = seeded_generator(seed)
         steps = min(products // 2, size)
         start = self._product.signs(self._generator)
         self.krylov = Krylov(self._product, steps, start).tridiagonalize(steps)

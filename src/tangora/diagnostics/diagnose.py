@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_choice, check_kind, check_seed, check_whole
 from tangora._names import STARTS
 from tangora._types import FactorA, FactorB, LossFn
 from tangora.adapters import LoraPair, adapters_off, check_not_sharded, magnitude_scale, unwrapped
@@ -97,9 +97,12 @@ def diagnose(
         {'lora': 0.014, 'orthogonal': 0.031, 'pissa': 0.052, 'lora-ga': 0.63, 'lora-one': 0.61}
     """
     began = time.perf_counter()
+    check_kind("starts", starts, (list, tuple), "a list of names")
     for start in starts:
         check_choice("starts", start, STARTS)
+    check_seed(seed)
     model = unwrapped(model)
+    check_kind("model", model, nn.Module, "a model")
     check_not_sharded(model.named_parameters(), "diagnose")
     subject = find_subject(model, adapter_name, target_modules, rank)
     sites, layers = subject.sites, [site.layer for site in subject.sites]

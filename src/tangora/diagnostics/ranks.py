@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from tangora._checks import InputError, check_number, check_whole
+from tangora._checks import InputError, check_number, check_whole, shown
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,12 @@ def plan_ranks(
         >>> plan_ranks({"a": strong, "b": flat}, 2).ranks
         {'a': 3, 'b': 1}
     """
+    known = isinstance(spectra, Mapping) and all(isinstance(each, Spectrum) for each in spectra.values())
+    if not known:
+        raise InputError(
+            "spectra must be spectra by the names of layers, such as {layer.name: layer.gradient for layer in "
+            f"diagnosis.layers}}; got {shown(spectra)}"
+        )
     limits = _limits(spectra, budget_rank, min_rank, max_rank)
     uniform = dict.fromkeys(spectra, budget_rank)
     budget = _parameters(spectra, uniform)

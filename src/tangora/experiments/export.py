@@ -4,11 +4,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangora._checks import check_path
 from tangora.adapters import load_adapter, save_adapter, save_merged
+from tangora.experiments.folders import check_origin, kept_origin, new_folder
 from tangora.experiments.launcher import check_one_process
-from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.loading import load_run_base
+from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import model_card_facts
 from tangora.experiments.settings import adapter_settings
+from tangora.report import load_record
+from tangora.report.records import RECORDS_FOLDER
 
 
 @dataclass(frozen=True)
@@ -26,37 +31,64 @@ class Exported:
     relative_error: float = 0.0
 
 
-def export(run: str | Path, output: str | Path, *, rank: int | None = None, merge: bool = False) -> Exported:
+def export(
+    run: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    merge: bool = False,
+    uniform: bool = False,
+) -> Exported:
     """Write the adapter of a finished run once more: at another rank, or merged into its base.
+
+    The training data is not needed: names of classes and the tokenizer stand beside the run's adapter.
 
     Args:
         run: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
         output: Folder to write.
         rank: Cut every layer's update to this rank; default exact.
         merge: Write the whole model, with tokenizer, instead of an adapter.
+        uniform: Write one rank and one alpha for all layers, as `save_adapter` does.
 
     Returns:
         The folder and what was lost.
 
     Raises:
-        InputError: If the folder is no finished run with an adapter, ``output`` is in use by something else, or a
-            launcher has started several processes.
+        InputError: If the folder is no finished run with an adapter, ``output`` exists and is not empty or cannot be
+            written, or a launcher has started several processes.
     """
     check_one_process("export")
-    folder = Path(run)
+    folder, target = check_path("run", run), check_path("output", output)
+    with new_folder(target):
+        return _exported(folder, target, rank, merge, uniform)
+
+
+def _exported(folder: Path, output: Path, rank: int | None, merge: bool, uniform: bool) -> Exported:
     settings = adapter_settings(folder)
-    task = load_run_task(settings)
-    loaded = load_base(settings, task)
+    if merge:  # into the weights as they were before they were quantized
+        settings = settings.model_copy(update={"load_in_4bit": False})
+    check_origin(folder, kept_origin(folder), origin_of(settings), "bring the original back")
+    loaded = load_run_base(settings, folder / "adapter")
     model = load_adapter(loaded.model, folder / "adapter")
-    facts = model_card_facts(task, settings)
     if not merge:
-        saved = save_adapter(model, output, rank=rank, card=facts)
+        facts = model_card_facts(settings, *_told(folder))
+        saved = save_adapter(
+            model, output, rank=rank, uniform=uniform, card=facts, tokenizer=loaded.tokenizer
+        )
         return Exported(Path(output), False, saved.relative_error)
     error = 0.0
     if rank is not None:
         with tempfile.TemporaryDirectory() as scratch:
             error = save_adapter(model, Path(scratch) / "adapter", rank=rank).relative_error
-            model = load_adapter(load_base(settings, task).model, Path(scratch) / "adapter")
+            model = load_adapter(load_run_base(settings, folder / "adapter").model, Path(scratch) / "adapter")
     path = save_merged(model, output)
     loaded.tokenizer.save_pretrained(path)
     return Exported(path, True, error)
+
+
+def _told(run: Path) -> tuple[str, str]:
+    """Return what the record of a run tells of its data: fingerprint and format."""
+    own, beside = run / "record.json", run.parent.parent / RECORDS_FOLDER / f"{run.name}.json"
+    path = own if own.is_file() else beside
+    settings = load_record(path).settings if path.is_file() else {}
+    return str(settings.get("data_fingerprint", "unknown")), str(settings.get("data_format", "unknown"))

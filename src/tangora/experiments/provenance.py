@@ -1,5 +1,6 @@
 """Where a number comes from: versions, machine and commit."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 
+from tangora._names import MODELS
+from tangora.report.records import MachineLoad
+
 _PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
 
 
-def provenance() -> dict[str, Any]:
-    """Return what every record says of its origin: versions, machine, commit and the present time."""
+def provenance(model: str = "") -> dict[str, Any]:
+    """Return what every record says of its origin: what the model is, versions, machine, commit and present time."""
     return {
+        "model_description": MODELS.get(model),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -32,6 +37,26 @@ def machine() -> str:
     """Return processor architecture, number of threads and accelerator; nothing that names a host."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}"
+
+
+def load_average() -> float | None:
+    """Return how many processes ran or wanted to, mean over the last minute; ``None`` on Windows."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def machine_load(before: float | None) -> MachineLoad | None:
+    """Return the load before and after a run, and the number of processors.
+
+    Args:
+        before: `load_average` when the run began.
+    """
+    after = load_average()
+    if before is None or after is None:
+        return None
+    return MachineLoad(before=before, after=after, processors=os.cpu_count() or 1)
 
 
 @cache

@@ -1,157 +1,215 @@
 """What a run needs to know, validated: every error names the key, the value and what is allowed."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
+from tangora.experiments.values import Seed, Settings, device_name, read_settings, target_names, validated
 from tangora.recipes import recipe
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def grown_from(self, found: Mapping[str, Any]) -> set[str]:
-        """Tell in which keys these settings ask for more of the same than others did.
-
-        Args:
-            found: The others, as JSON holds them.
-
-        Returns:
-            Keys that may differ, as what was done for the others is a part of what these want.
-        """
-        del found
-        return set()
 
 
 class TaskSettings(Settings):
     """Model, data and training budget: what all methods of a comparison share."""
 
-    model: str = Field(default="minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
+    groups: ClassVar[Mapping[str, str]] = {
+        "model": "Model and data",
+        "rank": "Adapter",
+        "steps": "Optimization",
+        "exact_match": "Evaluation",
+        "measure_every": "Measurements",
+        "save_every": "Output and resources",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+        "dropout": "lora_dropout",
+        "max_steps": "steps",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "accumulate",
+        "lr_scheduler_type": "schedule",
+        "warmup_ratio": "warmup",
+        "max_grad_norm": "clip",
+        "max_seq_length": "max_length",
+        "torch_dtype": "dtype",
+        "eval_steps": "evaluate_every",
+        "save_steps": "save_every",
+    }
+
+    model: str = Field(
+        default="minilm-l6", description="Base model: packaged name, local folder, GGUF file or hub name."
+    )
     data: str = Field(
-        default="bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name."
+        default="bbc-news",
+        description="Data set: packaged name, reasoning-gym:NAME, local file (.jsonl .json .csv .tsv .parquet), folder "
+        "of LABEL/*.txt, or hub name: owner/name or owner/name/config.",
     )
     test_data: str | None = Field(
         default=None,
-        description="Other data to test on: its test split, or all of it; default: part of data.",
+        description="Separate test data: its test split, or all of it. Default: examples set aside from data.",
     )
     kind: Kind | None = Field(
-        default=None, description="classification or causal; default: what the data is."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of the frozen weights; what is trained is always float32."
+        default=None, description="Type of task. Default: recognised from the columns of the data."
     )
     text_column: str | None = Field(
-        default=None, description="Column of the text; a,b for pairs, a|b for the first that there is."
+        default=None,
+        description="Column of the text; a,b for sentence pairs, a|b for the first column that exists. Default, as for "
+        "the other columns: recognised by its name.",
     )
-    label_column: str | None = Field(default=None, description="Column of the label.")
-    prompt_column: str | None = Field(default=None, description="Column of the prompt.")
+    label_column: str | None = Field(default=None, description="Column of the label, for classification.")
+    prompt_column: str | None = Field(
+        default=None,
+        description="Column of the prompt. A causal example is prompt + newline + completion + eos; the loss counts "
+        "the completion.",
+    )
     completion_column: str | None = Field(default=None, description="Column of the completion.")
-    num_train: int | None = Field(
-        default=None, ge=1, description="Training examples; default: all that remain."
+    chat_template: bool | None = Field(
+        default=None,
+        description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
+        "it; no-chat-template joins their turns by newlines instead.",
     )
-    num_validation: int = Field(default=200, ge=1, description="Examples that choose the learning rate.")
-    num_test: int = Field(default=500, ge=1, description="Examples that are reported.")
-    steps: int = Field(default=100, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(default=16, ge=1, description="Examples per step and micro-batch.")
-    accumulate: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut.")
-    rank: int = Field(default=8, ge=1, description="LoRA's r.")
-    alpha: float = Field(default=16.0, gt=0, description="LoRA's alpha.")
+    num_train: int | None = Field(
+        default=None, ge=1, description="Training examples. Default: all that are not set aside."
+    )
+    num_validation: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validation examples, used to select the learning rate. Default: a fifth of the data, at most 200.",
+    )
+    num_test: int | None = Field(
+        default=None,
+        ge=1,
+        description="Test examples, used for the reported metrics. Default: a fifth of the data, at most 500.",
+    )
+    max_length: int = Field(
+        default=128,
+        ge=2,
+        description="Maximum tokens per example (max_seq_length); longer ones are cut, and counted.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Dtype of the frozen base weights; trainable parameters are always float32.",
+    )
+    load_in_4bit: bool = Field(
+        default=False,
+        description="Quantize the frozen base to 4 bits (NF4, needs bitsandbytes), as in QLoRA.",
+    )
+    rank: int = Field(default=8, ge=1, description="LoRA rank (r).")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA alpha (lora_alpha).")
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout probability of the adapter's input (lora_dropout)."
+    )
     target_modules: str | list[str] = Field(
-        default="all-linear", description="Layers to adapt, as PEFT takes them."
+        default="all-linear",
+        description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules).",
     )
     start_examples: int = Field(
-        default=32, ge=1, description="Training examples whose gradient a data-driven start reads."
+        default=32,
+        ge=1,
+        description="Training examples for the gradient of a data-driven initialization, such as lora-ga's.",
     )
     rank_plan: dict[str, Any] | None = Field(
         default=None,
-        description="rank_plan.json of tangora diagnose: other ranks for single layers; with its rank and alpha.",
+        description="rank_plan.json of tangora diagnose: ranks of single layers, with its own rank and alpha.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    steps: int | None = Field(default=100, ge=1, description="Optimizer steps (max_steps).")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Passes over the training data (num_train_epochs), in place of steps.",
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="Examples per micro-batch (per_device_train_batch_size)."
+    )
+    accumulate: int = Field(
+        default=1, ge=1, description="Micro-batches per optimizer step (gradient_accumulation_steps)."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (weight_decay).")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="After the warm-up."
+        default="linear", description="Learning-rate schedule after the warm-up (lr_scheduler_type)."
     )
     warmup: float = Field(
-        default=0.03, ge=0, lt=1, description="Share of the steps with rising learning rate."
+        default=0.03, ge=0, lt=1, description="Fraction of the steps used for warm-up (warmup_ratio)."
     )
     head_learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak learning rate of a new classification head; default: the method's, mostly the adapter's.",
+        description="Peak learning rate of a new classification head. Default: the recipe's, mostly learning_rate.",
     )
-    clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient of what is trained.")
+    clip: float = Field(default=1.0, gt=0, description="Gradient-clipping norm (max_grad_norm).")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: less memory, more time (gradient_checkpointing).",
+    )
     exact_match: bool = Field(
         default=False,
-        description="Also generate answers to validation and test prompts and compare them (causal models).",
+        description="Generate answers to validation and test prompts and count exact matches (causal models).",
+    )
+    forgetting: bool = Field(
+        default=False,
+        description="Measure the loss on unrelated text before and after training (causal models).",
     )
     evaluate_every: int | None = Field(
         default=None,
         ge=1,
-        description="Steps between evaluations on validation data; default: only at the end.",
-    )
-    save_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps between checkpoints, from which a run that was cut off goes on; default: no checkpoints.",
-    )
-    report_to: list[Tracker] | None = Field(
-        default=None,
-        description="Live curves, separated by commas: tensorboard (events in each run's folder), trackio, wandb.",
-    )
-    forgetting: bool = Field(
-        default=False, description="Also measure the loss on unrelated text before and after (causal models)."
+        description="Steps between evaluations on validation data (eval_steps). Default: only at the end.",
     )
     measure_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full; default: none.",
+        description="Steps between measured points of the trajectory, and snapshots of full. Default: none.",
     )
     measure_gradient: int | None = Field(
-        None, ge=1, description="Training examples whose gradient is read at every measured step."
+        None, ge=1, description="Training examples for the gradient at every measured step."
     )
     curvature_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the Hessian: largest eigenvalue, trace; default: none.",
+        description="Steps between measurements of the Hessian (largest eigenvalue, trace). Default: none.",
     )
     curvature: bool | None = Field(
-        default=None, description="Also measure at the end how flat the loss is, and the generalisation gap."
+        default=None,
+        description="Measure the flatness of the loss at the end of training, and the generalisation gap.",
     )
     curvature_examples: int | None = Field(
         default=None,
         ge=1,
-        description="Training examples, the curvature of whose loss is measured; default: 32, 16 while training.",
+        description="Training examples for the Hessian. Default: 32 at the end, 16 during training.",
     )
     curvature_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers over whose weights it is measured at the end, such as *.layers.29.*, for "
-        "models with many weights; default: all that are adapted.",
+        description="Pattern of the layers whose weights the final Hessian covers, such as *.layers.29.*. "
+        "Default: all adapted layers.",
+    )
+    save_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between checkpoints (save_steps); an interrupted run resumes from the last. Default: none.",
+    )
+    report_to: list[Tracker] | None = Field(
+        default=None,
+        description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
+    )
+    device: str | None = Field(
+        default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )
 
     @field_validator("target_modules")
     @classmethod
     def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        # PEFT reads a single string as a pattern; names come separated by commas from the command line
-        return (
-            [name.strip() for name in targets.split(",")]
-            if isinstance(targets, str) and "," in targets
-            else targets
-        )
+        return target_names(targets)
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -160,9 +218,16 @@ class TaskSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_plan(cls, values: Any) -> Any:
+    def _completed(cls, values: Any) -> Any:
         # the plan itself is kept, so that a record says what was run; rank and alpha are its own unless given
-        if not isinstance(values, dict) or not isinstance(values.get("rank_plan"), str):
+        if not isinstance(values, dict):
+            return values
+        values = cls.spelled(values)
+        if values.get("epochs") is not None:
+            values = {"steps": None} | values
+        if isinstance(values.get("rank_plan"), dict):
+            return values | {"rank_plan": _checked_plan(values["rank_plan"])}
+        if not isinstance(values.get("rank_plan"), str):
             return values
         plan = _read_plan(values["rank_plan"])
         own = {
@@ -171,6 +236,28 @@ class TaskSettings(Settings):
             if made_for in plan
         }
         return own | values | {"rank_plan": plan}
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> "TaskSettings":
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps must be a number where no epochs are given; got None")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps and epochs exclude each other; got steps = {self.steps} and epochs = {self.epochs:g}"
+            )
+        return self
+
+    @field_validator("load_in_4bit")
+    @classmethod
+    def _quantizable(cls, wanted: bool) -> bool:
+        if wanted:
+            check_installed("bitsandbytes", "load_in_4bit")
+        return wanted
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, name: str | None) -> str | None:
+        return device_name(name)
 
     @model_validator(mode="after")
     def _measured_first(self) -> "TaskSettings":
@@ -191,6 +278,21 @@ class TaskSettings(Settings):
             raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
+    def num_steps(self, num_train: int) -> int:
+        """Return the number of optimizer steps.
+
+        Args:
+            num_train: Number of training examples; the last batch of an epoch may be smaller than the others.
+
+        Returns:
+            ``steps``, or as many as ``epochs`` take.
+        """
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        per_epoch = math.ceil(math.ceil(num_train / self.batch_size) / self.accumulate)
+        return max(1, math.ceil(self.epochs * per_epoch))
+
     def as_task(self) -> dict[str, Any]:
         """Return the arguments of ``load_task``.
 
@@ -205,13 +307,29 @@ class TaskSettings(Settings):
 class RunSettings(TaskSettings):
     """One run."""
 
-    recipe: str = Field(default="tangent", description="Name of the method.")
-    learning_rate: float | None = Field(
-        None, gt=0, description="Peak; default: the recipe's second smallest."
+    groups: ClassVar[Mapping[str, str]] = {
+        **TaskSettings.groups,
+        "recipe": "Method",
+        "learning_rate": "Optimization",
+        "reference": "Measurements",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {**TaskSettings.aliases, "lr": "learning_rate", "method": "recipe"}
+
+    recipe: str = Field(
+        default="tangent",
+        description="Method: initialization, optimizer and PEFT configuration; see tangora list.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the start, the data order and dropout.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate. Default: the second-smallest value of the recipe's search grid.",
+    )
+    seed: Seed = Field(
+        default=0, description="Seed of the initialization, the order of the data and dropout (seed)."
+    )
     reference: str | None = Field(
-        default=None, description="Output folder of full fine-tuning with snapshots, to measure distances to."
+        default=None,
+        description="Output folder of full fine-tuning with snapshots, to measure distances to it.",
     )
 
     @field_validator("recipe")
@@ -231,6 +349,11 @@ class RunSettings(TaskSettings):
             raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
         return self
 
+    @model_validator(mode="after")
+    def _adapted(self) -> "RunSettings":
+        check_adapted(self, self.recipe)
+        return self
+
     @property
     def peak(self) -> float:
         """The learning rate, with the recipe's default filled in."""
@@ -238,73 +361,58 @@ class RunSettings(TaskSettings):
         return given if given is not None else recipe(self.recipe).default_learning_rate
 
 
+def check_adapted(settings: TaskSettings, name: str) -> None:
+    """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
+    if recipe(name).adapter is not None:
+        return
+    if settings.load_in_4bit:
+        raise InputError(
+            f"load_in_4bit cannot be used with recipe {name}: quantized weights cannot be trained; leave one out"
+        )
+    if settings.lora_dropout:
+        raise InputError(
+            f"lora_dropout cannot be used with recipe {name}, which has no adapter; got {settings.lora_dropout:g}"
+        )
+
+
 def _read_plan(path: str) -> dict[str, Any]:
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rank_plan cannot be read: {error}") from None
+    return _checked_plan(plan)
+
+
+def _checked_plan(plan: Any) -> dict[str, Any]:
     keys = ("rank_pattern", "alpha_pattern")
     if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
         raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+    for key, number, what in (
+        ("rank_pattern", int, "whole numbers"),
+        ("alpha_pattern", (int, float), "numbers"),
+    ):
+        for name, value in plan[key].items():
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
     return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}
 
 
-_SettingsT = TypeVar("_SettingsT", bound=Settings)
-
-
-def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") -> _SettingsT:
-    """Make settings, with one-line errors.
-
-    Args:
-        kind: Class of the settings.
-        values: By key.
-        source: Where they come from, for the message.
+def run_file(folder: Path) -> dict[str, Any]:
+    """Read what the folder of a run, or the record beside it, says of its settings and origin.
 
     Returns:
-        The settings.
+        As JSON holds it, keys of other versions included.
 
     Raises:
-        InputError: Naming the first bad key, its value and what is allowed.
+        InputError: If there is nothing, or it is damaged.
     """
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
-
-
-def _first_problem(kind: type[Settings], error: ValidationError, source: str) -> str:
-    first = error.errors(include_url=False)[0]
-    key = str(first["loc"][0]) if first["loc"] else "settings"
-    if first["type"] == "extra_forbidden":
-        return f"{source}unknown key {key!r}; allowed: {', '.join(kind.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{source}{message}"
-    return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its keys and values.
-
-    Raises:
-        InputError: If it cannot be read or holds no mapping; the message names file and line.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{place} is not valid YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
+    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
+    source = own if own.is_file() else record
+    if not source.is_file():
+        raise InputError(f"{folder} is no run folder: it has no settings.json, and no record beside it")
+    values = read_settings(source)
+    if source is record:
+        values = values["settings"] if isinstance(values.get("settings"), dict) else {}
     return values
 
 
@@ -320,56 +428,18 @@ def run_settings(folder: Path) -> RunSettings:
     Raises:
         InputError: If the folder is none of these.
     """
-    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
-    source = own if own.is_file() else record
-    try:
-        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise InputError(
-            f"{folder} is no run folder: it has no settings.json, and no record beside it"
-        ) from None
-    values = values if source is own else values.get("settings", {})
-    known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
+    values = run_file(folder)
+    # where a run was computed says nothing of where its adapter is read
+    known = {
+        key: value for key, value in values.items() if key in RunSettings.model_fields and key != "device"
+    }
     if "recipe" not in known:
-        raise InputError(f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME")
-    return validated(RunSettings, known, str(source))
-
-
-_NO_PART = {"report_to", "save_every"}
-"""Settings that change nothing of what is found."""
-
-
-def claim_folder(folder: Path, settings: Settings, name: str = "settings.json") -> None:
-    """Write the settings into an output folder, or check that it belongs to them.
-
-    Args:
-        folder: Output folder, created when missing.
-        settings: What will be run there.
-        name: Name of the file.
-
-    Raises:
-        InputError: If the folder belongs to another configuration (the message names the first difference), or holds
-            something else.
-    """
-    path = folder / name
-    wanted = json.loads(settings.model_dump_json())
-    if path.exists():
-        # what an older version did not know was as it is by default
-        fields = type(settings).model_fields.items()
-        usual = {key: field.get_default(call_default_factory=True) for key, field in fields}
-        found = usual | json.loads(path.read_text(encoding="utf-8"))
-        # what was refused before its first step left nothing to protect
-        holds_work = any(entry.name not in {name, "log.txt"} for entry in folder.iterdir())
-        for key in sorted((wanted.keys() | found.keys()) - _NO_PART - settings.grown_from(found)):
-            if wanted.get(key) != found.get(key) and holds_work:
-                raise InputError(
-                    f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
-                    f"{wanted.get(key)!r} here; choose another --output"
-                )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        raise InputError(
+            f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME"
+            if "recipes" in values
+            else f"{folder} holds no run: give an output folder of tangora train, or one of the runs of tangora compare"
+        )
+    return validated(RunSettings, known, str(folder))
 
 
 def adapter_settings(folder: Path) -> RunSettings:

@@ -1,14 +1,21 @@
 """`tangora train`: one run in an output folder that can be interrupted and continued."""
 
+import shutil
 from pathlib import Path
 
+from tangora._checks import check_kind, check_path
+from tangora.experiments.folders import CHECKPOINTS, LOG, check_origin, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
+from tangora.experiments.run.checks import check_options
 from tangora.experiments.run.execute import Watcher, execute
-from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.loading import load_run_task, with_recorded_sizes, with_sizes
+from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.trajectory import check_reference
-from tangora.experiments.settings import RunSettings, claim_folder
+from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
+from tangora.training.callbacks import last_checkpoint
+from tangora.training.devices import check_device
 from tangora.training.tracking import check_trackers
 
 RECORD = "record.json"
@@ -31,20 +38,44 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
         The record of the run.
 
     Raises:
-        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or a
-            launcher has started several processes.
+        InputError: If something in the settings cannot be used, the folder belongs to another configuration or is in
+            use, the data or the model changed since the run was begun, the disk is full (the message says where the
+            weights are), or a launcher has started several processes. A folder in which nothing was done stays as it
+            was.
     """
     check_one_process("train")
-    folder = Path(output)
+    check_kind("settings", settings, RunSettings, "a RunSettings")
+    folder = check_path("output", output)
+    check_output(folder)
     check_trackers(settings.report_to or ())
+    check_device(settings.device)
+    settings = with_recorded_sizes(settings, folder)
     task = load_run_task(settings)
+    settings = with_sizes(settings, task)
     check_reference(settings, task)
-    claim_folder(folder, settings)
-    if (folder / RECORD).exists():
-        return load_record(folder / RECORD)
-    with log_to(folder / "log.txt"):
-        record = execute(
-            settings, task, folder, run_id="run", before=True, keep_model=True, watcher=watcher or Watcher()
-        )
-    save_json(record, folder / RECORD)
+    check_options(settings, task)
+    origin = origin_of(settings, task)
+    with claimed(folder, settings, origin):
+        if (folder / RECORD).exists():
+            record = load_record(folder / RECORD)
+            check_origin(folder, record.settings, origin)
+            return record
+        with log_to(folder / LOG):
+            record = execute(
+                settings,
+                task,
+                folder,
+                run_id="run",
+                before=True,
+                keep_model=True,
+                watcher=watcher or Watcher(),
+            )
+        save_json(record, folder / RECORD)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return record
+
+
+def last_step(output: str | Path) -> int:
+    """Return the step from which a run that was cut off goes on; 0 where there is no checkpoint."""
+    checkpoint = last_checkpoint(Path(output) / CHECKPOINTS)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_seed
 from tangora._types import LossFn
 from tangora.adapters import (
     LoraPair,
@@ -28,6 +28,7 @@ from tangora.adapters import (
     refresh_magnitude,
     unwrapped,
 )
+from tangora.init.marks import is_trained, mark_started
 from tangora.init.methods import PROBE_OPTIONS, Method, Site, check_method, find_sites, seeded
 from tangora.init.one_step import STEP_SIZES
 from tangora.probes import (
@@ -41,7 +42,7 @@ from tangora.probes import (
 from tangora.probes.ranks import collective, several_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Start:
     """What `initialize` did.
 
@@ -62,6 +63,11 @@ class Start:
     passes: int = 0
     step: float | None = None
     line_search: Mapping[float, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kept = f", {len(self.skipped)} kept PEFT's own" if self.skipped else ""
+        step = f", step {self.step:g}" if self.step is not None else ""
+        return f"Start({self.method!r}: {len(self.names)} layers{kept}{step}, {self.seconds:.1f} s)"
 
 
 @collective
@@ -103,7 +109,7 @@ def initialize(
 
     Args:
         model: PEFT model with LoRA, also compiled or inside DistributedDataParallel; the adapter's earlier start or
-            training is lost.
+            training is lost, the latter with a warning.
         method: Which start.
         batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
@@ -123,9 +129,16 @@ def initialize(
     """
     began = time.perf_counter()
     chosen = check_method(method, options, has_batches=batches is not None)
+    check_seed(seed)
     inner: PeftModel = unwrapped(model)
     adapter, pairs, odd = _adapter(inner, adapter_name)
     _check_whole(method, options, pairs)
+    if is_trained(inner, adapter):
+        warnings.warn(
+            f"adapter {adapter!r} is trained, or initialized in another way (B A is not zero): initialization "
+            f"{method!r} erases that",
+            stacklevel=3,
+        )
     with _restored_on_error(inner, adapter, pairs), _active(inner, adapter):
         _reset(inner, adapter, pairs, seed)
         if chosen.offset:  # layers that cannot carry one are named before any work is done
@@ -153,6 +166,7 @@ def initialize(
             losses = _line_search(inner, adapter, chosen, sites, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
         _write(inner, adapter, chosen, sites, options)
+    mark_started(inner, adapter, method)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
@@ -162,7 +176,7 @@ def initialize(
 
 
 def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[LoraPair], dict[str, str]]:
-    adapter = adapter_name or active_adapter(model)
+    adapter = active_adapter(model) if adapter_name is None else adapter_name
     found = discover(model, adapter)
     if not found.pairs:
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")

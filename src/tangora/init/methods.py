@@ -81,6 +81,18 @@ def needs_batches(method: str) -> bool:
     return METHODS[method].directions > 0
 
 
+def carries_offset(method: str) -> bool:
+    """Tell whether a start subtracts its product, which is then carried along.
+
+    Args:
+        method: Its name.
+
+    Returns:
+        Whether layers started so have an offset.
+    """
+    return METHODS[method].offset
+
+
 def check_method(method: str, options: Mapping[str, Any], *, has_batches: bool) -> Method:
     """Look up a start and check what it is given.
 

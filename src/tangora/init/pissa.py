@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tangora._checks import check_whole
 from tangora._types import FactorA, FactorB
 
 
@@ -22,6 +23,8 @@ def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -
     Source:
         arXiv:2404.02948, equations 2 to 4.
     """
+    if niter is not None:
+        check_whole("niter", niter, low=0)
     if niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:

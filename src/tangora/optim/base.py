@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from tangora._checks import InputError, check_choice, check_number
+from tangora._checks import InputError, check_callable, check_choice, check_kind, check_number, shown
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
@@ -85,6 +85,8 @@ class PairOptimizer(Optimizer, ABC):
             InputError: If the parameters were replaced by what is no LoRA pair, or no gradient can ever reach them.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``; nothing has changed then.
         """
+        if closure is not None:
+            check_callable("closure", closure, "a function that evaluates the loss and its gradients")
         self._adopt()
         loss = None
         if closure is not None:
@@ -124,6 +126,8 @@ class PairOptimizer(Optimizer, ABC):
             InputError: If a state belongs to another optimizer or to an adapter of another shape; nothing is loaded.
         """
         self._adopt()
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise InputError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
         self._check_loadable(state_dict)
         groups = self.param_groups
         super().load_state_dict(state_dict)
@@ -234,6 +238,9 @@ class PairOptimizer(Optimizer, ABC):
         check_number("eps", group["eps"], low=0)
         # at one and beyond, decay would turn the weights over instead of shrinking them
         check_number("lr * weight_decay", lr * group["weight_decay"], low=0, high=1, open_high=True)
+        check_kind("betas", group["betas"], (list, tuple), "two numbers in [0, 1)")
+        if len(group["betas"]) != 2:
+            raise InputError(f"betas must be two numbers in [0, 1); got {shown(group['betas'])}")
         for index, beta in enumerate(group["betas"]):
             check_number(f"betas[{index}]", beta, low=0, high=1, open_high=True)
         check_choice("maximize", group["maximize"], (True, False))

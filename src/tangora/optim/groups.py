@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tangora._checks import InputError
-from tangora.adapters import LoraPair, discover
+from tangora._checks import InputError, shown
+from tangora.adapters import LoraPair, discover, warn_if_base_changed
 from tangora.adapters.discover import by_reason, describe_skipped, some_of
 from tangora.optim.stack import StackCache
 
@@ -109,18 +109,26 @@ def grouped(params: Params, owner: str, rest: dict[str, Any]) -> list[dict[str, 
     """
     if isinstance(params, nn.Module):
         return [group if "pairs" in group else rest | group for group in _groups_of_model(params, owner)]
-    items = list(params)
+    items = list(params) if isinstance(params, Iterable) else []
     if items and all(isinstance(item, LoraPair) for item in items):
         return [{"pairs": items}]
     if not items or not all(isinstance(item, dict) for item in items):
+        got = f"{type(items[0]).__name__}s" if items else "nothing"
         raise InputError(
-            "params must be a PEFT model, LoRA pairs from tangora.find_pairs(model), or parameter groups with 'pairs' "
-            f"or 'params'; got {type(items[0]).__name__ + 's' if items else 'nothing'}"
+            "params must be a PEFT model (not its parameters), LoRA pairs from tangora.find_pairs(model), or parameter "
+            f"groups with 'pairs' or 'params'; got {got if isinstance(params, Iterable) else shown(params)}"
         )
-    groups = [dict(item) if item.get("pairs") else rest | item for item in items if isinstance(item, dict)]
-    if not any(group.get("pairs") for group in groups):
+    given = [item for item in items if isinstance(item, dict)]
+    groups = [dict(item) if _has_pairs(item) else rest | item for item in given]
+    if not any(map(_has_pairs, groups)):
         raise InputError(f"{owner} found no trainable LoRA pair: no parameter group has 'pairs'")
     return groups
+
+
+def _has_pairs(group: dict[str, Any]) -> bool:
+    pairs = group.get("pairs", ())
+    # what is no list of pairs is refused later; a tensor or model does not say whether it is empty
+    return not isinstance(pairs, (list, tuple)) or len(pairs) > 0
 
 
 def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> PairGroup:
@@ -139,7 +147,14 @@ def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> P
         InputError: If a pair is sharded, or only one factor of every pair can be trained.
     """
     options = {key: value for key, value in given.items() if key not in {"pairs", "params", "names"}}
-    pairs, rest = list(given.get("pairs", ())), given.get("params", ())
+    pairs, rest = given.get("pairs", ()), given.get("params", ())
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, LoraPair) for pair in pairs):
+        raise InputError(
+            f"pairs of a group must be a list from tangora.find_pairs(model); got {shown(pairs)}"
+        )
+    if not isinstance(rest, Iterable):
+        raise InputError(f"params of a group must be parameters or (name, parameter); got {shown(rest)}")
+    pairs = list(pairs)
     _check_whole(pairs, owner)
     rest = [rest] if isinstance(rest, Tensor) else list(rest)
     known = [item[0] for item in rest if isinstance(item, tuple)]
@@ -193,6 +208,7 @@ def _groups_of_model(model: nn.Module, owner: str) -> list[dict[str, Any]]:
         raise InputError(
             f"{owner} found no trainable LoRA pair: {_why_none(model, found.pairs, found.skipped)}"
         )
+    warn_if_base_changed(model)
     if found.skipped:
         warnings.warn(describe_skipped(found.skipped), stacklevel=5)
     if lone := [pair for pair in found.pairs if _is_lone(pair)]:

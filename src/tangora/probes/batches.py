@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, shown
 from tangora._types import LossFn
 from tangora.adapters import unwrapped
 from tangora.probes.losses import WeightedLoss
@@ -32,6 +32,8 @@ def as_batches(batches: Iterable[Any] | None, what: str = "batches") -> Iterable
         raise InputError(f"{what} must be a list of batches or a DataLoader; got None")
     if isinstance(batches, Mapping):
         raise InputError(f"{what} must be a list of batches; got a single batch: put it into a list")
+    if isinstance(batches, (str, bytes, Tensor)) or not isinstance(batches, Iterable):
+        raise InputError(f"{what} must be a list of batches or a DataLoader; got {shown(batches)}")
     if isinstance(batches, (list, tuple, _Replayed)):
         return batches
     return list(batches) if isinstance(batches, Iterator) else _Replayed(batches, what)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_callable
 from tangora._types import LossFn
 from tangora.adapters import unwrapped
 from tangora.probes.ranks import several_ranks
@@ -38,6 +38,8 @@ class WeightedLoss:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None = None):
+        if loss_fn is not None:
+            check_callable("loss_fn", loss_fn, "a function of model and batch")
         self.model, self.loss_fn = model, loss_fn
         self._first: tuple[Any, tuple[float, ...]] | None = None
         self._rule: int | None = None  # which of the counts has proved right; -1: none

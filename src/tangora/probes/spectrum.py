@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tangora._checks import InputError, check_whole
+from tangora._checks import InputError, check_kind, check_seed, check_whole
 from tangora._types import LossFn
 from tangora.geometry.sketch import (
     LowRankSVD,
@@ -105,6 +105,8 @@ def gradient_spectra(
     ):
         if value is not None:
             check_whole(name, value, low=low)
+    check_kind("one_pass", one_pass, bool, "True or False")
+    check_seed(seed)
     batches = as_batches(batches)
     layers = probed_layers(model) if layers is None else layers
     ranks = _ranks(layers, rank)

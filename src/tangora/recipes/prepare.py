@@ -1,17 +1,19 @@
 """A base model made ready for training with a recipe."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
-from tangora._checks import InputError, check_number
+from tangora._checks import InputError, check_choice, check_kind, check_number, check_seed, check_whole
 from tangora.adapters import discover
 from tangora.init.methods import seeded
 from tangora.recipes.head import head_options
 from tangora.recipes.recipe import Recipe
+from tangora.recipes.targets import check_targets, wrapped
 
 
 def prepare(
@@ -24,6 +26,7 @@ def prepare(
     total_steps: int,
     seed: int,
     target_modules: str | list[str],
+    lora_dropout: float,
     rank_plan: Mapping[str, Any] | None,
 ) -> nn.Module:
     """Make a base model ready for training; the arguments are those of `Recipe.prepare`.
@@ -37,6 +40,7 @@ def prepare(
         total_steps: Number of optimizer steps.
         seed: Seed of the adapter's random start.
         target_modules: What PEFT should adapt.
+        lora_dropout: PEFT's.
         rank_plan: Ranks for single layers.
 
     Returns:
@@ -45,12 +49,24 @@ def prepare(
     Raises:
         InputError: If rank or plan cannot be used.
     """
+    check_kind("model", model, nn.Module, "a loaded base model")
     if entry.adapter is None:
         return model.requires_grad_(True)
-    check_number("rank", r, low=1)
+    check_whole("rank", r, low=1)
+    check_number("lora_alpha", lora_alpha, low=0, open_low=True)
+    check_choice("task_type", task_type, [each.value for each in TaskType])
+    check_whole("total_steps", total_steps, low=1)
+    check_seed(seed)
+    check_kind("rank_plan", rank_plan, (Mapping, type(None)), "a rank plan, as tangora diagnose writes it")
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
-    common = {"lora_alpha": lora_alpha, "target_modules": target_modules, "task_type": task_type}
+    check_targets(model, target_modules)
+    common = {
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": target_modules,
+        "task_type": task_type,
+    }
     if task_type == "SEQ_CLS":
         common |= head_options(model)
     if entry.adapter == "adalora":
@@ -60,22 +76,20 @@ def prepare(
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
-        adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+        adapted = wrapped(model, config)
+    _check_plan(adapted, rank_plan or {})
     _check_rank(adapted, r)
     return adapted
 
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
     # the paper starts with 1.5 times the target rank, and reshuffles it between a tenth and two thirds of training
-    return AdaLoraConfig(
-        init_r=(3 * r + 1) // 2,
-        target_r=r,
-        total_step=total_steps,
-        tinit=total_steps // 10,
-        tfinal=total_steps // 3,
-        **options,
-    )
+    return AdaLoraConfig(init_r=(3 * r + 1) // 2, target_r=r, **adalora_schedule(total_steps), **options)
+
+
+def adalora_schedule(total_steps: int) -> dict[str, int]:
+    """Return the steps between which AdaLoRA moves ranks, as options of PEFT's configuration."""
+    return {"total_step": total_steps, "tinit": total_steps // 10, "tfinal": total_steps // 3}
 
 
 def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +98,17 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
         if key in plan and plan[key] != config[key]:
             raise InputError(f"rank_plan was made for {key} = {plan[key]}; got {key} = {config[key]}")
     return {key: dict(plan[key]) for key in ("rank_pattern", "alpha_pattern") if key in plan}
+
+
+def _check_plan(model: PeftModel, plan: Mapping[str, Any]) -> None:
+    # PEFT would leave a layer that is not there out without a word
+    names = [pair.name.removeprefix("base_model.model.") for pair in discover(model).pairs]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in plan.get(key, {}):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise InputError(
+                    f"rank_plan is of another model: {key} names {pattern}, which is not adapted here"
+                )
 
 
 def _check_rank(model: PeftModel, r: int) -> None:

@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from tangora._checks import InputError, check_kind, check_number
+
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
 if TYPE_CHECKING:
     import torch
     import transformers
 
+    import tangora._types
     import tangora.init
     import tangora.probes
 
@@ -67,6 +70,7 @@ class Recipe:
         total_steps: int,
         seed: int = 0,
         target_modules: str | list[str] = "all-linear",
+        lora_dropout: float = 0.0,
         rank_plan: Mapping[str, Any] | None = None,
     ) -> "torch.nn.Module":
         """Make a base model ready for training with this method.
@@ -79,6 +83,7 @@ class Recipe:
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
             seed: Seed of the adapter's random start; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
+            lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
             rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
                 ``lora_alpha``, ``use_rslora``), as ``tangora diagnose`` writes them.
 
@@ -100,6 +105,7 @@ class Recipe:
             total_steps=total_steps,
             seed=seed,
             target_modules=target_modules,
+            lora_dropout=lora_dropout,
             rank_plan=rank_plan,
         )
 
@@ -109,6 +115,7 @@ class Recipe:
         batches: Iterable[Any] | None = None,
         *,
         held_out: Iterable[Any] | None = None,
+        loss_fn: "tangora._types.LossFn | None" = None,
         seed: int = 0,
         progress: "tangora.probes.Report" = False,
     ) -> "tangora.init.Start | None":
@@ -118,6 +125,7 @@ class Recipe:
             model: What `prepare` returned.
             batches: Model inputs with labels, for starts that read gradients.
             held_out: Others, for a start that is tuned on them (``one-step``).
+            loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
             progress: Whether to draw a progress bar, or what hears of it.
 
@@ -132,7 +140,9 @@ class Recipe:
             {"held_out": held_out} if self.start == "one-step" else {}
         )
         peft_model: Any = model  # `initialize` checks it
-        return initialize(peft_model, self.start, batches, seed=seed, progress=progress, **options)
+        return initialize(
+            peft_model, self.start, batches, loss_fn=loss_fn, seed=seed, progress=progress, **options
+        )
 
     def create_optimizer(
         self, model: "torch.nn.Module", lr: float, *, head_lr: float | None = None, **options: Any
@@ -148,6 +158,12 @@ class Recipe:
         Returns:
             The optimizer of all trainable parameters.
         """
+        from torch import Tensor, nn
+
+        check_kind("model", model, nn.Module, "the model that prepare returned")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"model must have trainable parameters; {type(model).__name__} has none")
+        check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
         optimizer = self.make_optimizer(model, lr=lr, **options)
         if head_lr is not None:
             from tangora.recipes.head import set_head_rate

@@ -4,7 +4,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from tangora._checks import check_choice
+from tangora._checks import check_choice, check_kind
 from tangora.recipes.later import Later
 from tangora.recipes.recipe import Recipe
 
@@ -45,7 +45,7 @@ _ORTHOGONAL = _options(size=1.0)
 
 _TABLE = (
     Recipe(
-        "full", "full fine-tuning with AdamW: the yardstick", "arXiv:1711.05101", _FULL_GRID, _adamw, None
+        "full", "full fine-tuning with AdamW: the reference", "arXiv:1711.05101", _FULL_GRID, _adamw, None
     ),
     Recipe("lora", "LoRA with AdamW", "arXiv:2106.09685", _LORA_GRID, _adamw),
     Recipe(
@@ -61,7 +61,7 @@ _TABLE = (
     ),
     Recipe(
         "pissa",
-        "LoRA started from the weight's principal directions",
+        "initializes with the weight's principal directions",
         "arXiv:2404.02948",
         _FULL_GRID,
         _adamw,
@@ -70,7 +70,7 @@ _TABLE = (
     ),
     Recipe(
         "dora",
-        "LoRA for directions, a vector for magnitudes",
+        "LoRA for directions, a trainable vector for magnitudes",
         "arXiv:2402.09353",
         _LORA_GRID,
         _adamw,
@@ -93,7 +93,7 @@ _TABLE = (
     ),
     Recipe(
         "orthogonal",
-        "LoRA started from orthogonal factors, whose product the frozen base makes up for",
+        "initializes with orthogonal factors; their product is subtracted from the frozen weight",
         "https://spaces.ac.cn/archives/10266",
         _LORA_GRID,
         _adamw,
@@ -102,7 +102,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-ga",
-        "LoRA started from the gradient's singular directions",
+        "initializes with the gradient's singular directions",
         "arXiv:2407.05000",
         _FULL_GRID,
         _adamw,
@@ -110,7 +110,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-one",
-        "LoRA started with a rank-r step of gradient descent, preconditioned AdamW",
+        "initializes with a rank-r step of gradient descent; preconditioned AdamW",
         "arXiv:2502.01235",
         _LORA_GRID,
         _preconditioned,
@@ -119,7 +119,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-one-plain",
-        "the same start, AdamW: what LoRA-One's authors released",
+        "LoRA-One's initialization with AdamW, as its authors released it",
         "arXiv:2502.01235",
         _FULL_GRID,
         _adamw,
@@ -128,7 +128,7 @@ _TABLE = (
     ),
     Recipe(
         "one-step",
-        "one rank-r step of gradient descent, its size searched on validation data, and no training",
+        "one rank-r step of gradient descent, its size chosen on validation data; no training",
         "arXiv:2502.01235",
         (1.0,),
         _adamw,
@@ -172,35 +172,35 @@ _TABLE = (
     ),
     Recipe(
         "odelora-euler",
-        "gradient flow on the balanced rank-r matrices, Euler's steps",
+        "gradient flow on the balanced rank-r matrices, Euler steps",
         "arXiv:2602.07479",
         _ODE_GRID,
         _ode_lora(scheme="euler"),
     ),
     Recipe(
         "odelora-heun",
-        "the same flow, Heun's steps: two gradients of a batch per step",
+        "ODELoRA's flow with Heun steps: two gradients of a batch per step",
         "arXiv:2602.07479",
         _ODE_GRID,
         _ode_lora(scheme="heun"),
     ),
     Recipe(
         "odelora-rk4",
-        "the same flow, the classical Runge-Kutta method: four gradients of a batch per step",
+        "ODELoRA's flow with the classical Runge-Kutta method: four gradients per step",
         "arXiv:2602.07479",
         _ODE_GRID,
         _ode_lora(scheme="rk4"),
     ),
     Recipe(
         "odelora-bug",
-        "the same flow, basis updates and Galerkin steps that find the ranks",
+        "ODELoRA's flow with basis updates and Galerkin steps, which find the ranks",
         "arXiv:2602.07479, 2410.18720",
         _ODE_GRID,
         _ode_lora(scheme="bug", tolerance=_BUG_TOLERANCE),
     ),
     Recipe(
         "lora-ga+pro",
-        "LoRA-GA's start, LoRA-Pro",
+        "LoRA-GA's initialization, LoRA-Pro",
         "arXiv:2407.05000, 2407.18242",
         _FULL_GRID,
         _lora_pro(moments="weight"),
@@ -208,7 +208,7 @@ _TABLE = (
     ),
     Recipe(
         "orthogonal+tangent",
-        "orthogonal factors as a start, TangentAdam",
+        "orthogonal initialization, TangentAdam",
         "https://spaces.ac.cn/archives/10266 and this project",
         _FULL_GRID,
         _tangent,
@@ -226,7 +226,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-ga+tangent",
-        "LoRA-GA's start, TangentAdam",
+        "LoRA-GA's initialization, TangentAdam",
         "arXiv:2407.05000 and this project",
         _FULL_GRID,
         _tangent,
@@ -234,7 +234,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-one+tangent",
-        "LoRA-One's start, TangentAdam",
+        "LoRA-One's initialization, TangentAdam",
         "arXiv:2502.01235 and this project",
         _FULL_GRID,
         _tangent,
@@ -265,6 +265,7 @@ def recipe(name: str) -> Recipe:
     Raises:
         InputError: If there is none of this name (the message lists all), or it has no such option.
     """
+    check_kind("recipe", name, str, "the name of a recipe, such as 'tangent'")
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
     check_choice("recipe", known, tuple(by_name))

@@ -6,7 +6,7 @@ from tangora.report.comparison.page import missing_sentence, render_page, write_
 from tangora.report.comparison.picture import save_picture
 from tangora.report.comparison.study import load_study, study_verdict, write_study
 from tangora.report.comparison.tables import markdown_table, rich_table, write_csv
-from tangora.report.comparison.verdict import verdict
+from tangora.report.comparison.verdict import recommendation_sentence, verdict
 from tangora.report.diagnosis import (
     DiagnosisRecord,
     diagnosis_tables,
@@ -27,6 +27,7 @@ from tangora.report.records import (
     save_comparison,
     save_json,
 )
+from tangora.report.statistics.recommendation import Recommendation, recommend, recommendation
 from tangora.report.statistics.robustness import Robustness, robustness
 from tangora.report.statistics.selection import SweepPoint, best_learning_rate, sweep_points
 from tangora.report.statistics.speed import Speed, speeds
@@ -38,6 +39,7 @@ __all__ = [
     "DiagnosisRecord",
     "EvaluationRecord",
     "MemoryUse",
+    "Recommendation",
     "Record",
     "Robustness",
     "Row",
@@ -58,6 +60,9 @@ __all__ = [
     "matrix",
     "missing_sentence",
     "rate_verdict",
+    "recommend",
+    "recommendation",
+    "recommendation_sentence",
     "render_diagnosis",
     "render_page",
     "rich_table",

@@ -1,6 +1,6 @@
 """How numbers are written in tables, sentences and figures. ``None`` becomes a dash."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tangora.report.statistics.intervals import Interval
 
@@ -88,6 +88,22 @@ def seconds(value: float | None) -> str:
         return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def span(value: Interval | None, write: Callable[[float], str]) -> str:
+    """Write a range from the smallest to the largest.
+
+    Args:
+        value: The ends.
+        write: Writes one of them.
+
+    Returns:
+        For example "5.2 s to 7.9 s"; a dash where both ends read the same.
+    """
+    if value is None:
+        return MISSING
+    low, high = (write(end) for end in value)
+    return MISSING if low == high else f"{low} to {high}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -167,7 +167,7 @@ def plain(figure: go.Figure) -> dict[str, Any]:
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Spread nested settings over dotted keys.
+    """Spread nested settings over dotted keys, without those that are not set.
 
     Args:
         settings: Nested dictionaries.
@@ -180,7 +180,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             pairs += flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             pairs.append((f"{prefix}{key}", text))
     return pairs

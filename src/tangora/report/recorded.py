@@ -31,6 +31,9 @@ class Recorded(FrozenModel):
     versions: dict[str, str] = Field(description="Package name to version.")
     machine: str = Field(description="Processor, accelerator, threads.")
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
+    model_description: str | None = Field(
+        default=None, description="What the packaged model is; None for another one, or in older records."
+    )
     created: IsoTime = Field(description="When it ended, ISO 8601.")
 
 

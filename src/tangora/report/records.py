@@ -71,6 +71,19 @@ class MemoryUse(FrozenModel):
     adapter_bytes: Count = Field(description="All trained parameters.")
 
 
+class MachineLoad(FrozenModel):
+    """How busy the machine was, by the number of processes that ran or wanted to, mean over one minute."""
+
+    before: float = Field(ge=0, description="Before the run.")
+    after: float = Field(ge=0, description="At its end, the run's own threads among them.")
+    processors: int = Field(ge=1, description="Logical processors of the machine.")
+
+    @property
+    def busy(self) -> bool:
+        """Whether more wanted to run than there are processors, so that times are too long."""
+        return max(self.before, self.after) > self.processors + 0.5
+
+
 class SpaceFlatness(FrozenModel):
     """Curvature of the training loss over one space of directions."""
 
@@ -151,12 +164,22 @@ class Record(Recorded):
     )
     error: str | None = Field(default=None, description="What happened to a run that did not finish.")
     settings: dict[str, Any] = Field(description="Everything needed to run it again.")
+    notes: list[str] = Field(
+        default_factory=list, description="What was decided about the data, and how much of it was cut off."
+    )
     metrics: dict[str, Metrics] = Field(
         description='Keys "validation" and "test" after training, "before" for the test set before it.'
     )
     history: list[StepRecord] = Field(description="Training steps, in order.")
     evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
+    num_examples: dict[str, Count] = Field(
+        default_factory=dict, description='Keys "train", "validation" and "test"; empty in older records.'
+    )
     time: TimeSplit
+    load: MachineLoad | None = Field(
+        default=None,
+        description="How busy the machine was; None where it cannot be told, or in older records.",
+    )
     memory: MemoryUse
     gradient_evaluations: Count | None = Field(
         default=None,
@@ -218,6 +241,19 @@ class Comparison(FrozenModel):
         twice = [str(key) for counts in (ids, runs) for key, count in counts.items() if count > 1]
         if twice:
             raise ValueError(f"the same run is recorded more than once: {twice[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_same_origin(self) -> "Comparison":
+        # an older version did not keep them
+        for key, name in (("data_fingerprint", "data"), ("model_fingerprint", "model")):
+            first = {r.settings[key]: r.id for r in reversed(self.records) if r.settings.get(key)}
+            if len(first) > 1:
+                one, other, *_ = first.values()
+                raise ValueError(
+                    f"the {name} changed between its runs, {other} and {one} for example: they cannot be averaged; "
+                    "compare anew in another folder"
+                )
         return self
 
 

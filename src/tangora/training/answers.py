@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_whole
 from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
-from tangora.training.data.text import encode_prompts
+from tangora.training.data.prompts import encode_prompts
 from tangora.training.observe import Progress, device_of, length_batches, observed
 
 _SPOKEN_MARKER = "The answer is:"
@@ -25,6 +25,7 @@ def generate_completions(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    chat_template: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Let a causal model answer prompts, greedily.
@@ -35,6 +36,7 @@ def generate_completions(
         examples: With ``prompt`` and ``completion``.
         max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
         batch_size: Prompts at a time, in [1, inf).
+        chat_template: Whether the tokenizer's chat template writes the prompts, as `encode` has it.
         progress: Called after each batch.
 
     Returns:
@@ -56,7 +58,7 @@ def generate_completions(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    prompts = encode_prompts([example["prompt"] for example in examples], tokenizer)
+    prompts = encode_prompts(examples, tokenizer, chat_template=chat_template)
     texts = [""] * len(prompts)
     with observed(model):
         for indices in length_batches([len(prompt) for prompt in prompts], batch_size, progress):
@@ -76,6 +78,7 @@ def exact_match(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    chat_template: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measure how often a causal model's final answer is right.
@@ -86,6 +89,7 @@ def exact_match(
         examples: With ``prompt``, ``completion`` and, if it is not the completion's, the final ``answer``.
         max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
         batch_size: Prompts at a time, in [1, inf).
+        chat_template: Whether the tokenizer's chat template writes the prompts, as `encode` has it.
         progress: Called after each batch.
 
     Returns:
@@ -97,6 +101,7 @@ def exact_match(
         examples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        chat_template=chat_template,
         progress=progress,
     )
     return summarize_answers(texts, answers_match(texts, examples))

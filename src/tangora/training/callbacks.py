@@ -154,11 +154,19 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary per step.
+
+    Raises:
+        InputError: If the file is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
+        ) from error
 
 
 class Evaluations(TrainerCallback):
@@ -343,18 +351,3 @@ def last_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(path)
             del found[step]
     return found[max(found)] if found else None
-
-
-class AdaLoraAllocation(TrainerCallback):
-    """Calls AdaLoRA's rank allocation after every optimizer step, which PEFT leaves to the training loop."""
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ):
-        """Let AdaLoRA see the gradients of this step."""
-        model.base_model.update_and_allocate(state.global_step)

@@ -1,8 +1,62 @@
-"""Which devices a Trainer uses."""
+"""Which device a run uses, and which of them a Trainer."""
 
 import warnings
 
+import torch
 import transformers
+
+from tangora._checks import InputError
+
+
+def check_device(name: str | None) -> None:
+    """Raise `InputError` unless a device is there; asks without starting CUDA, so that processes can be forked after.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``None`` for any.
+    """
+    kind, _, index = (name or "cpu").partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not available on this machine; leave it out or give cpu")
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        there = f"cuda:0 to cuda:{count - 1} are" if count > 1 else "cuda:0 is" if count else "no GPU is"
+        raise InputError(f"device {name!r} is not available: {there} visible; leave it out or give cpu")
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return a device, by default the first GPU if there is one, and let ``cuda`` mean it from now on.
+
+    Args:
+        name: As for `check_device`.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    check_device(name)
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def keep_to(arguments: transformers.TrainingArguments, name: str | None) -> None:
+    """Let a Trainer use a GPU other than the first, which is the one that transformers takes.
+
+    Args:
+        arguments: The Trainer's, just made.
+        name: As for `check_device`.
+    """
+    device = torch.device(name or "cpu")
+    if not device.index:
+        return
+    vars(arguments)["_setup_devices"] = device
+    arguments._n_gpu = 1
+    if arguments.distributed_state is not None:
+        arguments.distributed_state.device = device
+    torch.cuda.set_device(device)
 
 
 def single_gpu(trainer: transformers.Trainer) -> None:

@@ -1,8 +1,24 @@
 """Which names of models and data can only be files or folders: a missing one is found before anything is loaded."""
 
+import os
 from pathlib import Path
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def local_path(name: str) -> Path | None:
+    """Return the file or folder that a name means.
+
+    Args:
+        name: As the user gave it.
+
+    Returns:
+        Nothing if there is none, or only what cannot be read twice, such as a pipe.
+    """
+    path = os.path.expanduser(
+        name
+    )  # Path.expanduser raises for an unknown user, Path.is_file for a long name
+    return Path(path) if os.path.isfile(path) or os.path.isdir(path) else None
 
 
 def is_model_path(name: str) -> bool:
@@ -26,4 +42,4 @@ def is_data_path(name: str) -> bool:
     Returns:
         Whether only a file or folder can be meant.
     """
-    return name.startswith((".", "/", "~")) or Path(name).suffix in DATA_SUFFIXES
+    return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in DATA_SUFFIXES

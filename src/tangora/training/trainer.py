@@ -1,93 +1,202 @@
 """`transformers.Trainer` with a recipe, and the two other ways of giving it one of our optimizers."""
 
 import contextlib
+import copy
+import inspect
+import logging
+import math
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import transformers
 from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.trainer_utils import TrainOutput
 
-from tangora._checks import InputError
+from tangora._checks import InputError, check_kind, check_number, shown
+from tangora.adapters import unwrapped, warn_if_base_changed
+from tangora.init import started_by
 from tangora.optim import PairOptimizer
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
-from tangora.training.callbacks import AdaLoraAllocation
+from tangora.recipes.adapter import adapted
+from tangora.training.adalora import AdaLoraAllocation
 from tangora.training.devices import single_gpu
 from tangora.training.engine import check_kept, check_steppable
 from tangora.training.replay import MicroBatch
+from tangora.training.starting import expect_started, start
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
-    """`transformers.Trainer` whose optimizer is made by a recipe.
+    """`transformers.Trainer` that trains by a recipe: its adapter, initialization, learning rate and optimizer.
 
-    Learning rate, weight decay, betas and eps are those of ``TrainingArguments``; schedulers, clipping, accumulation
-    and resuming are the Trainer's own. Optimizers that evaluate the gradient several times per step (`ODELoRA`) get all
-    micro-batches of the update again for each further stage, with the same dropout, averaging over processes and
-    clipping; the logged loss is that of the first stage. To train with another trainer's data handling, put this class
-    in front of it: ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
+    With a recipe, nothing of it is ignored; what cannot be done is refused.
+
+    - *Adapter*: a base model gets a new one (``peft_config``); that of a PEFT model must fit the recipe.
+    - *Initialization*: made once, together with the optimizer, from 32 examples of ``train_dataset`` by the Trainer's
+      own collator and loss; random state and data order stay. It is not made again when training resumes from a
+      checkpoint, nor where `tangora.initialize` has made it already.
+    - *Learning rate*: ``learning_rate``; else that of ``TrainingArguments`` unless it is their default; else the
+      recipe's. A log line says which.
+    - *Optimizer*: weight decay, betas and eps are those of ``TrainingArguments``.
+
+    Schedulers, clipping, accumulation and resuming are the Trainer's own. Optimizers that evaluate the gradient several
+    times per step (`ODELoRA`) get all micro-batches of the update again for each further stage, with the same dropout,
+    averaging over processes and clipping; the logged loss is that of the first stage. To train with another trainer's
+    data handling, put this class in front of it: ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
 
     Args:
+        model: As for ``transformers.Trainer``.
         *args: As for ``transformers.Trainer``.
-        recipe: What makes the optimizer: a name such as ``"tangent"``, or what ``tangora.recipe`` returns; ``None``
-            leaves everything as it is.
+        recipe: A name such as ``"tangent"``, or what ``tangora.recipe`` returns; ``None`` leaves everything as it is.
+        learning_rate: Peak learning rate of the recipe's optimizer, in place of that of ``TrainingArguments``.
         head_learning_rate: Of a new head, which the recipe's optimizer trains whole; default: the recipe's choice,
-            mostly that of ``TrainingArguments``. It follows the same schedule.
+            mostly that of the adapter. It follows the same schedule.
+        peft_config: Of the adapter that a base model gets, completed by the recipe (``use_rslora``, ``use_dora``);
+            default: rank 8, alpha 16, all linear layers.
         **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
         replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
 
     Raises:
-        InputError: If ``recipe`` is no recipe, or comes together with ``optimizers`` or ``optimizer_cls_and_kwargs``,
-            or ``head_learning_rate`` comes without it; or if DeepSpeed or FSDP1 would leave no LoRA pairs to train, or
-            DeepSpeed would put an optimizer of its own in place of the given one.
+        InputError: If ``recipe`` is no recipe, does not fit the model, or comes together with ``optimizers`` or
+            ``optimizer_cls_and_kwargs``; if another argument of this class comes without it; or if DeepSpeed or FSDP1
+            would leave no LoRA pairs to train, or DeepSpeed would replace the optimizer that was given.
 
     Example:
         >>> import tangora
         >>> trainer = tangora.Trainer(  # doctest: +SKIP
-        ...     model, arguments, train_dataset=data, recipe="tangent"
+        ...     base_model, arguments, train_dataset=data, recipe="lora-ga", learning_rate=3e-4
         ... )
     """
 
     def __init__(
         self,
+        model: Any = None,
         *args: Any,
         recipe: Recipe | str | None = None,
+        learning_rate: float | None = None,
         head_learning_rate: float | None = None,
+        peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
-        if isinstance(recipe, str):
-            recipe = recipe_named(recipe)
-        if recipe is not None and not hasattr(recipe, "create_optimizer"):
-            raise InputError(
-                f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {recipe!r}"
-            )
-        given = [
-            key
-            for key in ("optimizers", "optimizer_cls_and_kwargs")
-            if kwargs.get(key) not in (None, (None, None))
-        ]
-        if recipe is not None and given:
-            raise InputError(f"recipe and {given[0]} both name an optimizer; give one of them")
-        if recipe is None and head_learning_rate is not None:
-            raise InputError("head_learning_rate needs a recipe")
-        super().__init__(*args, **kwargs)
-        single_gpu(self)
-        if recipe is not None or isinstance(self.optimizer, PairOptimizer):
-            check_kept(given=self.optimizer is not None)
-        self.recipe = recipe
+        self.recipe = _checked(recipe, kwargs)
         self.head_learning_rate = head_learning_rate
+        self._peft_config, self._adapter_is_made = peft_config, False
+        if self.recipe is None:
+            if learning_rate is not None or head_learning_rate is not None:
+                name = "head_learning_rate" if learning_rate is None else "learning_rate"
+                raise InputError(f"{name} needs a recipe")
+            if peft_config is not None:
+                if "peft_config" not in inspect.signature(super().__init__).parameters:
+                    raise InputError("peft_config needs a recipe, or another trainer that takes it")
+                kwargs["peft_config"] = peft_config
+        if model is None and kwargs.get("model_init") is None:
+            raise InputError("model must be a model, or model_init a function that makes one; got neither")
+        known = transformers.TrainingArguments
+        check_kind("args", kwargs.get("args"), (known, type(None)), "a transformers.TrainingArguments")
+        given = (value for value in (*args, kwargs.get("args")) if isinstance(value, known))
+        arguments = next(given, None)  # other trainers take them at another place
+        self._adapter_seed = 42 if arguments is None else arguments.seed
+        super().__init__(model if model is None else self._adapted(model), *args, **kwargs)
+        single_gpu(self)
+        if self.recipe is not None or isinstance(self.optimizer, PairOptimizer):
+            check_kept(given=self.optimizer is not None)
+        if self.recipe is not None:
+            self._set_learning_rate(self.recipe, learning_rate)
+            inner = unwrapped(self.model)
+            other = started_by(inner) if isinstance(inner, PeftModel) else None
+            if self.recipe.start is None and other is not None:
+                logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
         self.replay_seconds = 0.0
         self._update: list[MicroBatch] = []
         self._update_is_whole = False
         if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
-            self.add_callback(AdaLoraAllocation())
+            schedule = "set" if self._adapter_is_made and peft_config is None else "check"
+            self.add_callback(AdaLoraAllocation(schedule if self.recipe else None))
+
+    def _adapted(self, model: Any) -> Any:
+        if self.recipe is None:
+            return model
+        made = adapted(self.recipe, model, self._peft_config, seed=self._adapter_seed)
+        self._adapter_is_made = made is not model
+        return made
+
+    def _set_learning_rate(self, recipe: Recipe, given: float | None) -> None:
+        if self.head_learning_rate is not None:
+            check_number("head_learning_rate", self.head_learning_rate, low=0)
+        usual = {field.name: field.default for field in fields(self.args)}
+        if self.args.optim != usual["optim"]:
+            logger.warning(
+                "recipe %r: its own optimizer; optim of TrainingArguments is not used", recipe.name
+            )
+        default = usual["learning_rate"]
+        if given is None and self.args.learning_rate != default:
+            logger.info(
+                "recipe %r: learning rate %g, of TrainingArguments", recipe.name, self.args.learning_rate
+            )
+            return
+        if given is None:
+            # the default of TrainingArguments cannot be told from the same number given
+            logger.warning(
+                "recipe %r: learning rate %g, the recipe's default; learning_rate= sets another",
+                recipe.name,
+                recipe.default_learning_rate,
+            )
+        else:
+            check_number("learning_rate", given, low=0)
+        self.args = copy.copy(self.args)  # the user may train another recipe with the same arguments
+        self.args.learning_rate = recipe.default_learning_rate if given is None else given
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a new model, with the recipe's adapter.
+
+        Args:
+            trial: As for ``transformers.Trainer``.
+
+        Returns:
+            The model.
+        """
+        return self._adapted(super().call_model_init(trial))
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train; a recipe without training (``one-step``) only initializes the adapter.
+
+        Args:
+            resume_from_checkpoint: As for ``transformers.Trainer``.
+            *args: As for ``transformers.Trainer``.
+            **kwargs: As for ``transformers.Trainer``.
+
+        Returns:
+            Steps, loss and metrics; no step and no loss for a recipe without training.
+
+        Raises:
+            InputError: If such a recipe is to resume.
+        """
+        if self.recipe is None or self.recipe.trains:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
+            raise InputError(f"recipe {self.recipe.name!r} does not train: leave resume_from_checkpoint out")
+        start(self, self.recipe)
+        logger.warning("recipe %r has initialized the adapter; it takes no training steps", self.recipe.name)
+        return TrainOutput(0, math.nan, {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.recipe is not None:
+            expect_started(self.model, self.recipe)  # pyright: ignore[reportArgumentType]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer, by the recipe when there is one.
+        """Make the optimizer; with a recipe its initialization of the adapter, too.
 
         Args:
             model: The wrapped model; default the trainer's own.
@@ -96,19 +205,25 @@ class Trainer(transformers.Trainer):
             The optimizer, also kept in ``self.optimizer``.
         """
         if self.recipe is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        arguments = self.args
-        own: dict[str, Any] = {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
-        self.optimizer = self.recipe.create_optimizer(
-            model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
-            arguments.learning_rate,
-            weight_decay=arguments.weight_decay,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            **own,
-        )
-        check_steppable(self.optimizer)
-        return self.optimizer
+            optimizer = super().create_optimizer(model)
+        else:
+            start(self, self.recipe)
+            arguments = self.args
+            own: dict[str, Any] = (
+                {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
+            )
+            self.optimizer = optimizer = self.recipe.create_optimizer(
+                model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
+                arguments.learning_rate,
+                weight_decay=arguments.weight_decay,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+                **own,
+            )
+            check_steppable(optimizer)
+        if not isinstance(_unwrapped(optimizer), PairOptimizer):  # which say it themselves
+            warn_if_base_changed(self.model)
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step.
@@ -158,6 +273,22 @@ class Trainer(transformers.Trainer):
                 "an optimizer with several gradients per step must run on one device or with DistributedDataParallel; "
                 f"got {self.accelerator.distributed_type.value}"
             )
+
+
+def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
+    # ``options`` are those of the Trainer, which may name an optimizer, too
+    if isinstance(recipe, str):
+        recipe = recipe_named(recipe)
+    if recipe is None:
+        return None
+    if isinstance(recipe, type) or not hasattr(recipe, "create_optimizer"):
+        raise InputError(
+            f"recipe must be a name such as 'tangent', or tangora.recipe('tangent'); got {shown(recipe)}"
+        )
+    for key in ("optimizers", "optimizer_cls_and_kwargs"):
+        if options.get(key) not in (None, (None, None)):
+            raise InputError(f"recipe and {key} both name an optimizer; give one of them")
+    return recipe
 
 
 def _unwrapped(optimizer: Any) -> Any:

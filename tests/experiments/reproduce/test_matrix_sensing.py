@@ -16,7 +16,7 @@ from tangora.experiments.reproduce.matrix_sensing.problem import (
 )
 from tangora.experiments.reproduce.matrix_sensing.solve import solve
 from tangora.experiments.reproduce.parts.matrix_sensing import PARTS, MatrixSensingSettings
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tests.tolerances import assert_close
 
 FIRST_ORDER = ("Euler", "LoRA-Pro SGD", "SVD retraction", "parallel BUG", "BUG", "ScaledGD", "full descent")

@@ -32,7 +32,7 @@ from tangora.experiments.reproduce.pinn.methods import METHODS, first_powers, ra
 from tangora.experiments.reproduce.pinn.network import PeriodicMLP, field_on
 from tangora.experiments.reproduce.pinn.reference import solve
 from tangora.experiments.reproduce.pinn.runs import Budget, Run, Sweep, adapted, run, sweep
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 from tests.tolerances import assert_close
 
 SMALL = {**PARTS.quick, "evaluations": 4, "pretrain_steps": 40, "pretrain_polish": 40}

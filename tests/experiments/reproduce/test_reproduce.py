@@ -11,7 +11,7 @@ from tangora.experiments.reproduce import registry
 from tangora.experiments.reproduce.experiment import Experiment, Parts
 from tangora.experiments.reproduce.registry import EXPERIMENTS, settings_of
 from tangora.experiments.reproduce.run import PAGE, RECORD, reproduce
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 from tangora.report.reproduction import (
     Check,
     Figure,
@@ -48,7 +48,7 @@ def call(monkeypatch, capsys):
 
     everything = MappingProxyType({**EXPERIMENTS, "fake": FAKE})
     monkeypatch.setattr(registry, "EXPERIMENTS", everything)
-    monkeypatch.setattr(cli.output, "EXPERIMENTS", everything)
+    monkeypatch.setattr(cli.listing, "EXPERIMENTS", everything)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])

@@ -10,7 +10,7 @@ from tangora import InputError
 from tangora.experiments.reproduce.parts.width import PARTS, START_NAMES, WidthSettings
 from tangora.experiments.reproduce.width import loglog_slope
 from tangora.experiments.reproduce.width.layer import TRAINERS, HiddenLayer
-from tangora.experiments.settings import validated
+from tangora.experiments.values import validated
 
 SIZES = {"inputs": 6, "outputs": 3, "num_examples": 5, "rank": 2, "alpha": 6.0}
 

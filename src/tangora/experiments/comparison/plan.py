@@ -1,13 +1,16 @@
 """What a comparison is to do: its settings, alone or one of several tasks in a plan."""
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_choice
 from tangora._names import Kind
-from tangora.experiments.settings import RunSettings, Settings, TaskSettings, validated
+from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
+from tangora.experiments.values import Seed, Settings, validated
 from tangora.recipes import recipe
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
@@ -20,47 +23,86 @@ JUDGES: dict[Kind, tuple[str, ...]] = {
 class CompareSettings(TaskSettings):
     """Recipes, learning rates and seeds on one task."""
 
-    recipes: list[str] = Field(min_length=1, description="Names of the methods.")
-    learning_rates: dict[str, list[float]] = Field(
-        default_factory=dict, description="Grid by recipe; default: the recipe's own."
+    groups: ClassVar[Mapping[str, str]] = {
+        **TaskSettings.groups,
+        "recipes": "Method",
+        "learning_rates": "Sweep and seeds",
+        "title": "Output and resources",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        **TaskSettings.aliases,
+        "recipe": "recipes",
+        "methods": "recipes",
+        "learning_rate": "learning_rates",
+        "lr": "learning_rates",
+        "seed": "seeds",
+    }
+
+    recipes: list[str] = Field(
+        min_length=1, description="Recipes to compare, separated by commas; see tangora list."
     )
-    seeds: list[int] = Field(
-        default=[0, 1, 2], min_length=1, description="The first ones sweep, all are reported."
+    learning_rates: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="One search grid for all recipes, separated by commas; a YAML file can give one per recipe. "
+        "Default: each recipe's own.",
+    )
+    seeds: list[Seed] = Field(
+        default=[0, 1, 2],
+        min_length=1,
+        description="Seeds, separated by commas. The first ones run the sweep, all are reported.",
     )
     sweep_seeds: int = Field(
         default=1,
         ge=1,
-        description="Seeds that try all learning rates; the mean over them chooses. More choose with less noise.",
+        description="Number of seeds in the sweep; the mean over them selects the learning rate.",
     )
     extend: int = Field(
         default=0,
         ge=0,
-        description="Learning rates to add beyond the end of a grid while the best one lies there.",
+        description="Learning rates that may be added beyond the end of a grid while the best one lies there.",
     )
     refine: int = Field(
         default=0,
         ge=0,
-        description="Rounds of learning rates halfway (geometrically) between the best and the next.",
+        description="Rounds of added learning rates halfway (geometrically) between the best and its neighbours.",
     )
     halving: int | None = Field(
         default=None,
         ge=2,
-        description="Successive halving: shorter trials first, of which the best one in so many goes on to as many "
-        "times the steps. Saves time; leave it off for final numbers.",
+        description="Successive halving: shorter trials first; one in N continues with N times the steps. Saves time; "
+        "not for final numbers.",
     )
     judge_by: Literal["accuracy", "loss", "exact_match"] | None = Field(
         default=None,
-        description="What chooses learning rates and decides: accuracy (classification), exact_match (generated "
-        "answers) or loss; default: accuracy where there are classes, else loss.",
+        description="Metric that selects learning rates and ranks recipes. Default: accuracy for classification, "
+        "else loss; exact_match needs generated answers.",
     )
-    title: str = Field(default="Comparison", description="Heading of the report.")
+    title: str | None = Field(
+        default=None, description="Heading of the report; default: recipes, data and model."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = cls.spelled(values)
+        for key, kind in (("recipes", str), ("seeds", int)):
+            if key in values:
+                values[key] = _listed(key, values[key], kind)
+        rates = values.get("learning_rates")
+        if isinstance(rates, (str, int, float, list)):
+            grid = _listed("learning_rates", rates, float)
+            values["learning_rates"] = dict.fromkeys(values.get("recipes", ()), grid)
+        return values
 
     @field_validator("recipes")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        if len(set(names)) < len(names):
-            raise ValueError("recipes must differ from each other")
-        return [recipe(name).name for name in names]
+        names = [recipe(name).name for name in names]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"recipes must differ from each other; got {twice[0]} twice")
+        return names
 
     @field_validator("seeds")
     @classmethod
@@ -75,7 +117,9 @@ class CompareSettings(TaskSettings):
         for name, grid in grids.items():
             if not grid or min(grid) <= 0:
                 raise ValueError(f"learning_rates of {name} must be positive numbers; got {grid}")
-        return {recipe(name).name: sorted(set(grid)) for name, grid in grids.items()}
+            if len({f"{rate:g}" for rate in grid}) < len(grid):  # as runs are named
+                raise ValueError(f"learning_rates of {name} must differ from each other; got {grid}")
+        return {recipe(name).name: sorted(grid) for name, grid in grids.items()}
 
     @model_validator(mode="after")
     def _enough_seeds(self) -> "CompareSettings":
@@ -86,11 +130,15 @@ class CompareSettings(TaskSettings):
         return self
 
     @model_validator(mode="after")
+    def _adapted(self) -> "CompareSettings":
+        for name in self.recipes:
+            check_adapted(self, name)
+        return self
+
+    @model_validator(mode="after")
     def _one_way(self) -> "CompareSettings":
         if self.halving is not None and (self.extend or self.refine):
-            raise ValueError(
-                "halving drops learning rates that extend and refine would look beside; choose one"
-            )
+            raise ValueError("`halving` cannot be combined with `extend` or `refine`; leave one of them out")
         return self
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
@@ -123,6 +171,12 @@ class CompareSettings(TaskSettings):
         return self.learning_rates.get(name) or list(recipe(name).learning_rates)
 
     @property
+    def heading(self) -> str:
+        """The title, or what is compared, on what."""
+        names = ", ".join(self.recipes) if len(self.recipes) <= 5 else f"{len(self.recipes)} recipes"
+        return self.title or f"{names} on {Path(self.data).name} with {Path(self.model).name}"
+
+    @property
     def metric(self) -> str:
         """The metric that decides."""
         return self.judge_by or JUDGES[self.kind or "causal"][0]
@@ -132,26 +186,53 @@ class CompareSettings(TaskSettings):
         """Whether that metric is to be maximized."""
         return self.metric != "loss"
 
-    def run(self, name: str, rate: float, seed: int, steps: int | None = None) -> RunSettings:
+    def run(self, name: str, rate: float, seed: int, cut: int = 1) -> RunSettings:
         """Return the settings of one run.
 
         Args:
             name: The recipe.
             rate: Learning rate.
             seed: Seed.
-            steps: Other than those of the comparison.
+            cut: Of how many steps one is made, in a trial.
 
         Returns:
             Its settings.
         """
-        own = {"recipe": name, "learning_rate": rate, "seed": seed, "steps": steps or self.steps}
+        own = {
+            "recipe": name,
+            "learning_rate": rate,
+            "seed": seed,
+            "steps": self.steps and math.ceil(self.steps / cut),
+            "epochs": self.epochs and self.epochs / cut,
+        }
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
         if (
             recipe(name).adapter is None
         ):  # nothing to be aligned, whole models as snapshots, steps below bfloat16's
             shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
-        return RunSettings.model_validate(shared | own)
+        return validated(RunSettings, shared | own)
+
+
+def _listed(key: str, value: Any, kind: type) -> Any:
+    # names and numbers come separated by commas from the command line
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
+    if kind is str or not isinstance(value, list):
+        return value
+    return [_number(key, part, kind) if isinstance(part, str) else part for part in value]
+
+
+def _number(key: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"{key} must be numbers separated by commas; got {text!r}") from None
+
+
+_NAMES_OF_FILES = {"report.html", "settings.json"}
 
 
 class PlanSettings(Settings):
@@ -166,6 +247,10 @@ class PlanSettings(Settings):
         for name in tasks:
             if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name[0] == ".":
                 raise ValueError(f"tasks need names of letters, digits, '-', '_' and '.'; got {name!r}")
+            if name in _NAMES_OF_FILES:
+                raise ValueError(
+                    f"tasks must not be called {name!r}, which is the name of a file beside them"
+                )
         return tasks
 
 
@@ -187,14 +272,16 @@ def read_plan(
     """
     flags, tasks = dict(flags or {}), values.get("tasks")
     if "tasks" not in values:
-        return validated(CompareSettings, {**values} | flags, source)
+        return validated(CompareSettings, CompareSettings.overridden(values, flags), source)
     if not isinstance(tasks, dict) or not all(isinstance(own, dict) for own in tasks.values()):
         raise InputError(f"{f'{source}: ' if source else ''}tasks must be settings by name; got {tasks!r}")
     titles = {"title": title} if (title := flags.pop("title", values.get("title"))) else {}
     shared = {key: value for key, value in values.items() if key not in ("tasks", "title")}
     made = {
         str(name): validated(
-            CompareSettings, {"title": str(name)} | shared | own | flags, f"{source}: {name}".lstrip(": ")
+            CompareSettings,
+            {"title": str(name)} | CompareSettings.overridden(CompareSettings.overridden(shared, own), flags),
+            f"{source}: {name}".lstrip(": "),
         )
         for name, own in tasks.items()
     }

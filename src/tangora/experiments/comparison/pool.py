@@ -121,6 +121,10 @@ class Pool:
                 return True
             if kind == "phase":
                 run.watcher.phase(what[0])
+            elif kind == "note":
+                run.watcher.note(what[0])
+            elif kind == "length":
+                run.watcher.length(what[0])
             elif kind == "step":
                 run.watcher.step(*what)
             elif kind == "full":
@@ -134,7 +138,7 @@ class Pool:
         run.told.close()
         path = record_path(run.folder, run.cell)
         if not path.exists():
-            save_json(died(run.cell, run.task, run.folder, run.process.exitcode), path)
+            save_json(died(run.cell, run.task, run.folder, run.process.exitcode, self._limits), path)
         return load_record(path)
 
 

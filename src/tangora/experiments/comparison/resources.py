@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from tangora._checks import check_number, check_whole
 
+_MOST = 1e6
+"""Hours or gigabytes: more is meant for no limit."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -24,6 +27,6 @@ class Resources:
     def __post_init__(self) -> None:
         check_whole("jobs", self.jobs, low=1)
         if self.hours is not None:
-            check_number("hours", self.hours, low=0)
+            check_number("hours", self.hours, low=0, high=_MOST)
         if self.gigabytes is not None:
-            check_number("gigabytes", self.gigabytes, low=0, open_low=True)
+            check_number("gigabytes", self.gigabytes, low=0, open_low=True, high=_MOST)

@@ -32,7 +32,9 @@ class Cell:
     @property
     def id(self) -> str:
         """Name of its record."""
-        short = f"-steps{self.settings.steps}" if self.stage == "trial" else ""
+        settings = self.settings
+        length = f"steps{settings.steps}" if settings.epochs is None else f"epochs{settings.epochs:g}"
+        short = f"-{length}" if self.stage == "trial" else ""
         return f"{self.settings.recipe}-lr{self.settings.peak:g}-seed{self.settings.seed}{short}"
 
 
@@ -81,10 +83,10 @@ class _Sweep:
     def __init__(self, settings: CompareSettings, name: str, known: dict[str, Record]):
         self.settings, self.name, self.known = settings, name, known
 
-    def cells(self, rates: Sequence[float], stage: Stage = "sweep", steps: int | None = None) -> list[Cell]:
+    def cells(self, rates: Sequence[float], stage: Stage = "sweep", cut: int = 1) -> list[Cell]:
         seeds = self.settings.seeds[: self.settings.sweep_seeds]
         return [
-            Cell(self.settings.run(self.name, rate, seed, steps), stage) for rate in rates for seed in seeds
+            Cell(self.settings.run(self.name, rate, seed, cut), stage) for rate in rates for seed in seeds
         ]
 
     def records(self, cells: Sequence[Cell]) -> list[Record] | None:
@@ -168,7 +170,7 @@ def _halved(sweep: _Sweep) -> tuple[list[Cell], list[float] | None]:
         rounds = 0
     trials: list[Cell] = []
     for left in range(rounds, 0, -1):
-        cells = sweep.cells(rates, "trial", max(1, math.ceil(settings.steps / eta**left)))
+        cells = sweep.cells(rates, "trial", eta**left)
         trials += cells
         if (records := sweep.records(cells)) is None:
             return trials, None

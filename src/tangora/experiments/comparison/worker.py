@@ -1,7 +1,6 @@
 """One run of a comparison, whatever becomes of it: it ends with a record on the disk, unless the disk is full."""
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -19,16 +18,25 @@ import torch
 
 from tangora._checks import InputError
 from tangora.experiments.comparison.sweep import Cell
+from tangora.experiments.folders import CHECKPOINTS, LOG, is_disk_full
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
 from tangora.experiments.run.execute import Watcher, execute, read_evaluations, read_steps
+from tangora.experiments.run.origin import origin_of
 from tangora.report import MemoryUse, Record, TimeSplit, save_json
 from tangora.report.records import RECORDS_FOLDER, Status
 from tangora.training.data import Task
 
 RUNS_FOLDER = "runs"
 
-_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "MemoryError", "bad_alloc")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "MemoryError",
+    "bad_alloc",
+    "can't start new thread",
+)
 _NO_SPACE = "No space left on device"
 _LITTLE_SPACE = 2**20
 
@@ -84,7 +92,7 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
     try:
         if not cell.settings.save_every:  # a run without a record was cut off
             shutil.rmtree(run_folder, ignore_errors=True)
-        with log_to(folder / "log.txt"):
+        with log_to(folder / LOG):
             try:
                 record = execute(
                     cell.settings, task, run_folder, run_id=cell.id, stage=cell.stage, watcher=watcher
@@ -94,6 +102,7 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
                 logger.exception("%s failed", cell.id)
                 record = unfinished(cell, task, folder, *_cause(problem))
         save_json(record, record_path(folder, cell))
+        shutil.rmtree(run_folder / CHECKPOINTS, ignore_errors=True)
     except (OSError, InputError) as problem:
         _raise_if_disk_is_full(problem, folder)
         raise
@@ -122,14 +131,14 @@ def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str)
         stage=cell.stage,
         status=status,
         error=error,
-        settings=cell.settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        settings=cell.settings.model_dump(mode="json") | origin_of(cell.settings, task),
         metrics={},
         history=read_steps(run_folder),
         evaluations=read_evaluations(run_folder),
         time=TimeSplit(start=0.0, forward_backward=0.0, optimizer=0.0, evaluation=0.0),
         memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
         trainable_parameters=0,
-        **provenance(),
+        **provenance(cell.settings.model),
     )
 
 
@@ -146,7 +155,7 @@ def printed_path(folder: Path, cell: Cell) -> Path:
     return folder / RUNS_FOLDER / f"{cell.id}.txt"
 
 
-def died(cell: Cell, task: Task, folder: Path, code: int | None) -> Record:
+def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits) -> Record:
     """Make the record of a run whose process ended without one.
 
     Args:
@@ -154,19 +163,28 @@ def died(cell: Cell, task: Task, folder: Path, code: int | None) -> Record:
         task: Its data.
         folder: The comparison's.
         code: Exit code; negative for a signal.
+        limits: What it might use.
 
     Returns:
         The record, with what can be told of the cause.
     """
     path = printed_path(folder, cell)
-    printed = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    last = next((line.strip() for line in reversed(printed) if line.strip()), "")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
+    # allocators abort, and libraries without memory crash
+    no_memory = any(words in text for words in _NO_MEMORY) or (
+        limits.gigabytes is not None and code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+    )
+    if no_memory and limits.gigabytes is not None:
+        return unfinished(
+            cell, task, folder, "out_of_memory", f"out of memory: max_memory allows {limits.gigabytes:g} GB"
+        )
+    status: Status = "out_of_memory" if no_memory else "failed"
     if code == -signal.SIGKILL:
-        status, how = "failed", "was killed (signal 9), most likely by the system because memory ran out"
+        how = "was killed (signal 9), most likely by the system because memory ran out"
     elif code is not None and code < 0:
-        status, how = "failed", f"died of signal {-code}"
+        how = f"died of signal {-code}"
     else:
-        status = "out_of_memory" if any(words in last for words in _NO_MEMORY) else "failed"
         how = f"ended with exit code {code}"
     return unfinished(cell, task, folder, status, f"its process {how}{f': {last}' if last else ''}")
 
@@ -192,6 +210,8 @@ def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection)
             _limit_memory(limits.gigabytes)
         watcher = Watcher(
             phase=lambda name: told.send(("phase", name)),
+            note=lambda sentence: told.send(("note", sentence)),
+            length=lambda steps: told.send(("length", steps)),
             step=lambda number, loss: told.send(("step", number, loss)),
         )
         try:
@@ -213,10 +233,8 @@ def _cause(problem: Exception) -> tuple[Status, str]:
 
 
 def _raise_if_disk_is_full(problem: Exception, folder: Path) -> None:
-    # serializers wrap the system's error, or hide it
-    number = getattr(problem, "errno", None) or getattr(problem.__cause__, "errno", None)
     space = shutil.disk_usage(folder).free if folder.exists() else _LITTLE_SPACE
-    if number in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE in str(problem) or space < _LITTLE_SPACE:
+    if is_disk_full(problem) or space < _LITTLE_SPACE:
         raise DiskFullError(f"{folder}: {_NO_SPACE.lower()}") from problem
 
 

@@ -24,13 +24,14 @@ from tangora.experiments.curvature.spectra import (
     spectrum_of,
 )
 from tangora.experiments.curvature.subject import Subject, load_subject
+from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.settings import claim_folder
 from tangora.report import save_json
 from tangora.report.curvature import CurvatureRecord, save_curvature_pictures, write_curvature
 from tangora.report.curvature.record import Operator
+from tangora.training.devices import check_device
 
 PAGE, PICTURES = "curvature.html", "pictures"
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -75,18 +76,35 @@ def measure_curvature(
     """
     check_one_process("curvature")
     folder = Path(output)
+    check_output(folder)
+    check_device(settings.device)
     phase("loading")
     subject = load_subject(settings.source, settings.adapter, settings.model_dump(), settings.seed)
     spaces = chosen_spaces(settings, subject)
-    claim_folder(folder, settings)
-    with log_to(folder / "log.txt"):
+    _check_sizes(settings, subject)
+    with claimed(folder, settings), log_to(folder / LOG):
         record = _measure(settings, subject, spaces, command, phase, progress)
-    return CurvatureFiles(
-        record,
-        save_json(record, folder / RECORD),
-        write_curvature(record, folder / PAGE),
-        save_curvature_pictures(record, folder / PICTURES),
-    )
+        return CurvatureFiles(
+            record,
+            save_json(record, folder / RECORD),
+            write_curvature(record, folder / PAGE),
+            save_curvature_pictures(record, folder / PICTURES),
+        )
+
+
+def _check_sizes(settings: CurvatureSettings, subject: Subject) -> None:
+    # the default shrinks to what there is; what was asked for does not
+    there = len(getattr(subject.task, settings.split))
+    if "num_examples" in settings.model_fields_set and settings.num_examples > there:
+        raise InputError(
+            f"num_examples must be at most {there}, the number of {_SPLITS[settings.split]} examples; got "
+            f"{settings.num_examples}"
+        )
+    if settings.per_batch and there <= settings.batch_size:
+        raise InputError(
+            f"per_batch compares mini-batches, and {there} {_SPLITS[settings.split]} examples with batch_size = "
+            f"{settings.batch_size} give one; give a smaller batch_size"
+        )
 
 
 def rewrite(folder: Path, record: CurvatureRecord) -> tuple[Path, list[Path]]:
@@ -175,7 +193,7 @@ def _measure(
         **more,
         products=meter.done,
         seconds=time.perf_counter() - began,
-        **provenance(),
+        **provenance(subject.loaded.name),
     )
 
 

@@ -1,12 +1,13 @@
 """What `tangora curvature` measures."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Seed, Settings, device_name
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -15,70 +16,101 @@ RECORD = "curvature.json"
 class CurvatureSettings(Settings):
     """Whose curvature, on what data, and how much of it; what is not given is the run's own."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "source": "Model and data",
+        "over": "Measurements",
+        "num_examples": "Accuracy and cost",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {"max_seq_length": "max_length"}
+
     source: str = Field(
-        default="minilm-l6", description="Run folder, or a model: packaged name, folder, hub name."
+        default="minilm-l6",
+        description="Run folder, or a model: packaged name, local folder, GGUF file or hub name.",
     )
     data: str | None = Field(
         default=None,
-        description="Packaged name, reasoning-gym:<name>, local file or hub name; default: the run's, or bbc-news.",
+        description="Data set: packaged name, reasoning-gym:NAME, local file or folder, or hub name. Default: the "
+        "run's, or bbc-news.",
     )
     kind: Kind | None = Field(
-        default=None, description="classification or causal; default: what the data is."
+        default=None, description="Type of task. Default: recognised from the columns of the data."
     )
     text_column: str | None = Field(default=None, description="Column of the text.")
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None,
+        description="Write causal examples with the tokenizer's chat template. Default: as the run.",
+    )
     num_train: int | None = Field(default=None, ge=1, description="Training examples, as in train.")
-    num_validation: int | None = Field(default=None, ge=1, description="Examples kept apart, as in train.")
-    num_test: int | None = Field(default=None, ge=1, description="Examples kept apart, as in train.")
+    num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")
+    num_test: int | None = Field(default=None, ge=1, description="Test examples, as in train.")
     max_length: int | None = Field(
-        default=None, ge=2, description="Tokens per example; default: the run's, or 128."
+        default=None,
+        ge=2,
+        description="Maximum tokens per example (max_seq_length). Default: the run's, or 128.",
     )
     adapter: str | None = Field(default=None, description="Folder of a saved adapter, for a model.")
     split: Literal["train", "validation", "test"] = Field(
-        default="train", description="Whose loss: train, validation or test."
-    )
-    num_examples: int = Field(default=32, ge=1, description="Examples, the first of the split.")
-    batch_size: int = Field(
-        default=8, ge=1, description="Examples at once, and in a mini-batch of --per-batch."
+        default="train", description="Split whose loss is measured."
     )
     over: list[Space] | None = Field(
         default=None,
         min_length=1,
-        description="tangent, factors, weights, separated by commas; default: tangent,factors with an adapter, "
-        "weights without.",
+        description="Parameter spaces, separated by commas: tangent, factors, weights. Default: tangent,factors with "
+        "an adapter, weights without.",
     )
     layers: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Names or patterns of layers, separated by commas; default: all.",
+        description="Names or patterns of layers, separated by commas. Default: all.",
     )
-    top: int = Field(default=5, ge=1, description="Largest eigenvalues.")
-    tolerance: float = Field(default=1e-2, gt=0, lt=1, description="Relative residual of an eigenvalue.")
-    max_products: int = Field(default=20, ge=2, description="Products that the eigenvalues may take.")
-    probes: int = Field(default=2, ge=1, description="Random vectors of the spectral density.")
-    steps: int = Field(default=10, ge=2, description="Lanczos steps for each.")
-    trace_products: int = Field(default=9, ge=6, description="Products that the trace may take.")
-    radius: float = Field(
-        default=0.05, ge=0, description="Radius of the ball in which the largest loss is looked for; 0: none."
-    )
-    gauss_newton: bool = Field(default=False, description="The Gauss-Newton matrix beside the Hessian.")
+    top: int = Field(default=5, ge=1, description="Number of largest eigenvalues.")
+    gauss_newton: bool = Field(default=False, description="Measure the Gauss-Newton matrix too.")
     per_layer: bool = Field(
-        default=False, description="Trace and part in the top eigenvector of every layer."
+        default=False, description="Trace of every layer, and its share of the top eigenvector."
     )
     layer_eigenvalues: bool = Field(
-        default=False, description="Also every layer's own largest eigenvalue, an iteration for each."
+        default=False, description="Largest eigenvalue of every layer, by an iteration for each."
     )
     per_batch: bool = Field(default=False, description="Largest eigenvalue and trace of every mini-batch.")
-    landscape: bool = Field(default=False, description="The loss along and across the top eigenvectors.")
-    landscape_points: int = Field(default=11, ge=3, description="Points along each direction, odd.")
+    landscape: bool = Field(default=False, description="Loss along and across the top eigenvectors.")
+    landscape_points: int = Field(
+        default=11, ge=3, description="Points along each direction of the landscape, an odd number."
+    )
+    radius: float = Field(
+        default=0.05,
+        ge=0,
+        description="Radius of the ball in which the largest loss is searched for; 0 switches it off.",
+    )
+    num_examples: int = Field(default=32, ge=1, description="Number of examples, the first of the split.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Examples per batch; per-batch measures each of these batches."
+    )
+    tolerance: float = Field(
+        default=1e-2, gt=0, lt=1, description="Relative residual at which an eigenvalue has converged."
+    )
+    max_products: int = Field(
+        default=20, ge=2, description="Maximum Hessian-vector products for the eigenvalues."
+    )
+    probes: int = Field(default=2, ge=1, description="Random vectors for the spectral density.")
+    steps: int = Field(default=10, ge=2, description="Lanczos steps per random vector.")
+    trace_products: int = Field(default=9, ge=6, description="Hessian-vector products for the trace.")
     cache_graph: bool | None = Field(
         default=None,
-        description="Keep the graph of every batch: half the time, much memory; default: where there is one batch.",
+        description="Keep the graph of every batch: half the time, much more memory. Default: with a single batch.",
     )
     float64: bool = Field(default=False, description="Compute in float64.")
-    seed: int = Field(default=0, ge=0, description="Seed of random vectors and of a new head.")
+    seed: Seed = Field(default=0, description="Seed of the random vectors and of a new head.")
+    device: str | None = Field(
+        default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, name: str | None) -> str | None:
+        return device_name(name)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -101,6 +133,15 @@ class CurvatureSettings(Settings):
                 f"landscape_points must be odd, so that the point itself is one of them; got {points}"
             )
         return points
+
+    @model_validator(mode="after")
+    def _several_batches(self) -> "CurvatureSettings":
+        if self.per_batch and self.num_examples <= self.batch_size:
+            raise ValueError(
+                f"per_batch compares mini-batches, and num_examples = {self.num_examples} with batch_size = "
+                f"{self.batch_size} gives one; give more examples or a smaller batch_size"
+            )
+        return self
 
 
 def _separated(value: object) -> object:

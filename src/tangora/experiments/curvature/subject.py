@@ -4,16 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora.adapters import find_pairs, load_adapter
+from tangora.experiments.folders import check_origin, kept_origin
 from tangora.experiments.run.batches import encoded_batches
-from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.origin import origin_of
 from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
-from tangora.training.data import Task, load_task
+from tangora.training.data import Task
+from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
 _DATA_KEYS = (
@@ -24,10 +26,12 @@ _DATA_KEYS = (
     "label_column",
     "prompt_column",
     "completion_column",
+    "chat_template",
     "num_train",
     "num_validation",
     "num_test",
     "max_length",
+    "device",
 )
 _NOT_KEPT = (
     "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
@@ -113,18 +117,21 @@ def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed
         return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
     if adapter is not None:
         raise InputError(f"adapter is for models; {source} is a run, which has its own: got {adapter}")
-    return _from_run(Path(source), run_settings(Path(source)).model_copy(update=changes))
+    return _from_run(Path(source), run_settings(Path(source)), changes)
 
 
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
-    task = load_task(settings.data, **settings.as_task())
+    task = load_run_task(settings)
     loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
     return _subject(model, loaded, task, settings, Path(source).name)
 
 
-def _from_run(folder: Path, settings: RunSettings) -> Subject:
-    task = load_task(settings.data, **settings.as_task())
+def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Subject:
+    settings = trained.model_copy(update=changes)
+    task = load_run_task(settings)
+    if not changes.keys() - {"max_length"}:
+        check_origin(folder, kept_origin(folder), origin_of(settings, task), "bring the original back")
     if (folder / "adapter").is_dir():
         loaded = load_base(settings, task)
         model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)
@@ -137,8 +144,7 @@ def _from_run(folder: Path, settings: RunSettings) -> Subject:
 
 
 def _subject(model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str) -> Subject:
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(device_named(settings.device))
     pairs = find_pairs(model) if isinstance(model, PeftModel) else []
     ranks = tuple(sorted({pair.shape[2] for pair in pairs}))
     title = f"{name} on {Path(settings.data).name}"

@@ -1,25 +1,30 @@
 """A diagnosis of a model on data, both by name, and what it leaves in a folder."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from tangora._checks import InputError
 from tangora.adapters import load_adapter
 from tangora.diagnostics import DEFAULT_RANK, diagnose
 from tangora.experiments.diagnose.settings import DiagnoseSettings
+from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.settings import claim_folder
+from tangora.experiments.run.loading import check_chat, fit_notes, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
 from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
 
 RECORD, PLAN, PAGE = "diagnosis.json", "rank_plan.json", "diagnosis.html"
 
@@ -63,11 +68,18 @@ def diagnose_task(
     """
     check_one_process("diagnose")
     folder = Path(output)
+    check_output(folder)
     phase("loading")
+    check_device(settings.device)
+    settings = with_recorded_sizes(settings, folder)
     task = _load_task(settings)
-    claim_folder(folder, settings)
-    with log_to(folder / "log.txt"):
+    _check_sizes(settings, task)
+    settings = with_sizes(settings, task)
+    with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
+        how = {"max_length": settings.max_length, "chat_template": settings.chat_template}
+        for note in (*task.notes, *fit_notes(task, loaded, **how)):
+            logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)
         found = diagnose(
@@ -83,32 +95,44 @@ def diagnose_task(
             seed=settings.seed,
             progress=progress,
         )
-    record = DiagnosisRecord(
-        title=f"{Path(settings.model).name} on {Path(settings.data).name}",
-        command=command,
-        settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
-        diagnosis=found,
-        **provenance(),
-    )
-    plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
-    return DiagnosisFiles(
-        record,
-        save_json(record, folder / RECORD),
-        write_atomic(folder / PLAN, plan + "\n"),
-        write_diagnosis(record, folder / PAGE),
-    )
+        record = DiagnosisRecord(
+            title=f"{Path(settings.model).name} on {Path(settings.data).name}",
+            command=command,
+            settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+            diagnosis=found,
+            **provenance(settings.model),
+        )
+        plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
+        return DiagnosisFiles(
+            record,
+            save_json(record, folder / RECORD),
+            write_atomic(folder / PLAN, plan + "\n"),
+            write_diagnosis(record, folder / PAGE),
+        )
+
+
+def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
+    # defaults shrink to what there is; what was asked for does not
+    asked = settings.model_fields_set & {"num_examples", "num_held_out"}
+    wanted, there = settings.num_examples + settings.num_held_out, len(task.train)
+    if asked and wanted > there:
+        raise InputError(
+            f"num_examples and num_held_out must be at most {there} together, the number of training examples; got "
+            f"{settings.num_examples} and {settings.num_held_out}"
+        )
 
 
 def _load_task(settings: DiagnoseSettings) -> Task:
     keys = ("kind", "num_train", "num_validation", "num_test")
     columns = ("text_column", "label_column", "prompt_column", "completion_column")
-    return load_task(settings.data, **{key: getattr(settings, key) for key in (*keys, *columns)})
+    task = load_task(settings.data, **{key: getattr(settings, key) for key in (*keys, *columns)})
+    check_chat(task, settings.chat_template)
+    return task
 
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
     loaded = load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
-    if torch.cuda.is_available():
-        loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
+    loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:
         return loaded, load_adapter(loaded.model, settings.adapter)
     rank = settings.rank or DEFAULT_RANK
@@ -130,8 +154,9 @@ def _batches(
     collate, size, end = collator(loaded.tokenizer, task.kind), settings.batch_size, settings.num_examples
     batches = []
     for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
+        how = {"kind": task.kind, "max_length": settings.max_length}
         data = (
-            encode(examples, loaded.tokenizer, kind=task.kind, max_length=settings.max_length).encodings
+            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template)).encodings
             if examples
             else []
         )

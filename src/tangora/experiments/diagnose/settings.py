@@ -1,71 +1,111 @@
 """What `tangora diagnose` looks at."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Seed, Settings, device_name, target_names
 
 
 class DiagnoseSettings(Settings):
     """Model, data, and what to look at."""
 
-    model: str = Field(default="minilm-l6", description="Packaged name, local folder, GGUF file or hub name.")
+    groups: ClassVar[Mapping[str, str]] = {
+        "model": "Model and data",
+        "rank": "Adapter",
+        "starts": "Measurements",
+        "num_examples": "Accuracy and cost",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+        "max_seq_length": "max_length",
+    }
+
+    model: str = Field(
+        default="minilm-l6", description="Base model: packaged name, local folder, GGUF file or hub name."
+    )
     data: str = Field(
-        default="bbc-news", description="Packaged name, reasoning-gym:<name>, local file or hub name."
+        default="bbc-news",
+        description="Data set: packaged name, reasoning-gym:NAME, local file or folder, or hub name.",
     )
     kind: Kind | None = Field(
-        default=None, description="classification or causal; default: what the data is."
+        default=None, description="Type of task. Default: recognised from the columns of the data."
     )
     text_column: str | None = Field(default=None, description="Column of the text.")
     label_column: str | None = Field(default=None, description="Column of the label.")
     prompt_column: str | None = Field(default=None, description="Column of the prompt.")
     completion_column: str | None = Field(default=None, description="Column of the completion.")
+    chat_template: bool | None = Field(
+        default=None, description="Write causal examples with the tokenizer's chat template, as in train."
+    )
     num_train: int | None = Field(
-        default=None, ge=1, description="Training examples, as in train; default: all that remain."
+        default=None,
+        ge=1,
+        description="Training examples, as in train. Default: all that are not set aside.",
     )
-    num_validation: int = Field(default=200, ge=1, description="Examples kept apart, as in train.")
-    num_test: int = Field(default=500, ge=1, description="Examples kept apart, as in train.")
-    num_examples: int = Field(default=32, ge=1, description="Training examples whose gradient is read.")
-    num_held_out: int = Field(
-        default=32, ge=0, description="Further training examples, on which the starts are looked at too."
+    num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")
+    num_test: int | None = Field(default=None, ge=1, description="Test examples, as in train.")
+    max_length: int = Field(
+        default=128, ge=2, description="Maximum tokens per example (max_seq_length); longer ones are cut."
     )
-    batch_size: int = Field(default=4, ge=1, description="Examples at once.")
-    max_length: int = Field(default=128, ge=2, description="Tokens per example; longer ones are cut.")
     adapter: str | None = Field(
-        default=None, description="Folder of a saved adapter; default: a plain LoRA start."
+        default=None, description="Folder of a saved adapter. Default: a new LoRA adapter."
     )
     rank: int | None = Field(
-        default=None, ge=1, description="Rank of the starts; default: the adapter's, or 8."
+        default=None, ge=1, description="Rank (r) of the initializations. Default: the adapter's, or 8."
     )
     budget_rank: int | None = Field(
         default=None,
         ge=1,
-        description="Uniform rank whose parameters the rank plan may spend; default: rank.",
+        description="Uniform rank whose number of parameters the rank plan may use. Default: rank.",
     )
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="LoRA's alpha at budget_rank, for the plan; default: scaling unchanged.",
+        description="LoRA alpha (lora_alpha) at budget_rank, for the rank plan. Default: scaling unchanged.",
     )
     target_modules: str | list[str] = Field(
         default="all-linear",
-        description="Layers to adapt, as PEFT takes them; a saved adapter knows its own.",
+        description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules).",
     )
-    starts: list[str] = Field(default=list(STARTS), description="Starts to compare.")
+    starts: list[str] = Field(
+        default=list(STARTS), description="Initializations to compare, separated by commas."
+    )
+    num_examples: int = Field(default=32, ge=1, description="Training examples for the gradient.")
+    num_held_out: int = Field(
+        default=32,
+        ge=0,
+        description="Further training examples, held out to evaluate the initializations.",
+    )
+    batch_size: int = Field(default=4, ge=1, description="Examples per batch.")
     exact_norms: bool | None = Field(
-        default=None, description="Form the gradients for exact norms; default: where they fit into memory."
+        default=None,
+        description="Form the gradients to get exact norms. Default: where they fit into memory.",
     )
     power_iterations: int = Field(
-        default=1, ge=0, description="Rounds that sharpen the singular values, two passes each."
+        default=1,
+        ge=0,
+        description="Power iterations that sharpen the singular values, two passes over the data each.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of random vectors, starts and a new head.")
+    seed: Seed = Field(default=0, description="Seed of random vectors, initializations and a new head.")
+    device: str | None = Field(
+        default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, name: str | None) -> str | None:
+        return device_name(name)
 
     @field_validator("target_modules")
     @classmethod
     def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        # PEFT reads a single string as a pattern; names come separated by commas from the command line
-        return _names(targets) if isinstance(targets, str) and "," in targets else targets
+        return target_names(targets)
 
     @field_validator("starts", mode="before")
     @classmethod

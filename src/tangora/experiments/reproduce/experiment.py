@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 
 if TYPE_CHECKING:  # experiments are listed without what they are made of
     import tangora.report.reproduction.records

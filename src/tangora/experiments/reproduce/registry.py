@@ -7,7 +7,7 @@ from typing import Any
 
 from tangora._checks import InputError, check_choice
 from tangora.experiments.reproduce.experiment import Experiment, Parts
-from tangora.experiments.settings import Settings, validated
+from tangora.experiments.values import Settings, validated
 
 
 def _entry(name: str, title: str, source: str, duration: str) -> Experiment:

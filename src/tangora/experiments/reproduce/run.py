@@ -4,10 +4,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangora.experiments.folders import claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.provenance import provenance
 from tangora.experiments.reproduce.experiment import Experiment, Progress
-from tangora.experiments.settings import Settings, claim_folder
+from tangora.experiments.values import Settings
 from tangora.report.reproduction import (
     ReproductionRecord,
     save_pictures,
@@ -59,24 +60,24 @@ def reproduce(
     """
     check_one_process("reproduce")
     folder = Path(output)
-    claim_folder(folder, settings)
-    start = time.perf_counter()
-    result = wanted.parts.run(settings, progress)
-    record = ReproductionRecord(
-        name=wanted.name,
-        title=wanted.title,
-        source=wanted.source,
-        stand_ins=wanted.parts.stand_ins,
-        quick=quick,
-        command=command,
-        settings=settings.model_dump(mode="json"),
-        result=result,
-        seconds=time.perf_counter() - start,
-        **provenance(),
-    )
-    return ReproductionFiles(
-        record,
-        save_reproduction(record, folder / RECORD),
-        write_reproduction(record, folder / PAGE),
-        tuple(save_pictures(result.figures, folder)),
-    )
+    with claimed(folder, settings):
+        start = time.perf_counter()
+        result = wanted.parts.run(settings, progress)
+        record = ReproductionRecord(
+            name=wanted.name,
+            title=wanted.title,
+            source=wanted.source,
+            stand_ins=wanted.parts.stand_ins,
+            quick=quick,
+            command=command,
+            settings=settings.model_dump(mode="json"),
+            result=result,
+            seconds=time.perf_counter() - start,
+            **provenance(),
+        )
+        return ReproductionFiles(
+            record,
+            save_reproduction(record, folder / RECORD),
+            write_reproduction(record, folder / PAGE),
+            tuple(save_pictures(result.figures, folder)),
+        )

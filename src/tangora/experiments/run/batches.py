@@ -23,7 +23,13 @@ def encoded(
     Returns:
         The examples as tokens, and what makes a padded batch of some of them.
     """
-    data = encode(examples, loaded.tokenizer, kind=loaded.kind, max_length=settings.max_length)
+    data = encode(
+        examples,
+        loaded.tokenizer,
+        kind=loaded.kind,
+        max_length=settings.max_length,
+        chat_template=bool(settings.chat_template),
+    )
     return data, collator(loaded.tokenizer, loaded.kind)
 
 

@@ -1,9 +1,9 @@
 """One run: load, prepare, train, evaluate, and say everything about it in one record."""
 
+import contextlib
 import logging
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +15,16 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from tangora.experiments.provenance import provenance
+from tangora.experiments.folders import CHECKPOINTS
+from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
+from tangora.experiments.run.checks import check_model, check_options
 from tangora.experiments.run.flatness import measure_flatness
-from tangora.experiments.run.loading import load_base
+from tangora.experiments.run.loading import fit_notes, load_base, prepare
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
-from tangora.experiments.run.proof import save_with_logits
+from tangora.experiments.run.origin import origin_of
+from tangora.experiments.run.proof import data_format, save_with_logits
+from tangora.experiments.run.saving import check_space, read_whole, rescued, save_weights
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
@@ -49,6 +53,7 @@ from tangora.training.callbacks import (
     read_history,
 )
 from tangora.training.data import Task
+from tangora.training.devices import keep_to
 from tangora.training.models import LoadedModel
 from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
@@ -65,10 +70,14 @@ class Watcher:
 
     Attributes:
         phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
+        note: Called with a sentence about the data: its columns and sizes, and what is cut off.
+        length: Called with the number of optimizer steps that there will be.
         step: Called with the number of optimizer steps done and the loss.
     """
 
     phase: Callable[[str], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
+    length: Callable[[int], None] = lambda _: None
     step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
@@ -102,7 +111,7 @@ def execute(
 
     Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
     for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl``, ``snapshots/``
-    and ``curvature.jsonl`` of a run that is measured.
+    and ``curvature.jsonl`` of a run that is measured. Checkpoints stay: they may go when the record is written.
 
     Args:
         settings: The run's.
@@ -118,8 +127,18 @@ def execute(
         The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = load_average()
     watcher.phase("start")
+    check_options(settings, task)
     loaded = load_base(settings, task)
+    check_model([settings], task, loaded)
+    notes = [
+        *task.notes,
+        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
+    ]
+    for note in notes:
+        logger.info("%s", note)
+        watcher.note(note)
     result = _Result(
         metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
     )
@@ -142,27 +161,30 @@ def execute(
     ]
     trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
     evaluations = _evaluations(loaded, model, task, settings, folder, trainer)
+    check_space(folder, model, keeps_model=keep_model, checkpoints=settings.save_every is not None)
     try:
-        watcher.phase("training")
-        result.peak_bytes = _train(trainer, folder / "checkpoints") if method.trains else None
+        with rescued(folder, loaded, model) if keep_model else contextlib.nullcontext():
+            watcher.phase("training")
+            watcher.length(settings.num_steps(len(task.train)))
+            result.peak_bytes = _train(trainer, folder / CHECKPOINTS) if method.trains else None
+            _check_finite(model)
+            # first of all, what nothing could bring back
+            if isinstance(model, PeftModel):
+                save_with_logits(model, folder, loaded, task, settings)
+            elif keep_model:
+                save_weights(folder, loaded, model)
         watcher.phase("evaluation")
         _evaluate(result, loaded, model, task, settings)
         if known is not None:
             after = unrelated_loss(loaded, model, task, settings)
             assert after is not None
             result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
-        if isinstance(model, PeftModel):
-            save_with_logits(model, folder, loaded, task, settings)
         if settings.curvature:
             watcher.phase("curvature")
             result.flatness = measure_flatness(settings, task, loaded, model, result.metrics["test"]["loss"])
-        if keep_model and not isinstance(model, PeftModel):
-            loaded.model.save_pretrained(folder / "model")
-            loaded.tokenizer.save_pretrained(folder / "model")
     except (DivergedError, FloatingPointError) as problem:
         result.status, result.error = "diverged", str(problem)
     spent = durations.total()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
     history = read_steps(folder)
     return Record(
@@ -173,7 +195,11 @@ def execute(
         stage=stage,
         status=result.status,
         error=result.error,
-        settings=settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint},
+        settings=settings.model_dump(mode="json")
+        | origin_of(settings, task)
+        | {"data_format": data_format(task, settings)},
+        notes=notes,
+        num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
         evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
@@ -183,6 +209,7 @@ def execute(
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
+        load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
         gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(folder),
@@ -192,7 +219,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(),
+        **provenance(settings.model),
     )
 
 
@@ -226,16 +253,7 @@ def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> li
 
 
 def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSettings) -> nn.Module:
-    model = method.prepare(
-        loaded.model,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
-        total_steps=settings.steps,
-        seed=settings.seed,
-        target_modules=settings.target_modules,
-        rank_plan=settings.rank_plan,
-    )
+    model = prepare(method.name, loaded.model, task, settings)
     batches = held_out = None
     if method.reads_gradients:
         chosen = random.Random(settings.seed).sample(
@@ -257,16 +275,21 @@ def _trainer(
     watcher: Watcher,
 ) -> Trainer:
     data, collate = encoded(task.train, loaded, settings)
+    steps = settings.num_steps(len(task.train))
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=settings.steps,
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.peak,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         max_grad_norm=settings.clip,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        # the other kind finds no gradient where a frozen base has embedded the tokens
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=settings.device == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps" if settings.save_every else "no",
@@ -282,12 +305,14 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error",
     )
+    keep_to(arguments, settings.device)
     trainer = Trainer(
         model=model,  # pyright: ignore[reportArgumentType]
         args=arguments,
         train_dataset=data,
         data_collator=collate,
         recipe=recipe(settings.recipe),
+        learning_rate=settings.peak,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,
@@ -332,8 +357,14 @@ def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) 
 def _train(trainer: Trainer, checkpoints: Path) -> int | None:
     watched = reset_peak()
     checkpoint = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with read_whole(checkpoint, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return peak_bytes() if watched else None
+
+
+def _check_finite(model: nn.Module) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise DivergedError("the last step left weights that are not finite")
 
 
 def _evaluate(

@@ -1,13 +1,28 @@
-"""The data of a run, and the base model that it begins with."""
+"""The data of a run, and the base model that it begins with, ready for training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from transformers import AutoTokenizer
 
-from tangora.experiments.settings import RunSettings
+from tangora._checks import InputError
+from tangora.experiments.settings import RunSettings, Settings, TaskSettings
+from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
-from tangora.training.models import LoadedModel, load_model
+from tangora.training.data.fit import check_fit
+from tangora.training.data.prompts import check_chat_template
+from tangora.training.data.rows import reason
+from tangora.training.devices import device_named
+from tangora.training.models import Kind, LoadedModel, load_model
+
+_SettingsT = TypeVar("_SettingsT", bound=Settings)
 
 
-def load_run_task(settings: RunSettings) -> Task:
+def load_run_task(settings: TaskSettings) -> Task:
     """Load the data of a run.
 
     Args:
@@ -15,8 +30,97 @@ def load_run_task(settings: RunSettings) -> Task:
 
     Returns:
         The task.
+
+    Raises:
+        InputError: If it cannot be loaded, or ``chat_template`` does not suit it.
     """
-    return load_task(settings.data, **settings.as_task())
+    task = load_task(settings.data, **settings.as_task())
+    check_chat(task, settings.chat_template)
+    return task
+
+
+def check_chat(task: Task, chat_template: bool | None) -> None:
+    """Raise unless it is clear how the texts of a task are to be written.
+
+    Args:
+        task: The data.
+        chat_template: The setting.
+
+    Raises:
+        InputError: If conversations come without it, or it would do nothing.
+    """
+    if chat_template is None and any("messages" in example for example in task.train):
+        raise InputError(
+            f"data {task.name!r} holds conversations: give --chat-template to write them with the tokenizer's chat "
+            "template, or --no-chat-template to join the turns by newlines"
+        )
+    if chat_template and (task.kind != "causal" or not all(example["prompt"] for example in task.train)):
+        raise InputError(
+            f"chat_template is for prompts with completions and for conversations; data {task.name!r} holds "
+            f"{'labels' if task.kind == 'classification' else 'plain text'}: leave it out"
+        )
+
+
+def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
+    """Write the sizes that were chosen into settings, so that folders and records tell them.
+
+    Args:
+        settings: What asked for the task.
+        task: The data.
+
+    Returns:
+        The settings, with numbers of validation and test examples.
+    """
+    sizes = {"num_validation": len(task.validation), "num_test": len(task.test)}
+    return settings.model_copy(update=sizes)
+
+
+def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
+    """Take sizes that were not given from an output folder, so that the same command continues what is there.
+
+    Args:
+        settings: What is asked for.
+        folder: Output folder, new or not. Older versions had other default sizes.
+
+    Returns:
+        The settings, unchanged if the folder is new or is about other data.
+    """
+    found = _json(folder / "settings.json")
+    if found.get("data") != getattr(settings, "data", None):
+        return settings
+    sizes = {
+        key: found[key]
+        for key in ("num_validation", "num_test")
+        if getattr(settings, key) is None and isinstance(found.get(key), int)
+    }
+    return settings.model_copy(update=sizes)
+
+
+def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> list[str]:
+    """Check that the model can read the data, and say what of it is cut off.
+
+    Args:
+        task: The data.
+        loaded: Base model and tokenizer.
+        max_length: The setting.
+        chat_template: The setting.
+
+    Returns:
+        Sentences.
+
+    Raises:
+        InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting
+            leaves nothing to learn from.
+    """
+    if chat_template:
+        check_chat_template(loaded.tokenizer)
+    return check_fit(
+        task,
+        loaded.tokenizer,
+        max_length=max_length,
+        vocabulary=loaded.vocabulary,
+        chat_template=bool(chat_template),
+    )
 
 
 def load_base(settings: RunSettings, task: Task) -> LoadedModel:
@@ -27,12 +131,120 @@ def load_base(settings: RunSettings, task: Task) -> LoadedModel:
         task: Its data, for the labels.
 
     Returns:
-        Model and tokenizer.
+        Model and tokenizer; the model on the run's device.
     """
-    return load_model(
+    return _load(settings, task.kind, task.labels)
+
+
+def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
+    """Load the untouched base model of a finished run, with what stands beside its adapter instead of the data.
+
+    Args:
+        settings: The run's.
+        adapter: Folder of its adapter.
+
+    Returns:
+        The model, and the tokenizer that was saved with the adapter, if there is one.
+
+    Raises:
+        InputError: If an older version has saved the adapter without the names of the classes, and the data that holds
+            them cannot be read.
+    """
+    kind, labels = _saved_kind(adapter, settings), _saved_labels(adapter)
+    if kind == "classification" and not labels:
+        try:
+            labels = load_run_task(settings).labels
+        except InputError as error:
+            raise InputError(
+                f"{adapter} was saved without the names of its classes, by an older version, and the data that holds "
+                f"them cannot be read: {error}"
+            ) from error
+    loaded = _load(settings, kind, labels)
+    if (adapter / "tokenizer_config.json").is_file():
+        return replace(loaded, tokenizer=_saved_tokenizer(adapter))
+    return loaded
+
+
+def _saved_tokenizer(adapter: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    except Exception as error:  # a damaged file ends in any of them
+        raise InputError(f"{adapter} has no tokenizer that can be read: {reason(error)}") from error
+
+
+def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedModel:
+    device = device_named(settings.device)
+    loaded = load_model(
         settings.model,
-        kind=task.kind,
-        labels=task.labels or None,
+        kind=kind,
+        labels=labels or None,
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
+        quantize_to=device if settings.load_in_4bit else None,
     )
+    if settings.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
+        raise InputError(
+            f"gradient_checkpointing cannot be used with model {settings.model!r}: "
+            f"{type(loaded.model).__name__} does not support it; leave it out"
+        )
+    if not settings.load_in_4bit:  # what is quantized has been loaded to the device
+        loaded.model.to(device)  # pyright: ignore[reportArgumentType]
+    return loaded
+
+
+def prepare(method: str, model: Any, task: Task, settings: RunSettings) -> nn.Module:
+    """Make a base model ready for training as the settings want it.
+
+    Args:
+        method: Recipe.
+        model: Changed in place.
+        task: For the kind.
+        settings: The run's.
+
+    Returns:
+        What `Recipe.prepare` returns.
+    """
+    return recipe(method).prepare(
+        model,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
+        total_steps=settings.num_steps(len(task.train)),
+        seed=settings.seed,
+        target_modules=settings.target_modules,
+        lora_dropout=settings.lora_dropout,
+        rank_plan=settings.rank_plan,
+    )
+
+
+def prepared_twin(method: str, settings: RunSettings, task: Task, loaded: LoadedModel) -> nn.Module:
+    """Do the same with a twin of the model that holds no weights.
+
+    Returns:
+        What `prepare` returns; it costs next to nothing, and fails for the same reasons.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
+        return prepare(method, twin, task, settings)
+
+
+def _saved_kind(adapter: Path, settings: RunSettings) -> Kind:
+    config = _json(adapter / "adapter_config.json")
+    # images have no task type of PEFT's
+    known: dict[str, Kind] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal"}
+    return known.get(str(config.get("task_type"))) or settings.kind or "classification"
+
+
+def _saved_labels(adapter: Path) -> tuple[str, ...]:
+    names = _json(adapter / "base_config" / "config.json").get("id2label")
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        return ()
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -100,7 +100,13 @@ def _answers(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     if not settings.exact_match or loaded.kind == "classification":
         return {}, {}
-    texts = generate_completions(model, loaded.tokenizer, examples, batch_size=2 * settings.batch_size)
+    texts = generate_completions(
+        model,
+        loaded.tokenizer,
+        examples,
+        batch_size=2 * settings.batch_size,
+        chat_template=bool(settings.chat_template),
+    )
     right = answers_match(texts, examples)
     return summarize_answers(texts, right), {"right": right}
 

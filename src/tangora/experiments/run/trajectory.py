@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 
 from tangora._checks import InputError
 from tangora.adapters import discover
 from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
+from tangora.experiments.run.loading import prepared_twin
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import recipe
 from tangora.report import load_record
@@ -154,7 +154,7 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
             )
     reference = Reference(folder)
     assert settings.measure_every is not None
-    reference.check_steps(measured_steps(settings.steps, settings.measure_every))
+    reference.check_steps(measured_steps(settings.num_steps(len(task.train)), settings.measure_every))
     return reference
 
 
@@ -169,17 +169,9 @@ def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> lis
     Returns:
         Paths in the base model.
     """
-    # PEFT itself chooses, on a twin that holds no weights
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
-        adapted = recipe("lora").prepare(
-            twin,
-            r=1,
-            lora_alpha=1,
-            task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
-            total_steps=1,
-            target_modules=settings.target_modules,
-        )
+    # PEFT itself chooses
+    plain = settings.model_copy(update={"rank": 1, "rank_plan": None})
+    adapted = prepared_twin("lora", plain, task, loaded)
     return [pair.name.removeprefix("base_model.model.") for pair in discover(adapted).pairs]
 
 

@@ -5,6 +5,7 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tangora.report import formats
 from tangora.report.comparison.alignment import measured_sections
@@ -19,14 +20,16 @@ from tangora.report.comparison.sections import (
     sweep_section,
     time_section,
 )
+from tangora.report.comparison.setup import setup_facts
 from tangora.report.comparison.tables import csv_text, flat_row
-from tangora.report.comparison.verdict import verdict
+from tangora.report.comparison.verdict import recommendation_sentence, verdict
 from tangora.report.drawing.styles import MARKS, SVG_DASHES, recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
 from tangora.report.records import Comparison, Record
-from tangora.report.statistics.selection import judged_runs
-from tangora.report.statistics.summary import Row, group_by_recipe, summarize
+from tangora.report.statistics.recommendation import recommendation
+from tangora.report.statistics.selection import group_by_recipe, judged_runs
+from tangora.report.statistics.summary import Row, summarize
 
 _TEMPLATE = "page.html.j2"
 
@@ -51,7 +54,7 @@ def render_page(comparison: Comparison) -> str:
         comparison: The runs.
 
     Returns:
-        A whole HTML page: verdict, results, figures, runs, and what is needed to repeat it.
+        A whole HTML page: what was compared, verdict, results, figures, runs, and how to repeat it.
     """
     rows = summarize(comparison)
     groups = group_by_recipe(comparison)
@@ -72,7 +75,9 @@ def render_page(comparison: Comparison) -> str:
         comparison.title,
         comparison=comparison,
         missing=missing_sentence(comparison),
+        setup=setup_facts(comparison),
         verdict=verdict(rows),
+        recommendation=recommendation_sentence(recommendation(comparison)),
         recipes=[row.recipe for row in rows],
         styles=recipe_styles(groups),
         svg_dashes=SVG_DASHES,
@@ -109,7 +114,7 @@ def missing_sentence(comparison: Comparison) -> str | None:
         return None
     done, left = len(comparison.records), len(comparison.missing)
     are = "is" if done == 1 else "are"
-    return f"{formats.plural(done, 'run')} {are} done, {left} or more are left: the same command goes on."
+    return f"{formats.plural(done, 'run')} {are} done, {left} or more are left: the same command continues."
 
 
 def data_link(text: str) -> str:
@@ -126,7 +131,11 @@ def data_link(text: str) -> str:
 
 def _example_settings(records: Sequence[Record], row: Row) -> str:
     run = next(iter(judged_runs(records, row.learning_rate)), records[0])
-    return json.dumps({"id": run.id} | run.settings, indent=2, default=str, ensure_ascii=False)
+    return json.dumps({"id": run.id} | _given(run.settings), indent=2, default=str, ensure_ascii=False)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _versions(records: Iterable[Record]) -> list[tuple[str, str]]:

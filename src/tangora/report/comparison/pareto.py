@@ -37,7 +37,7 @@ class Cost:
 
 
 COSTS = (
-    Cost("seconds", "time per run", lambda row: row.time and row.time.total, formats.seconds, "s"),
+    Cost("seconds", "time per run", lambda row: row.seconds, formats.seconds, "s"),
     Cost("memory", "peak memory", lambda row: row.peak_bytes, lambda v: formats.size(int(v)), "B"),
     Cost(
         "trained",
@@ -71,6 +71,19 @@ def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
     return [row for row, _ in sorted(best, key=lambda pair: (pair[1], pair[0].recipe))]
 
 
+def has_front(rows: Sequence[Row], cost: Cost) -> bool:
+    """Tell whether a line through `front` has a length.
+
+    Args:
+        rows: From `summarize`.
+        cost: What is weighed against the test metric.
+
+    Returns:
+        Whether at least two of its recipes differ.
+    """
+    return len({_point(row, cost) for row in front(rows, cost)}) > 1
+
+
 def _point(row: Row, cost: Cost) -> tuple[float, float] | None:
     # Both as costs: smaller is better.
     value = cost.value(row)
@@ -91,7 +104,8 @@ def pareto_figure(rows: Sequence[Row], cost: Cost) -> go.Figure:
         cost: What.
 
     Returns:
-        One mark per recipe with its 95 % interval, and a dotted line through those that no other one beats.
+        One mark per recipe with its 95 % interval, and a dotted line through those that no other one beats,
+        if they are several.
     """
     styles = recipe_styles(row.recipe for row in rows)
     shown = [row for row in rows if _point(row, cost) is not None]
@@ -102,16 +116,17 @@ def pareto_figure(rows: Sequence[Row], cost: Cost) -> go.Figure:
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[_short(tick, cost.unit) for tick in ticks])
     else:
         figure.update_xaxes(tickformat="~s", ticksuffix=cost.unit, nticks=5, rangemode="tozero")
-    best = front(rows, cost)
-    figure.add_trace(
-        go.Scatter(
-            x=[cost.value(row) for row in best],
-            y=[row.test for row in best],
-            mode="lines",
-            line={"color": _GREY, "dash": "dot", "width": 1.5, "shape": "hv"},
-            hoverinfo="skip",
+    if has_front(rows, cost):
+        best = front(rows, cost)
+        figure.add_trace(
+            go.Scatter(
+                x=[cost.value(row) for row in best],
+                y=[row.test for row in best],
+                mode="lines",
+                line={"color": _GREY, "dash": "dot", "width": 1.5, "shape": "hv"},
+                hoverinfo="skip",
+            )
         )
-    )
     return figure.add_traces([_mark(row, cost, styles[row.recipe]) for row in shown])
 
 

@@ -17,7 +17,8 @@ from tangora.report.comparison.figures import (
 )
 from tangora.report.comparison.flatness import flatness_figure, flatness_notes, flatness_table, has_flatness
 from tangora.report.comparison.further import rate_verdict, speed_verdict
-from tangora.report.comparison.pareto import pareto_charts
+from tangora.report.comparison.pareto import COSTS, has_front, pareto_charts
+from tangora.report.comparison.setup import busy_sentences
 from tangora.report.comparison.tables import Column, columns
 from tangora.report.layout import Cell, Chart, Grid, Section, cell, number_cell, plain
 from tangora.report.records import Comparison, Forgetting
@@ -84,8 +85,8 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     if resampled:
         notes.append(
             f"Intervals are Student's t over {formats.listing(resampled)}, paired in differences where seeds agree; "
-            "few seeds make them wide. More than noise means p below 0.05 after Holm's correction for the number "
-            "of recipes; a single seed is never called more than noise."
+            "few seeds make them wide. Significant means p below 0.05 after Holm's correction for the number of "
+            "recipes; with a single seed no difference is called significant."
         )
     return notes
 
@@ -103,13 +104,25 @@ def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
     recipe, *others = columns(comparison)
     grid = _grid(
         "costs",
-        "Time: mean over the seeds. Memory: the largest.",
+        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. Memory: the largest.",
         [recipe, *(c for c in others if c.cost)],
         rows,
     )
-    notes = ["Dotted: the recipes that no other one beats at the same or a lower cost. Bars: 95 % intervals."]
+    charts = pareto_charts(rows)
+    dotted = (
+        "Dotted: the recipes that no other one beats at the same or a lower cost. "
+        if any(has_front(rows, cost) for cost in COSTS)
+        else ""
+    )
+    notes = [f"{dotted}Bars: 95 % intervals."] if charts else []
     return Section(
-        "costs", "Quality and cost", grid=grid, notes=notes, charts=pareto_charts(rows), keyed=True
+        "costs",
+        "Quality and cost",
+        sentences=busy_sentences(comparison, rows),
+        grid=grid,
+        notes=notes,
+        charts=charts,
+        keyed=True,
     )
 
 
@@ -122,11 +135,11 @@ def time_section(rows: Sequence[Row]) -> Section:
     Returns:
         The section.
     """
-    totals = [f"{row.recipe} {formats.seconds(row.time.total)}" for row in rows if row.time]
+    totals = [f"{row.recipe} {formats.seconds(row.seconds)}" for row in rows if row.seconds is not None]
     chart = Chart(
         "time",
         "Where the time went",
-        "Seconds per run at the best learning rate, mean over the seeds.",
+        "Seconds per run at the best learning rate; of each part the median over the seeds.",
         plain(time_figure(rows)),
         f"Seconds per run: {formats.listing(totals)}" if totals else "",
     )
@@ -157,7 +170,7 @@ def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]
         if curves := evaluation_curves(comparison, rows, metric):
             figure = curves_figure(curves, rows, "", keyed=True)
             charts.append(Chart(f"evaluation-{len(charts)}", metric, "", plain(figure), last_values(curves)))
-    sections = [Section("loss-title", loss.title, charts=[loss], keyed=True)]
+    sections = [Section("loss-title", loss.title, charts=[loss], keyed=True)] if losses else []
     if charts:
         notes = [f"Mean over the seeds at each recipe's best learning rate; {_BAND}."]
         sections.append(
@@ -166,7 +179,7 @@ def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]
     return sections
 
 
-def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
+def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
     """Show how each recipe depends on its learning rate.
 
     Args:
@@ -174,8 +187,10 @@ def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
         rows: From `summarize`.
 
     Returns:
-        The section.
+        The section, or None if every recipe has a single learning rate.
     """
+    if not any(row.num_learning_rates > 1 for row in rows):
+        return None
     best = "highest" if comparison.higher_is_better else "lowest"
     found = robustness(comparison, rows)
     chosen = [f"{name} {formats.learning_rate(item.learning_rate)}" for name, item in found.items()]
@@ -193,23 +208,24 @@ def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
         caption="How much a recipe depends on its learning rate.",
         headers=[
             "recipe",
-            "best",
-            "within 2 % of it",
-            "factor",
-            f"{CEILING}'s best rate",
-            "3 times the best",
+            "best rate",
+            "rates within 2 %",
+            "largest / smallest",
+            f"at {CEILING}'s best rate",
+            "at 3 times its best",
         ],
         rows=[_robustness_cells(item) for item in found.values()],
     )
     notes = [
         (
-            "Within 2 %: the unbroken range of learning rates around the best, without divergence, whose validation "
-            f"{comparison.metric} is at most 2 % worse than the best one, relative to it. ≤ and ≥: the range ends only "
-            "with the grid."
+            "Rates within 2 %: the learning rates around the best, without a gap and without divergence, whose "
+            f"validation {comparison.metric} is at most 2 % (relative) worse than the best. “Or more”, “or less”: the "
+            "range ends because no further rate was tried."
         ),
         (
-            f"{CEILING}'s best rate: whether the learning rate tried that is nearest to it, within a factor of 1.3, "
-            "lies within 2 % as well. 3 times the best: what happened there, within the same factor."
+            f"The last two columns show the tried rate that is nearest to {CEILING}'s best rate and to 3 times the "
+            "recipe's own, within a factor of 1.3: whether its result is within 2 % of the recipe's best, and whether "
+            "training finished."
         ),
     ]
     return Section(
@@ -224,18 +240,26 @@ def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
 
 
 def _robustness_cells(item: Robustness) -> list[Cell]:
-    low, high = formats.learning_rate(item.low), formats.learning_rate(item.high)
-    span = f"{'≤ ' if item.open_low else ''}{low} to {'≥ ' if item.open_high else ''}{high}"
-    factor = f"{'≥ ' if item.open_low or item.open_high else ''}{item.width:.3g}"
-    carries = {True: "carries over", False: "does not", None: formats.MISSING}[item.full_carries_over]
+    carries = {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over]
+    bound = "at least " if item.open_low or item.open_high else ""
+    width = formats.MISSING if item.width == 1 else f"{bound}{item.width:.3g}"
     return [
         cell(item.recipe, item.recipe),
         cell(formats.learning_rate(item.learning_rate), item.learning_rate),
-        cell(span, item.low),
-        cell(factor, item.width),
+        cell(_good_rates(item), item.low),
+        cell(width, item.width),
         number_cell(item.full_rate, carries, formats.learning_rate(item.full_rate)),
         number_cell(item.tripled_rate, item.tripled, formats.learning_rate(item.tripled_rate)),
     ]
+
+
+def _good_rates(item: Robustness) -> str:
+    low, high = formats.learning_rate(item.low), formats.learning_rate(item.high)
+    if item.single:
+        return f"{low}, the only one tried"
+    if item.width == 1:
+        return f"{low}{' or less' if item.open_low else ' or more' if item.open_high else ' only'}"
+    return f"{low}{' or less' if item.open_low else ''} to {high}{' or more' if item.open_high else ''}"
 
 
 def speed_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
@@ -255,16 +279,23 @@ def speed_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None
     grid = Grid(
         name="speed",
         caption=f"Until {BASELINE}'s final {lora.quality}, {formats.metric(lora.target)}, is reached.",
-        headers=["recipe", "optimizer steps", "time", f"time, {BASELINE} = 1", "seeds that get there"],
+        headers=["recipe", "optimizer steps", "time", f"time, {BASELINE} = 1", "seeds that reach it"],
         rows=[_speed_cells(item, lora) for item in found.values()],
     )
     notes = [
         (
-            "Mean over the seeds that get there, each recipe at its own best learning rate. Time: the start, and "
-            "training steps at the run's average speed, without evaluations."
-        )
+            "Over the seeds that reach it, each recipe at its own best learning rate: mean of the steps, median of the "
+            "times. Time: the initialization, and training steps at the run's average speed, without evaluations."
+        ),
+        f"Differences in this table have not been tested for significance. {_averaged(lora)}".strip(),
     ]
     return Section("speed", f"Speed to {BASELINE}'s quality", speed_verdict(found), grid, notes)
+
+
+def _averaged(lora: Speed) -> str:
+    if lora.window is None:
+        return ""
+    return f"Training losses are means over {formats.plural(lora.window, 'step')}."
 
 
 def _speed_cells(item: Speed, lora: Speed) -> list[Cell]:
@@ -280,7 +311,7 @@ def _speed_cells(item: Speed, lora: Speed) -> list[Cell]:
 
 
 def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """Show what training did to text that has nothing to do with the task.
+    """Show what training did to unrelated text.
 
     Args:
         comparison: The runs.
@@ -303,7 +334,7 @@ def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section |
     }
     grid = Grid(
         name="forgetting",
-        caption="Loss per token, in nats, on text that has nothing to do with the task.",
+        caption="Loss per token, in nats, on text unrelated to the task.",
         headers=["recipe", *parts, "seeds"],
         rows=[
             [
@@ -324,9 +355,9 @@ def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section |
 def _mean_cell(values: Sequence[float]) -> Cell:
     mean = fmean(values)
     estimated = estimate(np.array(values)[:, None])
-    # The base is the same for every seed.
-    known = estimated if estimated is not None and estimated.standard_error else None
-    return number_cell(mean, formats.metric(mean), formats.interval(known.interval if known else None))
+    return number_cell(
+        mean, formats.metric(mean), formats.interval(estimated.interval if estimated else None)
+    )
 
 
 def flatness_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
@@ -344,14 +375,15 @@ def flatness_section(comparison: Comparison, rows: Sequence[Row]) -> Section | N
     headers, lines = flatness_table(comparison, rows)
     grid = Grid(
         name="flatness",
-        caption="How flat the loss is where the runs behind the results ended, next to the generalisation gap.",
+        caption="How flat the loss is at the end of the runs behind the results, next to the generalisation gap.",
         headers=headers,
         rows=[[_text_cell(line) for line in cells] for cells in lines],
     )
     chart = Chart(
         "flatness-gap",
         "Flatness and generalisation gap",
-        "Each judged run. Runs of one method differ by their seeds alone; a trend between so few methods is no cause.",
+        "Each run behind the results. Runs of one recipe differ only in their seeds; a trend over so few recipes "
+        "proves no cause.",
         plain(without_legend(flatness_figure(comparison, rows))),
     )
     return Section(

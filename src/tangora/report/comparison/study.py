@@ -13,6 +13,7 @@ from tangora.report.comparison.further import tasks_verdict
 from tangora.report.comparison.page import data_link, missing_sentence
 from tangora.report.comparison.pareto import COSTS, Cost
 from tangora.report.comparison.picture import save_study_picture
+from tangora.report.comparison.setup import setup_facts
 from tangora.report.comparison.tables import csv_text, flat_row
 from tangora.report.drawing.styles import SVG_DASHES, Style, recipe_styles
 from tangora.report.files import write_atomic
@@ -152,6 +153,7 @@ def _task(name: str, comparison: Comparison) -> dict[str, str | None]:
         "name": name,
         "title": comparison.title,
         "link": f"{quote(name)}/report.html" if comparison.records else None,
+        "setup": ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
         "metric": f"test {comparison.metric}, {'higher' if comparison.higher_is_better else 'lower'} is better",
         "state": missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet."),
     }
@@ -196,8 +198,8 @@ def _differences(study: _Study, styles: dict[str, Style]) -> Section | None:
     ]
     note = (
         f"Test metric minus {BASELINE}'s, with 95 % intervals that are not corrected for the number of recipes. "
-        "Filled marks are wins and losses after the correction, hollow ones within noise; triangles at the edge lie "
-        "beyond it."
+        "Filled marks are wins and losses after the correction, hollow ones are not significant; triangles at the edge "
+        "lie beyond it."
     )
     return Section("differences", f"Against {BASELINE}", charts=charts, notes=[note]) if charts else None
 
@@ -235,7 +237,9 @@ def _pairs(found: TaskMatrix) -> Section | None:
             for ours in found.recipes
         ],
     )
-    notes = ["Corrected for all pairs of recipes on all tasks (Holm), which few seeds can hardly pass."]
+    notes = [
+        "Corrected for all pairs of recipes on all tasks (Holm); with few seeds hardly any difference remains."
+    ]
     return Section("pairs", "Every pair", grid=grid, notes=notes)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tangora.report import formats
+from tangora.report.comparison.setup import busy_sentences, setup_line
 from tangora.report.files import write_atomic
 from tangora.report.records import Comparison
 from tangora.report.statistics.intervals import Interval
@@ -88,8 +89,10 @@ def _quality(comparison: Comparison) -> list[Column]:
 
 def _costs() -> list[Column]:
     return [
-        _cost("time per run", lambda row: row.time and row.time.total, formats.seconds, "time"),
+        _cost("time per run", lambda row: row.seconds, formats.seconds, "time"),
+        _range("range of the time", lambda row: row.seconds_range, formats.seconds),
         _cost("optimizer step", lambda row: row.step_milliseconds, formats.milliseconds, "opt.\nstep"),
+        _range("range of the step", lambda row: row.step_milliseconds_range, formats.milliseconds),
         _cost("optimizer state", lambda row: row.optimizer_state_bytes, formats.size, "opt.\nstate"),
         _cost("peak memory", lambda row: row.peak_bytes, formats.size),
         _cost("trained", lambda row: row.trainable_parameters, formats.count),
@@ -118,6 +121,12 @@ def _cost(header: str, value: Callable[[Row], Any], write: Callable[[Any], str],
     return _number(header, value, write, short, cost=True)
 
 
+def _range(header: str, value: Callable[[Row], Interval | None], write: Callable[[float], str]) -> Column:
+    return Column(
+        header, lambda row: formats.span(value(row), write), lambda _: None, beneath=True, cost=True
+    )
+
+
 def _signed(value: Interval | None) -> str:
     return formats.interval(value, sign=True)
 
@@ -130,12 +139,13 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> Table:
         comparison: The runs the rows come from.
 
     Returns:
-        A table without the less important columns.
+        A table without the less important columns, under what all runs share.
     """
     shown = [column for column in columns(comparison) if column.short]
     table = Table(
-        title=Text(comparison.title),
-        caption=_legend(rows),
+        title=Text(f"{comparison.title}\n{setup_line(comparison)}".strip()),
+        title_justify="left",
+        caption=_legend(comparison, rows),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -153,10 +163,15 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> Table:
     return table
 
 
-def _legend(rows: Sequence[Row]) -> str | None:
-    if any(row.edge for row in rows):
-        return "↑ ↓: the learning rate lies at the high or low end of its grid"
-    return None
+def _legend(comparison: Comparison, rows: Sequence[Row]) -> str | None:
+    lines = (
+        ["↑ ↓: the learning rate lies at the high or low end of its grid"]
+        if any(r.edge for r in rows)
+        else []
+    )
+    if any(row.seconds is not None and row.num_seeds > 1 for row in rows):
+        lines.append("time, opt. step: medians over the runs")
+    return "\n".join([*lines, *busy_sentences(comparison, rows)]) or None
 
 
 def markdown_table(rows: Sequence[Row], comparison: Comparison) -> str:
@@ -209,7 +224,7 @@ def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flat_row(row: Row) -> dict[str, Any]:
-    """Spread the intervals and the time split of a row over columns of their own.
+    """Spread the intervals, ranges and the time split of a row over columns of their own.
 
     Args:
         row: From `summarize`.
@@ -218,7 +233,7 @@ def flat_row(row: Row) -> dict[str, Any]:
         Name to value, unrounded.
     """
     cells = asdict(row)
-    for name in [name for name in cells if name.endswith("interval")]:
+    for name in [name for name in cells if name.endswith(("interval", "range"))]:
         low, high = cells.pop(name) or (None, None)
         cells |= {f"{name}_low": low, f"{name}_high": high}
     time = cells.pop("time")

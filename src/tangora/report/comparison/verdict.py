@@ -1,9 +1,11 @@
 """The result of a comparison in a few sentences that say no more than the data supports."""
 
+import math
 from collections.abc import Sequence
 
 from tangora.report import formats
 from tangora.report.statistics.intervals import ALPHA
+from tangora.report.statistics.recommendation import Recommendation
 from tangora.report.statistics.summary import BASELINE, CEILING, Row, leads, trails
 
 
@@ -14,28 +16,171 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         rows: From `summarize`, best first.
 
     Returns:
-        Two to four sentences: who is best and whether by more than noise, who else differs from LoRA, the gap
-        between LoRA and full fine-tuning, and what to beware of: narrow grids, diverged and failed runs.
+        Two to four sentences: which recipes differ significantly from LoRA, which has the best result, the gap
+        between LoRA and full fine-tuning, and what limits these findings: narrow grids, diverged and failed runs.
     """
     judged = [row for row in rows if row.test is not None]
     if judged:
-        sentences = [_best(judged), _others(judged), _gap(judged), _caution(rows)]
+        sentences = [_against_lora(judged), _best(judged), _gap(judged), _caution(rows)]
     else:
         sentences = ["No recipe has a test result, so nothing can be compared.", _caution(rows)]
     return [sentence for sentence in sentences if sentence]
 
 
+def _cost(found: Recommendation) -> str:
+    if found.seconds is None:
+        return "in memory; the machine was too busy to compare times"
+    # what reads the same is the same
+    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
+    return took if took.startswith(least) else f"{took}, within 5 % of the fastest, {least}"
+
+
+def recommendation_sentence(found: Recommendation | None) -> str | None:
+    """Say which recipe to use, and why.
+
+    Args:
+        found: From `recommend`.
+
+    Returns:
+        A sentence, or None if no run finished.
+    """
+    if found is None:
+        return None
+    use = f"use {found.recipe} at {formats.learning_rate(found.learning_rate)}"
+    if not found.decided:
+        return (
+            "Recommendation: cannot be decided with one seed per recipe, which tells no difference from noise; best on "
+            f"validation data is {found.recipe} at {formats.learning_rate(found.learning_rate)}."
+        )
+    if not found.swept:
+        return (
+            f"Recommendation: try more learning rates first; of the rates that were tried, {found.recipe} at "
+            f"{formats.learning_rate(found.learning_rate)} is "
+            f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
+        )
+    if len(found.candidates) == 1:
+        return f"Recommendation: {use}, the best; no other recipe with several seeds is level with it."
+    cheapest = (
+        f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
+        "significantly worse than the best"
+    )
+    if found.difference is None:
+        return f"{cheapest}, and the best itself."
+    noise = formats.interval(found.difference_interval, sign=True)
+    known = "" if found.difference_interval is None else f", 95 % interval {noise}"
+    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}{known})."
+
+
+def _against_lora(judged: Sequence[Row]) -> str | None:
+    others = [row for row in judged if row.recipe not in (BASELINE, CEILING)]
+    if not others or all(row.recipe != BASELINE for row in judged):
+        return None
+    tested = [row for row in others if row.p_value is not None]
+    nearest = _amounts(_tied(others))
+    if not tested:
+        return (
+            f"With {_unknown(others[0])} no difference from {BASELINE} can be told from noise; the best of the others: "
+            f"{nearest}."
+        )
+    better, worse = [row for row in tested if leads(row)], [row for row in tested if trails(row)]
+    parts = [
+        f"{_amounts(found)} {'is' if len(found) == 1 else 'are'} significantly {how} than {BASELINE}"
+        for found, how in ((better, "better"), (worse, "worse"))
+        if found
+    ]
+    # the sentence on the gap says it of full fine-tuning
+    apart = any(row.recipe == CEILING and (leads(row) or trails(row)) for row in judged)
+    none = "No recipe but full fine-tuning" if apart else "No recipe"
+    if not parts and len(others) == 1:
+        return f"{others[0].recipe} is not significantly different from {BASELINE} ({_distance(others[0])})."
+    if not parts:
+        return f"{none} is significantly different from {BASELINE}; the best of the others: {nearest}."
+    if not better:
+        parts.insert(0, f"{none} is significantly better than {BASELINE}")
+    return f"{'; '.join(parts)}."
+
+
+def _unknown(row: Row) -> str:
+    # why a difference has no p-value
+    return "one seed per recipe" if row.num_seeds == 1 else "so few different seeds"
+
+
+def _amounts(rows: Sequence[Row]) -> str:
+    return formats.listing(f"{row.recipe} ({_distance(row)})" for row in rows)
+
+
+def _distance(row: Row) -> str:
+    # the difference from LoRA with what is known of its noise
+    amount = formats.difference(row.difference)
+    if row.p_value is None:
+        return amount
+    noise = formats.interval(row.difference_interval, sign=True)
+    corrected = f"{amount}, 95 % interval {noise}, corrected {formats.p_value(row.p_corrected)}"
+    # the interval of one recipe alone may say otherwise
+    lost = row.p_value < ALPHA and row.p_corrected is not None and row.p_corrected >= ALPHA
+    return f"{corrected}: not significant after correction for the number of recipes" if lost else corrected
+
+
 def _best(judged: Sequence[Row]) -> str:
     best, *others = judged
-    measured = f"{formats.metric(best.test)} ({_certainty(best)})"
     if not others:
-        return (
-            f"{best.recipe} reaches a test {best.metric} of {measured}; there is no other recipe to compare."
-        )
-    tied = [row.recipe for row in judged if row.test == best.test]
+        return f"{best.recipe} reaches a test {best.metric} of {_measured(best)}; there is no other recipe to compare."
+    tied = _tied(judged)
     if len(tied) > 1:
-        return f"{formats.listing(tied)} share the best test {best.metric}, {measured}."
-    return f"{best.recipe} has the best test {best.metric}, {measured}{_margin(best, others)}."
+        known = {_certainty(row) for row in tied}
+        each = (
+            known.pop() if len(known) == 1 else "; ".join(f"{row.recipe}: {_certainty(row)}" for row in tied)
+        )
+        names = formats.listing(row.recipe for row in tied)
+        return f"{names} share the best test {best.metric}, {formats.metric(best.test)} ({each}){_standing(tied)}."
+    return f"{best.recipe} has the best test {best.metric}, {_measured(best)}{_next(best, others)}."
+
+
+def _tied(rows: Sequence[Row]) -> list[Row]:
+    # sums in another order differ by rounding
+    best = rows[0].test
+    assert best is not None
+    tied = [row for row in rows if row.test is not None and math.isclose(row.test, best, abs_tol=1e-12)]
+    return sorted(tied, key=lambda row: row.recipe)
+
+
+def _standing(best: Sequence[Row]) -> str:
+    # what the best are against LoRA, where another sentence does not say it
+    told = [row for row in best if row.recipe not in (BASELINE, CEILING) and row.p_value is not None]
+    if not told or any(row.recipe == BASELINE for row in best):
+        return ""
+    amount = formats.difference(told[0].difference)
+    if all(leads(row) for row in told):
+        return f", significantly better than {BASELINE} ({amount})"
+    if any(leads(row) for row in told):
+        return ""
+    return f", not significantly different from {BASELINE} ({amount})"
+
+
+def _next(best: Row, others: Sequence[Row]) -> str:
+    if any(row.recipe == BASELINE for row in others):
+        return _standing([best])
+    second = others[0]
+    if best.recipe != BASELINE:
+        return _overlap(best, second)
+    amount = formats.difference(second.difference)
+    if second.p_value is None:
+        return f"; {_unknown(second)} cannot tell whether the next, {second.recipe} ({amount}), is different"
+    if trails(second):
+        return f"; the next, {second.recipe}, is significantly worse ({amount})"
+    return f"; the next, {second.recipe}, is not significantly different ({amount})"
+
+
+def _overlap(best: Row, second: Row) -> str:
+    if best.interval is None or second.interval is None:
+        return f"; one seed cannot tell whether the next, {second.recipe}, is different"
+    if best.interval[0] <= second.interval[1] and second.interval[0] <= best.interval[1]:
+        return f", but its interval overlaps that of the next, {second.recipe}"
+    return f"; its interval does not overlap that of the next, {second.recipe}"
+
+
+def _measured(row: Row) -> str:
+    return f"{formats.metric(row.test)} ({_certainty(row)})"
 
 
 def _certainty(row: Row) -> str:
@@ -45,60 +190,6 @@ def _certainty(row: Row) -> str:
     return f"95 % interval {formats.interval(row.interval)}, {seeds}"
 
 
-def _margin(best: Row, others: Sequence[Row]) -> str:
-    if best.recipe == BASELINE:
-        return _margin_of_baseline(others[0])
-    if any(row.recipe == BASELINE for row in others):
-        if best.recipe == CEILING:
-            return ""  # the sentence on the gap says it
-        return _margin_over_baseline(best)
-    return _margin_without_baseline(best, others[0])
-
-
-def _margin_over_baseline(best: Row) -> str:
-    amount = formats.difference(best.difference)
-    if best.p_value is None:
-        return f"; whether its difference from {BASELINE}, {amount}, is more than noise cannot be told"
-    noise = formats.interval(best.difference_interval, sign=True)
-    if leads(best):
-        return f"; its difference from {BASELINE}, {amount}, is more than noise (95 % interval {noise})"
-    if best.p_value < ALPHA:
-        return (
-            f", but its difference from {BASELINE}, {amount} (95 % interval {noise}), is within noise once corrected "
-            f"for the number of recipes ({formats.p_value(best.p_corrected)})"
-        )
-    return f", but its difference from {BASELINE}, {amount}, is within noise (95 % interval {noise})"
-
-
-def _margin_of_baseline(second: Row) -> str:
-    amount = formats.difference(second.difference)
-    if second.p_value is None:
-        return f"; whether it differs from the next, {second.recipe} ({amount}), by more than noise cannot be told"
-    if trails(second):
-        return f"; the next, {second.recipe}, is worse by more than noise ({amount})"
-    return f", but the next, {second.recipe}, differs from it only within noise ({amount})"
-
-
-def _margin_without_baseline(best: Row, second: Row) -> str:
-    if best.interval is None or second.interval is None:
-        return f"; whether it differs from the next, {second.recipe}, by more than noise cannot be told"
-    if best.interval[0] <= second.interval[1] and second.interval[0] <= best.interval[1]:
-        return f", but its interval overlaps that of the next, {second.recipe}"
-    return f"; its interval does not overlap that of the next, {second.recipe}"
-
-
-def _others(judged: Sequence[Row]) -> str | None:
-    others = [row for row in judged[1:] if row.recipe != CEILING]
-    better = [row.recipe for row in others if leads(row)]
-    worse = [row.recipe for row in others if trails(row)]
-    parts = [
-        f"{formats.listing(names)} {'is' if len(names) == 1 else 'are'} {how} than {BASELINE} by more than noise"
-        for names, how in ((better, "better"), (worse, "worse"))
-        if names
-    ]
-    return f"Of the others, {'; '.join(parts)}." if parts else None
-
-
 def _gap(judged: Sequence[Row]) -> str | None:
     by_name = {row.recipe: row for row in judged}
     full = by_name.get(CEILING)
@@ -106,15 +197,15 @@ def _gap(judged: Sequence[Row]) -> str | None:
         return None
     amount = formats.difference(full.difference)
     if full.p_value is None:
-        return f"Full fine-tuning differs from {BASELINE} by {amount}; one seed cannot tell that from noise."
-    noise = formats.interval(full.difference_interval, sign=True)
+        return f"Full fine-tuning differs from {BASELINE} by {amount}; {_unknown(full)} cannot tell that from noise."
+    noise = f"{amount}, 95 % interval {formats.interval(full.difference_interval, sign=True)}"
     if leads(full):
-        return f"Full fine-tuning is better than {BASELINE} by {amount} ({noise}){_closest(judged)}."
+        return f"Full fine-tuning is significantly better than {BASELINE} ({noise}){_closest(judged)}."
     if trails(full):
-        return f"Full fine-tuning is worse than {BASELINE} by {amount} ({noise}): there is no gap to close."
+        return f"Full fine-tuning is significantly worse than {BASELINE} ({noise}): there is no gap to close."
     return (
-        f"Full fine-tuning differs from {BASELINE} by {amount}, which is within noise ({noise}): "
-        "no share of that gap is given."
+        f"Full fine-tuning is not significantly different from {BASELINE} ({noise}), so no share of that gap is "
+        "given."
     )
 
 
@@ -132,7 +223,7 @@ def _closest(judged: Sequence[Row]) -> str:
 def _caution(rows: Sequence[Row]) -> str:
     concerns = [concern for concern in (_narrow_grids(rows), _trouble(rows)) if concern]
     if concerns:
-        return f"Beware: {'; '.join(concerns)}."
+        return f"Note: {'; '.join(concerns)}."
     return "Every chosen learning rate lies inside its grid, and no run diverged or failed."
 
 

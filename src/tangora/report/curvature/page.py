@@ -17,6 +17,7 @@ from tangora.report.drawing.charts import charts
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
+from tangora.report.subject import subject_facts
 
 _TEMPLATE = "curvature.html.j2"
 _SPACES = (
@@ -85,6 +86,7 @@ def render_curvature(record: CurvatureRecord) -> str:
         figures=[(figure, charts(figure)) for figure in figures(record)],
         tables=_tables(record),
         duration=formats.seconds(record.seconds),
+        setup=subject_facts(record.settings, record.model_description),
         settings=flat(record.settings),
         versions=sorted(record.versions.items()),
     )

@@ -14,7 +14,7 @@ OPERATOR_NAMES: dict[Operator, str] = {"hessian": "Hessian", "gauss-newton": "Ga
 FACTORS = (
     "Figures over the factors A and B belong to this pair of factors, not to the model: they change under "
     "(B, A) → (BR, R⁻¹A), which leaves every weight, every output and the figures over the tangent space as they are. "
-    "They must not be compared across methods, ranks, scalings or starts."
+    "They must not be compared across methods, ranks, scalings or initializations."
 )
 
 
@@ -35,7 +35,7 @@ def findings(record: CurvatureRecord) -> list[str]:
         *_of_batches(record),
         *_of_layers(record),
         *_of_factors(record),
-        f"All of this holds for the {formats.plural(record.num_examples, f'{record.split} example')} that were read.",
+        f"All numbers are for the {formats.plural(record.num_examples, f'{record.split} example')} that were read.",
     ]
 
 
@@ -81,7 +81,7 @@ def _of_top(spectrum: Spectrum) -> list[str]:
     sentences = [f"{text}."]
     if not spectrum.converged:
         sentences.append(
-            "Not all of these eigenvalues converged within the budget; the residuals say how far each may be off."
+            "Not all of these eigenvalues converged within the budget; the residuals bound their errors."
         )
     return sentences
 
@@ -131,8 +131,8 @@ def _of_batches(record: CurvatureRecord) -> list[str]:
         return []
     largest, spread = formats.significant(noise.largest.mean), formats.significant(noise.largest.deviation)
     text = (
-        f"Over {len(noise.batches)} mini-batches the largest curvature is {largest} in the mean, ± {spread} between "
-        f"them; that of their mean is {formats.significant(noise.whole.value)}."
+        f"Over {len(noise.batches)} mini-batches the largest curvature is {largest} on average, with a standard "
+        f"deviation of {spread}; that of the mean loss is {formats.significant(noise.whole.value)}."
     )
     return [text]
 
@@ -143,7 +143,7 @@ def _of_layers(record: CurvatureRecord) -> list[str]:
         return []
     top = sorted(layers, key=lambda layer: -layer.eigenvector_share)[:3]
     parts = [f"{layer.name} ({formats.small_share(layer.eigenvector_share)})" for layer in top]
-    return [f"The direction of the largest curvature lies above all in {formats.listing(parts)}."]
+    return [f"The direction of the largest curvature lies mainly in {formats.listing(parts)}."]
 
 
 def _of_factors(record: CurvatureRecord) -> list[str]:

@@ -11,22 +11,22 @@ from tangora.report.diagnosis.summary import findings
 from tangora.report.diagnosis.tables import kind_table, layer_table
 from tangora.report.files import write_atomic
 from tangora.report.layout import Chart, flat, plain, render
+from tangora.report.subject import subject_facts
 
 _TEMPLATE = "diagnosis.html.j2"
 _CAPTURED = (
     "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move "
-    "the weight, over that of the gradient. Averages weight each layer with its gradient's energy, which is its part "
-    "in the first-order fall of the loss: the adapter's with the gradient at its own weights, all others with the base "
-    "model's."
+    "the weight, over that of the gradient. Averages weight each layer with its gradient's energy, its part in the "
+    "first-order decrease of the loss: the adapter's at its own weights, all others at the base model's."
 )
 _BEST = (
     "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the "
-    "gradient. LoRA-GA's start is made to reach it."
+    "gradient. LoRA-GA is built to reach it."
 )
 _SAMPLE = (
-    "The gradient is the mean over the examples that were read. The starts that are made from it (LoRA-GA, LoRA-One), "
-    "the best and the rank plan fit these examples, and see less of the gradient on others; the fewer were read, the "
-    "more so. Columns “on other examples” say how much less."
+    "The gradient is the mean over the examples that were read. The initializations computed from it (LoRA-GA, "
+    "LoRA-One), the best and the rank plan fit these examples and capture less of the gradient on others, the less the "
+    "fewer were read. Columns “on other examples” show how much."
 )
 
 
@@ -50,7 +50,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         record: What was found.
 
     Returns:
-        A whole HTML page: findings, maps of all layers, the rank plan, all numbers, and what is needed to repeat it.
+        A whole HTML page: findings, maps of all layers, the rank plan, all numbers, and how to repeat it.
     """
     diagnosis = record.diagnosis
     return render(
@@ -64,15 +64,15 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         views=view_names(diagnosis),
         captured=Chart(
             "captured",
-            "What each layer's adapter can see",
-            "Share of the energy of each layer's gradient that an adapter can follow, in percent. The table of all "
+            "What each layer's adapter captures",
+            "Share of the energy of each layer's gradient that an adapter captures, in percent. The table of all "
             "layers below has the same numbers.",
             plain(captured_figure(diagnosis)),
         ),
         reach=Chart(
             "reach",
-            "What more rank would bring",
-            "Share of the gradient's energy that the best adapters of one rank could follow: the first 2 × rank "
+            "What a higher rank would capture",
+            "Share of the gradient's energy that the best adapters of one rank could capture: the first 2 × rank "
             "singular values of each gradient, squared.",
             plain(reach_figure(diagnosis)),
         ),
@@ -84,6 +84,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         ),
         plan_config=json.dumps(diagnosis.plan.config(), indent=1),
         notes=_notes(diagnosis),
+        setup=subject_facts(record.settings, record.model_description),
         settings=flat(record.settings),
         versions=sorted(record.versions.items()),
     )
@@ -93,8 +94,8 @@ def _plan_caption(diagnosis: Diagnosis) -> str:
     plan = diagnosis.plan
     return (
         f"Ranks that cost {formats.count(plan.parameters)} adapter parameters, within the {formats.count(plan.budget)} "
-        f"of rank {plan.r} everywhere, and could see {formats.tenths(plan.captured_energy)} of the gradient instead of "
-        f"{formats.tenths(plan.uniform_captured_energy)}."
+        f"of rank {plan.r} everywhere, and could capture {formats.tenths(plan.captured_energy)} of the gradient "
+        f"instead of {formats.tenths(plan.uniform_captured_energy)}."
     )
 
 
@@ -113,5 +114,5 @@ def _notes(diagnosis: Diagnosis) -> list[str]:
         )
     if diagnosis.skipped:
         names = ", ".join(f"{name} ({reason})" for name, reason in list(diagnosis.skipped.items())[:5])
-        notes.append(f"Not looked at: {formats.plural(len(diagnosis.skipped), 'layer')}: {names}.")
+        notes.append(f"Not examined: {formats.plural(len(diagnosis.skipped), 'layer')}: {names}.")
     return notes

@@ -18,10 +18,10 @@ START_NAMES = {
 }
 _WORTH_IT = 0.01  # what a rank plan must promise more, as a share of the gradient's energy
 _IN_SENTENCES = {
-    "orthogonal": "a random orthogonal start",
-    "pissa": "PiSSA's start",
-    "lora-ga": "LoRA-GA's start",
-    "lora-one": "LoRA-One's start",
+    "orthogonal": "a random orthogonal initialization",
+    "pissa": "PiSSA",
+    "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
 }
 
 
@@ -174,7 +174,7 @@ def findings(diagnosis: Diagnosis) -> list[str]:
         *_of_ranks(diagnosis),
         *_of_plan(diagnosis),
         *_of_hungry(diagnosis),
-        "This is what a first step from there can follow of the gradient on this data, not how training will end.",
+        "These shares are about the first step of training on this data; they do not predict the final result.",
     ]
 
 
@@ -182,24 +182,26 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
     totals, ranks = diagnosis.totals, _ranks(layer.rank for layer in diagnosis.layers)
     lora = totals.starts.get("lora")
     if diagnosis.plain_start and lora is not None:
-        return [f"A plain LoRA start of {ranks} sees {formats.small_share(lora)} of the full gradient."]
+        return [
+            f"Plain LoRA of {ranks} captures {formats.small_share(lora)} of the full gradient's energy at its start."
+        ]
     if totals.adapter is None:
         return []
     own = _ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
     seen = formats.small_share(totals.adapter)
-    sentences = [f"The adapter as it stands, of {own}, sees {seen} of the full gradient at its own weights."]
+    sentences = [f"The adapter, of {own}, captures {seen} of the full gradient's energy at its own weights."]
     if lora is not None:
-        sentences.append(f"A plain LoRA start of {ranks} on the base model sees {formats.small_share(lora)}.")
+        sentences.append(f"Plain LoRA of {ranks} on the base model captures {formats.small_share(lora)}.")
     return sentences
 
 
 def _of_starts(diagnosis: Diagnosis) -> list[str]:
     totals = diagnosis.totals
     others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
-    parts = [f"no adapter of this rank can see more than {formats.small_share(totals.reachable)}"]
+    parts = [f"no adapter of this rank can capture more than {formats.small_share(totals.reachable)}"]
     if others:
         seen = [
-            f"{_IN_SENTENCES[start]} {'' if index else 'would see '}{formats.small_share(totals.starts[start])}"
+            f"{_IN_SENTENCES[start]} {'' if index else 'would capture '}{formats.small_share(totals.starts[start])}"
             for index, start in enumerate(others)
         ]
         parts.insert(0, ", ".join(seen))
@@ -207,40 +209,44 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
     sentences = [f"{text[0].upper()}{text[1:]}."]
     if totals.held_out and (starts := fitted(diagnosis.layers)):
         shares = [
-            f"{_IN_SENTENCES[start]} sees {formats.small_share(totals.held_out[start])}" for start in starts
+            f"{formats.small_share(totals.held_out[start])} for {_IN_SENTENCES[start]}" for start in starts
         ]
         sentences.append(
-            f"Of the gradient on other examples than it was made from, {formats.listing(shares)}."
+            f"On examples that were not used for the initialization, captured energy is {formats.listing(shares)}."
         )
     return sentences
 
 
 def _of_ranks(diagnosis: Diagnosis) -> list[str]:
     row = kind_rows(diagnosis)[-1]
-    parts = [f"{share} % of it {_at_rank(row.ranks_needed[share], row.known_rank)}" for share in SHARES]
-    return [f"With one rank for all layers, the best adapters could see {formats.listing(parts)}."]
+    # one rank may reach several shares: the largest says it all
+    largest = {row.ranks_needed[share]: share for share in SHARES}
+    parts = [f"{share} % of the energy {_at_rank(rank, row.known_rank)}" for rank, share in largest.items()]
+    return [f"With one rank for all layers, adapters can capture {formats.listing(parts)}."]
 
 
 def _at_rank(rank: int | None, known: int) -> str:
-    return f"only beyond rank {known}" if rank is None else f"at rank {rank}"
+    return f"only beyond rank {known}" if rank is None else f"from rank {rank} on"
 
 
 def _of_plan(diagnosis: Diagnosis) -> list[str]:
     plan = diagnosis.plan
     parameters = formats.count(plan.budget)
     if not plan.rank_pattern:
-        return [f"No other sharing of rank {plan.r}'s {parameters} parameters is expected to see more."]
+        return [
+            f"No other distribution of rank {plan.r}'s {parameters} parameters over layers is expected to capture more."
+        ]
     spread = f"the rank plan (ranks {min(plan.ranks.values())} to {max(plan.ranks.values())})"
     shares = (
         f"{formats.tenths(plan.captured_energy)} instead of {formats.tenths(plan.uniform_captured_energy)}"
     )
     if plan.gain < _WORTH_IT:
-        text = f"To share the {parameters} parameters of rank {plan.r} out otherwise gains little: {spread} could see "
+        text = f"Distributing rank {plan.r}'s {parameters} parameters differently gains little: {spread} could capture "
         return [f"{text}{shares}."]
-    text = f"For the {parameters} parameters of rank {plan.r} everywhere, {spread} could see {shares}."
+    text = f"With the {parameters} parameters of rank {plan.r} everywhere, {spread} could capture {shares}."
     if plan.at_limit:
         text += (
-            f" {formats.plural(len(plan.at_limit), 'layer')} got the largest rank whose worth is known; a larger "
+            f" {formats.plural(len(plan.at_limit), 'layer')} got the largest rank that was examined; a larger "
             "num_values may find more."
         )
     return [text]
@@ -251,9 +257,9 @@ def _of_hungry(diagnosis: Diagnosis) -> list[str]:
         f"{layer.name} ({formats.small_share(diagnosis.missed_share(layer))})"
         for layer in diagnosis.starving(3)
     ]
-    whom = "the adapter" if diagnosis.totals.adapter is not None else "the first start"
+    whom = "the adapter" if diagnosis.totals.adapter is not None else "the first initialization"
     return [
-        f"Most of what {whom} misses lies in {formats.listing(parts)}, as shares of the whole gradient's energy."
+        f"What {whom} misses is largest in {formats.listing(parts)}, as shares of the whole gradient's energy."
     ]
 
 

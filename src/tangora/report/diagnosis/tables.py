@@ -143,7 +143,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     ranks = sorted({layer.rank for layer in diagnosis.layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     kinds = rich_table(
-        f"Percentage of the gradient's energy that adapters of {rank} can follow",
+        f"Percentage of the gradient's energy that adapters of {rank} capture",
         *_short_kind_table(diagnosis),
     )
     worst = [
@@ -158,7 +158,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         ]
         for layer in diagnosis.starving(_MAX_WORST)
     ]
-    title = "Layers that are missed most, as shares of the whole gradient's energy"
+    title = "Layers with the largest missed parts, as shares of the whole gradient's energy"
     return [kinds, rich_table(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
 
 

@@ -58,6 +58,11 @@ class Robustness:
         """The factor between the largest and the smallest learning rate of the range; 1 for the best alone."""
         return self.high / self.low
 
+    @property
+    def single(self) -> bool:
+        """Whether no other learning rate was tried, so that nothing is known of a range."""
+        return self.open_low and self.open_high and self.width == 1
+
 
 def robustness(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Robustness]:
     """Measure how much each recipe depends on its learning rate.

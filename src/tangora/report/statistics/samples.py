@@ -1,7 +1,8 @@
 """Test scores of recipes, and what is estimated from several of them together."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from tangora.report.statistics.selection import metric_value
 # What a float32 metric, or one rounded to four decimals, may differ by from the mean over its examples.
 _SAME_METRIC = 1e-4
 
+_BOUNDS = {"accuracy": (0.0, 1.0), "exact_match": (0.0, 1.0), "loss": (0.0, math.inf)}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -22,10 +25,12 @@ class Sample:
     Attributes:
         seeds: One per row.
         scores: Seeds x test examples, or seeds x 1.
+        bounds: The smallest and the largest possible score.
     """
 
     seeds: tuple[int, ...]
     scores: Scores
+    bounds: Interval = (-math.inf, math.inf)
 
     @property
     def mean(self) -> float:
@@ -49,14 +54,15 @@ def sample(runs: Sequence[Record], metric: str) -> Sample | None:
         return None
     seeds = tuple(run.seed for run, _ in tested)
     means = np.array([value for _, value in tested])
+    bounds = _BOUNDS.get(metric, (-math.inf, math.inf))
     # Other metrics (macro F1) are no means over examples, and cannot be resampled by them.
     for field in ("correct", "scores"):
         scores = _by_example([getattr(run, field, None) for run, _ in tested])
         if scores is not None and np.allclose(
             scores.mean(axis=1), means, rtol=_SAME_METRIC, atol=_SAME_METRIC
         ):
-            return Sample(seeds, scores)
-    return Sample(seeds, means[:, None])
+            return Sample(seeds, scores, bounds)
+    return Sample(seeds, means[:, None], bounds)
 
 
 def _by_example(recorded: Sequence[Any]) -> Scores | None:
@@ -76,7 +82,7 @@ def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
         terms: Weight and scores of each recipe.
 
     Returns:
-        The estimate, or None if one number per recipe is all there is.
+        The estimate, or None if one number per recipe is all there is, or all seeds have the same.
     """
     # Where only some recipes have scores of single examples, no pair of examples can be made.
     in_common = len({item.scores.shape[1] for _, item in terms}) == 1
@@ -84,23 +90,35 @@ def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
     for weight, item in terms:
         scores = item.scores if in_common else item.scores.mean(axis=1, keepdims=True)
         groups[item.seeds] = groups.get(item.seeds, 0.0) + weight * scores
-    return estimate(*groups.values())
+    unit = max(math.sqrt((item.scores**2).mean()) for _, item in terms)
+    estimated = estimate(*groups.values(), unit=unit)
+    if estimated is None:
+        return None
+    low, high = (
+        sum(weight * item.bounds[(weight < 0) != end] for weight, item in terms if weight) for end in (0, 1)
+    )
+    return replace(
+        estimated, bounds=(low, high), proportion=len(terms) == 1 and _are_answers(terms[0][1].scores)
+    )
+
+
+def _are_answers(scores: Scores) -> bool:
+    return scores.shape[1] > 1 and bool(np.isin(scores, (0.0, 1.0)).all())
 
 
 def gap_closed(ours: Sample, lora: Sample, full: Sample) -> tuple[float, Interval | None]:
     """Estimate which share of the gap between LoRA and full fine-tuning a recipe closes.
 
-    The interval holds all shares for which ``ours - lora - share * (full - lora)`` cannot be told from zero, so it
-    accounts for the noise in the gap, and is not symmetric.
+    The interval holds all shares for which ``ours - lora - share * (full - lora)`` is not significantly different from
+    zero (without correction), so it accounts for the noise in the gap, and is not symmetric.
 
     Args:
         ours: Scores of the recipe.
         lora: Scores of LoRA.
-        full: Scores of full fine-tuning; its difference from LoRA must be more than noise, or the interval would
-            not end.
+        full: Scores of full fine-tuning; its difference from LoRA must be significant, or the interval would not end.
 
     Returns:
-        The share and its 95 % interval, None where a recipe has a single seed.
+        The share and its 95 % interval, None where a recipe has a single seed, or no noise is seen.
 
     Source:
         Fieller (1954), Journal of the Royal Statistical Society B 16, 175-185.
@@ -117,11 +135,9 @@ def gap_closed(ours: Sample, lora: Sample, full: Sample) -> tuple[float, Interva
 
     def excess(candidate: float) -> float:
         found = remaining(candidate)
-        assert found is not None
-        return abs(found.value) - found.margin
+        # One share of all may leave the same number for each seed.
+        return math.inf if found is None else abs(found.value) - found.margin
 
-    if excess(share) >= 0:  # no noise at all
-        return share, (share, share)
     step = found.margin / abs(gap)
     low, high = (_first_root(excess, share, sign * step) for sign in (-1, 1))
     return share, (low, high)

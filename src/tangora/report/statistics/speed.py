@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal
 
 import numpy as np
@@ -29,9 +29,11 @@ class Speed:
         quality: The loss that is reached.
         target: LoRA's at the end, mean over its seeds.
         steps: Optimizer steps until the loss is no larger, mean over the seeds that get there; None if none does.
-        seconds: The same in time: the start, and forward, backward and optimizer steps at the run's average speed.
+        seconds: The same in time, median over these seeds: the initialization, and forward, backward and optimizer
+            steps at the run's average speed.
         num_reached: Seeds that get there.
         num_seeds: All seeds.
+        window: Steps over which training losses are averaged; None for validation loss.
     """
 
     recipe: str
@@ -41,6 +43,12 @@ class Speed:
     seconds: float | None
     num_reached: int
     num_seeds: int
+    window: int | None = None
+
+    @property
+    def all_reached(self) -> bool:
+        """Whether every seed gets there."""
+        return self.num_reached == self.num_seeds
 
 
 def speeds(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Speed]:
@@ -62,21 +70,21 @@ def speeds(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Speed]:
     judged = {recipe: runs for recipe, runs in judged.items() if runs}
     if BASELINE not in judged:
         return {}
-    quality, curve = _measure(judged)
+    quality, window, curve = _measure(judged)
     ends = [losses[-1] for losses in (curve(run)[1] for run in judged[BASELINE]) if losses.size]
     if not ends or not np.isfinite(ends).all():
         return {}
     target = fmean(ends)
-    return {recipe: _speed(recipe, runs, quality, target, curve) for recipe, runs in judged.items()}
+    return {recipe: _speed(recipe, runs, quality, window, target, curve) for recipe, runs in judged.items()}
 
 
-def _measure(judged: dict[str, list[Record]]) -> tuple[Quality, Callable[[Record], _Curve]]:
+def _measure(judged: dict[str, list[Record]]) -> tuple[Quality, int | None, Callable[[Record], _Curve]]:
     everyone = [run for runs in judged.values() for run in runs]
     if all(_validation(run)[0].size > 1 for run in everyone):
-        return "validation loss", _validation
+        return "validation loss", None, _validation
     longest = max(len(run.history) for run in judged[BASELINE])
     window = max(1, round(_WINDOW_SHARE * longest))
-    return "training loss", lambda run: _training(run, window)
+    return "training loss", window, lambda run: _training(run, window)
 
 
 def _validation(run: Record) -> _Curve:
@@ -94,7 +102,12 @@ def _training(run: Record, window: int) -> _Curve:
 
 
 def _speed(
-    recipe: str, runs: Sequence[Record], quality: Quality, target: float, curve: Callable[[Record], _Curve]
+    recipe: str,
+    runs: Sequence[Record],
+    quality: Quality,
+    window: int | None,
+    target: float,
+    curve: Callable[[Record], _Curve],
 ) -> Speed:
     reached = [(run, step) for run in runs if (step := _first(*curve(run), target)) is not None]
     return Speed(
@@ -102,9 +115,10 @@ def _speed(
         quality=quality,
         target=target,
         steps=fmean(step for _, step in reached) if reached else None,
-        seconds=fmean(_seconds(run, step) for run, step in reached) if reached else None,
+        seconds=median(_seconds(run, step) for run, step in reached) if reached else None,
         num_reached=len(reached),
         num_seeds=len(runs),
+        window=window,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 from tangora._checks import InputError
 from tangora.report.records import Comparison, Record, TimeSplit
@@ -41,13 +41,14 @@ class Row:
         interval_over: What the interval would have change: seeds, test examples, or both.
         difference: `test` minus that of ``lora``.
         difference_interval: Its 95 % interval, paired where seeds and test examples agree.
-        p_value: Two-sided, of no difference from ``lora``; None for a single seed, whose interval cannot tell.
+        p_value: Two-sided, of no difference from ``lora``; None for a single seed, and where all seeds
+            of single numbers show the same difference.
         p_corrected: `p_value` by Holm's correction for all recipes of the comparison but ``full``, whose difference
             is a question of its own.
         versus_full: `test` minus that of ``full``.
         versus_full_interval: Its 95 % interval.
-        gap_closed: `difference` as a share of that of ``full``; None unless full fine-tuning is better than LoRA
-            by more than noise.
+        gap_closed: `difference` as a share of that of ``full``; None unless full fine-tuning is significantly better
+            than LoRA.
         gap_closed_interval: Its 95 % interval, which accounts for the noise of both differences.
         gap_closed_missing: Why there is no `gap_closed`.
         validation: Validation metric, mean over the seeds.
@@ -58,8 +59,11 @@ class Row:
         num_failed: Those that failed for any other reason.
         num_out_of_memory: Those of them that ran out of memory.
         num_learning_rates: Size of the grid.
-        time: Seconds per run.
-        step_milliseconds: Optimizer time per optimizer step, in milliseconds.
+        time: Seconds per run, the median of each part.
+        seconds: The same in all, median over the runs.
+        seconds_range: The shortest and the longest run.
+        step_milliseconds: Optimizer time per optimizer step, in milliseconds, median over the runs.
+        step_milliseconds_range: The smallest and the largest.
         optimizer_state_bytes: Tensors in the optimizer's state.
         peak_bytes: Peak memory during training, the largest over the seeds.
         trainable_parameters: Number of trained parameters.
@@ -91,7 +95,10 @@ class Row:
     validation_loss: float | None = None
     num_seeds: int = 0
     time: TimeSplit | None = None
+    seconds: float | None = None
+    seconds_range: Interval | None = None
     step_milliseconds: float | None = None
+    step_milliseconds_range: Interval | None = None
     optimizer_state_bytes: int | None = None
     peak_bytes: int | None = None
     trainable_parameters: int | None = None
@@ -168,16 +175,20 @@ def _row(records: Sequence[Record], comparison: Comparison) -> Row:
 
 
 def _with_costs(row: Row, runs: Sequence[Record]) -> Row:
-    steps = sum(num_steps(run) for run in runs)
-    optimizer_seconds = sum(run.time.optimizer for run in runs)
+    seconds = [run.time.total for run in runs]
+    steps = [1000 * run.time.optimizer / num for run in runs if (num := num_steps(run))]
     peaks = [run.memory.peak_bytes for run in runs if run.memory.peak_bytes is not None]
     parts = TimeSplit.model_fields
     return replace(
         row,
         validation=_mean_metric(runs, row.metric),
         validation_loss=_mean_metric(runs, "loss"),
-        time=TimeSplit(**{part: fmean(getattr(run.time, part) for run in runs) for part in parts}),
-        step_milliseconds=1000 * optimizer_seconds / steps if steps else None,
+        # medians: one run on a busy machine must not decide
+        time=TimeSplit(**{part: median(getattr(run.time, part) for run in runs) for part in parts}),
+        seconds=median(seconds),
+        seconds_range=(min(seconds), max(seconds)),
+        step_milliseconds=median(steps) if steps else None,
+        step_milliseconds_range=(min(steps), max(steps)) if steps else None,
         optimizer_state_bytes=max(run.memory.optimizer_state_bytes for run in runs),
         peak_bytes=max(peaks, default=None),
         trainable_parameters=max(run.trainable_parameters for run in runs),
@@ -197,13 +208,7 @@ def _with_test(row: Row, found: Sample | None) -> Row:
     row = replace(row, test=found.mean, num_seeds=len(found.seeds))
     if estimated is None:
         return row
-    return replace(row, interval=_possible(estimated.interval, row.metric), interval_over=estimated.over)
-
-
-def _possible(interval: Interval, metric: str) -> Interval:
-    # a symmetric interval does not know that no accuracy is above 1
-    low, high = interval
-    return (max(low, 0.0), min(high, 1.0)) if metric == "accuracy" else interval
+    return replace(row, interval=estimated.interval, interval_over=estimated.over)
 
 
 def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
@@ -256,16 +261,16 @@ def _no_gap(full: Row | None, lora: Row | None) -> str | None:
     if full is None or full.test is None or lora is None or lora.test is None:
         return f"{CEILING} or {BASELINE} has no test result"
     if full.p_value is None:
-        return "a single seed cannot tell the gap from noise"
+        return "the noise of the gap is not known: a single seed, or the same difference for every seed"
     if leads(full):
         return None
     if trails(full):
         return f"{CEILING} is worse than {BASELINE}"
-    return f"{CEILING} is not better than {BASELINE} by more than noise"
+    return f"{CEILING} is not significantly better than {BASELINE}"
 
 
 def leads(row: Row) -> bool:
-    """Tell whether a recipe is better than LoRA by more than noise.
+    """Tell whether a recipe is significantly better than LoRA.
 
     Args:
         row: The recipe's row.
@@ -277,7 +282,7 @@ def leads(row: Row) -> bool:
 
 
 def trails(row: Row) -> bool:
-    """Tell whether a recipe is worse than LoRA by more than noise.
+    """Tell whether a recipe is significantly worse than LoRA.
 
     Args:
         row: The recipe's row.
@@ -297,7 +302,7 @@ def better_or_worse(difference: float | None, p_value: float | None, *, higher_i
         higher_is_better: Whether the metric is to be maximized.
 
     Returns:
-        1 if it is better by more than noise, -1 if it is worse, else 0.
+        1 if it is significantly better, -1 if significantly worse, else 0.
     """
     if difference is None or p_value is None or p_value >= ALPHA:
         return 0

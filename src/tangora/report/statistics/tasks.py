@@ -32,8 +32,9 @@ class Duel:
         ours: A recipe.
         theirs: Another one.
         difference: Test metric of ours minus theirs.
-        interval: Its 95 % interval, not corrected; None for one seed without scores of single examples.
-        p_value: Two-sided, of no difference; None for a single seed.
+        interval: Its 95 % interval, not corrected; None for one seed, or equal ones, without scores of
+            single examples.
+        p_value: Two-sided, of no difference; None where the noise is not known: for a single seed, or as above.
         p_corrected: The same by Holm's correction over the family that the duel belongs to.
         higher_is_better: Whether the metric is to be maximized.
     """
@@ -49,7 +50,7 @@ class Duel:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None for a single seed."""
+        """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None without a p-value."""
         if self.p_value is None:
             return None
         side = better_or_worse(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)

@@ -51,3 +51,9 @@ for (const form of document.querySelectorAll("form.filters")) {
   form.addEventListener("submit", (event) => event.preventDefault());
   filter();
 }
+
+// A table that is wider than its place says so.
+const widths = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.toggleAttribute("data-wide", target.scrollWidth > target.clientWidth + 1);
+});
+for (const box of document.querySelectorAll(".scroll")) widths.observe(box);

@@ -1,107 +1,74 @@
-"""Turns rows into examples: which column is the text, which the label, and what number a label has."""
+"""Turns rows into examples: what is in their columns, and what number a label has."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy
 
-from tangora._checks import InputError, check_choice
-from tangora.training.data.sources import RawData, Row
-from tangora.training.models import Kind
+from tangora._checks import InputError
+from tangora.training.data.labels import check_classes, sorted_labels
+from tangora.training.data.recognise import PIXELS, Layout
+from tangora.training.data.rows import RawData, Row, listed, shown
 
 Example: TypeAlias = dict[str, Any]
-"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion`` (``answer``)."""
+"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion`` (``answer``).
 
-PIXELS = "pixels"
-"""Column of images: channels, rows and columns of numbers in [0, 1]."""
+A conversation also has ``messages``, of which ``prompt`` and ``completion`` are the plain form.
+"""
 
-_SHOWN = 80
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns, as far as the user gave them.
-
-    ``a|b`` is the first of these that a row has, for data sets from different places; ``a,b`` as ``text`` is a pair of
-    texts to be classified.
-    """
-
-    text: str | None = None
-    label: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-
-
-def infer_kind(columns: Columns, present: Collection[str]) -> Kind:
-    """Guess the kind of a task from the columns that were asked for and those that are there.
-
-    Args:
-        columns: What the user gave.
-        present: Columns of the training rows.
-
-    Returns:
-        ``classification`` where there is a label and no prompt was asked for, else ``causal``.
-    """
-    if columns.prompt or columns.completion:
-        return "causal"
-    return "classification" if columns.label or "label" in present else "causal"
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+"""Names of roles in ShareGPT's format, and those of transformers."""
 
 
 def to_examples(
-    data: RawData, kind: Kind, columns: Columns
+    data: RawData, layout: Layout, labels: tuple[str, ...] = ()
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
     """Turn rows into examples.
 
     Args:
         data: The rows.
-        kind: What the examples are for.
-        columns: What the user gave; the rest has the usual names.
+        layout: Which column holds what.
+        labels: Names of the classes, of data to test on; by default those that the training rows have.
 
     Returns:
         Examples by split, and the names of the labels.
 
     Raises:
-        InputError: If a column is missing or holds something else, with the place.
+        InputError: If a row lacks a column or holds something else there, with the place.
     """
-    present = data.columns
-    images = PIXELS in present and columns.text is None
-    if kind == "classification":
-        if columns.prompt or columns.completion:
-            raise InputError("prompt_column and completion_column are for kind='causal'; use text_column")
-        read = _pixels if images else partial(_texts, column=columns.text or "text")
-        return _labelled(data, read, columns.label or "label")
-    if columns.label:
-        raise InputError("label_column is for kind='classification'; leave it out for 'causal'")
-    if columns.text and (columns.prompt or columns.completion):
-        raise InputError("give either text_column, or prompt_column and completion_column; not both")
-    asked = columns.prompt or columns.completion
-    if images and not asked and "prompt" not in present:
-        raise InputError("images can only be classified; kind must be 'classification', got 'causal'")
-    plain = bool(columns.text or (not asked and "completion" not in present and "text" in present))
-    return {split: [_causal(row, columns, plain) for row in rows] for split, rows in data.splits.items()}, ()
+    if layout.kind == "classification":
+        return _labelled(data, layout, labels)
+    return {split: [_causal(row, layout) for row in rows] for split, rows in data.splits.items()}, ()
 
 
 def _labelled(
-    data: RawData, read: Callable[[Row], Example], label: str
+    data: RawData, layout: Layout, names: tuple[str, ...]
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
     """Return classification examples with numbered labels, and the names of the labels."""
+    assert layout.label is not None
+    column = layout.label
     read_rows = {
-        split: [(row, read(row), _label(row, label)) for row in rows] for split, rows in data.splits.items()
+        split: [(row, _content(row, layout), _label(row, column)) for row in rows]
+        for split, rows in data.splits.items()
     }
-    known = {name for _, _, name in read_rows["train"]}
-    names = data.labels if known <= set(data.labels) else sorted_labels(known)
+    found = [name for _, _, name in read_rows["train"]]
+    if not names:
+        known = set(found)
+        names = data.labels if known <= set(data.labels) else sorted_labels(known)
+        check_classes(found, names, f"{data.name}: column {column!r}")
     for row, _, name in (each for rows in read_rows.values() for each in rows):
         if name not in names:
             raise InputError(
-                f"{row.where}: column {label!r} must hold a label of the training rows, {', '.join(names)}; "
-                f"got {name!r}"
+                f"{row.where}: column {column!r} must hold a label of the training rows, {listed(names)}; got {name!r}"
             )
-    if len(names) < 2:
-        raise InputError(
-            f"label_column {label!r} must hold at least 2 different labels; got {', '.join(names)}"
-        )
     numbers = {name: number for number, name in enumerate(names)}
     examples = {
         split: [content | {"label": numbers[name]} for _, content, name in rows]
@@ -110,14 +77,27 @@ def _labelled(
     return examples, names
 
 
-def _causal(row: Row, columns: Columns, plain: bool) -> Example:
-    """Return a causal example: a prompt with its completion, or plain text."""
-    if plain:
-        return {"prompt": "", "completion": _text(row, columns.text or "text", "text_column")}
-    example = {
-        "prompt": _text(row, columns.prompt or "prompt", "prompt_column"),
-        "completion": _text(row, columns.completion or "completion", "completion_column"),
+def _content(row: Row, layout: Layout) -> Example:
+    """Return what is classified."""
+    if layout.images:
+        return _pixels(row)
+    return {
+        role: _text(row, column) for role, column in zip(("text", "text_pair"), layout.text, strict=False)
     }
+
+
+def _causal(row: Row, layout: Layout) -> Example:
+    """Return a causal example: a prompt with its completion, a conversation, or plain text."""
+    if layout.text:
+        return {"prompt": "", "completion": _text(row, layout.text[0])}
+    if layout.chat is not None:
+        return _conversation(row, layout.chat)
+    assert layout.prompt is not None
+    assert layout.completion is not None
+    prompt = _text(row, layout.prompt)
+    if layout.context is not None and str(row.values.get(layout.context) or "").strip():
+        prompt = f"{prompt}\n{_text(row, layout.context)}"
+    example = {"prompt": prompt, "completion": _text(row, layout.completion)}
     answer = row.values.get("answer")
     # other data sets keep other things under this name: dictionaries, lists, truth values
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -125,29 +105,54 @@ def _causal(row: Row, columns: Columns, plain: bool) -> Example:
     return example | {"answer": answer} if isinstance(answer, str) and answer.strip() else example
 
 
-def _text(row: Row, column: str, argument: str) -> str:
+def _conversation(row: Row, column: str) -> Example:
+    """Return a conversation, and its plain form: all turns but the last, and the last."""
+    turns = _value(row, column)
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{row.where}: column {column!r} must hold a list of messages; got {shown(turns)}")
+    messages = [_message(turn, f"{row.where}: column {column!r}") for turn in turns]
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise InputError(
+            f"{row.where}: column {column!r} must end with a message of the assistant that answers another; "
+            f"its roles are {listed([message['role'] for message in messages])}"
+        )
+    prompt = "\n".join(message["content"] for message in messages[:-1])
+    return {"prompt": prompt, "completion": messages[-1]["content"], "messages": messages}
+
+
+def _message(turn: object, where: str) -> dict[str, str]:
+    """Return a message as ``role`` and ``content``, from this form or from ShareGPT's ``from`` and ``value``."""
+    if not isinstance(turn, Mapping):
+        raise InputError(f"{where} must hold messages with role and content; got {shown(turn)}")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
+        raise InputError(f"{where} must hold messages with text as role and content; got {shown(dict(turn))}")
+    _check_unicode(content, where)
+    return {"role": _SPEAKERS.get(role, role), "content": content}
+
+
+def _text(row: Row, column: str) -> str:
     """Return the text in a column."""
-    value = _value(row, column, argument)
+    value = _value(row, column)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{row.where}: column {column!r} must hold text; got {shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can write
-        raise InputError(f"{row.where}: column {column!r} must hold Unicode text; {error.reason}") from error
+    _check_unicode(value, f"{row.where}: column {column!r}")
     return value
 
 
-def _texts(row: Row, column: str) -> Example:
-    """Return a text, or a pair where two columns are named."""
-    if column in row.values or column.count(",") != 1:
-        return {"text": _text(row, column, "text_column")}
-    first, second = (_text(row, name.strip(), "text_column") for name in column.split(","))
-    return {"text": first, "text_pair": second}
+def _check_unicode(text: str, where: str) -> None:
+    """Raise if a text cannot be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can write
+        raise InputError(f"{where} must hold Unicode text; {error.reason}") from error
 
 
 def _pixels(row: Row) -> Example:
     """Return an image: channels, rows and columns."""
-    value = _value(row, PIXELS, "an image's column")
+    value = _value(row, PIXELS)
     try:
         image = numpy.asarray(value, dtype=numpy.float64)
     except (ValueError, TypeError):
@@ -161,34 +166,34 @@ def _pixels(row: Row) -> Example:
 
 def _label(row: Row, column: str) -> str:
     """Return the label in a column; whole numbers are names too."""
-    value = _value(row, column, "label_column")
+    value = _value(row, column)
+    if isinstance(value, float) and math.isfinite(value):
+        if not value.is_integer():
+            raise InputError(
+                f"{row.where}: column {column!r} must hold text or a whole number, as regression is not supported; "
+                f"got {value!r}"
+            )
+        value = int(value)  # pandas makes 1.0 of 1 where another row has none
     if not isinstance(value, (str, int)) or not str(value).strip():
         raise InputError(
             f"{row.where}: column {column!r} must hold text or a whole number; got {shown(value)}"
         )
-    return str(value).strip()
+    name = str(value).strip()
+    _check_unicode(name, f"{row.where}: column {column!r}")
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise InputError(
+            f"{row.where}: column {column!r} must hold a label without control characters; got {shown(name)}"
+        )
+    return name
 
 
-def _value(row: Row, column: str, argument: str) -> object:
-    """Return what a column holds, or say which columns there are."""
-    found = next((name for name in column.split("|") if name in row.values), column)
-    check_choice(f"{row.where}: {argument}", found, list(row.values))
-    return row.values[found]
-
-
-def shown(value: object) -> str:
-    """Return a value as a message may show it: on one line, and not all of a long one."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """Return labels in order: by value if all are whole numbers, else by the alphabet."""
-    unsorted = list(names)
-    try:
-        return tuple(sorted(unsorted, key=int))
-    except ValueError:
-        return tuple(sorted(unsorted))
+def _value(row: Row, column: str) -> object:
+    """Return what a column holds, or say which columns the row has."""
+    if column not in row.values:
+        raise InputError(
+            f"{row.where}: this example has no column {column!r}; it has {listed(list(row.values)) or 'none'}"
+        )
+    return row.values[column]
 
 
 def content_key(example: Mapping[str, Any]) -> str:
@@ -204,3 +209,20 @@ def content_key(example: Mapping[str, Any]) -> str:
         return repr(example[PIXELS])
     text = example.get("text") or example.get("prompt") or example["completion"]
     return " ".join(f"{text} {example.get('text_pair', '')}".split())
+
+
+def repeats(examples: Iterable[Example]) -> tuple[int, int]:
+    """Count examples that say again what an earlier one said, and contents with different labels.
+
+    Args:
+        examples: Of either kind.
+
+    Returns:
+        Both numbers.
+    """
+    seen: dict[str, set[int | None]] = {}
+    total = 0
+    for example in examples:
+        total += 1
+        seen.setdefault(content_key(example), set()).add(example.get("label"))
+    return total - len(seen), sum(len(labels) > 1 for labels in seen.values())

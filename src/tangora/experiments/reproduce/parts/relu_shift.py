@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from tangora.experiments.reproduce.experiment import Parts
-from tangora.experiments.settings import Settings
+from tangora.experiments.values import Settings
 from tangora.recipes.later import Later
 
 

@@ -137,8 +137,9 @@ class HiddenLayer:
     def _factor_changes(self, trainer: Trainer, start: str, lr: float, steps: int) -> list[float]:
         model = self._adapted
         batches = [self._batch] if start == "lora-ga" else None
-        initialize(model, _STARTS[start], batches, loss_fn=_loss, seed=self._seed, progress=False)
         (pair,) = find_pairs(model)
+        nn.init.zeros_(pair.B)  # what the last method has trained goes
+        initialize(model, _STARTS[start], batches, loss_fn=_loss, seed=self._seed, progress=False)
 
         def output() -> Tensor:
             A, B = pair.factors()

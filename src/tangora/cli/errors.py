@@ -1,0 +1,94 @@
+"""What is wrong with a command line, in one line."""
+
+import difflib
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from pydantic import ValidationError
+from typer.exceptions import TyperException
+
+_NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}
+
+
+def one_line(error: TyperException) -> str:
+    """Say what was wrong, what is allowed, and how to mend it.
+
+    Args:
+        error: What the parser of the command line raised.
+
+    Returns:
+        One sentence.
+    """
+    told: Any = error  # the parser's own classes are private
+    message = " ".join(error.message.split())
+    context: Any = getattr(told, "ctx", None) or SimpleNamespace(command_path="tangora")
+    command = context.command_path
+    if hasattr(told, "possibilities"):
+        return _unknown_flag(told.option_name, context, command)
+    if message.startswith("No such command"):
+        name = message.split("'")[1]
+        hint = _near(name, context.command.commands)
+        return f"{command} has no command {name!r}{hint}; it has {', '.join(context.command.commands)}"
+    if hasattr(told, "param_type"):
+        return f"{command} needs {_shown(told.param)}: {_first_sentence(told.param.help)}"
+    if hasattr(told, "param") and told.param is not None:
+        return _bad_value(told, message)
+    if hasattr(told, "option_name"):
+        if "not take a value" in message:
+            return f"{told.option_name} takes no value"
+        return f"{told.option_name} needs a value"
+    if extra := re.fullmatch(r"Got unexpected extra argument\S* \((.*)\)\.?", message):
+        return _extra(extra[1].split()[0], context, command)
+    return message.rstrip(".")
+
+
+def _unknown_flag(name: str, context: Any, command: str) -> str:
+    flags = [flag for param in context.command.get_params(context) for flag in param.opts]
+    return f"{command} has no option {name}{_near(name, flags)}; {command} --help lists all"
+
+
+def _near(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _shown(param: Any) -> str:
+    return param.opts[0] if param.param_type_name == "option" else param.display_name_raw.upper()
+
+
+def _first_sentence(text: str | None) -> str:
+    sentence = re.split(r"[.;](?:\s|$)", text or "a value", maxsplit=1)[0]
+    return f"{sentence[:1].lower()}{sentence[1:]}" if sentence[1:2].islower() else sentence
+
+
+def _bad_value(error: Any, message: str) -> str:
+    flag = _shown(error.param)
+    if not isinstance(error.__cause__, ValidationError):
+        return f"{flag}: {message[:1].lower()}{message[1:].rstrip('.')}"
+    first = error.__cause__.errors(include_url=False)[0]
+    if wanted := _NUMBERS.get(first["type"]):
+        return f"{flag} must be {wanted}; got {first['input']!r}"
+    return f"{flag}: {first['msg'][:1].lower()}{first['msg'][1:]}; got {first['input']!r}"
+
+
+def _extra(value: str, context: Any, command: str) -> str:
+    words = sys.argv[1:]
+    before = words[words.index(value) - 1] if value in words[1:] else ""
+    flag = before.replace("_", "-")
+    if flag in _switches(context):
+        return _switch(flag, context, f"; got {value!r}")
+    return f"{command} takes no further argument; got {value!r}"
+
+
+def _switches(context: Any) -> set[str]:
+    return {
+        flag for param in context.command.params if getattr(param, "is_flag", False) for flag in param.opts
+    }
+
+
+def _switch(flag: str, context: Any, got: str = "") -> str:
+    name = flag.removeprefix("--").removeprefix("no-")
+    off = f", --no-{name} off" if f"--no-{name}" in _switches(context) else ""
+    return f"{flag} takes no value: --{name} switches it on{off}{got}"

@@ -1,0 +1,269 @@
+"""Output folders: whose they are, one process in each at a time, and nothing left by a command that did nothing."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tangora._checks import InputError
+from tangora.experiments.settings import run_file
+from tangora.experiments.values import Settings, read_settings
+from tangora.report.files import write_atomic
+
+SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.txt", "checkpoints"
+_LOCK = ".lock"
+_IDLE = {SETTINGS, LOG, CHECKPOINTS, _LOCK}
+"""What a command leaves before its first result."""
+
+ORIGIN = {"data_fingerprint": "data", "model_fingerprint": "model"}
+"""Keys of what a result was made from, and the settings that name it."""
+
+_MAKERS = {
+    "recipes": "tangora compare",
+    "recipe": "tangora train",
+    "source": "tangora curvature",
+    "starts": "tangora diagnose",
+}
+"""A setting that only one command has, and the command."""
+
+_NO_PART = {"report_to", "save_every", "device", "title"}
+"""Settings that change nothing of what is found."""
+
+_NO_SPACE = "No space left on device"
+
+
+def check_output(folder: Path) -> None:
+    """Check that a folder can be made or belongs to a command, before anything slow; writes nothing.
+
+    Raises:
+        InputError: If something else is there, or nothing can be written there.
+    """
+    with one_line_errors(folder):
+        if folder.is_dir():
+            names = {entry.name for entry in folder.iterdir()} - {_LOCK}
+            if names and SETTINGS not in names:
+                raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
+            if names:
+                read_settings(folder / SETTINGS)
+        elif os.path.lexists(folder):
+            raise InputError(f"{folder} exists and is no folder; choose another --output")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise InputError(f"{folder} cannot be made: {nearest} is no folder; choose another --output")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"{folder} cannot be written: {nearest} is read-only; choose another --output")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Hold the place of a folder that is written whole.
+
+    Raises:
+        InputError: If something is there that would be lost, another process writes it, or it cannot be written.
+    """
+    with one_line_errors(folder):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{folder} exists already; choose another --output")
+        check_output(folder)
+        with _made(folder.absolute().parent), locked(folder, folder.with_name(f".{folder.name}.lock")):
+            yield
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Hold an output folder for a command, alone; if nothing was done, leave it as it was found.
+
+    Args:
+        folder: Output folder, created when missing.
+        settings: What is done there; kept in ``settings.json``.
+        origin: What it is made from, with the keys of `ORIGIN`; kept there too.
+
+    Raises:
+        InputError: If another process works there, or the folder belongs to another command, other settings or other
+            data (the message names the first difference), or cannot be written.
+    """
+    check_output(folder)
+    _check_outside(folder, settings)
+    path = folder / SETTINGS
+    with one_line_errors(folder), _made(folder), locked(folder, folder / _LOCK):
+        if path.exists():
+            _check_same(folder, settings, origin or {})
+        wanted = json.loads(settings.model_dump_json()) | dict(origin or {})
+        with _undone_without_work(folder):
+            write_atomic(path, json.dumps(wanted, indent=1) + "\n")
+            yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Keep other processes out of a folder; the system frees it, however this process ends.
+
+    Args:
+        folder: For the message.
+        lock: The file; default: one inside of the folder.
+
+    Raises:
+        InputError: If another process holds it.
+    """
+    held = FileLock(path := lock or folder / _LOCK)
+    with one_line_errors(folder):
+        path.touch()  # says why where nothing can be written
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{folder} is in use by another tangora process; wait until it has ended, or choose another --output"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is free: whoever waits for it makes a new one
+            held.release()
+
+
+@contextlib.contextmanager
+def one_line_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise InputError(
+                f"{folder}: {_NO_SPACE.lower()}; free some and give the same command again"
+            ) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{error.filename or folder}: {os.strerror(error.errno).lower()}") from error
+        if isinstance(error, ValueError) and "null byte" in str(error):
+            raise InputError(f"{str(folder)!r} is no name of a folder: {error}") from error
+        raise
+
+
+def is_disk_full(problem: BaseException) -> bool:
+    """Tell whether an error means that nothing more can be written.
+
+    Returns:
+        Also for errors of serializers, which wrap the system's or hide it.
+    """
+    numbers = {getattr(each, "errno", None) for each in (problem, problem.__cause__)}
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or _NO_SPACE in str(problem)
+
+
+def check_origin(
+    folder: Path, found: Mapping[str, Any], origin: Mapping[str, str], mend: str = "choose another --output"
+) -> None:
+    """Check that data and model are still those that results were made from.
+
+    Args:
+        folder: For the message.
+        found: What is kept of the results' origin, among other settings; an older version kept nothing.
+        origin: What it is now.
+        mend: What to do about it.
+
+    Raises:
+        InputError: Naming what changed.
+    """
+    for key, name in ORIGIN.items():
+        before, now = found.get(key), origin.get(key)
+        if before and now and before != now:
+            raise InputError(
+                f"the {name} changed since {folder} was begun: {name} {str(found.get(name))!r} has the fingerprint "
+                f"{now[:12]} now, and had {str(before)[:12]} then; {mend}"
+            )
+
+
+def kept_origin(folder: Path) -> dict[str, Any]:
+    """Return what is kept of the origin of a run, which `check_origin` takes.
+
+    Args:
+        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
+
+    Returns:
+        Keys of `ORIGIN`, and what they are about; nothing for a run of an older version.
+    """
+    found = run_file(folder)
+    return {key: found[key] for key in (*ORIGIN, *ORIGIN.values()) if key in found}
+
+
+def _check_outside(folder: Path, settings: Settings) -> None:
+    # in a folder of texts every subfolder is a class
+    for key in ("data", "test_data"):
+        name = getattr(settings, key, None)
+        if name is not None and Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
+            raise InputError(f"{folder} lies in {key} {name!r}, which would change; choose another --output")
+
+
+def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> None:
+    # what was refused before its first step left nothing to protect
+    found = read_settings(folder / SETTINGS)
+    fields = type(settings).model_fields
+    for key, command in _MAKERS.items():
+        if key in found and key not in fields:
+            raise InputError(f"{folder} belongs to {command}; choose another --output")
+    if not _holds_work(folder):
+        return
+    wanted = json.loads(settings.model_dump_json())
+    # what an older version did not know was as it is by default
+    usual = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in fields.items()
+        if not field.is_required()
+    }
+    found = usual | found
+    try:
+        grown = settings.grown_from(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / SETTINGS} is damaged (recipes, seeds or learning_rates); choose another --output"
+        ) from error
+    for key in sorted((wanted.keys() | found.keys()) - _NO_PART - ORIGIN.keys() - grown):
+        if wanted.get(key) != found.get(key):
+            raise InputError(
+                f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
+                f"{wanted.get(key)!r} here; choose another --output"
+            )
+    check_origin(folder, found, origin)
+
+
+def _holds_work(folder: Path) -> bool:
+    held = (entry for entry in folder.iterdir() if entry.name not in _IDLE)
+    files = (path for entry in held for path in ([entry] if entry.is_file() else entry.rglob("*")))
+    return any(path.is_file() and path.stat().st_size for path in files)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:  # whatever holds something stays
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _undone_without_work(folder: Path) -> Iterator[None]:
+    before = {path.name: path.read_bytes() for path in (folder / SETTINGS, folder / LOG) if path.exists()}
+    names = {entry.name for entry in folder.iterdir()}
+    try:
+        yield
+    except BaseException:
+        if not _holds_work(folder):
+            for entry in folder.iterdir():
+                if entry.name not in names:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for name, content in before.items():
+                (folder / name).write_bytes(content)
+        raise

@@ -1,0 +1,248 @@
+"""What all settings have in common: names, numbers, and one line for what is wrong with them."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tangora._checks import InputError
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every random generator takes, NumPy's too."""
+
+_MOST, _LEAST = 10**15, 1e-30
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, numbers are finite, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any, info: Any) -> Any:
+        # YAML's true would be taken for 1
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        for part in _parts(value):
+            if isinstance(part, bool) and not ("bool" in wanted or "Any" in wanted):
+                raise ValueError(f"{info.field_name} cannot be a boolean; got {str(part).lower()}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _sizes_of_tensors(cls, value: Any, info: Any) -> Any:
+        # what no tensor holds would be refused by whatever meets it first, or be nothing
+        for part in _parts(value):
+            if isinstance(part, int) and abs(part) > _MOST:
+                raise ValueError(f"{info.field_name} must be at most {_MOST:.0e}; got {part}")
+            if isinstance(part, float) and part and not _LEAST <= abs(part) <= 1 / _LEAST:
+                raise ValueError(
+                    f"{info.field_name} must be 0 or in [{_LEAST:g}, {1 / _LEAST:g}]; got {part:g}"
+                )
+        return value
+
+    groups: ClassVar[Mapping[str, str]] = {}
+    """Headings of the help, each by the first setting that stands under it."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names of settings, those of Hugging Face above all."""
+
+    @classmethod
+    def spelled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Put values under the settings' own names.
+
+        Args:
+            values: By name or alias.
+
+        Returns:
+            By name.
+
+        Raises:
+            InputError: If one setting is given under two names.
+        """
+        found: dict[str, str] = {}
+        for key in values:
+            name = cls.aliases.get(key, key)
+            if name in found:
+                raise InputError(f"{found[name]} and {key} are the same setting; give one of them")
+            found[name] = key
+        return {name: values[key] for name, key in found.items()}
+
+    @classmethod
+    def overridden(cls, values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Put values over others.
+
+        Args:
+            values: By name or alias.
+            own: Those that win; epochs also over steps, and steps over epochs.
+
+        Returns:
+            All values by name.
+
+        Raises:
+            InputError: If one setting is given under two names.
+        """
+        values, own = cls.spelled(values), cls.spelled(own)
+        for key, other in (("steps", "epochs"), ("epochs", "steps")):
+            if other in cls.model_fields and own.get(key) is not None:
+                values.pop(other, None)
+        return values | own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, values: Any) -> Any:
+        return cls.spelled(values) if isinstance(values, dict) else values
+
+    def grown_from(self, found: Mapping[str, Any]) -> set[str]:
+        """Tell in which keys these settings ask for more of the same than others did.
+
+        Args:
+            found: The others, as JSON holds them.
+
+        Returns:
+            Keys that may differ, as what was done for the others is a part of what these want.
+        """
+        del found
+        return set()
+
+
+def _parts(value: Any) -> list[Any]:
+    # what lists and mappings hold, however deep
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
+
+
+def target_names(targets: str | list[str]) -> str | list[str]:
+    """Return names as PEFT takes them: it reads a single string as a pattern, and a name alone is none."""
+    if not isinstance(targets, str) or targets == "all-linear":
+        return targets
+    names = [name.strip() for name in targets.split(",")]
+    return names if len(names) > 1 or re.fullmatch(r"[\w.-]+", targets) else targets
+
+
+def device_name(name: str | None) -> str | None:
+    """Return the name of a device, or raise if it is none; whether it is there is found out where it is used."""
+    if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise InputError(f"device must be cpu, cuda, cuda:N or mps; got {name!r}")
+    return name
+
+
+_SettingsT = TypeVar("_SettingsT", bound=Settings)
+
+
+def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") -> _SettingsT:
+    """Make settings, with one-line errors.
+
+    Args:
+        kind: Class of the settings.
+        values: By key.
+        source: Where they come from, for the message.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InputError: Naming the first bad key, its value and what is allowed.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
+
+
+def _first_problem(kind: type[Settings], error: ValidationError, source: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0]) if first["loc"] else "settings"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [*kind.model_fields, *kind.aliases], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{source}unknown key {key!r}{hint}; allowed: {', '.join(kind.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{source}{key} must be given: {kind.model_fields[key].description}".rstrip(".")
+    if first["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", message)
+        near = difflib.get_close_matches(str(first["input"]), allowed, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{source}{key} must be one of {', '.join(allowed)}; got {first['input']!r}{hint}"
+    if first["type"] == "value_error":
+        return f"{source}{message}"
+    return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its keys and values.
+
+    Raises:
+        InputError: If it cannot be read or holds no mapping; the message names file and line.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{path}{place} is not valid YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist, brackets without end
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
+    return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in an output folder.
+
+    Returns:
+        As JSON holds them.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or give another folder") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged (no keys and values); restore it, or give another folder")
+    return values

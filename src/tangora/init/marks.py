@@ -1,0 +1,60 @@
+"""Which start an adapter has, remembered on its model, so that nobody starts it twice or erases training unawares."""
+
+import math
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tangora.adapters import active_adapter, discover, unwrapped
+
+_MARK = "_tangora_starts"
+
+
+def mark_started(model: PeftModel, adapter: str, method: str) -> None:
+    """Remember the start that an adapter has just been given, and what its factors were."""
+    vars(model).setdefault(_MARK, {})[adapter] = method, _size(model, adapter)
+
+
+def started_by(model: nn.Module, adapter_name: str | None = None) -> str | None:
+    """Return the start that `initialize`, or a checkpoint of a training that began with it, gave an adapter.
+
+    Args:
+        model: PEFT model, possibly wrapped.
+        adapter_name: The adapter; default the active one.
+
+    Returns:
+        Name of the method; ``None`` for PEFT's own start, and for adapters that were loaded.
+    """
+    model = unwrapped(model)
+    found = vars(model).get(_MARK, {}).get(adapter_name or active_adapter(model))
+    return None if found is None else found[0]
+
+
+def is_trained(model: nn.Module, adapter_name: str | None = None) -> bool:
+    """Say whether an adapter computes something that neither PEFT's usual start nor `initialize` gave it.
+
+    Args:
+        model: PEFT model, possibly wrapped.
+        adapter_name: The adapter; default the active one.
+
+    Returns:
+        Whether its product is neither zero nor, judged by a norm, what it was after `initialize`.
+    """
+    model = unwrapped(model)
+    adapter = adapter_name or active_adapter(model)
+    _, known = vars(model).get(_MARK, {}).get(adapter, (None, 0.0))
+    size = _size(model, adapter)
+    # a move to another device rounds the sum differently
+    return size != 0 and not math.isclose(size, known, rel_tol=1e-6)
+
+
+def _size(model: nn.Module, adapter: str) -> float:
+    # zero where one factor of every pair is, B of linear layers and A of embeddings, so that the adapter computes zero
+    pairs = [pair for pair in discover(model, adapter).pairs if not pair.B.is_meta]
+    return math.fsum(_squares(pair.A) * _squares(pair.B) for pair in pairs)
+
+
+def _squares(factor: Tensor) -> float:
+    whole = factor.full_tensor() if isinstance(factor, DTensor) else factor
+    return float(whole.detach().double().square().sum())

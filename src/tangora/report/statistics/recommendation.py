@@ -1,0 +1,139 @@
+"""Which recipe to use: the cheapest of those that are not significantly worse than the best."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tangora.report.records import Comparison
+from tangora.report.statistics.intervals import ALPHA, Interval, holm
+from tangora.report.statistics.samples import Sample, contrast
+from tangora.report.statistics.summary import Row, judge
+
+SAME_COST = 1.05
+"""Ratio of two median times, or of two memories, within which they count as equal."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A recipe to use, and why.
+
+    Attributes:
+        recipe: Its name.
+        learning_rate: Its best learning rate, chosen on validation data.
+        decided: Whether test results of several seeds decided; else it is the best on validation data.
+        best: The recipe with the best test result among those with several seeds; without any, `recipe`.
+        candidates: Recipes that are not significantly worse than `best`, which is one of them, the cheapest first.
+        difference: Test metric of `recipe` minus that of `best`; None where they are the same.
+        difference_interval: Its 95 % interval.
+        swept: Whether each candidate, and what is worse, had more than one learning rate to choose from.
+        seconds: Median time per run of `recipe`; None where a busy machine made times say nothing.
+        least_seconds: The smallest of all candidates; times within 5 % of it count as equal.
+    """
+
+    recipe: str
+    learning_rate: float
+    decided: bool
+    best: str
+    candidates: tuple[str, ...]
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    swept: bool = True
+    seconds: float | None = None
+    least_seconds: float | None = None
+
+
+def recommendation(comparison: Comparison) -> Recommendation | None:
+    """Choose a recipe from the records of a comparison.
+
+    Args:
+        comparison: The runs.
+
+    Returns:
+        As `recommend`.
+    """
+    busy = any(record.load is not None and record.load.busy for record in comparison.records)
+    return recommend(*judge(comparison), timed=not busy)
+
+
+def recommend(
+    rows: Sequence[Row], samples: Mapping[str, Sample], *, timed: bool = True
+) -> Recommendation | None:
+    """Choose the cheapest recipe that is not significantly worse than the best.
+
+    Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
+    examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
+    The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
+    smallest memory; of those within 5 % of that, the best test result.
+
+    Args:
+        rows: From `judge`, best first.
+        samples: Their test scores, from `judge`.
+        timed: Whether times can be compared; else memory alone says what is cheap.
+
+    Returns:
+        The choice; the best one on validation data where no recipe has several seeds; None where no run finished.
+    """
+    known = [row if timed else replace(row, seconds=None) for row in rows if row.learning_rate is not None]
+    tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]
+    if not tested:
+        return _by_validation(known)
+    best, *others = tested
+    estimates = {
+        row.recipe: contrast((1.0, samples[row.recipe]), (-1.0, samples[best.recipe])) for row in others
+    }
+    p_values = {
+        name: found.p_value
+        for name, found in estimates.items()
+        if found is not None and found.p_value is not None
+    }
+    corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
+    chosen = candidates[0]
+    assert chosen.learning_rate is not None
+    estimated = estimates.get(chosen.recipe)
+    same = chosen.recipe == best.recipe
+    return Recommendation(
+        recipe=chosen.recipe,
+        learning_rate=chosen.learning_rate,
+        decided=True,
+        best=best.recipe,
+        candidates=tuple(row.recipe for row in candidates),
+        difference=None if same else samples[chosen.recipe].mean - samples[best.recipe].mean,
+        difference_interval=estimated.interval if estimated else None,
+        swept=all(row.num_learning_rates > 1 for row in tested),
+        seconds=chosen.seconds,
+        least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
+    )
+
+
+def _by_validation(rows: Sequence[Row]) -> Recommendation | None:
+    known = [row for row in rows if row.validation is not None]
+    if not known:
+        return None
+    best = max(known, key=lambda row: (row.validation or 0.0) * (1 if row.higher_is_better else -1))
+    assert best.learning_rate is not None
+    return Recommendation(
+        best.recipe, best.learning_rate, decided=False, best=best.recipe, candidates=(), seconds=best.seconds
+    )
+
+
+def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
+    left, ordered = list(rows), []
+    while left:
+        equal = left
+        for cost in (_seconds, _memory):
+            limit = SAME_COST * min(map(cost, equal))
+            equal = [row for row in equal if cost(row) <= limit]
+        ordered.append(equal[0])
+        left.remove(equal[0])
+    return ordered
+
+
+def _seconds(row: Row) -> float:
+    return math.inf if row.seconds is None else row.seconds
+
+
+def _memory(row: Row) -> float:
+    # where no peak is known, the optimizer's state is what recipes differ in
+    known = row.optimizer_state_bytes if row.peak_bytes is None else row.peak_bytes
+    return math.inf if known is None else known

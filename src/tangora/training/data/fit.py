@@ -1,0 +1,105 @@
+"""Whether examples fit a model: how many are cut to its length, and whether its tokenizer knows their words."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from tangora._checks import InputError
+from tangora.training.data.prompts import encode_turns
+from tangora.training.data.task import Task
+from tangora.training.data.text import IGNORED, encode
+from tangora.training.models import ImageScaler, Kind
+
+_MOST_UNKNOWN = 0.5
+
+
+def check_fit(
+    task: Task, tokenizer: Any, *, max_length: int, vocabulary: int, chat_template: bool = False
+) -> list[str]:
+    """Check that a model can read a task's texts, and count those that are too long.
+
+    Args:
+        task: The data.
+        tokenizer: Of the model.
+        max_length: Number of tokens that longer examples are cut to.
+        vocabulary: Number of tokens that the model has embeddings for.
+        chat_template: As for `encode`.
+
+    Returns:
+        A sentence for each split of which something is cut.
+
+    Raises:
+        InputError: If most tokens are unknown to the tokenizer or some to the model, or if cutting leaves most training
+            examples equal to others.
+    """
+    if isinstance(tokenizer, ImageScaler):
+        return []
+    notes = []
+    for name, examples in (("training", task.train), ("validation", task.validation), ("test", task.test)):
+        if not examples:
+            continue
+        turns = _turns(examples, tokenizer, task.kind, chat_template)
+        texts = [[*chain.from_iterable(pieces)] for pieces in turns]
+        if name == "training":
+            _check_known(texts, tokenizer, vocabulary)
+        long = [len(tokens) for tokens in texts if len(tokens) > max_length]
+        if not long:
+            continue
+        told = f"{len(long)} of {len(texts)} {name} examples are cut to {max_length} tokens (longest {max(long)})"
+        if name == "training":
+            how = {"kind": task.kind, "max_length": max_length, "chat_template": chat_template}
+            kept = {_seen(encoding) for encoding in encode(examples, tokenizer, **how)}
+            if len(kept) < len({*map(tuple, texts)}) / 2:
+                raise InputError(
+                    f"{told}, which leaves only {len(kept)} different ones; raise --max-length, or shorten the texts"
+                )
+        notes.append(f"{told}; {_lost(turns, tokenizer, task.kind, max_length)} is lost; raise --max-length")
+    return notes
+
+
+def _turns(
+    examples: Sequence[Mapping[str, Any]], tokenizer: Any, kind: Kind, chat_template: bool
+) -> list[list[list[int]]]:
+    """Return the token numbers of each example, uncut: of a text, or of prompts and completions in turn."""
+    if kind == "causal":
+        turns = encode_turns(examples, tokenizer, chat_template=chat_template)
+        return [[piece.tokens for piece in pieces] for pieces in turns]
+    texts = [example["text"] for example in examples]
+    pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
+    return [[tokens] for tokens in tokenizer(texts, pairs, verbose=False)["input_ids"]]
+
+
+def _seen(encoding: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens by which a model can tell an example from others: without what it has to say itself."""
+    tokens, labels = encoding["input_ids"], encoding["labels"]
+    asked = (
+        [token for token, label in zip(tokens, labels, strict=True) if label == IGNORED]
+        if isinstance(labels, list)
+        else []
+    )
+    return tuple(asked or tokens)
+
+
+def _lost(turns: list[list[list[int]]], tokenizer: Any, kind: Kind, max_length: int) -> str:
+    """Return which part of the examples is cut off."""
+    if kind == "classification":
+        return "the beginning" if getattr(tokenizer, "truncation_side", "right") == "left" else "the end"
+    cut = sum(len(pieces[-1]) > max_length for pieces in turns)
+    if not any(tokens for pieces in turns for tokens in pieces[:-1]):
+        return "the end"
+    return "the beginning of the prompt" + (f", and of {cut} the end of the completion," if cut else "")
+
+
+def _check_known(texts: Sequence[Sequence[int]], tokenizer: Any, vocabulary: int) -> None:
+    """Raise if a tokenizer does not belong to the texts or to the model."""
+    total, unknown = sum(map(len, texts)), tokenizer.unk_token_id
+    if (largest := max(map(max, filter(None, texts)), default=0)) >= vocabulary:
+        raise InputError(
+            f"the tokenizer does not belong to the model: it gives token {largest}, and the model knows {vocabulary}"
+        )
+    share = sum(tokens.count(unknown) for tokens in map(list, texts)) / max(total, 1)
+    if unknown is not None and unknown != tokenizer.eos_token_id and share > _MOST_UNKNOWN:
+        raise InputError(
+            f"the model's tokenizer does not know the words of the data: {share:.0%} of the training tokens are "
+            f"{tokenizer.unk_token!r}; use a model whose tokenizer knows them"
+        )

@@ -1,0 +1,161 @@
+"""How commands end: interrupted, already finished, with a proof that fails, with failed runs."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from tangora.experiments.comparison import pool
+from tangora.experiments.run.execute import Watcher
+from tangora.experiments.run.proof import Proof
+from tests.experiments.small import write_classifier
+
+pytestmark = pytest.mark.messages
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_classifier(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line in this process; return exit code, output and errors."""
+    from tangora import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])
+        capsys.readouterr()  # what was shown while the model was written
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, " ".join(captured.out.split()), captured.err
+
+    return run
+
+
+def flags(small, output, **changes):
+    values = {**small, "batch_size": 4, "output": output, **changes}
+    return [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+
+
+def interrupted_at(monkeypatch, step, how):
+    """Let a signal, or Ctrl-C, arrive after a step of training."""
+
+    def heard(number, _loss):
+        if number == step:
+            how()
+
+    monkeypatch.setattr("tangora.cli.results.watcher_of", lambda _bars, _bar: Watcher(step=heard))
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("how", "expected"), [(ctrl_c, 130), (terminate, 143)])
+def test_an_interrupted_training_says_from_where_it_goes_on(
+    call, small, tmp_path, monkeypatch, how, expected
+):
+    arguments = ["train", *flags(small, tmp_path / "out", steps=4, save_every=2), "--recipe=lora"]
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 3, how)
+        code, _, err = call(*arguments)
+    assert (code, err) == (expected, "interrupted; the same command goes on from step 2\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert call(*arguments)[0] == 0
+    code, out, err = call(*arguments)
+    assert (code, err) == (0, "")
+    assert "already finished" in out
+
+
+def test_an_interrupted_training_without_checkpoints_says_so(call, small, tmp_path, monkeypatch):
+    interrupted_at(monkeypatch, 1, ctrl_c)
+    code, _, err = call("train", *flags(small, tmp_path / "out", steps=2), "--recipe=lora")
+    assert (code, err) == (
+        130,
+        "interrupted; the same command begins again; --save-every keeps checkpoints\n",
+    )
+
+
+ONE = ["--recipes=lora", "--learning-rates=1e-3", "--seeds=0"]
+
+
+def test_an_interrupted_comparison_says_how_much_is_done(call, small, tmp_path, monkeypatch):
+    arguments = ["compare", *flags(small, tmp_path / "out", steps=2), *ONE[:2], "--seeds=0,1"]
+
+    waited = pool.Pool.wait
+
+    def wait(self):
+        if (tmp_path / "out" / "records").is_dir():
+            raise KeyboardInterrupt
+        return waited(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.Pool, "wait", wait)
+        code, _, err = call(*arguments)
+    assert (code, err) == (130, "interrupted; the same command goes on: 1 of 2 runs are done\n")
+    assert call(*arguments)[0] == 0
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "already finished" in out
+
+
+def test_a_proof_that_fails_says_so(call, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("tangora.experiments.compare.verify_adapter", lambda *_: Proof(0.12, 1e-3))
+    code, out, _ = call("compare", *flags(small, tmp_path / "out", steps=2), *ONE)
+    assert code == 1
+    assert "proof failed" in out
+    assert "1.2e-01" in out
+
+
+def test_a_comparison_with_failed_runs_names_retry(call, small, tmp_path, monkeypatch):
+    arguments = ["compare", *flags(small, tmp_path / "out", steps=2), "--seeds=0", "--learning-rates=1e-3"]
+    arguments.append("--recipes=lora,tangent")
+
+    def record(self, run):
+        if run.cell.settings.recipe == "tangent":
+            (run.folder / "records" / f"{run.cell.id}.json").unlink(missing_ok=True)
+            run.process.kill()
+        return recorded(self, run)
+
+    recorded = pool.Pool._record
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.Pool, "_record", record)
+        code, out, _ = call(*arguments)
+    assert code == 1
+    assert "--retry makes them again" in out
+    assert call(*arguments)[0] == 1
+    assert call(*arguments, "--retry")[0] == 0
+
+
+def test_too_little_memory_is_called_so(small, tmp_path, call):
+    code, _, err = call("compare", *flags(small, tmp_path / "out", steps=2), *ONE, "--max-memory=0.01")
+    assert code == 2
+    assert "out of memory" in err
+    assert "--retry" in err
+    assert err.count("\n") == 1
+
+
+def test_a_report_waits_for_no_one(call, small, tmp_path):
+    from tangora.experiments.folders import locked
+
+    assert call("compare", *flags(small, tmp_path / "out", steps=2), *ONE)[0] == 0
+    with locked(tmp_path / "out"):
+        for arguments in (
+            ["report", tmp_path / "out"],
+            ["compare", *flags(small, tmp_path / "out", steps=2), *ONE],
+        ):
+            code, _, err = call(*arguments)
+            assert code == 2
+            assert "is in use by another tangora process" in err
+    assert call("report", tmp_path / "out")[0] == 0
