@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._types import Core, FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
 from tangora.geometry.tangent import Coordinates, Frame, Tangent
 
@@ -100,7 +99,7 @@ def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tan
     return Tangent(K, times(left_basis.mT, core[..., r:, :r]))
 
 
-def _orthonormal(parts: Sequence[FactorA], size: Float[Tensor, "*b 1 1"]) -> list[tuple[FactorA, Core]]:
+def _orthonormal(parts: Sequence[Tensor], size: Float[Tensor, "*b 1 1"]) -> list[tuple[Tensor, Tensor]]:
     r"""Return $Q$ with orthonormal or zero rows, and $S$ with ``part`` $= S Q$, for parts of matrices of this size."""
     # where nearly all was subtracted the rest is rounding, and must not become a direction
     rounding = [10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps for part in parts]
