@@ -122,6 +122,7 @@ def test_gradients_of_the_factors_stay_as_short_as_balanced_ones(retraction):
     assert_stays_balanced(toy, TangentMuon(toy.model, lr=3e-3, retraction=retraction))
 
 
+@pytest.mark.messages
 @pytest.mark.parametrize(
     "options",
     [
