@@ -430,16 +430,16 @@ MISFITS = {
     "dora on lora": ("dora", with_lora, {}, "needs an adapter with use_dora=True; adapter 'default' has False"),
     "rslora on lora": ("rslora", with_lora, {}, "use_rslora=True"),
     "lora-one on lora": ("lora-one", with_lora, {}, "use_rslora=True"),
-    "adalora on lora": ("adalora", with_lora, {}, "needs a AdaLoraConfig; adapter 'default' is a LoraConfig"),
+    "adalora on lora": ("adalora", with_lora, {}, "needs AdaLoraConfig; adapter 'default' has LoraConfig"),
     "adalora from lora's configuration": (
-        "adalora", tiny_bert, {"peft_config": LoraConfig()}, "peft_config is a LoraConfig",
+        "adalora", tiny_bert, {"peft_config": LoraConfig()}, "peft_config has LoraConfig",
     ),
-    "lora on adalora": ("lora", adalora, {}, "needs a LoraConfig; adapter 'default' is a AdaLoraConfig"),
+    "lora on adalora": ("lora", adalora, {}, "needs LoraConfig; adapter 'default' has AdaLoraConfig"),
     "lora on another method": (
         "tangent",
         lambda: get_peft_model(tiny_bert(), IA3Config(task_type="SEQ_CLS")),
         {},
-        "is a IA3Config",
+        "has IA3Config",
     ),
     "an adapter without PEFT's model": ("tangent", added, {}, "needs a PeftModel; got BertFor"),
     "peft's own pissa": (
