@@ -112,11 +112,13 @@ def trained(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_as_its_parts_by_hand_do(tmp_path, trained, name):
     assert_equal(weights(trained[name]), weights(manual(tmp_path, name)))
 
 
+@pytest.mark.slow
 def test_no_recipe_is_another_in_disguise(trained):
     batch = COLLATE([HELD_OUT[i] for i in range(8)])
     batch.pop("labels")
@@ -153,6 +155,7 @@ def test_data_and_random_state_of_training_do_not_depend_on_the_initialization(t
         assert torch.equal(state, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora-ga", "orthogonal+tangent", "lora-one", "pissa", "tangent"])
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch, name):
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
