@@ -308,7 +308,7 @@ def test_datasets_with_other_columns_and_streams_are_read(tmp_path):
 def test_own_data_loaders_are_respected(tmp_path):
     class Own(tangora.Trainer):
         def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(DATA[:8], batch_size=4, collate_fn=COLLATE)
+            return torch.utils.data.DataLoader([DATA[i] for i in range(8)], batch_size=4, collate_fn=COLLATE)
 
     trainer = made(tmp_path, adapted("lora-ga"), Own, recipe="lora-ga")
     trainer.create_optimizer()
