@@ -24,7 +24,7 @@ from tangora.experiments.comparison.worker import RUNS_FOLDER, DiskFullError, Li
 from tangora.experiments.folders import LOG, SETTINGS, check_origin, check_output, claimed, one_line_errors
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
-from tangora.experiments.run.checks import check_model, check_options
+from tangora.experiments.run.checks import check_options, checked
 from tangora.experiments.run.execute import Watcher
 from tangora.experiments.run.loading import load_base, load_run_task, with_recorded_sizes, with_sizes
 from tangora.experiments.run.origin import origin_of
@@ -246,7 +246,7 @@ class _Runner:
             else:
                 known.append(record)
         if due(settings, known):
-            check_model(each, task, load_base(each[0], task))
+            task = checked(each, task, load_base(each[0], task))
         self._count(folder, settings, [])
         return settings, task, folder
 

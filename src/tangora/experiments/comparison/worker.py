@@ -78,7 +78,7 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
 
     Args:
         cell: The run.
-        task: Its data.
+        task: Its data, `checked` with its model.
         folder: The comparison's.
         watcher: Hears of the progress.
 
@@ -95,7 +95,13 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
         with log_to(folder / LOG):
             try:
                 record = execute(
-                    cell.settings, task, run_folder, run_id=cell.id, stage=cell.stage, watcher=watcher
+                    cell.settings,
+                    task,
+                    run_folder,
+                    run_id=cell.id,
+                    stage=cell.stage,
+                    is_checked=True,
+                    watcher=watcher,
                 )
             except Exception as problem:
                 _raise_if_disk_is_full(problem, folder)

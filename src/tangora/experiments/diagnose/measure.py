@@ -16,7 +16,7 @@ from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import check_chat, fit_notes, with_recorded_sizes, with_sizes
+from tangora.experiments.run.loading import check_chat, fitted, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
@@ -77,8 +77,8 @@ def diagnose_task(
     settings = with_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
         loaded, model = _load_model(settings, task)
-        how = {"max_length": settings.max_length, "chat_template": settings.chat_template}
-        for note in (*task.notes, *fit_notes(task, loaded, **how)):
+        task = fitted(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template)
+        for note in task.notes:
             logger.info("%s", note)
         phase("gradients")
         batches, held_out = _batches(settings, task, loaded)

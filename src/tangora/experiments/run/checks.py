@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from tangora._checks import InputError
 from tangora.curvature.adapted import chosen
-from tangora.experiments.run.loading import prepared_twin
+from tangora.experiments.run.loading import fitted, prepared_twin
 from tangora.experiments.run.trajectory import target_layers
 from tangora.experiments.settings import RunSettings
 from tangora.training.data import Task
@@ -36,16 +36,19 @@ def check_options(settings: RunSettings, task: Task) -> None:
             )
 
 
-def check_model(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) -> None:
-    """Check that the recipes of some runs can be prepared on a model: layers, ranks, plans.
+def checked(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) -> Task:
+    """Check that the recipes of some runs can be prepared on a model, and that it can read their data.
 
     Args:
         runs: Settings of runs that share the model.
         task: Their data.
         loaded: The model, which stays as it is.
 
+    Returns:
+        The data, with a note of what is cut off.
+
     Raises:
-        InputError: As preparing the runs would.
+        InputError: As the runs would: for their layers, ranks or plans, or as `fitted`.
     """
     for settings in {run.recipe: run for run in runs}.values():
         adapted = prepared_twin(settings.recipe, settings, task, loaded)
@@ -56,3 +59,4 @@ def check_model(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) ->
                 chosen(target_layers(loaded, task, settings), settings.curvature_layers)
             except InputError as problem:
                 raise InputError(f"curvature_{problem}") from None
+    return fitted(task, loaded, max_length=runs[0].max_length, chat_template=runs[0].chat_template)

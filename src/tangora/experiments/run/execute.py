@@ -18,9 +18,9 @@ from torch import nn
 from tangora.experiments.folders import CHECKPOINTS
 from tangora.experiments.provenance import load_average, machine_load, provenance
 from tangora.experiments.run.batches import encoded, encoded_batches
-from tangora.experiments.run.checks import check_model, check_options
+from tangora.experiments.run.checks import checked
 from tangora.experiments.run.flatness import measure_flatness
-from tangora.experiments.run.loading import fit_notes, load_base, prepare
+from tangora.experiments.run.loading import load_base, prepare
 from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import data_format, save_with_logits
@@ -105,6 +105,7 @@ def execute(
     stage: Stage = "final",
     before: bool = False,
     keep_model: bool = False,
+    is_checked: bool = False,
     watcher: Watcher = Watcher(),
 ) -> Record:
     """Train and evaluate one method, in a folder of its own.
@@ -121,6 +122,7 @@ def execute(
         stage: What the run is for.
         before: Whether to evaluate on the test set before training too.
         keep_model: Whether to save the whole model of full fine-tuning, which may be large.
+        is_checked: Whether model and data have been `checked` already, as a comparison does for all its runs.
         watcher: Hears of the progress.
 
     Returns:
@@ -129,14 +131,9 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     load = load_average()
     watcher.phase("start")
-    check_options(settings, task)
     loaded = load_base(settings, task)
-    check_model([settings], task, loaded)
-    notes = [
-        *task.notes,
-        *fit_notes(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template),
-    ]
-    for note in notes:
+    task = task if is_checked else checked([settings], task, loaded)
+    for note in task.notes:
         logger.info("%s", note)
         watcher.note(note)
     result = _Result(
@@ -198,7 +195,7 @@ def execute(
         settings=settings.model_dump(mode="json")
         | origin_of(settings, task)
         | {"data_format": data_format(task, settings)},
-        notes=notes,
+        notes=list(task.notes),
         num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,

@@ -96,8 +96,8 @@ def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
     return settings.model_copy(update=sizes)
 
 
-def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> list[str]:
-    """Check that the model can read the data, and say what of it is cut off.
+def fitted(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> Task:
+    """Check that the model can read the data, and note what of it is cut off.
 
     Args:
         task: The data.
@@ -106,7 +106,7 @@ def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template
         chat_template: The setting.
 
     Returns:
-        Sentences.
+        The task with its notes.
 
     Raises:
         InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting
@@ -114,13 +114,14 @@ def fit_notes(task: Task, loaded: LoadedModel, *, max_length: int, chat_template
     """
     if chat_template:
         check_chat_template(loaded.tokenizer)
-    return check_fit(
+    notes = check_fit(
         task,
         loaded.tokenizer,
         max_length=max_length,
         vocabulary=loaded.vocabulary,
         chat_template=bool(chat_template),
     )
+    return task.noted(notes)
 
 
 def load_base(settings: RunSettings, task: Task) -> LoadedModel:

@@ -1,8 +1,10 @@
 """Tasks: named data sets as train, validation and test examples. The entry point of the other data modules."""
 
+import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +58,12 @@ class Task:
 
     def __post_init__(self):
         check_disjoint({"train": self.train, "validation": self.validation, "test": self.test})
+
+    def noted(self, notes: Iterable[str]) -> "Task":
+        """Return the same data with more notes."""
+        same = copy.copy(self)  # its splits have been compared, and its fingerprint taken
+        object.__setattr__(same, "notes", (*self.notes, *notes))
+        return same
 
     @cached_property
     def fingerprint(self) -> str:
