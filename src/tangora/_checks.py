@@ -139,6 +139,16 @@ def shown(value: object) -> str:
     return value.__name__ if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of somebody else's error, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def on_one_line(error: BaseException, most: int | None = None) -> str:
+    """Return all that somebody else's error says, on one line of so many letters; its type if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
+
+
 # of other objects, such as models and tensors, the type says more
 _WRITTEN = (str, bytes, int, float, complex, type(None), list, tuple, set, dict, os.PathLike)
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from tangora._checks import InputError, check_kind, check_path
+from tangora._checks import InputError, check_kind, check_path, on_one_line
 from tangora.adapters.bare import named_adapter_parameters
 from tangora.adapters.wrapped import unwrapped
 
@@ -74,12 +74,8 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged config or file ends in any of them
         if "size mismatch" in str(error):
-            raise InputError(f"{folder} belongs to another base: {_one_line(error)}") from error
-        raise InputError(f"{folder} cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+            raise InputError(f"{folder} belongs to another base: {on_one_line(error, 300)}") from error
+        raise InputError(f"{folder} cannot be read: {on_one_line(error, 300)}") from error
 
 
 def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], options: dict[str, Any]) -> None:

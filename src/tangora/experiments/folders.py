@@ -35,7 +35,8 @@ _MAKERS = {
 _NO_PART = {"report_to", "save_every", "device", "title"}
 """Settings that change nothing of what is found."""
 
-_NO_SPACE = "No space left on device"
+NO_SPACE = "no space left on device"
+"""What the system says of a full disk."""
 
 
 def check_output(folder: Path) -> None:
@@ -139,9 +140,7 @@ def one_line_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise InputError(
-                f"{folder}: {_NO_SPACE.lower()}; free some and give the same command again"
-            ) from error
+            raise InputError(f"{folder}: {NO_SPACE}; free some and give the same command again") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{error.filename or folder}: {os.strerror(error.errno).lower()}") from error
         if isinstance(error, ValueError) and "null byte" in str(error):
@@ -156,7 +155,7 @@ def is_disk_full(problem: BaseException) -> bool:
         Also for errors of serializers, which wrap the system's or hide it.
     """
     numbers = {getattr(each, "errno", None) for each in (problem, problem.__cause__)}
-    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or _NO_SPACE in str(problem)
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or NO_SPACE in str(problem).lower()
 
 
 def check_origin(

@@ -10,7 +10,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tangora._checks import InputError, check_kind
+from tangora._checks import InputError, check_kind, on_one_line
 from tangora.recipes.head import head_names
 
 _USUAL = (nn.Linear, nn.Conv2d, Conv1D)
@@ -72,7 +72,7 @@ def wrapped(model: nn.Module, config: PeftConfig) -> PeftModel:
             f"target_modules must name layers outside of the head; got {_written(config)}"
         ) from error
     except (ValueError, TypeError, NotImplementedError) as error:
-        said = " ".join(str(error).split())[:160]
+        said = on_one_line(error, 160)
         raise InputError(f"target_modules {_written(config)} cannot be adapted: {said}") from error
     assert isinstance(made, PeftModel)
     return made

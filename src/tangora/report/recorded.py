@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from tangora._checks import InputError
+from tangora._checks import InputError, on_one_line
 from tangora.report.files import write_atomic
 
 
@@ -53,7 +53,7 @@ def save_json(model: BaseModel, path: str | Path) -> Path:
     try:
         text = model.model_dump_json(indent=1)
     except ValueError as error:
-        raise InputError(f"{path} cannot be written as JSON: {_one_line(error)}") from error
+        raise InputError(f"{path} cannot be written as JSON: {on_one_line(error)}") from error
     return write_atomic(path, text + "\n")
 
 
@@ -94,7 +94,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {_one_line(error)}") from error
+        raise InputError(f"{path} is not valid JSON: {on_one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object; got {type(content).__name__}")
     return content
@@ -122,7 +122,3 @@ def validated(kind: type[_ModelT], content: dict[str, Any], path: str | Path, wh
         place = ".".join(str(part) for part in first["loc"])
         where = f" at {place}" if place else ""
         raise InputError(f"{path} is no valid {what}{where}: {first['msg']}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -18,7 +18,7 @@ import torch
 
 from tangora._checks import InputError
 from tangora.experiments.comparison.sweep import Cell
-from tangora.experiments.folders import CHECKPOINTS, LOG, is_disk_full
+from tangora.experiments.folders import CHECKPOINTS, LOG, NO_SPACE, is_disk_full
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
 from tangora.experiments.run.execute import Watcher, execute, read_evaluations, read_steps
@@ -37,7 +37,6 @@ _NO_MEMORY = (
     "bad_alloc",
     "can't start new thread",
 )
-_NO_SPACE = "No space left on device"
 _LITTLE_SPACE = 2**20
 
 logger = logging.getLogger(__name__)
@@ -241,7 +240,7 @@ def _cause(problem: Exception) -> tuple[Status, str]:
 def _raise_if_disk_is_full(problem: Exception, folder: Path) -> None:
     space = shutil.disk_usage(folder).free if folder.exists() else _LITTLE_SPACE
     if is_disk_full(problem) or space < _LITTLE_SPACE:
-        raise DiskFullError(f"{folder}: {_NO_SPACE.lower()}") from problem
+        raise DiskFullError(f"{folder}: {NO_SPACE}") from problem
 
 
 def _end_with_parent() -> None:

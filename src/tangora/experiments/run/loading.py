@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from tangora._checks import InputError
+from tangora._checks import InputError, reason
+from tangora.experiments.folders import SETTINGS
 from tangora.experiments.settings import RunSettings, Settings, TaskSettings
 from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
 from tangora.training.data.fit import check_fit
 from tangora.training.data.prompts import check_chat_template
-from tangora.training.data.rows import reason
 from tangora.training.devices import device_named
 from tangora.training.models import Kind, LoadedModel, load_model
 
@@ -85,7 +85,7 @@ def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
     Returns:
         The settings, unchanged if the folder is new or is about other data.
     """
-    found = _json(folder / "settings.json")
+    found = _json(folder / SETTINGS)
     if found.get("data") != getattr(settings, "data", None):
         return settings
     sizes = {

@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, on_one_line
 from tangora.adapters import save_adapter
 from tangora.adapters.folder import replace_folder, scratch_beside
-from tangora.experiments.folders import CHECKPOINTS, is_disk_full
+from tangora.experiments.folders import CHECKPOINTS, NO_SPACE, is_disk_full
 from tangora.training.callbacks import last_checkpoint
 from tangora.training.models import LoadedModel
 
@@ -42,7 +42,7 @@ def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoint
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{folder}: no space left on device: this run will write about {needed / 2**20:,.1f} MiB and "
+            f"{folder}: {NO_SPACE}: this run will write about {needed / 2**20:,.1f} MiB and "
             f"{free / 2**20:,.1f} MiB are free; free some, or choose another --output"
         )
 
@@ -73,7 +73,7 @@ def rescued(folder: Path, loaded: LoadedModel, model: nn.Module) -> Iterator[Non
             shutil.rmtree(place, ignore_errors=True)
             kept = f"{place.parent} is full, too"
         raise InputError(
-            f"{folder}: no space left on device; {kept}; free some space, and the same command {step}"
+            f"{folder}: {NO_SPACE}; {kept}; free some space, and the same command {step}"
         ) from problem
 
 
@@ -104,7 +104,7 @@ def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[Non
     ) as problem:
         if checkpoint is None or is_disk_full(problem) or step() > int(checkpoint.name.split("-")[1]):
             raise
-        said = " ".join(str(problem).split())[:100]
+        said = on_one_line(problem, 100)
         raise InputError(
             f"{checkpoint} cannot be read ({said}); delete it, and the same command goes on from the one before"
         ) from problem

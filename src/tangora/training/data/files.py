@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from tangora._checks import InputError
-from tangora.training.data.rows import RawData, Row, listed, reason
+from tangora._checks import InputError, reason
+from tangora.training.data.rows import RawData, Row, listed
 from tangora.training.paths import DATA_SUFFIXES
 
 _SEPARATORS = ",;\t|"

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tangora._checks import InputError
-from tangora.training.data.rows import reason
+from tangora._checks import InputError, reason
 
 
 class Piece(NamedTuple):

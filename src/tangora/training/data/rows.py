@@ -43,8 +43,3 @@ def shown(value: object) -> str:
 def listed(names: "tuple[str, ...] | list[str]", most: int = 20) -> str:
     """Return names separated by commas, but not all of very many."""
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of somebody else's error."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

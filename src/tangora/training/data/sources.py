@@ -7,8 +7,8 @@ from pathlib import Path
 import datasets
 import torch
 
-from tangora._checks import InputError
-from tangora.training.data.rows import RawData, Row, reason
+from tangora._checks import InputError, reason
+from tangora.training.data.rows import RawData, Row
 from tangora.training.models.digits import TASK_DIGITS, read_digits
 from tangora.training.models.hub import offline
 from tangora.training.models.packaged import PackagedFiles

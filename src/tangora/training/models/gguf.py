@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tangora._checks import InputError
+from tangora._checks import InputError, reason
 from tangora.training.models.cache import cached_model
 
 CACHE_FORMAT = 1
@@ -51,8 +51,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     except PermissionError:
         raise
     except Exception as error:  # a damaged file ends in any of them
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
+        raise InputError(f"{gguf} cannot be read as a GGUF model: {reason(error)}") from error
     _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

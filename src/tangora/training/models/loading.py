@@ -12,7 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from tangora._checks import InputError, check_choice, check_installed, check_kind, check_seed, check_whole
+from tangora._checks import (
+    InputError,
+    check_choice,
+    check_installed,
+    check_kind,
+    check_seed,
+    check_whole,
+    reason,
+)
 from tangora._names import KINDS, Kind
 from tangora.adapters.four_bit import keep_layout
 from tangora.recipes.head import head_names
@@ -329,8 +337,8 @@ def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of somebody else's error."""
-    text = (str(error).strip() or type(error).__name__).split("\n")[0]
+    """Return the first line of somebody else's error, with its type where that says more."""
+    text = reason(error)
     return (
         text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
     )
