@@ -14,7 +14,7 @@ from pydantic import (
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
-from tangora.experiments.values import Seed, Settings, device_name, read_settings, target_names, validated
+from tangora.experiments.values import Device, Seed, Settings, Targets, read_settings, validated
 from tangora.recipes import recipe
 
 
@@ -110,7 +110,7 @@ class TaskSettings(Settings):
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout probability of the adapter's input (lora_dropout)."
     )
-    target_modules: str | list[str] = Field(
+    target_modules: Targets = Field(
         default="all-linear",
         description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules).",
     )
@@ -202,14 +202,9 @@ class TaskSettings(Settings):
         default=None,
         description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
     )
-    device: str | None = Field(
+    device: Device = Field(
         default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )
-
-    @field_validator("target_modules")
-    @classmethod
-    def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        return target_names(targets)
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -253,11 +248,6 @@ class TaskSettings(Settings):
         if wanted:
             check_installed("bitsandbytes", "load_in_4bit")
         return wanted
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, name: str | None) -> str | None:
-        return device_name(name)
 
     @model_validator(mode="after")
     def _measured_first(self) -> "TaskSettings":

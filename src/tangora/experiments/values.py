@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -124,7 +125,7 @@ def _parts(value: Any) -> list[Any]:
     return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
 
 
-def target_names(targets: str | list[str]) -> str | list[str]:
+def _target_names(targets: str | list[str]) -> str | list[str]:
     """Return names as PEFT takes them: it reads a single string as a pattern, and a name alone is none."""
     if not isinstance(targets, str) or targets == "all-linear":
         return targets
@@ -132,12 +133,18 @@ def target_names(targets: str | list[str]) -> str | list[str]:
     return names if len(names) > 1 or re.fullmatch(r"[\w.-]+", targets) else targets
 
 
-def device_name(name: str | None) -> str | None:
+def _device_name(name: str | None) -> str | None:
     """Return the name of a device, or raise if it is none; whether it is there is found out where it is used."""
     if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise InputError(f"device must be cpu, cuda, cuda:N or mps; got {name!r}")
     return name
 
+
+Device = Annotated[str | None, AfterValidator(_device_name)]
+"""Name of a device; ``None`` for a GPU if there is one."""
+
+Targets = Annotated[str | list[str], AfterValidator(_target_names)]
+"""Layers to adapt, as PEFT takes them."""
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
 from tangora._names import SPACES, Kind, Space
-from tangora.experiments.values import Seed, Settings, device_name
+from tangora.experiments.values import Device, Seed, Settings
 
 RECORD = "curvature.json"
 """Name of the file in an output folder."""
@@ -103,14 +103,9 @@ class CurvatureSettings(Settings):
     )
     float64: bool = Field(default=False, description="Compute in float64.")
     seed: Seed = Field(default=0, description="Seed of the random vectors and of a new head.")
-    device: str | None = Field(
+    device: Device = Field(
         default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, name: str | None) -> str | None:
-        return device_name(name)
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from tangora._checks import check_choice
 from tangora._names import STARTS, Kind
-from tangora.experiments.values import Seed, Settings, device_name, target_names
+from tangora.experiments.values import Device, Seed, Settings, Targets
 
 
 class DiagnoseSettings(Settings):
@@ -69,7 +69,7 @@ class DiagnoseSettings(Settings):
         gt=0,
         description="LoRA alpha (lora_alpha) at budget_rank, for the rank plan. Default: scaling unchanged.",
     )
-    target_modules: str | list[str] = Field(
+    target_modules: Targets = Field(
         default="all-linear",
         description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules).",
     )
@@ -93,19 +93,9 @@ class DiagnoseSettings(Settings):
         description="Power iterations that sharpen the singular values, two passes over the data each.",
     )
     seed: Seed = Field(default=0, description="Seed of random vectors, initializations and a new head.")
-    device: str | None = Field(
+    device: Device = Field(
         default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
     )
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, name: str | None) -> str | None:
-        return device_name(name)
-
-    @field_validator("target_modules")
-    @classmethod
-    def _separated(cls, targets: str | list[str]) -> str | list[str]:
-        return target_names(targets)
 
     @field_validator("starts", mode="before")
     @classmethod
