@@ -12,7 +12,8 @@ from tangora.experiments.comparison.plan import CompareSettings, read_plan
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.export import export
 from tangora.experiments.run.execute import Watcher
-from tangora.experiments.settings import RunSettings, run_settings
+from tangora.experiments.settings import RunSettings
+from tangora.experiments.stored import run_settings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated
 from tests.experiments.small import write_classifier, write_generator

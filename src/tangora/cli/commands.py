@@ -18,7 +18,8 @@ from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.diagnose.settings import DiagnoseSettings
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.settings import RunSettings, adapter_settings
+from tangora.experiments.settings import RunSettings
+from tangora.experiments.stored import adapter_settings
 from tangora.experiments.values import read_yaml, validated
 
 # what needs torch is imported in the commands, once their arguments are known to be good: help and errors come at once

@@ -11,7 +11,7 @@ from tangora.experiments.launcher import check_one_process
 from tangora.experiments.run.loading import load_run_base
 from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import model_card_facts
-from tangora.experiments.settings import adapter_settings
+from tangora.experiments.stored import adapter_settings
 from tangora.report import load_record
 from tangora.report.records import RECORDS_FOLDER
 

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tangora._checks import InputError
-from tangora.experiments.settings import run_file
+from tangora.experiments.stored import run_file
 from tangora.experiments.values import Settings, read_settings
 from tangora.report.files import write_atomic
 

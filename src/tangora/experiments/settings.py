@@ -14,7 +14,7 @@ from pydantic import (
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
-from tangora.experiments.values import Device, Seed, Settings, Targets, read_settings, validated
+from tangora.experiments.values import Device, Seed, Settings, Targets
 from tangora.recipes import recipe
 
 
@@ -283,16 +283,6 @@ class TaskSettings(Settings):
         per_epoch = math.ceil(math.ceil(num_train / self.batch_size) / self.accumulate)
         return max(1, math.ceil(self.epochs * per_epoch))
 
-    def as_task(self) -> dict[str, Any]:
-        """Return the arguments of ``load_task``.
-
-        Returns:
-            Keyword arguments but for ``spec``.
-        """
-        keys = ("kind", "num_train", "num_validation", "num_test")
-        columns = ("text_column", "label_column", "prompt_column", "completion_column")
-        return {key: getattr(self, key) for key in (*keys, *columns)} | {"test_spec": self.test_data}
-
 
 class RunSettings(TaskSettings):
     """One run."""
@@ -385,66 +375,3 @@ def _checked_plan(plan: Any) -> dict[str, Any]:
             if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
     return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}
-
-
-def run_file(folder: Path) -> dict[str, Any]:
-    """Read what the folder of a run, or the record beside it, says of its settings and origin.
-
-    Returns:
-        As JSON holds it, keys of other versions included.
-
-    Raises:
-        InputError: If there is nothing, or it is damaged.
-    """
-    own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
-    source = own if own.is_file() else record
-    if not source.is_file():
-        raise InputError(f"{folder} is no run folder: it has no settings.json, and no record beside it")
-    values = read_settings(source)
-    if source is record:
-        values = values["settings"] if isinstance(values.get("settings"), dict) else {}
-    return values
-
-
-def run_settings(folder: Path) -> RunSettings:
-    """Read the settings of a run.
-
-    Args:
-        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If the folder is none of these.
-    """
-    values = run_file(folder)
-    # where a run was computed says nothing of where its adapter is read
-    known = {
-        key: value for key, value in values.items() if key in RunSettings.model_fields and key != "device"
-    }
-    if "recipe" not in known:
-        raise InputError(
-            f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME"
-            if "recipes" in values
-            else f"{folder} holds no run: give an output folder of tangora train, or one of the runs of tangora compare"
-        )
-    return validated(RunSettings, known, str(folder))
-
-
-def adapter_settings(folder: Path) -> RunSettings:
-    """Read the settings of a finished run with an adapter.
-
-    Args:
-        folder: As for `run_settings`.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If the folder is no run, or holds no adapter.
-    """
-    settings = run_settings(folder)
-    if not (folder / "adapter").is_dir():
-        raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
-    return settings

@@ -13,7 +13,8 @@ from tangora.experiments.folders import check_origin, kept_origin
 from tangora.experiments.run.batches import encoded_batches
 from tangora.experiments.run.loading import load_base, load_run_task
 from tangora.experiments.run.origin import origin_of
-from tangora.experiments.settings import RunSettings, TaskSettings, run_settings
+from tangora.experiments.settings import RunSettings, TaskSettings
+from tangora.experiments.stored import run_settings
 from tangora.training.data import Task
 from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model

@@ -16,11 +16,11 @@ from tangora.experiments.folders import LOG, check_output, claimed
 from tangora.experiments.launcher import check_one_process
 from tangora.experiments.logs import log_to
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import check_chat, fitted, with_recorded_sizes, with_sizes
+from tangora.experiments.run.loading import fitted, load_run_task, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.files import write_atomic
-from tangora.training.data import Task, collator, encode, load_task
+from tangora.training.data import Task, collator, encode
 from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
 
@@ -72,7 +72,7 @@ def diagnose_task(
     phase("loading")
     check_device(settings.device)
     settings = with_recorded_sizes(settings, folder)
-    task = _load_task(settings)
+    task = load_run_task(settings)
     _check_sizes(settings, task)
     settings = with_sizes(settings, task)
     with claimed(folder, settings), log_to(folder / LOG):
@@ -120,14 +120,6 @@ def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
             f"num_examples and num_held_out must be at most {there} together, the number of training examples; got "
             f"{settings.num_examples} and {settings.num_held_out}"
         )
-
-
-def _load_task(settings: DiagnoseSettings) -> Task:
-    keys = ("kind", "num_train", "num_validation", "num_test")
-    columns = ("text_column", "label_column", "prompt_column", "completion_column")
-    task = load_task(settings.data, **{key: getattr(settings, key) for key in (*keys, *columns)})
-    check_chat(task, settings.chat_template)
-    return task
 
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tangora._checks import InputError, reason
 from tangora.experiments.folders import SETTINGS
-from tangora.experiments.settings import RunSettings, Settings, TaskSettings
+from tangora.experiments.settings import RunSettings, Settings
 from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
 from tangora.training.data.fit import check_fit
@@ -21,12 +21,25 @@ from tangora.training.models import Kind, LoadedModel, load_model
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
 
+_SIZES = ("num_train", "num_validation", "num_test")
+_COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
-def load_run_task(settings: TaskSettings) -> Task:
-    """Load the data of a run.
+
+@runtime_checkable
+class _Read(Protocol):
+    """Settings that say which data is read, and how."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def chat_template(self) -> bool | None: ...
+
+
+def load_run_task(settings: _Read) -> Task:
+    """Load the data of a run or a diagnosis.
 
     Args:
-        settings: The run's; the split does not depend on its seed.
+        settings: Its settings; the split does not depend on a run's seed.
 
     Returns:
         The task.
@@ -34,7 +47,8 @@ def load_run_task(settings: TaskSettings) -> Task:
     Raises:
         InputError: If it cannot be loaded, or ``chat_template`` does not suit it.
     """
-    task = load_task(settings.data, **settings.as_task())
+    how = {key: getattr(settings, key) for key in ("kind", *_SIZES, *_COLUMNS)}
+    task = load_task(settings.data, test_spec=getattr(settings, "test_data", None), **how)
     check_chat(task, settings.chat_template)
     return task
 
