@@ -62,6 +62,27 @@ def retract(
     return _mixed(A, B, at, tangent, step, core, needs_svd)
 
 
+def decayed_step(
+    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, decay: float, kind: Retraction
+) -> Factors:
+    r"""Take the step $\gamma Y - h\,\xi$ and come back to rank r in factors that are not far from balanced.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        at: Frame at ``A``, ``B``.
+        tangent: $\xi$.
+        step: $h$, in units of $B A$.
+        decay: $\gamma$, one minus learning rate times weight decay.
+        kind: As for `retract`.
+
+    Returns:
+        New factors, see `kept_balanced`: clipping by norm would else see longer and longer gradients.
+    """
+    shrunk = at._replace(whiten_B=at.whiten_B / decay)
+    return kept_balanced(*retract(A, B * decay, shrunk, tangent, step, kind))
+
+
 def orthographic_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
     r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
 

@@ -15,7 +15,7 @@ from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
-from tangora.geometry.retraction import RETRACTIONS, Retraction, kept_balanced, retract
+from tangora.geometry.retraction import RETRACTIONS, Retraction, decayed_step
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
 from tangora.optim.adamw import adamw_factors, adamw_update, factor_moments, step_counters
 from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
@@ -158,9 +158,7 @@ class LoRAPro(LayerwiseOptimizer):
             tangent = project(at, coordinates(at, self._weight_moments(stack, at, tangent, group)))
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
-            at, B = at._replace(whiten_B=at.whiten_B / decay), B * decay
-            new = retract(A, B, at, tangent, group["lr"] / stack.scaling, group["retraction"])
-            return kept_balanced(*new)  # else clipping would see longer and longer gradients
+            return decayed_step(A, B, at, tangent, group["lr"] / stack.scaling, decay, group["retraction"])
         H_A, H_B = (H.div_(stack.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
         if group["moments"] == "factor":
             return adamw_factors(stack, (H_A, H_B), group)

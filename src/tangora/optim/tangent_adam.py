@@ -15,7 +15,7 @@ from torch import Tensor
 from tangora._checks import check_choice
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, kept_balanced, retract
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.tangent import (
     Coordinates,
     Cotangent,
@@ -105,9 +105,7 @@ def tangent_adam_step(
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     metric = adafactor_metric(rows / correction2, columns / correction2, eps)
     direction = project_metric(at, momentum, metric)
-    shrunk = at._replace(whiten_B=at.whiten_B / decay)
-    new = retract(A, B * decay, shrunk, direction, step_size / correction1, retraction)
-    new = kept_balanced(*new)
+    new = decayed_step(A, B, at, direction, step_size / correction1, decay, retraction)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tangora._checks import check_choice, check_number, check_whole
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, kept_balanced, retract
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.spectral import spectral_direction
 from tangora.geometry.tangent import Coordinates, Cotangent, coordinates, frame, transport
 from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
@@ -82,8 +82,7 @@ def tangent_muon_step(
     average = Coordinates(*(m.lerp_(g, 1 - beta) for m, g in pairs))
     ahead = Coordinates(*(g.lerp(m, beta) for m, g in pairs)) if nesterov else average
     direction = spectral_direction(at, ahead, iterations)
-    shrunk = at._replace(whiten_B=at.whiten_B / decay)
-    new = kept_balanced(*retract(A, B * decay, shrunk, direction, step_size, retraction))
+    new = decayed_step(A, B, at, direction, step_size, decay, retraction)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     return new, transport(at, average, new.A, new.B)
 
