@@ -27,9 +27,9 @@ from tangora.report.drawing.styles import MARKS, SVG_DASHES, recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.layout import flat, render
 from tangora.report.records import Comparison, Record
-from tangora.report.statistics.recommendation import recommendation
+from tangora.report.statistics.recommendation import has_comparable_times, recommend
 from tangora.report.statistics.selection import group_by_recipe, judged_runs
-from tangora.report.statistics.summary import Row, summarize
+from tangora.report.statistics.summary import Row, judge
 
 _TEMPLATE = "page.html.j2"
 
@@ -56,7 +56,8 @@ def render_page(comparison: Comparison) -> str:
     Returns:
         A whole HTML page: what was compared, verdict, results, figures, runs, and how to repeat it.
     """
-    rows = summarize(comparison)
+    rows, samples = judge(comparison)
+    advice = recommend(rows, samples, timed=has_comparable_times(comparison))
     groups = group_by_recipe(comparison)
     parts = [
         results_section(comparison, rows),
@@ -77,7 +78,7 @@ def render_page(comparison: Comparison) -> str:
         missing=missing_sentence(comparison),
         setup=setup_facts(comparison),
         verdict=verdict(rows),
-        recommendation=recommendation_sentence(recommendation(comparison)),
+        recommendation=recommendation_sentence(advice),
         recipes=[row.recipe for row in rows],
         styles=recipe_styles(groups),
         svg_dashes=SVG_DASHES,

@@ -51,8 +51,12 @@ def recommendation(comparison: Comparison) -> Recommendation | None:
     Returns:
         As `recommend`.
     """
-    busy = any(record.load is not None and record.load.busy for record in comparison.records)
-    return recommend(*judge(comparison), timed=not busy)
+    return recommend(*judge(comparison), timed=has_comparable_times(comparison))
+
+
+def has_comparable_times(comparison: Comparison) -> bool:
+    """Return whether no run of a comparison shared its machine with other work, as far as is known."""
+    return not any(record.load is not None and record.load.busy for record in comparison.records)
 
 
 def recommend(
