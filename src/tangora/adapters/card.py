@@ -11,6 +11,8 @@ import peft
 import torch
 from huggingface_hub import ModelCardData
 
+from tangora.adapters.serving import MODEL_CONFIG
+
 # an absolute path anywhere in a text, but not the slashes of a URL or of a fraction
 _PATH = re.compile(
     r"(?<![\w.:/~-])(?:/[^\s/,;:'\"|()]+){2,}/?|\b[A-Za-z]:\\[^\s,;'\"|()]+|~(?:/[^\s/,;:'\"|()]+)+"
@@ -122,7 +124,8 @@ def _usage(
         'adapter = "path or name of this adapter"',
         *(
             [
-                'config = AutoConfig.from_pretrained(adapter, subfolder="base_config")  # with the names of the classes'
+                f'config = AutoConfig.from_pretrained(adapter, subfolder="{MODEL_CONFIG}")  # with the names of the '
+                "classes"
             ]
             if classified
             else []

@@ -20,7 +20,6 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tangora._checks import InputError, check_kind, check_path, check_whole
 from tangora.adapters.bare import bare_model, check_gathered
@@ -40,19 +39,13 @@ from tangora.adapters.load import CONFIG_FILE
 from tangora.adapters.offset import has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.ranks import first_rank_writes
+from tangora.adapters.serving import classes_of, is_served_by, write_config, write_tokenizer
 from tangora.adapters.uniform import uniform as uniform_factors
 from tangora.adapters.wrapped import unwrapped
 
 _WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
 _FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
-# beside the adapter's own files transformers would take a config.json for that of a whole model
-_MODEL_CONFIG = "base_config"
-# what tokenizers and image processors write, beside the files that they name themselves
-_TOKENIZER_FILES = re.compile(
-    r"tokenizer.*|(special_tokens_map|added_tokens|vocab|preprocessor_config|processor_config)\.json"
-    r"|chat_template\.jinja|additional_chat_templates|vocab\.txt|merges\.txt"
-)
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -181,9 +174,12 @@ def _save(
                 f"rank must be left out, because this adapter ({kind}) holds no LoRA pair; got {rank}"
             )
     target = path.resolve()
-    classifier = _classes(model) is not None
+    classifier = classes_of(model) is not None
     check_replaceable(
-        target, what="adapter", marker=CONFIG_FILE, known=lambda name: _is_known(name, classifier, tokenizer)
+        target,
+        what="adapter",
+        marker=CONFIG_FILE,
+        known=lambda name: name in _FILES or is_served_by(name, classifier=classifier, tokenizer=tokenizer),
     )
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
@@ -209,48 +205,11 @@ def _save(
             _card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8"
         )
         if classifier:
-            _write_config(model, written)
+            write_config(model, written)
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, written)
+            write_tokenizer(tokenizer, written)
         replace_folder(written, target)
     return saved
-
-
-def _is_known(name: str, classifier: bool, tokenizer: Any) -> bool:
-    # a tokenizer that would not be written again is a stranger
-    if name == _MODEL_CONFIG:
-        return classifier
-    own = getattr(tokenizer, "vocab_files_names", {}).values()
-    return name in _FILES or (
-        tokenizer is not None and (name in own or _TOKENIZER_FILES.fullmatch(name) is not None)
-    )
-
-
-def _classes(model: PeftModel) -> dict[int, str] | None:
-    # every transformers config has id2label, but only classifiers mean it
-    base = unwrapped(model.get_base_model())
-    config = getattr(base, "config", None)
-    if not isinstance(base, PreTrainedModel) or not re.search("ForSequence|ForImage", type(base).__name__):
-        return None
-    return dict(getattr(config, "id2label", None) or {}) or None
-
-
-def _write_config(model: PeftModel, folder: Path) -> None:
-    config: Any = unwrapped(model.get_base_model()).config
-    values = json.loads(config.to_json_string())
-    values.pop("_name_or_path", None)  # a folder of this machine, perhaps
-    (folder / _MODEL_CONFIG).mkdir()
-    path = folder / _MODEL_CONFIG / "config.json"
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    if path.is_file():  # transformers keeps only the sides that were given when the tokenizer was made
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {key: getattr(tokenizer, key) for key in ("padding_side", "truncation_side")}
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _card(
@@ -262,7 +221,7 @@ def _card(
         files.config,
         about_rank,
         facts,
-        _classes(model),
+        classes_of(model),
         images=getattr(base, "main_input_name", "") == "pixel_values",
         architecture=type(unwrapped(base)).__name__,
     )

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from tangora._checks import InputError, reason
+from tangora.adapters.serving import MODEL_CONFIG
 from tangora.experiments.folders import SETTINGS
 from tangora.experiments.settings import RunSettings, Settings
 from tangora.recipes import recipe
@@ -251,7 +252,7 @@ def _saved_kind(adapter: Path, settings: RunSettings) -> Kind:
 
 
 def _saved_labels(adapter: Path) -> tuple[str, ...]:
-    names = _json(adapter / "base_config" / "config.json").get("id2label")
+    names = _json(adapter / MODEL_CONFIG / "config.json").get("id2label")
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         return ()
     return tuple(names[key] for key in sorted(names, key=int))
