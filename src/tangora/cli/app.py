@@ -72,7 +72,6 @@ def tangora(
             "--version",
             callback=_tell_version,
             is_eager=True,
-            metavar="",
             help="Show the version and exit.",
         ),
     ] = False,

@@ -34,15 +34,15 @@ class EmpiricalFisher(SandwichOperator):
     The single losses are held, their gradients are not: $J v$ and $J^\top u$ come from backward passes.
 
     Args:
-        model: See `CurvatureOperator`, as for everything not listed here.
-        batches: See there.
-        over: See there.
+        model: As for `CurvatureOperator`.
+        batches: As for `CurvatureOperator`.
+        over: As for `CurvatureOperator`.
         loss_fn: ``loss_fn(model, batch)`` -> (loss, losses), the single losses and their mean; batches weigh alike, and
             what is single is the user's choice. Default the model's own loss.
         per: ``label`` or ``sequence``; with ``loss_fn`` only ``label``.
-        layers: See there.
-        adapter_name: See there.
-        dtype: See there.
+        layers: As for `CurvatureOperator`.
+        adapter_name: As for `CurvatureOperator`.
+        dtype: As for `CurvatureOperator`.
 
     Raises:
         InputError: If the loss is not the mean over single labels' losses.
