@@ -378,14 +378,14 @@ def test_a_rank_plan_of_another_model_is_refused(small, tmp_path):
 
 
 def test_checks_leave_the_model_alone(small):
-    from tangora.experiments.run.checks import check_model
+    from tangora.experiments.run.checks import checked
 
     settings = settings_of(small)
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     before = {name: each.clone() for name, each in loaded.model.state_dict().items()}
     state = torch.get_rng_state()
-    check_model([settings, settings.model_copy(update={"recipe": "dora"})], task, loaded)
+    checked([settings, settings.model_copy(update={"recipe": "dora"})], task, loaded)
     assert torch.equal(state, torch.get_rng_state())
     after = loaded.model.state_dict()
     assert after.keys() == before.keys()

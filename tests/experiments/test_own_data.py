@@ -1,14 +1,16 @@
 """Runs on one's own data: sizes are recorded, old folders go on, and what is cut off is said."""
 
+import itertools
 import json
 import logging
 
 import pytest
 
-from tangora import InputError, RunSettings, train
+from tangora import CompareSettings, InputError, RunSettings, compare, train
 from tangora.experiments.run.loading import check_chat, load_run_task, with_sizes
 from tangora.report import load_record
 from tests.experiments.small import write_classifier, write_generator
+from tests.training.tiny import WORDS
 
 
 @pytest.fixture
@@ -57,6 +59,23 @@ def test_what_is_cut_off_is_told_logged_and_recorded(small, tmp_path, caplog):
     )
     assert sentence in record.notes
     assert sentence in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_comparison_says_what_is_cut_and_refuses_what_leaves_nothing_before_its_first_run(small, tmp_path):
+    own = small | {"recipes": ["lora"], "learning_rates": {"lora": [1e-3]}, "seeds": [0], "max_length": 2}
+    outcome = compare(CompareSettings(**own | {"num_train": 10}), tmp_path / "cut")
+    (record,) = outcome.comparison.records
+    assert any("10 of 10 training examples are cut to 2 tokens" in note for note in record.notes)
+    first, second, *others = WORDS[:7]
+    rows = [
+        {"text": f"{first} {second} {one} {other}", "label": index % 2}
+        for index, (one, other) in enumerate(itertools.product(others, others))
+    ]
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="leaves only 1 different"):
+        compare(CompareSettings(**own | {"data": str(alike)}), tmp_path / "alike")
+    assert not (tmp_path / "alike").exists()
 
 
 @pytest.mark.messages

@@ -124,8 +124,8 @@ def _usage(
         'adapter = "path or name of this adapter"',
         *(
             [
-                f'config = AutoConfig.from_pretrained(adapter, subfolder="{MODEL_CONFIG}")  # with the names of the '
-                "classes"
+                "# with the names of the classes",
+                f'config = AutoConfig.from_pretrained(adapter, subfolder="{MODEL_CONFIG}")',
             ]
             if classified
             else []
