@@ -5,6 +5,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tangora import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, TangentMuon
+from tangora.optim import LoRAMuon, LoRARITE, PoLoRA
 
 OPTIMIZERS = {
     "lora-pro-weight": lambda model, **kw: LoRAPro(model, **{"lr": 1e-2, **kw}),
@@ -16,6 +17,9 @@ OPTIMIZERS = {
     "tangent-muon": lambda model, **kw: TangentMuon(
         model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}
     ),
+    "lora-muon": lambda model, **kw: LoRAMuon(model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}),
+    "polora": lambda model, **kw: PoLoRA(model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}),
+    "lora-rite": lambda model, **kw: LoRARITE(model, **{"lr": 1e-2, **kw}),
     "odelora-euler": lambda model, **kw: ODELoRA(model, **{"lr": 0.1, "scheme": "euler", **kw}),
     "odelora-bug": lambda model, **kw: ODELoRA(
         model, **{"lr": 0.1, "scheme": "bug", "tolerance": 1e-3, **kw}

@@ -94,3 +94,11 @@ def spectral_direction(A: Tensor, B: Tensor, M: Tensor, iterations: int) -> Tens
     for _ in range(iterations):
         X = project(A, B, msign(X))
     return X
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    """Power of a symmetric positive semi-definite matrix on its numerical range, zero elsewhere."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-12 * values[-1].clamp(min=0)
+    powers = values.where(kept, 1.0).pow(exponent).where(kept, 0.0)
+    return (vectors * powers) @ vectors.mT

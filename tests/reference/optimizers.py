@@ -117,3 +117,81 @@ class DenseTangentMuon:
         xi = dense.spectral_direction(A, B, ahead, self.iterations)
         U, S, Vh = torch.linalg.svd(B @ A - self.step_size / self.s * xi, full_matrices=False)
         self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+
+
+class DenseLoRAMuon:
+    """LoRA-Muon from the paper's formulas, with roots and polar factors by eigen- and singular value decompositions."""
+
+    def __init__(self, A: Tensor, B: Tensor, s: float, lr: float, wd: float = 0.0):
+        self.A, self.B, self.s, self.lr, self.wd = A.clone(), B.clone(), s, lr, wd
+        self.M_A, self.M_B = torch.zeros_like(A), torch.zeros_like(B)
+
+    def step(self, g: Tensor) -> None:
+        A, B = self.A, self.B
+        self.M_A = 0.9 * self.M_A + 0.1 * self.s * B.mT @ g
+        self.M_B = 0.9 * self.M_B + 0.1 * self.s * g @ A.mT
+        root_A, root_B = (dense.power(S, -0.5) for S in (A @ A.mT, B.mT @ B))
+        step_A = -self.lr / 2 / self.s * root_B @ dense.msign(root_B @ self.M_A)
+        step_B = -self.lr / 2 / self.s * dense.msign(self.M_B @ root_A) @ root_A
+        k = (1 - self.lr * self.wd) ** 0.5
+        self.A, self.B = k * A + step_A / k, k * B + step_B / k
+
+
+class DensePoLoRA:
+    """PoLoRA from the paper's formulas, with diagonal matrices and roots formed."""
+
+    def __init__(self, A: Tensor, B: Tensor, s: float, lr: float):
+        self.A, self.B, self.s, self.lr = A.clone(), B.clone(), s, lr
+        self.M_A, self.M_B = torch.zeros_like(A), torch.zeros_like(B)
+        self.Q, self.P = torch.full_like(A[0], 1e-12), torch.full_like(B[:, 0], 1e-12)
+
+    def step(self, g: Tensor) -> None:
+        A, B, r = self.A, self.B, len(self.A)
+        g_A, g_B = self.s * B.mT @ g, self.s * g @ A.mT
+        self.M_A, self.M_B = 0.9 * self.M_A + 0.1 * g_A, 0.9 * self.M_B + 0.1 * g_B
+        ahead_A, ahead_B = 0.9 * self.M_A + 0.1 * g_A, 0.9 * self.M_B + 0.1 * g_B
+        q, p = (torch.diag((x / x.max() + 1e-4) ** -0.5) for x in (self.Q, self.P))
+        C_B, C_A = B.mT @ p.inverse() @ p.inverse() @ B, A @ q.inverse() @ q.inverse() @ A.mT
+        C_B, C_A = (
+            C + max(1e-4 * torch.linalg.matrix_norm(C, 2).item(), 1e-12) * torch.eye(r, dtype=C.dtype)
+            for C in (C_B, C_A)
+        )
+        root_B, root_A = dense.power(C_B, -0.5), dense.power(C_A, -0.5)
+        D_A = root_B @ dense.msign(root_B @ ahead_A @ q) @ q
+        D_B = p @ dense.msign(p @ ahead_B @ root_A) @ root_A
+        norm = torch.linalg.matrix_norm
+        rho = self.lr / self.s / (norm(A, 2) + norm(B, 2))
+        self.A = A - rho * D_A / norm(D_A, 2).clamp(min=1e-300)
+        self.B = B - rho * D_B / norm(D_B, 2).clamp(min=1e-300)
+        self.Q = 0.99 * self.Q + 0.01 / r * (g_A * (C_B.inverse() @ g_A)).sum(0)
+        self.P = 0.99 * self.P + 0.01 / r * (g_B * (g_B @ C_A.inverse())).sum(1)
+
+
+class DenseLoRARITE:
+    """LoRA-RITE from the paper's algorithm: thin QRs, bases of the last step kept, no escaped mass."""
+
+    def __init__(self, A: Tensor, B: Tensor, s: float, lr: float, betas: tuple[float, float] = (0.9, 0.999)):
+        self.A, self.B, self.s, self.lr, self.betas = A.clone(), B.clone(), s, lr, betas
+        self.t = 0
+        self.kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _moved(self, key: str, gradient: Tensor, other: Tensor) -> Tensor:
+        """Return the step of a tall factor, whose partner's transpose is ``other``."""
+        Q, R = torch.linalg.qr(other)
+        seen = gradient @ R.inverse()
+        beta1, beta2 = (b * (1 - b ** (self.t - 1)) / (1 - b**self.t) for b in self.betas)
+        old, M, V = self.kept.get(key, (Q, 0 * seen, 0 * R))
+        P = Q.mT @ old
+        V = beta2 * P @ V @ P.mT + (1 - beta2) * seen.mT @ seen / len(seen)
+        values, vectors = torch.linalg.eigh(V)
+        inverse_root = (vectors / (values.clamp(min=0).sqrt() + 1e-6)) @ vectors.mT
+        M = beta1 * M @ P.mT + (1 - beta1) * seen @ inverse_root
+        self.kept[key] = (Q, M, V)
+        return -self.lr * M @ R.inverse().mT
+
+    def step(self, g: Tensor) -> None:
+        self.t += 1
+        A, B = self.A, self.B
+        step_B = self._moved("B", self.s * g @ A.mT, A.mT)
+        step_A = self._moved("A", (self.s * B.mT @ g).mT, B).mT
+        self.A, self.B = A + step_A, B + step_B

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tangora._types import FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
 from tangora.geometry.tangent import Coordinates, Frame, Tangent
 
@@ -67,6 +68,21 @@ def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
             X = a * X + X @ (b * G + c * (G @ G))
             G = X.mT @ X
     return X
+
+
+def thin_polar(wide: FactorA) -> FactorA:
+    r"""Return the polar factor $P Q^\top$ of a matrix with few rows.
+
+    Args:
+        wide: $r \times n$, float32 or float64; may be zero, rank-deficient, or have more rows than columns.
+
+    Returns:
+        The factor; zero in directions in which the matrix is.
+    """
+    largest = wide.abs().amax((-2, -1), keepdim=True)
+    scaled = wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)
+    ((basis, size),) = _orthonormal([scaled], torch.zeros_like(largest))
+    return polar(size) @ basis
 
 
 def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tangent:

@@ -1,5 +1,6 @@
-"""Optimizers of the baselines: torch's AdamW, and LoRA+ by PEFT."""
+"""Optimizers of the baselines: torch's AdamW and Muon, and LoRA+ by PEFT."""
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
+from tangora.adapters import find_pairs
 from tangora.optim.groups import decay_groups
+from tangora.optim.muon import MuonAndAdamW
+from tangora.recipes.head import head_names
 from tangora.recipes.regroup import regroup
 
 
@@ -48,3 +53,41 @@ def lora_plus(model: nn.Module, **options: Any) -> Optimizer:
     undecayed = [group["params"] for group in decay_groups(model) if group.get("weight_decay") == 0]
     regroup(optimizer, chain(*undecayed), weight_decay=0.0)
     return optimizer
+
+
+def full_muon(model: nn.Module, **options: Any) -> Optimizer:
+    """Make Muon for the weights that PEFT's ``all-linear`` adapts, and AdamW for everything else.
+
+    Args:
+        model: A model that is trained whole.
+        **options: Of `MuonAndAdamW`.
+
+    Returns:
+        The optimizer of the trainable parameters.
+    """
+    head = head_names(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    matrices = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
+    ]
+    return _muon(model, matrices, options)
+
+
+def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
+    """Make Muon for the factors of LoRA, each by itself, and AdamW for everything else.
+
+    Args:
+        model: A PEFT model.
+        **options: Of `MuonAndAdamW`.
+
+    Returns:
+        The optimizer of the trainable parameters.
+    """
+    return _muon(model, [factor for pair in find_pairs(model) for factor in (pair.A, pair.B)], options)
+
+
+def _muon(model: nn.Module, matrices: Sequence[nn.Parameter], options: dict[str, Any]) -> Optimizer:
+    rest = [{key: group[key] for key in group if key != "names"} for group in decay_groups(model, matrices)]
+    return MuonAndAdamW([each for each in matrices if each.requires_grad], rest, **options)

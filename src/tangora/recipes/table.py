@@ -25,6 +25,11 @@ _lora_plus = Later("tangora.recipes.baselines:lora_plus")
 _preconditioned = Later("tangora.optim:PreconditionedAdamW")
 _tangent = Later("tangora.optim:TangentAdam")
 _tangent_muon = Later("tangora.optim:TangentMuon")
+_full_muon = Later("tangora.recipes.baselines:full_muon")
+_factor_muon = Later("tangora.recipes.baselines:factor_muon")
+_lora_muon = Later("tangora.optim:LoRAMuon")
+_polora = Later("tangora.optim:PoLoRA")
+_lora_rite = Later("tangora.optim:LoRARITE")
 
 
 def _lora_pro(**fixed: Any) -> Any:
@@ -46,6 +51,14 @@ _ORTHOGONAL = _options(size=1.0)
 _TABLE = (
     Recipe(
         "full", "full fine-tuning with AdamW: the reference", "arXiv:1711.05101", _FULL_GRID, _adamw, None
+    ),
+    Recipe(
+        "full-muon",
+        "full fine-tuning with Muon: a second reference",
+        "https://kellerjordan.github.io/posts/muon",
+        _MUON_GRID,
+        _full_muon,
+        None,
     ),
     Recipe("lora", "LoRA with AdamW", "arXiv:2106.09685", _LORA_GRID, _adamw),
     Recipe(
@@ -171,6 +184,34 @@ _TABLE = (
         _tangent_muon,
     ),
     Recipe(
+        "factor-muon",
+        "Muon on each factor of LoRA",
+        "arXiv:2605.10468",
+        _MUON_GRID,
+        _factor_muon,
+    ),
+    Recipe(
+        "lora-muon",
+        "LoRA-Muon: each factor's momentum orthogonalised in the other's metric",
+        "arXiv:2606.12921",
+        _MUON_GRID,
+        _lora_muon,
+    ),
+    Recipe(
+        "polora",
+        "PoLoRA: spectral steps of the factors, preconditioned by curvature",
+        "arXiv:2607.17620",
+        _MUON_GRID,
+        _polora,
+    ),
+    Recipe(
+        "lora-rite",
+        "LoRA-RITE: second moments of the rank's size, the same for every factorization",
+        "arXiv:2410.20625",
+        _FULL_GRID,
+        _lora_rite,
+    ),
+    Recipe(
         "odelora-euler",
         "gradient flow on the balanced rank-r matrices, Euler steps",
         "arXiv:2602.07479",
@@ -223,6 +264,14 @@ _TABLE = (
         _tangent_muon,
         start="orthogonal",
         start_options=_ORTHOGONAL,
+    ),
+    Recipe(
+        "lora-ga+tangent-muon",
+        "LoRA-GA's initialization, TangentMuon",
+        "arXiv:2407.05000 and this project",
+        _MUON_GRID,
+        _tangent_muon,
+        start="lora-ga",
     ),
     Recipe(
         "lora-ga+tangent",

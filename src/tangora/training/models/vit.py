@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -28,10 +29,7 @@ _ARCHITECTURE = {
     "image_size": 8,
     "patch_size": 2,
     "num_channels": 1,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "intermediate_size": 128,
 }
 _EPOCHS = 20
 _BATCH_SIZE = 64
@@ -61,30 +59,47 @@ def _make(folder: Path) -> None:
     SCALER.save_pretrained(folder)
 
 
+def _adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=_LEARNING_RATE)
+
+
 def pretrain(
-    images: Float[Tensor, "n 1 8 8"], labels: Int[Tensor, " n"], *, epochs: int, seed: int = 0
+    images: Float[Tensor, "n 1 8 8"],
+    labels: Int[Tensor, " n"],
+    *,
+    epochs: int,
+    seed: int = 0,
+    width: int = 64,
+    depth: int = 4,
+    make_optimizer: Callable[[nn.Module], Optimizer] = _adamw,
 ) -> ViTForImageClassification:
     """Train a small vision transformer from nothing.
 
-    Patches of 2 x 2 pixels, 4 layers of width 64 with 4 heads, 136 thousand weights; AdamW with one cycle of the
-    learning rate. On one thread, so that the same processor finds the same weights.
+    Patches of 2 x 2 pixels and 4 heads, 136 thousand weights at width 64 and depth 4; one cycle of the learning rate.
+    On one thread, so that the same processor finds the same weights.
 
     Args:
         images: Scaled.
         labels: In [0, classes).
         epochs: Passes over the images, in [1, inf).
         seed: Of the weights and the order; the caller's random state is untouched.
+        width: Of the hidden layers, divisible by 4; the inner layers are twice as wide.
+        depth: Number of layers.
+        make_optimizer: Makes the optimizer, whose learning rates are the cycle's highest; default AdamW.
 
     Returns:
         The model, in evaluation mode.
     """
-    config = ViTConfig.from_dict(_ARCHITECTURE | {"num_labels": int(labels.max()) + 1})
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
+    config = ViTConfig.from_dict(_ARCHITECTURE | sizes | {"num_labels": int(labels.max()) + 1})
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = ViTForImageClassification(config).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+        optimizer = make_optimizer(model)
+        rates = [group["lr"] for group in optimizer.param_groups]
         steps = -(-len(images) // _BATCH_SIZE) * epochs
-        schedule = OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.1)
+        cycles_betas = isinstance(optimizer, AdamW)
+        schedule = OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=cycles_betas)
         for _ in range(epochs):
             for batch in torch.randperm(len(images)).split(_BATCH_SIZE):
                 optimizer.zero_grad()

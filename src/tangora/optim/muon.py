@@ -1,0 +1,84 @@
+"""Muon for some matrices and AdamW for everything else, as one optimizer: a yardstick for full weights or factors.
+
+Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; on LoRA's factors as in arXiv:2605.10468. Both
+parts are torch's own.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tangora._checks import InputError
+
+
+class MuonAndAdamW(Optimizer):
+    """``torch.optim.Muon`` and ``torch.optim.AdamW`` side by side.
+
+    Args:
+        matrices: Parameters for Muon, each a matrix.
+        rest: Parameters or groups for AdamW.
+        lr: Muon's learning rate: a step changes an ``m x n`` matrix by this norm times ``sqrt(max(1, m / n))``.
+        momentum: Muon's.
+        nesterov: Whether Muon looks ahead.
+        weight_decay: Decoupled decay of both.
+        adamw_lr: AdamW's learning rate.
+        betas: AdamW's.
+        eps: AdamW's.
+
+    Raises:
+        InputError: If torch is older than 2.9, which has no Muon, or a parameter is no matrix.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        rest: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        adamw_lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"Muon needs torch 2.9 or newer; this is {torch.__version__}")
+        matrices, rest = list(matrices), list(rest)
+        other = next((tuple(each.shape) for each in matrices if each.dim() != 2), None)
+        if other is not None:
+            raise InputError(
+                f"Muon steps matrices only; got a parameter of shape {other}: leave its layer out"
+            )
+        muon = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        adamw = {"lr": adamw_lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._parts: list[Optimizer] = [torch.optim.Muon(matrices, **muon)]
+        if rest:
+            self._parts.append(torch.optim.AdamW(rest, **adamw))
+        groups = [group for part in self._parts for group in part.param_groups]
+        super().__init__(groups, torch.optim.AdamW([nn.Parameter(torch.empty(0))], **adamw).defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step.
+
+        Args:
+            closure: Evaluates the loss and its gradients again.
+
+        Returns:
+            The closure's loss, or ``None``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            is_muon = isinstance(part, torch.optim.Muon)
+            # groups and states are this optimizer's, which schedulers, checkpoints and others change
+            part.param_groups = [group for group in self.param_groups if ("ns_steps" in group) == is_muon]
+            part.state = self.state
+            part.step()
+        return loss

@@ -1,0 +1,167 @@
+r"""PoLoRA: spectral steps of the factors, preconditioned by the other factor and by estimates of curvature.
+
+Source: Ghosh, Parshakova, Gower, arXiv:2607.17620. Differs in: the step is divided by the scaling $s$, so that ``lr``
+bounds the change of the weight; norms and roots are exact instead of iterated (the authors take eight iterations).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tangora._checks import check_number
+from tangora._types import FactorA, FactorB
+from tangora.adapters import LoraPair
+from tangora.geometry.gram import gram, times
+from tangora.geometry.retraction import Factors
+from tangora.geometry.spectral import thin_polar
+from tangora.geometry.tangent import Cotangent
+from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.groups import Params
+from tangora.optim.stack import PairStack, StateShapes
+
+_CURVATURE_DECAY = 0.99
+_RIDGE = 1e-4
+_TINY = 1e-12
+
+
+class Curvature(NamedTuple):
+    """Averages of squared gradients over the rank, as the other factor's inverse Gram matrix weighs them."""
+
+    rows: Float[Tensor, "*b m"]
+    columns: Float[Tensor, "*b n"]
+
+
+def polora_step(
+    A: FactorA, B: FactorB, gradient: Cotangent, ahead: Cotangent, curvature: Curvature, step_size: float
+) -> tuple[Factors, Curvature]:
+    r"""Take one step on $Y = B A$.
+
+    $D_A = C_B^{-1/2} \mathrm{msign}(C_B^{-1/2} M_A\, \mathrm{diag}\, q)\, \mathrm{diag}\, q$ for
+    $C_B = B^\top \mathrm{diag}(p^{-2}) B$, and its mirror image; both of norm $\eta / (\sigma_1(A) + \sigma_1(B))$.
+
+    Args:
+        A: Factor.
+        B: Factor.
+        gradient: The factors' gradients.
+        ahead: Their momentum, looking ahead.
+        curvature: State.
+        step_size: $\eta$, a bound on the spectral norm of the change of $B A$.
+
+    Returns:
+        New factors and state.
+    """
+    p, q = (_root(each) for each in curvature)
+    Z_A, Z_B = _damped_root(gram(A / q[..., None, :])), _damped_root(gram((B / p[..., :, None]).mT))
+    root_A, root_B = Z_A.to(A.dtype), Z_B.to(A.dtype)
+    D_A = root_B @ thin_polar(root_B.mT @ (ahead.A * q[..., None, :])) * q[..., None, :]
+    D_B = times(thin_polar((times(ahead.B * p[..., :, None], root_A)).mT).mT, root_A.mT) * p[..., :, None]
+    rate = step_size / (_norm(A) + _norm(B.mT))
+    new = Factors(*(X - rate * D / _norm(S) for X, D, S in ((A, D_A, D_A), (B, D_B, D_B.mT))))
+    columns = (root_B.mT @ gradient.A).square().sum(-2)
+    rows = times(gradient.B, root_A).square().sum(-1)
+    weight = (1 - _CURVATURE_DECAY) / A.shape[-2]
+    return new, Curvature(
+        _CURVATURE_DECAY * curvature.rows + weight * rows,
+        _CURVATURE_DECAY * curvature.columns + weight * columns,
+    )
+
+
+def _root(curvature: Tensor) -> Tensor:
+    return (curvature / curvature.amax(-1, keepdim=True) + _RIDGE).rsqrt()
+
+
+def _damped_root(matrix: Tensor) -> Tensor:
+    """Return Z with Z Z' the inverse of the damped matrix."""
+    largest = torch.linalg.eigvalsh(matrix)[..., -1, None, None]
+    damping = (_RIDGE * largest).clamp(min=_TINY)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    root = torch.linalg.cholesky(matrix + damping * identity)
+    return torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False).mT
+
+
+def _norm(wide: Tensor) -> Tensor:
+    """Return the spectral norm of a matrix with few rows, at least a tiny number."""
+    largest = torch.linalg.eigvalsh(gram(wide))[..., -1, None, None]
+    return largest.clamp(min=0).sqrt().to(wide.dtype).clamp(min=torch.finfo(wide.dtype).tiny)
+
+
+class PoLoRA(LayerwiseOptimizer):
+    r"""PoLoRA, a rival of `TangentMuon`.
+
+    Args:
+        params: PEFT model, pairs, or parameter groups.
+        lr: Bound on the spectral norm of a step of the weight; it must decay towards the end of training.
+        momentum: Decay rate of the averages of the gradients; the step looks ahead.
+        weight_decay: Decoupled decay of the factors, per unit of ``lr``; the authors have none.
+        adamw_lr: Learning rate of AdamW for all parameters outside pairs.
+        betas: AdamW's decay rates.
+        eps: AdamW's.
+        maximize: Whether to climb instead of descend.
+        foreach: As for `TangentMuon`.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+
+    Raises:
+        InputError: For an option outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        adamw_lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults, on_nonfinite, rest={"lr": adamw_lr})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("momentum", group["momentum"], low=0, high=1, open_high=True)
+
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
+        m, n, r = pair.shape
+        return {
+            "A": {"momentum_buffer": (r, n), "curvature": (n,)},
+            "B": {"momentum_buffer": (m, r), "curvature": (m,)},
+        }
+
+    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        beta = group["momentum"]
+        gradient = Cotangent(
+            *(g * stack.scaling for g in stack.gradient)
+        )  # what autograd gives for the factors
+        momentum = Cotangent(
+            stack.state("A", "momentum_buffer").lerp_(gradient.A, 1 - beta),
+            stack.state("B", "momentum_buffer").lerp_(gradient.B, 1 - beta),
+        )
+        # the states start at zero, the authors' at a tiny number
+        offset = _TINY * _CURVATURE_DECAY ** (stack.step - 1)
+        curvature = Curvature(*(stack.state(factor, "curvature") + offset for factor in ("B", "A")))
+        keep = 1 - group["lr"] * group["weight_decay"]
+        factors, curvature = polora_step(
+            stack.A * keep,
+            stack.B * keep,
+            gradient,
+            Cotangent(*(g.lerp(m, beta) for g, m in zip(gradient, momentum, strict=True))),
+            curvature,
+            group["lr"] / stack.scaling,
+        )
+        stack.keep("A", curvature=curvature.columns - offset * _CURVATURE_DECAY)
+        stack.keep("B", curvature=curvature.rows - offset * _CURVATURE_DECAY)
+        return factors
