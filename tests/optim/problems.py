@@ -17,8 +17,8 @@ OPTIMIZERS = {
     "tangent-muon": lambda model, **kw: TangentMuon(
         model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}
     ),
-    "lora-muon": lambda model, **kw: LoRAMuon(model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}),
-    "polora": lambda model, **kw: PoLoRA(model, **{"lr": 1e-2, "adamw_lr": kw.get("lr", 1e-2), **kw}),
+    "lora-muon": lambda model, **kw: LoRAMuon(model, **{"lr": 0.1, "adamw_lr": kw.get("lr", 1e-2), **kw}),
+    "polora": lambda model, **kw: PoLoRA(model, **{"lr": 0.1, "adamw_lr": kw.get("lr", 1e-2), **kw}),
     "lora-rite": lambda model, **kw: LoRARITE(model, **{"lr": 1e-2, **kw}),
     "odelora-euler": lambda model, **kw: ODELoRA(model, **{"lr": 0.1, "scheme": "euler", **kw}),
     "odelora-bug": lambda model, **kw: ODELoRA(
