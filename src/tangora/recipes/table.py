@@ -1,6 +1,6 @@
 """The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
 
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -315,6 +315,11 @@ def recipe(name: str) -> Recipe:
         InputError: If there is none of this name (the message lists all), or it has no such option.
     """
     check_kind("recipe", name, str, "the name of a recipe, such as 'tangent'")
+    return _looked_up(name)
+
+
+@cache
+def _looked_up(name: str) -> Recipe:
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
     check_choice("recipe", known, tuple(by_name))

@@ -87,7 +87,7 @@ class Pool:
         self._running[cell.id] = _Running(cell, task, folder, process, ours, watcher)
 
     def wait(self) -> list[tuple[Cell, Record]]:
-        """Wait until something is told or ends, and pass on what is told.
+        """Wait until a run ends, and pass on what all of them tell until then.
 
         Returns:
             Runs that have ended, with their records.
@@ -95,12 +95,13 @@ class Pool:
         Raises:
             DiskFullError: If a run could not write.
         """
-        wait([run.told for run in self._running.values()])
-        ended = []
-        for name, run in list(self._running.items()):
-            if self._hear(run):
-                del self._running[name]
-                ended.append((run.cell, self._record(run)))
+        ended: list[tuple[Cell, Record]] = []
+        while not ended:
+            wait([run.told for run in self._running.values()])
+            for name, run in list(self._running.items()):
+                if self._hear(run):
+                    del self._running[name]
+                    ended.append((run.cell, self._record(run)))
         return ended
 
     def stop(self) -> None:
