@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from published_lora_pro import PublishedLoRAPro
+from published_lora_tsd import PublishedLoRATSD
 from record import (
     Case,
     Target,
@@ -33,7 +34,8 @@ from record import (
     target_records,
     timed,
 )
-from tangora import LoraPair, LoRAPro, PreconditionedAdamW, TangentAdam, find_pairs
+from tangora import LoraPair, LoRAPro, PreconditionedAdamW, TangentAdam, TangentMuon, find_pairs
+from tangora.optim import LoRAMuon, LoRARITE, PoLoRA
 from tangora.training.models import load_model
 
 # SmolLM2-135M: 30 blocks of these linear layers, (out, in)
@@ -56,6 +58,9 @@ FOR_LOOP = "AdamW(foreach=False)"
 TANGENT, TANGENT_SVD = "TangentAdam(auto)", "TangentAdam(svd)"
 FACTOR, WEIGHT, PLAIN = "LoRAPro(factor)", "LoRAPro(weight)", "LoRAPro(None)"
 PRECONDITIONED = "PreconditionedAdamW"
+MUON, MUON_4 = "TangentMuon(auto)", "TangentMuon(iterations=4)"
+LORA_MUON, POLORA, RITE = "LoRAMuon", "PoLoRA", "LoRARITE"
+PUBLISHED_TSD = "published, per layer (LoRA-TSD)"
 PUBLISHED_FACTOR, PUBLISHED_WEIGHT = "published, per layer (factor)", "published, per layer (weight)"
 FULL = " on m x n weights"
 
@@ -128,7 +133,13 @@ ON_ADAPTERS: dict[str, Make] = {
     FACTOR: lambda model: LoRAPro(model, LR, moments="factor"),
     TANGENT: lambda model: TangentAdam(model, LR),
     TANGENT_SVD: lambda model: TangentAdam(model, LR, retraction="svd"),
+    MUON: lambda model: TangentMuon(model, LR),
+    MUON_4: lambda model: TangentMuon(model, LR, iterations=4),
+    LORA_MUON: lambda model: LoRAMuon(model, LR),
+    POLORA: lambda model: PoLoRA(model, LR),
+    RITE: lambda model: LoRARITE(model, LR),
     PUBLISHED_FACTOR: lambda model: PublishedLoRAPro(find_pairs(model), LR, "factor"),
+    PUBLISHED_TSD: lambda model: PublishedLoRATSD(find_pairs(model), LR),
 }
 OF_WEIGHT_SIZE: dict[str, Make] = {
     WEIGHT: lambda model: LoRAPro(model, LR, moments="weight"),
@@ -267,10 +278,9 @@ def on_adapters(settings: Settings, rank: int) -> dict[str, Any]:
     for name, make in ON_ADAPTERS.items():
         model = adapted(settings.shapes(), rank, settings.device)
         optimizers[name] = (make(model), partial(refresh_pairs, find_pairs(model)))
-    ours = [PRECONDITIONED, PLAIN, FACTOR, TANGENT, TANGENT_SVD]
     adamws = [FOREACH, FUSED, DEFAULT]
-    compared = {name: [*ours, PUBLISHED_FACTOR, *adamws] for name in adamws}
-    compared |= {name: [PUBLISHED_FACTOR] for name in (FACTOR, TANGENT)}
+    compared = {name: [*ON_ADAPTERS] for name in adamws}
+    compared |= {FACTOR: [PUBLISHED_FACTOR], TANGENT: [PUBLISHED_FACTOR, MUON], MUON: [PUBLISHED_TSD]}
     return measure(optimizers, compared, settings)
 
 
@@ -352,7 +362,7 @@ def training_step(settings: Settings) -> dict[str, Any]:
         model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
 
-    names = (FOREACH, FACTOR, TANGENT, TANGENT_SVD)
+    names = (FOREACH, FACTOR, TANGENT, TANGENT_SVD, MUON)
     optimizers = {name: ON_ADAPTERS[name](model) for name in names}
     for optimizer in optimizers.values():
         for _ in range(2):
@@ -401,6 +411,7 @@ def targets(
             Target(f"{name}: share of a training step", training["share"][name]["median"], 0.05)
             for name in (TANGENT, FACTOR)
         ]
+        found.append(Target(f"{MUON}: share of a training step", training["share"][MUON]["median"], 0.01))
     return found
 
 
@@ -415,7 +426,7 @@ def _targets_on_adapters(rank: int, results: dict[str, Any], device: str) -> lis
             Target(f"{name} / {FUSED}, r = {rank}", ratio(name, FUSED), 2.0) for name in (TANGENT, FACTOR)
         ]
     elif rank <= 8:
-        limits = {TANGENT: 3.0, FACTOR: 2.5}
+        limits = {TANGENT: 3.0, FACTOR: 2.5, MUON: 3.0}
         found += [
             Target(f"{name} / {FOREACH}, r = {rank}", ratio(name, FOREACH), limit)
             for name, limit in limits.items()
@@ -429,7 +440,12 @@ def _targets_on_adapters(rank: int, results: dict[str, Any], device: str) -> lis
         found.append(
             Target(f"{PUBLISHED_FACTOR} / {FACTOR}, r = {rank}", ratio(PUBLISHED_FACTOR, FACTOR), 25.0, True)
         )
-    found.append(Target(f"{TANGENT} / AdamW, state, r = {rank}", state[TANGENT] / state[FOREACH], 0.55))
+    if rank > 8:
+        found.append(Target(f"{MUON} / {TANGENT}, r = {rank}", ratio(MUON, TANGENT), 1.0))
+    found += [
+        Target(f"{name} / AdamW, state, r = {rank}", state[name] / state[FOREACH], limit)
+        for name, limit in ((TANGENT, 0.55), (MUON, 0.51))
+    ]
     return found
 
 
