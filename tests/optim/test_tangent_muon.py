@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from tangora import InputError, TangentMuon, find_pairs
 from tangora.optim.tangent_muon import spectral_step_size
@@ -114,3 +116,19 @@ def test_bad_options(options):
     model, _, _ = problem()
     with pytest.raises(InputError, match=next(iter(options))):
         TangentMuon(model, **options)
+
+
+def test_no_row_of_an_embedding_moves_further_than_the_rate():
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=24, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Embedding(50, 12)), config, autocast_adapter_dtype=False)
+    (pair,) = find_pairs(model)
+    optimizer = TangentMuon(model, lr=1e-3)
+    moved = []
+    for _ in range(3):
+        before = pair.delta_weight().detach().clone()
+        model(torch.arange(40).view(5, 8)).square().sum().backward()
+        optimizer.step()
+        moved.append((pair.delta_weight() - before).square().mean(0 if before.shape[0] == 12 else 1).sqrt())
+    assert max(each.max() for each in moved) < 1e-3 * 2 / 3**0.5
+    assert max(each.max() for each in moved) > 3e-4

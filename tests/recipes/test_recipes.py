@@ -68,7 +68,8 @@ def test_lora_plus_uses_the_papers_ratio():
 @pytest.mark.messages
 def test_unknown_recipe():
     with pytest.raises(
-        InputError, match=r"recipe must be one of full, full-muon, .*; got 'tangnt' \(did you mean tangent\?\)"
+        InputError,
+        match=r"recipe must be one of full, full-muon, .*; got 'tangnt' \(did you mean tangent\?\)",
     ):
         recipe("tangnt")
 

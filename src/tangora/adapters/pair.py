@@ -65,6 +65,11 @@ class LoraPair:
         return used and not layer.disable_adapters
 
     @property
+    def looks_up(self) -> bool:
+        """Whether the layer is an embedding, whose inputs are indices: $A$ has one column for each of them."""
+        return self.adapter in getattr(self.layer, "lora_embedding_A", ())
+
+    @property
     def attached(self) -> bool:
         """Whether the layer still holds these very parameters: sharding and loading may replace them."""
         held = (getattr(holder, "weight", holder) for holder in self._holders())

@@ -33,7 +33,7 @@ class _Buffer(NamedTuple):
 
 
 class PairStack:
-    """Pairs of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
+    """Pairs of one kind of layer, of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
     parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside. Factors and
@@ -239,7 +239,7 @@ class StackCache:
         alike: dict[tuple, list[LoraPair]] = defaultdict(list)
         for pair in pairs:
             A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
-            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, age)
+            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, pair.looks_up, age)
             alike[key if together else (id(pair),)].append(pair)
         stacks: dict[tuple[int, ...], PairStack] = {}
         for part in _in_cache_sized_parts(alike.values()):

@@ -29,12 +29,13 @@ def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
     r"""Return the spectral norm that a step changes the weight by: $\mathrm{lr}\,\sqrt{m / n}\,\sqrt{8 / r}$.
 
     $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 no input changes the layer's output by more than ``lr``
-    times its own root mean square, whatever the layer's size. $\sqrt{8/r}$ keeps the Frobenius norm of the step the
+    times its own root mean square, whatever the layer's size; no row of an embedding changes by more than ``lr`` in root
+    mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the
     same at every rank.
 
     Args:
         m: Outputs of the layer.
-        n: Inputs of the layer.
+        n: Inputs of the layer; 1 for an embedding, whose input is one of its rows.
         r: Rank.
         lr: Learning rate.
 
@@ -170,12 +171,13 @@ class TangentMuon(LayerwiseOptimizer):
 
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         m, n, r = stack.pairs[0].shape
+        width = 1 if stack.pairs[0].looks_up else n  # the norm of an embedding's input is one
         factors, momentum = tangent_muon_step(
             stack.A,
             stack.B,
             stack.gradient,
             Cotangent(stack.state("A", "momentum_buffer"), stack.state("B", "momentum_buffer")),
-            step_size=spectral_step_size(m, n, r, group["lr"]) / stack.scaling,
+            step_size=spectral_step_size(m, width, r, group["lr"]) / stack.scaling,
             decay=1 - group["lr"] * group["weight_decay"],
             beta=group["momentum"],
             nesterov=group["nesterov"],
