@@ -33,7 +33,7 @@ class _Buffer(NamedTuple):
 
 
 class PairStack:
-    """Pairs of one kind of layer, of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
+    """Pairs of one kind, of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
     parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside. Factors and

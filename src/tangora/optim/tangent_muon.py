@@ -29,9 +29,8 @@ def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
     r"""Return the spectral norm that a step changes the weight by: $\mathrm{lr}\,\sqrt{m / n}\,\sqrt{8 / r}$.
 
     $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 no input changes the layer's output by more than ``lr``
-    times its own root mean square, whatever the layer's size; no row of an embedding changes by more than ``lr`` in root
-    mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the
-    same at every rank.
+    times its own root mean square, whatever the layer's size; no row of an embedding changes by more than ``lr`` in
+    root mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the same at every rank.
 
     Args:
         m: Outputs of the layer.
