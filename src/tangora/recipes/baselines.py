@@ -67,7 +67,7 @@ def full_muon(model: nn.Module, **options: Any) -> Optimizer:
     """
     head = head_names(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    matrices = [
+    matrices: list[Any] = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
