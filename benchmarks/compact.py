@@ -2,6 +2,8 @@
 
 python benchmarks/compact.py results/ablations --output benchmarks/ablations.json
 
+Parts of a task that were run one after the other, with other recipes, are joined.
+
 Of such files it writes the page over all tasks, with the picture in the README:
 
 python benchmarks/compact.py benchmarks/standard/digits-vit.json benchmarks/standard/bbc-minilm.json --report page
@@ -37,6 +39,33 @@ def read_study(path: Path) -> dict[str, Comparison]:
     return {folder.name: _compact(load_comparison(folder)) for folder in folders}
 
 
+_DECISIVE = (
+    "model",
+    "data",
+    "kind",
+    "num_train",
+    "num_validation",
+    "num_test",
+    "max_length",
+    "rank",
+    "alpha",
+    "steps",
+)
+_DECISIVE += ("batch_size", "head_learning_rate", "weight_decay", "schedule", "warmup", "clip", "judge_by")
+
+
+def _differing(one: Comparison, other: Comparison) -> list[str]:
+    """Return the settings that two parts of a task must share and do not."""
+    kinds = [{run.settings.get("kind") for run in each.records} for each in (one, other)]
+    keys = [key for key in _DECISIVE if key != "kind" and one.settings.get(key) != other.settings.get(key)]
+    keys += ["kind"] if kinds[0] != kinds[1] else []
+    return keys + (["recipe"] if {run.id for run in one.records} & {run.id for run in other.records} else [])
+
+
+def _joined(one: Comparison, other: Comparison) -> Comparison:
+    return one.model_copy(update={"records": [*one.records, *other.records]})
+
+
 def _compact(comparison: Comparison) -> Comparison:
     return comparison.model_copy(update={"records": [_without_steps(run) for run in comparison.records]})
 
@@ -65,9 +94,11 @@ def main() -> None:
     study: dict[str, Comparison] = {}
     for path in arguments.results:
         found = read_study(path)
-        if twice := study.keys() & found.keys():
-            parser.error(f"{path} has a task that was there before: {', '.join(sorted(twice))}")
-        study |= found
+        for name, comparison in found.items():
+            known = study.get(name)
+            if known and (other := _differing(known, comparison)):
+                parser.error(f"{path}: {name} was run with another {', '.join(other)} before")
+            study[name] = _joined(known, comparison) if known else comparison
     for name, comparison in study.items():
         print(f"\n{name} ({len(comparison.records)} runs)\n")
         print(
