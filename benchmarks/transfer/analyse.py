@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 from scipy import stats
 
 from tangora.report import Comparison, Record
@@ -109,24 +111,33 @@ def hindsight(method: list[Curve]) -> float:
 
 
 def picture(name: str, method: list[Curve], default: float) -> Figure:
-    """Draw the test loss over the rate, one line per setting."""
-    drawing = Figure(figsize=(6, 4), layout="constrained")
+    """Draw the test loss over the rate, one line per setting, on axes of the same extent for every method."""
+    drawing = Figure(figsize=(7.5, 4), layout="constrained")
     axes = drawing.subplots()
-    for curve in method:
+    for curve, color in zip(
+        method, colormaps["turbo"].resampled(len(method))(range(len(method))), strict=True
+    ):
         rates = [rate for rate, values in curve.test.items() if all(map(math.isfinite, values))]
         best = fmean(curve.test[curve.best])
+        excess = [math.exp(fmean(curve.test[rate]) - best) for rate in rates]
         axes.plot(
-            rates,
-            [math.exp(fmean(curve.test[rate]) - best) for rate in rates],
+            [rate / default for rate in rates],
+            excess,
             marker=".",
+            linewidth=1,
+            color=color,
             label=curve.setting,
         )
-    axes.axvline(default, color="black", linestyle=":", linewidth=1)
+    axes.axvline(1, color="black", linestyle=":", linewidth=1)
     axes.set(
-        xscale="log", yscale="log", xlabel="learning rate", ylabel="test loss, relative to the best rate's"
+        xscale="log", yscale="log", xlim=(1 / 9, 9), ylim=(0.85, 5), title=f"{name}, one rate: {default:g}"
     )
-    axes.set(title=name, ylim=(0.9, 5))
-    axes.legend(fontsize="x-small", ncols=2)
+    axes.set(xlabel="learning rate / the one rate", ylabel="test loss / that at the setting's best rate")
+    for axis, ticks in ((axes.xaxis, (0.125, 0.25, 0.5, 1, 2, 4, 8)), (axes.yaxis, (1, 1.5, 2, 3, 4, 5))):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return drawing
 
 
@@ -177,7 +188,7 @@ def main() -> None:
         )
         if arguments.pictures:
             arguments.pictures.mkdir(parents=True, exist_ok=True)
-            picture(name, method, default).savefig(arguments.pictures / f"{name}.svg")
+            picture(name, method, default).savefig(arguments.pictures / f"{name}.png", dpi=110)
     print("\n" + "\n".join(summary))
 
 

@@ -21,6 +21,7 @@ EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
     "p-lora", "lora-pro", "lora-pro-factor", "lora-pro-sgd", "tangent",
     "tangent-muon", "orthogonal+tangent-muon", "full-muon", "factor-muon", "lora-muon", "polora", "lora-rite",
+    "lora-ga+tangent-muon",
     "orthogonal", "orthogonal+tangent", "odelora-euler", "odelora-heun", "odelora-rk4", "odelora-bug",
     "lora-ga", "lora-one", "lora-one-plain", "one-step", "lora-ga+pro", "lora-ga+tangent", "lora-one+tangent",
 }  # fmt: skip

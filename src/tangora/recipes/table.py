@@ -13,7 +13,7 @@ _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 # Plain descent on the full weights: in 30 steps MiniLM learnt little of BBC News at 0.03 and nothing at 3. The start is
 # PEFT's B = 0: from an orthogonal or LoRA-GA's start the loss fell by a quarter of that or less at the same rate.
 _ODE_GRID = (1e-1, 3e-1, 1.0)
-_MUON_GRID = (5e-3, 1e-2, 2e-2, 4e-2)
+_MUON_GRID = (1e-2, 2e-2, 4e-2)
 _HEAD_LR = 1e-3
 # after 15 steps from r = 8 at 0.3: 0.01 had cut the rank of one layer of 37, 0.1 that of all but six, at held-out
 # losses of 1.035 and 1.065
