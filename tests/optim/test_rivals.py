@@ -1,6 +1,7 @@
 """Rivals of TangentMuon against dense versions from their papers' formulas, and what their papers promise."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -161,6 +162,21 @@ def test_muon_and_adamw_follow_schedules_and_resume_bit_for_bit():
             optimizer.step()
             schedule.step()
     assert optimizers[1].param_groups[0]["lr"] < 1e-2
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_muon_and_adamw_can_be_copied(copied):
+    model, x, y = problem()
+    optimizer = recipe("factor-muon").create_optimizer(model, 1e-2)
+    backward(model, x, y)
+    optimizer.step()
+    twin, other = copied((model, optimizer))
+    for each, stepped in ((model, optimizer), (twin, other)):
+        backward(each, x, y)
+        stepped.step()
+    assert len(other.state) == len(optimizer.state)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -61,6 +61,9 @@ class MuonAndAdamW(Optimizer):
         groups = [group for part in self._parts for group in part.param_groups]
         super().__init__(groups, torch.optim.AdamW([nn.Parameter(torch.empty(0))], **adamw).defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parts": self._parts}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take one step.
