@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._types import FactorA
+from tangora._types import Core, FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
 from tangora.geometry.tangent import Coordinates, Frame, Tangent
 
@@ -63,11 +63,15 @@ def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
         G = X.mT @ X
         # the root of the sum of all fourth powers: above the largest singular value, but not by much
         size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
-        X, G = X * (_LARGEST / size), G * (_LARGEST / size).square()
-        for a, b, c in steps:
-            X = a * X + X @ (b * G + c * (G @ G))
-            G = X.mT @ X
-    return X
+        shape = X.shape
+        X, G = (
+            (each * scale).reshape(-1, *shape[-2:])
+            for each, scale in ((X, _LARGEST / size), (G, (_LARGEST / size) ** 2))
+        )
+        for index, (a, b, c) in enumerate(steps):
+            G = X.mT @ X if index else G
+            X = torch.baddbmm(X, X, torch.baddbmm(G, G, G, beta=b, alpha=c), beta=a)
+    return X.reshape(shape)
 
 
 def thin_polar(wide: FactorA) -> FactorA:
@@ -79,10 +83,9 @@ def thin_polar(wide: FactorA) -> FactorA:
     Returns:
         The factor; zero in directions in which the matrix is.
     """
-    largest = wide.abs().amax((-2, -1), keepdim=True)
-    scaled = wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)
-    ((basis, size),) = _orthonormal([scaled], torch.zeros_like(largest))
-    return polar(size) @ basis
+    (scaled,) = _representable(wide)
+    ((root, size),) = _orthonormal((scaled,), torch.zeros_like(scaled[..., :1, :1]))
+    return (polar(size) @ root) @ scaled
 
 
 def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tangent:
@@ -100,34 +103,41 @@ def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tan
     """
     U, V = at.U, at.V
     r = V.shape[-2]
-    largest = torch.maximum(*(part.abs().amax((-2, -1), keepdim=True) for part in seen))
-    left, right = (part / largest.clamp(min=torch.finfo(V.dtype).tiny) for part in seen)
+    left, right = _representable(*seen)
     C = left @ V.mT
-    size = torch.hypot(*(torch.linalg.matrix_norm(part, keepdim=True) for part in (left, right)))
     outside_V, outside_U = plus(left, C, V, scale=-1.0), plus_times(right, U, C, scale=-1.0).mT
-    (right_basis, right_size), (left_basis, left_size) = _orthonormal((outside_V, outside_U), size)
+    (right_root, right_size), (left_root, left_size) = _orthonormal((outside_V, outside_U), C)
     # M's projection is [U Q_J] core [V; Q_K'] for M V' - U C = Q_J R_J and (U' M - C V)' = Q_K R_K
     core = torch.cat([torch.cat([C, right_size], -1), torch.cat([left_size.mT, torch.zeros_like(C)], -1)], -2)
     for _ in range(iterations):
         core = polar(core)
         core[..., r:, r:] = 0  # the part outside of the tangent space
-    K = plus(core[..., :r, :r] @ V, core[..., :r, r:], right_basis, fresh=True)
-    return Tangent(K, times(left_basis.mT, core[..., r:, :r]))
+    K = plus(core[..., :r, :r] @ V, core[..., :r, r:] @ right_root, outside_V, fresh=True)
+    return Tangent(K, times(outside_U.mT, left_root.mT @ core[..., r:, :r]))
 
 
-def _orthonormal(parts: Sequence[Tensor], size: Float[Tensor, "*b 1 1"]) -> list[tuple[Tensor, Tensor]]:
-    r"""Return $Q$ with orthonormal or zero rows, and $S$ with ``part`` $= S Q$, for parts of matrices of this size."""
-    # where nearly all was subtracted the rest is rounding, and must not become a direction
-    rounding = [10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps for part in parts]
-    left_over = [
-        torch.linalg.matrix_norm(part, keepdim=True) > eps * size
-        for part, eps in zip(parts, rounding, strict=True)
-    ]
-    parts = [part * there for part, there in zip(parts, left_over, strict=True)]
-    G = torch.stack([gram(part) for part in parts])
-    Z = whiten(G, relative_cutoff(G.shape[-1], parts[0].dtype))
-    sizes = (G @ Z).to(parts[0].dtype)
-    return [(z.mT.to(part.dtype) @ part, size) for part, z, size in zip(parts, Z, sizes, strict=True)]
+def _representable(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Scale matrices by a common factor so that the squares of their entries can be represented in float64.
+
+    Returns:
+        The matrices; of less than float64 as they are.
+    """
+    if parts[0].dtype != torch.float64:
+        return parts
+    largest = torch.stack([part.abs().amax((-2, -1), keepdim=True) for part in parts]).amax(0)
+    return tuple(part / largest.clamp(min=torch.finfo(part.dtype).tiny) for part in parts)
+
+
+def _orthonormal(parts: Sequence[FactorA], inside: Core) -> Iterator[tuple[Core, Core]]:
+    r"""Yield $T$, $S$ with orthonormal or zero rows of $Q = T X$ and $X = S Q$, for parts of a matrix with this core."""
+    grams = [gram(part) for part in parts]
+    squares = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)[..., None, None] for matrix in grams]
+    size = (inside.double().square().sum((-2, -1), keepdim=True) + sum(squares)).sqrt()
+    for part, G, square in zip(parts, grams, squares, strict=True):
+        # where nearly all was subtracted the rest is rounding, and must not become a direction
+        rounding = 10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps
+        Z = whiten(G, relative_cutoff(G.shape[-1], part.dtype)) * (square.sqrt() > rounding * size)
+        yield Z.mT.to(part.dtype), (G @ Z).to(part.dtype)
 
 
 @contextlib.contextmanager
