@@ -129,7 +129,7 @@ def _representable(*parts: Tensor) -> tuple[Tensor, ...]:
 
 
 def _orthonormal(parts: Sequence[FactorA], inside: Core) -> Iterator[tuple[Core, Core]]:
-    r"""Yield $T$, $S$ with orthonormal or zero rows of $Q = T X$ and $X = S Q$, for parts of a matrix with this core."""
+    r"""Yield $T$, $S$ with orthonormal or zero rows of $Q = T X$ and $X = S Q$, for parts beside a core."""
     grams = [gram(part) for part in parts]
     squares = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)[..., None, None] for matrix in grams]
     size = (inside.double().square().sum((-2, -1), keepdim=True) + sum(squares)).sqrt()
