@@ -150,7 +150,7 @@ def test_every_recipe_is_listed_by_what_it_changes():
     assert {"tangent", "lora-pro", "p-lora", "lora+", "odelora-bug"} <= groups[by_name["tangent"]]
     assert {"pissa", "lora-ga", "orthogonal", "one-step"} <= groups[by_name["pissa"]]
     assert {"lora-ga+tangent", "lora-one"} <= groups[by_name["lora-ga+pro"]]
-    assert {"full"} == groups[by_name["full"]]
+    assert {"full", "full-muon"} == groups[by_name["full"]]
 
 
 def test_models_and_data_are_those_that_can_be_loaded():
@@ -454,7 +454,10 @@ finally:
     [
         ("train --rec", {"--recipe"}),
         ("train --recipe odelora-", {"odelora-euler", "odelora-heun", "odelora-rk4", "odelora-bug"}),
-        ("compare --recipes full,lora-ga", {"full,lora-ga", "full,lora-ga+pro", "full,lora-ga+tangent"}),
+        (
+            "compare --recipes full,lora-g",
+            {"full,lora-ga" + end for end in ("", "+pro", "+tangent", "+tangent-muon")},
+        ),
         ("train --schedule co", {"cosine", "constant"}),
         ("train --model smol", {"smollm2-135m"}),
         ("compare --preset paper-", {"paper-glue", "paper-math"}),
