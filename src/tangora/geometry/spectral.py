@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._types import Core, FactorA
+from tangora._types import FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
 from tangora.geometry.tangent import Coordinates, Frame, Tangent
 
@@ -128,16 +128,18 @@ def _representable(*parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part / largest.clamp(min=torch.finfo(part.dtype).tiny) for part in parts)
 
 
-def _orthonormal(parts: Sequence[FactorA], inside: Core) -> Iterator[tuple[Core, Core]]:
-    r"""Yield $T$, $S$ with orthonormal or zero rows of $Q = T X$ and $X = S Q$, for parts beside a core."""
+def _orthonormal(parts: Sequence[Tensor], inside: Tensor) -> list[tuple[Tensor, Tensor]]:
+    r"""Return $T$, $S$ with orthonormal or zero rows of $Q = T X$ and $X = S Q$, for parts beside a core."""
     grams = [gram(part) for part in parts]
     squares = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)[..., None, None] for matrix in grams]
+    found = []
     size = (inside.double().square().sum((-2, -1), keepdim=True) + sum(squares)).sqrt()
     for part, G, square in zip(parts, grams, squares, strict=True):
         # where nearly all was subtracted the rest is rounding, and must not become a direction
         rounding = 10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps
         Z = whiten(G, relative_cutoff(G.shape[-1], part.dtype)) * (square.sqrt() > rounding * size)
-        yield Z.mT.to(part.dtype), (G @ Z).to(part.dtype)
+        found.append((Z.mT.to(part.dtype), (G @ Z).to(part.dtype)))
+    return found
 
 
 @contextlib.contextmanager
