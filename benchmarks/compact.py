@@ -40,26 +40,28 @@ def read_study(path: Path) -> dict[str, Comparison]:
 
 
 _DECISIVE = (
-    "model",
-    "data",
-    "kind",
-    "num_train",
-    "num_validation",
-    "num_test",
-    "max_length",
-    "rank",
-    "alpha",
-    "steps",
+    *(
+        "model",
+        "data",
+        "kind",
+        "num_train",
+        "num_validation",
+        "num_test",
+        "max_length",
+        "rank",
+        "alpha",
+        "steps",
+    ),
+    *("batch_size", "head_learning_rate", "weight_decay", "schedule", "warmup", "clip", "judge_by"),
 )
-_DECISIVE += ("batch_size", "head_learning_rate", "weight_decay", "schedule", "warmup", "clip", "judge_by")
 
 
 def _differing(one: Comparison, other: Comparison) -> list[str]:
-    """Return the settings that two parts of a task must share and do not."""
-    kinds = [{run.settings.get("kind") for run in each.records} for each in (one, other)]
-    keys = [key for key in _DECISIVE if key != "kind" and one.settings.get(key) != other.settings.get(key)]
-    keys += ["kind"] if kinds[0] != kinds[1] else []
-    return keys + (["recipe"] if {run.id for run in one.records} & {run.id for run in other.records} else [])
+    """Return the settings that two parts of a task must share and do not, and ``recipe`` if both have a run."""
+    twice = {run.id for run in one.records} & {run.id for run in other.records}
+    return [key for key in _DECISIVE if one.settings.get(key) != other.settings.get(key)] + ["recipe"] * bool(
+        twice
+    )
 
 
 def _joined(one: Comparison, other: Comparison) -> Comparison:

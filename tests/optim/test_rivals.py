@@ -185,6 +185,8 @@ def test_an_older_torch_and_convolutions_are_refused(monkeypatch):
     kernel = nn.Parameter(torch.zeros(2, 3, 1, 1))
     with pytest.raises(InputError):
         MuonAndAdamW([kernel], [], 1e-2)
+    with pytest.raises(InputError):
+        MuonAndAdamW([], [nn.Parameter(torch.zeros(2))], 1e-2)
     convolutions = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["0"]))
     with pytest.raises(InputError):
         recipe("factor-muon").create_optimizer(convolutions, 1e-2)

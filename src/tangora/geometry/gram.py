@@ -155,6 +155,19 @@ def _whiten_by_eigenvectors(matrix: Core, skip: Bool[Tensor, "*b"], cutoff: floa
     return result
 
 
+def damped_whiten(matrix: Core, damping: float | Tensor) -> Core:
+    r"""Return $Z$ with $Z Z^\top = (G + \lambda I)^{-1}$.
+
+    Args:
+        matrix: $G$, symmetric positive semi-definite.
+        damping: $\lambda > 0$, or one for each matrix of the stack, ``*b 1 1``.
+
+    Returns:
+        $Z$, by Cholesky.
+    """
+    return _inverse_transposed(_damped_cholesky(matrix, damping))
+
+
 def damped_inverse(matrix: Core, damping: float) -> Core:
     r"""Return $(G + \lambda I)^{-1}$.
 
@@ -165,5 +178,9 @@ def damped_inverse(matrix: Core, damping: float) -> Core:
     Returns:
         The inverse, by Cholesky.
     """
+    return torch.cholesky_inverse(_damped_cholesky(matrix, damping))
+
+
+def _damped_cholesky(matrix: Core, damping: float | Tensor) -> Core:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * identity))
+    return torch.linalg.cholesky(matrix + damping * identity)

@@ -29,7 +29,8 @@ class MuonAndAdamW(Optimizer):
         eps: AdamW's.
 
     Raises:
-        InputError: If torch is older than 2.9, which has no Muon, or a parameter is no matrix.
+        InputError: If torch is older than 2.9, which has no Muon; if there is no matrix, or a parameter of
+            another shape among them.
     """
 
     def __init__(
@@ -48,18 +49,19 @@ class MuonAndAdamW(Optimizer):
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"Muon needs torch 2.9 or newer; this is {torch.__version__}")
         matrices, rest = list(matrices), list(rest)
+        if not matrices:
+            raise InputError("Muon needs at least one matrix to step; got none")
         other = next((tuple(each.shape) for each in matrices if each.dim() != 2), None)
         if other is not None:
             raise InputError(
                 f"Muon steps matrices only; got a parameter of shape {other}: leave its layer out"
             )
-        muon = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        adamw = {"lr": adamw_lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self._parts: list[Optimizer] = [torch.optim.Muon(matrices, **muon)]
-        if rest:
-            self._parts.append(torch.optim.AdamW(rest, **adamw))
-        groups = [group for part in self._parts for group in part.param_groups]
-        super().__init__(groups, torch.optim.AdamW([nn.Parameter(torch.empty(0))], **adamw).defaults)
+        decay: dict[str, Any] = {"weight_decay": weight_decay}
+        muon = torch.optim.Muon([{"params": []}], lr=lr, momentum=momentum, nesterov=nesterov, **decay)
+        adamw = torch.optim.AdamW([{"params": []}], lr=adamw_lr, betas=betas, eps=eps, **decay)
+        self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
+        others = rest if all(isinstance(each, dict) for each in rest) else [{"params": rest}]
+        super().__init__([{"params": matrices, **muon.defaults}, *others], adamw.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_parts": self._parts}

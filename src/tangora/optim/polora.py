@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.geometry.gram import gram, times
+from tangora.geometry.gram import damped_whiten, gram, times
 from tangora.geometry.retraction import Factors
 from tangora.geometry.spectral import thin_polar
 from tangora.geometry.tangent import Cotangent
-from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
-from tangora.optim.groups import Params
+from tangora.optim.factor_momentum import FactorMomentumOptimizer
 from tangora.optim.stack import PairStack, StateShapes
 
 _CURVATURE_DECAY = 0.99
@@ -75,10 +73,7 @@ def _root(curvature: Tensor) -> Tensor:
 def _damped_root(matrix: Tensor) -> Tensor:
     """Return Z with Z Z' the inverse of the damped matrix."""
     largest = torch.linalg.eigvalsh(matrix)[..., -1, None, None]
-    damping = (_RIDGE * largest).clamp(min=_TINY)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    root = torch.linalg.cholesky(matrix + damping * identity)
-    return torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False).mT
+    return damped_whiten(matrix, (_RIDGE * largest).clamp(min=_TINY))
 
 
 def _norm(wide: Tensor) -> Tensor:
@@ -87,69 +82,21 @@ def _norm(wide: Tensor) -> Tensor:
     return largest.clamp(min=0).sqrt().to(wide.dtype).clamp(min=torch.finfo(wide.dtype).tiny)
 
 
-class PoLoRA(LayerwiseOptimizer):
-    r"""PoLoRA, a rival of `TangentMuon`.
+class PoLoRA(FactorMomentumOptimizer):
+    """PoLoRA, a rival of `TangentMuon`. Options: `FactorMomentumOptimizer`'s.
 
-    Args:
-        params: PEFT model, pairs, or parameter groups.
-        lr: Bound on the spectral norm of a step of the weight; it must decay towards the end of training.
-        momentum: Decay rate of the averages of the gradients; the step looks ahead.
-        weight_decay: Decoupled decay of the factors, per unit of ``lr``; the authors have none.
-        adamw_lr: Learning rate of AdamW for all parameters outside pairs.
-        betas: AdamW's decay rates.
-        eps: AdamW's.
-        maximize: Whether to climb instead of descend.
-        foreach: As for `TangentMuon`.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
-
-    Raises:
-        InputError: For an option outside its range.
+    The step looks ahead. Weight decay, which the authors do not have, is that of the factors.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor,
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        adamw_lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
-    ):
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "betas": betas,
-            "eps": eps,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults, on_nonfinite, rest={"lr": adamw_lr})
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_number("momentum", group["momentum"], low=0, high=1, open_high=True)
-
-    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
-        m, n, r = pair.shape
-        return {
-            "A": {"momentum_buffer": (r, n), "curvature": (n,)},
-            "B": {"momentum_buffer": (m, r), "curvature": (m,)},
-        }
+    def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:
+        m, n, _ = pair.shape
+        momentum = super()._state_shapes(pair, group)
+        return {"A": {**momentum["A"], "curvature": (n,)}, "B": {**momentum["B"], "curvature": (m,)}}
 
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         beta = group["momentum"]
-        gradient = Cotangent(
-            *(g * stack.scaling for g in stack.gradient)
-        )  # what autograd gives for the factors
-        momentum = Cotangent(
-            stack.state("A", "momentum_buffer").lerp_(gradient.A, 1 - beta),
-            stack.state("B", "momentum_buffer").lerp_(gradient.B, 1 - beta),
-        )
+        gradient = Cotangent(*(g * stack.scaling for g in stack.gradient))  # autograd's own
+        momentum = self._averaged(stack, gradient, beta)
         # the states start at zero, the authors' at a tiny number
         offset = _TINY * _CURVATURE_DECAY ** (stack.step - 1)
         curvature = Curvature(*(stack.state(factor, "curvature") + offset for factor in ("B", "A")))

@@ -27,8 +27,7 @@ def adamw(model: nn.Module, **options: Any) -> Optimizer:
     Returns:
         The optimizer of the trainable parameters.
     """
-    groups = [{key: group[key] for key in group if key != "names"} for group in decay_groups(model)]
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(_groups(model), **options)
 
 
 def lora_plus(model: nn.Module, **options: Any) -> Optimizer:
@@ -89,5 +88,11 @@ def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
 
 
 def _muon(model: nn.Module, matrices: Sequence[nn.Parameter], options: dict[str, Any]) -> Optimizer:
-    rest = [{key: group[key] for key in group if key != "names"} for group in decay_groups(model, matrices)]
-    return MuonAndAdamW([each for each in matrices if each.requires_grad], rest, **options)
+    return MuonAndAdamW(
+        [each for each in matrices if each.requires_grad], _groups(model, matrices), **options
+    )
+
+
+def _groups(model: nn.Module, taken: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
+    """Return the groups of the trainable parameters that are not taken, as torch's optimizers want them."""
+    return [{key: group[key] for key in group if key != "names"} for group in decay_groups(model, taken)]

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import yaml
@@ -68,8 +69,9 @@ def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
         make_optimizer=partial(
             entry.make_optimizer, **{key: value for key, value in options.items() if key in of_optimizer}
         ),
-        start_options=dict(entry.start_options)
-        | {key: value for key, value in options.items() if key in of_start},
+        start_options=MappingProxyType(
+            dict(entry.start_options) | {key: value for key, value in options.items() if key in of_start}
+        ),
     )
 
 
