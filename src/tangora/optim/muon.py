@@ -56,9 +56,13 @@ class MuonAndAdamW(Optimizer):
             raise InputError(
                 f"Muon steps matrices only; got a parameter of shape {other}: leave its layer out"
             )
-        decay: dict[str, Any] = {"weight_decay": weight_decay}
-        muon = torch.optim.Muon([{"params": []}], lr=lr, momentum=momentum, nesterov=nesterov, **decay)
-        adamw = torch.optim.AdamW([{"params": []}], lr=adamw_lr, betas=betas, eps=eps, **decay)
+        own: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+        }  # torch's types forbid a tensor
+        muon = torch.optim.Muon([{"params": []}], weight_decay=weight_decay, **own)
+        adamw = torch.optim.AdamW([{"params": []}], adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps)
         self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
         others = rest if all(isinstance(each, dict) for each in rest) else [{"params": rest}]
         super().__init__([{"params": matrices, **muon.defaults}, *others], adamw.defaults)
