@@ -156,7 +156,7 @@ def test_rebalancing_leaves_the_momentum_unchanged():
     at = frame(A, B)
     M = dense.project(A, B, g)
     A_new, B_new = rebalance(A, B)
-    moved = transport(at, coordinates(at, Cotangent(B.T @ M, M @ A.T)), A_new, B_new)
+    moved = transport(at, Cotangent(B.T @ M, M @ A.T), A_new, B_new)
     there = frame(A_new, B_new)
     xi = project(there, coordinates(there, moved))
     assert_close(there.U @ xi.K + xi.J @ there.V, M)

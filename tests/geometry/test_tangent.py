@@ -239,7 +239,7 @@ def test_transport_is_projection(case):
     at = frame(A, B)
     M = dense.project(A, B, g)
     new = random_case(len(B), A.shape[1], len(A), seed=9)
-    moved = transport(at, coordinates(at, seen(case)), new.A, new.B)
+    moved = transport(at, seen(case), new.A, new.B)
     assert_close(moved.A, new.B.T @ M)
     assert_close(moved.B, M @ new.A.T)
     there = frame(new.A, new.B)
@@ -253,7 +253,7 @@ def test_transport_is_projection(case):
 def test_the_gradient_form_is_a_bijection_on_the_tangent_space(case):
     A, B, g, _ = case
     at = frame(A, B)
-    stay = transport(at, coordinates(at, seen(case)), A, B)
+    stay = transport(at, seen(case), A, B)
     M = dense.project(A, B, g)
     assert_close(stay.A, B.T @ M)
     assert_close(stay.B, M @ A.T)
@@ -353,6 +353,6 @@ def test_nothing_large_is_ever_formed(kind):
             factor_velocity(A, B, at, xi, gauge)
         step = project_metric(at, local, metric)
         new = retract(A, B, at, step, 1e-2, kind)
-        transport(at, local, *new)
+        transport(at, gradient, *new)
     large = {shape for shape in shapes.seen if len(shape) == 2 and min(shape) > 2 * r}
     assert not large, f"formed {large}"

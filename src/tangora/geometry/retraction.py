@@ -156,8 +156,9 @@ def kept_balanced(A: FactorA, B: FactorB) -> Factors:
         Balanced factors, see `rebalance`, where $\|A\|^2 + \|B\|^2 > 4 \sqrt{r} \|B A\|$, which is at least twice the
         least; the others unchanged.
     """
-    size = torch.linalg.matrix_norm(A).square() + torch.linalg.matrix_norm(B).square()
-    product = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0).sqrt()
+    G_A, G_B = A @ A.mT, B.mT @ B
+    size = (G_A + G_B).diagonal(dim1=-2, dim2=-1).sum(-1)
+    product = (G_A * G_B).sum((-2, -1)).clamp(min=0).sqrt()
     far = size > 2 * MAX_IMBALANCE * math.sqrt(A.shape[-2]) * product
     if not far.any():  # one device synchronisation
         return Factors(A, B)

@@ -11,6 +11,7 @@ Source: tau = 1 is the direction of Riemannion (arXiv:2507.12142) and sMuon (arX
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -43,6 +44,30 @@ _LARGEST = 1.98  # a little inside: beyond the interval the polynomials grow fas
 _FLOAT32_STEPS = slice(6, 13)
 
 
+class _Iteration(NamedTuple):
+    """Steps x -> x ((x^2 + p)^2 + q), after x has been scaled."""
+
+    scale: float
+    steps: list[tuple[float, float]]
+
+
+def _complete_squares(polynomials: Sequence[tuple[float, float, float]]) -> _Iteration:
+    """Return the same iteration on rescaled x, where polynomials are monic: their steps add no matrices."""
+    scale, steps = 1.0, []
+    for a, b, c in reversed(polynomials):
+        after, scale = scale, (c * scale) ** 0.2
+        ratio = after / scale
+        p = ratio * b / scale**2 / 2
+        steps.append((p, ratio * a - p**2))
+    return _Iteration(scale, steps[::-1])
+
+
+_ITERATIONS = {
+    torch.float64: _complete_squares(_POLAR_EXPRESS),
+    torch.float32: _complete_squares(_POLAR_EXPRESS[_FLOAT32_STEPS]),
+}
+
+
 def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
     r"""Return the polar factor $P Q^\top$ of the singular value decomposition $P \Sigma Q^\top$.
 
@@ -57,21 +82,21 @@ def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
     """
     tiny = torch.finfo(matrix.dtype).tiny
     largest = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # squares of huge numbers overflow
-    steps = _POLAR_EXPRESS if matrix.dtype == torch.float64 else _POLAR_EXPRESS[_FLOAT32_STEPS]
+    first, steps = _ITERATIONS[matrix.dtype]
     with _full_float32():
         X = matrix / largest
         G = X.mT @ X
         # the root of the sum of all fourth powers: above the largest singular value, but not by much
         size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
-        shape = X.shape
-        X, G = (
-            (each * scale).reshape(-1, *shape[-2:])
-            for each, scale in ((X, _LARGEST / size), (G, (_LARGEST / size) ** 2))
-        )
-        for index, (a, b, c) in enumerate(steps):
+        scale = _LARGEST * first / size
+        X, G = X * scale, G * scale**2
+        for index, (p, q) in enumerate(steps):
             G = X.mT @ X if index else G
-            X = torch.baddbmm(X, X, torch.baddbmm(G, G, G, beta=b, alpha=c), beta=a)
-    return X.reshape(shape)
+            G.diagonal(dim1=-2, dim2=-1).add_(p)
+            G = G @ G
+            G.diagonal(dim1=-2, dim2=-1).add_(q)
+            X = X @ G
+    return X
 
 
 def thin_polar(wide: FactorA) -> FactorA:

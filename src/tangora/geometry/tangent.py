@@ -144,22 +144,27 @@ def _inverse(weighted_gram: Core) -> Core:
     return (whitening @ whitening.mT).to(weighted_gram.dtype)
 
 
-def transport(at: Frame, seen: Coordinates, A: FactorA, B: FactorB) -> Cotangent:
+def transport(at: Frame, cotangent: Cotangent, A: FactorA, B: FactorB) -> Cotangent:
     r"""Carry a tangent vector to new factors by projection.
 
     Args:
         at: Frame at the old factors.
-        seen: Coordinates $(U^\top M,\; M V^\top)$ of the tangent vector $M$ there.
+        cotangent: $(B^\top M,\; M A^\top)$ of the tangent vector $M$ there.
         A: New factor.
         B: New factor.
 
     Returns:
         $(B_+^\top M,\; M A_+^\top)$, which determine $P_{T_+}(M)$.
     """
-    core, from_V, from_U = seen.left @ at.V.mT, at.V @ A.mT, B.mT @ at.U
+    # M = U K + R V - U C V with K = Z_B' (B' M), R = (M A') Z_A, C = K V'
+    to_left, to_right = at.whiten_B.mT, at.whiten_A
+    core = to_left @ (cotangent.A @ at.V.mT)
+    from_V, from_U = at.V @ A.mT, B.mT @ at.U
+    along_V = (B.mT @ cotangent.B) @ to_right - from_U @ core
+    along_U = to_left @ (cotangent.A @ A.mT) - core @ from_V
     return Cotangent(
-        plus(from_U @ seen.left, B.mT @ seen.right - from_U @ core, at.V, fresh=True),
-        plus_times(times(seen.right, from_V), at.U, seen.left @ A.mT - core @ from_V, fresh=True),
+        plus((from_U @ to_left) @ cotangent.A, along_V, at.V, fresh=True),
+        plus_times(times(cotangent.B, to_right @ from_V), at.U, along_U, fresh=True),
     )
 
 

@@ -17,7 +17,6 @@ from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.tangent import (
-    Coordinates,
     Cotangent,
     Metric,
     coordinates,
@@ -98,13 +97,11 @@ def tangent_adam_step(
     beta1, beta2 = betas
     at = frame(A, B)
     seen = coordinates(at, gradient)
-    momentum = Coordinates(
-        *(m.lerp_(g, 1 - beta1) for m, g in zip(coordinates(at, moments.momentum), seen, strict=True))
-    )
+    momentum = Cotangent(*(m.lerp(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
     rows, columns = (v.lerp(x, 1 - beta2) for v, x in zip(moments[1:], second_moments(at, seen), strict=True))
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     metric = adafactor_metric(rows / correction2, columns / correction2, eps)
-    direction = project_metric(at, momentum, metric)
+    direction = project_metric(at, coordinates(at, momentum), metric)
     new = decayed_step(A, B, at, direction, step_size / correction1, decay, retraction)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     carried = transport(at, momentum, new.A, new.B)

@@ -17,7 +17,7 @@ from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.spectral import spectral_direction
-from tangora.geometry.tangent import Coordinates, Cotangent, coordinates, frame, transport
+from tangora.geometry.tangent import Cotangent, coordinates, frame, transport
 from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
 from tangora.optim.groups import Params
 from tangora.optim.stack import PairStack, StateShapes
@@ -77,11 +77,11 @@ def tangent_muon_step(
         New factors and the momentum transported to them.
     """
     at = frame(A, B)
-    seen = coordinates(at, gradient)
-    pairs = list(zip(coordinates(at, momentum), seen, strict=True))
-    average = Coordinates(*(m.lerp_(g, 1 - beta) for m, g in pairs))
-    ahead = Coordinates(*(g.lerp(m, beta) for m, g in pairs)) if nesterov else average
-    direction = spectral_direction(at, ahead, iterations)
+    average, ahead = (
+        Cotangent(*(g.lerp(m, share) for m, g in zip(momentum, gradient, strict=True)))
+        for share in (beta, beta**2)
+    )
+    direction = spectral_direction(at, coordinates(at, ahead if nesterov else average), iterations)
     new = decayed_step(A, B, at, direction, step_size, decay, retraction)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     return new, transport(at, average, new.A, new.B)
