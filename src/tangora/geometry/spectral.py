@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tangora._types import FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
-from tangora.geometry.tangent import Coordinates, Frame, Tangent
+from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates
 
 # Odd polynomials a x + b x^3 + c x^5, each the best approximation of 1 on the interval that the last one leaves, from
 # [2e-7, 2] down to rounding: Polar Express (Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932), without its safety
@@ -113,12 +113,12 @@ def thin_polar(wide: FactorA) -> FactorA:
     return (polar(size) @ root) @ scaled
 
 
-def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tangent:
+def spectral_direction(at: Frame, cotangent: Cotangent, iterations: int = 1) -> Tangent:
     r"""Return $(P_T \circ \mathrm{msign})^\tau(P_T M)$, the tangent vector along which Muon's step is followed.
 
     Args:
         at: Frame at the current factors.
-        seen: $(U^\top M,\; M V^\top)$ of the momentum or gradient $M$, of any size.
+        cotangent: $(B^\top M,\; M A^\top)$ of the momentum or gradient $M$, of any size.
         iterations: $\tau \ge 1$. No singular value of the result exceeds $2 / \sqrt 3$. For gradients without preferred
             directions they lie in about [0.7, 1.2] for 1, within 3 % of one for 4; where the gradient is nearly
             parallel to $B A$, directions outside of its spaces stay small.
@@ -128,9 +128,10 @@ def spectral_direction(at: Frame, seen: Coordinates, iterations: int = 1) -> Tan
     """
     U, V = at.U, at.V
     r = V.shape[-2]
-    left, right = _representable(*seen)
+    left, right = _representable(*coordinates(at, cotangent))
     C = left @ V.mT
-    outside_V, outside_U = plus(left, C, V, scale=-1.0), plus_times(right, U, C, scale=-1.0).mT
+    outside_V = plus(left, C, V, scale=-1.0, fresh=True)
+    outside_U = plus_times(right, U, C, scale=-1.0, fresh=True).mT
     (right_root, right_size), (left_root, left_size) = _orthonormal((outside_V, outside_U), C)
     # M's projection is [U Q_J] core [V; Q_K'] for M V' - U C = Q_J R_J and (U' M - C V)' = Q_K R_K
     core = torch.cat([torch.cat([C, right_size], -1), torch.cat([left_size.mT, torch.zeros_like(C)], -1)], -2)

@@ -82,7 +82,7 @@ def tangent_adam_step(
         A: Factor.
         B: Factor.
         gradient: $(B^\top g,\; g A^\top)$.
-        moments: State, transported to ``A``, ``B``.
+        moments: State, transported to ``A``, ``B``; the momentum is overwritten.
         step: Number of this step, from 1.
         step_size: Learning rate divided by the scaling $s$.
         decay: Factor on $Y$, one minus learning rate times weight decay.
@@ -97,7 +97,7 @@ def tangent_adam_step(
     beta1, beta2 = betas
     at = frame(A, B)
     seen = coordinates(at, gradient)
-    momentum = Cotangent(*(m.lerp(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
+    momentum = Cotangent(*(m.lerp_(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
     rows, columns = (v.lerp(x, 1 - beta2) for v, x in zip(moments[1:], second_moments(at, seen), strict=True))
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     metric = adafactor_metric(rows / correction2, columns / correction2, eps)

@@ -17,7 +17,7 @@ from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.spectral import spectral_direction
-from tangora.geometry.tangent import Cotangent, coordinates, frame, transport
+from tangora.geometry.tangent import Cotangent, frame, transport
 from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
 from tangora.optim.groups import Params
 from tangora.optim.stack import PairStack, StateShapes
@@ -64,7 +64,7 @@ def tangent_muon_step(
         A: Factor.
         B: Factor.
         gradient: $(B^\top g,\; g A^\top)$.
-        momentum: State, transported to ``A``, ``B``.
+        momentum: State, transported to ``A``, ``B``; overwritten.
         step_size: Spectral norm of the step, in units of $B A$.
         decay: Factor on $Y$.
         beta: Decay rate of the momentum.
@@ -77,11 +77,10 @@ def tangent_muon_step(
         New factors and the momentum transported to them.
     """
     at = frame(A, B)
-    average, ahead = (
-        Cotangent(*(g.lerp(m, share) for m, g in zip(momentum, gradient, strict=True)))
-        for share in (beta, beta**2)
-    )
-    direction = spectral_direction(at, coordinates(at, ahead if nesterov else average), iterations)
+    pairs = list(zip(momentum, gradient, strict=True))
+    average = Cotangent(*(m.lerp_(g, 1 - beta) for m, g in pairs))
+    ahead = Cotangent(*(g.lerp(m, beta) for m, g in pairs)) if nesterov else average
+    direction = spectral_direction(at, ahead, iterations)
     new = decayed_step(A, B, at, direction, step_size, decay, retraction)
     new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
     return new, transport(at, average, new.A, new.B)
