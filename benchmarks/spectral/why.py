@@ -9,6 +9,7 @@ that the adapter's tangent space holds; the curvature along the step; the distan
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -223,6 +224,9 @@ def main() -> None:
     parser.add_argument("--fixed", type=int, default=512)
     parser.add_argument("--num-train", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--layers", default="", help="regular expression: only adapted layers whose name has it"
+    )
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     for each in filter(None, arguments.rates.split(",")):
@@ -231,7 +235,8 @@ def main() -> None:
     task = load_task(
         arguments.data, kind=arguments.kind, num_train=arguments.num_train, num_validation=64, num_test=64
     )
-    arguments.layers = _layers(arguments, task)
+    pattern = arguments.layers
+    arguments.layers = [name for name in _layers(arguments, task) if re.search(pattern, name)]
     methods = arguments.methods.split(",")
     found: dict[str, Any] = {}
     muon: dict[int, Any] | None = None
@@ -245,7 +250,8 @@ def main() -> None:
             json.dumps({key: value for key, value in last.items() if not isinstance(value, dict)}),
             flush=True,
         )
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "layers")}
+    settings = {**vars(arguments), "layers": pattern}
+    del settings["output"]
     save_record(arguments.output, {**environment(), "settings": settings, "methods": found})
 
 

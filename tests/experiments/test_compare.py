@@ -207,7 +207,7 @@ def test_the_quickstart_compares_what_matters():
     quick = read_plan(preset("quickstart"))
     assert isinstance(quick, CompareSettings)
     assert len(quick.seeds) >= 3
-    assert {"full", "lora", "lora-pro", "tangent"} <= set(quick.recipes)
+    assert {"full", "lora", "lora-pro", "tangent", "tangent-muon"} <= set(quick.recipes)
 
 
 @pytest.mark.messages

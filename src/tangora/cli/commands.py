@@ -33,7 +33,7 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
     [dim]Examples:[/dim]
       tangora train --output out
       tangora train --model smollm2-135m --data reasoning-gym:chain_sum \
-        --recipe tangent --exact-match --output out
+        --recipe tangent-muon --exact-match --output out
       tangora train --model ./my-model --data data.jsonl --epochs 3 \
         --recipe lora-pro --learning-rate 1e-4 --output out
     """

@@ -296,7 +296,7 @@ class RunSettings(TaskSettings):
     aliases: ClassVar[Mapping[str, str]] = {**TaskSettings.aliases, "lr": "learning_rate", "method": "recipe"}
 
     recipe: str = Field(
-        default="tangent",
+        default="tangent-muon",
         description="Method: initialization, optimizer and PEFT configuration; see tangora list.",
     )
     learning_rate: float | None = Field(
