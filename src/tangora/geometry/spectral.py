@@ -9,8 +9,7 @@ Source: tau = 1 is the direction of Riemannion (arXiv:2507.12142) and sMuon (arX
 (arXiv:2609.02734); the form with one small core is derived in ``docs/theory/tangent_muon.md``.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from tangora._types import FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
+from tangora.geometry.precision import full_precision
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates
 
 # Odd polynomials a x + b x^3 + c x^5, each the best approximation of 1 on the interval that the last one leaves, from
-# [2e-7, 2] down to rounding: Polar Express (Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932), without its safety
-# factors for bfloat16. The last is Newton-Schulz's of fifth order, which the others tend to.
+# [2e-7, 2] down to rounding: Polar Express (Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932). The last is
+# Newton-Schulz's of fifth order, which the others tend to.
 _POLAR_EXPRESS = (
     (4.2571489273, -3.1602166312, 0.5864823232),
     (4.2571435428, -3.1602135606, 0.5864821581),
@@ -40,7 +40,10 @@ _POLAR_EXPRESS = (
     (1.8750979090, -1.2501087835, 0.3750108785),
     (1.8750000000, -1.2500000000, 0.3750000000),
 )
-_LARGEST = 1.98  # a little inside: beyond the interval the polynomials grow fast
+_LARGEST = 2.0
+# All but the last are taken of x / 1.01: the largest value of each is the end of the next one's interval, where the
+# polynomials grow thirteenfold, so that rounding would leave the intervals for good within a few steps.
+_SAFETY = 1.01
 _FLOAT32_STEPS = slice(6, 13)
 
 
@@ -54,7 +57,8 @@ class _Iteration(NamedTuple):
 def _complete_squares(polynomials: Sequence[tuple[float, float, float]]) -> _Iteration:
     """Return the same iteration on rescaled x, where polynomials are monic: their steps add no matrices."""
     scale, steps = 1.0, []
-    for a, b, c in reversed(polynomials):
+    safe = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in polynomials[:-1]]
+    for a, b, c in reversed([*safe, polynomials[-1]]):
         after, scale = scale, (c * scale) ** 0.2
         ratio = after / scale
         p = ratio * b / scale**2 / 2
@@ -80,11 +84,9 @@ def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
     Returns:
         The factor, in the same dtype.
     """
-    tiny = torch.finfo(matrix.dtype).tiny
-    largest = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)  # squares of huge numbers overflow
     first, steps = _ITERATIONS[matrix.dtype]
-    with _full_float32():
-        X = matrix / largest
+    with full_precision(matrix.device):
+        X = matrix / _largest(matrix)
         G = X.mT @ X
         # the root of the sum of all fourth powers: above the largest singular value, but not by much
         size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
@@ -108,7 +110,7 @@ def thin_polar(wide: FactorA) -> FactorA:
     Returns:
         The factor; zero in directions in which the matrix is.
     """
-    (scaled,) = _representable(wide)
+    scaled = wide / _largest(wide)
     ((root, size),) = _orthonormal((scaled,), torch.zeros_like(scaled[..., :1, :1]))
     return (polar(size) @ root) @ scaled
 
@@ -128,7 +130,9 @@ def spectral_direction(at: Frame, cotangent: Cotangent, iterations: int = 1) -> 
     """
     U, V = at.U, at.V
     r = V.shape[-2]
-    left, right = _representable(*coordinates(at, cotangent))
+    left, right = coordinates(at, cotangent)
+    size = _largest(left, right)
+    left, right = left.div_(size), right.div_(size)
     C = left @ V.mT
     outside_V = plus(left, C, V, scale=-1.0, fresh=True)
     outside_U = plus_times(right, U, C, scale=-1.0, fresh=True).mT
@@ -142,16 +146,10 @@ def spectral_direction(at: Frame, cotangent: Cotangent, iterations: int = 1) -> 
     return Tangent(K, times(outside_U.mT, left_root.mT @ core[..., r:, :r]))
 
 
-def _representable(*parts: Tensor) -> tuple[Tensor, ...]:
-    """Scale matrices by a common factor so that the squares of their entries can be represented in float64.
-
-    Returns:
-        The matrices; of less than float64 as they are.
-    """
-    if parts[0].dtype != torch.float64:
-        return parts
+def _largest(*parts: Tensor) -> Tensor:
+    """Return the largest entry of matrices, for scales: squares of huge and inverses of tiny ones overflow."""
     largest = torch.stack([part.abs().amax((-2, -1), keepdim=True) for part in parts]).amax(0)
-    return tuple(part / largest.clamp(min=torch.finfo(part.dtype).tiny) for part in parts)
+    return largest.clamp(min=torch.finfo(largest.dtype).tiny)
 
 
 def _orthonormal(parts: Sequence[Tensor], inside: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -166,17 +164,3 @@ def _orthonormal(parts: Sequence[Tensor], inside: Tensor) -> list[tuple[Tensor, 
         Z = whiten(G, relative_cutoff(G.shape[-1], part.dtype)) * (square.sqrt() > rounding * size)
         found.append((Z.mT.to(part.dtype), (G @ Z).to(part.dtype)))
     return found
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    # TF32 and bf16 products, which a program may have allowed for its model, make the iteration diverge
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -15,6 +15,7 @@ from tangora._checks import InputError, check_callable, check_choice, check_kind
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
+from tangora.geometry.precision import full_precision
 from tangora.optim.adamw import adamw_parameters, adamw_states
 from tangora.optim.gradients import Watch
 from tangora.optim.groups import FINGERPRINT, PairGroup, Params, grouped, prepared
@@ -47,9 +48,10 @@ class PairOptimizer(Optimizer, ABC):
     ):
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._on_nonfinite = on_nonfinite
+        self._rest = dict(rest or {})
+        self._check_common(defaults | self._rest)
         self._watch = Watch()
-        groups = grouped(params, type(self).__name__, dict(rest or {}))
-        super().__init__(groups, defaults)
+        super().__init__(grouped(params, type(self).__name__), defaults)
         if isinstance(params, nn.Module):
             self._watch = Watch(weakref.ref(params))
 
@@ -65,11 +67,12 @@ class PairOptimizer(Optimizer, ABC):
         """
         named = any("param_names" in group for group in self.param_groups)
         group = prepared(param_group, type(self).__name__, named=named, index=len(self.param_groups))
-        options = self.defaults | group
-        self._check_common(options)
-        self._check_group(options)
-        super().add_param_group(group)
-        self._create_states(group)
+        groups = group.apart(self._rest) if self._rest else [group]
+        for each in groups:
+            self._check(self.defaults | each)
+        for each in groups:
+            super().add_param_group(each)
+            self._create_states(each)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,7 +85,8 @@ class PairOptimizer(Optimizer, ABC):
             The closure's loss, or ``None``.
 
         Raises:
-            InputError: If the parameters were replaced by what is no LoRA pair, or no gradient can ever reach them.
+            InputError: If the parameters were replaced by what is no LoRA pair, no gradient can ever reach them, one
+                is sparse, or an option is out of range by now.
             FloatingPointError: If a gradient is not finite and ``on_nonfinite="raise"``; nothing has changed then.
         """
         if closure is not None:
@@ -92,6 +96,8 @@ class PairOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # schedulers and users change them
+            self._check(group)
         stacks = [(each, _options(group)) for group in self.param_groups for each in self._gather(group)]
         self._watch.check(self._pairs(), [pair for each, _ in stacks for pair in each.stack.pairs])
         try:
@@ -147,7 +153,7 @@ class PairOptimizer(Optimizer, ABC):
             self._create_states(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on_nonfinite": self._on_nonfinite}
+        return {**super().__getstate__(), "_on_nonfinite": self._on_nonfinite, "_rest": self._rest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -229,6 +235,10 @@ class PairOptimizer(Optimizer, ABC):
                         f"{type(self).__name__} for {pair}: it was saved by another optimizer or for another adapter"
                     )
 
+    def _check(self, group: dict[str, Any]) -> None:
+        self._check_common(group)
+        self._check_group(group)
+
     @staticmethod
     def _check_common(group: Mapping[str, Any]) -> None:
         lr: Any = group["lr"]
@@ -257,6 +267,9 @@ class PairOptimizer(Optimizer, ABC):
                 if parameter.grad is not None
             ),
         ]
+        if sparse := [name for name, gradient in named if gradient.is_sparse]:
+            where = sparse[0] if isinstance(sparse[0], str) else sparse[0].name
+            raise InputError(f"the gradient of {where} is sparse: make its embedding with sparse=False")
         # A norm is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
         # only its verdict "finite" is final. One device synchronisation for the whole model.
         if _norm_is_finite([gradient for _, gradient in named]):
@@ -275,7 +288,8 @@ class LayerwiseOptimizer(PairOptimizer):
         self._check_finite(stacks)
         for (stack, gradients), options in stacks:  # one by one: each copies its factors and gradients
             stack.load(gradients, maximize=options["maximize"])
-            stack.write(*self._step_stack(stack, options))
+            with full_precision(stack.A.device):
+                stack.write(*self._step_stack(stack, options))
 
     @abstractmethod
     def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:

@@ -59,6 +59,18 @@ class PairGroup(dict[str, Any]):
         """Return a group of the same parameters with other options."""
         return PairGroup(options, self.pairs, self.rest, self.names)
 
+    def apart(self, options: dict[str, Any]) -> list["PairGroup"]:
+        """Return groups of the pairs and of the others, which take other options unless they are given their own."""
+        if not self.pairs:
+            return [PairGroup(options | self, [], self.rest, self.names)]
+        if not self.rest:
+            return [self]
+        first, second = dict(self), dict(self) | options
+        if names := self.get("param_names"):
+            count = len([*_parameters(self.pairs)])
+            first["param_names"], second["param_names"] = names[:count], names[count:]
+        return [PairGroup(first, self.pairs, [], []), PairGroup(second, [], self.rest, self.names)]
+
     def without(self, parameters: Iterable[nn.Parameter]) -> "PairGroup":
         """Return a group that leaves out some parameters, which belong to no pair."""
         gone = {id(parameter) for parameter in parameters}
@@ -91,14 +103,13 @@ class PairGroup(dict[str, Any]):
         return new
 
 
-def grouped(params: Params, owner: str, rest: dict[str, Any]) -> list[dict[str, Any]]:
+def grouped(params: Params, owner: str) -> list[dict[str, Any]]:
     """Turn what a user gives an optimizer into parameter groups.
 
     Args:
         params: A PEFT model (pairs in one group, all other trainable parameters in others, biases and norms without
             weight decay), an iterable of pairs, or an iterable of groups.
         owner: Name of the optimizer, for messages.
-        rest: Options of groups without pairs that do not say otherwise.
 
     Returns:
         Groups with ``pairs``, ``params`` or both.
@@ -108,7 +119,7 @@ def grouped(params: Params, owner: str, rest: dict[str, Any]) -> list[dict[str, 
             with which scaling, cannot be seen from tensors. Or if there is no pair to train.
     """
     if isinstance(params, nn.Module):
-        return [group if "pairs" in group else rest | group for group in _groups_of_model(params, owner)]
+        return _groups_of_model(params, owner)
     items = list(params) if isinstance(params, Iterable) else []
     if items and all(isinstance(item, LoraPair) for item in items):
         return [{"pairs": items}]
@@ -118,8 +129,7 @@ def grouped(params: Params, owner: str, rest: dict[str, Any]) -> list[dict[str, 
             "params must be a PEFT model (not its parameters), LoRA pairs from tangora.find_pairs(model), or parameter "
             f"groups with 'pairs' or 'params'; got {got if isinstance(params, Iterable) else shown(params)}"
         )
-    given = [item for item in items if isinstance(item, dict)]
-    groups = [dict(item) if _has_pairs(item) else rest | item for item in given]
+    groups = [dict(item) for item in items if isinstance(item, dict)]
     if not any(map(_has_pairs, groups)):
         raise InputError(f"{owner} found no trainable LoRA pair: no parameter group has 'pairs'")
     return groups

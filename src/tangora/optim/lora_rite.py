@@ -85,7 +85,7 @@ class LoRARITE(LayerwiseOptimizer):
 
     Args:
         params: PEFT model, pairs, or parameter groups.
-        lr: Learning rate, in units of full fine-tuning's with Adam.
+        lr: Learning rate of the factors; the weight changes by alpha / r times as much.
         betas: Decay rates of the momentum and of the second moments; AdamW's for parameters outside pairs.
         eps: AdamW's.
         weight_decay: Decoupled decay of the factors, per unit of ``lr``.

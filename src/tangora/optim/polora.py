@@ -67,7 +67,8 @@ def polora_step(
 
 
 def _root(curvature: Tensor) -> Tensor:
-    return (curvature / curvature.amax(-1, keepdim=True) + _RIDGE).rsqrt()
+    largest = curvature.amax(-1, keepdim=True).clamp(min=torch.finfo(curvature.dtype).tiny)
+    return (curvature / largest + _RIDGE).rsqrt()
 
 
 def _damped_root(matrix: Tensor) -> Tensor:
