@@ -139,6 +139,31 @@ def test_weak_directions_grow_and_none_is_moved_further_than_the_strong_ones():
     assert (values >= torch.logspace(3, -6, 10, dtype=torch.float64).clamp(max=0.999)).all()
 
 
+@pytest.mark.parametrize("weak", [0.7340575, 0.7340582, 0.7340590, 0.1764868])
+def test_no_singular_value_escapes(weak):
+    # where each polynomial takes the end of its interval to the end of the next one's, rounding grew by 13 a step
+    for size in (1.96, 1.98, 2.0, 2.02):
+        matrix = torch.diag(torch.tensor([1.0, 0.5, 0.3783, 0.2], dtype=torch.float64))
+        for _ in range(200):
+            matrix[2, 2] = weak * (matrix**4).sum() ** 0.25 / size
+        assert torch.linalg.matrix_norm(polar(matrix), 2) < 1 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_of_many_matrices_stay_below_one(dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(20_000, 4, 4, dtype=torch.float64, generator=generator).to(dtype)
+    assert torch.linalg.matrix_norm(polar(matrices).double(), 2).max() < 1 + 1e-5
+
+
+def test_the_direction_of_the_smallest_gradients_is_finite():
+    A, B, g, _ = random_case(9, 12, 3, 0)
+    A, B, g = A.float(), B.float(), g.float()
+    for exponent in (-34, -38, -42, -45):
+        small = 10.0**exponent * g
+        assert direction(A, B, small).isfinite().all()
+
+
 def test_products_of_a_program_in_half_precision_do_not_matter():
     matrix, expected = with_values(torch.logspace(0, -2, 16, dtype=torch.float64), dtype=torch.float32)
     torch.set_float32_matmul_precision("medium")
@@ -169,3 +194,17 @@ def test_each_polynomial_is_the_best_on_the_interval_that_the_last_one_leaves():
         (a, b, c), error = best_quintic(low, high)
         assert torch.tensor(row) == pytest.approx([float(a), float(b), float(c)], abs=1e-6)
         low, high = float(1 - error), float(1 + error)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_torchs_new_switches_of_precision_do_not_matter_either():
+    matrix, expected = with_values(torch.logspace(0, -2, 16, dtype=torch.float64), dtype=torch.float32)
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in switches]
+    try:
+        switches[0].fp32_precision, switches[1].fp32_precision = "tf32", "bf16"
+        assert_close(polar(matrix).double(), expected, 1e-4)
+        assert [each.fp32_precision for each in switches] == ["tf32", "bf16"]
+    finally:
+        for each, precision in zip(switches, before, strict=True):
+            each.fp32_precision = precision

@@ -55,6 +55,52 @@ def test_keeps_dtypes_and_computes_in_float32(name, dtype):
             assert all(v.dtype == torch.float32 for v in optimizer.state[parameter].values())
 
 
+@every
+@pytest.mark.parametrize("scale", [1e-30, 1e-38, 0.0])
+def test_tiny_gradients_leave_everything_finite(name, scale):
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = OPTIMIZERS[name](model)
+    for _ in range(3):
+        backward(model, x, y)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
+
+
+def weights_after_a_step(name, steps=2):
+    model, x, y = problem(dtype=torch.float32)
+    optimizer = OPTIMIZERS[name](model)
+    for _ in range(steps):
+        with torch.autocast("cpu", enabled=False):
+            backward(model, x, y)
+        optimizer.step()
+    return trainable(model)
+
+
+@every
+def test_a_step_does_not_depend_on_autocast(name):
+    expected = weights_after_a_step(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = weights_after_a_step(name)
+    assert all(map(torch.equal, found, expected))
+
+
+@every
+@pytest.mark.parametrize("change", [{"lr": float("nan")}, {"lr": -1.0}, {"lr": 1.0, "weight_decay": 1.0}])
+def test_options_that_are_out_of_range_later_are_refused_before_the_step(name, change):
+    model, x, y = problem()
+    optimizer = OPTIMIZERS[name](model)
+    backward(model, x, y)
+    before = trainable(model)
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(InputError):
+        optimizer.step()
+    assert all(map(torch.equal, trainable(model), before))
+
+
 def storages(tensors):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 

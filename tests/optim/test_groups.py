@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PromptTuningC
 from torch import nn
 
 import tangora
-from tangora import InputError, LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, find_pairs
+from tangora import InputError, LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, TangentMuon, find_pairs
 from tangora.optim.groups import decay_groups
 from tests.optim.problems import OPTIMIZERS, backward, problem, trainable
 from tests.optim.zoo import ZOO, _llama
@@ -195,3 +195,56 @@ def test_factories_make_the_optimizer_of_a_model(create, optimizer, options):
         create(find_pairs(model), lr=1e-2)
     with pytest.raises(InputError, match="lr"):
         create(model, lr=-1.0)
+
+
+def rates_of_the_rest(optimizer):
+    return {group["lr"] for group in optimizer.param_groups if not group.pairs}
+
+
+def test_everything_outside_pairs_has_the_rate_of_adamw():
+    model, x, y = problem()
+    pairs, head = find_pairs(model), list(model.base_model.model.head.parameters())
+    made = {
+        "a model": TangentMuon(model, adamw_lr=1e-5),
+        "one group": TangentMuon([{"pairs": pairs, "params": head, "lr": 0.01}], adamw_lr=1e-5),
+        "a group added later": TangentMuon(pairs, adamw_lr=1e-5),
+    }
+    made["a group added later"].add_param_group({"params": head})
+    for optimizer in made.values():
+        assert rates_of_the_rest(optimizer) == {1e-5}
+        assert [len(group.pairs) for group in optimizer.param_groups if group.pairs] == [3]
+        before = [p.detach().clone() for p in head]
+        backward(model, x, y)
+        optimizer.step()
+        assert max((p - q).abs().max() for p, q in zip(head, before, strict=True)) < 1.1e-5
+    own = TangentMuon([{"pairs": pairs}, {"params": head, "lr": 3e-4}], adamw_lr=1e-5)
+    assert rates_of_the_rest(own) == {3e-4}
+
+
+def test_a_factor_without_its_partner_has_the_rate_of_adamw():
+    model, _, _ = problem()
+    pairs = find_pairs(model)
+    pairs[0].A.requires_grad_(False)
+    with pytest.warns(UserWarning, match="AdamW trains the other"):
+        optimizer = TangentMuon(pairs, adamw_lr=1e-5)
+    assert rates_of_the_rest(optimizer) == {1e-5}
+    assert any(
+        pairs[0].B is p for group in optimizer.param_groups if not group.pairs for p in group["params"]
+    )
+
+
+def test_a_bad_rate_of_adamw_is_refused_where_nothing_takes_it():
+    model, _, _ = problem()
+    for bad in (-1.0, float("nan"), "x"):
+        with pytest.raises(InputError):
+            TangentMuon(find_pairs(model), adamw_lr=bad)
+
+
+def test_sparse_gradients_are_refused():
+    model, x, y = problem()
+    optimizer = TangentMuon(model)
+    backward(model, x, y)
+    bias = model.base_model.model.head.modules_to_save["default"].bias
+    bias.grad = bias.grad.to_sparse()
+    with pytest.raises(InputError, match="sparse"):
+        optimizer.step()

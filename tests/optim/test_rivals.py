@@ -8,9 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tangora import InputError, find_pairs, recipe
 from tangora.optim import LoRAMuon, LoRARITE, MuonAndAdamW, PoLoRA
+from tangora.recipes.baselines import full_muon
 from tests.cases import gauge_transform
 from tests.optim.problems import Quadratic, backward, problem
 from tests.optim.zoo import ZOO
@@ -103,6 +105,22 @@ def test_full_muon_steps_what_all_linear_adapts():
         assert stepped[0] == expected
         assert stepped[0] | stepped[1] == {id(p) for p in base.parameters()}
         assert not stepped[0] & stepped[1]
+
+
+def test_full_muon_steps_a_shared_weight_once_and_transposed_ones_as_others():
+    torch.manual_seed(0)
+    one, two, plain = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(16, 64, bias=False)
+    turned = Conv1D(64, 16)
+    two.weight = one.weight
+    turned.weight.data = plain.weight.data.T.clone()
+    model = nn.ModuleDict({"one": one, "two": two, "plain": plain, "turned": turned})
+    optimizer = full_muon(model, lr=0.02)
+    given = [p for group in optimizer.param_groups if "ns_steps" in group for p in group["params"]]
+    assert sorted(map(id, given)) == sorted(map(id, (one.weight, plain.weight, turned.weight)))
+    plain.weight.grad = torch.randn(64, 16)
+    turned.weight.grad = plain.weight.grad.T.clone()
+    optimizer.step()
+    assert_close(turned.weight.detach().T, plain.weight.detach(), 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tangora._checks import InputError
@@ -18,7 +18,7 @@ class MuonAndAdamW(Optimizer):
     """``torch.optim.Muon`` and ``torch.optim.AdamW`` side by side.
 
     Args:
-        matrices: Parameters for Muon, each a matrix.
+        matrices: Parameters for Muon, each a matrix, or groups of them.
         rest: Parameters or groups for AdamW.
         lr: Muon's learning rate: a step changes an ``m x n`` matrix by this norm times ``sqrt(max(1, m / n))``.
         momentum: Muon's.
@@ -35,7 +35,7 @@ class MuonAndAdamW(Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[Any],
         rest: Iterable[Any],
         lr: float | Tensor,
         *,
@@ -51,7 +51,9 @@ class MuonAndAdamW(Optimizer):
         matrices, rest = list(matrices), list(rest)
         if not matrices:
             raise InputError("Muon needs at least one matrix to step; got none")
-        other = next((tuple(each.shape) for each in matrices if each.dim() != 2), None)
+        groups = matrices if isinstance(matrices[0], dict) else [{"params": matrices}]
+        shapes = [tuple(each.shape) for group in groups for each in group["params"]]
+        other = next((shape for shape in shapes if len(shape) != 2), None)
         if other is not None:
             raise InputError(
                 f"Muon steps matrices only; got a parameter of shape {other}: leave its layer out"
@@ -65,7 +67,7 @@ class MuonAndAdamW(Optimizer):
         adamw = torch.optim.AdamW([{"params": []}], adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps)
         self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
         others = rest if all(isinstance(each, dict) for each in rest) else [{"params": rest}]
-        super().__init__([{"params": matrices, **muon.defaults}, *others], adamw.defaults)
+        super().__init__([*(muon.defaults | group for group in groups), *others], adamw.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_parts": self._parts}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.geometry.gauge import factor_velocity
+from tangora.geometry.precision import full_precision
 from tangora.geometry.retraction import Factors
 from tangora.integrate import TABLEAUS, State, implicit_midpoint_step, rk_step
 from tangora.optim.ode_steps import (
@@ -73,6 +74,9 @@ class Flow:
         self.evaluations = 1
         self._stacks, self._groups, self._scheme = stacks, groups, scheme
         self._parameters, self._evaluate, self._check = parameters, evaluate, check
+        self._device = stacks[0].A.device if stacks else torch.device("cpu")
+        kind = self._device.type
+        self._autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
 
     def step(self) -> list[Factors]:
         """Take one step.
@@ -90,7 +94,8 @@ class Flow:
         ]
         try:
             self._check()
-            new = self._advance(self._descents())
+            with full_precision(self._device):
+                new = self._advance(self._descents())
             if not all(factor.isfinite().all() for factors in new for factor in factors):
                 raise FloatingPointError("the new factors are not finite; no step was taken")  # noqa: TRY301
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
@@ -166,7 +171,7 @@ class Flow:
         for stack, point in zip(self._stacks, points, strict=True):
             stack.place(*point)
         self.evaluations += 1
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(self._device.type, **self._autocast):
             self._evaluate()
         for stack, group in self._members():
             stack.load([_gradients(pair) for pair in stack.pairs], maximize=group["maximize"])

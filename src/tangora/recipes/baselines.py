@@ -1,6 +1,7 @@
 """Optimizers of the baselines: torch's AdamW and Muon, and LoRA+ by PEFT."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -66,12 +67,12 @@ def full_muon(model: nn.Module, **options: Any) -> Optimizer:
     """
     head = head_names(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    matrices: list[Any] = [
-        module.weight
+    layers = {  # by weight: what layers share is stepped once
+        module.weight: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
-    ]
-    return _muon(model, matrices, options)
+    }
+    return _muon(model, layers, options, [weight for weight in layers if isinstance(layers[weight], Conv1D)])
 
 
 def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
@@ -87,10 +88,22 @@ def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
     return _muon(model, [factor for pair in find_pairs(model) for factor in (pair.A, pair.B)], options)
 
 
-def _muon(model: nn.Module, matrices: Sequence[nn.Parameter], options: dict[str, Any]) -> Optimizer:
-    return MuonAndAdamW(
-        [each for each in matrices if each.requires_grad], _groups(model, matrices), **options
-    )
+def _muon(
+    model: nn.Module,
+    matrices: Iterable[nn.Parameter],
+    options: dict[str, Any],
+    transposed: Sequence[nn.Parameter] = (),
+) -> Optimizer:
+    matrices = [each for each in matrices if each.requires_grad]
+    rest = _groups(model, matrices)
+    if not transposed:
+        return MuonAndAdamW(matrices, rest, **options)
+    kept = {*transposed}
+    groups: list[dict[str, Any]] = [{"params": [each for each in matrices if each not in kept]}]
+    for weight in transposed:  # Muon takes inputs x outputs for outputs x inputs
+        inputs, outputs = weight.shape
+        groups.append({"params": [weight], "lr": options["lr"] * math.sqrt(outputs / inputs)})
+    return MuonAndAdamW([group for group in groups if group["params"]], rest, **options)
 
 
 def _groups(model: nn.Module, taken: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
