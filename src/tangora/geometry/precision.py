@@ -18,8 +18,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    if not hasattr(switches[0], "fp32_precision"):  # torch before 2.9
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -28,6 +28,7 @@ def _full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
         return
     # the older functions raise once a program has used these switches, and these work with both
+    switches = [backends.cuda.matmul, backends.mkldnn.matmul]
     changed = [(each, each.fp32_precision) for each in switches if each.fp32_precision not in _FULL]
     for each, _ in changed:
         each.fp32_precision = "ieee"

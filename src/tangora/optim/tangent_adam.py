@@ -112,7 +112,7 @@ class TangentAdam(LayerwiseOptimizer):
     r"""Adam along the projected full gradient, with half of the state of AdamW on the adapters.
 
     Everything it keeps belongs to the weight $W$ and not to the factors, so the sequence of weights is the same for
-    $(B, A)$ and $(B R, R^{-1} A)$ to the accuracy of the dtype. With rank $\min(m, n)$ it is Adafactor
+    $(B, A)$ and $(B R, R^{-1} A)$, to rounding. With rank $\min(m, n)$ it is Adafactor
     with momentum on $W$. The learning rate is that of **full fine-tuning**.
 
     From $B = 0$ no step is larger than others, but while $B A$ is no larger than a step it turns with every noisy

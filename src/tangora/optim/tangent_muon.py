@@ -26,11 +26,13 @@ _REFERENCE_RANK = 8
 
 
 def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
-    r"""Return the spectral norm that a step changes the weight by: $\mathrm{lr}\,\sqrt{m / n}\,\sqrt{8 / r}$.
+    r"""Return the size of a step, about its spectral norm: $\mathrm{lr}\,\sqrt{m / n}\,\sqrt{8 / r}$.
 
-    $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 no input changes the layer's output by more than ``lr``
-    times its own root mean square, whatever the layer's size; no row of an embedding changes by more than ``lr`` in
-    root mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the same at every rank.
+    $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 an input changes the layer's output by up to about ``lr``
+    times its own root mean square, whatever the layer's size; a row of an embedding changes by up to about ``lr`` in
+    root mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the same at every rank. The tangent vector has
+    at most $2 / \sqrt 3$ times this norm; while $B A$ is no larger than a step, the way back to rank r adds to it, at
+    the second step from B = 0 up to half.
 
     Args:
         m: Outputs of the layer.
@@ -39,7 +41,7 @@ def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
         lr: Learning rate.
 
     Returns:
-        The norm.
+        The size, in units of the weight.
     """
     return lr * math.sqrt(m / n * _REFERENCE_RANK / r)
 
@@ -92,13 +94,14 @@ class TangentMuon(LayerwiseOptimizer):
     Every step has the same size whatever the gradient's: its singular values are about
     $\mathrm{lr} \sqrt{m / n} \sqrt{8 / r}$ (`spectral_step_size`), so one learning rate serves all layers, ranks,
     alphas and scalings of the gradient. Everything that it keeps belongs to the weight and not to the factors: the
-    sequence of weights is the same for $(B, A)$ and $(B R, R^{-1} A)$, to the accuracy of the dtype. With rank
-    $\min(m, n)$ it is Muon on the weight.
+    sequence of weights is the same for $(B, A)$ and $(B R, R^{-1} A)$, to rounding, which grows with the condition
+    number of $R$ and is that of every step's factors in bfloat16. With $B$ and $A$ of rank $\min(m, n)$ it is Muon on
+    the weight. A layer whose gradient is exactly zero goes on along its momentum; one without gradient stays.
 
     Args:
         params: PEFT model, pairs, or parameter groups.
-        lr: How far a step moves a layer at rank 8: by at most this share of the root mean square of its input. It must
-            decay towards the end of training, since steps do not shrink with the gradient.
+        lr: How far a step moves a layer at rank 8: its output by about this share of the root mean square of its
+            input, at most. It must decay towards the end of training, since steps do not shrink with the gradient.
         momentum: Decay rate of the momentum.
         nesterov: Whether the step looks ahead along $\beta M + (1 - \beta) g$.
         iterations: Alternating projections between the spectral ball and the tangent space.

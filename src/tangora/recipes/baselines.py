@@ -67,7 +67,7 @@ def full_muon(model: nn.Module, **options: Any) -> Optimizer:
     """
     head = head_names(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = {  # by weight: what layers share is stepped once
+    layers: dict[Any, nn.Module] = {  # by weight: what layers share is stepped once
         module.weight: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
