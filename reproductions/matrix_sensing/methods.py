@@ -2,19 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from reproductions.matrix_sensing.low_rank import DenseForce, LowRank
 from reproductions.matrix_sensing.problem import Problems
+from reproductions.matrix_sensing.schemes import SCHEMES, factor_field
 from tangora._types import Weight
 from tangora.geometry.gauge import Gauge
 from tangora.geometry.retraction import Factors, svd_retract
 from tangora.geometry.tangent import Cotangent, coordinates, frame, project
-from tangora.integrate import SCHEMES, DenseForce, LowRank, Stepped, factor_field
+from tangora.integrate import Stepped
 from tangora.optim.adamw import adamw_update, step_counters
 from tangora.optim.preconditioned_adamw import precondition
 
@@ -71,14 +72,13 @@ def _checked(stepped: Stepped[Any]) -> Iteration:
 
 
 def _in_factors(
-    name: str, gauge: Gauge, options: dict[str, Any], problems: Problems, state: Any, size: float
-) -> Iteration:
-    field = factor_field(lambda factors: _factor_gradients(problems, *factors), gauge)
-    return _checked(SCHEMES[name].step(field, state, size, **options))
+    name: str, gauge: Gauge = "lyapunov", **options: Any
+) -> Callable[[Problems, Any, float], Iteration]:
+    def step(problems: Problems, state: Any, size: float) -> Iteration:
+        field = factor_field(lambda factors: _factor_gradients(problems, *factors), gauge)
+        return _checked(SCHEMES[name].step(field, state, size, **options))
 
-
-def _explicit(name: str, gauge: Gauge = "lyapunov") -> Callable[[Problems, Any, float], Iteration]:
-    return partial(_in_factors, name, gauge, {"estimate": False})
+    return step
 
 
 class _LowRanks(NamedTuple):
@@ -168,14 +168,14 @@ def _taylor(order: int) -> Callable[[float], float]:
 _DESCENT = _taylor(1)
 
 METHODS = {
-    "Euler": Method("scheme", _explicit("euler"), _DESCENT),
-    "Heun": Method("scheme", _explicit("heun"), _taylor(2)),
-    "midpoint": Method("scheme", _explicit("midpoint"), _taylor(2)),
-    "Bogacki-Shampine": Method("scheme", _explicit("bogacki_shampine"), _taylor(3)),
-    "RK4": Method("scheme", _explicit("rk4"), _taylor(4)),
+    "Euler": Method("scheme", _in_factors("euler"), _DESCENT),
+    "Heun": Method("scheme", _in_factors("heun"), _taylor(2)),
+    "midpoint": Method("scheme", _in_factors("midpoint"), _taylor(2)),
+    "Bogacki-Shampine": Method("scheme", _in_factors("bogacki_shampine"), _taylor(3)),
+    "RK4": Method("scheme", _in_factors("rk4"), _taylor(4)),
     "implicit midpoint": Method(
         "scheme",
-        partial(_in_factors, "implicit_midpoint", "lyapunov", {"tolerance": _IMPLICIT_TOLERANCE}),
+        _in_factors("implicit_midpoint", tolerance=_IMPLICIT_TOLERANCE),
         lambda size: abs(1 - size / 2) / (1 + size / 2),
     ),
     "projected RK2": _low_rank("projected_heun", _taylor(2)),
@@ -183,7 +183,7 @@ METHODS = {
     "KSL": _low_rank("ksl", None),
     "BUG": _low_rank("bug", None),
     "parallel BUG": _low_rank("parallel_bug", _DESCENT),
-    "LoRA-Pro SGD": Method("baseline", _explicit("euler", "sylvester"), _DESCENT),
+    "LoRA-Pro SGD": Method("baseline", _in_factors("euler", "sylvester"), _DESCENT),
     "SVD retraction": Method("baseline", _retracted, _DESCENT),
     "ScaledGD": Method("baseline", _scaled, _DESCENT),
     "plain descent": Method("baseline", _plain),

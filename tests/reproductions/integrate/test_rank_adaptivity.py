@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from tangora.integrate import SCHEMES, LowRank, Truncation, integrate
-from tests.integrate.problems import DOUBLE, orthonormal, quadratic
+from reproductions.matrix_sensing.low_rank import LowRank, Truncation
+from reproductions.matrix_sensing.schemes import SCHEMES
+from tests.reproductions.integrate.problems import DOUBLE, march, orthonormal, quadratic
 
 STEP = 0.5
 ADAPTIVE = ["bug", "parallel_bug", "projected_euler"]
@@ -30,9 +31,10 @@ def problem(rank):
 @pytest.mark.parametrize("tolerance", [1.0, 2.0])
 def test_a_step_cuts_no_more_than_the_tolerance(name, tolerance):
     p = quadratic(distance=1.0)
-    (whole,) = SCHEMES[name].stepper(p.low_rank_field(), truncation=Truncation())((p.start(),), STEP).state
-    rule = Truncation(tolerance)
-    (cut,) = SCHEMES[name].stepper(p.low_rank_field(), truncation=rule)((p.start(),), STEP).state
+    (whole,), (cut,) = (
+        SCHEMES[name].step(p.low_rank_field(), (p.start(),), STEP, truncation=rule).state
+        for rule in (Truncation(), Truncation(tolerance))
+    )
     assert cut.rank < whole.rank == 6
     assert float((whole.dense() - cut.dense()).norm()) <= tolerance
 
@@ -41,17 +43,17 @@ def test_a_step_cuts_no_more_than_the_tolerance(name, tolerance):
 @pytest.mark.parametrize("rank", [1, 8], ids=["too small", "too large"])
 def test_the_rank_of_the_minimiser_is_found(name, rank):
     p = problem(4)
-    stepper = SCHEMES[name].stepper(p.low_rank_field(), truncation=Truncation(0.05))
-    (Y,) = integrate(stepper, (start(rank),), 60 * STEP, STEP).state
+    states = march(name, p.low_rank_field(), (start(rank),), STEP, 60 * STEP, truncation=Truncation(0.05))
+    (Y,) = states[-1]
     assert Y.rank == 4
     assert float((Y.dense() - p.target).norm()) < 1e-6
 
 
 def test_the_largest_rank_is_kept():
     p = problem(4)
-    stepper = SCHEMES["bug"].stepper(p.low_rank_field(), truncation=Truncation(0.05, max_rank=3))
-    ranks = []
-    integrate(stepper, (start(1),), 20 * STEP, STEP, observe=lambda _t, state: ranks.append(state[0].rank))
+    rule = Truncation(0.05, max_rank=3)
+    states = march("bug", p.low_rank_field(), (start(1),), STEP, 20 * STEP, truncation=rule)
+    ranks = [Y.rank for (Y,) in states]
     assert ranks[0] == 1
     assert max(ranks) == ranks[-1] == 3
 
@@ -61,11 +63,9 @@ def test_the_largest_rank_is_kept():
 @pytest.mark.parametrize("rank", [1, 8])
 def test_the_loss_rises_by_no_more_than_the_tolerance_allows(name, tolerance, rank):
     p = quadratic(distance=0.5)
-    stepper = SCHEMES[name].stepper(p.low_rank_field(), truncation=Truncation(tolerance))
-    seen = []
-    integrate(
-        stepper, (start(rank),), 30 * STEP, STEP, observe=lambda _t, state: seen.append(state[0].dense())
-    )
+    rule = Truncation(tolerance)
+    states = march(name, p.low_rank_field(), (start(rank),), STEP, 30 * STEP, truncation=rule)
+    seen = [Y.dense() for (Y,) in states]
     smoothness = float(p.weights.max())
     for before, after in itertools.pairwise(seen):
         # cutting moves the matrix by at most tau, which costs at most |g| tau + (smoothness / 2) tau^2

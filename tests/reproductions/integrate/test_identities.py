@@ -3,26 +3,24 @@
 import pytest
 import torch
 
-from tangora.geometry.retraction import svd_retract
-from tangora.geometry.tangent import Cotangent, coordinates, frame, project
-from tangora.integrate import (
-    EULER,
-    RK4,
-    SCHEMES,
+from reproductions.matrix_sensing.low_rank import (
     DenseForce,
     LowRank,
     Truncation,
     bug_step,
-    for_one,
     ksl_step,
     parallel_bug_step,
     project_force,
     projected_rk_step,
 )
+from reproductions.matrix_sensing.schemes import SCHEMES
+from tangora.geometry.retraction import svd_retract
+from tangora.geometry.tangent import Cotangent, coordinates, frame, project
+from tangora.integrate import EULER, RK4
 from tests.cases import random_case
-from tests.integrate.problems import quadratic
 from tests.reference import flows
 from tests.reference.dense import truncated_svd
+from tests.reproductions.integrate.problems import for_one, quadratic
 from tests.tolerances import assert_close
 
 EVERYTHING = Truncation()
@@ -60,7 +58,7 @@ def test_parallel_bug_projected_euler_and_the_svd_retraction_are_one(frozen):
     expected = truncated_svd(Y.dense() - STEP * flows.tangent_part(Y.dense(), g, Y.rank), Y.rank)
     assert_close(one(parallel_bug_step(field, (Y,), STEP)).dense(), expected, 1e-12)
     assert_close(one(projected_rk_step(field, (Y,), STEP, EULER)).dense(), expected, 1e-12)
-    A, B = Y.factors()
+    A, B = Y.S @ Y.V.T, Y.U
     at = frame(A, B)
     new = svd_retract(A, B, at, project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T))), STEP)
     assert_close(new.B @ new.A, expected, 1e-10)
@@ -126,7 +124,7 @@ def test_only_the_products_of_one_backward_pass_are_asked_for(name):
         return Checked(Y)
 
     scheme = SCHEMES[name]
-    stepped = scheme.stepper(for_one(field))((problem.start(),), 0.1)
+    stepped = scheme.step(for_one(field), (problem.start(),), 0.1)
     assert stepped.evaluations == len(calls) == scheme.evaluations
 
 
@@ -137,9 +135,9 @@ def test_layers_are_stepped_side_by_side(name):
     def together(state):
         return tuple(DenseForce(-p.gradient(Y.dense())) for p, Y in zip((first, second), state, strict=True))
 
-    both = SCHEMES[name].stepper(together)((first.start(), second.start()), 0.1).state
+    both = SCHEMES[name].step(together, (first.start(), second.start()), 0.1).state
     for problem, Y in zip((first, second), both, strict=True):
-        alone = one(SCHEMES[name].stepper(problem.low_rank_field())((problem.start(),), 0.1))
+        alone = one(SCHEMES[name].step(problem.low_rank_field(), (problem.start(),), 0.1))
         assert_close(Y.dense(), alone.dense(), 1e-13)
 
 
@@ -159,9 +157,9 @@ def test_forces_may_come_from_autograd_and_in_float32(name, mode):
     start = problem.start()
     single = LowRank(start.U.float(), start.S.float(), start.V.float())
     with mode():
-        Y = one(SCHEMES[name].stepper(for_one(field))((single,), 0.1))
+        Y = one(SCHEMES[name].step(for_one(field), (single,), 0.1))
         assert set(modes) == {torch.is_grad_enabled()}
-    exact = one(SCHEMES[name].stepper(problem.low_rank_field())((start,), 0.1))
+    exact = one(SCHEMES[name].step(problem.low_rank_field(), (start,), 0.1))
     assert not Y.S.requires_grad
     assert Y.S.dtype == torch.float32
     assert_close(Y.dense().double(), exact.dense(), 1e-5)

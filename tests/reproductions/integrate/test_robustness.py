@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from tangora.integrate import SCHEMES, integrate
-from tests.integrate.problems import nearby, quadratic
+from reproductions.matrix_sensing.schemes import SCHEMES
 from tests.reference import flows
+from tests.reproductions.integrate.problems import march, nearby, quadratic
 
 STEP = 1 / 20
 
@@ -25,13 +25,11 @@ def reference(smallest):
 def error(name, smallest):
     p = problem(smallest)
     if SCHEMES[name].kind == "factors":
-        solution = integrate(SCHEMES[name].stepper(p.factor_field("sylvester")), (p.A, p.B), 1.0, STEP)
-        A, B = solution.state
+        A, B = march(name, p.factor_field("sylvester"), (p.A, p.B), STEP)[-1]
         end = p.scaling * B @ A
     else:
-        solution = integrate(SCHEMES[name].stepper(p.low_rank_field()), (p.start(),), 1.0, STEP)
-        end = solution.state[0].dense()
-    assert solution.finished
+        (Y,) = march(name, p.low_rank_field(), (p.start(),), STEP)[-1]
+        end = Y.dense()
     return float((end - reference(smallest)).norm())
 
 

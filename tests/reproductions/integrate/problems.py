@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tangora.integrate import DenseForce, Field, LowRank, LowRankField, factor_field, for_one
+from reproductions.matrix_sensing.low_rank import DenseForce, LowRank, LowRankField
+from reproductions.matrix_sensing.schemes import SCHEMES, factor_field
+from tangora.integrate import Field
 
 DOUBLE = torch.float64
 
@@ -47,6 +49,26 @@ class Quadratic(NamedTuple):
 
     def start(self) -> LowRank:
         return LowRank.from_factors(self.scaling * self.A, self.B)
+
+
+def for_one(field) -> LowRankField:
+    """Make a field on states of one matrix from a function of that matrix."""
+
+    def on_tuple(state):
+        (Y,) = state
+        return (field(Y),)
+
+    return on_tuple
+
+
+def march(name, field, state, step_size, end=1.0, **options):
+    """Take equal steps of a scheme from 0 to the end; return all states, the start first."""
+    states = [state]
+    for _ in range(round(end / step_size)):
+        stepped = SCHEMES[name].step(field, states[-1], step_size, **options)
+        assert stepped.failure is None
+        states.append(stepped.state)
+    return states
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,9 @@
-"""Print the tables of docs/theory/ode_lora.md: ``python -m tests.integrate.measure``."""
+"""Print the tables of docs/theory/ode_lora.md: ``python -m tests.reproductions.integrate.measure``."""
 
+from reproductions.matrix_sensing.schemes import SCHEMES
 from tangora.geometry.gauge import imbalance
-from tangora.integrate import SCHEMES
-from tests.integrate import test_orders, test_robustness
-from tests.integrate.problems import slope
+from tests.reproductions.integrate import test_orders, test_robustness
+from tests.reproductions.integrate.problems import slope
 
 
 def main() -> None:
