@@ -25,7 +25,8 @@ test: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadscope
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,reproductions,$(CHECKER)"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,$(CHECKER)"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=reproductions,$(CHECKER)" tests/reproductions
 
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow"

@@ -47,15 +47,15 @@ class Found:
     """From starts of different size."""
     step_sizes: Dynamics
     """From the smallest start with different step sizes."""
-    singular: Float[Tensor, " k"]
+    singular: Float[Tensor, " v"]
     """Singular values of the gradient at the start, mean over the seeds."""
-    dimension_steps: Float[Tensor, "d s"]
+    dimension_steps: Float[Tensor, "d q"]
     """Steps to alignment, by dimension and seed."""
-    dimension_times: Float[Tensor, "d s"]
+    dimension_times: Float[Tensor, "d q"]
     """The same in units of the weakest direction's growth time."""
     counts: tuple[int, ...]
     """Numbers of examples of the spectral starts."""
-    start_errors: Float[Tensor, "k s"]
+    start_errors: Float[Tensor, "N s"]
     """Relative errors of the spectral starts."""
     rates: Rates
 

@@ -6,7 +6,7 @@ without autograd, on thin matrices: nothing of size $m \times n$ is formed.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -107,6 +107,7 @@ class LowRank:
 LowRanks: TypeAlias = tuple[LowRank, ...]
 
 
+@runtime_checkable
 class Force(Protocol):
     r"""$F$ at one point $Y$; for gradient flow $F = -g$.
 
