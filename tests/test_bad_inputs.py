@@ -356,18 +356,6 @@ def other_commands():
         "diagnosis",
     ):
         yield "report", [f"{{{folder}}}"]
-    for arguments in (
-        ["toys"],
-        ["toy", "--seed=-1"],
-        ["toy", "--seed=99999999999999999999"],
-        ["toy", "--set=nothing=1"],
-        ["toy", "--set=seed"],
-        ["toy", "--set=seed=true"],
-        ["toy", "--set=seed=["],
-    ):
-        yield "reproduce", [*arguments, "--output={out}"]
-    for output in OUTPUTS:
-        yield "reproduce", ["toy", "--quick", f"--output={output}"]
 
 
 def plans():

@@ -212,7 +212,7 @@ FLAGS = {
     "diagnose": DiagnoseSettings,
     "curvature": CurvatureSettings,
 }
-COMMANDS = (*FLAGS, "export", "reproduce", "report", "list")
+COMMANDS = (*FLAGS, "export", "report", "list")
 
 
 def help_of(call, monkeypatch, command):
@@ -416,6 +416,11 @@ WRONG = {
     "nothing to compare": (["compare", "-o", "o"], "recipes must be given", "tangora list"),
     "durations": (["train", "--steps", "3", "--epochs", "1", "-o", "o"], "exclude each other", "epochs = 1"),
     "device": (["train", "--device", "gpu", "-o", "o"], "cpu, cuda, cuda:N or mps", "got 'gpu'"),
+    "moved command": (
+        ["reproduce", "toy", "--quick", "--set", "steps=3"],
+        "tangora reproduce has moved",
+        "python -m reproductions NAME",
+    ),
     "uniform model": (["export", "r", "--merge", "--uniform", "-o", "o"], "--uniform", "--merge"),
 }
 
@@ -461,7 +466,7 @@ finally:
         ("train --schedule co", {"cosine", "constant"}),
         ("train --model smol", {"smollm2-135m"}),
         ("compare --preset paper-", {"paper-glue", "paper-math"}),
-        ("rep", {"reproduce", "report"}),
+        ("rep", {"report"}),  # not the command that has moved
         ("train --gradient-", {"--gradient-checkpointing"}),
     ],
 )

@@ -7,11 +7,7 @@ import math
 import pytest
 import torch
 
-from tangora import InputError, LoRAPro, ODELoRA, find_pairs
-from tangora.geometry.gauge import GAUGES, imbalance
-from tangora.integrate import (
-    HEUN,
-    RK4,
+from reproductions.matrix_sensing.low_rank import (
     DenseForce,
     LowRank,
     Truncation,
@@ -19,6 +15,9 @@ from tangora.integrate import (
     parallel_bug_step,
     projected_rk_step,
 )
+from tangora import InputError, LoRAPro, ODELoRA, find_pairs
+from tangora.geometry.gauge import GAUGES, imbalance
+from tangora.integrate import HEUN, RK4
 from tangora.optim.ode_flow import SCHEMES
 from tests.optim.problems import Quadratic, adamw_of_the_rest, backward, loss_of, problem, trainable
 from tests.reference import dense
@@ -136,7 +135,7 @@ def test_bug_is_the_svd_of_the_projected_step(shape, start):
 
 
 @pytest.mark.parametrize("scheme", ["projected_rk2", "projected_rk4", "ksl", "bug"])
-def test_low_rank_schemes_are_those_of_integrate(scheme):
+def test_low_rank_schemes_are_those_of_the_reproductions(scheme):
     toy = Quadratic(9, 6, 3, seed=4)
     Y = LowRank.from_factors(toy.A.detach(), toy.B.detach())
     optimizer = ODELoRA(toy.model, lr=0.2, scheme=scheme)

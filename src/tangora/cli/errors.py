@@ -29,8 +29,8 @@ def one_line(error: TyperException) -> str:
         return _unknown_flag(told.option_name, context, command)
     if message.startswith("No such command"):
         name = message.split("'")[1]
-        hint = _near(name, context.command.commands)
-        return f"{command} has no command {name!r}{hint}; it has {', '.join(context.command.commands)}"
+        known = [each for each, found in context.command.commands.items() if not found.hidden]
+        return f"{command} has no command {name!r}{_near(name, known)}; it has {', '.join(known)}"
     if hasattr(told, "param_type"):
         return f"{command} needs {_shown(told.param)}: {_first_sentence(told.param.help)}"
     if hasattr(told, "param") and told.param is not None:

@@ -10,7 +10,6 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -225,30 +224,6 @@ def _switched(given: Mapping[str, Any]) -> dict[str, Any]:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} and --no-{flag} exclude each other; give one of them")
         values[name] = False
-    return values
-
-
-def assignments(changes: list[str]) -> dict[str, Any]:
-    """Read ``--set`` flags.
-
-    Args:
-        changes: ``KEY=VALUE`` each, the value as in YAML.
-
-    Returns:
-        Values by key.
-
-    Raises:
-        InputError: Naming the flag that is none of this form.
-    """
-    values = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise InputError(f"set must be KEY=VALUE; got {change!r}")
-        try:
-            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"set must be KEY=VALUE with a value as in YAML; got {change!r}") from None
     return values
 
 

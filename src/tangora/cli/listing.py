@@ -1,4 +1,4 @@
-"""`tangora list`: methods in groups, and the models, data, comparisons and experiments that come with tangora."""
+"""`tangora list`: methods in groups, and the models, data and comparisons that come with tangora."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,6 @@ from rich.text import Text
 
 from tangora._names import DATA, MODELS
 from tangora.experiments.presets import PRESETS, preset
-from tangora.experiments.reproduce.registry import EXPERIMENTS
 from tangora.recipes import Recipe, recipe, recipes
 
 _WIDEST = 18
@@ -46,14 +45,7 @@ def listing() -> Group:
         _section("Models without a hub (--model)", [(*item, "") for item in MODELS.items()]),
         _section("Data without a hub (--data)", [(*item, "") for item in DATA.items()]),
         _section("Comparisons (--preset)", [(name, preset(name)["title"], "") for name in PRESETS]),
-        experiments(),
     )
-
-
-def experiments() -> Group:
-    """Return the experiments that can be repeated."""
-    rows = [(each.name, each.title, f"{each.source}; {each.duration}") for each in EXPERIMENTS.values()]
-    return _section("Experiments of papers (tangora reproduce)", rows)
 
 
 def _section(heading: str, rows: Iterable[tuple[str, str, str]]) -> Group:

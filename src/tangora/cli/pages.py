@@ -1,8 +1,6 @@
-"""Commands that repeat, rewrite or list what is there."""
+"""Commands that rewrite or list what is there."""
 
 import contextlib
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,67 +8,21 @@ import typer
 from rich.markup import escape
 
 from tangora._checks import InputError
-from tangora.cli.app import RESOURCES, Command, app
-from tangora.cli.flags import assignments, option
-from tangora.cli.listing import experiments, listing
-from tangora.cli.output import console, interruptible, progress_bars
+from tangora.cli.app import Command, app
+from tangora.cli.listing import listing
+from tangora.cli.output import console, interruptible
 from tangora.experiments.curvature.settings import RECORD as CURVATURE_RECORD
-from tangora.experiments.reproduce.registry import EXPERIMENTS, experiment, settings_of
+
+_ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
-@app.command("reproduce", cls=Command)
-def reproduce_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="Name of the experiment. Default: list them.",
-            autocompletion=lambda incomplete: [each for each in EXPERIMENTS if each.startswith(incomplete)],
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        option(RESOURCES, "<folder>", "Output folder. Default: reproduced/NAME.", "--output", "-o"),
-    ] = None,
-    quick: Annotated[
-        bool, option("Accuracy and cost", "", "Reduced size: seconds instead of minutes.", "--quick")
-    ] = False,
-    seed: Annotated[int | None, option("Accuracy and cost", "<int>", "Random seed.")] = None,
-    changes: Annotated[
-        list[str] | None,
-        option("Accuracy and cost", "KEY=VALUE", "Change a setting; may be repeated.", "--set"),
-    ] = None,
-) -> None:
-    """Repeat an experiment of the papers; writes reproduction.html and checks what the paper states.
-
-    Ends with exit code 1 if a check fails at full size.
-
-    [dim]Examples:[/dim]
-      tangora reproduce
-      tangora reproduce toy --output out
-      tangora reproduce linear-shift --quick --seed 3 --set rank=8 --output out
-    """
-    if name is None:
-        console.print(experiments())
-        return
-    wanted = experiment(name)
-    settings = settings_of(wanted, assignments(changes or []), quick=quick, seed=seed)
-    from tangora.cli.results import print_reproduction
-    from tangora.experiments.reproduce.run import reproduce
-
-    with interruptible(), progress_bars() as bars:
-        bar = bars.add_task(name, total=None, note="")
-        files = reproduce(
-            wanted,
-            settings,
-            output or Path("reproduced") / name,
-            quick=quick,
-            command=shlex.join(["tangora", *sys.argv[1:]]),
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
-    print_reproduction(files)
-    if not (quick or files.record.result.passed):
-        raise typer.Exit(1)
+@app.command("reproduce", cls=Command, hidden=True, add_help_option=False, context_settings=_ANYTHING)
+def reproduce_command() -> None:
+    """Say where the experiments of the papers have moved."""
+    raise InputError(
+        "tangora reproduce has moved out of the package: in a checkout of tangora's repository, run "
+        "python -m reproductions NAME, or make reproduce NAME=..."
+    )
 
 
 @app.command("report", cls=Command)
@@ -135,7 +87,7 @@ def _rewrite(folder: Path) -> None:
 
 @app.command("list", cls=Command)
 def list_command() -> None:
-    """List the recipes, and the models, data, comparisons and experiments that come with tangora.
+    """List the recipes, and the models, data and comparisons that come with tangora.
 
     [dim]Example:[/dim]
       tangora list

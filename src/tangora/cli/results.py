@@ -13,7 +13,6 @@ from tangora.experiments.compare import CompareWatcher, Outcome, StudyOutcome
 from tangora.experiments.comparison.sweep import Cell
 from tangora.experiments.curvature.measure import CurvatureFiles
 from tangora.experiments.diagnose.measure import DiagnosisFiles
-from tangora.experiments.reproduce.run import ReproductionFiles
 from tangora.experiments.run.execute import Watcher
 from tangora.experiments.run.proof import Proof
 from tangora.report import (
@@ -31,7 +30,6 @@ from tangora.report import (
 from tangora.report.comparison.flatness import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_tables
 from tangora.report.curvature import findings as curvature_findings
-from tangora.report.reproduction import outcome, rich_checks
 
 
 def watcher_of(bars: Progress, bar: TaskID, note: Callable[[str], None] | None = None) -> Watcher:
@@ -239,20 +237,3 @@ def print_diagnosis(files: DiagnosisFiles) -> None:
     console.print(f"report   {escape(str(files.page))}")
     console.print(f"plan     {escape(str(files.plan))}")
     console.print(f"numbers  {escape(str(files.record_path))}")
-
-
-def print_reproduction(files: ReproductionFiles) -> None:
-    """Print the findings and the checks of an experiment.
-
-    Args:
-        files: The experiment and where it was written.
-    """
-    record = files.record
-    for sentence in record.result.findings:
-        console.print(escape(sentence))
-    console.print(rich_checks(record.result.checks))
-    console.print(escape(outcome(record)))
-    console.print(f"report   {escape(str(files.page))}")
-    console.print(f"numbers  {escape(str(files.record_path))}")
-    for picture in files.pictures:
-        console.print(f"picture  {escape(str(picture))}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,36 +28,12 @@ class Stepped(Generic[S]):
     Attributes:
         state: The new state; after a failure the state before the step.
         evaluations: Evaluations of the field.
-        error: Estimate of the step's error, shaped like the state, from an embedded method.
         failure: Why there is no new state; None when there is one.
-        first: Velocity at the state before the step, for repeating the step with another step size.
-        last: Velocity at the new state, if the scheme happens to know it.
     """
 
     state: S
     evaluations: int
-    error: S | None = None
     failure: Failure | None = None
-    first: S | None = None
-    last: S | None = None
-
-
-@runtime_checkable
-class Stepper(Protocol[S]):
-    """A scheme bound to a field: all that the loop needs."""
-
-    def __call__(self, state: S, step_size: float, first: S | None = None, /) -> Stepped[S]:
-        """Take one step.
-
-        Args:
-            state: The state to start from; it is never changed in place.
-            step_size: The step.
-            first: Velocity at ``state``, if the step before or a rejected one handed it on.
-
-        Returns:
-            The step.
-        """
-        ...
 
 
 @torch.no_grad()

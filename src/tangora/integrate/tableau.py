@@ -21,8 +21,6 @@ class Tableau:
         a: One row per stage; row $i$ holds the $i$ coefficients left of the diagonal, so the method is explicit.
         b: Weights of the step.
         order: Order of the step, 1 to 4.
-        embedded: Weights $\hat b$ of a second step from the same stages, for error control.
-        embedded_order: Order of that second step.
 
     Raises:
         InputError: If rows and weights do not fit together, or an order condition up to the stated order fails.
@@ -35,8 +33,6 @@ class Tableau:
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     order: int
-    embedded: tuple[float, ...] | None = None
-    embedded_order: int | None = None
 
     def __post_init__(self) -> None:
         for i, row in enumerate(self.a):
@@ -45,14 +41,7 @@ class Tableau:
                     f"row {i} of a in tableau {self.name} must have {i} coefficients, those left of the diagonal "
                     f"(explicit); got {len(row)}"
                 )
-        self._check_weights("b", self.b, self.order)
-        if (self.embedded is None) != (self.embedded_order is None):
-            raise InputError(
-                f"embedded and embedded_order of tableau {self.name} must be given together; "
-                f"got {self.embedded!r} and {self.embedded_order!r}"
-            )
-        if self.embedded is not None and self.embedded_order is not None:
-            self._check_weights("embedded", self.embedded, self.embedded_order)
+        self._check_weights()
 
     @property
     def c(self) -> tuple[float, ...]:
@@ -61,37 +50,27 @@ class Tableau:
 
     @property
     def stages(self) -> int:
-        """Evaluations of the field in a step with its error estimate."""
+        """Evaluations of the field in a step."""
         return len(self.b)
 
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the field in a step without error estimate, which needs no stage of weight zero at the end."""
-        return max(i + 1 for i, weight in enumerate(self.b) if weight)
-
-    @property
-    def first_same_as_last(self) -> bool:
-        """Whether the last stage is the field at the new state, and so the first stage of the next step."""
-        return self.stages > 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
-
-    def _check_weights(self, key: str, weights: Sequence[float], order: int) -> None:
-        check_whole(f"order of {key} in tableau {self.name}", order, low=1)
-        if order > 4:
-            raise InputError(f"order of {key} in tableau {self.name} must be at most 4; got {order}")
-        if len(weights) != len(self.a) or not weights:
+    def _check_weights(self) -> None:
+        check_whole(f"order of tableau {self.name}", self.order, low=1)
+        if self.order > 4:
+            raise InputError(f"order of tableau {self.name} must be at most 4; got {self.order}")
+        if len(self.b) != len(self.a) or not self.b:
             raise InputError(
-                f"{key} of tableau {self.name} must have one weight per stage, {len(self.a)}; got {len(weights)}"
+                f"b of tableau {self.name} must have one weight per stage, {len(self.a)}; got {len(self.b)}"
             )
-        for condition, value, wanted in self._order_conditions(weights):
-            if len(condition) <= order and abs(value - wanted) > _TOLERANCE:
+        for condition, value, wanted in self._order_conditions():
+            if len(condition) <= self.order and abs(value - wanted) > _TOLERANCE:
                 raise InputError(
-                    f"{key} of tableau {self.name} must satisfy the order-{len(condition)} condition "
-                    f"{condition} = {wanted:g} to be of order {order}; got {value:.6g}"
+                    f"b of tableau {self.name} must satisfy the order-{len(condition)} condition "
+                    f"{condition} = {wanted:g} to be of order {self.order}; got {value:.6g}"
                 )
 
-    def _order_conditions(self, weights: Sequence[float]) -> list[tuple[str, float, float]]:
+    def _order_conditions(self) -> list[tuple[str, float, float]]:
         # one letter per node of the tree, so as many letters as the order: bcac is the sum of b_i c_i a_ij c_j
-        c = self.c
+        weights, c = self.b, self.c
         ac = self._apply(c)
         ac2, aac = self._apply([x * x for x in c]), self._apply(ac)
         return [
@@ -116,21 +95,19 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
 EULER = Tableau("euler", a=((),), b=(1.0,), order=1)
 """Gradient descent, when the field is a negative gradient."""
 
-HEUN = Tableau("heun", a=((), (1.0,)), b=(0.5, 0.5), order=2, embedded=(1.0, 0.0), embedded_order=1)
-"""Heun's method, with Euler's embedded: 2(1)."""
+HEUN = Tableau("heun", a=((), (1.0,)), b=(0.5, 0.5), order=2)
+"""Heun's method."""
 
 MIDPOINT = Tableau("midpoint", a=((), (0.5,)), b=(0.0, 1.0), order=2)
 """Runge's midpoint method."""
 
 BOGACKI_SHAMPINE = Tableau(
     "bogacki_shampine",
-    a=((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-    b=(2 / 9, 1 / 3, 4 / 9, 0.0),
+    a=((), (1 / 2,), (0.0, 3 / 4)),
+    b=(2 / 9, 1 / 3, 4 / 9),
     order=3,
-    embedded=(7 / 24, 1 / 4, 1 / 3, 1 / 8),
-    embedded_order=2,
 )
-"""Bogacki & Shampine (1989), 3(2); the last stage serves the next step."""
+"""Bogacki & Shampine (1989), without the fourth stage of its error estimate."""
 
 RK4 = Tableau(
     "rk4",

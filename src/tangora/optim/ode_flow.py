@@ -130,7 +130,7 @@ class Flow:
         if self._scheme == "implicit_midpoint":
             stepped = implicit_midpoint_step(self._field, state, 1.0)
         else:
-            stepped = rk_step(self._field, state, 1.0, TABLEAUS[self._scheme], first=first, estimate=False)
+            stepped = rk_step(self._field, state, 1.0, TABLEAUS[self._scheme], first=first)
         if stepped.failure is not None:
             raise FloatingPointError(f"{stepped.failure}; no step was taken")
         return _paired(stepped.state)
@@ -149,9 +149,9 @@ class Flow:
 
     def _projected(self, start: list[Descent], steps: list[float], scheme: str) -> list[Factors]:
         tableau, stages = TABLEAUS[scheme], [start]
-        while len(stages) < tableau.evaluations:
+        while len(stages) < tableau.stages:
             stages.append(self._descents_at(self._combined(stages, steps, tableau.a[len(stages)])))
-        return self._combined(stages, steps, tableau.b[: len(stages)])
+        return self._combined(stages, steps, tableau.b)
 
     @staticmethod
     def _combined(stages: list[list[Descent]], steps: list[float], weights: Sequence[float]) -> list[Factors]:

@@ -1,1 +1,0 @@
-"""What each experiment is made of: settings, sizes and stand-ins, which can be read without importing torch."""
