@@ -48,11 +48,10 @@ class MuonAndAdamW(Optimizer):
     ):
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"Muon needs torch 2.9 or newer; this is {torch.__version__}")
-        matrices, rest = list(matrices), list(rest)
-        if not matrices:
-            raise InputError("Muon needs at least one matrix to step; got none")
-        groups = matrices if isinstance(matrices[0], dict) else [{"params": matrices}]
+        groups, others = _as_groups(matrices), _as_groups(rest)
         shapes = [tuple(each.shape) for group in groups for each in group["params"]]
+        if not shapes:
+            raise InputError("Muon needs at least one matrix to step; got none")
         other = next((shape for shape in shapes if len(shape) != 2), None)
         if other is not None:
             raise InputError(
@@ -66,7 +65,6 @@ class MuonAndAdamW(Optimizer):
         muon = torch.optim.Muon([{"params": []}], weight_decay=weight_decay, **own)
         adamw = torch.optim.AdamW([{"params": []}], adamw_lr, weight_decay=weight_decay, betas=betas, eps=eps)
         self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
-        others = rest if all(isinstance(each, dict) for each in rest) else [{"params": rest}]
         super().__init__([*(muon.defaults | group for group in groups), *others], adamw.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,3 +91,8 @@ class MuonAndAdamW(Optimizer):
             part.state = self.state
             part.step()
         return loss
+
+
+def _as_groups(given: Iterable[Any]) -> list[dict[str, Any]]:
+    given = list(given)
+    return given if all(isinstance(each, dict) for each in given) else [{"params": given}]

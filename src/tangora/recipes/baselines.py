@@ -1,7 +1,8 @@
 """Optimizers of the baselines: torch's AdamW and Muon, and LoRA+ by PEFT."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -67,12 +68,20 @@ def full_muon(model: nn.Module, **options: Any) -> Optimizer:
     """
     head = head_names(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    layers: dict[Any, nn.Module] = {  # by weight: what layers share is stepped once
-        module.weight: module
+    factors: dict[Any, float] = {  # by weight: what layers share is stepped once
+        module.weight: _size(module)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
     }
-    return _muon(model, layers, options, [weight for weight in layers if isinstance(layers[weight], Conv1D)])
+    return _muon(model, factors, options)
+
+
+def _size(layer: nn.Module) -> float:
+    """Return what Muon's step must be multiplied by."""
+    if not isinstance(layer, Conv1D):
+        return 1.0
+    inputs, outputs = layer.weight.shape  # which Muon takes for outputs x inputs
+    return math.sqrt(outputs / inputs)
 
 
 def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
@@ -85,25 +94,17 @@ def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
     Returns:
         The optimizer of the trainable parameters.
     """
-    return _muon(model, [factor for pair in find_pairs(model) for factor in (pair.A, pair.B)], options)
+    return _muon(model, {factor: 1.0 for pair in find_pairs(model) for factor in (pair.A, pair.B)}, options)
 
 
-def _muon(
-    model: nn.Module,
-    matrices: Iterable[nn.Parameter],
-    options: dict[str, Any],
-    transposed: Sequence[nn.Parameter] = (),
-) -> Optimizer:
-    matrices = [each for each in matrices if each.requires_grad]
-    rest = _groups(model, matrices)
-    if not transposed:
-        return MuonAndAdamW(matrices, rest, **options)
-    kept = {*transposed}
-    groups: list[dict[str, Any]] = [{"params": [each for each in matrices if each not in kept]}]
-    for weight in transposed:  # Muon takes inputs x outputs for outputs x inputs
-        inputs, outputs = weight.shape
-        groups.append({"params": [weight], "lr": options["lr"] * math.sqrt(outputs / inputs)})
-    return MuonAndAdamW([group for group in groups if group["params"]], rest, **options)
+def _muon(model: nn.Module, factors: Mapping[nn.Parameter, float], options: dict[str, Any]) -> Optimizer:
+    # each matrix comes with a factor on its learning rate
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for weight, factor in factors.items():
+        if weight.requires_grad:
+            groups[factor].append(weight)
+    matrices = [{"params": each, "lr": options["lr"] * factor} for factor, each in groups.items()]
+    return MuonAndAdamW(matrices, _groups(model, [*factors]), **options)
 
 
 def _groups(model: nn.Module, taken: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
