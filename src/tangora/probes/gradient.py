@@ -76,7 +76,7 @@ class GradientProbe:
         loss_fn: ``loss_fn(model, batch)`` -> scalar, averaged over batches with equal weights; default the loss that a
             Hugging Face model returns, weighted by the number of labels in the batch, so that small batches add up to
             the big one.
-        progress: Hears of every batch.
+        progress: Called after every batch.
 
     Example:
         >>> with GradientProbe(model, probed_layers(model)) as probe:  # doctest: +SKIP
@@ -234,7 +234,7 @@ class _Tap(torch.autograd.Function):
         request = probe._requests[layer.name]
         keeps_input, product = request.left is not None or request.dense, None
         if request.right is not None and not keeps_input:  # else the product is made when it is needed
-            with _full_precision(output):
+            with _without_autocast(output):
                 product = layer.times(x, request.right.to(x.device))
         ctx.probe, ctx.layer = probe, layer
         ctx.save_for_backward(product, x if keeps_input else None)
@@ -243,12 +243,12 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         product, x = ctx.saved_tensors
-        with torch.no_grad(), _full_precision(grads[0]):
+        with torch.no_grad(), _without_autocast(grads[0]):
             ctx.probe._accumulate(ctx.layer, grads[0], x, product)
         return grads[0], None, None, None, None
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
+def _without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
