@@ -132,3 +132,18 @@ def test_no_row_of_an_embedding_moves_further_than_the_rate():
         moved.append((pair.delta_weight() - before).square().mean(0 if before.shape[0] == 12 else 1).sqrt())
     assert max(each.max() for each in moved) < 1e-3 * 2 / 3**0.5
     assert max(each.max() for each in moved) > 3e-4
+
+
+@pytest.mark.parametrize(("retraction", "longest"), [("auto", 1.5), ("svd", 1.25)])
+def test_steps_from_b_equal_zero_are_a_little_longer_while_the_product_is_small(retraction, longest):
+    toy = Quadratic(20, 30, 4, seed=0, zero_B=True)
+    optimizer = TangentMuon(toy.model, lr=0.02, retraction=retraction)
+    sizes = []
+    for _ in range(12):
+        before = toy.W
+        toy.set_gradients()
+        optimizer.step()
+        sizes.append(torch.linalg.matrix_norm(toy.W - before, 2) / spectral_step_size(20, 30, 4, 0.02))
+    assert 0.99 < sizes[0] < 1.01
+    assert 1.1 < max(sizes) < longest
+    assert max(sizes[5:]) < 2 / 3**0.5

@@ -31,8 +31,7 @@ def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
     $\sqrt{m/n}$ turns norms into root mean squares: at rank 8 an input changes the layer's output by up to about ``lr``
     times its own root mean square, whatever the layer's size; a row of an embedding changes by up to about ``lr`` in
     root mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the same at every rank. The tangent vector has
-    at most $2 / \sqrt 3$ times this norm; while $B A$ is no larger than a step, the way back to rank r adds to it, at
-    the second step from B = 0 up to half.
+    at most $2 / \sqrt 3$ times this norm; while $B A$ is no larger than a step, the way back to rank r adds to it.
 
     Args:
         m: Outputs of the layer.
