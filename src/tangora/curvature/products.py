@@ -37,7 +37,7 @@ class Products:
         total: The most products there will be.
         dtype: Of the operator's vectors. Half precision is computed around in float32.
         device: Of vectors.
-        progress: Hears of each product.
+        progress: Called after each product.
     """
 
     def __init__(

@@ -73,13 +73,13 @@ class WeightPart(Hessian):
 
     Args:
         model: See `Hessian`, as for everything not listed here.
-        batches: See there.
-        loss_fn: See there.
-        layers: See there.
-        adapter_name: See there.
-        dtype: See there.
-        differentiation: See there.
-        cache_graph: See there.
+        batches: As for `Hessian`.
+        loss_fn: As for `Hessian`.
+        layers: As for `Hessian`.
+        adapter_name: As for `Hessian`.
+        dtype: As for `Hessian`.
+        differentiation: As for `Hessian`.
+        cache_graph: As for `Hessian`.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class CouplingPart(CurvatureOperator):
 
     Args:
         model: See `CurvatureOperator`, as for everything not listed here.
-        batches: See there.
-        loss_fn: See there.
-        layers: See there.
-        adapter_name: See there.
-        dtype: See there.
+        batches: As for `CurvatureOperator`.
+        loss_fn: As for `CurvatureOperator`.
+        layers: As for `CurvatureOperator`.
+        adapter_name: As for `CurvatureOperator`.
+        dtype: As for `CurvatureOperator`.
     """
 
     _twice = False
@@ -177,13 +177,13 @@ class RiemannianHessian(Hessian):
 
     Args:
         model: See `Hessian`, as for everything not listed here.
-        batches: See there.
-        loss_fn: See there.
-        layers: See there.
-        adapter_name: See there.
-        dtype: See there.
-        differentiation: See there; the second term is exact in any case.
-        cache_graph: See there.
+        batches: As for `Hessian`.
+        loss_fn: As for `Hessian`.
+        layers: As for `Hessian`.
+        adapter_name: As for `Hessian`.
+        dtype: As for `Hessian`.
+        differentiation: As for `Hessian`; the second term is exact in any case.
+        cache_graph: As for `Hessian`.
 
     Raises:
         InputError: If a factor has not full rank, as at LoRA's start, $B = 0$: there is no manifold there.

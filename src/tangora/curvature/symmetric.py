@@ -73,7 +73,7 @@ class SymmetricOperator(ABC):
             copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
                 power iteration always does. At LoRA's start, $B = 0$, those over the factors have multiplicity r.
             seed: Of the random start.
-            progress: Hears of every product.
+            progress: Called after every product.
 
         Returns:
             The eigenpairs with residuals, and whether they converged.
@@ -103,7 +103,7 @@ class SymmetricOperator(ABC):
             probes: Random start vectors.
             steps: Products for each.
             seed: Of the random vectors.
-            progress: Hears of every product.
+            progress: Called after every product.
 
         Returns:
             Raw nodes and weights, with what can be read from them.
@@ -129,7 +129,7 @@ class SymmetricOperator(ABC):
             method: ``hutch++`` or ``hutchinson``.
             products: How many may be made.
             seed: Of the random vectors.
-            progress: Hears of every product.
+            progress: Called after every product.
 
         Returns:
             The estimate with its standard error.
@@ -148,7 +148,7 @@ class SymmetricOperator(ABC):
         Args:
             products: How many may be made.
             seed: Of the random vectors.
-            progress: Hears of every product.
+            progress: Called after every product.
 
         Returns:
             The estimate with its standard error.

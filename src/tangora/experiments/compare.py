@@ -126,7 +126,7 @@ def compare(
         settings: What to compare.
         output: Output folder.
         command: What repeats it, for the report.
-        watcher: Hears of the progress.
+        watcher: Called with the progress.
         resources: What it may use; default: one run at a time, no limits.
 
     Returns:
@@ -173,7 +173,7 @@ def compare_tasks(
         plan: The tasks.
         output: Output folder, with one folder like that of `compare` for each task.
         command: What repeats it, for the report.
-        watcher: Hears of the progress.
+        watcher: Called with the progress.
         resources: What it may use; default: one run at a time, no limits.
 
     Returns:

@@ -32,7 +32,7 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     Args:
         settings: What to train.
         output: Output folder.
-        watcher: Hears of the progress.
+        watcher: Called with the progress.
 
     Returns:
         The record of the run.

@@ -75,7 +75,7 @@ class Pool:
             cell: The run.
             task: Its data.
             folder: The comparison's.
-            watcher: Hears of the progress, when `wait` is called.
+            watcher: Called with the progress, when `wait` is called.
         """
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(

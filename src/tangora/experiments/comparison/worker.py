@@ -79,7 +79,7 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
         cell: The run.
         task: Its data, `checked` with its model.
         folder: The comparison's.
-        watcher: Hears of the progress.
+        watcher: Called with the progress.
 
     Returns:
         The record; of a run that failed, one that says why.

@@ -65,7 +65,7 @@ def measure_curvature(
         output: Output folder.
         command: The command line, for the record.
         phase: Called with the name of what begins.
-        progress: Hears of products with the matrix that were made, and how many are expected at most.
+        progress: Called with the number of products with the matrix, and how many are expected at most.
 
     Returns:
         The record, and where the files are.

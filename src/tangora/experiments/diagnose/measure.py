@@ -57,7 +57,7 @@ def diagnose_task(
         output: Output folder.
         command: The command line, for the record.
         phase: Called with the name of what begins.
-        progress: Hears of batches read, and their total.
+        progress: Called with the number of batches read, and their total.
 
     Returns:
         The record, and where the files are.

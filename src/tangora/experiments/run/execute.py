@@ -123,7 +123,7 @@ def execute(
         before: Whether to evaluate on the test set before training too.
         keep_model: Whether to save the whole model of full fine-tuning, which may be large.
         is_checked: Whether model and data have been `checked` already, as a comparison does for all its runs.
-        watcher: Hears of the progress.
+        watcher: Called with the progress.
 
     Returns:
         The record. A run that diverges has a record too, with the reason.
