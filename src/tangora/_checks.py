@@ -14,16 +14,7 @@ class InputError(ValueError):
 
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
-    """Raise `InputError` unless ``value`` is one of ``allowed``.
-
-    Args:
-        name: The argument as the user knows it.
-        value: What was given.
-        allowed: What may be given.
-
-    Raises:
-        InputError: With the nearest allowed value when there is one.
-    """
+    """Raise `InputError` unless ``value`` is one of ``allowed``."""
     if any(_equal(value, option) for option in allowed):
         return
     options = ", ".join(repr(option) if option is None else str(option) for option in allowed)
@@ -41,19 +32,7 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raise `InputError` unless ``value`` is a finite number in the interval.
-
-    Args:
-        name: The argument as the user knows it.
-        value: What was given.
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        open_low: Whether ``low`` itself is forbidden.
-        open_high: Whether ``high`` itself is forbidden.
-
-    Raises:
-        InputError: If ``value`` is no number, not finite, or outside the interval.
-    """
+    """Raise `InputError` unless ``value`` is a finite number in the interval."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     above = is_number and (value > low if open_low else value >= low)
     below = is_number and (value < high if open_high else value <= high)
@@ -65,31 +44,14 @@ def check_number(
 
 
 def check_whole(name: str, value: int, *, low: int) -> None:
-    """Raise `InputError` unless a value is a whole number that is large enough.
-
-    Args:
-        name: The argument as the user knows it.
-        value: What was given.
-        low: Smallest allowed value.
-
-    Raises:
-        InputError: If ``value`` is no whole number or below ``low``.
-    """
+    """Raise `InputError` unless a value is a whole number that is large enough."""
     check_number(name, value, low=low)
     if not isinstance(value, int):
         raise InputError(f"{name} must be a whole number; got {shown(value)}")
 
 
 def check_installed(package: str, name: str) -> None:
-    """Raise `InputError` unless an optional package is installed.
-
-    Args:
-        package: Its name, for Python and for pip.
-        name: The argument that needs it.
-
-    Raises:
-        InputError: With the command that installs it.
-    """
+    """Raise `InputError` unless an optional package is installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{name} needs {package}, which is not installed; run: pip install {package}")
 
@@ -101,17 +63,7 @@ def check_seed(seed: int, name: str = "seed") -> None:
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
-    """Raise `InputError` unless a value is of a kind.
-
-    Args:
-        name: The argument as the user knows it.
-        value: What was given.
-        kind: Its class, or several.
-        allowed: What may be given, in words.
-
-    Raises:
-        InputError: If it is something else.
-    """
+    """Raise `InputError` unless a value is of a kind."""
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {allowed}; got {shown(value)}")
 

@@ -27,3 +27,6 @@ Batch: TypeAlias = Mapping[str, Any]
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch)`` -> scalar loss."""
+
+Progress: TypeAlias = Callable[[str, int, int], object]
+"""``progress(what, done, total)``, called as work goes on: a few words, units done, all units (0: unknown)."""

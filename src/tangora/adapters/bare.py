@@ -21,17 +21,7 @@ _GATHER = "gather the full state dict, load it into a model that is not sharded,
 
 
 def bare_model(model: nn.Module) -> PeftModel:
-    """Look through wrappers at a PEFT model, and refuse one that computes with adapters it does not own.
-
-    Args:
-        model: PEFT model, possibly wrapped (DDP, torch.compile).
-
-    Returns:
-        The PEFT model itself.
-
-    Raises:
-        InputError: If it is none, or its base holds the adapters of another PEFT model.
-    """
+    """Look through wrappers at a PEFT model, and refuse one that computes with adapters it does not own."""
     bare = unwrapped(model)
     if isinstance(bare, PeftMixedModel):
         raise InputError(
@@ -52,15 +42,7 @@ def bare_model(model: nn.Module) -> PeftModel:
 def named_adapter_parameters(
     model: nn.Module, adapter_name: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Walk over the parameters of adapters and of modules to save.
-
-    Args:
-        model: Any model.
-        adapter_name: Only this adapter; default all.
-
-    Yields:
-        Names in the model and parameters.
-    """
+    """Walk over the parameters of adapters and of modules to save."""
     for name, layer in model.named_modules():
         if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
@@ -72,16 +54,7 @@ def named_adapter_parameters(
 
 
 def check_gathered(model: nn.Module, what: str, *, adapters_only: bool = False) -> None:
-    """Refuse to write parameters of which a process holds a part only.
-
-    Args:
-        model: Any model.
-        what: The function that writes, for the message.
-        adapters_only: Whether only parameters of adapters and of modules to save matter.
-
-    Raises:
-        InputError: Naming one of them.
-    """
+    """Refuse to write parameters of which a process holds a part only."""
     check_not_sharded(
         named_adapter_parameters(model) if adapters_only else model.named_parameters(), what, _GATHER
     )

@@ -42,22 +42,7 @@ def model_card(
     images: bool = False,
     architecture: str = "",
 ) -> str:
-    """Write the card.
-
-    Args:
-        front: Front matter that PEFT wrote: base model, tags, pipeline.
-        config: The adapter's config.
-        rank: What there is to say about its rank, one sentence.
-        facts: What the user knows: recipe, seed, data, learning rate, …; nested mappings are fine. Of absolute paths
-            only the last part is shown. ``base model`` names it in the title, ``format`` says how texts were written,
-            and adds code that serves the adapter.
-        classes: Names of the classes of a classifier, which are saved beside the adapter.
-        images: Whether the model reads images.
-        architecture: Class of the base model, for the title where the base is a folder.
-
-    Returns:
-        Markdown with a YAML front matter.
-    """
+    """Write the card."""
     path = str(config.get("base_model_name_or_path") or "")
     base = without_paths(path)
     is_name = base == path  # not a folder of this machine
@@ -86,12 +71,6 @@ def model_card(
 
 def without_paths(text: str) -> str:
     """Shorten absolute paths to their last part, so that no card tells of the machine it was written on.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text without folders.
 
     Example:
         >>> without_paths("/home/me/data/train.jsonl, see https://example.org/a/b")

@@ -35,14 +35,6 @@ def truncate(
     With $B = Q_B R_B$, $A^\top = Q_A R_A$ and $R_B R_A^\top = P \Sigma Q^\top$, the best approximation of $BA$ has the
     factors $Q_B P_k \Sigma_k^{1/2}$ and $\Sigma_k^{1/2} Q_k^\top Q_A^\top$, which are balanced.
 
-    Args:
-        B: Left factor.
-        A: Right factor.
-        rank: At least 1; beyond the smallest dimension the factors are filled up with zeros.
-
-    Returns:
-        Both factors in float64 on the CPU, and all singular values of $BA$, falling.
-
     Source:
         Eckart and Young (1936). Differs in: nothing.
 
@@ -63,16 +55,7 @@ def truncate(
 
 
 def compress(tensors: Mapping[str, Tensor], rank: int, scalings: Mapping[str, float]) -> Compression:
-    """Cut every layer of an adapter that has a larger rank.
-
-    Args:
-        tensors: Tensors of a saved adapter of plain pairs.
-        rank: Largest rank that is left.
-        scalings: Scaling by the name of the layer; it weighs the layers against each other in the error.
-
-    Returns:
-        The adapter of smaller rank. Layers whose rank is not larger keep every bit.
-    """
+    """Cut every layer of an adapter that has a larger rank."""
     result, ranks, lost, total = dict(tensors), {}, {}, {}
     for layer, (key_A, key_B) in layers_of(tensors).items():
         A, B = tensors[key_A], tensors[key_B]
@@ -94,12 +77,6 @@ def resolve(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     product's own balanced factors have nothing to cancel. Factors below float32, which cannot hold them as exactly,
     stay as they are, and so do those of a product that is of smaller rank but for rounding: zeros could not be trained
     further.
-
-    Args:
-        tensors: Tensors of a saved adapter of plain pairs.
-
-    Returns:
-        All tensors; those of resolved layers are new.
     """
     result = dict(tensors)
     for key_A, key_B in layers_of(tensors).values():
@@ -120,12 +97,6 @@ def trim(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, in
 
     Training with a rank-adaptive method (``ODELoRA(scheme="bug", tolerance=...)``) leaves them. A rank that is zero in
     one factor only, as all are in a fresh adapter, stays: its gradient is not zero.
-
-    Args:
-        tensors: Tensors of a saved adapter.
-
-    Returns:
-        All tensors, those of shortened layers new, and the ranks by the names of the layers, at least 1.
     """
     result, ranks = dict(tensors), {}
     for layer, (key_A, key_B) in layers_of(tensors).items():
@@ -140,26 +111,12 @@ def trim(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, in
 
 
 def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Read the ranks of a saved adapter.
-
-    Args:
-        tensors: Its tensors.
-
-    Returns:
-        Rank by the name of the layer.
-    """
+    """Read the ranks of a saved adapter."""
     return {layer: tensors[key_A].shape[0] for layer, (key_A, _) in layers_of(tensors).items()}
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Find the pairs of a saved adapter.
-
-    Args:
-        tensors: Its tensors.
-
-    Returns:
-        Keys of A and of B by the name of the layer.
-    """
+    """Find the pairs of a saved adapter."""
     found: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _FACTOR.match(key):

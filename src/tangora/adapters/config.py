@@ -25,15 +25,7 @@ class OffsetConfig(LoraConfig):
 
     @classmethod
     def of(cls, config: Any, adapter: str) -> "OffsetConfig":
-        """Make the config of an adapter that has got an offset.
-
-        Args:
-            config: Its config without.
-            adapter: Its name.
-
-        Returns:
-            A copy.
-        """
+        """Make the config of an adapter that has got an offset."""
         made: Any = copy.copy(config)
         # Other adapters with this config start at the offset, whatever this one started from; until then a product of
         # zero lets PEFT take the magnitudes of the base.
@@ -41,11 +33,7 @@ class OffsetConfig(LoraConfig):
         return made
 
     def without_offset(self) -> LoraConfig:
-        """Make the config of the adapter without its offset.
-
-        Returns:
-            A copy.
-        """
+        """Make the config of the adapter without its offset."""
         made: Any = copy.copy(self)
         made.__class__ = LoraConfig
         del made.offset_of
@@ -58,23 +46,12 @@ class OffsetConfig(LoraConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe the adapter as its files hold it.
-
-        Returns:
-            The config of a plain adapter of twice the rank with the same scaling.
-        """
+        """Describe the adapter as its files hold it."""
         return doubled_rank(super().to_dict())
 
 
 def doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """Double every rank of a config and keep every scaling.
-
-    Args:
-        config: Config as a dictionary.
-
-    Returns:
-        The new one, for factors that were joined with others of the same shapes.
-    """
+    """Double every rank of a config and keep every scaling."""
     # alpha / r, or alpha / sqrt(r) with rsLoRA. A rank pattern without its own alpha still works, because every rank
     # doubles.
     growth = math.sqrt(2) if config.get("use_rslora") else 2
@@ -90,16 +67,7 @@ def doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
 def with_ranks(
     config: dict[str, Any], ranks: Mapping[str, int], scalings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Give every layer a rank and a scaling.
-
-    Args:
-        config: Config as a dictionary.
-        ranks: Ranks by the names of the adapted layers.
-        scalings: Scalings likewise.
-
-    Returns:
-        The new config: the commonest rank and alpha, and patterns for the layers that have others.
-    """
+    """Give every layer a rank and a scaling."""
     power = 0.5 if config.get("use_rslora") else 1
     alphas = {name: scalings[name] * rank**power for name, rank in ranks.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -113,16 +81,7 @@ def with_ranks(
 
 
 def with_uniform(config: dict[str, Any], rank: int, alpha: float) -> dict[str, Any]:
-    """Give all layers one rank and one alpha, and the scaling alpha / rank.
-
-    Args:
-        config: Config as a dictionary.
-        rank: The rank.
-        alpha: The alpha.
-
-    Returns:
-        The new config, without patterns.
-    """
+    """Give all layers one rank and one alpha, and the scaling alpha / rank."""
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
     if config.get("ensure_weight_tying"):
         # layers that shared their factors and not their scaling no longer can
@@ -131,14 +90,7 @@ def with_uniform(config: dict[str, Any], rank: int, alpha: float) -> dict[str, A
 
 
 def is_uniform(config: dict[str, Any]) -> bool:
-    """Say whether all layers have one rank and one alpha, and the scaling alpha / rank.
-
-    Args:
-        config: Config as a dictionary.
-
-    Returns:
-        Whether they do.
-    """
+    """Say whether all layers have one rank and one alpha, and the scaling alpha / rank."""
     return not any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
 
 
@@ -147,13 +99,6 @@ def with_tied_layers(config: dict[str, Any], origin: Any) -> dict[str, Any]:
 
     PEFT takes them out of its lists and keeps them beside; a file has the lists alone, and from those it finds the ties
     again only where an embedding has one of a few names.
-
-    Args:
-        config: Config as a dictionary.
-        origin: Config of the adapter in the model.
-
-    Returns:
-        The new config.
     """
     named = {"target_modules": "target_modules_to_tie", "modules_to_save": "modules_to_tie"}
     found = {}

@@ -54,12 +54,6 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
 def active_adapter(model: nn.Module) -> str:
     """Return the name of the one active adapter.
 
-    Args:
-        model: PEFT model.
-
-    Returns:
-        Its name.
-
     Raises:
         InputError: If ``model`` is no PEFT model, or not exactly one adapter is active.
     """
@@ -72,26 +66,12 @@ def active_adapter(model: nn.Module) -> str:
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:
-    """Put the layers that are no plain pair into one sentence.
-
-    Args:
-        skipped: Layer names and reasons.
-
-    Returns:
-        Text of the warning; at most five names per reason.
-    """
+    """Put the layers that are no plain pair into one sentence."""
     return f"not plain LoRA pairs, so trained by AdamW: {by_reason(skipped)}"
 
 
 def by_reason(skipped: dict[str, str]) -> str:
-    """Group layers by the reason why they are no plain pair.
-
-    Args:
-        skipped: Layer names and reasons.
-
-    Returns:
-        Part of a sentence.
-    """
+    """Group layers by the reason why they are no plain pair."""
     names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
@@ -99,14 +79,7 @@ def by_reason(skipped: dict[str, str]) -> str:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """List at most five names, and count the others.
-
-    Args:
-        names: Names of layers.
-
-    Returns:
-        Part of a sentence.
-    """
+    """List at most five names, and count the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -12,17 +12,7 @@ from tangora._checks import InputError
 
 
 def check_replaceable(target: Path, *, what: str, marker: str, known: Callable[[str], bool]) -> None:
-    """Refuse to replace a folder that holds anything but what is to be written.
-
-    Args:
-        target: The folder.
-        what: What it may hold, for the message: ``"an adapter"``.
-        marker: File that such a folder has.
-        known: Whether a name is one of the files of such a folder.
-
-    Raises:
-        InputError: If something would be lost.
-    """
+    """Refuse to replace a folder that holds anything but what is to be written."""
     if not target.exists():
         return
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
@@ -36,14 +26,7 @@ def check_replaceable(target: Path, *, what: str, marker: str, known: Callable[[
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """Make a temporary folder on the same file system, and remove it in any case.
-
-    Args:
-        target: Where the result will go.
-
-    Yields:
-        A new folder inside of it.
-    """
+    """Make a temporary folder on the same file system, and remove it in any case."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -53,12 +36,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move a folder to its place; what was there comes back if that fails.
-
-    Args:
-        source: The finished folder, in one of `scratch_beside`, which takes what was replaced.
-        target: Its place.
-    """
+    """Move a folder to its place; what was there comes back if that fails."""
     for attempt in itertools.count():
         old = source.with_name(f"old-{attempt}")
         try:

@@ -17,9 +17,6 @@ def keep_layout(layers: Iterable[nn.Module]) -> None:
     dequantizes the weight (DoRA, merging, a start) misreads the new layout. That layer's evaluation becomes slower
     here and stays what it is in training.
 
-    Args:
-        layers: Any layers; those of other kinds stay as they are.
-
     Warns:
         UserWarning: If scales had been rounded already.
     """

@@ -29,9 +29,6 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
         **options: Passed on to ``PeftModel.from_pretrained`` (``is_trainable``, ``adapter_name``, …). With
             ``is_trainable`` the whole pair is trained, offset or not: a saved adapter has none.
 
-    Returns:
-        The PEFT model.
-
     Raises:
         InputError: If ``path`` holds no adapter or a damaged one, ``base`` is no model or holds an adapter already, a
             tensor of the file has no place in the model, or the file lacks one.

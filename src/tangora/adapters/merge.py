@@ -36,9 +36,6 @@ def merged_model(model: nn.Module) -> nn.Module:
     Args:
         model: PEFT model with a base in floating point, possibly wrapped (DDP, torch.compile).
 
-    Returns:
-        The merged model.
-
     Raises:
         InputError: If ``model`` is no PEFT model, its base is quantized (merging would quantize the sum again), sharded
             or holds other adapters, its adapter has no weights to merge or convolves otherwise than its layer, or an
@@ -56,9 +53,6 @@ def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: PEFT model over a transformers model in floating point; it is left as it is.
         path: Folder to write, whole or not at all; a model that is there already is replaced.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: If ``model`` cannot be merged (see `merged_model`), its base is no transformers model, its class

@@ -29,9 +29,6 @@ def mutates_base(config: Any) -> bool:
 
     Args:
         config: Config of an adapter.
-
-    Returns:
-        Whether it did.
     """
     return str(getattr(config, "init_lora_weights", True)).lower().startswith(_MUTATING)
 
@@ -104,7 +101,6 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
     """Take the offset away: the model then computes what PEFT's does with the same trained factors.
 
     Args:
-        model: PEFT model.
         adapter_name: The adapter; without an offset nothing happens.
 
     Raises:
@@ -122,23 +118,12 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
 
 
 def has_offset(model: PeftModel, adapter_name: str) -> bool:
-    """Say whether an adapter carries an offset.
-
-    Args:
-        model: PEFT model.
-        adapter_name: The adapter.
-
-    Returns:
-        Whether it does.
-    """
+    """Say whether an adapter carries an offset."""
     return any(get_offset(module, adapter_name) for module in model.modules())
 
 
 def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
     r"""Return the frozen factors of a pair as matrices.
-
-    Args:
-        pair: The pair.
 
     Returns:
         $(B_0, A_0)$, m × r and r × n, sharing memory with the model; ``None`` without an offset.

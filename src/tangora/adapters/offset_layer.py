@@ -57,38 +57,19 @@ class Offset(nn.Module):
 
 
 class OffsetVariant(LoraVariant):
-    """PEFT's hook into a layer's forward pass and merging, here for an adapter that carries an offset.
-
-    Args:
-        inner: The variant that the adapter has without the offset: ``None``, or one of DoRA's.
-    """
+    """PEFT's hook into a layer's forward pass and merging, here for an adapter that carries an offset."""
 
     def __init__(self, inner: LoraVariant | None):
         self.inner = inner
 
     def supports_lora_conversion(self) -> bool:
-        """Say no: PEFT's conversion reads the trained pair alone.
-
-        Returns:
-            ``False``; `save_adapter` writes plain LoRA of any rank.
-        """
+        """Say no: PEFT's conversion reads the trained pair alone."""
         return False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Add the adapter's part to the base layer's output.
-
-        Args:
-            module: The layer.
-            active_adapter: The adapter.
-            x: Input of the layer.
-            result: Output of the base layer.
-            **kwargs: Passed on to the inner variant.
-
-        Returns:
-            The output; bit-identical to ``result`` while a plain pair equals its offset.
-        """
+        """Add the adapter's part to the base layer's output."""
         if self.inner is None:
             return result + difference(module, active_adapter, x)
         whole = with_both_pairs(module, active_adapter)
@@ -107,16 +88,7 @@ class OffsetVariant(LoraVariant):
     def merge_safe(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
     ) -> Tensor:
-        """Return the weight with the adapter in it.
-
-        Args:
-            module: The layer.
-            active_adapter: The adapter.
-            orig_weight: Weight without it, kept.
-
-        Returns:
-            A new tensor of the same dtype.
-        """
+        """Return the weight with the adapter in it."""
         whole = with_both_pairs(module, active_adapter)
         if self.inner is not None:
             return self.inner.merge_safe(whole, active_adapter, orig_weight)
@@ -125,13 +97,7 @@ class OffsetVariant(LoraVariant):
     def merge_unsafe(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
     ) -> None:
-        """Put the adapter into the weight in place.
-
-        Args:
-            module: The layer.
-            active_adapter: The adapter.
-            orig_weight: Weight without it.
-        """
+        """Put the adapter into the weight in place."""
         whole = with_both_pairs(module, active_adapter)
         if self.inner is not None:
             self.inner.merge_unsafe(whole, active_adapter, orig_weight)
@@ -141,16 +107,7 @@ class OffsetVariant(LoraVariant):
     def unmerge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
     ) -> Tensor:
-        """Return the weight without the adapter.
-
-        Args:
-            module: The layer.
-            active_adapter: The adapter.
-            orig_weight: Weight with it.
-
-        Returns:
-            The base weight, up to rounding.
-        """
+        """Return the weight without the adapter."""
         whole = with_both_pairs(module, active_adapter)
         if self.inner is not None:
             return self.inner.unmerge(whole, active_adapter, orig_weight)
@@ -164,15 +121,7 @@ class _AlreadyDropped(nn.Module):
 
 
 def why_no_carrier(layer: nn.Module, adapter: str) -> str | None:
-    """Say why a layer cannot carry an offset.
-
-    Args:
-        layer: Layer of PEFT with a plain pair.
-        adapter: The adapter.
-
-    Returns:
-        The reason, or ``None`` if it can.
-    """
+    """Say why a layer cannot carry an offset."""
     kind, base = type(layer).__name__, layer.get_base_layer()  # pyright: ignore[reportCallIssue]
     variant = inner_variant(layer.lora_variant.get(adapter))  # pyright: ignore
     if kind not in _CARRIERS or not type(layer).__module__.startswith("peft.tuners.lora"):
@@ -189,40 +138,18 @@ def why_no_carrier(layer: nn.Module, adapter: str) -> str | None:
 
 
 def inner_variant(variant: LoraVariant | None) -> LoraVariant | None:
-    """Look through an offset at the variant of the forward pass.
-
-    Args:
-        variant: What PEFT's layer holds for an adapter.
-
-    Returns:
-        The same, or what is inside an `OffsetVariant`.
-    """
+    """Look through an offset at the variant of the forward pass."""
     return variant.inner if isinstance(variant, OffsetVariant) else variant
 
 
 def get_offset(layer: nn.Module, adapter: str) -> Offset | None:
-    """Look up the frozen pair.
-
-    Args:
-        layer: Layer of PEFT.
-        adapter: The adapter.
-
-    Returns:
-        The offset, or ``None``.
-    """
+    """Look up the frozen pair."""
     held: Any = getattr(layer, "lora_offset", {})
     return held[adapter] if adapter in held else None  # noqa: SIM401 (a ModuleDict has no get)
 
 
 def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
-    """Give a layer an offset, or replace the one it has.
-
-    Args:
-        layer: Layer of PEFT for which `why_no_carrier` finds no reason.
-        adapter: The adapter.
-        A0: Frozen factor in the shape, dtype and on the device of the trained one.
-        B0: Frozen factor likewise.
-    """
+    """Give a layer an offset, or replace the one it has."""
     if not hasattr(layer, "lora_offset"):
         layer.lora_offset = nn.ModuleDict()
         # so that PEFT deletes and moves the offset with the adapter
@@ -239,13 +166,7 @@ def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
 
 
 def copy_offset(layer: Any, source: str, adapter: str) -> None:
-    """Let another adapter of a layer start as one with an offset did: with its frozen pair, and at it.
-
-    Args:
-        layer: Layer of PEFT with both adapters.
-        source: Adapter with an offset.
-        adapter: The other one.
-    """
+    """Let another adapter of a layer start as one with an offset did: with its frozen pair, and at it."""
     offset = layer.lora_offset[source]
     put_offset(layer, adapter, offset.A0.clone(), offset.B0.clone())
     for _, live, frozen, _ in factors(layer, adapter):
@@ -254,15 +175,7 @@ def copy_offset(layer: Any, source: str, adapter: str) -> None:
 
 
 def refusal(adapter: str, reason: str) -> InputError:
-    """Make the error for what PEFT cannot do with an adapter that has an offset.
-
-    Args:
-        adapter: The adapter.
-        reason: What cannot be done with it, as a predicate.
-
-    Returns:
-        The error.
-    """
+    """Make the error for what PEFT cannot do with an adapter that has an offset."""
     return InputError(
         f"adapter {adapter!r} carries an offset and {reason}: write it with tangora.save_adapter, load it on the base "
         "with tangora.load_adapter(base, path, is_trainable=True), and use that model"
@@ -270,12 +183,7 @@ def refusal(adapter: str, reason: str) -> InputError:
 
 
 def drop_offset(layer: Any, adapter: str) -> None:
-    """Take a layer's offset away; the layer then computes what PEFT's does.
-
-    Args:
-        layer: Layer of PEFT with an offset.
-        adapter: The adapter.
-    """
+    """Take a layer's offset away; the layer then computes what PEFT's does."""
     del layer.lora_offset[adapter]
     variant = layer.lora_variant.pop(adapter)
     if variant.inner is not None:
@@ -283,15 +191,7 @@ def drop_offset(layer: Any, adapter: str) -> None:
 
 
 def with_both_pairs(layer: Any, adapter: str) -> Any:
-    """Make a view of a layer whose one pair has the product B A - B0 A0.
-
-    Args:
-        layer: Layer with an offset.
-        adapter: The adapter.
-
-    Returns:
-        A shallow copy for one call of PEFT's methods: base layer, caches and lists of merged adapters are shared.
-    """
+    """Make a view of a layer whose one pair has the product B A - B0 A0."""
     whole = copy.copy(layer)
     for method in _METHODS_WITHOUT_OFFSET:
         whole.__dict__.pop(method, None)

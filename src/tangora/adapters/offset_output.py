@@ -12,28 +12,12 @@ from torch import Tensor, nn
 
 
 def is_embedding(layer: Any, adapter: str) -> bool:
-    """Tell an embedding's factors, which PEFT holds as parameters, from those that are modules.
-
-    Args:
-        layer: Layer of PEFT.
-        adapter: The adapter.
-
-    Returns:
-        Whether the layer is an adapted embedding.
-    """
+    """Tell an embedding's factors, which PEFT holds as parameters, from those that are modules."""
     return adapter in layer.lora_embedding_A
 
 
 def factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
-    """Go through the two trained factors of a layer with an offset.
-
-    Args:
-        layer: Layer with an offset.
-        adapter: The adapter.
-
-    Yields:
-        Name of the container, what it holds for the adapter, the frozen counterpart, and the dimension of the rank.
-    """
+    """Go through the two trained factors of a layer with an offset."""
     offset, kind = layer.lora_offset[adapter], "embedding_" if is_embedding(layer, adapter) else ""
     for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
         container = f"lora_{kind}{letter}"
@@ -45,14 +29,6 @@ def difference(layer: Any, adapter: str, x: Tensor) -> Tensor:
 
     $B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0)$ is exactly zero at the start, and in low precision not a small
     difference of two large rounded products.
-
-    Args:
-        layer: Layer with an offset.
-        adapter: The adapter.
-        x: Input of the layer.
-
-    Returns:
-        The sum of both parts, in the shape of the layer's output.
     """
     if is_embedding(layer, adapter):
         A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
@@ -64,16 +40,7 @@ def difference(layer: Any, adapter: str, x: Tensor) -> Tensor:
 
 
 def frozen_part(layer: Any, adapter: str, x: Tensor) -> Tensor:
-    r"""Compute the frozen pair's part alone, without the scaling: $B_0 A_0 x$.
-
-    Args:
-        layer: Layer with an offset.
-        adapter: The adapter.
-        x: Input of the layer.
-
-    Returns:
-        That part, in the shape of the layer's output.
-    """
+    r"""Compute the frozen pair's part alone, without the scaling: $B_0 A_0 x$."""
     if is_embedding(layer, adapter):
         A0, B0 = _frozen_factors(layer, adapter, layer.lora_embedding_A[adapter].dtype)
         return _scaled_like_the_table(layer, layer._embed(x, A0.T) @ B0.T)

@@ -18,11 +18,6 @@ def join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -
     """Put the frozen pair into a layer's state, as a hook of torch.
 
     Every bit of all four factors can be read back.
-
-    Args:
-        layer: Layer with offsets.
-        state: State to change.
-        prefix: Of the layer's keys.
     """
     for adapter in layer.lora_offset:
         for key, frozen, dim in _entries(layer, adapter, prefix):
@@ -34,17 +29,7 @@ def join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -
 
 @torch.no_grad()
 def split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Take the frozen pair out of a state that is about to be loaded, as a hook of torch.
-
-    Args:
-        layer: Layer with offsets.
-        state: State to change.
-        prefix: Of the layer's keys.
-        *_: What torch passes besides.
-
-    Raises:
-        InputError: If the state has another rank than the two pairs together.
-    """
+    """Take the frozen pair out of a state that is about to be loaded, as a hook of torch."""
     for adapter in layer.lora_offset:
         for key, frozen, dim in _entries(layer, adapter, prefix):
             if key not in state:

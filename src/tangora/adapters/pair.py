@@ -143,14 +143,7 @@ class LoraPair:
 
 
 def as_matrix(factor: Tensor) -> Tensor:
-    """Flatten a convolution's factor to a matrix; others are returned as they are.
-
-    Args:
-        factor: Factor or its gradient.
-
-    Returns:
-        First dimension by all the others.
-    """
+    """Flatten a convolution's factor to a matrix; others are returned as they are."""
     return factor if factor.dim() == 2 else factor.flatten(1)
 
 

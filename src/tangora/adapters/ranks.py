@@ -16,16 +16,6 @@ def first_rank_writes(path: str | os.PathLike[str], write: Callable[[], _T]) -> 
     """Let rank 0 write, while the other ranks wait for its result; without ``torch.distributed``, just write.
 
     Rank 0 waits for nobody, so that it may also call alone.
-
-    Args:
-        path: What is written; the same on all ranks.
-        write: Writes it.
-
-    Returns:
-        What ``write`` returned on rank 0.
-
-    Raises:
-        InputError: On the other ranks, if rank 0 failed or wrote nothing in time.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return write()

@@ -21,11 +21,7 @@ _TOKENIZER_FILES = re.compile(
 
 
 def is_served_by(name: str, *, classifier: bool, tokenizer: Any) -> bool:
-    """Tell whether a name is one of those that are written beside a classifier's adapter, or with a tokenizer.
-
-    Returns:
-        Whether saving again would replace it.
-    """
+    """Tell whether a name is one of those that are written beside a classifier's adapter, or with a tokenizer."""
     if name == MODEL_CONFIG:
         return classifier
     own = getattr(tokenizer, "vocab_files_names", {}).values()

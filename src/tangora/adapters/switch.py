@@ -21,9 +21,6 @@ def adapters_off(model: nn.Module, *, keep_heads: bool = False) -> Iterator[None
         model: Any model with PEFT layers.
         keep_heads: Whether modules to save stay as they are, and only adapters are switched off.
 
-    Yields:
-        Nothing.
-
     Raises:
         InputError: If an adapter is merged: the base is not there to be looked at.
     """
@@ -42,9 +39,6 @@ def adapters_off(model: nn.Module, *, keep_heads: bool = False) -> Iterator[None
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise `InputError` if an adapter of the model is merged.
-
-    Args:
-        model: Any model.
 
     Raises:
         InputError: Naming the adapter and a layer.

@@ -29,16 +29,6 @@ def uniform(tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> Uni
 
     The scaling $c$ is one of the adapter's own. Factors that are multiplied by a power of two keep every bit, so the
     one is taken from which most entries of $B$ differ by such a power.
-
-    Args:
-        tensors: Tensors of a saved adapter of plain pairs.
-        scalings: Scaling by the name of the layer.
-
-    Returns:
-        The adapter with one rank, the largest, and one alpha.
-
-    Raises:
-        InputError: If the dtype of a factor has no room for its multiple.
     """
     layers = layers_of(tensors)
     rank = max(tensors[key_A].shape[0] for key_A, _ in layers.values())

@@ -16,9 +16,6 @@ def separate_bases(model: nn.Module) -> None:
     """Give the base of every adapted module parameters of its own, in the same memory.
 
     PEFT's safe merge puts new tensors into them, so that nothing else that shares them changes.
-
-    Args:
-        model: PEFT model.
     """
     modules = list(model.modules())
     holders = Counter(id(child) for module in modules for child in module._modules.values())
@@ -41,9 +38,6 @@ def settle_ties(model: nn.Module) -> None:
 
     Every parameter that transformers knows as tied is then one of its own, in memory and in files: a file with all of
     them loads as it was written, whatever its config says.
-
-    Args:
-        model: Merged model.
     """
     held: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     pairs = {target: source for target, source in _tied_names(model) if {target, source} <= held.keys()}
@@ -62,14 +56,7 @@ def settle_ties(model: nn.Module) -> None:
 
 
 def tie_flags(model: nn.Module) -> list[tuple[Any, bool]]:
-    """Read which configs of a model say that its embeddings are tied.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Configs, each once, with the flag.
-    """
+    """Read which configs of a model say that its embeddings are tied."""
     found: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

@@ -18,9 +18,6 @@ from tangora.adapters.pair import LoraPair, as_matrix
 def base_weight(pair: LoraPair) -> Tensor:
     r"""Return $W_0$ in the orientation of $s B A$, dequantized where need be.
 
-    Args:
-        pair: The pair.
-
     Returns:
         A new or shared ``m x n`` tensor in float32 (float64 for a float64 layer), on the layer's device; not to be
         written to.
@@ -58,9 +55,6 @@ def magnitude_scale(pair: LoraPair) -> Tensor | None:
 
     PEFT takes the norm as a constant in the backward pass, so that the factors move the layer's weight by
     $D\,(s B A)$ with the diagonal $D$ returned here.
-
-    Args:
-        pair: The pair.
 
     Returns:
         ``m`` numbers in the dtype of `base_weight`; ``None`` for a layer without magnitudes.

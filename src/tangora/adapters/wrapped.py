@@ -14,9 +14,6 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def unwrapped(model: Any) -> Any:
     """Return the model inside wrappers for data-parallel training and compilation.
 
-    Args:
-        model: Any model.
-
     Returns:
         The innermost model; anything else is returned unchanged.
     """
@@ -27,9 +24,6 @@ def unwrapped(model: Any) -> Any:
 
 def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name the modules of a model, without the wrappers that ``torch.compile`` puts around some of them.
-
-    Args:
-        model: Any model.
 
     Returns:
         Modules by their path in the model.
@@ -45,7 +39,6 @@ def check_not_sharded(
     """Raise `InputError` if a process holds a part of a parameter only.
 
     Args:
-        parameters: With their names.
         what: The function that needs them whole, for the message.
         instead: What to do, for the message.
 

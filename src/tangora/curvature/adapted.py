@@ -45,9 +45,6 @@ class AdaptedLayer:
     def factors(self, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
         """Return the factors as matrices in the dtype of vectors.
 
-        Args:
-            evaluation: Knows the dtype.
-
         Returns:
             A (r x n) and B (m x r), detached.
         """
@@ -79,7 +76,6 @@ class AdaptedLayer:
         Args:
             letter: ``A`` or ``B``.
             displacement: In the shape of the parameter.
-            evaluation: Knows the dtypes.
 
         Returns:
             Overrides for `Evaluation.within`.
@@ -103,7 +99,6 @@ class AdaptedLayer:
         Args:
             left: $P$ and $K$.
             right: $J$ and $Q$.
-            evaluation: Knows the dtypes.
 
         Returns:
             Overrides for `Evaluation.within`.
@@ -136,7 +131,6 @@ def adapted_layers(
     """List the pairs whose curvature can be read.
 
     Args:
-        evaluation: Holds the model.
         adapter_name: Only this adapter, trainable or not; default what is trainable.
         layers: Only these, see `chosen`.
 
@@ -173,9 +167,6 @@ def adapted_layers(
 def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
     """Find all names of each parameter and buffer; tied ones have several.
 
-    Args:
-        model: Any model.
-
     Returns:
         Names by ``id`` of the tensor.
     """
@@ -192,7 +183,6 @@ def chosen(names: Sequence[str], layers: Iterable[str] | None) -> list[str]:
     """Pick names by what the user gave.
 
     Args:
-        names: All there are.
         layers: Full names, endings after a dot (PEFT's ``target_modules``), or patterns with ``*``; default all.
 
     Returns:

@@ -161,12 +161,8 @@ def batch_statistics(
         operator: A Hessian over at least two batches with labels.
         probes: Random vectors for traces and distances, at least 2.
         top: Dimension $k$ of the leading subspaces that are compared, in [1, n].
-        tol: Of the eigenpairs.
         seed: Of the random vectors.
         progress: Called after each batch with the number of batches read so far.
-
-    Returns:
-        The statistics.
 
     Raises:
         InputError: If a number is out of range, or there are fewer than two batches.
@@ -206,10 +202,6 @@ def distances(products: Sequence[Float[Tensor, "p n"]], weights: Float[Tensor, "
 
 def subspace_overlap(one: Float[Tensor, "n k"], other: Float[Tensor, "n k"]) -> float:
     r"""Return $\|V_a^\top V_b\|_F^2 / k$, the mean squared cosine of the principal angles between two subspaces.
-
-    Args:
-        one: Orthonormal columns.
-        other: As many.
 
     Returns:
         1 for the same subspace, 0 for orthogonal ones; $k/n$ is what chance gives.

@@ -92,7 +92,6 @@ def block_statistics(
         probes: Random vectors for the traces, at least 2.
         top: Number of leading eigenvectors of the whole whose place is told, at least 1.
         eigenvalues: Whether to find the largest eigenvalue of every block, which takes an iteration for each.
-        tol: Of the eigenpairs.
         seed: Of the random vectors.
         progress: Called with the name of each layer that is done.
 

@@ -196,11 +196,7 @@ class SpectralDensity:
         return torch.from_numpy(np.unique(np.concatenate([even, around.ravel()])))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it.
-
-        Returns:
-            Lists and numbers.
-        """
+        """Return everything as JSON can hold it."""
         lists = {name: [*map(list, getattr(self, name))] for name in ("nodes", "weights", "residuals")}
         return asdict(self) | lists
 
@@ -222,16 +218,12 @@ def spectral_density(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         probes: Random vectors; at least 2 for error bars.
         steps: Lanczos steps, and products, for each; at most ``size`` are made.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
         device: Of the operator's vectors.
         progress: Called after each product.
-
-    Returns:
-        Nodes and weights.
 
     Raises:
         InputError: If a number is out of range or a product is not finite.

@@ -27,12 +27,8 @@ def readable(model: nn.Module, batches: Any = None, *, twice: bool = True) -> It
     during the backward passes too, where checkpointed layers run forward again.
 
     Args:
-        model: Any model.
         batches: A DataLoader, whose own random state is preserved too.
         twice: Whether second derivatives are wanted.
-
-    Yields:
-        Nothing.
 
     Raises:
         InputError: If ``twice`` and the model is set to an attention kernel without second derivative.
@@ -53,9 +49,6 @@ def explained(cure: str = _CURE) -> Iterator[None]:
 
     Args:
         cure: What the user can do.
-
-    Yields:
-        Nothing.
 
     Raises:
         InputError: In place of torch's error; other errors pass unchanged.

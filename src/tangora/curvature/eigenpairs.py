@@ -33,11 +33,7 @@ class Eigenpairs:
     converged: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the vectors as JSON can hold it.
-
-        Returns:
-            Lists and numbers.
-        """
+        """Return all but the vectors as JSON can hold it."""
         return {
             "values": self.values.tolist(),
             "residuals": self.residuals.tolist(),
@@ -50,9 +46,7 @@ def select(values: Float[Tensor, " m"], count: int, which: Which) -> Tensor:
     """Choose eigenvalues.
 
     Args:
-        values: In descending order.
         count: How many, at most as many as there are.
-        which: See `Which`.
 
     Returns:
         Their indices, ascending: the chosen values are in descending order again.
@@ -68,7 +62,6 @@ def ends(count: int, which: Which) -> tuple[int, int]:
     """Split a number of eigenvalues.
 
     Args:
-        count: How many.
         which: Not ``magnitude``.
 
     Returns:
@@ -83,9 +76,6 @@ def check_request(size: int, k: int, which: Which, tol: float, max_products: int
 
     Args:
         size: Dimension of the operator.
-        k: Number of eigenpairs.
-        which: See `Which`.
-        tol: Relative residual.
         max_products: Budget, or ``None``.
 
     Raises:

@@ -34,15 +34,9 @@ class EmpiricalFisher(SandwichOperator):
     The single losses are held, their gradients are not: $J v$ and $J^\top u$ come from backward passes.
 
     Args:
-        model: As for `CurvatureOperator`.
-        batches: As for `CurvatureOperator`.
-        over: As for `CurvatureOperator`.
         loss_fn: ``loss_fn(model, batch)`` -> (loss, losses), the single losses and their mean; batches weigh alike, and
             what is single is the user's choice. Default the model's own loss.
         per: ``label`` or ``sequence``; with ``loss_fn`` only ``label``.
-        layers: As for `CurvatureOperator`.
-        adapter_name: As for `CurvatureOperator`.
-        dtype: As for `CurvatureOperator`.
 
     Raises:
         InputError: If the loss is not the mean over single labels' losses.

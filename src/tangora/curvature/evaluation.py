@@ -80,9 +80,6 @@ class Evaluation:
 
         Args:
             batches: What will be read.
-
-        Returns:
-            Context manager.
         """
         return readable(self.model, batches, twice=self.twice)
 
@@ -93,7 +90,6 @@ class Evaluation:
 
         Args:
             overrides: By the names of the model's parameters and buffers; shapes may differ.
-            function: Without arguments.
 
         Returns:
             What the function returns.
@@ -132,9 +128,6 @@ class Evaluation:
     def weight(self, batch: Any) -> float:
         """Return the weight of a batch in the mean; the model runs only where uneven batches are tried out.
 
-        Args:
-            batch: The batch.
-
         Returns:
             Number of its labels; 1 with ``loss_fn``.
         """
@@ -157,14 +150,7 @@ class Evaluation:
         )
 
     def converted(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the model in the dtype it is evaluated in.
-
-        Args:
-            tensor: Parameter or buffer.
-
-        Returns:
-            Detached.
-        """
+        """Return a tensor of the model in the dtype it is evaluated in."""
         tensor = tensor.detach()
         if self.cast_to is None or not tensor.is_floating_point():
             return tensor

@@ -36,10 +36,6 @@ def normalize_filters(space: Any, direction: Float[Tensor, " size"]) -> Float[Te
 
     Args:
         space: A `WeightSpace`.
-        direction: Flat.
-
-    Returns:
-        Flat.
     """
     model = space.evaluation.model
     pairs: dict[str, list[LoraPair]] = {}

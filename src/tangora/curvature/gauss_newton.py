@@ -39,14 +39,8 @@ class GaussNewton(SandwichOperator):
     time, and only one batch's: with a large vocabulary pass batches of few sequences.
 
     Args:
-        model: As for `CurvatureOperator`.
-        batches: As for `CurvatureOperator`.
-        over: As for `CurvatureOperator`.
         loss_fn: ``loss_fn(model, batch)`` -> (loss, outputs), where the loss is computed from that very tensor;
             batches weigh alike. Default the model's own loss and logits.
-        layers: As for `CurvatureOperator`.
-        adapter_name: As for `CurvatureOperator`.
-        dtype: As for `CurvatureOperator`.
 
     Raises:
         InputError: If the model or the batches allow no curvature, or there are no outputs that the loss is made of.

@@ -46,13 +46,6 @@ class Hessian(CurvatureOperator):
     r"""The Hessian of a model's mean loss as a symmetric operator.
 
     Args:
-        model: As for `CurvatureOperator`.
-        batches: As for `CurvatureOperator`.
-        over: As for `CurvatureOperator`.
-        loss_fn: As for `CurvatureOperator`.
-        layers: As for `CurvatureOperator`.
-        adapter_name: As for `CurvatureOperator`.
-        dtype: As for `CurvatureOperator`.
         differentiation: ``exact``, by double backward; ``finite_difference`` for models with an operation that has no
             second derivative (fused attention): central differences of gradients, compared at two step sizes.
         cache_graph: Whether to keep the gradient's graph of every batch between products, which halves their cost and

@@ -99,9 +99,7 @@ def lanczos_eigenpairs(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         k: Number of eigenpairs, at most ``size``.
-        which: See `tangora.curvature.eigenpairs.Which`.
         tol: Converged when all residuals are at most ``tol`` times the operator's norm; less than a few roundings is
             not asked.
         max_products: Budget, at least ``k``; default ``size`` if the basis may grow as large, else 10 full bases.
@@ -150,9 +148,7 @@ class Krylov:
     """An orthonormal basis that grows by one vector with each product, and the operator projected on it.
 
     Args:
-        product: The operator.
         rows: Vectors that the basis may hold; one more is stored.
-        start: First vector.
 
     Attributes:
         count: Vectors in the basis.
@@ -244,7 +240,6 @@ class Krylov:
         """Combine basis vectors.
 
         Args:
-            coefficients: In columns.
             into: Is overwritten; may be the first rows of the basis itself.
         """
         turned = coefficients.mT.to(into)
@@ -256,7 +251,6 @@ class Krylov:
         """Replace the basis by some Ritz vectors; the next vector stays.
 
         Args:
-            ritz: All Ritz pairs.
             keep: Indices of those to keep, fewer than rows.
         """
         keep = keep[ritz.own[keep].long().argsort(stable=True)]
@@ -271,11 +265,7 @@ class Krylov:
         self._restarts += 1
 
     def renew(self, generator: torch.Generator) -> None:
-        """Start another sequence, from a random vector orthogonal to the basis, which must be invariant.
-
-        Args:
-            generator: Of the vector.
-        """
+        """Start another sequence, from a random vector orthogonal to the basis, which must be invariant."""
         coupling = self.projected[self.count, : self.count]
         self._neglected = float(
             np.hypot(self._neglected, max(np.linalg.norm(coupling), self.remainder * self.broken))

@@ -82,8 +82,6 @@ def landscape(
         span: Coordinates go from ``-span`` to ``span``, over 0.
         points: In each direction, odd and at least 3.
         dimensions: 1 or 2; default 1, or the number of vectors given.
-        tol: Of the eigenvectors.
-        seed: Of random directions.
         progress: Called with the number of losses evaluated so far and of all.
 
     Returns:

@@ -17,8 +17,6 @@ class LowRankSpace(Space):
     With $P = s B$ and $Q = s A$ these are LoRA's own first-order displacements, and the Hessian is $J^\top H_W J$.
 
     Args:
-        evaluation: The model.
-        layers: The pairs.
         bases: By layer, $P$ ($m \times p$) and $Q$ ($q \times n$).
     """
 
@@ -34,14 +32,7 @@ class LowRankSpace(Space):
         self._arrange(_low_rank_parts(self.layers, self.bases))
 
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Lengthen the factors.
-
-        Args:
-            leaves: By name.
-
-        Returns:
-            Overrides.
-        """
+        """Lengthen the factors."""
         overrides: dict[str, Tensor] = {}
         for layer in self.layers:
             P, Q = self.bases[layer.name]
@@ -50,14 +41,7 @@ class LowRankSpace(Space):
         return overrides
 
     def restricted(self, layers: Sequence[str]) -> "LowRankSpace":
-        """Return the space of some layers.
-
-        Args:
-            layers: Names.
-
-        Returns:
-            The smaller space.
-        """
+        """Return the space of some layers."""
         return LowRankSpace(self.evaluation, [x for x in self.layers if x.name in layers], self.bases)
 
 
@@ -67,10 +51,6 @@ class TangentSpace(LowRankSpace):
     $\xi = U K + Q_\perp J' V$ with orthonormal bases $U$ of B's columns, $V$ of A's rows and $Q_\perp$ of what is
     orthogonal to $U$, held as Householder reflectors. Dimension $r_B n + (m - r_B) r_A$ for factors of these ranks:
     $r (m + n - r)$ at full rank, $r m$ at $B = 0$.
-
-    Args:
-        evaluation: The model.
-        layers: The pairs.
     """
 
     def __init__(self, evaluation: Evaluation, layers: Sequence[AdaptedLayer]):
@@ -95,18 +75,11 @@ class TangentSpace(LowRankSpace):
         self._arrange(parts)
 
     def leaf_shapes(self) -> dict[str, Shape]:
-        """Return the shapes of K and of the whole J.
-
-        Returns:
-            Shapes by name.
-        """
+        """Return the shapes of K and of the whole J."""
         return {name: shape for _, name, shape in _low_rank_parts(self.layers, self.bases)}
 
     def to_leaves(self, flat: Tensor) -> dict[str, Tensor]:
         r"""Expand $J = Q_\perp J'$.
-
-        Args:
-            flat: Coordinates.
 
         Returns:
             K and J by name.
@@ -124,9 +97,6 @@ class TangentSpace(LowRankSpace):
 
         Args:
             leaves: K and J of all layers, flattened.
-
-        Returns:
-            Coordinates.
         """
         shapes = self.leaf_shapes()
         pieces = dict(zip(shapes, leaves.split([count(s) for s in shapes.values()]), strict=True))
@@ -140,14 +110,7 @@ class TangentSpace(LowRankSpace):
         return torch.cat(list(pieces.values()))
 
     def restricted(self, layers: Sequence[str]) -> "TangentSpace":
-        """Return the tangent space of some layers.
-
-        Args:
-            layers: Names.
-
-        Returns:
-            The smaller space.
-        """
+        """Return the tangent space of some layers."""
         return TangentSpace(self.evaluation, [x for x in self.layers if x.name in layers])
 
 

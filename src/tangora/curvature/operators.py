@@ -129,26 +129,15 @@ class CurvatureOperator(SymmetricOperator):
         """Multiply with a checked flat vector."""
 
     def loss(self) -> float:
-        """Return the mean loss at the weights.
-
-        Returns:
-            The mean.
-        """
+        """Return the mean loss at the weights."""
         return self.loss_at(torch.zeros(self.size, dtype=self.dtype, device=self.device))
 
     def gradient(self) -> Tensor:
-        """Return the gradient of the mean loss at the weights.
-
-        Returns:
-            Flat coordinates.
-        """
+        """Return the gradient of the mean loss at the weights."""
         return self.gradient_at(torch.zeros(self.size, dtype=self.dtype, device=self.device))
 
     def loss_at(self, displacement: Vector) -> float:
         """Return the mean loss at displaced weights; nothing is written.
-
-        Args:
-            displacement: Flat or named.
 
         Returns:
             The mean; not a number or infinite where it is.
@@ -164,14 +153,7 @@ class CurvatureOperator(SymmetricOperator):
         return float(self.average(loss_of, 1, dtype=torch.float64))
 
     def gradient_at(self, displacement: Vector) -> Tensor:
-        """Return the gradient of the mean loss at displaced weights; nothing is written.
-
-        Args:
-            displacement: Flat or named.
-
-        Returns:
-            Flat coordinates.
-        """
+        """Return the gradient of the mean loss at displaced weights; nothing is written."""
         self._follow_changes()
         return self._gradient(self._flat(displacement))
 
@@ -240,9 +222,6 @@ class CurvatureOperator(SymmetricOperator):
             directions: ``eigenvectors``, ``gradient``, ``random``, ``filter``, or one or two vectors.
             **options: Of `tangora.curvature.landscape.landscape`.
 
-        Returns:
-            The losses.
-
         Raises:
             InputError: If the directions do not fit the coordinates, or a number is out of range.
         """
@@ -252,7 +231,6 @@ class CurvatureOperator(SymmetricOperator):
         """Call a function while the model is displaced.
 
         Args:
-            leaves: Of the space.
             function: Without arguments; `evaluation.loss` inside gives the loss of a batch.
 
         Returns:
@@ -330,15 +308,6 @@ def make_space(
 ) -> Space:
     """Make the coordinates of an operator.
 
-    Args:
-        evaluation: The model.
-        over: See `CurvatureOperator`.
-        layers: Only these.
-        adapter_name: Only this adapter.
-
-    Returns:
-        The space.
-
     Raises:
         InputError: If nothing is left.
     """
@@ -354,7 +323,6 @@ def first_derivatives(loss: Tensor, leaves: Leaves, **options: Any) -> Sequence[
     """Differentiate a loss; zeros for leaves that it does not depend on.
 
     Args:
-        loss: Scalar.
         leaves: With respect to what.
         **options: Of `torch.autograd.grad`.
 
@@ -369,14 +337,7 @@ def first_derivatives(loss: Tensor, leaves: Leaves, **options: Any) -> Sequence[
 
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:
-    """Flatten tensors one after the other.
-
-    Args:
-        tensors: At least one.
-
-    Returns:
-        Flat.
-    """
+    """Flatten tensors one after the other."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 

@@ -53,7 +53,6 @@ def power_eigenpairs(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         k: Number of eigenpairs, at most ``size``.
         which: See `tangora.curvature.eigenpairs.Which`; ``magnitude`` is what the method finds by itself.
         tol: An eigenpair has converged when its residual, but for the part along vectors found before, is at most

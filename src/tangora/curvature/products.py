@@ -33,10 +33,8 @@ class Products:
 
     Args:
         matvec: The product; what it returns is copied and may alias its argument.
-        size: Length of vectors.
         total: The most products there will be.
         dtype: Of the operator's vectors. Half precision is computed around in float32.
-        device: Of vectors.
         progress: Called after each product.
     """
 
@@ -58,9 +56,6 @@ class Products:
 
     def __call__(self, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Multiply.
-
-        Args:
-            vector: Not changed.
 
         Returns:
             The product, free to be overwritten.
@@ -97,9 +92,6 @@ class Products:
 
         Of all vectors with independent entries these estimate a trace with the least variance.
 
-        Args:
-            generator: On the CPU.
-
         Returns:
             A vector for this operator.
         """
@@ -112,13 +104,8 @@ def random_signs(
     r"""Draw Rademacher entries: $\pm 1$ with equal chance.
 
     Args:
-        shape: Of the tensor.
         generator: On the CPU: the same signs on every device.
-        dtype: Of the tensor.
         device: Where it is wanted.
-
-    Returns:
-        The signs.
     """
     drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
     return drawn.to(device, dtype).mul_(2).sub_(1)
@@ -128,7 +115,6 @@ def check_start(start: Float[Tensor, " n"], size: int) -> None:
     """Check the first vector of an iteration.
 
     Args:
-        start: The vector.
         size: Dimension of the operator.
 
     Raises:
@@ -143,9 +129,6 @@ def norm(vector: Float[Tensor, " n"]) -> float:
 
     Args:
         vector: Any floating point vector.
-
-    Returns:
-        A float.
     """
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
@@ -154,11 +137,7 @@ def dot(one: Float[Tensor, " n"], other: Float[Tensor, " n"]) -> float:
     """Return the inner product, summed in float64.
 
     Args:
-        one: Vector.
         other: Of the same length.
-
-    Returns:
-        A float.
     """
     return float((one * other).sum(dtype=torch.float64))
 
@@ -170,7 +149,6 @@ def orthogonalize(vector: Float[Tensor, " n"], basis: Float[Tensor, "m n"]) -> N
     removed, which a short remainder cannot bear; the second removes that.
 
     Args:
-        vector: Is changed.
         basis: Orthonormal rows; there may be none.
 
     Source:

@@ -86,11 +86,7 @@ def num_sequences(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """Count the sequences of a batch that have at least one label.
 
     Args:
-        model: The model.
         batch: With ``labels``.
-
-    Returns:
-        Their number.
     """
     labels = batch["labels"]
     if labels.is_floating_point():

@@ -102,7 +102,6 @@ def loss_curvature_product(loss: Tensor, outputs: Tensor, direction: Tensor) -> 
     Cross-entropy over $N$ labels gives $(p \circ u - p\, p^\top u)/N$ for each label, mean squared error $2u/N$.
 
     Args:
-        loss: Scalar.
         outputs: $z$, the very tensor that the loss was computed from, on its graph.
         direction: $u$, of the outputs' shape.
 
@@ -195,13 +194,6 @@ class Recorder:
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Evaluate the loss and remember what it is made of.
 
-        Args:
-            model: The model.
-            batch: The batch.
-
-        Returns:
-            The loss.
-
         Raises:
             InputError: If there is no second tensor.
         """
@@ -221,7 +213,6 @@ def loss_with_parts(operator: CurvatureOperator, batch: Any) -> tuple[float, Ten
 
     Args:
         operator: Its loss_fn is a `Recorder`, or the model's own loss is meant.
-        batch: The batch.
 
     Returns:
         Weight, scalar loss, and what the loss_fn recorded or the model's logits.

@@ -75,14 +75,7 @@ class Space(ABC):
         return layout
 
     def to_dict(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
-        """Split a flat vector into named parts.
-
-        Args:
-            flat: Coordinates.
-
-        Returns:
-            Views of it.
-        """
+        """Split a flat vector into named parts."""
         pieces = flat.split([count(shape) for shape in self._shapes.values()])
         return {
             name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
@@ -90,12 +83,6 @@ class Space(ABC):
 
     def to_flat(self, parts: Mapping[str, Tensor]) -> Float[Tensor, " size"]:
         """Join named parts.
-
-        Args:
-            parts: By name.
-
-        Returns:
-            Flat coordinates.
 
         Raises:
             InputError: If names or shapes are others than the space's.
@@ -112,11 +99,7 @@ class Space(ABC):
         return torch.cat([parts[name].reshape(-1).to(self.device, self.dtype) for name in self._shapes])
 
     def leaf_shapes(self) -> dict[str, Shape]:
-        """Return the shapes of the leaves; the coordinates' own unless the isometry says otherwise.
-
-        Returns:
-            Shapes by name.
-        """
+        """Return the shapes of the leaves; the coordinates' own unless the isometry says otherwise."""
         return self.shapes
 
     def leaves(self) -> dict[str, Tensor]:
@@ -131,14 +114,7 @@ class Space(ABC):
         }
 
     def to_leaves(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
-        r"""Apply the isometry $E$.
-
-        Args:
-            flat: Coordinates.
-
-        Returns:
-            Leaves, by name.
-        """
+        r"""Apply the isometry $E$."""
         return self.to_dict(flat)
 
     def from_leaves(self, leaves: Float[Tensor, " leaves"]) -> Float[Tensor, " size"]:
@@ -146,18 +122,12 @@ class Space(ABC):
 
         Args:
             leaves: All leaves (or gradients with respect to them), flattened one after the other.
-
-        Returns:
-            Coordinates.
         """
         return leaves
 
     @abstractmethod
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
         """Displace the model.
-
-        Args:
-            leaves: By name.
 
         Returns:
             What stands in for the model's tensors, for `Evaluation.within`.
@@ -169,9 +139,6 @@ class Space(ABC):
 
         Args:
             layers: Names from `layout`.
-
-        Returns:
-            The smaller space.
         """
 
     def refresh(self) -> None:  # noqa: B027 - most spaces read the weights at every displacement
@@ -182,8 +149,6 @@ class FactorSpace(Space):
     """The trainable factors themselves; the Hessian is the one LoRA's optimizer sees, and depends on the gauge.
 
     Args:
-        evaluation: The model.
-        layers: The pairs.
         factors: Which of the two.
     """
 
@@ -204,14 +169,7 @@ class FactorSpace(Space):
         return [f for f in self.factors if frozen or getattr(layer.pair, f).requires_grad]
 
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Displace the factors.
-
-        Args:
-            leaves: By name.
-
-        Returns:
-            Overrides.
-        """
+        """Displace the factors."""
         overrides: dict[str, Tensor] = {}
         for layer, letter in self._chosen:
             overrides |= layer.displaced_factor(
@@ -220,14 +178,7 @@ class FactorSpace(Space):
         return overrides
 
     def restricted(self, layers: Sequence[str]) -> "FactorSpace":
-        """Return the space of some layers' factors.
-
-        Args:
-            layers: Names.
-
-        Returns:
-            The smaller space.
-        """
+        """Return the space of some layers' factors."""
         return FactorSpace(self.evaluation, [x for x in self.layers if x.name in layers], self.factors)
 
 
@@ -236,8 +187,5 @@ def count(shape: Shape) -> int:
 
     Args:
         shape: Of a tensor; empty for a scalar.
-
-    Returns:
-        Their product.
     """
     return torch.Size(shape).numel()

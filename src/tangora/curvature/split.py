@@ -35,14 +35,7 @@ class PulledBackSpace(FactorSpace):
     """
 
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Lengthen the factors.
-
-        Args:
-            leaves: By name.
-
-        Returns:
-            Overrides.
-        """
+        """Lengthen the factors."""
         overrides: dict[str, Tensor] = {}
         for layer in self.layers:
             s, (A, B) = layer.pair.scaling, layer.factors(self.evaluation)
@@ -54,14 +47,7 @@ class PulledBackSpace(FactorSpace):
         return overrides
 
     def restricted(self, layers: Sequence[str]) -> "PulledBackSpace":
-        """Return the space of some layers' factors.
-
-        Args:
-            layers: Names.
-
-        Returns:
-            The smaller space.
-        """
+        """Return the space of some layers' factors."""
         return PulledBackSpace(self.evaluation, [x for x in self.layers if x.name in layers], self.factors)
 
 
@@ -115,11 +101,6 @@ class CouplingPart(CurvatureOperator):
 
     Args:
         model: See `CurvatureOperator`, as for everything not listed here.
-        batches: As for `CurvatureOperator`.
-        loss_fn: As for `CurvatureOperator`.
-        layers: As for `CurvatureOperator`.
-        adapter_name: As for `CurvatureOperator`.
-        dtype: As for `CurvatureOperator`.
     """
 
     _twice = False

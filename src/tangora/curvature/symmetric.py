@@ -45,9 +45,6 @@ class SymmetricOperator(ABC):
 
         Args:
             vector: ``size`` numbers.
-
-        Returns:
-            The product.
         """
 
     def top_eigenpairs(
@@ -100,8 +97,6 @@ class SymmetricOperator(ABC):
         """Estimate how the eigenvalues are distributed, by stochastic Lanczos quadrature.
 
         Args:
-            probes: Random start vectors.
-            steps: Products for each.
             seed: Of the random vectors.
             progress: Called after every product.
 

@@ -76,10 +76,6 @@ class Estimate:
 def mean_of(samples: list[float], products: int) -> Estimate:
     """Average independent samples.
 
-    Args:
-        samples: At least one.
-        products: What they cost.
-
     Returns:
         The mean with its standard error.
     """
@@ -102,7 +98,6 @@ def hutchinson(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         products: Number of random vectors, at least 2.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
@@ -144,7 +139,6 @@ def hutch_plus_plus(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         products: Budget, at least 4; from ``2 size`` on the trace is exact, with ``size`` products.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
@@ -178,7 +172,6 @@ def frobenius_norm(
 
     Args:
         matvec: Product with the symmetric operator.
-        size: Its dimension.
         products: Budget, at least 4; from ``2 size`` on the norm is exact, with ``size`` products.
         seed: Of the random vectors.
         dtype: Of the operator's vectors.
@@ -235,9 +228,6 @@ class _Captured:
 
 def square_root(square: Estimate) -> Estimate:
     r"""Turn an estimate of a square into one of its root.
-
-    Args:
-        square: Not negative.
 
     Returns:
         With the standard error to first order, $\sigma / (2 \sqrt{x})$.

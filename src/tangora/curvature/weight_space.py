@@ -59,7 +59,6 @@ class WeightSpace(Space):
     Coordinates have the shape of the weight as the model stores it (``m x n`` where it is quantized).
 
     Args:
-        evaluation: The model.
         weights: From `adapted_weights` or `plain_weights`.
     """
 
@@ -69,36 +68,19 @@ class WeightSpace(Space):
         self._arrange((weight.name, weight.name, weight.shape) for weight in self.weights)
 
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Displace the weights.
-
-        Args:
-            leaves: By name.
-
-        Returns:
-            Overrides.
-        """
+        """Displace the weights."""
         overrides: dict[str, Tensor] = {}
         for weight in self.weights:
             overrides |= weight.overrides(leaves[weight.name], self.evaluation)
         return overrides
 
     def restricted(self, layers: Sequence[str]) -> "WeightSpace":
-        """Return the space of some of the weights.
-
-        Args:
-            layers: Names.
-
-        Returns:
-            The smaller space.
-        """
+        """Return the space of some of the weights."""
         return WeightSpace(self.evaluation, [weight for weight in self.weights if weight.name in layers])
 
 
 def adapted_weights(layers: Iterable[AdaptedLayer]) -> list[Any]:
     """List the weights under adapters.
-
-    Args:
-        layers: Adapted layers.
 
     Returns:
         What `WeightSpace` takes.
@@ -121,7 +103,6 @@ def plain_weights(evaluation: Evaluation, layers: Iterable[str] | None = None) -
     """List the matrices of a model without adapters.
 
     Args:
-        evaluation: Holds the model.
         layers: Names of parameters, or of modules that hold them, or patterns; default all trainable floating-point
             parameters with at least two dimensions.
 
@@ -151,13 +132,7 @@ def weight_space(
     """Make the space of full weights.
 
     Args:
-        evaluation: The model.
-        layers: Which.
-        adapter_name: Whose layers.
         adapted: Whether the model has adapters.
-
-    Returns:
-        The space.
     """
     if not adapted:
         return WeightSpace(evaluation, plain_weights(evaluation, layers))

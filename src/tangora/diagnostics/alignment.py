@@ -30,13 +30,6 @@ def bases(A: FactorA, B: FactorB) -> Frame:
 
     The gradient is read along these rather than along the factors, whose condition number would multiply the rounding
     errors of the products. A zero factor has zero bases.
-
-    Args:
-        A: $r \times n$, of any floating-point dtype.
-        B: $m \times r$.
-
-    Returns:
-        The frame in float64.
     """
     return frame(A.double(), B.double())
 
@@ -46,13 +39,6 @@ def captured(at: Frame, seen: Coordinates) -> float:
 
     A factor that is zero has no directions: with $B = 0$ this is $\|G P_A\|_F^2$.
 
-    Args:
-        at: From `bases`.
-        seen: $(U^\top G,\; G V^\top)$.
-
-    Returns:
-        The energy, the same for every gauge $(B R, R^{-1} A)$ and every size of the factors.
-
     Source:
         LoRA-Pro, arXiv:2407.18242, theorem 2.1.
     """
@@ -60,15 +46,7 @@ def captured(at: Frame, seen: Coordinates) -> float:
 
 
 def captured_share(energy: float, total: float) -> float:
-    r"""Return $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$.
-
-    Args:
-        energy: $\|P_T(G)\|_F^2$.
-        total: $\|G\|_F^2$, possibly an estimate.
-
-    Returns:
-        A number in [0, 1]; 0 for a gradient that is zero.
-    """
+    r"""Return $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$."""
     return min(energy / total, 1.0) if total > 0 else 0.0
 
 
@@ -85,17 +63,6 @@ def equivalent_gradient(
 
     Its cosine with $G$ is $\langle \tilde g, G\rangle / (\|\tilde g\| \|G\|)$; that of the projection $P_T(G)$ is
     $\sqrt\kappa$, and no adapter of the same subspaces has a larger one.
-
-    Args:
-        A: $r \times n$.
-        B: $m \times r$; of a DoRA layer $D B$.
-        at: From `bases`.
-        seen: $(U^\top G,\; G V^\top)$.
-        scaling: $s$.
-        row_scale: $D$ of a DoRA layer, whose $B$ moves against $D\,G A^\top$.
-
-    Returns:
-        Inner product and squared norm, which add up over layers.
     """
     A, B = A.double(), B.double()
     left = (B.mT @ at.U) @ seen.left.double()  # B' G
@@ -112,29 +79,14 @@ def equivalent_gradient(
 
 
 def cosine(equivalent: EquivalentGradient, total: float) -> float | None:
-    r"""Return the cosine of $\tilde g$ and $G$.
-
-    Args:
-        equivalent: From `equivalent_gradient`, of one layer or added up over several.
-        total: $\|G\|_F^2$.
-
-    Returns:
-        A number in [0, 1]; ``None`` where one of them is zero.
-    """
+    r"""Return the cosine of $\tilde g$ and $G$."""
     if not (equivalent.squared_norm > 0 and total > 0):
         return None
     return min(equivalent.inner / math.sqrt(equivalent.squared_norm * total), 1.0)
 
 
 def condition_number(factor: FactorA) -> float | None:
-    r"""Return the ratio of the extreme eigenvalues of $F F^\top$, which LoRA-Pro and its like invert.
-
-    Args:
-        factor: $F$, short side first; pass ``B.mT`` for $B$.
-
-    Returns:
-        At least 1; ``None`` for a factor that is zero or, in its own dtype, without full rank.
-    """
+    r"""Return the ratio of the extreme eigenvalues of $F F^\top$, which LoRA-Pro and its like invert."""
     values = eigendecompose(gram(factor)).values
     smallest, largest = float(values[0]), float(values[-1])
     cutoff = relative_cutoff(factor.shape[-2], factor.dtype)
@@ -143,13 +95,6 @@ def condition_number(factor: FactorA) -> float | None:
 
 def effective_rank(A: FactorA, B: FactorB) -> float:
     r"""Return the exponential of the entropy of the singular values of $B A$, divided by their sum.
-
-    Args:
-        A: $r \times n$.
-        B: $m \times r$.
-
-    Returns:
-        Between 1 and $r$; 0 for $B A = 0$.
 
     Source:
         Roy and Vetterli (2007), "The effective rank: a measure of effective dimensionality".
@@ -163,15 +108,7 @@ def effective_rank(A: FactorA, B: FactorB) -> float:
 
 
 def imbalance_norms(A: FactorA, B: FactorB) -> tuple[float, float]:
-    r"""Return $\|B^\top B - A A^\top\|_F$ and its ratio to $\|B^\top B\|_F + \|A A^\top\|_F$.
-
-    Args:
-        A: $r \times n$.
-        B: $m \times r$.
-
-    Returns:
-        The norm, and a share in [0, 1]: 0 on the balanced manifold, 1 where one factor is zero.
-    """
+    r"""Return $\|B^\top B - A A^\top\|_F$ and its ratio to $\|B^\top B\|_F + \|A A^\top\|_F$."""
     gram_A, gram_B = gram(A), gram(B.mT)
     norm = float(torch.linalg.matrix_norm(gram_B - gram_A))
     scale = float(torch.linalg.matrix_norm(gram_B) + torch.linalg.matrix_norm(gram_A))

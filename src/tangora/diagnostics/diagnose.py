@@ -84,9 +84,6 @@ def diagnose(
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         progress: Whether to draw a progress bar on a terminal, or what hears of it: batches read, and their total.
 
-    Returns:
-        What was found.
-
     Raises:
         InputError: If an argument is out of range, the model has no layer to look at, or its adapter is merged,
             disabled or began by changing the base weights.

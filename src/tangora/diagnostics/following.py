@@ -53,15 +53,6 @@ def gradient_views(
 
     Takes seven passes over the batches; the model, its gradients and all random states are left as they were. The
     energy is exact where all gradients together take at most 1 GiB, else estimated from random probes.
-
-    Args:
-        model: PEFT model.
-        pairs: All of its active adapter.
-        batches: Model inputs with labels, iterated several times.
-        seed: Of the random vectors.
-
-    Returns:
-        By name of the pair, and the mean loss.
     """
     by_name = {pair.name: pair for pair in pairs}
     layers = probed_layers(model, adapter_name=pairs[0].adapter)
@@ -92,14 +83,7 @@ def gradient_views(
 
 
 def moving_factors(pair: LoraPair) -> tuple[FactorA, FactorB]:
-    r"""Return the factors along which a layer's weight moves, $D B$ and $A$ for a DoRA layer.
-
-    Args:
-        pair: The pair.
-
-    Returns:
-        $A$ and $B$.
-    """
+    r"""Return the factors along which a layer's weight moves, $D B$ and $A$ for a DoRA layer."""
     A, B = pair.factors()
     scale = magnitude_scale(pair)
     return A, B if scale is None else scale[:, None] * B.to(scale)

@@ -58,37 +58,16 @@ class How:
     loss_fn: LossFn | None
 
     def passes(self, layers: Sequence[ProbedLayer]) -> int:
-        """Return how often the batches are read for one point.
-
-        Args:
-            layers: Which layers are read.
-
-        Returns:
-            The number of passes.
-        """
+        """Return how often the batches are read for one point."""
         return 2 * (self.power_iterations + 1) + len(self.groups(layers))
 
     def groups(self, layers: Sequence[ProbedLayer]) -> list[Sequence[ProbedLayer]]:
-        """Return the layers that are read together in the last passes.
-
-        Args:
-            layers: All of them.
-
-        Returns:
-            All in one, unless dense gradients have to fit into memory.
-        """
+        """Return the layers that are read together in the last passes."""
         return [*grouped(layers, _MEMORY)] if self.exact_norms else [layers]
 
 
 def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
-    """Say whether gradients should be formed for their exact norms where nobody has decided.
-
-    Args:
-        layers: Which would be read.
-
-    Returns:
-        Whether all together take at most 1 GiB.
-    """
+    """Say whether gradients should be formed for their exact norms where nobody has decided."""
     return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
@@ -135,21 +114,7 @@ def measure(
     heard: Callable[[int], None],
     held_out: Iterable[Any] | None = None,
 ) -> tuple[dict[str, Measured], float]:
-    """Read the gradients of a model as it is.
-
-    Args:
-        model: The model.
-        layers: Which layers.
-        batches: Model inputs.
-        propose: The adapters to look through.
-        how: Numbers.
-        keep: Label whose view is kept.
-        heard: Called after each batch.
-        held_out: Other examples, on which the adapters are looked through too.
-
-    Returns:
-        By name of the layer, without layers that the model does not call; and the mean loss.
-    """
+    """Read the gradients of a model as it is."""
     spectra = gradient_spectra(
         model,
         batches,

@@ -43,15 +43,6 @@ def update_from(
     r"""Return $s\,(B A - B_0 A_0)$ as $[s (B - B_0),\; s B_0]\,[A;\; A - A_0]$.
 
     Written like that it is exactly zero at the start, and as accurate as the change is small.
-
-    Args:
-        A: $r \times n$.
-        B: $m \times r$.
-        scaling: $s$.
-        start: $(B_0, A_0)$ of an offset.
-
-    Returns:
-        The update in float64; of rank $2r$ with an offset.
     """
     A, B = A.double(), scaling * B.double()
     if start is None:
@@ -65,13 +56,6 @@ def difference(new: Update, old: Update) -> Update:
 
     The stack $[B_1,\; -B_0]\,[A_1;\; A_0]$ is the same matrix, but there a small step is the difference of two large
     products.
-
-    Args:
-        new: $Y_1$.
-        old: $Y_0$, with factors of the same shapes.
-
-    Returns:
-        The difference, in factors of twice the rank.
     """
     return Update(torch.cat([new.A, new.A - old.A], -2), torch.cat([new.B - old.B, old.B], -1))
 
@@ -81,12 +65,6 @@ def norm(update: Update) -> Float[Tensor, "*b"]:
 
     By Gram matrices, $\mathrm{tr}(B^\top B\, A A^\top)$, the square of a small difference would drown in the rounding
     errors of the square of what it is a difference of; Householder's QR is accurate column by column.
-
-    Args:
-        update: $B A$.
-
-    Returns:
-        One number per matrix of the stack.
     """
     root = torch.linalg.qr(update.B.double(), mode="r").R
     return torch.linalg.matrix_norm(root @ update.A.double())
@@ -96,14 +74,6 @@ def step_norm(new: Place, old: Place, base: Weight | None = None) -> Float[Tenso
     r"""Return $\|W_1 - W_0\|_F$ of two places of one weight.
 
     Nothing $m \times n$ is formed: factors alone do without $D$, and blocks of rows of the base weight with it.
-
-    Args:
-        new: $D_1 (W + Y_1)$.
-        old: $D_0 (W + Y_0)$.
-        base: $W$; needed with $D$ only.
-
-    Returns:
-        The norm.
     """
     moved = difference(new.update, old.update)
     if new.scale is None or old.scale is None:
@@ -120,15 +90,7 @@ def step_norm(new: Place, old: Place, base: Weight | None = None) -> Float[Tenso
 
 
 def change_rows(place: Place, base: Rows) -> Rows:
-    r"""Return rows of what has been added to the base weight, $(D - 1) W_0 + D Y$.
-
-    Args:
-        place: $D\,(W_0 + Y)$.
-        base: $W_0$; not asked for without $D$.
-
-    Returns:
-        A function of a slice of rows.
-    """
+    r"""Return rows of what has been added to the base weight, $(D - 1) W_0 + D Y$."""
 
     def rows_of(rows: slice) -> Weight:
         update = place.update.B[rows].double() @ place.update.A.double()
@@ -176,16 +138,7 @@ class Overlap:
 
 
 def overlap(own: Rows, other: Rows, num_rows: int) -> Overlap:
-    """Compare two changes of one weight, a block of rows at a time.
-
-    Args:
-        own: $X$.
-        other: $Z$.
-        num_rows: $m$.
-
-    Returns:
-        The sums.
-    """
+    """Compare two changes of one weight, a block of rows at a time."""
     sums = None
     for rows in blocks(num_rows):
         X, Z = own(rows), other(rows)
@@ -195,14 +148,7 @@ def overlap(own: Rows, other: Rows, num_rows: int) -> Overlap:
 
 
 def blocks(num_rows: int) -> Iterator[slice]:
-    """Split rows into blocks.
-
-    Args:
-        num_rows: How many there are.
-
-    Yields:
-        Slices that cover them in order.
-    """
+    """Split rows into blocks."""
     for first in range(0, num_rows, _BLOCK):
         yield slice(first, min(first + _BLOCK, num_rows))
 
@@ -218,13 +164,6 @@ def principal_angles(one: Float[Tensor, "m k"], other: Float[Tensor, "m l"]) -> 
     """Return the principal angles between the column spaces of two matrices.
 
     There are as many as the smaller space has dimensions.
-
-    Args:
-        one: Any matrix; linearly dependent columns count once.
-        other: Likewise.
-
-    Returns:
-        Largest and mean angle, accurate for small ones too; ``None`` if a space has no direction ($B = 0$).
 
     Source:
         Knyazev and Argentati (2002), as in ``scipy.linalg.subspace_angles``.

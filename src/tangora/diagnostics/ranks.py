@@ -58,9 +58,6 @@ class Spectrum:
     def reachable(self, rank: int) -> float:
         """Return the energy that an adapter of some rank can capture at most.
 
-        Args:
-            rank: At most `largest_rank`.
-
         Returns:
             In units of `energy`.
         """
@@ -69,10 +66,6 @@ class Spectrum:
 
 def required_rank(spectrum: Spectrum, share: float) -> int | None:
     """Find the smallest rank that could capture a share of a layer's gradient.
-
-    Args:
-        spectrum: The layer's.
-        share: In (0, 1].
 
     Returns:
         The rank; ``None`` if it lies beyond what is known of the spectrum, or the gradient is zero.
@@ -155,9 +148,6 @@ def plan_ranks(
         alpha: LoRA's alpha at ``budget_rank``; default twice that.
         use_rslora: Whether the scaling is alpha over the root of the rank.
 
-    Returns:
-        The plan.
-
     Raises:
         InputError: If a rank is out of range, or needs more singular values than are known.
 
@@ -204,14 +194,7 @@ def plan_ranks(
 
 
 def pattern_key(name: str) -> str:
-    """Return a key for PEFT's rank and alpha patterns that matches one layer only.
-
-    Args:
-        name: The layer's name in the base model.
-
-    Returns:
-        PEFT reads keys as regular expressions for the ends of names, so the name is escaped and bound to the beginning.
-    """
+    """Return a key for PEFT's rank and alpha patterns that matches one layer only."""
     return f"^{re.escape(name)}"
 
 

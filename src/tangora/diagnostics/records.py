@@ -154,9 +154,6 @@ class Diagnosis:
     def starving(self, count: int = 5) -> list[LayerDiagnosis]:
         """List the layers whose gradient is missed most.
 
-        Args:
-            count: How many.
-
         Returns:
             By the energy that the adapter (without one: the first start) cannot follow, in falling order.
         """
@@ -164,9 +161,6 @@ class Diagnosis:
 
     def missed_share(self, layer: LayerDiagnosis) -> float:
         """Return what is missed in one layer, as a share of the energy of all layers' gradients.
-
-        Args:
-            layer: One of `layers`.
 
         Returns:
             In [0, 1].
@@ -186,12 +180,6 @@ class Diagnosis:
     def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
         """Make a diagnosis from what `to_dict` returned.
 
-        Args:
-            content: Nested dictionaries.
-
-        Returns:
-            The diagnosis.
-
         Raises:
             InputError: If something is missing or of the wrong type.
         """
@@ -204,14 +192,7 @@ class Diagnosis:
 
 
 def missed_energy(layer: LayerDiagnosis) -> float:
-    """Return the energy of a layer's gradient that the adapter cannot follow.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        Of the adapter as it stands; without one, of the first start.
-    """
+    """Return the energy of a layer's gradient that the adapter cannot follow."""
     if layer.adapter is not None:
         return layer.adapter.missed_energy
     captured = next(iter(layer.starts.values()), layer.reachable)
@@ -219,15 +200,7 @@ def missed_energy(layer: LayerDiagnosis) -> float:
 
 
 def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
-    """Add up over layers.
-
-    Args:
-        layers: All of them.
-        cosine: Of the whole step, which single layers do not tell.
-
-    Returns:
-        The totals.
-    """
+    """Add up over layers."""
     gradients = [layer.gradient for layer in layers]
     others = [layer.held_out for layer in layers if layer.held_out is not None]
     names = list(layers[0].starts)
@@ -248,15 +221,7 @@ def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
 
 
 def mean_share(shares: Sequence[float], gradients: Sequence[Spectrum] | Sequence[HeldOut]) -> float:
-    """Average captured shares over layers.
-
-    Args:
-        shares: Of each layer's energy.
-        gradients: Where the energies are.
-
-    Returns:
-        The share of the energy of all; 0 if there is none.
-    """
+    """Average captured shares over layers."""
     total = sum(gradient.energy for gradient in gradients)
     captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
     return captured / total if total > 0 else 0.0

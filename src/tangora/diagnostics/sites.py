@@ -46,17 +46,7 @@ class Subject:
         return min(commonest, *(min(site.layer.m, site.layer.n) for site in self.sites))
 
     def with_read(self, read: Collection[str]) -> "Subject":
-        """Move the layers whose gradient could not be read to the skipped ones.
-
-        Args:
-            read: Names of the layers that were read.
-
-        Returns:
-            What is left.
-
-        Raises:
-            InputError: If nothing is.
-        """
+        """Move the layers whose gradient could not be read to the skipped ones."""
         unread = {
             site.layer.name: why_unread(site.layer.module)
             for site in self.sites
@@ -69,34 +59,14 @@ class Subject:
         return replace(self, sites=sites, skipped=self.skipped | unread)
 
     def is_lora_start(self, site: Site) -> bool:
-        """Tell whether a layer's adapter is the start that LoRA would make.
-
-        Args:
-            site: The layer.
-
-        Returns:
-            Whether it has not moved, and has the rank of the starts.
-        """
+        """Tell whether a layer's adapter is the start that LoRA would make."""
         return self.plain_start and site.pair is not None and site.rank == site.pair.shape[2]
 
 
 def find_subject(
     model: nn.Module, adapter_name: str | None, names: Sequence[str] | None, rank: int | None
 ) -> Subject:
-    """Find the layers to look at.
-
-    Args:
-        model: PEFT or plain model.
-        adapter_name: Which adapter; default the active one.
-        names: Which layers of a plain model, by the ends of their names; default PEFT's "all-linear".
-        rank: Rank of the starts; default that of each pair, or 8.
-
-    Returns:
-        Layers, and what was left out.
-
-    Raises:
-        InputError: If there are none, or the adapter is not in a state to be looked at.
-    """
+    """Find the layers to look at."""
     if rank is not None:
         check_whole("rank", rank, low=1)
     found = discover(model, adapter_name)

@@ -20,8 +20,6 @@ def write_snapshot(folder: Path, step: int, tracks: Sequence[WeightTrack], base:
 
     Args:
         folder: Where; created when missing.
-        step: Optimizer steps done.
-        tracks: The weights.
         base: `fingerprint` of what they were before training.
 
     Returns:
@@ -113,7 +111,6 @@ class Reference:
 
         Args:
             step: Of the run, at least 1.
-            name: The layer.
 
         Returns:
             ``m x n``, on the CPU.

@@ -21,17 +21,7 @@ _PISSA_ITERATIONS = 16  # as PEFT users take it, "pissa_niter_16"
 
 
 def start_factors(start: str, site: Site, gradient: LowRankSVD, seed: int) -> tuple[FactorA, FactorB] | None:
-    """Make the factors of a start, up to their size, which does not matter to what they capture.
-
-    Args:
-        start: One of `STARTS`.
-        site: The layer, and the rank.
-        gradient: Leading singular triplets of its gradient, at least twice the rank where it has as many.
-        seed: Of what is random.
-
-    Returns:
-        $A_0$ and $B_0$; ``None`` for a start that is made from a gradient which is zero.
-    """
+    """Make the factors of a start, up to their size, which does not matter to what they capture."""
     m, n, r = site.layer.m, site.layer.n, site.rank
     generator = torch.Generator().manual_seed(seed)
     match start:

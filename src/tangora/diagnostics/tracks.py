@@ -60,11 +60,7 @@ class Track(ABC):
 
 
 class AdapterTrack(Track):
-    """An adapted layer; an offset's subtracted pair counts as part of the base weight's side.
-
-    Args:
-        pair: The pair.
-    """
+    """An adapted layer; an offset's subtracted pair counts as part of the base weight's side."""
 
     def __init__(self, pair: LoraPair):
         self.pair = pair
@@ -118,7 +114,6 @@ class WeightTrack(Track):
 
     Args:
         name: Path of the layer.
-        module: The layer.
     """
 
     def __init__(self, name: str, module: nn.Module):

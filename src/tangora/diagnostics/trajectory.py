@@ -98,7 +98,6 @@ class Trajectory:
     Call `begin` before the first step, `advance` after each, and `measure` whenever a point is wanted.
 
     Args:
-        model: The model.
         tracks: What to follow, from ``find_tracks``.
         reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
             layers must have been checked.
@@ -156,12 +155,6 @@ class Trajectory:
 
     def measure(self, step: int) -> TrajectoryPoint:
         """Measure where the model is.
-
-        Args:
-            step: Optimizer steps done.
-
-        Returns:
-            The point.
 
         Raises:
             InputError: If a loss or gradient on the examples is not finite.

@@ -60,14 +60,7 @@ class CompareWatcher:
         self.total = total
 
     def begin(self, cell: Cell) -> Watcher:
-        """Hear that a run begins.
-
-        Args:
-            cell: The run.
-
-        Returns:
-            Who watches it.
-        """
+        """Hear that a run begins."""
         del cell
         return Watcher()
 
@@ -123,8 +116,6 @@ def compare(
     ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files.
 
     Args:
-        settings: What to compare.
-        output: Output folder.
         command: What repeats it, for the report.
         watcher: Called with the progress.
         resources: What it may use; default: one run at a time, no limits.
@@ -167,21 +158,7 @@ def compare_tasks(
     watcher: CompareWatcher | None = None,
     resources: Resources | None = None,
 ) -> StudyOutcome:
-    """Run comparisons on several tasks, or what is missing of them, and write a report on each and on all.
-
-    Args:
-        plan: The tasks.
-        output: Output folder, with one folder like that of `compare` for each task.
-        command: What repeats it, for the report.
-        watcher: Called with the progress.
-        resources: What it may use; default: one run at a time, no limits.
-
-    Returns:
-        The outcomes.
-
-    Raises:
-        InputError: As `compare` does, before any run where a task's data or settings cannot be used.
-    """
+    """Run comparisons on several tasks, or what is missing of them, and write a report on each and on all."""
     folder = Path(output)
     check_one_process("compare", "--jobs makes several runs side by side")
     resources = resources or Resources()
@@ -326,15 +303,7 @@ class _Runner:
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
-    """Write the table, the picture and the page of a comparison.
-
-    Args:
-        comparison: All records.
-        folder: Its output folder.
-
-    Returns:
-        The page, ``report.html``.
-    """
+    """Write the table, the picture and the page of a comparison."""
     rows = summarize(comparison)
     write_csv(rows, folder / "summary.csv")
     save_picture(comparison, folder / "picture.png")

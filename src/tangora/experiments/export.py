@@ -45,7 +45,6 @@ def export(
 
     Args:
         run: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
-        output: Folder to write.
         rank: Cut every layer's update to this rank; default exact.
         merge: Write the whole model, with tokenizer, instead of an adapter.
         uniform: Write one rank and one alpha for all layers, as `save_adapter` does.

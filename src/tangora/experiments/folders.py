@@ -40,11 +40,7 @@ NO_SPACE = "no space left on device"
 
 
 def check_output(folder: Path) -> None:
-    """Check that a folder can be made or belongs to a command, before anything slow; writes nothing.
-
-    Raises:
-        InputError: If something else is there, or nothing can be written there.
-    """
+    """Check that a folder can be made or belongs to a command, before anything slow; writes nothing."""
     with one_line_errors(folder):
         if folder.is_dir():
             names = {entry.name for entry in folder.iterdir()} - {_LOCK}
@@ -63,11 +59,7 @@ def check_output(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Hold the place of a folder that is written whole.
-
-    Raises:
-        InputError: If something is there that would be lost, another process writes it, or it cannot be written.
-    """
+    """Hold the place of a folder that is written whole."""
     with one_line_errors(folder):
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} exists already; choose another --output")
@@ -78,17 +70,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Hold an output folder for a command, alone; if nothing was done, leave it as it was found.
-
-    Args:
-        folder: Output folder, created when missing.
-        settings: What is done there; kept in ``settings.json``.
-        origin: What it is made from, with the keys of `ORIGIN`; kept there too.
-
-    Raises:
-        InputError: If another process works there, or the folder belongs to another command, other settings or other
-            data (the message names the first difference), or cannot be written.
-    """
+    """Hold an output folder for a command, alone; if nothing was done, leave it as it was found."""
     check_output(folder)
     _check_outside(folder, settings)
     path = folder / SETTINGS
@@ -103,15 +85,7 @@ def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None =
 
 @contextlib.contextmanager
 def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Keep other processes out of a folder; the system frees it, however this process ends.
-
-    Args:
-        folder: For the message.
-        lock: The file; default: one inside of the folder.
-
-    Raises:
-        InputError: If another process holds it.
-    """
+    """Keep other processes out of a folder; the system frees it, however this process ends."""
     held = FileLock(path := lock or folder / _LOCK)
     with one_line_errors(folder):
         path.touch()  # says why where nothing can be written
@@ -149,11 +123,7 @@ def one_line_errors(folder: Path) -> Iterator[None]:
 
 
 def is_disk_full(problem: BaseException) -> bool:
-    """Tell whether an error means that nothing more can be written.
-
-    Returns:
-        Also for errors of serializers, which wrap the system's or hide it.
-    """
+    """Tell whether an error means that nothing more can be written."""
     numbers = {getattr(each, "errno", None) for each in (problem, problem.__cause__)}
     return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or NO_SPACE in str(problem).lower()
 
@@ -161,17 +131,7 @@ def is_disk_full(problem: BaseException) -> bool:
 def check_origin(
     folder: Path, found: Mapping[str, Any], origin: Mapping[str, str], mend: str = "choose another --output"
 ) -> None:
-    """Check that data and model are still those that results were made from.
-
-    Args:
-        folder: For the message.
-        found: What is kept of the results' origin, among other settings; an older version kept nothing.
-        origin: What it is now.
-        mend: What to do about it.
-
-    Raises:
-        InputError: Naming what changed.
-    """
+    """Check that data and model are still those that results were made from."""
     for key, name in ORIGIN.items():
         before, now = found.get(key), origin.get(key)
         if before and now and before != now:
@@ -182,14 +142,7 @@ def check_origin(
 
 
 def kept_origin(folder: Path) -> dict[str, Any]:
-    """Return what is kept of the origin of a run, which `check_origin` takes.
-
-    Args:
-        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
-
-    Returns:
-        Keys of `ORIGIN`, and what they are about; nothing for a run of an older version.
-    """
+    """Return what is kept of the origin of a run, which `check_origin` takes."""
     found = run_file(folder)
     return {key: found[key] for key in (*ORIGIN, *ORIGIN.values()) if key in found}
 

@@ -10,15 +10,7 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 
 def check_one_process(command: str, instead: str = "") -> None:
-    """Raise unless this process is alone.
-
-    Args:
-        command: What was called, such as ``train``.
-        instead: What to do for the purpose of a launcher, where there is something.
-
-    Raises:
-        InputError: If a launcher has started several processes.
-    """
+    """Raise unless this process is alone."""
     for name in _SIZES:
         text = os.environ.get(name, "")
         if text.isdecimal() and int(text) > 1:

@@ -11,14 +11,7 @@ import transformers
 
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Send log messages and Python warnings to a file while a run goes on.
-
-    Args:
-        path: The file; appended to.
-
-    Yields:
-        Nothing.
-    """
+    """Send log messages and Python warnings to a file while a run goes on."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("tangora", "py.warnings", "transformers", "peft")]

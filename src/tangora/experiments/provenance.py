@@ -48,11 +48,7 @@ def load_average() -> float | None:
 
 
 def machine_load(before: float | None) -> MachineLoad | None:
-    """Return the load before and after a run, and the number of processors.
-
-    Args:
-        before: `load_average` when the run began.
-    """
+    """Return the load before and after a run, and the number of processors."""
     after = load_average()
     if before is None or after is None:
         return None

@@ -269,14 +269,7 @@ class TaskSettings(Settings):
         return self
 
     def num_steps(self, num_train: int) -> int:
-        """Return the number of optimizer steps.
-
-        Args:
-            num_train: Number of training examples; the last batch of an epoch may be smaller than the others.
-
-        Returns:
-            ``steps``, or as many as ``epochs`` take.
-        """
+        """Return the number of optimizer steps."""
         if self.epochs is None:
             assert self.steps is not None
             return self.steps

@@ -9,14 +9,7 @@ from tangora.experiments.values import read_settings, validated
 
 
 def run_file(folder: Path) -> dict[str, Any]:
-    """Read what the folder of a run, or the record beside it, says of its settings and origin.
-
-    Returns:
-        As JSON holds it, keys of other versions included.
-
-    Raises:
-        InputError: If there is nothing, or it is damaged.
-    """
+    """Read what the folder of a run, or the record beside it, says of its settings and origin."""
     own, record = folder / "settings.json", folder.parent.parent / "records" / f"{folder.name}.json"
     source = own if own.is_file() else record
     if not source.is_file():
@@ -28,17 +21,7 @@ def run_file(folder: Path) -> dict[str, Any]:
 
 
 def run_settings(folder: Path) -> RunSettings:
-    """Read the settings of a run.
-
-    Args:
-        folder: Output folder of ``tangora train``, or one of the ``runs`` of ``tangora compare``.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If the folder is none of these.
-    """
+    """Read the settings of a run."""
     values = run_file(folder)
     # where a run was computed says nothing of where its adapter is read
     known = {
@@ -54,17 +37,7 @@ def run_settings(folder: Path) -> RunSettings:
 
 
 def adapter_settings(folder: Path) -> RunSettings:
-    """Read the settings of a finished run with an adapter.
-
-    Args:
-        folder: As for `run_settings`.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        InputError: If the folder is no run, or holds no adapter.
-    """
+    """Read the settings of a finished run with an adapter."""
     settings = run_settings(folder)
     if not (folder / "adapter").is_dir():
         raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")

@@ -30,8 +30,6 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
 
     Args:
-        settings: What to train.
-        output: Output folder.
         watcher: Called with the progress.
 
     Returns:

@@ -61,17 +61,7 @@ class Settings(BaseModel):
 
     @classmethod
     def spelled(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Put values under the settings' own names.
-
-        Args:
-            values: By name or alias.
-
-        Returns:
-            By name.
-
-        Raises:
-            InputError: If one setting is given under two names.
-        """
+        """Put values under the settings' own names."""
         found: dict[str, str] = {}
         for key in values:
             name = cls.aliases.get(key, key)
@@ -82,18 +72,7 @@ class Settings(BaseModel):
 
     @classmethod
     def overridden(cls, values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Put values over others.
-
-        Args:
-            values: By name or alias.
-            own: Those that win; epochs also over steps, and steps over epochs.
-
-        Returns:
-            All values by name.
-
-        Raises:
-            InputError: If one setting is given under two names.
-        """
+        """Put values over others."""
         values, own = cls.spelled(values), cls.spelled(own)
         for key, other in (("steps", "epochs"), ("epochs", "steps")):
             if other in cls.model_fields and own.get(key) is not None:
@@ -106,14 +85,7 @@ class Settings(BaseModel):
         return cls.spelled(values) if isinstance(values, dict) else values
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
-        """Tell in which keys these settings ask for more of the same than others did.
-
-        Args:
-            found: The others, as JSON holds them.
-
-        Returns:
-            Keys that may differ, as what was done for the others is a part of what these want.
-        """
+        """Tell in which keys these settings ask for more of the same than others did."""
         del found
         return set()
 
@@ -150,19 +122,7 @@ _SettingsT = TypeVar("_SettingsT", bound=Settings)
 
 
 def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") -> _SettingsT:
-    """Make settings, with one-line errors.
-
-    Args:
-        kind: Class of the settings.
-        values: By key.
-        source: Where they come from, for the message.
-
-    Returns:
-        The settings.
-
-    Raises:
-        InputError: Naming the first bad key, its value and what is allowed.
-    """
+    """Make settings, with one-line errors."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -206,17 +166,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its keys and values.
-
-    Raises:
-        InputError: If it cannot be read or holds no mapping; the message names file and line.
-    """
+    """Read settings from a YAML file."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -238,14 +188,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the settings in an output folder.
-
-    Returns:
-        As JSON holds them.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
+    """Read the settings in an output folder."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -21,8 +21,6 @@ def factor_velocity(
     r"""Return $(H_A, H_B)$ with $B H_A + H_B A = \xi$ in the chosen gauge.
 
     Args:
-        A: Factor.
-        B: Factor.
         at: Frame at ``A``, ``B``.
         tangent: $\xi$, usually $P_T(g)$.
         gauge: ``zero`` ($X = 0$), ``symmetric`` ($H_A = K_B (I - P_A/2)$, and likewise for $B$), ``sylvester`` (the
@@ -80,10 +78,6 @@ def solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> C
 
 def imbalance(A: FactorA, B: FactorB) -> Core:
     r"""Return $B^\top B - A A^\top$, the invariant of gradient flow on the factors.
-
-    Args:
-        A: Factor.
-        B: Factor.
 
     Returns:
         The symmetric $r \times r$ imbalance, float64.

@@ -63,9 +63,6 @@ def plus(base: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, fresh
         right: ``*b k q``.
         scale: Factor on the product.
         fresh: Whether ``base`` is the caller's own temporary, which may be overwritten.
-
-    Returns:
-        The sum.
     """
     if base.dim() != 3:
         return base + scale * (left @ right)
@@ -85,9 +82,6 @@ def plus_times(
         core: ``r x r``.
         scale: Factor on the product.
         fresh: Whether ``base`` may be overwritten.
-
-    Returns:
-        The sum.
     """
     return plus(base.mT, core.mT, tall.mT, scale=scale, fresh=fresh).mT
 

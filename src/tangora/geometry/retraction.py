@@ -40,16 +40,11 @@ def retract(
     r"""Take the step $Y - h\,\xi$ and come back to rank r.
 
     Args:
-        A: Factor.
-        B: Factor.
         at: Frame at ``A``, ``B``.
         tangent: $\xi$.
         step: $h$, in units of $B A$ (learning rate divided by the scaling $s$).
         kind: ``orthographic``, ``svd``, or ``auto``: per matrix `orthographic` while it is well-conditioned, else
             `svd_retract`.
-
-    Returns:
-        New factors.
     """
     if kind == "svd":
         return svd_retract(A, B, at, tangent, step)
@@ -68,8 +63,6 @@ def decayed_step(
     r"""Take the step $\gamma Y - h\,\xi$ and come back to rank r in factors that are not far from balanced.
 
     Args:
-        A: Factor.
-        B: Factor.
         at: Frame at ``A``, ``B``.
         tangent: $\xi$.
         step: $h$, in units of $B A$.
@@ -91,14 +84,12 @@ def orthographic_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, st
     smallest singular value of $Y$; see `well_conditioned`.
 
     Args:
-        A: Factor.
-        B: Factor.
         at: Frame at ``A``, ``B``.
         tangent: $\xi$.
         step: $h$.
 
     Returns:
-        New factors.
+        The factors $A_+$ and $B_+$.
 
     Source:
         Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
@@ -113,8 +104,6 @@ def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float
     the small core. Through QR and not through Gram matrices, which lose the small directions.
 
     Args:
-        A: Factor.
-        B: Factor.
         at: Frame at ``A``, ``B``.
         tangent: $\xi$.
         step: $h$.
@@ -130,10 +119,6 @@ def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float
 def rebalance(A: FactorA, B: FactorB) -> Factors:
     r"""Balance the factors, $B^\top B = A A^\top$, at unchanged $B A$.
 
-    Args:
-        A: Factor.
-        B: Factor.
-
     Returns:
         $B = U\sqrt{\Sigma}$, $A = \sqrt{\Sigma} V$ from the SVD of $B A$, by two QR factorisations and a small SVD;
         the old factors where $B A = 0$.
@@ -147,10 +132,6 @@ def kept_balanced(A: FactorA, B: FactorB) -> Factors:
     $B A$ does not care how it is split, but all that looks at the factors' gradients does, such as clipping by norm.
     They are about as long as the factors, and $\|A\|^2 + \|B\|^2 \ge 2 \|B A\|_*$, with equality for balanced factors
     only.
-
-    Args:
-        A: Factor.
-        B: Factor.
 
     Returns:
         Balanced factors, see `rebalance`, where $\|A\|^2 + \|B\|^2 > 4 \sqrt{r} \|B A\|$, which is at least twice the

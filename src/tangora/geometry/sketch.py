@@ -25,9 +25,6 @@ class LowRankSVD(NamedTuple):
     def truncate(self, rank: int) -> "LowRankSVD":
         """Keep the leading directions.
 
-        Args:
-            rank: How many.
-
         Returns:
             Views of the leading parts.
         """

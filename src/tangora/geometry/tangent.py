@@ -122,7 +122,7 @@ def project_metric(at: Frame, seen: Coordinates, metric: Metric) -> Tangent:
         metric: $D_r$ and $D_c$.
 
     Returns:
-        The tangent vector.
+        $\xi$.
 
     Source:
         Closed form as in AdaPreLoRA, arXiv:2605.08734; derivation in ``docs/theory/tangent_adam.md``.
@@ -150,8 +150,6 @@ def transport(at: Frame, cotangent: Cotangent, A: FactorA, B: FactorB) -> Cotang
     Args:
         at: Frame at the old factors.
         cotangent: $(B^\top M,\; M A^\top)$ of the tangent vector $M$ there.
-        A: New factor.
-        B: New factor.
 
     Returns:
         $(B_+^\top M,\; M A_+^\top)$, which determine $P_{T_+}(M)$.
@@ -175,7 +173,6 @@ def second_moments(at: Frame, seen: Coordinates) -> tuple[Float[Tensor, "*b m"],
     $R R^\top + U (K K^\top - C C^\top) U^\top$, the column sums those of $K^\top K + V^\top (R^\top R - C^\top C) V$.
 
     Args:
-        at: Frame.
         seen: $(U^\top g,\; g V^\top)$.
 
     Returns:
@@ -234,7 +231,6 @@ def residual(at: Frame, gradient: Weight) -> Weight:
     r"""Return $g - P_T(g) = (I - P_B)\, g\, (I - P_A)$ of a dense gradient, without cancellation.
 
     Args:
-        at: Frame.
         gradient: $g$, dense.
 
     Returns:
@@ -248,7 +244,6 @@ def dense_captured_energy(at: Frame, gradient: Weight) -> Float[Tensor, "*b"]:
     r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$ of a dense gradient.
 
     Args:
-        at: Frame.
         gradient: $g$, dense.
 
     Returns:

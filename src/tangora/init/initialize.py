@@ -110,7 +110,6 @@ def initialize(
     Args:
         model: PEFT model with LoRA, also compiled or inside DistributedDataParallel; the adapter's earlier start or
             training is lost, the latter with a warning.
-        method: Which start.
         batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         seed: Seed of everything random; the global random state is untouched.

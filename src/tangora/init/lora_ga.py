@@ -36,14 +36,12 @@ def lora_ga(
     Args:
         gradient: Leading singular triplets of $G$ ($m \times n$), $2r$ of them where $\min(m, n) \ge 2r$.
         r: Rank, at most $\min(m, n)$.
-        scaling: LoRA's $s$.
         direction: Which of the $2r$ directions go to $A$ and to $B$: ``ArB2r`` the first $r$ to $A$ and the next to
             $B$, ``A2rBr`` the other way round, ``ArBr`` odd ones to $A$ and even ones to $B$, ``random`` disjoint ones.
         scale: Norm of the directions: ``stable`` $m^{1/4}/\sqrt\gamma$, ``gd`` $1/s$, ``unit`` 1, ``weight_svd`` the
             mean of $\sqrt{\sigma_i(W_0)/s}$ over the first $r$. None depends on the gradient's size.
         stable_gamma: $\gamma$ of ``stable``; the paper's 16.
         weight_singular_values: $\sigma_i(W_0)$, descending, for ``weight_svd``.
-        generator: For ``random``.
 
     Returns:
         $A_0$ and $B_0$, with orthogonal rows and columns of equal norm.

@@ -60,9 +60,6 @@ def starts() -> tuple[str, ...]:
 def start_options(method: str) -> Mapping[str, Any]:
     """List what can be chosen about a start.
 
-    Args:
-        method: Its name.
-
     Returns:
         Types of its options, by name.
     """
@@ -71,9 +68,6 @@ def start_options(method: str) -> Mapping[str, Any]:
 
 def needs_batches(method: str) -> bool:
     """Tell whether a start reads gradients.
-
-    Args:
-        method: Its name.
 
     Returns:
         Whether `initialize` needs batches for it.
@@ -84,9 +78,6 @@ def needs_batches(method: str) -> bool:
 def carries_offset(method: str) -> bool:
     """Tell whether a start subtracts its product, which is then carried along.
 
-    Args:
-        method: Its name.
-
     Returns:
         Whether layers started so have an offset.
     """
@@ -94,19 +85,7 @@ def carries_offset(method: str) -> bool:
 
 
 def check_method(method: str, options: Mapping[str, Any], *, has_batches: bool) -> Method:
-    """Look up a start and check what it is given.
-
-    Args:
-        method: Its name.
-        options: What `initialize` was given for it.
-        has_batches: Whether there are batches to read gradients on.
-
-    Returns:
-        Its row of the table.
-
-    Raises:
-        InputError: If there is no such start, it takes no such option, or something that it needs is missing.
-    """
+    """Look up a start and check what it is given."""
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.directions else ()))
@@ -125,17 +104,7 @@ def check_method(method: str, options: Mapping[str, Any], *, has_batches: bool) 
 def find_sites(
     pairs: list[LoraPair], spectra: Mapping[str, GradientSpectrum], chosen: Method, seed: int
 ) -> tuple[list[Site], dict[str, str]]:
-    """Divide layers into those that can get a start and those that cannot.
-
-    Args:
-        pairs: Pairs of the layers.
-        spectra: What is known of their gradients, by name.
-        chosen: The start.
-        seed: Seed of everything random; every layer draws from a stream of its own.
-
-    Returns:
-        The sites, and the reasons of the rest by name.
-    """
+    """Divide layers into those that can get a start and those that cannot."""
     sites, skipped = [], {}
     for index, pair in enumerate(pairs):
         m, n, r = pair.shape
@@ -154,14 +123,7 @@ def find_sites(
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed, and leave the global random state as it was.
-
-    Args:
-        seed: The seed.
-
-    Yields:
-        Nothing.
-    """
+    """Draw from a seed, and leave the global random state as it was."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -14,7 +14,6 @@ def one_step(gradient: LowRankSVD, r: int, scaling: float, *, step: float) -> tu
     Args:
         gradient: Leading singular triplets of $G$.
         r: Rank, at most $\min(m, n)$.
-        scaling: LoRA's $s$.
         step: $\eta$, the step size of gradient descent on the weights.
 
     Returns:

@@ -13,7 +13,6 @@ def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -
     Args:
         weight: $W_0$, ``m x n``, floating point.
         r: Rank, at most $\min(m, n)$.
-        scaling: LoRA's $s$.
         niter: Rounds of randomized subspace iteration; default the exact decomposition. Draws from torch's global
             random state.
 

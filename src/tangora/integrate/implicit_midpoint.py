@@ -27,9 +27,6 @@ def implicit_midpoint_step(
     The iteration contracts while $h$ times the Lipschitz constant of the field stays below 2.
 
     Args:
-        field: $f$.
-        state: $y$, floating point.
-        step_size: $h$.
         tolerance: The iteration ends when the midpoint moves by at most this share of its norm; by default 64 units of
             rounding of the state's dtype, below which invariants are no longer kept.
         max_iterations: Iterations allowed, one evaluation of the field each; the first guess takes one more.

@@ -19,10 +19,7 @@ def rk_step(
 
     Args:
         field: $f$ of $\dot y = f(y)$.
-        state: $y$, floating point.
         step_size: $h$; negative goes back in time.
-        tableau: The method.
-        first: $f(y)$ if known.
 
     Returns:
         The step; it fails with ``not finite`` when a new entry is.

@@ -38,17 +38,7 @@ class Stepped(Generic[S]):
 
 @torch.no_grad()
 def advance(state: State, step_size: float, weights: Sequence[float], velocities: Sequence[State]) -> State:
-    r"""Return $y + h \sum_j w_j k_j$.
-
-    Args:
-        state: $y$.
-        step_size: $h$.
-        weights: $w$; terms of weight zero are left out.
-        velocities: $k$.
-
-    Returns:
-        New tensors, detached, in the dtype of ``state``; ``state`` itself where nothing is added.
-    """
+    r"""Return $y + h \sum_j w_j k_j$."""
     used = [
         (step_size * weight, velocity)
         for weight, velocity in zip(weights, velocities, strict=True)
@@ -61,12 +51,5 @@ def advance(state: State, step_size: float, weights: Sequence[float], velocities
 
 
 def is_finite(state: State) -> bool:
-    """Tell whether every entry is finite.
-
-    Args:
-        state: Tensors.
-
-    Returns:
-        False if any entry is infinite or not a number.
-    """
+    """Tell whether every entry is finite."""
     return all(bool(part.isfinite().all()) for part in state)

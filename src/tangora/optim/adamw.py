@@ -22,16 +22,7 @@ def adamw_update(
     steps: Sequence[Tensor],
     group: dict[str, Any],
 ) -> None:
-    """Take one AdamW step in place, ``steps`` included.
-
-    Args:
-        tensors: What is updated.
-        gradients: Their gradients.
-        exp_avgs: First moments.
-        exp_avg_sqs: Second moments.
-        steps: Number of steps taken so far, scalar tensors (on the CPU, or with their parameter when fused on a GPU).
-        group: ``lr``, ``betas``, ``eps``, ``weight_decay``, optionally ``maximize``.
-    """
+    """Take one AdamW step in place, ``steps`` included."""
     beta1, beta2 = group["betas"]
     adamw(
         list(tensors),
@@ -57,12 +48,7 @@ def _can_be_fused(tensor: Tensor, *others: Tensor) -> bool:
 
 
 def adamw_states(parameters: Sequence[nn.Parameter], state: dict[Tensor, Any]) -> None:
-    """Create the states that trainable parameters lack, and bring all to their parameter's device and dtype.
-
-    Args:
-        parameters: Parameters.
-        state: The optimizer's state.
-    """
+    """Create the states that trainable parameters lack, and bring all to their parameter's device and dtype."""
     for parameter in parameters:
         own = state[parameter] if parameter in state or parameter.requires_grad else None
         if own is None:
@@ -78,13 +64,7 @@ def adamw_states(parameters: Sequence[nn.Parameter], state: dict[Tensor, Any]) -
 def adamw_parameters(
     parameters: Sequence[nn.Parameter], state: dict[Tensor, Any], group: dict[str, Any]
 ) -> None:
-    """Step ordinary parameters with AdamW.
-
-    Args:
-        parameters: Parameters; those without gradient are left alone.
-        state: The optimizer's state.
-        group: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``.
-    """
+    """Step ordinary parameters with AdamW."""
     active = [parameter for parameter in parameters if parameter.grad is not None]
     adamw_states(active, state)
     for sharded in (False, True):  # torch's kernels take whole tensors or shards, not both at once
@@ -107,15 +87,7 @@ def _step_device(parameter: Tensor) -> torch.device:
 
 
 def step_counters(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
-    """Make the counters that `adamw_update` takes.
-
-    Args:
-        tensors: What will be updated.
-        step: Number of the step that is being taken, from 1.
-
-    Returns:
-        One scalar per tensor that says ``step - 1``.
-    """
+    """Make the counters that `adamw_update` takes."""
     return [torch.tensor(float(step - 1), device=_step_device(tensor)) for tensor in tensors]
 
 
@@ -128,16 +100,7 @@ def factor_moments(pair: LoraPair) -> StateShapes:
 def adamw_factors(
     stack: PairStack, velocities: tuple[FactorA, FactorB], group: dict[str, Any]
 ) -> tuple[FactorA, FactorB]:
-    """Step a stack's factors with AdamW on directions in their own coordinates; keeps the moments.
-
-    Args:
-        stack: Pairs; its factors are changed in place.
-        velocities: What AdamW takes for the gradients of A and of B.
-        group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
-
-    Returns:
-        The new factors.
-    """
+    """Step a stack's factors with AdamW on directions in their own coordinates; keeps the moments."""
     factors: dict[Factor, Tensor] = {"A": stack.A, "B": stack.B}
     moments = {key: [stack.state(factor, key) for factor in factors] for key in ("exp_avg", "exp_avg_sq")}
     steps = step_counters([*factors.values()], stack.step)

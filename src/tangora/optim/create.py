@@ -21,10 +21,6 @@ def create_tangent_adam(model: nn.Module, *, lr: float | Tensor, **options: Any)
     Args:
         model: PEFT model, possibly wrapped by DistributedDataParallel or ``torch.compile``.
         lr: Learning rate, in units of full fine-tuning's.
-        **options: Of `TangentAdam`.
-
-    Returns:
-        The optimizer.
 
     Raises:
         InputError: If ``model`` is no PEFT model with a trainable LoRA pair, or an option is out of range.
@@ -36,12 +32,7 @@ def create_tangent_muon(model: nn.Module, *, lr: float | Tensor = 0.02, **option
     """Create `TangentMuon` for all trainable parameters of a PEFT model.
 
     Args:
-        model: As for `create_tangent_adam`.
         lr: Learning rate, see `TangentMuon`.
-        **options: Of `TangentMuon`.
-
-    Returns:
-        The optimizer.
 
     Raises:
         InputError: As for `create_tangent_adam`.
@@ -53,12 +44,7 @@ def create_lora_pro(model: nn.Module, *, lr: float | Tensor, **options: Any) -> 
     """Create `LoRAPro` for all trainable parameters of a PEFT model.
 
     Args:
-        model: As for `create_tangent_adam`.
         lr: Learning rate, in units of full fine-tuning's.
-        **options: Of `LoRAPro`.
-
-    Returns:
-        The optimizer.
 
     Raises:
         InputError: As for `create_tangent_adam`.
@@ -72,12 +58,7 @@ def create_preconditioned_adamw(
     """Create `PreconditionedAdamW` for all trainable parameters of a PEFT model.
 
     Args:
-        model: As for `create_tangent_adam`.
         lr: Learning rate, in units of LoRA's.
-        **options: Of `PreconditionedAdamW`.
-
-    Returns:
-        The optimizer.
 
     Raises:
         InputError: As for `create_tangent_adam`.
@@ -89,12 +70,7 @@ def create_ode_lora(model: nn.Module, *, lr: float | Tensor, **options: Any) -> 
     """Create `ODELoRA` for all trainable parameters of a PEFT model.
 
     Args:
-        model: As for `create_tangent_adam`.
         lr: Learning rate, in units of plain gradient descent's on the full weights.
-        **options: Of `ODELoRA`.
-
-    Returns:
-        The optimizer.
 
     Raises:
         InputError: As for `create_tangent_adam`.

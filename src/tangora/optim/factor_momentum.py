@@ -13,23 +13,7 @@ from tangora.optim.stack import PairStack, StateShapes
 
 
 class FactorMomentumOptimizer(LayerwiseOptimizer):
-    r"""A layerwise optimizer with an average of the gradients of each factor.
-
-    Args:
-        params: PEFT model, pairs, or parameter groups.
-        lr: Bound on the spectral norm of a step of the weight; it must decay towards the end of training.
-        momentum: Decay rate of the averages of the gradients.
-        weight_decay: Decoupled decay, per unit of ``lr``.
-        adamw_lr: Learning rate of AdamW for all parameters outside pairs.
-        betas: AdamW's decay rates.
-        eps: AdamW's.
-        maximize: Whether to climb instead of descend.
-        foreach: As for `TangentMuon`.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
-
-    Raises:
-        InputError: For an option outside its range.
-    """
+    r"""A layerwise optimizer with an average of the gradients of each factor."""
 
     def __init__(
         self,

@@ -13,11 +13,7 @@ from tangora.adapters.discover import some_of
 
 
 class Watch:
-    """Checks at every step of an optimizer that what can be trained is trained, and warns once of each finding.
-
-    Args:
-        model: The model that the optimizer was made for; watched for adapters that are added later.
-    """
+    """Checks at every step of an optimizer that what can be trained is trained, and warns once of each finding."""
 
     def __init__(self, model: "weakref.ref[nn.Module] | None" = None):
         self._model = model
@@ -28,15 +24,7 @@ class Watch:
         return Watch, ()  # a copy of the optimizer belongs to a copy of the model
 
     def check(self, pairs: Sequence[LoraPair], moving: Sequence[LoraPair]) -> None:
-        """Look for pairs that take no step.
-
-        Args:
-            pairs: The optimizer's.
-            moving: Those with gradients for both factors.
-
-        Raises:
-            InputError: If no pair can ever move, or one factor of a pair was frozen.
-        """
+        """Look for pairs that take no step."""
         if len(moving) < len(pairs):
             stepping = {id(pair) for pair in moving}
             still = [pair for pair in pairs if id(pair) not in stepping and pair.scaling != 0]

@@ -81,15 +81,6 @@ class PairGroup(dict[str, Any]):
         """Take over parameters that someone has put in the place of this group's own.
 
         Accelerate does so for FSDP2; DeepSpeed and Apex do for float32 copies of half-precision weights.
-
-        Args:
-            owner: Name of the optimizer, for the message.
-
-        Returns:
-            The new parameters by the old ones.
-
-        Raises:
-            InputError: If they do not correspond one to one, or are shards.
         """
         given, held = self["params"], [*_parameters(self.pairs), *self.rest]
         if [parameter.shape for parameter in given] != self._shapes:
@@ -104,20 +95,7 @@ class PairGroup(dict[str, Any]):
 
 
 def grouped(params: Params, owner: str) -> list[dict[str, Any]]:
-    """Turn what a user gives an optimizer into parameter groups.
-
-    Args:
-        params: A PEFT model (pairs in one group, all other trainable parameters in others, biases and norms without
-            weight decay), an iterable of pairs, or an iterable of groups.
-        owner: Name of the optimizer, for messages.
-
-    Returns:
-        Groups with ``pairs``, ``params`` or both.
-
-    Raises:
-        InputError: If ``params`` is something else, such as a flat list of parameters: which belong together, and
-            with which scaling, cannot be seen from tensors. Or if there is no pair to train.
-    """
+    """Turn what a user gives an optimizer into parameter groups."""
     if isinstance(params, nn.Module):
         return _groups_of_model(params, owner)
     items = list(params) if isinstance(params, Iterable) else []
@@ -142,20 +120,7 @@ def _has_pairs(group: dict[str, Any]) -> bool:
 
 
 def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> PairGroup:
-    """Turn a dictionary into a group that knows its pairs; the dictionary stays as it is.
-
-    Args:
-        given: Options; ``pairs``, ``params`` (tensors or ``(name, tensor)``), or both.
-        owner: Name of the optimizer, for messages.
-        named: Whether other groups of the optimizer have ``param_names``; torch wants them in all groups or in none.
-        index: Number of the group.
-
-    Returns:
-        The group.
-
-    Raises:
-        InputError: If a pair is sharded, or only one factor of every pair can be trained.
-    """
+    """Turn a dictionary into a group that knows its pairs; the dictionary stays as it is."""
     options = {key: value for key, value in given.items() if key not in {"pairs", "params", "names"}}
     pairs, rest = given.get("pairs", ()), given.get("params", ())
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, LoraPair) for pair in pairs):
@@ -189,13 +154,6 @@ def decay_groups(model: nn.Module, taken: Iterable[nn.Parameter] = ()) -> list[d
     """Group a model's trainable parameters, biases and norms in a group without weight decay.
 
     The rule is that of ``transformers.Trainer``.
-
-    Args:
-        model: The model.
-        taken: Parameters that belong elsewhere.
-
-    Returns:
-        At most two groups, none of them empty, with ``params`` and ``names``.
     """
     left_out = {id(parameter) for parameter in taken}
     norms = {

@@ -18,16 +18,6 @@ def lora_muon_step(A: FactorA, B: FactorB, momentum: Cotangent, *, step_size: fl
     r"""Return the factors after one step on $Y = B A$.
 
     $\Delta A = -\tfrac{\eta}{2} S_B^{-1/2} \mathrm{msign}(S_B^{-1/2} M_A)$ with $S_B = B^\top B$, and its mirror image.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        momentum: Averages of the factors' gradients.
-        step_size: $\eta$, a bound on the spectral norm of the change of $B A$.
-        decay: Factor on $B A$; each factor takes its root.
-
-    Returns:
-        The new factors.
     """
     at = frame(A, B)
     left, right = coordinates(at, momentum)

@@ -42,18 +42,6 @@ def adam_on_weight(
     r"""Update Adam's moments of the equivalent gradient and return its direction as LoRA sees it.
 
     $U = \hat M / (\sqrt{\hat V} + \epsilon)$ with moments of $\tilde g = P_T(g)$; returns $(B^\top U, U A^\top)$.
-
-    Args:
-        at: Frame at the factors.
-        tangent: $\tilde g$.
-        exp_avg: $M$, updated in place.
-        exp_avg_sq: $V$, updated in place.
-        factors: $(A, B)$.
-        group: ``betas`` and ``eps``.
-        step: Number of this step, from 1.
-
-    Returns:
-        The cotangent of $U$.
     """
     (A, B) = factors
     basis = torch.cat([at.U.mT, tangent.J.mT], dim=-2)

@@ -46,19 +46,6 @@ def lora_rite_step(
 
     For $A^\top = V^\top R$ with orthonormal rows of $V$: $\bar G = g_B R^{-1}$,
     $S = \bar G (\overline{\bar G^\top \bar G / m})^{-1/2}$, and $B$ moves along the average of $S$, times $R^{-\top}$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        gradient: Autograd's gradients of the factors.
-        moments: State.
-        lr: Learning rate.
-        keep: Factor on the factors, by weight decay.
-        betas: Decay rates, corrected for this step.
-        stored: Dtype of the parameters.
-
-    Returns:
-        New factors and state.
     """
     beta1, beta2 = betas
     at = frame(A, B)
@@ -87,10 +74,8 @@ class LoRARITE(LayerwiseOptimizer):
         params: PEFT model, pairs, or parameter groups.
         lr: Learning rate of the factors; the weight changes by alpha / r times as much.
         betas: Decay rates of the momentum and of the second moments; AdamW's for parameters outside pairs.
-        eps: AdamW's.
         weight_decay: Decoupled decay of the factors, per unit of ``lr``.
         maximize: Whether to climb instead of descend.
-        foreach: As for `TangentMuon`.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
 
     Raises:

@@ -21,12 +21,8 @@ class MuonAndAdamW(Optimizer):
         matrices: Parameters for Muon, each a matrix, or groups of them.
         rest: Parameters or groups for AdamW.
         lr: Muon's learning rate: a step changes an ``m x n`` matrix by this norm times ``sqrt(max(1, m / n))``.
-        momentum: Muon's.
         nesterov: Whether Muon looks ahead.
         weight_decay: Decoupled decay of both.
-        adamw_lr: AdamW's learning rate.
-        betas: AdamW's.
-        eps: AdamW's.
 
     Raises:
         InputError: If torch is older than 2.9, which has no Muon; if there is no matrix, or a parameter of

@@ -50,14 +50,6 @@ class Flow:
     Stages are placed in the model's own parameters, where the caller's closure evaluates their gradient. Afterwards, or
     when anything fails, parameters and gradients are put back as the first stage left them.
 
-    Args:
-        stacks: Pairs, loaded with the gradient at the start.
-        groups: Options of each stack's parameter group.
-        scheme: How to step.
-        parameters: All whose gradients the evaluations may touch.
-        evaluate: Evaluates the gradient again.
-        check: Raises `FloatingPointError` if a gradient is not finite.
-
     Attributes:
         evaluations: Gradient evaluations so far, that of the start included.
     """
@@ -79,14 +71,7 @@ class Flow:
         self._autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
 
     def step(self) -> list[Factors]:
-        """Take one step.
-
-        Returns:
-            New factors of each stack; the parameters still hold the old ones.
-
-        Raises:
-            FloatingPointError: If a stage fails; the message says which and why.
-        """
+        """Take one step."""
         origin = [(stack.A, stack.B) for stack in self._stacks]
         gradients = [
             None if self._scheme in ONE_GRADIENT or p.grad is None else p.grad.clone()

@@ -66,7 +66,6 @@ class ODELoRA(PairOptimizer):
         adamw_lr: AdamW's learning rate for the parameters outside pairs of a model, such as a new head: steps of
             descent are often a hundred times larger than what AdamW stands. Default ``lr``.
         betas: AdamW's, for parameters outside pairs.
-        eps: AdamW's.
         weight_decay: Decoupled decay, of $B A$ and of parameters outside pairs, per unit of ``lr``.
         maximize: Whether to climb instead of descend.
         foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's

@@ -35,18 +35,7 @@ class Descent(NamedTuple):
 
 
 def descent(A: FactorA, B: FactorB, cotangent: Cotangent, scaling: float, decay: float) -> Descent:
-    r"""Return $\xi = P_T(g)/s + \lambda Y$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        cotangent: $(B^\top g,\; g A^\top)$.
-        scaling: $s$.
-        decay: $\lambda$, the weight decay: the flow of $\tfrac{\lambda}{2} \|s Y\|^2$ lies in the tangent space.
-
-    Returns:
-        The direction, per unit of learning rate.
-    """
+    r"""Return $\xi = P_T(g)/s + \lambda Y$."""
     at = frame(A, B)
     K, J = (part / scaling for part in project(at, coordinates(at, cotangent)))
     if decay:
@@ -55,14 +44,7 @@ def descent(A: FactorA, B: FactorB, cotangent: Cotangent, scaling: float, decay:
 
 
 def balanced_descent(here: Descent) -> Descent:
-    """Move a descent to balanced factors of the same product.
-
-    Args:
-        here: Descent at any factors.
-
-    Returns:
-        The same tangent vector at balanced factors.
-    """
+    """Move a descent to balanced factors of the same product."""
     A, B = rebalance(here.A, here.B)
     (U, V), (K, J) = here.at[:2], here.tangent
     seen = Cotangent((B.mT @ U) @ K, times(U, K @ A.mT) + times(J, V @ A.mT))
@@ -74,14 +56,6 @@ def is_weak(here: Descent, step: float, guard: float) -> Bool[Tensor, "*b"]:
 
     The factors' velocities grow like $1/\sigma_r(Y)$, so that such a step leaves the domain of every scheme in the
     factors, however smooth the flow of $Y$ is.
-
-    Args:
-        here: Descent.
-        step: Learning rate $h$.
-        guard: Bound on $h \|\xi\|_F / \sigma_r(Y)$; 0 for no bound.
-
-    Returns:
-        True where the bound is passed; always for $Y$ of lower rank that should move.
     """
     size = step * squared_norm(here.tangent).sqrt()
     core = (here.at.U.mT @ here.B) @ (here.A @ here.at.V.mT)
@@ -90,15 +64,6 @@ def is_weak(here: Descent, step: float, guard: float) -> Bool[Tensor, "*b"]:
 
 def bug_step(here: Descent, step: float, tolerance: float) -> Factors:
     r"""Take one step of the parallel BUG integrator with a single gradient: $\mathrm{SVD}(Y - h \xi)$, cut.
-
-    Args:
-        here: Descent; the rank of the factors is the largest that the new ones may have.
-        step: $h$.
-        tolerance: Share of the Frobenius norm of $Y - h \xi$ that may be cut off; 0 keeps the full rank.
-
-    Returns:
-        Balanced factors. Ranks that were cut are zero columns of $B$ and zero rows of $A$: the adapter does not see
-        them, but from the others the step after may grow the rank again, up to twofold.
 
     Source:
         Ceruti, Kusch, Lubich (2024), parallel BUG, arXiv:2304.05660; GeoLoRA, arXiv:2410.18720, for gradients. That
@@ -109,15 +74,7 @@ def bug_step(here: Descent, step: float, tolerance: float) -> Factors:
 
 
 def cut_ranks(factors: Factors, tolerance: float) -> Factors:
-    """Set the weakest directions of balanced factors to zero.
-
-    Args:
-        factors: Columns of B orthogonal, rows of A likewise, by falling singular value.
-        tolerance: Share of the Frobenius norm of the product that may go.
-
-    Returns:
-        The factors, of unchanged shape.
-    """
+    """Set the weakest directions of balanced factors to zero."""
     values = factors.B.norm(dim=-2) * factors.A.norm(dim=-1)
     tails = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()
     kept = (tails > tolerance * tails[..., :1]) | (tails[..., :1] == 0)
@@ -125,16 +82,7 @@ def cut_ranks(factors: Factors, tolerance: float) -> Factors:
 
 
 def combine(start: Descent, stages: Sequence[Descent], weights: Sequence[float]) -> Factors:
-    r"""Return balanced factors of the best rank-r approximation of $Y - \sum_i w_i \xi_i$.
-
-    Args:
-        start: Descent at $Y$.
-        stages: Descents at the stages.
-        weights: $w$, coefficients times step.
-
-    Returns:
-        The factors.
-    """
+    r"""Return balanced factors of the best rank-r approximation of $Y - \sum_i w_i \xi_i$."""
     left, right = [start.at.U], [(start.at.U.mT @ start.B) @ start.A]
     for stage, weight in zip(stages, weights, strict=True):
         if weight:
@@ -147,13 +95,6 @@ def combine(start: Descent, stages: Sequence[Descent], weights: Sequence[float])
 def k_step(here: Descent, step: float) -> Factors:
     r"""Take the first substep of the projector-splitting integrator: the column space, at fixed row space.
 
-    Args:
-        here: Descent at $Y$.
-        step: $h$.
-
-    Returns:
-        $B = U_1$ orthonormal and $A = \hat S V$ with $U_1 \hat S = (Y - h \xi) V^\top$.
-
     Source:
         Lubich & Oseledets (2014), arXiv:1301.1058.
     """
@@ -164,29 +105,12 @@ def k_step(here: Descent, step: float) -> Factors:
 
 
 def s_step(here: Descent, step: float, V: FactorA) -> Factors:
-    r"""Take the second substep, backwards in time: the core, at fixed column and row space.
-
-    Args:
-        here: Descent at the first substep's end.
-        step: $h$.
-        V: Row space, orthonormal, of the step's start.
-
-    Returns:
-        $B = U_1$ and $A = (\hat S + h\, U_1^\top \xi V^\top) V$.
-    """
+    r"""Take the second substep, backwards in time: the core, at fixed column and row space."""
     return Factors(here.A + step * (_seen_from_B(here) @ V.mT) @ V, here.B)
 
 
 def l_step(here: Descent, step: float) -> Factors:
-    r"""Take the last substep: the row space, at fixed column space.
-
-    Args:
-        here: Descent at the second substep's end.
-        step: $h$.
-
-    Returns:
-        Balanced factors of $U_1 (\tilde S V - h\, U_1^\top \xi)$.
-    """
+    r"""Take the last substep: the row space, at fixed column space."""
     return rebalance(here.A - step * _seen_from_B(here), here.B)
 
 

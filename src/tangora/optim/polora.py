@@ -38,17 +38,6 @@ def polora_step(
 
     $D_A = C_B^{-1/2} \mathrm{msign}(C_B^{-1/2} M_A\, \mathrm{diag}\, q)\, \mathrm{diag}\, q$ for
     $C_B = B^\top \mathrm{diag}(p^{-2}) B$, and its mirror image; both of norm $\eta / (\sigma_1(A) + \sigma_1(B))$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        gradient: The factors' gradients.
-        ahead: Their momentum, looking ahead.
-        curvature: State.
-        step_size: $\eta$, a bound on the spectral norm of the change of $B A$.
-
-    Returns:
-        New factors and state.
     """
     p, q = (_root(each) for each in curvature)
     Z_A, Z_B = _damped_root(gram(A / q[..., None, :])), _damped_root(gram((B / p[..., :, None]).mT))

@@ -20,18 +20,7 @@ from tangora.optim.stack import PairStack, StateShapes
 
 
 def precondition(A: FactorA, B: FactorB, g_A: FactorA, g_B: FactorB, damping: float) -> Cotangent:
-    r"""Return $H_A = (B^\top B + \lambda I)^{-1} g_A$ and $H_B = g_B (A A^\top + \lambda I)^{-1}$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        g_A: Gradient with respect to ``A``, with the scaling in it.
-        g_B: Gradient with respect to ``B``.
-        damping: $\lambda > 0$, in units of the squared factors.
-
-    Returns:
-        $(H_A, H_B)$.
-    """
+    r"""Return $H_A = (B^\top B + \lambda I)^{-1} g_A$ and $H_B = g_B (A A^\top + \lambda I)^{-1}$."""
     left, right = damped_inverse(gram(B.mT), damping), damped_inverse(gram(A), damping)
     return Cotangent(left.to(A.dtype) @ g_A, times(g_B, right.to(A.dtype)))
 

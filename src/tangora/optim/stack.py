@@ -81,12 +81,7 @@ class PairStack:
                 self._set(factor, key, stacked)
 
     def load(self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool = False) -> None:
-        """Read factors and counters, and take the gradients of this step.
-
-        Args:
-            gradients: ``(g_A, g_B)`` of each member.
-            maximize: Whether to climb: the gradients change their sign.
-        """
+        """Read factors and counters, and take the gradients of this step."""
         self.scaling = self.pairs[0].scaling
         self.step = int(self.state("A", COUNTER)[0]) + 1
         self.A = _stack([as_matrix(A) for A in self._parameters["A"]])
@@ -98,15 +93,7 @@ class PairStack:
         )
 
     def state(self, factor: Factor, key: str) -> Float[Tensor, "N ..."]:
-        """Return a state of all members as one tensor of matrices, vectors or scalars.
-
-        Args:
-            factor: Parameter that the state belongs to.
-            key: Its name.
-
-        Returns:
-            The tensor that the states are views of: to be updated in place, or by `keep`.
-        """
+        """Return a state of all members as one tensor of matrices, vectors or scalars."""
         states, cached = self._states[factor], self._buffers.get((factor, key))
         parameter = self._parameters[factor][0]
         dtype, device = state_place(parameter, key)
@@ -121,34 +108,19 @@ class PairStack:
         return self._set(factor, key, torch.stack([value.to(device, dtype) for value in matrices]))
 
     def keep(self, factor: Factor, **values: Float[Tensor, "N ..."]) -> None:
-        """Store new values of states.
-
-        Args:
-            factor: Parameter that the states belong to.
-            **values: One stacked tensor per state.
-        """
+        """Store new values of states."""
         for key, value in values.items():
             self.state(factor, key).copy_(value)
 
     def write(self, A: FactorA, B: FactorB) -> None:
-        """Write new factors into the parameters, count the step and let the copies go.
-
-        Args:
-            A: New factors, ``N r n``.
-            B: New factors, ``N m r``.
-        """
+        """Write new factors into the parameters, count the step and let the copies go."""
         self.place(A, B)
         for factor in self._parameters:
             self.state(factor, COUNTER).add_(1)
         del self.A, self.B, self.gradient  # as large as the adapter: not to be held while a model runs
 
     def place(self, A: FactorA, B: FactorB) -> None:
-        """Write factors into the parameters, for a look at the gradient there: no step is counted.
-
-        Args:
-            A: Factors, ``N r n``.
-            B: Factors, ``N m r``.
-        """
+        """Write factors into the parameters, for a look at the gradient there: no step is counted."""
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
@@ -207,29 +179,12 @@ class StackCache:
         *,
         together: bool = True,
     ) -> None:
-        """Give pairs the states that they lack, in the stacks that they will be stepped in.
-
-        Args:
-            pairs: Pairs of one parameter group.
-            state: Gives the state dictionary of a parameter.
-            shapes: Gives the states of a pair.
-            together: See `gather`.
-        """
+        """Give pairs the states that they lack, in the stacks that they will be stepped in."""
         for stack in self._stacked(pairs, state, together):
             stack.create(shapes(stack.pairs[0]))
 
     def gather(self, pairs: Iterable[LoraPair], state: StateOf, *, together: bool = True) -> list[Gathered]:
-        """Group the pairs that can be stepped together.
-
-        Args:
-            pairs: Pairs of one parameter group. Those without gradients for both factors, or switched off by a scaling
-                of zero, take no step.
-            state: Gives the state dictionary of a parameter.
-            together: Whether to stack layers at all.
-
-        Returns:
-            One stack per shape, dtype, device, scaling and age, not loaded yet.
-        """
+        """Group the pairs that can be stepped together."""
         found = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
         gradients = {id(pair): given for pair, given in found if given is not None}
         stacks = self._stacked((pair for pair, _ in found if id(pair) in gradients), state, together)

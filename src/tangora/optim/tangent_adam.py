@@ -47,16 +47,7 @@ class TangentMoments(NamedTuple):
 
 
 def adafactor_metric(rows: Float[Tensor, "*b m"], columns: Float[Tensor, "*b n"], eps: float) -> Metric:
-    r"""Return the metric $D_r, D_c$ with $\sqrt{V} \approx D_r D_c$ for $V = v_r v_c^\top / \mathrm{mean}(v_r)$.
-
-    Args:
-        rows: $v_r$, bias-corrected.
-        columns: $v_c$, bias-corrected.
-        eps: Added to $D_c$, like Adam's to $\sqrt{V}$; in the gradient's units.
-
-    Returns:
-        $D_r = \sqrt{v_r / \mathrm{mean}(v_r)}$ and $D_c = \sqrt{v_c} + \epsilon$.
-    """
+    r"""Return the metric $D_r, D_c$ with $\sqrt{V} \approx D_r D_c$ for $V = v_r v_c^\top / \mathrm{mean}(v_r)$."""
     mean = rows.mean(-1, keepdim=True)
     relative = (rows / mean).where(mean > 0, 1.0).sqrt()
     return Metric(relative.clamp(min=_ROW_FLOOR), columns.sqrt() + eps)
@@ -76,24 +67,7 @@ def tangent_adam_step(
     retraction: Retraction,
     stored: torch.dtype,
 ) -> tuple[Factors, TangentMoments]:
-    r"""Take one TangentAdam step on $Y = B A$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        gradient: $(B^\top g,\; g A^\top)$.
-        moments: State, transported to ``A``, ``B``; the momentum is overwritten.
-        step: Number of this step, from 1.
-        step_size: Learning rate divided by the scaling $s$.
-        decay: Factor on $Y$, one minus learning rate times weight decay.
-        betas: Decay rates of the momentum and of the second moments.
-        eps: See `adafactor_metric`.
-        retraction: How to come back to rank r.
-        stored: Dtype of the parameters; the momentum must belong to the factors as they are stored.
-
-    Returns:
-        New factors and the state transported to them.
-    """
+    r"""Take one TangentAdam step on $Y = B A$."""
     beta1, beta2 = betas
     at = frame(A, B)
     seen = coordinates(at, gradient)

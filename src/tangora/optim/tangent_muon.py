@@ -32,15 +32,6 @@ def spectral_step_size(m: int, n: int, r: int, lr: float) -> float:
     times its own root mean square, whatever the layer's size; a row of an embedding changes by up to about ``lr`` in
     root mean square. $\sqrt{8/r}$ keeps the Frobenius norm of the step the same at every rank. The tangent vector has
     at most $2 / \sqrt 3$ times this norm; while $B A$ is no larger than a step, the way back to rank r adds to it.
-
-    Args:
-        m: Outputs of the layer.
-        n: Inputs of the layer; 1 for an embedding, whose input is one of its rows.
-        r: Rank.
-        lr: Learning rate.
-
-    Returns:
-        The size, in units of the weight.
     """
     return lr * math.sqrt(m / n * _REFERENCE_RANK / r)
 
@@ -59,24 +50,7 @@ def tangent_muon_step(
     retraction: Retraction,
     stored: torch.dtype,
 ) -> tuple[Factors, Cotangent]:
-    r"""Take one TangentMuon step on $Y = B A$.
-
-    Args:
-        A: Factor.
-        B: Factor.
-        gradient: $(B^\top g,\; g A^\top)$.
-        momentum: State, transported to ``A``, ``B``; overwritten.
-        step_size: Spectral norm of the step, in units of $B A$.
-        decay: Factor on $Y$.
-        beta: Decay rate of the momentum.
-        nesterov: Whether the step looks ahead, along $\beta M + (1 - \beta) g$.
-        iterations: $\tau$ of `spectral_direction`.
-        retraction: How to come back to rank r.
-        stored: Dtype of the parameters; the momentum must belong to the factors as they are stored.
-
-    Returns:
-        New factors and the momentum transported to them.
-    """
+    r"""Take one TangentMuon step on $Y = B A$."""
     at = frame(A, B)
     pairs = list(zip(momentum, gradient, strict=True))
     average = Cotangent(*(m.lerp_(g, 1 - beta) for m, g in pairs))
@@ -107,8 +81,6 @@ class TangentMuon(LayerwiseOptimizer):
         weight_decay: Decoupled decay of $B A$, per unit of ``lr``.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
         adamw_lr: Learning rate of AdamW for all parameters outside pairs, such as a new head.
-        betas: AdamW's decay rates.
-        eps: AdamW's.
         maximize: Whether to climb instead of descend.
         foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
             counterpart of torch's ``foreach``; ``False``: one layer at a time.

@@ -40,14 +40,7 @@ def as_batches(batches: Iterable[Any] | None, what: str = "batches") -> Iterable
 
 
 def num_batches(batches: Any) -> int | None:
-    """Count batches without reading them.
-
-    Args:
-        batches: A list, a DataLoader or anything else.
-
-    Returns:
-        Their number; ``None`` for a stream, whose DataLoader has a ``len`` that raises.
-    """
+    """Count batches without reading them."""
     try:
         return len(batches)
     except (TypeError, NotImplementedError):

@@ -45,7 +45,6 @@ class ProbedLayer:
         r"""Return $X\,\Omega$, one row for each row of the output.
 
         Args:
-            x: The layer's input.
             right: $\Omega$, ``n x k``.
 
         Returns:
@@ -65,7 +64,6 @@ class ProbedLayer:
 
         Args:
             grad: Gradient of the layer's output.
-            product: $X\,\Omega$ from `times`.
 
         Returns:
             ``m x k``.
@@ -78,7 +76,6 @@ class ProbedLayer:
         Args:
             left: $Q$, ``m x k``; ``None`` stands for the identity.
             grad: Gradient of the layer's output.
-            x: The layer's input.
             dtype: What to compute in.
 
         Returns:
@@ -142,15 +139,7 @@ def probed_layers(
 
 
 def unreadable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, str]:
-    """List the layers that hold a weight whose gradient cannot be read.
-
-    Args:
-        model: Any model.
-        names: Only layers whose name is, or ends with, one of these; default all.
-
-    Returns:
-        Reasons by name of the layer.
-    """
+    """List the layers that hold a weight whose gradient cannot be read."""
     layers = {name: layer for name, layer in uncompiled_modules(model).items() if _is_named(name, names)}
     return {name: reason for name, layer in layers.items() if (reason := _why_unreadable(layer))}
 

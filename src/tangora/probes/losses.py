@@ -30,12 +30,7 @@ _ROUGH, _EQUAL = 2e-2, 1e-6
 
 
 class WeightedLoss:
-    """Evaluates losses and weighs them: by the number of labels for a model's own loss, alike for one of the user's.
-
-    Args:
-        model: The model, not wrapped.
-        loss_fn: The user's loss; default the model's own.
-    """
+    """Evaluates losses and weighs them: by the number of labels for a model's own loss, alike for one of the user's."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None = None):
         if loss_fn is not None:
@@ -45,17 +40,7 @@ class WeightedLoss:
         self._rule: int | None = None  # which of the counts has proved right; -1: none
 
     def __call__(self, batch: Any) -> tuple[float, Tensor]:
-        """Evaluate the loss of a batch.
-
-        Args:
-            batch: What ``loss_fn`` takes, or keyword arguments of the model.
-
-        Returns:
-            Weight, 0 where no label counts, and scalar loss.
-
-        Raises:
-            InputError: If there is no scalar loss, or batches of different sizes do not add up.
-        """
+        """Evaluate the loss of a batch."""
         if self.loss_fn is not None:
             loss = self.loss_fn(self.model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -65,17 +50,7 @@ class WeightedLoss:
         return self.weight(batch), loss
 
     def weight(self, batch: Any) -> float:
-        """Weigh a batch; the model runs only where the guess has to be tried out.
-
-        Args:
-            batch: As in a call.
-
-        Returns:
-            Its weight.
-
-        Raises:
-            InputError: If batches of different sizes do not add up.
-        """
+        """Weigh a batch; the model runs only where the guess has to be tried out."""
         if self.loss_fn is not None or not isinstance(batch, Mapping):
             return 1.0
         counts = _counts(self.model, batch)
@@ -107,18 +82,7 @@ class WeightedLoss:
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that a Hugging Face model gives for a batch with labels.
-
-    Args:
-        model: The model.
-        batch: Keyword arguments of its forward pass.
-
-    Returns:
-        The scalar loss.
-
-    Raises:
-        InputError: If the batch is no mapping, or the model returns no loss for it.
-    """
+    """Return the loss that a Hugging Face model gives for a batch with labels."""
     if not isinstance(batch, Mapping):
         raise InputError(
             f"without loss_fn a batch must be a dict of model inputs; got {type(batch).__name__}"
@@ -132,15 +96,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def on_device(batch: Any, model: nn.Module) -> Any:
-    """Move the tensors of a batch to the device of the model's first parameter.
-
-    Args:
-        batch: Keyword arguments; anything else is returned as it is.
-        model: The model.
-
-    Returns:
-        The batch.
-    """
+    """Move the tensors of a batch to the device of the model's first parameter."""
     if not isinstance(batch, Mapping):
         return batch
     device = next(model.parameters()).device
@@ -148,14 +104,7 @@ def on_device(batch: Any, model: nn.Module) -> Any:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Say whether the model's own loss compares the logits of each token with the label of the next.
-
-    Args:
-        model: The model.
-
-    Returns:
-        True for causal language models that take their loss from transformers.
-    """
+    """Say whether the model's own loss compares the logits of each token with the label of the next."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False  # the decoder's inputs are shifted instead
     # transformers takes this loss too where a class name (GPT2LMHeadModel) tells it nothing
@@ -164,15 +113,7 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 
 def num_rows(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Count the examples of a batch.
-
-    Args:
-        model: Names its main input.
-        batch: Keyword arguments.
-
-    Returns:
-        Length of the main input, or of the first tensor.
-    """
+    """Count the examples of a batch."""
     main = batch.get(getattr(model, "main_input_name", "input_ids"))
     tensors = [value for value in (main, *batch.values()) if isinstance(value, Tensor) and value.dim()]
     return len(tensors[0]) if tensors else 1

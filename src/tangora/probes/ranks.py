@@ -28,23 +28,12 @@ _group: list[object] = []
 
 
 def several_ranks() -> bool:
-    """Tell whether ``torch.distributed`` runs with more than one process.
-
-    Returns:
-        Whether readings are shared.
-    """
+    """Tell whether ``torch.distributed`` runs with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
-    """Let messages about missing ranks name a public function, the outermost one in progress.
-
-    Args:
-        function: Reads something together with the other ranks.
-
-    Returns:
-        The function.
-    """
+    """Let messages about missing ranks name a public function, the outermost one in progress."""
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -58,11 +47,7 @@ def collective(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """Add up tensors over all ranks in place, where ``torch.distributed`` runs.
-
-    Args:
-        *tensors: As many, of the same shapes, on every rank.
-    """
+    """Add up tensors over all ranks in place, where ``torch.distributed`` runs."""
     if several_ranks():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -70,15 +55,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 @contextlib.contextmanager
 def failing_together(what: str, device: torch.device | None = None) -> Iterator[None]:
-    """Begin a reading with all ranks, and raise on all of them what one raises, so that none waits for another.
-
-    Args:
-        what: Name of the reading, unless a `collective` function is in progress.
-        device: Where tensors can travel from; default the CPU.
-
-    Raises:
-        InputError: On the other ranks, and where some rank does not take part.
-    """
+    """Begin a reading with all ranks, and raise on all of them what one raises, so that none waits for another."""
     if several_ranks():
         _meet(_functions[0] if _functions else what)
     failure: Exception | None = None

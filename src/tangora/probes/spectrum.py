@@ -89,7 +89,6 @@ def gradient_spectra(
         tail_probes: Random vectors that estimate the energy outside the triplets; at least 2.
         seed: Seed of the random vectors; the global random state is neither used nor changed.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        progress: See `Report`.
 
     Returns:
         By name of the layer, on the model's device, in float32 (float64 for a float64 model); without layers that the
@@ -145,7 +144,6 @@ def gradient_norms(
         layers: Which; default as for `gradient_spectra`.
         memory: Bytes of gradients held at once; a layer that needs more is read alone. One pass for each group.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        progress: See `Report`.
 
     Returns:
         Frobenius norms by name of the layer, without layers that the model does not call with gradients.
@@ -231,19 +229,7 @@ def _as_few_passes(
     tail_probes: int,
     ranks: Mapping[str, int],
 ) -> dict[str, GradientSpectrum]:
-    """Read products from both sides in one pass, or dense gradients where these are smaller; iterate in two more.
-
-    Args:
-        probe: The probe.
-        batches: What is read.
-        draw: Random vectors; layers of one shape share them, which spares memory.
-        wanted: Number of directions of each layer's sketch.
-        tail_probes: Number of vectors that look outside of them.
-        ranks: Number of triplets wanted; if they hold little of the energy, more passes are made.
-
-    Returns:
-        By name of the layer.
-    """
+    """Read products from both sides in one pass, or dense gradients where these are smaller; iterate in two more."""
     requests = {
         name: _both_sides(probe.layers[name], draw, width, tail_probes) for name, width in wanted.items()
     }
@@ -338,15 +324,7 @@ class _Gaussian:
 
 
 def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedLayer]]:
-    """Split layers into groups whose dense gradients fit into memory together.
-
-    Args:
-        layers: The layers.
-        memory: Bytes for float32 gradients; a layer that needs more gets a group of its own.
-
-    Yields:
-        Neighbouring layers.
-    """
+    """Split layers into groups whose dense gradients fit into memory together."""
     group: list[ProbedLayer] = []
     held = 0
     for layer in layers:
@@ -363,16 +341,7 @@ def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedL
 def reporting(
     progress: Report, batches: Iterable[Any], passes: int | None
 ) -> Iterator[Callable[[int], None]]:
-    """Count batches over several passes, on a bar or for whoever listens.
-
-    Args:
-        progress: See `Report`.
-        batches: What each pass reads.
-        passes: How many there will be, where it is known.
-
-    Yields:
-        What to call after each batch.
-    """
+    """Count batches over several passes, on a bar or for whoever listens."""
     count_of_all = num_batches(batches)
     total = None if count_of_all is None or passes is None else passes * count_of_all
     done = 0

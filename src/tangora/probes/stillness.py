@@ -19,12 +19,6 @@ def still(model: nn.Module) -> Iterator[None]:
 
     Layers that checkpoint their activations do so in training mode only, so they alone stay in it, with their own
     dropout rates at zero. Compiled models run as plain ones, and reentrant checkpoints without reentry.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing.
     """
     with contextlib.ExitStack() as stack:
         # a compiled graph would keep hooks, flags and numbers of the moment it was traced
@@ -57,11 +51,7 @@ class RandomState:
 
     @classmethod
     def now(cls) -> "RandomState":
-        """Copy the present state.
-
-        Returns:
-            The copy.
-        """
+        """Copy the present state."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), tuple(cuda))  # noqa: NPY002
 
@@ -76,14 +66,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def preserved_randomness(batches: Any = None) -> Iterator[None]:
-    """Put back the random state of torch (all devices), numpy and Python afterwards.
-
-    Args:
-        batches: A DataLoader, whose own generators are put back too, so that it replays the same order.
-
-    Yields:
-        Nothing.
-    """
+    """Put back the random state of torch (all devices), numpy and Python afterwards."""
     present = RandomState.now()
     own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:

@@ -40,21 +40,7 @@ _TASK_TYPES = {
 
 
 def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) -> Any:
-    """Return a model with the adapter that a recipe trains.
-
-    Args:
-        entry: The recipe.
-        model: A base model, which gets a new adapter (for full fine-tuning: all of it becomes trainable); or a model
-            with an adapter, which is checked and returned.
-        config: Of a new adapter; the recipe's own options are added. Default: rank 8, alpha 16, all linear layers.
-        seed: Seed of a new adapter's random start.
-
-    Returns:
-        The model to train.
-
-    Raises:
-        InputError: If the model and the recipe, or the configuration and the recipe, do not fit.
-    """
+    """Return a model with the adapter that a recipe trains."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"with a recipe, model must be a loaded model; got {shown(model)}: load it by from_pretrained or "

@@ -20,28 +20,12 @@ from tangora.recipes.regroup import regroup
 
 
 def adamw(model: nn.Module, **options: Any) -> Optimizer:
-    """Make torch's AdamW; biases and norms do not decay.
-
-    Args:
-        model: The model.
-        **options: AdamW's.
-
-    Returns:
-        The optimizer of the trainable parameters.
-    """
+    """Make torch's AdamW; biases and norms do not decay."""
     return torch.optim.AdamW(_groups(model), **options)
 
 
 def lora_plus(model: nn.Module, **options: Any) -> Optimizer:
-    """Make the optimizer of LoRA+, AdamW with a larger learning rate for B; biases and norms do not decay.
-
-    Args:
-        model: A PEFT model.
-        **options: AdamW's.
-
-    Returns:
-        The optimizer of the trainable parameters.
-    """
+    """Make the optimizer of LoRA+, AdamW with a larger learning rate for B; biases and norms do not decay."""
     # ratio 16: the paper's recommendation
     optimizer = create_loraplus_optimizer(
         model,  # pyright: ignore[reportArgumentType]
@@ -57,15 +41,7 @@ def lora_plus(model: nn.Module, **options: Any) -> Optimizer:
 
 
 def full_muon(model: nn.Module, **options: Any) -> Optimizer:
-    """Make Muon for the weights that PEFT's ``all-linear`` adapts, and AdamW for everything else.
-
-    Args:
-        model: A model that is trained whole.
-        **options: Of `MuonAndAdamW`.
-
-    Returns:
-        The optimizer of the trainable parameters.
-    """
+    """Make Muon for the weights that PEFT's ``all-linear`` adapts, and AdamW for everything else."""
     head = head_names(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     factors: dict[Any, float] = {  # by weight: what layers share is stepped once
@@ -85,15 +61,7 @@ def _size(layer: nn.Module) -> float:
 
 
 def factor_muon(model: nn.Module, **options: Any) -> Optimizer:
-    """Make Muon for the factors of LoRA, each by itself, and AdamW for everything else.
-
-    Args:
-        model: A PEFT model.
-        **options: Of `MuonAndAdamW`.
-
-    Returns:
-        The optimizer of the trainable parameters.
-    """
+    """Make Muon for the factors of LoRA, each by itself, and AdamW for everything else."""
     return _muon(model, {factor: 1.0 for pair in find_pairs(model) for factor in (pair.A, pair.B)}, options)
 
 

@@ -19,14 +19,7 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Name the modules of a classifier that do not belong to its backbone.
-
-    Args:
-        model: A transformers model.
-
-    Returns:
-        Its top modules with parameters but for the backbone; empty for a model that is no classifier.
-    """
+    """Name the modules of a classifier that do not belong to its backbone."""
     if not type(model).__name__.endswith(_CLASSIFIERS):
         return []
     backbone = getattr(model, "base_model_prefix", "")
@@ -42,12 +35,6 @@ def head_options(model: nn.Module) -> dict[str, Any]:
 
     It knows heads called ``score`` and ``classifier`` only. The others, T5's and BART's ``classification_head`` and
     DistilBERT's ``pre_classifier``, it would leave random and frozen, or put adapters on.
-
-    Args:
-        model: The base model.
-
-    Returns:
-        Options of PEFT's configuration; empty where PEFT knows the head, or there is none.
     """
     names = head_names(model)
     if set(names) <= set(SEQ_CLS_HEAD_NAMES):
@@ -61,14 +48,7 @@ def head_options(model: nn.Module) -> dict[str, Any]:
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Find the parameters of a new head.
-
-    Args:
-        model: A PEFT model, or a base model that is trained whole; may be wrapped.
-
-    Returns:
-        Trainable parameters in PEFT's ``modules_to_save``; without PEFT those of `head_names`.
-    """
+    """Find the parameters of a new head."""
     model = unwrapped(model)
     kept = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     heads = kept or [model.get_submodule(name) for name in head_names(model)]
@@ -76,16 +56,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def set_head_rate(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
-    """Give the head of a model a learning rate of its own.
-
-    Args:
-        optimizer: Of the model's trainable parameters; schedulers that are made afterwards keep the ratio of the rates.
-        model: The model.
-        lr: Learning rate, in [0, inf).
-
-    Raises:
-        InputError: If the model has no new head.
-    """
+    """Give the head of a model a learning rate of its own."""
     check_number("head_lr", lr, low=0)
     head = head_parameters(model)
     if not head:

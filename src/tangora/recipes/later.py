@@ -18,13 +18,5 @@ class Later:
         return resolve_name(self.name)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Call it.
-
-        Args:
-            *arguments: Passed on.
-            **options: Passed on.
-
-        Returns:
-            What it returns.
-        """
+        """Call it."""
         return self.maker(*arguments, **options)

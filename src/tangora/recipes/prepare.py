@@ -29,26 +29,7 @@ def prepare(
     lora_dropout: float,
     rank_plan: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """Make a base model ready for training; the arguments are those of `Recipe.prepare`.
-
-    Args:
-        entry: The method.
-        model: Base model, changed in place.
-        r: Rank.
-        lora_alpha: LoRA's alpha.
-        task_type: PEFT's task type.
-        total_steps: Number of optimizer steps.
-        seed: Seed of the adapter's random start.
-        target_modules: What PEFT should adapt.
-        lora_dropout: PEFT's.
-        rank_plan: Ranks for single layers.
-
-    Returns:
-        The PEFT model, or ``model`` itself for full fine-tuning.
-
-    Raises:
-        InputError: If rank or plan cannot be used.
-    """
+    """Make a base model ready for training; the arguments are those of `Recipe.prepare`."""
     check_kind("model", model, nn.Module, "a loaded base model")
     if entry.adapter is None:
         return model.requires_grad_(True)

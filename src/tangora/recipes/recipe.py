@@ -77,8 +77,6 @@ class Recipe:
 
         Args:
             model: Base model, changed in place as PEFT does.
-            r: Rank.
-            lora_alpha: LoRA's alpha.
             task_type: PEFT's task type, ``SEQ_CLS`` or ``CAUSAL_LM``.
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
             seed: Seed of the adapter's random start; the caller's random state is untouched.
@@ -122,7 +120,6 @@ class Recipe:
         """Give the adapter this method's start.
 
         Args:
-            model: What `prepare` returned.
             batches: Model inputs with labels, for starts that read gradients.
             held_out: Others, for a start that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
@@ -151,9 +148,7 @@ class Recipe:
 
         Args:
             model: What `prepare` returned, possibly wrapped.
-            lr: Learning rate.
             head_lr: That of a new head; default: what the method does, which for most is ``lr``.
-            **options: ``weight_decay``, ``betas``, ``eps``.
 
         Returns:
             The optimizer of all trainable parameters.

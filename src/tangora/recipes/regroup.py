@@ -10,13 +10,7 @@ from tangora.optim.groups import PairGroup
 
 
 def regroup(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **options: Any) -> None:
-    """Give parameters other options, in groups of their own where they share one with others.
-
-    Args:
-        optimizer: Any optimizer.
-        parameters: Some of its parameters, none of them part of a pair.
-        **options: Such as ``lr``; schedulers that are made afterwards keep the ratio of the rates.
-    """
+    """Give parameters other options, in groups of their own where they share one with others."""
     chosen = {id(parameter) for parameter in parameters}
     for index, group in enumerate(list(optimizer.param_groups)):
         inside = [parameter for parameter in group["params"] if id(parameter) in chosen]

@@ -308,9 +308,6 @@ def recipe(name: str) -> Recipe:
     Args:
         name: Its name, as in ``tangora list``; options of its optimizer or start may follow: ``lora-pro@gauge=zero``.
 
-    Returns:
-        The recipe.
-
     Raises:
         InputError: If there is none of this name (the message lists all), or it has no such option.
     """

@@ -17,15 +17,7 @@ _USUAL = (nn.Linear, nn.Conv2d, Conv1D)
 
 
 def check_targets(model: nn.Module, targets: str | Iterable[str]) -> None:
-    """Raise unless every target names a layer of the model.
-
-    Args:
-        model: Base model.
-        targets: As PEFT takes them: ``all-linear``, a regular expression, or names and their endings.
-
-    Raises:
-        InputError: With the names that there are.
-    """
+    """Raise unless every target names a layer of the model."""
     check_kind("target_modules", targets, (str, list, tuple, set), "names of layers, or all-linear")
     if targets == "all-linear":
         return
@@ -57,14 +49,7 @@ def _unknown(target: str, model: nn.Module) -> str:
 
 
 def wrapped(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap a model with an adapter.
-
-    Returns:
-        PEFT's model.
-
-    Raises:
-        InputError: If PEFT refuses a layer.
-    """
+    """Wrap a model with an adapter."""
     try:
         made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except NoMatchingPeftModuleError as error:  # the head, which is trained whole

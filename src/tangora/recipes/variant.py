@@ -19,14 +19,7 @@ _COMMON = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach"
 
 
 def optimizer_options(entry: Recipe) -> dict[str, Any]:
-    """List what makes a method's optimizer its own.
-
-    Args:
-        entry: The method.
-
-    Returns:
-        Types by name, without what all optimizers have; empty for those of torch and PEFT.
-    """
+    """List what makes a method's optimizer its own."""
     make = entry.make_optimizer
     maker: Any = make.func if isinstance(make, partial) else make
     maker = maker.maker if isinstance(maker, Later) else maker
@@ -37,18 +30,7 @@ def optimizer_options(entry: Recipe) -> dict[str, Any]:
 
 
 def varied(entry: Recipe, changes: Sequence[str]) -> Recipe:
-    """Change options of a method's optimizer and start.
-
-    Args:
-        entry: The method.
-        changes: ``option=value`` each.
-
-    Returns:
-        The method, with the changes in its name and summary.
-
-    Raises:
-        InputError: If a change is of another form, or there is no such option or no such value of it.
-    """
+    """Change options of a method's optimizer and start."""
     of_optimizer = optimizer_options(entry)
     of_start = start_options(entry.start) if entry.start is not None else {}
     known = of_optimizer | dict(of_start)

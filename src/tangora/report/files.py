@@ -8,18 +8,7 @@ from tangora._checks import InputError
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part.
-
-    Args:
-        path: The file; its folder is created when missing.
-        content: Text is written as UTF-8.
-
-    Returns:
-        The path written.
-
-    Raises:
-        InputError: If the place cannot be written to.
-    """
+    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part."""
     path = Path(path)
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     try:

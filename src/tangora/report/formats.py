@@ -12,39 +12,17 @@ _COUNT_UNITS = ("", " k", " M", " B")
 
 
 def metric(value: float | None) -> str:
-    """Write a metric with four decimals, or two when it is large.
-
-    Args:
-        value: The metric.
-
-    Returns:
-        For example "0.9620".
-    """
+    """Write a metric with four decimals, or two when it is large."""
     return MISSING if value is None else _signed(value, "")
 
 
 def difference(value: float | None) -> str:
-    """Write a difference of metrics, always with its sign.
-
-    Args:
-        value: The difference.
-
-    Returns:
-        For example "+0.0120".
-    """
+    """Write a difference of metrics, always with its sign."""
     return MISSING if value is None else _signed(value, "+")
 
 
 def interval(value: Interval | None, *, sign: bool = False) -> str:
-    """Write both ends of an interval.
-
-    Args:
-        value: The interval.
-        sign: Whether positive ends get a plus.
-
-    Returns:
-        For example "0.9510 to 0.9720".
-    """
+    """Write both ends of an interval."""
     if value is None:
         return MISSING
     low, high = (_signed(end, "+" if sign else "") for end in value)
@@ -57,14 +35,7 @@ def _signed(value: float, sign: str) -> str:
 
 
 def learning_rate(value: float | None) -> str:
-    """Write a learning rate in the shortest way that names it.
-
-    Args:
-        value: The learning rate.
-
-    Returns:
-        For example "2e-4" or "0.01".
-    """
+    """Write a learning rate in the shortest way that names it."""
     if value is None:
         return MISSING
     if value >= 0.01:
@@ -74,14 +45,7 @@ def learning_rate(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Write a duration.
-
-    Args:
-        value: Seconds.
-
-    Returns:
-        For example "0.4 s", "38 s", "4 min 05 s" or "2 h 10 min".
-    """
+    """Write a duration."""
     if value is None:
         return MISSING
     if value < 60:
@@ -91,15 +55,7 @@ def seconds(value: float | None) -> str:
 
 
 def span(value: Interval | None, write: Callable[[float], str]) -> str:
-    """Write a range from the smallest to the largest.
-
-    Args:
-        value: The ends.
-        write: Writes one of them.
-
-    Returns:
-        For example "5.2 s to 7.9 s"; a dash where both ends read the same.
-    """
+    """Write a range from the smallest to the largest."""
     if value is None:
         return MISSING
     low, high = (write(end) for end in value)
@@ -107,38 +63,17 @@ def span(value: Interval | None, write: Callable[[float], str]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Write a short duration.
-
-    Args:
-        value: Milliseconds.
-
-    Returns:
-        For example "12.3 ms".
-    """
+    """Write a short duration."""
     return MISSING if value is None else f"{value:.1f} ms"
 
 
 def size(value: int | None) -> str:
-    """Write an amount of memory, in powers of 1000.
-
-    Args:
-        value: Bytes.
-
-    Returns:
-        For example "1.2 MB".
-    """
+    """Write an amount of memory, in powers of 1000."""
     return MISSING if value is None else _scaled(value, _BYTE_UNITS, " ")
 
 
 def count(value: int | None) -> str:
-    """Write a large number of things.
-
-    Args:
-        value: The number.
-
-    Returns:
-        For example "1.2 M".
-    """
+    """Write a large number of things."""
     return MISSING if value is None else _scaled(value, _COUNT_UNITS, "")
 
 
@@ -152,52 +87,24 @@ def _scaled(value: int, units: tuple[str, ...], gap: str) -> str:
 
 
 def share(value: float | None) -> str:
-    """Write a share as a percentage.
-
-    Args:
-        value: The share; 1 is all.
-
-    Returns:
-        For example "63 %".
-    """
+    """Write a share as a percentage."""
     return MISSING if value is None else f"{100 * value:z.0f} %".replace("-", MINUS)
 
 
 def shares(value: Interval | None) -> str:
-    """Write both ends of an interval of shares as percentages.
-
-    Args:
-        value: The interval.
-
-    Returns:
-        For example "41 % to 80 %".
-    """
+    """Write both ends of an interval of shares as percentages."""
     return MISSING if value is None else " to ".join(share(end) for end in value)
 
 
 def p_value(value: float | None) -> str:
-    """Write a p-value.
-
-    Args:
-        value: The p-value.
-
-    Returns:
-        For example "p = 0.012" or "p < 0.001".
-    """
+    """Write a p-value."""
     if value is None:
         return MISSING
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def small_share(value: float | None) -> str:
-    """Write a share as a percentage with two figures, for shares that may be small.
-
-    Args:
-        value: The share, not negative; 1 is all.
-
-    Returns:
-        For example "63 %", "1.4 %" or "0.021 %".
-    """
+    """Write a share as a percentage with two figures, for shares that may be small."""
     if value is None:
         return MISSING
     percent = 100 * value
@@ -207,50 +114,21 @@ def small_share(value: float | None) -> str:
 
 
 def tenths(value: float) -> str:
-    """Write a share as a percentage with one decimal, for shares that are compared with each other.
-
-    Args:
-        value: The share.
-
-    Returns:
-        For example "98.7 %".
-    """
+    """Write a share as a percentage with one decimal, for shares that are compared with each other."""
     return f"{100 * value:.1f} %"
 
 
 def significant(value: float | None) -> str:
-    """Write a number of any size with three figures.
-
-    Args:
-        value: The number.
-
-    Returns:
-        For example "0.0123", "4.57" or "1.2e+05".
-    """
+    """Write a number of any size with three figures."""
     return MISSING if value is None else f"{value:.3g}".replace("-", MINUS)
 
 
 def plural(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Args:
-        number: How many.
-        noun: The thing, in the singular.
-
-    Returns:
-        For example "1 seed" or "3 seeds".
-    """
+    """Write a number of things."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listing(names: Iterable[str]) -> str:
-    """Write a list of names as in a sentence.
-
-    Args:
-        names: The names.
-
-    Returns:
-        For example "a, b and c".
-    """
+    """Write a list of names as in a sentence."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last

@@ -19,12 +19,6 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
     A block ends with the first number of a name (with the last one, where the first leaves two layers in one place);
     the rest of the name, without numbers, is the kind.
-
-    Args:
-        names: Names of different layers.
-
-    Returns:
-        Place by name; no two layers share one.
     """
     names = list(names)
     rest = {name: _after_first_number(name) for name in names}
@@ -78,12 +72,5 @@ def _ends_with(name: str, ending: str) -> bool:
 
 
 def natural(block: str) -> list[tuple[int, str]]:
-    """Return a key that sorts ``layers.10`` after ``layers.9``.
-
-    Args:
-        block: Name of a block.
-
-    Returns:
-        A key for ``sorted``.
-    """
+    """Return a key that sorts ``layers.10`` after ``layers.9``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", block)]

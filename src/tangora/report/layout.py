@@ -95,43 +95,17 @@ class Section:
 
 
 def cell(text: str, value: float | str | None = None) -> Cell:
-    """Make a cell of one line.
-
-    Args:
-        text: The line.
-        value: What it is sorted by.
-
-    Returns:
-        The cell.
-    """
+    """Make a cell of one line."""
     return Cell([text], value)
 
 
 def number_cell(value: float | None, *lines: str) -> Cell:
-    """Make a cell of a number.
-
-    Args:
-        value: The number.
-        *lines: It, as text, and what stands beneath; lines that only say that something is missing are left out.
-
-    Returns:
-        The cell.
-    """
+    """Make a cell of a number."""
     return Cell([lines[0], *(line for line in lines[1:] if line != formats.MISSING)], value)
 
 
 def render(template: str, title: str, *, drawn: bool = True, **values: Any) -> str:
-    """Fill a template of this package.
-
-    Args:
-        template: Its file name.
-        title: Of the page.
-        drawn: Whether it has figures; without them it is small.
-        **values: What it shows; text is escaped.
-
-    Returns:
-        A whole HTML page that loads nothing.
-    """
+    """Fill a template of this package."""
     environment = Environment(
         loader=PackageLoader("tangora.report"),
         autoescape=True,
@@ -145,37 +119,18 @@ def render(template: str, title: str, *, drawn: bool = True, **values: Any) -> s
 
 @cache
 def packed_plotly() -> str:
-    """Return the library that draws the figures, packed to two fifths of its size.
-
-    Returns:
-        JavaScript, compressed with gzip, in base64; the page unpacks it when a figure comes into sight.
-    """
+    """Return the library that draws the figures, packed to two fifths of its size."""
     # no time stamp: equal inputs give equal bytes
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 def plain(figure: go.Figure) -> dict[str, Any]:
-    """Return a figure as JSON can hold it.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        Data and layout.
-    """
+    """Return a figure as JSON can hold it."""
     return json.loads(figure.to_json() or "{}")
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Spread nested settings over dotted keys, without those that are not set.
-
-    Args:
-        settings: Nested dictionaries.
-        prefix: What all keys begin with.
-
-    Returns:
-        Keys and values as text.
-    """
+    """Spread nested settings over dotted keys, without those that are not set."""
     pairs = []
     for key, value in settings.items():
         if isinstance(value, dict) and value:

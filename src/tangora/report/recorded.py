@@ -38,18 +38,7 @@ class Recorded(FrozenModel):
 
 
 def save_json(model: BaseModel, path: str | Path) -> Path:
-    """Write a model as JSON, whole or not at all.
-
-    Args:
-        model: A `Record`, a `Comparison`, or any pydantic model.
-        path: The file; its folder is created when missing.
-
-    Returns:
-        The path written.
-
-    Raises:
-        InputError: If the settings hold something that JSON cannot say.
-    """
+    """Write a model as JSON, whole or not at all."""
     try:
         text = model.model_dump_json(indent=1)
     except ValueError as error:
@@ -61,34 +50,12 @@ _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 def read_record(kind: type[_ModelT], path: str | Path, what: str) -> _ModelT:
-    """Read one record from a file.
-
-    Args:
-        kind: The record's class.
-        path: JSON file.
-        what: What it holds, for the messages.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: If the file is missing, corrupt, or something else; the message names it and the field.
-    """
+    """Read one record from a file."""
     return validated(kind, read_json(path), path, what)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: If it cannot be read or is no JSON object.
-    """
+    """Read a JSON object."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -101,20 +68,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def validated(kind: type[_ModelT], content: dict[str, Any], path: str | Path, what: str) -> _ModelT:
-    """Check what a file holds.
-
-    Args:
-        kind: The record's class.
-        content: The file's JSON object.
-        path: The file, for the message.
-        what: What it should hold, for the message.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: With the first field that is wrong.
-    """
+    """Check what a file holds."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -258,15 +258,7 @@ class Comparison(FrozenModel):
 
 
 def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
-    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run.
-
-    Args:
-        comparison: What to write.
-        folder: Where; created when missing. Records of other ids that are already there stay.
-
-    Returns:
-        The folder.
-    """
+    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run."""
     folder = Path(folder)
     for record in comparison.records:
         save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
@@ -275,17 +267,7 @@ def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
 
 
 def load_record(path: str | Path) -> Record:
-    """Read one run.
-
-    Args:
-        path: A file written by `save_json`.
-
-    Returns:
-        The run.
-
-    Raises:
-        InputError: If the file is missing, corrupt, or of another schema version; the message names it.
-    """
+    """Read one run."""
     return validated(Record, _read(Path(path)), path, "Record")
 
 
@@ -293,15 +275,6 @@ def load_comparison(folder: str | Path) -> Comparison:
     """Read ``comparison.json`` and ``records/*.json`` of a folder.
 
     A record that ``comparison.json`` holds as well is taken from its own file, which is the newer one.
-
-    Args:
-        folder: The folder of one comparison.
-
-    Returns:
-        The comparison with all its records, sorted by id.
-
-    Raises:
-        InputError: If a file is missing, corrupt, or of another schema version; the message names it.
     """
     folder = Path(folder)
     path = folder / COMPARISON_FILE

@@ -7,30 +7,14 @@ from tangora._names import MODELS
 
 
 def model_name(settings: Mapping[str, Any], described: str | None = None) -> str:
-    """Name a model, and say what it is where its short name does not.
-
-    Args:
-        settings: With the key ``model``.
-        described: What a record says it is; default: what is known of packaged models.
-
-    Returns:
-        For example "smollm2-135m (SmolLM2-135M-Instruct, dequantized from Q4_1)".
-    """
+    """Name a model, and say what it is where its short name does not."""
     name = str(settings.get("model") or "")
     what = described or MODELS.get(name)
     return f"{name} ({what})" if name and what else name
 
 
 def subject_facts(settings: Mapping[str, Any], described: str | None = None) -> list[tuple[str, str]]:
-    """List what a measurement was made on.
-
-    Args:
-        settings: Of the measurement.
-        described: What the record says the model is.
-
-    Returns:
-        Names and values, as text; what is not set is left out.
-    """
+    """List what a measurement was made on."""
     facts = {
         "model": model_name(settings, described),
         "adapter": settings.get("adapter"),

@@ -8,16 +8,7 @@ from rich.text import Text
 
 
 def rich_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Lay out a table whose first column is a name.
-
-    Args:
-        title: Above it.
-        headers: Of the columns.
-        rows: Cells.
-
-    Returns:
-        The table; on a narrow terminal names are folded, numbers not.
-    """
+    """Lay out a table whose first column is a name."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )

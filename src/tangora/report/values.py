@@ -8,17 +8,7 @@ from tangora._checks import InputError
 
 
 def plain_values(value: Any) -> Any:
-    """Turn numbers of any kind into plain finite ones.
-
-    Args:
-        value: A tensor, an array, a number, a text, or mappings and iterables of them.
-
-    Returns:
-        The same with tuples, dictionaries, ``int``, ``float``, ``bool`` and ``str``; ``None`` for what is not finite.
-
-    Raises:
-        InputError: If it holds something else.
-    """
+    """Turn numbers of any kind into plain finite ones."""
     if hasattr(value, "tolist"):  # tensors, arrays and their scalars
         value = value.tolist()
     if value is None or isinstance(value, (bool, int, str)):
@@ -33,10 +23,5 @@ def plain_values(value: Any) -> Any:
 
 
 def make_plain(target: Any, key: str) -> None:
-    """Do so with an attribute of a frozen object that is being made.
-
-    Args:
-        target: The object.
-        key: Name of the attribute.
-    """
+    """Do so with an attribute of a frozen object that is being made."""
     object.__setattr__(target, key, plain_values(getattr(target, key)))

@@ -9,12 +9,7 @@ from tangora.recipes.prepare import adalora_schedule
 
 
 class AdaLoraAllocation(TrainerCallback):
-    """Calls AdaLoRA's rank allocation after every optimizer step.
-
-    Args:
-        schedule: Whether to ``set`` the adapter's schedule to the number of steps, or to ``check`` that it was made for
-            it; default: neither.
-    """
+    """Calls AdaLoRA's rank allocation after every optimizer step."""
 
     def __init__(self, schedule: Literal["set", "check"] | None = None):
         self._schedule = schedule
@@ -27,11 +22,7 @@ class AdaLoraAllocation(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ):
-        """Set the schedule, or refuse another.
-
-        Raises:
-            InputError: If the adapter was made for another number of steps.
-        """
+        """Set the schedule, or refuse another."""
         for config in model.peft_config.values():
             given = getattr(config, "total_step", state.max_steps)
             if self._schedule == "set":

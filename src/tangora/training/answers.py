@@ -28,23 +28,7 @@ def generate_completions(
     chat_template: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Let a causal model answer prompts, greedily.
-
-    Args:
-        model: A transformers model, with or without adapters.
-        tokenizer: Of the model.
-        examples: With ``prompt`` and ``completion``.
-        max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
-        batch_size: Prompts at a time, in [1, inf).
-        chat_template: Whether the tokenizer's chat template writes the prompts, as `encode` has it.
-        progress: Called after each batch.
-
-    Returns:
-        The completions, in order, without special tokens.
-
-    Raises:
-        InputError: If there is no example, or one without a prompt.
-    """
+    """Let a causal model answer prompts, greedily."""
     if not examples or not all(example.get("prompt") for example in examples):
         raise InputError("examples must each have a prompt to complete; plain text has none")
     if max_new_tokens is None:
@@ -81,20 +65,7 @@ def exact_match(
     chat_template: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Measure how often a causal model's final answer is right.
-
-    Args:
-        model: A transformers model, with or without adapters.
-        tokenizer: Of the model.
-        examples: With ``prompt``, ``completion`` and, if it is not the completion's, the final ``answer``.
-        max_new_tokens: Where to stop, in [1, inf); by default 8 tokens after the longest completion.
-        batch_size: Prompts at a time, in [1, inf).
-        chat_template: Whether the tokenizer's chat template writes the prompts, as `encode` has it.
-        progress: Called after each batch.
-
-    Returns:
-        ``exact_match``, the share of right answers, and ``answered``, the share that are not empty.
-    """
+    """Measure how often a causal model's final answer is right."""
     texts = generate_completions(
         model,
         tokenizer,
@@ -108,15 +79,7 @@ def exact_match(
 
 
 def summarize_answers(texts: Sequence[str], right: Bool[Tensor, " n"]) -> dict[str, float]:
-    """Condense what was answered.
-
-    Args:
-        texts: From `generate_completions`.
-        right: Which of them are right, from `answers_match`.
-
-    Returns:
-        What `exact_match` returns.
-    """
+    """Condense what was answered."""
     answered = sum(bool(final_answer(text)) for text in texts) / len(texts)
     return {"exact_match": right.double().mean().item(), "answered": answered}
 
@@ -125,13 +88,6 @@ def answers_match(texts: Sequence[str], examples: Sequence[Mapping[str, Any]]) -
     """Compare generated texts with the examples' answers.
 
     Generated problems are judged by the data set that made them, so that 15.0 is right where 15 is.
-
-    Args:
-        texts: From `generate_completions`.
-        examples: The examples that they complete.
-
-    Returns:
-        Which texts are right.
     """
     return torch.tensor([_is_right(text, example) for text, example in zip(texts, examples, strict=True)])
 
@@ -141,12 +97,6 @@ def final_answer(text: str) -> str:
 
     That is the line after the first ``####`` (GSM8K), or after the last ``The answer is:`` (MetaMathQA), or else the
     last line that is not empty.
-
-    Args:
-        text: A completion.
-
-    Returns:
-        The answer, or nothing if there is none.
 
     Example:
         >>> final_answer("Half of 84 is 42.\n#### 42")

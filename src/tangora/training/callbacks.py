@@ -69,9 +69,6 @@ class Durations(TrainerCallback):
     """Adds up what a run has spent over its interruptions: every checkpoint keeps the sums of its moment.
 
     Put this callback before `SealedCheckpoints`.
-
-    Args:
-        spent: Returns seconds by name since this process began to train.
     """
 
     def __init__(self, spent: Callable[[], dict[str, float]]):
@@ -95,13 +92,7 @@ class Durations(TrainerCallback):
 
 
 class History(TrainerCallback):
-    """Appends one JSON line per step to a file, and stops a run that has diverged.
-
-    Args:
-        path: The file. When a run is resumed, lines after the checkpoint's step are dropped, so that no step is
-            recorded twice.
-        on_step: Called with the number of steps done and the loss.
-    """
+    """Appends one JSON line per step to a file, and stops a run that has diverged."""
 
     def __init__(self, path: Path, on_step: Callable[[int, float], None] | None = None):
         self._path = path
@@ -125,11 +116,7 @@ class History(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ):
-        """Write the line of a step.
-
-        Raises:
-            DivergedError: If the loss is not finite, or many times the first one.
-        """
+        """Write the line of a step."""
         if not logs or "loss" not in logs:
             return
         keys = ("loss", "learning_rate", "grad_norm")
@@ -147,17 +134,7 @@ class History(TrainerCallback):
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the lines that `History` wrote.
-
-    Args:
-        path: The file; missing means nothing was written. A last line cut off by a crash is ignored.
-
-    Returns:
-        One dictionary per step.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
+    """Read the lines that `History` wrote."""
     if not path.exists():
         return []
     try:
@@ -171,12 +148,6 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 class Evaluations(TrainerCallback):
     """Evaluates every few steps and appends a JSON line for each; training stays what it is.
-
-    Args:
-        path: The file. When a run is resumed, lines after the checkpoint's step are dropped.
-        every: Steps between evaluations, in [1, inf).
-        measure: Returns metrics by name, and leaves mode, gradients and random state as found.
-        log: Called with the same as ``eval_<name>``, such as the Trainer's ``log``.
 
     Attributes:
         seconds: Spent so far.
@@ -224,12 +195,6 @@ class TrajectoryRecorder(TrainerCallback):
 
     Points are measured at the start, every ``every`` steps and at the end. A checkpoint keeps what a resumed run needs;
     put this callback before `SealedCheckpoints`.
-
-    Args:
-        path: The file. When a run is resumed, lines after the checkpoint's step are dropped.
-        trajectory: What measures.
-        every: Steps between points, in [1, inf).
-        on_point: Called with the number of steps done after each point but the start, to save weights.
     """
 
     def __init__(
@@ -261,11 +226,7 @@ class TrajectoryRecorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ):
-        """Follow the step, and measure where it led if its turn has come.
-
-        Raises:
-            DivergedError: If the loss on the examples whose gradient is read is not finite.
-        """
+        """Follow the step, and measure where it led if its turn has come."""
         self._trajectory.advance()
         step = state.global_step
         if step % self._every and step != state.max_steps:
@@ -290,27 +251,12 @@ class TrajectoryRecorder(TrainerCallback):
 
 
 def measured_steps(steps: int, every: int) -> list[int]:
-    """List the steps at which `TrajectoryRecorder` measures.
-
-    Args:
-        steps: Optimizer steps of the run.
-        every: Steps between points.
-
-    Returns:
-        Ascending, from 0 to ``steps``.
-    """
+    """List the steps at which `TrajectoryRecorder` measures."""
     return [*range(0, steps, every), steps]
 
 
 def read_trajectory(path: str | Path) -> list[TrajectoryPoint]:
-    """Read the points that `TrajectoryRecorder` wrote.
-
-    Args:
-        path: ``trajectory.jsonl``; missing means nothing was written. A last line cut off by a crash is ignored.
-
-    Returns:
-        In the order of the steps.
-    """
+    """Read the points that `TrajectoryRecorder` wrote."""
     return TypeAdapter(list[TrajectoryPoint]).validate_python(read_history(Path(path)))
 
 
@@ -337,14 +283,7 @@ class SealedCheckpoints(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest whole checkpoint, and remove those that were cut off.
-
-    Args:
-        folder: Output folder of the Trainer.
-
-    Returns:
-        The checkpoint's folder, or ``None``.
-    """
+    """Find the newest whole checkpoint, and remove those that were cut off."""
     found = {int(path.name.split("-")[1]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     for step, path in list(found.items()):
         if not (path / _SEAL).exists():

@@ -87,24 +87,7 @@ def curvature_point(
     trace_products: int = 30,
     seed: int = 0,
 ) -> CurvaturePoint:
-    r"""Measure the curvature where a model is; the model, its gradients and all random states stay as they are.
-
-    Args:
-        model: PEFT model, or a plain one for ``weights`` alone.
-        batches: Model inputs with labels, iterated many times.
-        step: Optimizer steps done.
-        over: Kinds of coordinates, of ``tangent``, ``factors`` and ``weights``.
-        layers: Which, as `Hessian` takes them; default all.
-        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        trace_products: Products with the Hessian for each trace, at least 6.
-        seed: Of the random vectors.
-
-    Returns:
-        The point.
-
-    Raises:
-        InputError: If the model has no such coordinates, or a loss is not finite.
-    """
+    r"""Measure the curvature where a model is; the model, its gradients and all random states stay as they are."""
     batches = as_batches(batches)
     how: dict[str, Any] = {"layers": None if layers is None else list(layers), "loss_fn": loss_fn}
     operators = {name: Hessian(model, batches, over=name, **how) for name in over}
@@ -140,18 +123,6 @@ class CurvatureCallback(TrainerCallback):
 
     Points are measured at the start, every ``every`` steps and at the end. Works with any Hugging Face Trainer. Under
     ``torch.distributed`` every rank reads its own batches, and the first one writes.
-
-    Args:
-        batches: Model inputs with labels: the same at every point, so that only the weights change between them.
-        every: Steps between points, in [1, inf).
-        path: The file; default ``curvature.jsonl`` in the Trainer's output folder. When a run is resumed, lines after
-            the checkpoint's step are dropped.
-        over: Kinds of coordinates, of ``tangent``, ``factors`` and ``weights``.
-        layers: Which layers, as `Hessian` takes them; default all.
-        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        trace_products: Products with the Hessian for each trace, at least 6.
-        seed: Of the random vectors, the same at every point.
-        on_point: Called with each point.
 
     Example:
         >>> trainer.add_callback(CurvatureCallback(batches, every=50))  # doctest: +SKIP
@@ -196,11 +167,7 @@ class CurvatureCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ):
-        """Measure the start, or go on from a checkpoint.
-
-        Raises:
-            InputError: If the model has no such coordinates, or its loss on the examples is not finite.
-        """
+        """Measure the start, or go on from a checkpoint."""
         path = self._path = self._path or Path(str(args.output_dir)) / _FILE
         step = state.global_step
         if state.is_world_process_zero:
@@ -218,11 +185,7 @@ class CurvatureCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ):
-        """Measure where the step led, if its turn has come.
-
-        Raises:
-            DivergedError: If the loss on the examples is not finite.
-        """
+        """Measure where the step led, if its turn has come."""
         step = state.global_step
         if step % self._every and step != state.max_steps:
             return
@@ -242,12 +205,5 @@ class CurvatureCallback(TrainerCallback):
 
 
 def read_curvature(path: str | Path) -> list[CurvaturePoint]:
-    """Read the points that `CurvatureCallback` wrote.
-
-    Args:
-        path: ``curvature.jsonl``; missing means nothing was written. A last line cut off by a crash is ignored.
-
-    Returns:
-        In the order of the steps.
-    """
+    """Read the points that `CurvatureCallback` wrote."""
     return TypeAdapter(list[CurvaturePoint]).validate_python(read_history(Path(path)))

@@ -9,11 +9,7 @@ from tangora._checks import InputError
 
 
 def check_device(name: str | None) -> None:
-    """Raise `InputError` unless a device is there; asks without starting CUDA, so that processes can be forked after.
-
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``None`` for any.
-    """
+    """Raise `InputError` unless a device is there; asks without starting CUDA, which forbids to fork."""
     kind, _, index = (name or "cpu").partition(":")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' is not available on this machine; leave it out or give cpu")
@@ -24,17 +20,7 @@ def check_device(name: str | None) -> None:
 
 
 def device_named(name: str | None) -> torch.device:
-    """Return a device, by default the first GPU if there is one, and let ``cuda`` mean it from now on.
-
-    Args:
-        name: As for `check_device`.
-
-    Returns:
-        The device.
-
-    Raises:
-        InputError: If it is not there.
-    """
+    """Return a device, by default the first GPU if there is one, and let ``cuda`` mean it from now on."""
     check_device(name)
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.index is not None and device.type == "cuda":
@@ -43,12 +29,7 @@ def device_named(name: str | None) -> torch.device:
 
 
 def keep_to(arguments: transformers.TrainingArguments, name: str | None) -> None:
-    """Let a Trainer use a GPU other than the first, which is the one that transformers takes.
-
-    Args:
-        arguments: The Trainer's, just made.
-        name: As for `check_device`.
-    """
+    """Let a Trainer use a GPU other than the first, which is the one that transformers takes."""
     device = torch.device(name or "cpu")
     if not device.index:
         return
@@ -64,9 +45,6 @@ def single_gpu(trainer: transformers.Trainer) -> None:
 
     transformers does so by itself where no launcher is used, and multiplies the batch by their number. Processes of a
     launcher, and models that already lie on several devices, have one GPU each here and are left alone.
-
-    Args:
-        trainer: Just made; trains and evaluates on its first GPU from now on, with ``per_device_train_batch_size``.
     """
     arguments = trainer.args
     if arguments.n_gpu <= 1:

@@ -15,11 +15,7 @@ _INSTEAD = (
 
 
 def check_kept(*, given: bool) -> None:
-    """Raise `InputError` if DeepSpeed would replace the Trainer's optimizer without a word.
-
-    Args:
-        given: Whether the optimizer was given as an object, through ``optimizers=``.
-    """
+    """Raise `InputError` if DeepSpeed would replace the Trainer's optimizer without a word."""
     plugin = _plugin("deepspeed_plugin")
     if plugin is None:
         return
@@ -35,11 +31,7 @@ def check_kept(*, given: bool) -> None:
 
 
 def check_steppable(optimizer: Optimizer) -> None:
-    """Raise `InputError` if an engine would flatten or partition the parameters of a pair optimizer.
-
-    Args:
-        optimizer: Any optimizer; those of torch stand it.
-    """
+    """Raise `InputError` if an engine would flatten or partition the parameters of a pair optimizer."""
     if not isinstance(optimizer, PairOptimizer):
         return
     deepspeed, fsdp = _plugin("deepspeed_plugin"), _plugin("fsdp_plugin")

@@ -35,34 +35,14 @@ def evaluate(
     batch_size: int,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Measure loss and accuracy on a data set.
-
-    Args:
-        model: A transformers model, with or without adapters.
-        dataset: From `encode`.
-        collate: From `collator`.
-        kind: What the model does.
-        batch_size: Examples at a time, in [1, inf); changes nothing but speed.
-        progress: Called after each batch.
-
-    Returns:
-        ``loss`` (the mean over examples) and ``accuracy`` of a classifier; ``loss`` (the mean over predicted
-        tokens, in nats), ``perplexity`` and ``token_accuracy`` of a causal model.
-    """
+    """Measure loss and accuracy on a data set."""
     return summarize(
         predictions(model, dataset, collate, kind=kind, batch_size=batch_size, progress=progress)
     )
 
 
 def summarize(per_example: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
-    """Condense what `predictions` returns, or a resample of it.
-
-    Args:
-        per_example: ``loss`` and ``correct`` of each example, and ``tokens`` where they are sums over tokens.
-
-    Returns:
-        What `evaluate` returns.
-    """
+    """Condense what `predictions` returns, or a resample of it."""
     loss, correct = per_example["loss"].sum().item(), per_example["correct"].sum().item()
     if "tokens" not in per_example:
         count = len(per_example["loss"])
@@ -84,24 +64,7 @@ def predictions(
     batch_size: int,
     progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Measure each example, for intervals and paired comparisons.
-
-    Args:
-        model: A transformers model, with or without adapters.
-        dataset: From `encode`.
-        collate: From `collator`.
-        kind: What the model does.
-        batch_size: Examples at a time, in [1, inf).
-        progress: Called after each batch.
-
-    Returns:
-        In the data set's order, in float64 on the CPU: ``loss``, ``correct`` and, of a classifier,
-        ``predicted`` (class numbers); of a causal model ``loss`` and ``correct`` are sums over the example's
-        predicted tokens and ``tokens`` is their number.
-
-    Raises:
-        InputError: If the data set is empty.
-    """
+    """Measure each example, for intervals and paired comparisons."""
     check_choice("kind", kind, KINDS)
     if not len(dataset):
         raise InputError("dataset must hold at least one example; it is empty")

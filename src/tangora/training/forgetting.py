@@ -18,16 +18,6 @@ def unrelated_texts(task_name: str, count: int) -> list[str]:
 
     Articles of BBC News; where these are the task themselves, word problems of ``gsm_symbolic`` with their solutions.
     Both are what `load_task` gives as test examples with its default seed.
-
-    Args:
-        task_name: Name of the task that is trained, as `load_task` takes it.
-        count: How many, in [1, inf).
-
-    Returns:
-        The texts.
-
-    Raises:
-        InputError: If the data is not installed, or there are not as many.
     """
     check_whole("count", count, low=1)
     source = PROBLEMS if task_name == NEWS else NEWS
@@ -43,22 +33,7 @@ def forgetting_loss(
     max_length: int = 64,
     batch_size: int = 16,
 ) -> float | None:
-    """Measure how well a model predicts texts; measured before and after training, the rise is what it forgot.
-
-    Args:
-        model: A transformers model, with or without adapters.
-        tokenizer: Of the model.
-        texts: From `unrelated_texts`.
-        max_length: Tokens of each text that are read, in [2, inf).
-        batch_size: Texts at a time, in [1, inf); changes nothing but speed.
-
-    Returns:
-        Mean loss of the next token over all texts, in nats; ``None`` for a classifier, which has lost the head that
-        would predict it.
-
-    Raises:
-        InputError: If there is no text.
-    """
+    """Measure how well a model predicts texts; measured before and after training, the rise is what it forgot."""
     if not texts:
         raise InputError("texts must hold at least one text; got none")
     if model.get_output_embeddings() is None:

@@ -15,14 +15,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def observed(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; restore each module's mode and the random state.
-
-    Args:
-        model: Any model.
-
-    Yields:
-        Nothing.
-    """
+    """Put a model into evaluation mode without gradients; restore each module's mode and the random state."""
     # each module has its own mode: a frozen backbone may be in evaluation mode while its head trains
     modes = {module: module.training for module in model.modules()}
     device = device_of(model)
@@ -41,16 +34,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, progress: Progress | None) -> Iterator[list[int]]:
-    """Yield the indices of each batch, longest first: little padding, and what does not fit fails at once.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples at a time, in [1, inf).
-        progress: Called after each batch.
-
-    Yields:
-        Indices into ``lengths``.
-    """
+    """Yield the indices of each batch, longest first: little padding, and what does not fit fails at once."""
     check_whole("batch_size", batch_size, low=1)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):

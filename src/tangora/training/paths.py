@@ -7,14 +7,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def local_path(name: str) -> Path | None:
-    """Return the file or folder that a name means.
-
-    Args:
-        name: As the user gave it.
-
-    Returns:
-        Nothing if there is none, or only what cannot be read twice, such as a pipe.
-    """
+    """Return the file or folder that a name means."""
     path = os.path.expanduser(
         name
     )  # Path.expanduser raises for an unknown user, Path.is_file for a long name
@@ -22,24 +15,10 @@ def local_path(name: str) -> Path | None:
 
 
 def is_model_path(name: str) -> bool:
-    """Tell whether a model's name can be no hub name and no packaged one.
-
-    Args:
-        name: As the user gave it.
-
-    Returns:
-        Whether only a file or folder can be meant.
-    """
+    """Tell whether a model's name can be no hub name and no packaged one."""
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 
 def is_data_path(name: str) -> bool:
-    """Tell whether a data set's name can be no hub name and no packaged one.
-
-    Args:
-        name: As the user gave it.
-
-    Returns:
-        Whether only a file or folder can be meant.
-    """
+    """Tell whether a data set's name can be no hub name and no packaged one."""
     return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in DATA_SUFFIXES

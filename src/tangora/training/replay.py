@@ -18,24 +18,12 @@ class MicroBatch:
 
     @classmethod
     def of(cls, inputs: Any, num_items: Any) -> "MicroBatch":
-        """Keep a micro-batch that is about to be evaluated.
-
-        Args:
-            inputs: The model's inputs; a mapping is copied, because losses may take labels out of it.
-            num_items: Items in the whole batch.
-
-        Returns:
-            The micro-batch.
-        """
+        """Keep a micro-batch that is about to be evaluated."""
         return cls(dict(inputs) if isinstance(inputs, Mapping) else inputs, num_items, RandomState.now())
 
     @contextlib.contextmanager
     def again(self) -> Iterator[Any]:
-        """Evaluate it again with the random numbers of the first time; the present random state comes back.
-
-        Yields:
-            Its inputs.
-        """
+        """Evaluate it again with the random numbers of the first time; the present random state comes back."""
         with preserved_randomness():
             self.random.put_back()
             yield dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs

@@ -27,15 +27,7 @@ NUM_HELD_OUT = 200
 
 
 def start(trainer: transformers.Trainer, recipe: Recipe) -> None:
-    """Give the Trainer's model the initialization of a recipe, unless it has it; random state and data stay.
-
-    Args:
-        trainer: About to make its optimizer.
-        recipe: Its recipe.
-
-    Raises:
-        InputError: If data or loss of the Trainer cannot be used for it.
-    """
+    """Give the Trainer's model the initialization of a recipe, unless it has it; random state and data stay."""
     model: Any = trainer.model
     if recipe.start is None or started_by(model) == recipe.start:
         return
@@ -51,12 +43,7 @@ def start(trainer: transformers.Trainer, recipe: Recipe) -> None:
 
 
 def expect_started(model: nn.Module, recipe: Recipe) -> None:
-    """Make room for a checkpoint of a training that began with a recipe's initialization; it brings all factors.
-
-    Args:
-        model: The Trainer's, before the checkpoint is loaded.
-        recipe: Its recipe.
-    """
+    """Make room for a checkpoint of a training that began with a recipe's initialization; it brings all factors."""
     bare = unwrapped(model)
     if recipe.start is None or not isinstance(bare, PeftModel):
         return

@@ -15,14 +15,7 @@ TENSORBOARD = "tensorboard"
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
-    """Check that trackers can be used, before any time has been spent.
-
-    Args:
-        names: The trackers.
-
-    Raises:
-        InputError: Naming the package that is not installed.
-    """
+    """Check that trackers can be used, before any time has been spent."""
     available = get_available_reporting_integrations()
     for name in names:
         if name not in available:
@@ -30,16 +23,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 
 
 def trackers(names: Sequence[Tracker], folder: Path) -> list[TrainerCallback]:
-    """Make the callbacks that send what the Trainer logs to trackers.
-
-    Args:
-        names: The trackers. All but TensorBoard take their own settings from the environment, as with the Trainer.
-        folder: The run's folder; TensorBoard's events go into ``tensorboard/``, where
-            ``tensorboard --logdir`` of any folder above finds them.
-
-    Returns:
-        One callback for each.
-    """
+    """Make the callbacks that send what the Trainer logs to trackers."""
     made: list[TrainerCallback] = []
     for name in names:
         if name == TENSORBOARD:

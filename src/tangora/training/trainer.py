@@ -52,15 +52,12 @@ class Trainer(transformers.Trainer):
     data handling, put this class in front of it: ``class SFT(tangora.Trainer, trl.SFTTrainer): ...``.
 
     Args:
-        model: As for ``transformers.Trainer``.
-        *args: As for ``transformers.Trainer``.
         recipe: A name such as ``"tangent"``, or what ``tangora.recipe`` returns; ``None`` leaves everything as it is.
         learning_rate: Peak learning rate of the recipe's optimizer, in place of that of ``TrainingArguments``.
         head_learning_rate: Of a new head, which the recipe's optimizer trains whole; default: the recipe's choice,
             mostly that of the adapter. It follows the same schedule.
         peft_config: Of the adapter that a base model gets, completed by the recipe (``use_rslora``, ``use_dora``);
             default: rank 8, alpha 16, all linear layers.
-        **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
         replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
@@ -156,25 +153,13 @@ class Trainer(transformers.Trainer):
         self.args.learning_rate = recipe.default_learning_rate if given is None else given
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a new model, with the recipe's adapter.
-
-        Args:
-            trial: As for ``transformers.Trainer``.
-
-        Returns:
-            The model.
-        """
+        """Make a new model, with the recipe's adapter."""
         return self._adapted(super().call_model_init(trial))
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train; a recipe without training (``one-step``) only initializes the adapter.
-
-        Args:
-            resume_from_checkpoint: As for ``transformers.Trainer``.
-            *args: As for ``transformers.Trainer``.
-            **kwargs: As for ``transformers.Trainer``.
 
         Returns:
             Steps, loss and metrics; no step and no loss for a recipe without training.
@@ -227,14 +212,6 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step.
-
-        Args:
-            model: The wrapped model.
-            inputs: Its inputs.
-            num_items_in_batch: As for ``transformers.Trainer``.
-
-        Returns:
-            The loss.
 
         Raises:
             InputError: If the optimizer needs several gradients per step and the mode of training allows one.

@@ -160,14 +160,7 @@ class CompareSettings(TaskSettings):
         return {key for key, holds in kept.items() if holds}
 
     def grid(self, name: str) -> list[float]:
-        """Return the learning rates of a recipe.
-
-        Args:
-            name: The recipe.
-
-        Returns:
-            Its grid, ascending.
-        """
+        """Return the learning rates of a recipe."""
         return self.learning_rates.get(name) or list(recipe(name).learning_rates)
 
     @property
@@ -190,13 +183,7 @@ class CompareSettings(TaskSettings):
         """Return the settings of one run.
 
         Args:
-            name: The recipe.
-            rate: Learning rate.
-            seed: Seed.
             cut: Of how many steps one is made, in a trial.
-
-        Returns:
-            Its settings.
         """
         own = {
             "recipe": name,
@@ -257,19 +244,7 @@ class PlanSettings(Settings):
 def read_plan(
     values: Mapping[str, Any], flags: Mapping[str, Any] | None = None, source: str = ""
 ) -> CompareSettings | PlanSettings:
-    """Make the settings of one comparison, or of several where there are ``tasks``.
-
-    Args:
-        values: By key, as in a plan's file; each of the ``tasks`` overrides what stands outside.
-        flags: Override both.
-        source: Where they come from, for messages.
-
-    Returns:
-        The settings.
-
-    Raises:
-        InputError: Naming the first bad key, its value and what is allowed.
-    """
+    """Make the settings of one comparison, or of several where there are ``tasks``."""
     flags, tasks = dict(flags or {}), values.get("tasks")
     if "tasks" not in values:
         return validated(CompareSettings, CompareSettings.overridden(values, flags), source)
@@ -291,18 +266,7 @@ def read_plan(
 def chosen_tasks(
     settings: CompareSettings | PlanSettings, names: str | None
 ) -> CompareSettings | PlanSettings:
-    """Leave out tasks of a plan, to run it in pieces.
-
-    Args:
-        settings: The plan.
-        names: Tasks, separated by commas; ``None`` for all.
-
-    Returns:
-        A smaller plan, whose folders are those of the whole.
-
-    Raises:
-        InputError: If there is no such task, or the plan has only one.
-    """
+    """Leave out tasks of a plan, to run it in pieces."""
     if names is None:
         return settings
     if isinstance(settings, CompareSettings):

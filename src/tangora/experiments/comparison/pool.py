@@ -34,12 +34,7 @@ class _Running:
 
 
 class Pool:
-    """Makes runs side by side.
-
-    Args:
-        jobs: How many at a time, in [1, inf).
-        limits: What each may use. Without a number of threads, several jobs share the machine's cores.
-    """
+    """Makes runs side by side."""
 
     def __init__(self, jobs: int = 1, limits: Limits | None = None):
         limits = limits or Limits()
@@ -69,14 +64,7 @@ class Pool:
         return len(self._running) < self._jobs
 
     def start(self, cell: Cell, task: Task, folder: Path, watcher: Watcher) -> None:
-        """Start a run.
-
-        Args:
-            cell: The run.
-            task: Its data.
-            folder: The comparison's.
-            watcher: Called with the progress, when `wait` is called.
-        """
+        """Start a run."""
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=work, args=(cell, task, folder, self._limits, theirs), name=cell.id, daemon=True
@@ -87,14 +75,7 @@ class Pool:
         self._running[cell.id] = _Running(cell, task, folder, process, ours, watcher)
 
     def wait(self) -> list[tuple[Cell, Record]]:
-        """Wait until a run ends, and pass on what all of them tell until then.
-
-        Returns:
-            Runs that have ended, with their records.
-
-        Raises:
-            DiskFullError: If a run could not write.
-        """
+        """Wait until a run ends, and pass on what all of them tell until then."""
         ended: list[tuple[Cell, Record]] = []
         while not ended:
             wait([run.told for run in self._running.values()])

@@ -39,15 +39,7 @@ class Cell:
 
 
 def due(settings: CompareSettings, records: Sequence[Record]) -> list[Cell]:
-    """List the runs that have to be made now.
-
-    Args:
-        settings: What to compare; ``kind`` must be known.
-        records: Of the runs that have ended, well or badly.
-
-    Returns:
-        Runs without a record that depend on none of each other; empty when the comparison is complete.
-    """
+    """List the runs that have to be made now."""
     known = {record.id: record for record in records}
     return [
         cell
@@ -58,15 +50,7 @@ def due(settings: CompareSettings, records: Sequence[Record]) -> list[Cell]:
 
 
 def planned(settings: CompareSettings, records: Sequence[Record]) -> int:
-    """Count the runs of a comparison as far as they can be foreseen.
-
-    Args:
-        settings: What to compare.
-        records: Of the runs that have ended.
-
-    Returns:
-        Runs that ended and those that are still wanted; more may follow from extending and refining grids.
-    """
+    """Count the runs of a comparison as far as they can be foreseen."""
     known = {record.id: record for record in records}
     total = 0
     for name in settings.recipes:

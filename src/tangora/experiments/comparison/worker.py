@@ -60,33 +60,12 @@ class Limits:
 
 
 def record_path(folder: Path, cell: Cell) -> Path:
-    """Return where the record of a run is.
-
-    Args:
-        folder: The comparison's.
-        cell: The run.
-
-    Returns:
-        The file, which exists when the run has ended.
-    """
+    """Return where the record of a run is."""
     return folder / RECORDS_FOLDER / f"{cell.id}.json"
 
 
 def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
-    """Make a run, and write its record.
-
-    Args:
-        cell: The run.
-        task: Its data, `checked` with its model.
-        folder: The comparison's.
-        watcher: Called with the progress.
-
-    Returns:
-        The record; of a run that failed, one that says why.
-
-    Raises:
-        DiskFullError: If there is no space for what the run writes. There is no record then.
-    """
+    """Make a run, and write its record."""
     run_folder = folder / RUNS_FOLDER / cell.id
     try:
         if not cell.settings.save_every:  # a run without a record was cut off
@@ -115,18 +94,7 @@ def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
 
 
 def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str) -> Record:
-    """Make the record of a run that did not get to its end.
-
-    Args:
-        cell: The run.
-        task: Its data.
-        folder: The comparison's.
-        status: What became of it.
-        error: Why.
-
-    Returns:
-        The record, with the steps that were made.
-    """
+    """Make the record of a run that did not get to its end."""
     run_folder = folder / RUNS_FOLDER / cell.id
     return Record(
         id=cell.id,
@@ -148,31 +116,12 @@ def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str)
 
 
 def printed_path(folder: Path, cell: Cell) -> Path:
-    """Return where what a run's process printed is.
-
-    Args:
-        folder: The comparison's.
-        cell: The run.
-
-    Returns:
-        The file; it does not exist if nothing was printed.
-    """
+    """Return where what a run's process printed is."""
     return folder / RUNS_FOLDER / f"{cell.id}.txt"
 
 
 def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits) -> Record:
-    """Make the record of a run whose process ended without one.
-
-    Args:
-        cell: The run.
-        task: Its data.
-        folder: The comparison's.
-        code: Exit code; negative for a signal.
-        limits: What it might use.
-
-    Returns:
-        The record, with what can be told of the cause.
-    """
+    """Make the record of a run whose process ended without one."""
     path = printed_path(folder, cell)
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
@@ -195,16 +144,7 @@ def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits)
 
 
 def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection) -> None:
-    """Make a run in the process that this is called in, which is given to it.
-
-    Args:
-        cell: The run.
-        task: Its data.
-        folder: The comparison's.
-        limits: What it may use.
-        told: Receives ``("phase", name)``, ``("step", number, loss)`` and at the end ``("done", None)`` or
-            ``("full", what)``.
-    """
+    """Make a run in the process that this is called in, which is given to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison hears it, too, and ends its runs
     _end_with_parent()
     os.environ.pop("LOCAL_RANK", None)  # a launcher with one process: runs side by side cannot share its port

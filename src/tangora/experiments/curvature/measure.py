@@ -59,20 +59,6 @@ def measure_curvature(
 
     The output folder holds ``settings.json``, ``curvature.json`` (everything), ``curvature.html`` and ``pictures/``.
     Called again it writes them anew.
-
-    Args:
-        settings: What to measure.
-        output: Output folder.
-        command: The command line, for the record.
-        phase: Called with the name of what begins.
-        progress: Called with the number of products with the matrix, and how many are expected at most.
-
-    Returns:
-        The record, and where the files are.
-
-    Raises:
-        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or a
-            launcher has started several processes.
     """
     check_one_process("curvature")
     folder = Path(output)
@@ -108,31 +94,12 @@ def _check_sizes(settings: CurvatureSettings, subject: Subject) -> None:
 
 
 def rewrite(folder: Path, record: CurvatureRecord) -> tuple[Path, list[Path]]:
-    """Write page and pictures of a record again.
-
-    Args:
-        folder: Its folder.
-        record: The record.
-
-    Returns:
-        The page, and the pictures.
-    """
+    """Write page and pictures of a record again."""
     return write_curvature(record, folder / PAGE), save_curvature_pictures(record, folder / PICTURES)
 
 
 def chosen_spaces(settings: CurvatureSettings, subject: Subject) -> list[Space]:
-    """Choose the spaces of directions, those that do not depend on the choice of factors first.
-
-    Args:
-        settings: What was asked for.
-        subject: What is measured.
-
-    Returns:
-        The spaces; with factors always the tangent space or the weights, beside which alone they are shown.
-
-    Raises:
-        InputError: If a space needs an adapter that there is not.
-    """
+    """Choose the spaces of directions, those that do not depend on the choice of factors first."""
     if settings.over is None:
         return ["tangent", "factors"] if subject.ranks else ["weights"]
     if not subject.ranks and (wrong := [space for space in settings.over if space != "weights"]):

@@ -67,11 +67,7 @@ class Budget:
         return self.max_products + self.probes * self.steps + self.trace_products
 
     def layer_products(self, num_iterated: int) -> int:
-        """Return about how many `layers_of` takes.
-
-        Args:
-            num_iterated: Layers whose own largest eigenvalue is looked for.
-        """
+        """Return about how many `layers_of` takes."""
         return _ITERATIONS * (1 + num_iterated) + max(2, self.trace_products)
 
     @property
@@ -86,27 +82,14 @@ class Budget:
 
 
 class Meter:
-    """Counts products with the Hessian as they are made.
-
-    Args:
-        total: How many are expected at most.
-        progress: Called with the number done and the number that is expected now.
-    """
+    """Counts products with the Hessian as they are made."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None]):
         self.done, self.total, self._progress = 0, total, progress
 
     @contextlib.contextmanager
     def stage(self, operator: CurvatureOperator, planned: int) -> Iterator[Callable[..., None]]:
-        """Follow an operator through a part of the work; what it did not need of its plan is expected no more.
-
-        Args:
-            operator: Counts its own products.
-            planned: How many were expected of it.
-
-        Yields:
-            What an algorithm may call as often as it likes.
-        """
+        """Follow an operator through a part of the work; what it did not need of its plan is expected no more."""
         before = operator.products
 
         def tick(*_: Any) -> None:
@@ -121,18 +104,7 @@ class Meter:
 def spectrum_of(
     operator: CurvatureOperator, space: Space, kind: Operator, budget: Budget, tick: Callable[..., None]
 ) -> tuple[Spectrum, Eigenpairs]:
-    """Measure the curvature over one space.
-
-    Args:
-        operator: Over that space.
-        space: Its name.
-        kind: Name of the operator.
-        budget: What it may cost.
-        tick: Called as products are made.
-
-    Returns:
-        The record, and the eigenpairs with their vectors.
-    """
+    """Measure the curvature over one space."""
     began, before = time.perf_counter(), operator.products
     top, seed = min(budget.top, operator.size), budget.seed
     gradient_norm = float(operator.gradient().double().norm())
@@ -198,18 +170,7 @@ def _density(density: SpectralDensity) -> Density:
 def layers_of(
     operator: CurvatureOperator, space: Space, budget: Budget, eigenvalues: bool, tick: Callable[..., None]
 ) -> list[LayerCurvature]:
-    """Measure the curvature of every layer.
-
-    Args:
-        operator: Over the space.
-        space: Its name.
-        budget: Tolerance, seed and products for the traces.
-        eigenvalues: Whether to look for every layer's own largest eigenvalue.
-        tick: Called as products are made.
-
-    Returns:
-        The layers in the model's order.
-    """
+    """Measure the curvature of every layer."""
     found = block_statistics(
         operator,
         probes=max(2, budget.trace_products),
@@ -236,17 +197,7 @@ def layers_of(
 def batch_noise_of(
     operator: CurvatureOperator, space: Space, budget: Budget, tick: Callable[..., None]
 ) -> BatchNoise:
-    """Measure how much the curvature of mini-batches scatters.
-
-    Args:
-        operator: Over the space.
-        space: Its name.
-        budget: Tolerance, seed and products for the traces.
-        tick: Called after each batch.
-
-    Returns:
-        The batches and their spread.
-    """
+    """Measure how much the curvature of mini-batches scatters."""
     probes = max(2, budget.trace_products)
     found = batch_statistics(operator, probes=probes, tol=budget.tol, seed=budget.seed, progress=tick)
     return BatchNoise(
@@ -278,19 +229,7 @@ def sharpness_of(
     budget: Budget,
     tick: Callable[..., None],
 ) -> Sharpness:
-    """Look for the largest loss in a ball.
-
-    Args:
-        operator: Over the space.
-        space: Its name.
-        pairs: Its leading eigenpairs.
-        radius: Of the ball.
-        budget: For the seed.
-        tick: Called after each start.
-
-    Returns:
-        What was found.
-    """
+    """Look for the largest loss in a ball."""
     found = sharpness(
         operator,
         radius,
@@ -320,16 +259,6 @@ def landscape_of(
     """Evaluate the loss along the leading eigenvectors and the gradient, and over the plane of the former.
 
     All go as far as the parabola of the largest eigenvalue needs to double the loss.
-
-    Args:
-        operator: Over the space.
-        space: Its name.
-        pairs: Its leading eigenpairs.
-        points: In each direction, odd.
-        progress: Called with the number of losses evaluated so far and of all, for each line and the plane.
-
-    Returns:
-        The lines, and the plane where there are two eigenvectors.
     """
     loss, top = operator.loss(), float(pairs.values[0])
     span = math.sqrt(2 * loss / top) if loss > 0 and top > 0 else 1.0

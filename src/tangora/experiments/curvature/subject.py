@@ -61,19 +61,7 @@ class Subject:
     ranks: tuple[int, ...]
 
     def batches(self, split: str, num_examples: int, batch_size: int) -> list[dict[str, Tensor]]:
-        """Make padded batches of the first examples of a split.
-
-        Args:
-            split: ``train``, ``validation`` or ``test``.
-            num_examples: How many; fewer where there are no more.
-            batch_size: Examples at once.
-
-        Returns:
-            Model inputs with labels.
-
-        Raises:
-            InputError: If the split is empty.
-        """
+        """Make padded batches of the first examples of a split."""
         examples = getattr(self.task, split)[:num_examples]
         if not examples:
             raise InputError(f"split {split!r} of {self.task.name} holds no examples")
@@ -83,34 +71,14 @@ class Subject:
 
 
 def is_run(source: str) -> bool:
-    """Tell whether something is a run's folder rather than a model.
-
-    Args:
-        source: Folder or name.
-
-    Returns:
-        Whether it holds what ``tangora train``, or one run of ``tangora compare``, leaves behind.
-    """
+    """Tell whether something is a run's folder rather than a model."""
     folder = Path(source)
     record = folder.parent.parent / "records" / f"{folder.name}.json"
     return folder.is_dir() and ((folder / "settings.json").is_file() or record.is_file())
 
 
 def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed: int) -> Subject:
-    """Load what is to be measured.
-
-    Args:
-        source: Folder of a run, or a model as `load_model` takes it.
-        adapter: Folder of a saved adapter, for a model.
-        changes: Settings of the data that differ from the run's or the defaults; ``None`` changes nothing.
-        seed: Of a new head, for a model; a run has its own.
-
-    Returns:
-        The subject.
-
-    Raises:
-        InputError: If something cannot be loaded, or an adapter is given for a run.
-    """
+    """Load what is to be measured."""
     changes = {key: value for key, value in changes.items() if key in _DATA_KEYS and value is not None}
     if "data" in changes:
         changes.setdefault("test_data", None)  # the run's belongs to the run's data

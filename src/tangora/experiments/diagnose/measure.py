@@ -51,20 +51,6 @@ def diagnose_task(
 
     The output folder holds ``settings.json``, ``diagnosis.json`` (everything), ``rank_plan.json`` (for ``tangora train
     --rank-plan``, or as arguments of PEFT's ``LoraConfig``) and ``diagnosis.html``. Called again it writes them anew.
-
-    Args:
-        settings: What to look at.
-        output: Output folder.
-        command: The command line, for the record.
-        phase: Called with the name of what begins.
-        progress: Called with the number of batches read, and their total.
-
-    Returns:
-        The record, and where the files are.
-
-    Raises:
-        InputError: If something in the settings cannot be used, the folder belongs to another configuration, or a
-            launcher has started several processes.
     """
     check_one_process("diagnose")
     folder = Path(output)

@@ -16,16 +16,6 @@ PRESETS = tuple(sorted(_FILES))
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return the settings of a named comparison.
-
-    Args:
-        name: One of `PRESETS`.
-
-    Returns:
-        Values for `read_plan`.
-
-    Raises:
-        InputError: If there is none of this name.
-    """
+    """Return the settings of a named comparison."""
     check_choice("preset", name, PRESETS)
     return yaml.safe_load(_FILES[name].read_text(encoding="utf-8"))

@@ -13,16 +13,7 @@ from tangora.training.models import LoadedModel
 def encoded(
     examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
 ) -> tuple[EncodedDataset, Any]:
-    """Encode examples.
-
-    Args:
-        examples: Of a task.
-        loaded: Model and tokenizer.
-        settings: For the length.
-
-    Returns:
-        The examples as tokens, and what makes a padded batch of some of them.
-    """
+    """Encode examples."""
     data = encode(
         examples,
         loaded.tokenizer,
@@ -36,16 +27,7 @@ def encoded(
 def encoded_batches(
     examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
 ) -> list[dict[str, Tensor]]:
-    """Make padded batches of examples.
-
-    Args:
-        examples: Of a task.
-        loaded: Model and tokenizer.
-        settings: For batch size and length.
-
-    Returns:
-        Model inputs with labels, in the examples' order.
-    """
+    """Make padded batches of examples."""
     data, collate = encoded(examples, loaded, settings)
     size = settings.batch_size
     return [

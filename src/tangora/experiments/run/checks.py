@@ -14,11 +14,7 @@ from tangora.training.models import LoadedModel
 
 
 def check_options(settings: RunSettings, task: Task) -> None:
-    """Check the settings against the data, before a model is loaded.
-
-    Raises:
-        InputError: If a setting would have no effect, or asks for more examples than there are.
-    """
+    """Check the settings against the data, before a model is loaded."""
     if task.kind == "classification":
         for key, what in (("exact_match", "generated answers"), ("forgetting", "the loss on unrelated text")):
             if getattr(settings, key):
@@ -37,19 +33,7 @@ def check_options(settings: RunSettings, task: Task) -> None:
 
 
 def checked(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) -> Task:
-    """Check that the recipes of some runs can be prepared on a model, and that it can read their data.
-
-    Args:
-        runs: Settings of runs that share the model.
-        task: Their data.
-        loaded: The model, which stays as it is.
-
-    Returns:
-        The data, with a note of what is cut off.
-
-    Raises:
-        InputError: As the runs would: for their layers, ranks or plans, or as `fitted`.
-    """
+    """Check that the recipes of some runs can be prepared on a model, and that it can read their data."""
     for settings in {run.recipe: run for run in runs}.values():
         adapted = prepared_twin(settings.recipe, settings, task, loaded)
         if settings.rank_plan and len(runs) == 1 and not isinstance(adapted, PeftModel):

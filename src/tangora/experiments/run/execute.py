@@ -113,20 +113,6 @@ def execute(
     Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
     for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl``, ``snapshots/``
     and ``curvature.jsonl`` of a run that is measured. Checkpoints stay: they may go when the record is written.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        folder: Where; created when missing.
-        run_id: Name of the record.
-        stage: What the run is for.
-        before: Whether to evaluate on the test set before training too.
-        keep_model: Whether to save the whole model of full fine-tuning, which may be large.
-        is_checked: Whether model and data have been `checked` already, as a comparison does for all its runs.
-        watcher: Called with the progress.
-
-    Returns:
-        The record. A run that diverges has a record too, with the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     load = load_average()
@@ -221,26 +207,12 @@ def execute(
 
 
 def read_steps(folder: Path) -> list[StepRecord]:
-    """Read the training steps of a run, ended or cut off.
-
-    Args:
-        folder: The run's.
-
-    Returns:
-        In order.
-    """
+    """Read the training steps of a run, ended or cut off."""
     return [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
 
 
 def read_evaluations(folder: Path) -> list[EvaluationRecord]:
-    """Read the evaluations during a run, ended or cut off.
-
-    Args:
-        folder: The run's.
-
-    Returns:
-        In order, without the one at the end.
-    """
+    """Read the evaluations during a run, ended or cut off."""
     return [EvaluationRecord(**line) for line in read_history(folder / EVALUATIONS)]
 
 

@@ -37,16 +37,6 @@ def measure_flatness(
     """Measure the end point of a run.
 
     The examples are the first of the task, so that all methods and seeds are measured on the same.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        loaded: Its base model.
-        model: The same, trained.
-        test_loss: Of all test examples.
-
-    Returns:
-        The measurement. Where the model has no second derivatives it says why instead.
     """
     began = time.perf_counter()
     examples = task.train[: settings.curvature_examples or NUM_EXAMPLES]

@@ -37,17 +37,7 @@ class _Read(Protocol):
 
 
 def load_run_task(settings: _Read) -> Task:
-    """Load the data of a run or a diagnosis.
-
-    Args:
-        settings: Its settings; the split does not depend on a run's seed.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: If it cannot be loaded, or ``chat_template`` does not suit it.
-    """
+    """Load the data of a run or a diagnosis."""
     how = {key: getattr(settings, key) for key in ("kind", *_SIZES, *_COLUMNS)}
     task = load_task(settings.data, test_spec=getattr(settings, "test_data", None), **how)
     check_chat(task, settings.chat_template)
@@ -55,15 +45,7 @@ def load_run_task(settings: _Read) -> Task:
 
 
 def check_chat(task: Task, chat_template: bool | None) -> None:
-    """Raise unless it is clear how the texts of a task are to be written.
-
-    Args:
-        task: The data.
-        chat_template: The setting.
-
-    Raises:
-        InputError: If conversations come without it, or it would do nothing.
-    """
+    """Raise unless it is clear how the texts of a task are to be written."""
     if chat_template is None and any("messages" in example for example in task.train):
         raise InputError(
             f"data {task.name!r} holds conversations: give --chat-template to write them with the tokenizer's chat "
@@ -77,29 +59,13 @@ def check_chat(task: Task, chat_template: bool | None) -> None:
 
 
 def with_sizes(settings: _SettingsT, task: Task) -> _SettingsT:
-    """Write the sizes that were chosen into settings, so that folders and records tell them.
-
-    Args:
-        settings: What asked for the task.
-        task: The data.
-
-    Returns:
-        The settings, with numbers of validation and test examples.
-    """
+    """Write the sizes that were chosen into settings, so that folders and records tell them."""
     sizes = {"num_validation": len(task.validation), "num_test": len(task.test)}
     return settings.model_copy(update=sizes)
 
 
 def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
-    """Take sizes that were not given from an output folder, so that the same command continues what is there.
-
-    Args:
-        settings: What is asked for.
-        folder: Output folder, new or not. Older versions had other default sizes.
-
-    Returns:
-        The settings, unchanged if the folder is new or is about other data.
-    """
+    """Take sizes that were not given from an output folder, so that the same command continues what is there."""
     found = _json(folder / SETTINGS)
     if found.get("data") != getattr(settings, "data", None):
         return settings
@@ -112,21 +78,7 @@ def with_recorded_sizes(settings: _SettingsT, folder: Path) -> _SettingsT:
 
 
 def fitted(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: bool | None) -> Task:
-    """Check that the model can read the data, and note what of it is cut off.
-
-    Args:
-        task: The data.
-        loaded: Base model and tokenizer.
-        max_length: The setting.
-        chat_template: The setting.
-
-    Returns:
-        The task with its notes.
-
-    Raises:
-        InputError: If the tokenizer does not know the texts, has no chat template where one is wanted, or cutting
-            leaves nothing to learn from.
-    """
+    """Check that the model can read the data, and note what of it is cut off."""
     if chat_template:
         check_chat_template(loaded.tokenizer)
     notes = check_fit(
@@ -140,32 +92,12 @@ def fitted(task: Task, loaded: LoadedModel, *, max_length: int, chat_template: b
 
 
 def load_base(settings: RunSettings, task: Task) -> LoadedModel:
-    """Load the untouched base model of a run; a new head is drawn from the run's seed.
-
-    Args:
-        settings: The run's.
-        task: Its data, for the labels.
-
-    Returns:
-        Model and tokenizer; the model on the run's device.
-    """
+    """Load the untouched base model of a run; a new head is drawn from the run's seed."""
     return _load(settings, task.kind, task.labels)
 
 
 def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
-    """Load the untouched base model of a finished run, with what stands beside its adapter instead of the data.
-
-    Args:
-        settings: The run's.
-        adapter: Folder of its adapter.
-
-    Returns:
-        The model, and the tokenizer that was saved with the adapter, if there is one.
-
-    Raises:
-        InputError: If an older version has saved the adapter without the names of the classes, and the data that holds
-            them cannot be read.
-    """
+    """Load the untouched base model of a finished run, with what stands beside its adapter instead of the data."""
     kind, labels = _saved_kind(adapter, settings), _saved_labels(adapter)
     if kind == "classification" and not labels:
         try:
@@ -209,17 +141,7 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
 
 
 def prepare(method: str, model: Any, task: Task, settings: RunSettings) -> nn.Module:
-    """Make a base model ready for training as the settings want it.
-
-    Args:
-        method: Recipe.
-        model: Changed in place.
-        task: For the kind.
-        settings: The run's.
-
-    Returns:
-        What `Recipe.prepare` returns.
-    """
+    """Make a base model ready for training as the settings want it."""
     return recipe(method).prepare(
         model,
         r=settings.rank,
@@ -234,11 +156,7 @@ def prepare(method: str, model: Any, task: Task, settings: RunSettings) -> nn.Mo
 
 
 def prepared_twin(method: str, settings: RunSettings, task: Task, loaded: LoadedModel) -> nn.Module:
-    """Do the same with a twin of the model that holds no weights.
-
-    Returns:
-        What `prepare` returns; it costs next to nothing, and fails for the same reasons.
-    """
+    """Do the same with a twin of the model that holds no weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
         return prepare(method, twin, task, settings)

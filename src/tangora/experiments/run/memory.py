@@ -15,11 +15,7 @@ _PEAK = "VmHWM:"
 
 
 def reset_peak() -> bool:
-    """Forget the peak so far.
-
-    Returns:
-        Whether `peak_bytes` can tell a new one.
-    """
+    """Forget the peak so far."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -31,12 +27,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int | None:
-    """Return the peak since `reset_peak`.
-
-    Returns:
-        Bytes: allocated on the GPU if there is one, else resident in this process with everything it has loaded;
-        ``None`` where the system does not tell.
-    """
+    """Return the peak since `reset_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -48,16 +39,7 @@ def peak_bytes() -> int | None:
 
 
 def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) -> MemoryUse:
-    """Count what a run holds.
-
-    Args:
-        optimizer: The run's, if it trained.
-        model: The run's.
-        peak: From `peak_bytes`.
-
-    Returns:
-        All in bytes.
-    """
+    """Count what a run holds."""
     states = unwrapped(optimizer)
     tensors = [
         v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
@@ -70,12 +52,5 @@ def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) 
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Look through Accelerate's wrapper.
-
-    Args:
-        optimizer: Any optimizer, or ``None``.
-
-    Returns:
-        What is inside.
-    """
+    """Look through Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -22,14 +22,7 @@ def origin_of(settings: TaskSettings, task: Task | None = None) -> dict[str, str
 
 
 def model_fingerprint(name: str) -> str | None:
-    """Hash the sizes and a part of the bytes of a model's files, in a fraction of a second for any size.
-
-    Args:
-        name: As the user gave it.
-
-    Returns:
-        SHA-256; ``None`` for a packaged model or one from the hub.
-    """
+    """Hash the sizes and a part of the bytes of a model's files, in a fraction of a second for any size."""
     path = local_path(name)
     if name in PACKAGED_MODELS or path is None:
         return None

@@ -45,31 +45,14 @@ class Proof:
 def save_with_logits(
     model: PeftModel, folder: Path, loaded: LoadedModel, task: Task, settings: RunSettings
 ) -> None:
-    """Save the adapter of a run, and what it computes on a few test examples, which `verify_adapter` will ask for.
-
-    Args:
-        model: Trained.
-        folder: The run's; gets ``adapter/`` and ``logits.pt``.
-        loaded: The run's base model, for the tokenizer.
-        task: Its data.
-        settings: The run's.
-    """
+    """Save the adapter of a run, and what it computes on a few test examples, which `verify_adapter` will ask for."""
     facts = model_card_facts(settings, task.fingerprint, data_format(task, settings))
     save_adapter(model, folder / "adapter", card=facts, tokenizer=loaded.tokenizer)
     torch.save(_logits(model, loaded, task, settings), folder / "logits.pt")
 
 
 def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
-    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        folder: The run's folder.
-
-    Returns:
-        The difference of the logits on a few test examples, and whether rounding explains it.
-    """
+    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's."""
     loaded = load_base(settings, task)
     model = load_adapter(loaded.model, folder / "adapter")
     try:
@@ -81,15 +64,7 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
 
 
 def data_format(task: Task, settings: TaskSettings) -> str:
-    """Say how the examples of a task are written for a model, as a card has code for it.
-
-    Args:
-        task: The data.
-        settings: For the chat template.
-
-    Returns:
-        One of the formats that `tangora.adapters.card` knows; ``images`` for images.
-    """
+    """Say how the examples of a task are written for a model, as a card has code for it."""
     if settings.chat_template:
         return "chat template"
     first = task.train[0]
@@ -101,16 +76,7 @@ def data_format(task: Task, settings: TaskSettings) -> str:
 
 
 def model_card_facts(settings: RunSettings, fingerprint: str, form: str) -> dict[str, Any]:
-    """Return what a model card should tell of a run.
-
-    Args:
-        settings: The run's.
-        fingerprint: Of its data.
-        form: How its examples are written, from `data_format`.
-
-    Returns:
-        Facts by name.
-    """
+    """Return what a model card should tell of a run."""
     length = {"steps": settings.steps} if settings.epochs is None else {"epochs": settings.epochs}
     return {
         "base model": settings.model,

@@ -24,17 +24,7 @@ _CHECKPOINTS_AT_ONCE = 3
 
 
 def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoints: bool) -> None:
-    """Check, before training, that what it leaves will fit on the disk.
-
-    Args:
-        folder: The run's.
-        model: Prepared.
-        keeps_model: Whether a model without adapter is saved whole.
-        checkpoints: Whether there will be any.
-
-    Raises:
-        InputError: With what is needed and what there is.
-    """
+    """Check, before training, that what it leaves will fit on the disk."""
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
     # an adapter may be saved at twice its rank
     last = 2 * trained if isinstance(model, PeftModel) else _bytes(model.parameters()) if keeps_model else 0
@@ -49,16 +39,7 @@ def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoint
 
 @contextmanager
 def rescued(folder: Path, loaded: LoadedModel, model: nn.Module) -> Iterator[None]:
-    """If nothing can be written while a run trains or is saved, keep its weights in the system's temporary folder.
-
-    Args:
-        folder: The run's.
-        loaded: Its base model.
-        model: The same, prepared or trained.
-
-    Raises:
-        InputError: Saying where the weights are.
-    """
+    """If nothing can be written while a run trains or is saved, keep its weights in the system's temporary folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as problem:
@@ -79,15 +60,7 @@ def rescued(folder: Path, loaded: LoadedModel, model: nn.Module) -> Iterator[Non
 
 @contextmanager
 def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[None]:
-    """Say of a checkpoint that cannot be read what to do.
-
-    Args:
-        checkpoint: What training goes on from, if anything.
-        step: Returns the number of steps done.
-
-    Raises:
-        InputError: If training ends before a step was made.
-    """
+    """Say of a checkpoint that cannot be read what to do."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -111,11 +84,7 @@ def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[Non
 
 
 def save_weights(folder: Path, loaded: LoadedModel, model: nn.Module) -> Path:
-    """Write the adapter of a run, or its whole model with the tokenizer, whole or not at all.
-
-    Returns:
-        The folder written.
-    """
+    """Write the adapter of a run, or its whole model with the tokenizer, whole or not at all."""
     if isinstance(model, PeftModel):
         return save_adapter(model, folder / "adapter").path
     target = folder / "model"

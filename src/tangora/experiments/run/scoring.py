@@ -20,18 +20,7 @@ NUM_UNRELATED = 32
 def validation_metrics(
     loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, *, answers: bool = False
 ) -> dict[str, float]:
-    """Evaluate on the examples that choose the learning rate.
-
-    Args:
-        loaded: The run's base model, for the tokenizer.
-        model: The same, prepared or trained.
-        task: Its data.
-        settings: The run's.
-        answers: Whether answers are generated too where the settings ask for them, which takes time.
-
-    Returns:
-        Metrics by name.
-    """
+    """Evaluate on the examples that choose the learning rate."""
     metrics = evaluate(model, *encoded(task.validation, loaded, settings), **_how(task, settings))
     return metrics | (_answers(loaded, model, task.validation, settings)[0] if answers else {})
 
@@ -39,18 +28,7 @@ def validation_metrics(
 def test_metrics(
     loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Evaluate on the examples that are reported.
-
-    Args:
-        loaded: The run's base model, for the tokenizer.
-        model: The same, prepared or trained.
-        task: Its data.
-        settings: The run's.
-
-    Returns:
-        Metrics by name, and what `predictions` found for each example; ``right`` says which were answered right, by
-        a classifier or in generated text.
-    """
+    """Evaluate on the examples that are reported."""
     each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
     if task.kind == "classification":
         return summarize(each), each | {"right": each["correct"].bool()}
@@ -59,31 +37,13 @@ def test_metrics(
 
 
 def shares(each: dict[str, Tensor]) -> list[float]:
-    """Divide a loss among the examples.
-
-    Args:
-        each: From `predictions`.
-
-    Returns:
-        One number for each example, whose mean is the loss: of a causal model, where the loss is the mean over
-        tokens, long texts have larger shares.
-    """
+    """Divide a loss among the examples."""
     loss = each["loss"]
     return (loss * len(loss) / each["tokens"].sum() if "tokens" in each else loss).tolist()
 
 
 def unrelated_loss(loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings) -> float | None:
-    """Evaluate on text that has nothing to do with the task.
-
-    Args:
-        loaded: The run's base model, for the tokenizer.
-        model: The same, untouched or trained.
-        task: Its data.
-        settings: The run's.
-
-    Returns:
-        Mean loss over tokens; ``None`` for a classifier.
-    """
+    """Evaluate on text that has nothing to do with the task."""
     if task.kind == "classification":
         return None
     return forgetting_loss(

@@ -36,22 +36,7 @@ def trajectory_recorder(
     folder: Path,
     as_batches: Callable[[Sequence[Any]], list[Any]],
 ) -> TrajectoryRecorder | None:
-    """Make what follows a run, before training.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        loaded: Its base model.
-        model: The same, prepared for training.
-        folder: The run's folder.
-        as_batches: Makes model inputs of examples.
-
-    Returns:
-        The callback; ``None`` for a run that is not measured.
-
-    Raises:
-        InputError: If the reference is of another run, or there is no adapter whose gradient could be read.
-    """
+    """Make what follows a run, before training."""
     if settings.measure_every is None or not recipe(settings.recipe).trains:
         return None
     whole = not isinstance(model, PeftModel)
@@ -89,20 +74,7 @@ def curvature_callback(
     folder: Path,
     as_batches: Callable[[Sequence[Any]], list[Any]],
 ) -> CurvatureCallback | None:
-    """Make what measures the curvature of a run, before training.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-        loaded: Its base model.
-        model: The same, prepared for training.
-        folder: The run's folder.
-        as_batches: Makes model inputs of examples.
-
-    Returns:
-        The callback; ``None`` for a run whose curvature is not measured. Full fine-tuning is measured over the weights
-        of the layers that an adapter would have.
-    """
+    """Make what measures the curvature of a run, before training."""
     if settings.curvature_every is None or not recipe(settings.recipe).trains:
         return None
     whole = not isinstance(model, PeftModel)
@@ -118,18 +90,7 @@ def curvature_callback(
 
 
 def check_reference(settings: RunSettings, task: Task) -> Reference | None:
-    """Check that the reference of a run is full fine-tuning on the same examples in the same order.
-
-    Args:
-        settings: The run's.
-        task: Its data.
-
-    Returns:
-        Its snapshots; ``None`` without a reference.
-
-    Raises:
-        InputError: Naming the first setting that differs.
-    """
+    """Check that the reference of a run is full fine-tuning on the same examples in the same order."""
     if settings.reference is None:
         return None
     folder = Path(settings.reference)
@@ -159,16 +120,7 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
 
 
 def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> list[str]:
-    """List the layers that an adapter of these settings would have, for a model that is trained whole.
-
-    Args:
-        loaded: The base model.
-        task: Its data.
-        settings: For ``target_modules``.
-
-    Returns:
-        Paths in the base model.
-    """
+    """List the layers that an adapter of these settings would have, for a model that is trained whole."""
     # PEFT itself chooses
     plain = settings.model_copy(update={"rank": 1, "rank_plan": None})
     adapted = prepared_twin("lora", plain, task, loaded)
@@ -176,24 +128,10 @@ def target_layers(loaded: LoadedModel, task: Task, settings: RunSettings) -> lis
 
 
 def trajectory_points(folder: Path) -> list[dict[str, float]]:
-    """Return the totals of a run's measured points.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        Values by name, and ``step``; nothing for a run that was not measured.
-    """
+    """Return the totals of a run's measured points."""
     return [{"step": point.step} | point.totals.known() for point in read_trajectory(folder / TRAJECTORY)]
 
 
 def curvature_points(folder: Path) -> list[dict[str, float]]:
-    """Return the curvature at a run's measured points.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        Values by name, and ``step``; nothing for a run whose curvature was not measured.
-    """
+    """Return the curvature at a run's measured points."""
     return [{"step": point.step} | point.known() for point in read_curvature(folder / CURVATURE)]

@@ -28,15 +28,7 @@ _BAND = "Mean over the seeds at each recipe's best learning rate; the band reach
 
 
 def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
-    """Draw what was measured on the way.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Alignment over time and curvature over time, as far as they were measured.
-    """
+    """Draw what was measured on the way."""
     runs = {
         recipe: measured
         for recipe, records in judged(comparison, rows).items()
@@ -72,13 +64,6 @@ def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Secti
 
 
 def last_values(curves: Sequence[LossCurve]) -> str:
-    """Say where curves end.
-
-    Args:
-        curves: One per recipe, at least one.
-
-    Returns:
-        A sentence.
-    """
+    """Say where curves end."""
     ends = [f"{curve.recipe} {formats.significant(float(curve.smooth[-1]))}" for curve in curves]
     return f"At the end: {formats.listing(ends)}"

@@ -58,31 +58,14 @@ class Sweep:
 
 
 def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[LossCurve]:
-    """Average the training losses of each recipe over its seeds.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One curve per recipe with a finished run, in the order of the rows.
-    """
+    """Average the training losses of each recipe over its seeds."""
     return curves_of(
         judged(comparison, rows), lambda run: {entry.step: entry.loss for entry in run.history}, smooth
     )
 
 
 def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[LossCurve]:
-    """Average the evaluations during training of each recipe over its seeds.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-        metric: Of the validation data.
-
-    Returns:
-        One curve per recipe that was evaluated at least twice, in the order of the rows.
-    """
+    """Average the evaluations during training of each recipe over its seeds."""
     found = curves_of(
         judged(comparison, rows),
         lambda run: {
@@ -93,15 +76,7 @@ def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) 
 
 
 def judged(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Record]]:
-    """Gather the runs that the results are computed from.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Recipe name to its runs, in the order of the rows; recipes without any are missing.
-    """
+    """Gather the runs that the results are computed from."""
     groups = group_by_recipe(comparison)
     runs = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
     return {recipe: records for recipe, records in runs.items() if records}
@@ -112,16 +87,7 @@ def curves_of(
     values: Callable[[Record], Mapping[int, float]],
     smoothing: Callable[[Values], Values] = lambda values: values,
 ) -> list[LossCurve]:
-    """Average a quantity over the seeds of each recipe.
-
-    Args:
-        runs: By recipe, from `judged`.
-        values: The quantity of a run, by step; empty if it was not measured.
-        smoothing: Takes the noise of single steps away.
-
-    Returns:
-        One curve per recipe with a step that all its runs have.
-    """
+    """Average a quantity over the seeds of each recipe."""
     curves = [_curve(recipe, [values(run) for run in records], smoothing) for recipe, records in runs.items()]
     return [curve for curve in curves if curve.steps.size]
 
@@ -144,14 +110,7 @@ def _curve(
 
 
 def thin(curve: LossCurve) -> LossCurve:
-    """Leave out points of a long curve that no screen could show.
-
-    Args:
-        curve: The curve.
-
-    Returns:
-        The curve at no more than 300 steps, evenly spaced, with both ends.
-    """
+    """Leave out points of a long curve that no screen could show."""
     if curve.steps.size <= _MAX_POINTS:
         return curve
     kept = np.linspace(0, curve.steps.size - 1, _MAX_POINTS).round().astype(int)
@@ -160,14 +119,7 @@ def thin(curve: LossCurve) -> LossCurve:
 
 
 def smooth(values: Values) -> Values:
-    """Take a centred moving average whose window shrinks at the ends.
-
-    Args:
-        values: A curve.
-
-    Returns:
-        A curve of the same length; short curves come back as they are.
-    """
+    """Take a centred moving average whose window shrinks at the ends."""
     width = 2 * (values.size // (2 * _WINDOWS_PER_CURVE)) + 1
     if width == 1:
         return values
@@ -176,15 +128,7 @@ def smooth(values: Values) -> Values:
 
 
 def sweeps(comparison: Comparison, rows: Sequence[Row]) -> list[Sweep]:
-    """Gather each recipe's learning-rate sweep.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One sweep per recipe, in the order of the rows.
-    """
+    """Gather each recipe's learning-rate sweep."""
     groups = group_by_recipe(comparison)
     return [
         Sweep(row.recipe, sweep_points(groups[row.recipe], comparison.metric), row.learning_rate)
@@ -193,28 +137,13 @@ def sweeps(comparison: Comparison, rows: Sequence[Row]) -> list[Sweep]:
 
 
 def worst_value(shown: Sequence[Sweep], *, higher_is_better: bool) -> float:
-    """Find the height at which diverged runs are marked, since they have none of their own.
-
-    Args:
-        shown: All sweeps of the figure.
-        higher_is_better: Whether the metric is to be maximized.
-
-    Returns:
-        The worst validation metric of any finished run, or 0 without one.
-    """
+    """Find the height at which diverged runs are marked, since they have none of their own."""
     values = [value for sweep in shown for point in sweep.points for value in point.validation]
     return (min if higher_is_better else max)(values, default=0.0)
 
 
 def rate_ticks(shown: Sequence[Sweep]) -> list[float]:
-    """Choose the learning rates to write below the sweep.
-
-    Args:
-        shown: All sweeps of the figure.
-
-    Returns:
-        Every learning rate with a mark in the figure, or the powers of ten when these are too many.
-    """
+    """Choose the learning rates to write below the sweep."""
     drawn = [point for sweep in shown for point in sweep.points if point.validation or point.num_diverged]
     rates = sorted({point.learning_rate for point in drawn})
     if len(rates) <= _MAX_TICKS:

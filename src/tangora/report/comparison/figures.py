@@ -35,33 +35,14 @@ _PARTS = {
 
 
 def loss_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
-    """Draw the training loss of each recipe at its best learning rate.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Smoothed mean over the seeds, a band from the smallest to the largest, and the raw mean on hover.
-    """
+    """Draw the training loss of each recipe at its best learning rate."""
     return curves_figure(loss_curves(comparison, rows), rows, "training loss", raw=True)
 
 
 def curves_figure(
     curves: Sequence[LossCurve], rows: Sequence[Row], title: str, *, raw: bool = False, keyed: bool = False
 ) -> go.Figure:
-    """Draw a quantity against the optimizer steps.
-
-    Args:
-        curves: One per recipe.
-        rows: From `summarize`, for the styles.
-        title: Of the vertical axis.
-        raw: Whether the curves are smoothed, and the raw values shown on hover.
-        keyed: Whether a key stands beside the figure, which then needs no legend.
-
-    Returns:
-        Mean over the seeds, and a band from the smallest to the largest; at most 300 steps.
-    """
+    """Draw a quantity against the optimizer steps."""
     styles = recipe_styles(row.recipe for row in rows)
     figure = empty_figure("optimizer step", title)
     for curve in curves:
@@ -70,26 +51,12 @@ def curves_figure(
 
 
 def as_panel(figure: go.Figure) -> go.Figure:
-    """Make a figure small, for several side by side with one key.
-
-    Args:
-        figure: The figure, which is changed.
-
-    Returns:
-        The figure.
-    """
+    """Make a figure small, for several side by side with one key."""
     return without_legend(figure).update_layout(height=_PANEL_HEIGHT)
 
 
 def without_legend(figure: go.Figure) -> go.Figure:
-    """Take the legend from a figure that has a key beside it.
-
-    Args:
-        figure: The figure, which is changed.
-
-    Returns:
-        The figure.
-    """
+    """Take the legend from a figure that has a key beside it."""
     return figure.update_layout(showlegend=False)
 
 
@@ -130,16 +97,7 @@ def _short(values: Values) -> list[float]:
 
 
 def sweep_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
-    """Draw the validation metric against the learning rate.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One line per recipe with bars from the smallest to the largest seed, a ring around the chosen learning
-        rate, and a cross at the worst value for diverged runs.
-    """
+    """Draw the validation metric against the learning rate."""
     styles = recipe_styles(row.recipe for row in rows)
     shown = sweeps(comparison, rows)
     floor = worst_value(shown, higher_is_better=comparison.higher_is_better)
@@ -233,14 +191,7 @@ def _point_text(point: SweepPoint) -> str:
 
 
 def time_figure(rows: Sequence[Row]) -> go.Figure:
-    """Draw where the time of each recipe's runs went.
-
-    Args:
-        rows: From `summarize`.
-
-    Returns:
-        One bar per recipe, in its colour, with a pattern for each part.
-    """
+    """Draw where the time of each recipe's runs went."""
     styles = recipe_styles(row.recipe for row in rows)
     # Plotly draws the first bar at the bottom.
     timed = [row for row in reversed(rows) if row.time]

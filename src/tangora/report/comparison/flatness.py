@@ -52,27 +52,12 @@ _SPACES = (
 
 
 def has_flatness(comparison: Comparison) -> bool:
-    """Tell whether a comparison was run with ``--curvature``.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        Whether any run has a measurement.
-    """
+    """Tell whether a comparison was run with ``--curvature``."""
     return any(record.flatness is not None for record in comparison.records)
 
 
 def flatness_table(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], Cells]:
-    """Make the table of end points.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`, for the learning rates that were chosen.
-
-    Returns:
-        Headers, and one row for each recipe: the mean over the seeds, and beneath it its 95 % interval.
-    """
+    """Make the table of end points."""
     measured = _measured(comparison, rows)
     shown = {
         header: value
@@ -86,14 +71,7 @@ def flatness_table(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[st
 
 
 def flatness_sentences(flat: Flatness) -> list[str]:
-    """Say how flat the loss is at the end of one run: what can be compared with other runs, and no factors.
-
-    Args:
-        flat: The measurement.
-
-    Returns:
-        Sentences in plain text.
-    """
+    """Say how flat the loss is at the end of one run: what can be compared with other runs, and no factors."""
     if flat.missing is not None:
         return [f"Curvature was not measured: {flat.missing}."]
     names = {"weights": "Over the weights", "tangent": "In the tangent space"}
@@ -135,14 +113,7 @@ def _cell(flats: Sequence[Flatness], value: Callable[[Flatness], float | None]) 
 
 
 def flatness_notes(comparison: Comparison) -> list[str]:
-    """Say what the table of end points shows.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        Sentences in plain text.
-    """
+    """Say what the table of end points shows."""
     flats = [record.flatness for record in comparison.records if record.flatness is not None]
     with_factors = any("factors" in flat.spaces for flat in flats)
     examples = sorted({formats.plural(flat.num_examples, "example") for flat in flats})
@@ -169,15 +140,7 @@ def flatness_notes(comparison: Comparison) -> list[str]:
 
 
 def flatness_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
-    """Draw the generalisation gap against the largest curvature over the weights.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One mark for each judged run.
-    """
+    """Draw the generalisation gap against the largest curvature over the weights."""
     runs = _runs(comparison, rows)
     styles = recipe_styles(runs)
     figure = empty_figure("largest eigenvalue over the weights", "generalisation gap")
@@ -204,15 +167,7 @@ def flatness_figure(comparison: Comparison, rows: Sequence[Row]) -> go.Figure:
 
 
 def rich_flatness(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    """Make the table of end points for a terminal: what can be compared, and no factors.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The table.
-    """
+    """Make the table of end points for a terminal: what can be compared, and no factors."""
     headers, cells = flatness_table(comparison, rows)
     shown = [0, *(headers.index(name) for name in _SHORT if name in headers)]
     table = Table(title="End points", title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)

@@ -19,16 +19,7 @@ _OUTER = 4
 
 
 def forest_chart(number: int, duels: Sequence[Duel], styles: dict[str, Style]) -> Chart:
-    """Draw the differences from LoRA on one task.
-
-    Args:
-        number: Of the chart on its page.
-        duels: Recipes against LoRA on one task; at least one.
-        styles: Style of each recipe.
-
-    Returns:
-        A mark and an interval per recipe, the best at the top; hollow where it is within noise.
-    """
+    """Draw the differences from LoRA on one task."""
     # Plotly draws the first line at the bottom.
     ordered = sorted(duels, key=lambda duel: duel.difference, reverse=not duels[0].higher_is_better)
     reach = forest_reach(ordered)
@@ -44,28 +35,13 @@ def forest_chart(number: int, duels: Sequence[Duel], styles: dict[str, Style]) -
 
 
 def forest_reach(duels: Sequence[Duel]) -> float:
-    """Choose how much of the axis is drawn on both sides of zero.
-
-    Args:
-        duels: Recipes against LoRA on one task; at least one.
-
-    Returns:
-        The largest distance from zero of any interval, but for recipes that are many times as far off as is usual:
-        they must not squeeze all the others into a line.
-    """
+    """Choose how much of the axis is drawn on both sides of zero."""
     ends = [max(map(abs, drawn_interval(duel))) for duel in duels]
     return 1.05 * (min(max(ends), _OUTER * median(ends)) or 1.0)
 
 
 def drawn_interval(duel: Duel) -> Interval:
-    """Return a difference's interval, which is the difference itself where there is none.
-
-    Args:
-        duel: A recipe against LoRA.
-
-    Returns:
-        Low and high end.
-    """
+    """Return a difference's interval, which is the difference itself where there is none."""
     return duel.interval or (duel.difference, duel.difference)
 
 

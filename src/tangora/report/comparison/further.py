@@ -16,14 +16,7 @@ _VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
 
 
 def speed_verdict(speeds: Mapping[str, Speed]) -> list[str]:
-    """Say which recipes reach LoRA's final loss first, by the numbers that the table shows.
-
-    Args:
-        speeds: From `speed.speeds`.
-
-    Returns:
-        One or two sentences; none where LoRA has no final loss to reach, or there is nothing to compare with it.
-    """
+    """Say which recipes reach LoRA's final loss first, by the numbers that the table shows."""
     lora = speeds.get(BASELINE)
     if lora is None or len(speeds) < 2:
         return []
@@ -92,15 +85,7 @@ def _own(lora: Speed) -> str:
 
 
 def rate_verdict(found: Mapping[str, Robustness]) -> list[str]:
-    """Say how much the recipes depend on their learning rates.
-
-    Args:
-        found: From `robustness.robustness`.
-
-    Returns:
-        Up to three sentences: the widest range of good learning rates, where full fine-tuning's carries over, and
-        what diverges at 3 times its best.
-    """
+    """Say how much the recipes depend on their learning rates."""
     return [*_widths(found), *_carried(found), *_tripled(found)]
 
 
@@ -147,14 +132,7 @@ def _tripled(found: Mapping[str, Robustness]) -> list[str]:
 
 
 def tasks_verdict(matrix: TaskMatrix) -> list[str]:
-    """Say what several tasks say together.
-
-    Args:
-        matrix: From `tasks.matrix`.
-
-    Returns:
-        Up to three sentences: wins and losses against LoRA, all pairs, mean ranks.
-    """
+    """Say what several tasks say together."""
     return [*_against_lora(matrix), *_pairs(matrix), *_ranks(matrix)]
 
 

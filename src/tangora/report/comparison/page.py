@@ -35,27 +35,12 @@ _TEMPLATE = "page.html.j2"
 
 
 def write_page(comparison: Comparison, path: str | Path) -> Path:
-    """Write the report of a comparison.
-
-    Args:
-        comparison: The runs.
-        path: The HTML file.
-
-    Returns:
-        The path written.
-    """
+    """Write the report of a comparison."""
     return write_atomic(path, render_page(comparison))
 
 
 def render_page(comparison: Comparison) -> str:
-    """Make the report of a comparison; the same comparison gives the same text.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        A whole HTML page: what was compared, verdict, results, figures, runs, and how to repeat it.
-    """
+    """Make the report of a comparison; the same comparison gives the same text."""
     rows, samples = judge(comparison)
     advice = recommend(rows, samples, timed=has_comparable_times(comparison))
     groups = group_by_recipe(comparison)
@@ -103,14 +88,7 @@ def render_page(comparison: Comparison) -> str:
 
 
 def missing_sentence(comparison: Comparison) -> str | None:
-    """Say what has not been run.
-
-    Args:
-        comparison: The comparison.
-
-    Returns:
-        A sentence, or None if all that was planned was run.
-    """
+    """Say what has not been run."""
     if not comparison.missing:
         return None
     done, left = len(comparison.records), len(comparison.missing)
@@ -119,14 +97,7 @@ def missing_sentence(comparison: Comparison) -> str | None:
 
 
 def data_link(text: str) -> str:
-    """Make an address that holds a CSV file itself.
-
-    Args:
-        text: The file.
-
-    Returns:
-        A ``data:`` address.
-    """
+    """Make an address that holds a CSV file itself."""
     return f"data:text/csv;charset=utf-8;base64,{b64encode(text.encode()).decode()}"
 
 

@@ -52,15 +52,7 @@ COSTS = (
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
-    """Find the recipes that no other one beats in quality without costing more, or in cost without being worse.
-
-    Args:
-        rows: From `summarize`.
-        cost: What is weighed against the test metric.
-
-    Returns:
-        The cheapest first; recipes that agree in both are all in it.
-    """
+    """Find the recipes that no other one beats in quality without costing more, or in cost without being worse."""
     known = [(row, _point(row, cost)) for row in rows]
     points = [(row, point) for row, point in known if point is not None]
     best = [
@@ -72,15 +64,7 @@ def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
 
 
 def has_front(rows: Sequence[Row], cost: Cost) -> bool:
-    """Tell whether a line through `front` has a length.
-
-    Args:
-        rows: From `summarize`.
-        cost: What is weighed against the test metric.
-
-    Returns:
-        Whether at least two of its recipes differ.
-    """
+    """Tell whether a line through `front` has a length."""
     return len({_point(row, cost) for row in front(rows, cost)}) > 1
 
 
@@ -97,16 +81,7 @@ def _beats(ours: tuple[float, float], theirs: tuple[float, float]) -> bool:
 
 
 def pareto_figure(rows: Sequence[Row], cost: Cost) -> go.Figure:
-    """Draw the test metric against a cost.
-
-    Args:
-        rows: From `summarize`.
-        cost: What.
-
-    Returns:
-        One mark per recipe with its 95 % interval, and a dotted line through those that no other one beats,
-        if they are several.
-    """
+    """Draw the test metric against a cost."""
     styles = recipe_styles(row.recipe for row in rows)
     shown = [row for row in rows if _point(row, cost) is not None]
     values = [value for row in shown if (value := cost.value(row)) is not None]
@@ -166,14 +141,7 @@ def _mark(row: Row, cost: Cost, style: Style) -> go.Scatter:
 
 
 def pareto_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Draw the test metric against every cost that was measured.
-
-    Args:
-        rows: From `summarize`.
-
-    Returns:
-        One chart per cost; none where no recipe has a test result.
-    """
+    """Draw the test metric against every cost that was measured."""
     return [
         Chart(
             f"pareto-{cost.name}", cost.title.capitalize(), "", plain(pareto_figure(rows, cost)), _says(best)

@@ -20,15 +20,7 @@ _TITLE_LETTERS = 34
 
 
 def save_picture(comparison: Comparison, path: str | Path) -> Path:
-    """Draw training losses and the learning-rate sweep side by side, and write them as PNG.
-
-    Args:
-        comparison: The runs.
-        path: The PNG file.
-
-    Returns:
-        The path written.
-    """
+    """Draw training losses and the learning-rate sweep side by side, and write them as PNG."""
     # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
     from matplotlib.figure import Figure
 
@@ -48,14 +40,6 @@ def save_study_picture(comparisons: Mapping[str, Comparison], found: TaskMatrix,
     """Draw how far every recipe is from LoRA on every task, side by side, and write it as PNG.
 
     Better is always right, so a loss runs from right to left. Hollow marks are within noise.
-
-    Args:
-        comparisons: By the name of the task.
-        found: The recipes on the tasks, which go by these names.
-        path: The PNG file.
-
-    Returns:
-        The path written.
     """
     from matplotlib.figure import Figure
 

@@ -16,15 +16,7 @@ _ERROR_CHARACTERS = 120
 
 
 def runs_grid(comparison: Comparison, rows: Sequence[Row]) -> Grid:
-    """Make the table of runs.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One row per run, in the order of the recipes, by learning rate, seed and stage.
-    """
+    """Make the table of runs."""
     metric, result = comparison.metric, _in_result(comparison, rows)
     shared = _shared_settings(comparison.records)
     return Grid(
@@ -40,15 +32,7 @@ def runs_grid(comparison: Comparison, rows: Sequence[Row]) -> Grid:
 
 
 def ordered_runs(comparison: Comparison, rows: Sequence[Row]) -> list[Record]:
-    """Sort the runs of a comparison.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        All runs in the order of the recipes, by learning rate, seed and stage.
-    """
+    """Sort the runs of a comparison."""
     groups = group_by_recipe(comparison)
     return [
         run
@@ -78,26 +62,12 @@ def _cells(run: Record, metric: str, shared: Mapping[str, str], *, in_result: bo
 
 
 def status(run: Record) -> str:
-    """Write what became of a run.
-
-    Args:
-        run: The run.
-
-    Returns:
-        For example "out of memory".
-    """
+    """Write what became of a run."""
     return run.status.replace("_", " ")
 
 
 def error_head(run: Record) -> str:
-    """Shorten what went wrong.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The last line of the error, cut; a traceback says last what went wrong. Empty if nothing did.
-    """
+    """Shorten what went wrong."""
     lines = (run.error or "").strip().splitlines()
     head = lines[-1] if lines else ""
     return head if len(head) <= _ERROR_CHARACTERS else head[:_ERROR_CHARACTERS] + "…"
@@ -137,15 +107,7 @@ def _shared_settings(records: Sequence[Record]) -> dict[str, str]:
 
 
 def trouble_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """List the runs that did not finish.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One row for each recipe, status and reason; None if all runs finished.
-    """
+    """List the runs that did not finish."""
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for run in ordered_runs(comparison, rows):
         if run.status != "finished":
@@ -177,15 +139,7 @@ def _each(runs: Sequence[Record], value: Any, write: Any) -> str:
 
 
 def runs_csv(comparison: Comparison, rows: Sequence[Row]) -> str:
-    """Write every run as CSV, unrounded.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        One line per run, without its history: seconds, bytes, and each metric after its split's name.
-    """
+    """Write every run as CSV, unrounded."""
     result = _in_result(comparison, rows)
     return csv_text([_flat_run(run, in_result=run.id in result) for run in ordered_runs(comparison, rows)])
 

@@ -31,15 +31,7 @@ _BAND = "the band reaches from the smallest to the largest seed"
 
 
 def results_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
-    """Show how good each recipe is.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section.
-    """
+    """Show how good each recipe is."""
     shown = [column for column in columns(comparison) if not column.cost]
     caption = "Each recipe at the learning rate that is best on validation data."
     grid = _grid("results", caption, shown, rows)
@@ -92,15 +84,7 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
 
 
 def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
-    """Show what each recipe costs, and what is bought with it.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section.
-    """
+    """Show what each recipe costs, and what is bought with it."""
     recipe, *others = columns(comparison)
     grid = _grid(
         "costs",
@@ -127,14 +111,7 @@ def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
 
 
 def time_section(rows: Sequence[Row]) -> Section:
-    """Show where the time went.
-
-    Args:
-        rows: From `summarize`.
-
-    Returns:
-        The section.
-    """
+    """Show where the time went."""
     totals = [f"{row.recipe} {formats.seconds(row.seconds)}" for row in rows if row.seconds is not None]
     chart = Chart(
         "time",
@@ -147,15 +124,7 @@ def time_section(rows: Sequence[Row]) -> Section:
 
 
 def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
-    """Show how the runs went.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Training loss, and what was evaluated on validation data on the way.
-    """
+    """Show how the runs went."""
     losses = loss_curves(comparison, rows)
     loss = Chart(
         "loss",
@@ -180,15 +149,7 @@ def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]
 
 
 def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """Show how each recipe depends on its learning rate.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section, or None if every recipe has a single learning rate.
-    """
+    """Show how each recipe depends on its learning rate."""
     if not any(row.num_learning_rates > 1 for row in rows):
         return None
     best = "highest" if comparison.higher_is_better else "lowest"
@@ -263,15 +224,7 @@ def _good_rates(item: Robustness) -> str:
 
 
 def speed_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """Show how soon each recipe trains as far as LoRA.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section, or None without LoRA's final loss.
-    """
+    """Show how soon each recipe trains as far as LoRA."""
     found = speeds(comparison, rows)
     if not found:
         return None
@@ -311,15 +264,7 @@ def _speed_cells(item: Speed, lora: Speed) -> list[Cell]:
 
 
 def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """Show what training did to unrelated text.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section, or None if no judged run measured it.
-    """
+    """Show what training did to unrelated text."""
     found = {
         recipe: [run.forgetting for run in runs if run.forgetting]
         for recipe, runs in judged(comparison, rows).items()
@@ -361,15 +306,7 @@ def _mean_cell(values: Sequence[float]) -> Cell:
 
 
 def flatness_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
-    """Show how flat the loss is where the runs ended.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        The section, or None if it was not measured.
-    """
+    """Show how flat the loss is where the runs ended."""
     if not has_flatness(comparison):
         return None
     headers, lines = flatness_table(comparison, rows)

@@ -15,14 +15,7 @@ _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """List what all runs of a comparison share.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        Names and values, as text; what is not known is left out.
-    """
+    """List what all runs of a comparison share."""
     settings = _settings(comparison)
     seeds = {record.seed for record in comparison.records}
     facts = {
@@ -39,14 +32,7 @@ def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def setup_line(comparison: Comparison) -> str:
-    """Say in one line what all runs share but for model and data, which the title names.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        For example "1000 training, 100 validation, 200 test examples · 36 steps · batch size 8 · rank 8 · 3 seeds".
-    """
+    """Say in one line what all runs share but for model and data, which the title names."""
     facts = dict(setup_facts(comparison))
     write = {
         "examples": "{} examples",
@@ -60,14 +46,7 @@ def setup_line(comparison: Comparison) -> str:
 
 
 def examples_text(comparison: Comparison) -> str:
-    """Say how many examples there are of each kind.
-
-    Args:
-        comparison: The runs; their records know it, older ones in part.
-
-    Returns:
-        For example "1000 training, 100 validation, 200 test".
-    """
+    """Say how many examples there are of each kind."""
     settings = _settings(comparison)
     counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in _SPLITS}
     for record in comparison.records:
@@ -105,15 +84,7 @@ def _number(value: Any) -> str:
 
 
 def busy_sentences(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
-    """Warn where times may be too long because something else used the machine.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Sentences; none where nothing speaks for it.
-    """
+    """Warn where times may be too long because something else used the machine."""
     groups = group_by_recipe(comparison)
     judged = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
     return [*_loaded([run for runs in judged.values() for run in runs]), *_unequal(judged)]

@@ -36,15 +36,6 @@ def write_study(comparisons: Comparisons, path: Path, title: str, command: str) 
 
     Beside it ``study.csv`` has its numbers, ``picture.png`` every recipe's difference from LoRA, and ``study.json``
     what the tasks share.
-
-    Args:
-        comparisons: By the name of the folder beside the page that has the task's own ``report.html``.
-        path: The HTML file.
-        title: Heading of the page.
-        command: What repeats it.
-
-    Returns:
-        The path written.
     """
     study = _Study(comparisons)
     folder = Path(path).parent
@@ -56,17 +47,7 @@ def write_study(comparisons: Comparisons, path: Path, title: str, command: str) 
 
 
 def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
-    """Read the comparisons of a study from its folder.
-
-    Args:
-        folder: With one folder for each task.
-
-    Returns:
-        Comparisons by name, title and command, as `write_study` takes them.
-
-    Raises:
-        InputError: If no folder in it holds a comparison, or a file is corrupt.
-    """
+    """Read the comparisons of a study from its folder."""
     folder = Path(folder)
     path = folder / _STUDY_FILE
     found = sorted(file.parent.name for file in folder.glob(f"*/{COMPARISON_FILE}"))
@@ -82,14 +63,7 @@ def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
 
 
 def study_verdict(comparisons: Comparisons) -> list[str]:
-    """Say what several tasks say together.
-
-    Args:
-        comparisons: By task; those without records do not count.
-
-    Returns:
-        Sentences in plain text.
-    """
+    """Say what several tasks say together."""
     return _Study(comparisons).verdict()
 
 

@@ -44,14 +44,7 @@ class Column:
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """List the columns of the table of results, the recipe's name first.
-
-    Args:
-        comparison: Names the metric.
-
-    Returns:
-        The columns, from left to right.
-    """
+    """List the columns of the table of results, the recipe's name first."""
     return [
         Column("recipe", lambda row: row.recipe, lambda row: row.recipe, "recipe"),
         *_quality(comparison),
@@ -132,15 +125,7 @@ def _signed(value: Interval | None) -> str:
 
 
 def rich_table(rows: Sequence[Row], comparison: Comparison) -> Table:
-    """Make the table of results for a terminal.
-
-    Args:
-        rows: From `summarize`.
-        comparison: The runs the rows come from.
-
-    Returns:
-        A table without the less important columns, under what all runs share.
-    """
+    """Make the table of results for a terminal."""
     shown = [column for column in columns(comparison) if column.short]
     table = Table(
         title=Text(f"{comparison.title}\n{setup_line(comparison)}".strip()),
@@ -175,15 +160,7 @@ def _legend(comparison: Comparison, rows: Sequence[Row]) -> str | None:
 
 
 def markdown_table(rows: Sequence[Row], comparison: Comparison) -> str:
-    """Make the table of results for a README.
-
-    Args:
-        rows: From `summarize`.
-        comparison: The runs the rows come from.
-
-    Returns:
-        A GitHub-flavoured Markdown table with all columns, ending in a newline.
-    """
+    """Make the table of results for a README."""
     shown = columns(comparison)
     lines = [
         [column.header.translate(_MARKDOWN_ESCAPES) for column in shown],
@@ -194,27 +171,12 @@ def markdown_table(rows: Sequence[Row], comparison: Comparison) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
-    """Write every field of the rows, unrounded, in seconds, bytes and milliseconds.
-
-    Args:
-        rows: From `summarize`.
-        path: The file.
-
-    Returns:
-        The path written.
-    """
+    """Write every field of the rows, unrounded, in seconds, bytes and milliseconds."""
     return write_atomic(path, csv_text([flat_row(row) for row in rows]))
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Write lines of named cells as CSV.
-
-    Args:
-        lines: Name to value; a name that a line lacks becomes an empty cell.
-
-    Returns:
-        CSV with a header, in the order in which the names first come.
-    """
+    """Write lines of named cells as CSV."""
     names = list(dict.fromkeys(name for cells in lines for name in cells))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -224,14 +186,7 @@ def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def flat_row(row: Row) -> dict[str, Any]:
-    """Spread the intervals, ranges and the time split of a row over columns of their own.
-
-    Args:
-        row: From `summarize`.
-
-    Returns:
-        Name to value, unrounded.
-    """
+    """Spread the intervals, ranges and the time split of a row over columns of their own."""
     cells = asdict(row)
     for name in [name for name in cells if name.endswith(("interval", "range"))]:
         low, high = cells.pop(name) or (None, None)

@@ -10,15 +10,7 @@ from tangora.report.statistics.summary import BASELINE, CEILING, Row, leads, tra
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Say in plain English what a comparison found.
-
-    Args:
-        rows: From `summarize`, best first.
-
-    Returns:
-        Two to four sentences: which recipes differ significantly from LoRA, which has the best result, the gap
-        between LoRA and full fine-tuning, and what limits these findings: narrow grids, diverged and failed runs.
-    """
+    """Say in plain English what a comparison found."""
     judged = [row for row in rows if row.test is not None]
     if judged:
         sentences = [_against_lora(judged), _best(judged), _gap(judged), _caution(rows)]
@@ -36,14 +28,7 @@ def _cost(found: Recommendation) -> str:
 
 
 def recommendation_sentence(found: Recommendation | None) -> str | None:
-    """Say which recipe to use, and why.
-
-    Args:
-        found: From `recommend`.
-
-    Returns:
-        A sentence, or None if no run finished.
-    """
+    """Say which recipe to use, and why."""
     if found is None:
         return None
     use = f"use {found.recipe} at {formats.learning_rate(found.learning_rate)}"

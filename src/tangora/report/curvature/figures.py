@@ -26,14 +26,7 @@ _LOG_RANGE = 30.0
 
 
 def figures(record: CurvatureRecord) -> list[Figure]:
-    """List the figures of a measurement.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Eigenvalues and density always; layers, mini-batches and landscape where they were measured.
-    """
+    """List the figures of a measurement."""
     found = [_eigenvalues(record), _counts(record), _density(record)]
     if any(layer.space != "factors" for layer in record.layers):
         found.append(_layers(record.layers))

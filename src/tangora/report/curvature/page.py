@@ -39,40 +39,17 @@ _SHARPNESS = (
 
 
 def write_curvature(record: CurvatureRecord, path: str | Path) -> Path:
-    """Write the page of a measurement.
-
-    Args:
-        record: What was measured.
-        path: The HTML file.
-
-    Returns:
-        The path written.
-    """
+    """Write the page of a measurement."""
     return write_atomic(path, render_curvature(record))
 
 
 def save_curvature_pictures(record: CurvatureRecord, folder: str | Path) -> list[Path]:
-    """Draw the figures of a measurement, and write each as PNG and as SVG.
-
-    Args:
-        record: What was measured.
-        folder: Where; created when missing.
-
-    Returns:
-        The paths written.
-    """
+    """Draw the figures of a measurement, and write each as PNG and as SVG."""
     return save_pictures(figures(record), folder, kinds=("png", "svg"))
 
 
 def render_curvature(record: CurvatureRecord) -> str:
-    """Make the page of a measurement; the same record gives the same text.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        A whole HTML page: findings, tables, interactive figures, and what is needed to repeat it.
-    """
+    """Make the page of a measurement; the same record gives the same text."""
     return render(
         _TEMPLATE,
         record.title,

@@ -189,40 +189,15 @@ class CurvatureRecord(Recorded):
         return min(self.spectra, key=lambda one: (SPACES.index(one.space), one.operator != "hessian"))
 
     def of(self, space: Space, operator: Operator = "hessian") -> Spectrum | None:
-        """Look a spectrum up.
-
-        Args:
-            space: Its space.
-            operator: Its operator.
-
-        Returns:
-            The spectrum, or ``None`` if it was not measured.
-        """
+        """Look a spectrum up."""
         return next((one for one in self.spectra if (one.space, one.operator) == (space, operator)), None)
 
 
 def load_curvature(path: str | Path) -> CurvatureRecord:
-    """Read what ``tangora curvature`` wrote.
-
-    Args:
-        path: ``curvature.json``.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: If the file is missing, corrupt, or something else; the message names it.
-    """
+    """Read what ``tangora curvature`` wrote."""
     return read_record(CurvatureRecord, path, "record of curvature")
 
 
 def in_order(spectra: Sequence[Spectrum]) -> list[Spectrum]:
-    """Sort spectra: those that do not depend on the choice of factors first.
-
-    Args:
-        spectra: Of a record.
-
-    Returns:
-        The same, by space and operator.
-    """
+    """Sort spectra: those that do not depend on the choice of factors first."""
     return sorted(spectra, key=lambda one: (SPACES.index(one.space), one.operator != "hessian"))

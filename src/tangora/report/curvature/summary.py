@@ -19,14 +19,7 @@ FACTORS = (
 
 
 def findings(record: CurvatureRecord) -> list[str]:
-    """Say in words what was found, the most important first.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Sentences in plain text.
-    """
+    """Say in words what was found, the most important first."""
     return [
         *_of_top(record.main),
         *_of_low_end(record.main),
@@ -40,14 +33,7 @@ def findings(record: CurvatureRecord) -> list[str]:
 
 
 def where(space: Space) -> str:
-    """Name a space within a sentence.
-
-    Args:
-        space: The space.
-
-    Returns:
-        For example "in the tangent space".
-    """
+    """Name a space within a sentence."""
     return {
         "tangent": "in the tangent space",
         "weights": "over the full weights of the chosen layers",
@@ -56,14 +42,7 @@ def where(space: Space) -> str:
 
 
 def name(spectrum: Spectrum) -> str:
-    """Name a spectrum in a table or a legend.
-
-    Args:
-        spectrum: Of a record.
-
-    Returns:
-        For example "tangent space, Gauss–Newton".
-    """
+    """Name a spectrum in a table or a legend."""
     operator = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
     return SPACE_NAMES[spectrum.space] + operator
 
@@ -160,15 +139,7 @@ def _of_factors(record: CurvatureRecord) -> list[str]:
 
 
 def estimate(value: float, standard_error: float | None) -> str:
-    """Write an estimate with its standard error.
-
-    Args:
-        value: The estimate.
-        standard_error: ``None`` where it is not known.
-
-    Returns:
-        For example "12.3 ± 0.4".
-    """
+    """Write an estimate with its standard error."""
     text = formats.significant(value)
     # one figure, without an exponent where it is large
     return text if not standard_error else f"{text} ± {float(f'{standard_error:.1g}'):g}"

@@ -17,14 +17,7 @@ Cells = list[list[str]]
 
 
 def space_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
-    """Make the table of spaces: the gauge-free ones first, the factors last.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Headers and rows, as text.
-    """
+    """Make the table of spaces: the gauge-free ones first, the factors last."""
     headers = ["over", "directions", "λ max", "residual", "lowest node", "trace", "‖H‖", "‖g‖", "products"]
     return headers, [_space_cells(spectrum) for spectrum in in_order(record.spectra)]
 
@@ -45,14 +38,7 @@ def _space_cells(spectrum: Spectrum) -> list[str]:
 
 
 def eigenvalue_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
-    """Make the table of the largest eigenvalues.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Headers and rows, as text; a column for each space.
-    """
+    """Make the table of the largest eigenvalues."""
     spectra = in_order(record.spectra)
     rows = max(len(spectrum.eigenvalues) for spectrum in spectra)
     headers = ["number", *(text for one in spectra for text in (name(one), "residual"))]
@@ -73,14 +59,7 @@ def eigenvalue_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
 
 
 def layer_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
-    """Make the table of layers.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Headers and rows, as text; no rows where layers were not measured.
-    """
+    """Make the table of layers."""
     total = sum(layer.trace.value for layer in record.layers)
     columns: dict[str, Callable[[LayerCurvature], str]] = {
         "layer": lambda layer: layer.name,
@@ -98,14 +77,7 @@ def layer_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
 
 
 def batch_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
-    """Make the table of mini-batches, and of what they scatter.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Headers and rows, as text; no rows where batches were not measured.
-    """
+    """Make the table of mini-batches, and of what they scatter."""
     headers = ["batch", "weight", "λ max", "residual", "trace", "along its gradient"]
     noise = record.batch_noise
     if noise is None:
@@ -133,14 +105,7 @@ def batch_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
 
 
 def sharpness_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
-    """Make the table of the rises of the loss within a ball.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Headers and rows, as text.
-    """
+    """Make the table of the rises of the loss within a ball."""
     rows = [
         [
             SPACE_NAMES[one.space],
@@ -155,14 +120,7 @@ def sharpness_table(record: CurvatureRecord) -> tuple[list[str], Cells]:
 
 
 def curvature_tables(record: CurvatureRecord) -> list[Table]:
-    """Make the tables for a terminal.
-
-    Args:
-        record: What was measured.
-
-    Returns:
-        Spaces, eigenvalues and what else was measured.
-    """
+    """Make the tables for a terminal."""
     headers, rows = space_table(record)
     narrow = [index for index, header in enumerate(headers) if header not in _WIDE]
     tables = [

@@ -18,14 +18,7 @@ _ROW, _MARGIN = 24, 150
 
 
 def view_names(diagnosis: Diagnosis) -> dict[str, str]:
-    """List what the heat map of captured energy can show.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        Titles by key, in the order of the figure's traces.
-    """
+    """List what the heat map of captured energy can show."""
     names = {"adapter": "the adapter as it stands"} if diagnosis.totals.adapter is not None else {}
     names |= {start: f"{START_NAMES[start]} start" for start in diagnosis.starts}
     names |= {f"{start}{_OTHERS}": f"{names[start]}, on other examples" for start in fitted(diagnosis.layers)}
@@ -33,14 +26,7 @@ def view_names(diagnosis: Diagnosis) -> dict[str, str]:
 
 
 def captured_figure(diagnosis: Diagnosis) -> go.Figure:
-    """Draw the captured energy of every layer, by block and kind.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        One heat map for each of `view_names`, of which the first is visible.
-    """
+    """Draw the captured energy of every layer, by block and kind."""
     figure = _grid_figure(diagnosis)
     for index, (key, title) in enumerate(view_names(diagnosis).items()):
         figure.add_trace(
@@ -69,14 +55,7 @@ def _captured(layer: LayerDiagnosis, key: str) -> float:
 
 
 def plan_figure(diagnosis: Diagnosis) -> go.Figure:
-    """Draw the rank that the plan gives to every layer.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        A heat map.
-    """
+    """Draw the rank that the plan gives to every layer."""
     figure = _grid_figure(diagnosis)
     figure.add_trace(
         _heat(
@@ -92,14 +71,7 @@ def plan_figure(diagnosis: Diagnosis) -> go.Figure:
 
 
 def reach_figure(diagnosis: Diagnosis) -> go.Figure:
-    """Draw how much of the gradient the best adapters of one rank could capture.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        One curve for each kind of layer (those with the most energy) and one for all layers.
-    """
+    """Draw how much of the gradient the best adapters of one rank could capture."""
     where = places(layer.name for layer in diagnosis.layers)
     groups: dict[str, list[LayerDiagnosis]] = {}
     for layer in diagnosis.layers:

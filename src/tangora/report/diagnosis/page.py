@@ -31,27 +31,12 @@ _SAMPLE = (
 
 
 def write_diagnosis(record: DiagnosisRecord, path: str | Path) -> Path:
-    """Write the page of a diagnosis.
-
-    Args:
-        record: What was found.
-        path: The HTML file.
-
-    Returns:
-        The path written.
-    """
+    """Write the page of a diagnosis."""
     return write_atomic(path, render_diagnosis(record))
 
 
 def render_diagnosis(record: DiagnosisRecord) -> str:
-    """Make the page of a diagnosis; the same record gives the same text.
-
-    Args:
-        record: What was found.
-
-    Returns:
-        A whole HTML page: findings, maps of all layers, the rank plan, all numbers, and how to repeat it.
-    """
+    """Make the page of a diagnosis; the same record gives the same text."""
     diagnosis = record.diagnosis
     return render(
         _TEMPLATE,

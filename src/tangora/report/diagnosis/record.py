@@ -20,15 +20,5 @@ class DiagnosisRecord(Recorded):
 
 
 def load_diagnosis(path: str | Path) -> DiagnosisRecord:
-    """Read what ``tangora diagnose`` wrote.
-
-    Args:
-        path: ``diagnosis.json``.
-
-    Returns:
-        The record.
-
-    Raises:
-        InputError: If the file is missing, corrupt, or something else; the message names it.
-    """
+    """Read what ``tangora diagnose`` wrote."""
     return read_record(DiagnosisRecord, path, "diagnosis")

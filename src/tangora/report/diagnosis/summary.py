@@ -53,14 +53,7 @@ class KindRow:
 
 
 def kind_rows(diagnosis: Diagnosis) -> list[KindRow]:
-    """Sum a diagnosis up by kind of layer.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        One row for each kind in the order of the model, and one for all layers.
-    """
+    """Sum a diagnosis up by kind of layer."""
     where = places(layer.name for layer in diagnosis.layers)
     groups: dict[str, list[LayerDiagnosis]] = {}
     for layer in diagnosis.layers:
@@ -95,27 +88,13 @@ def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
 
 
 def fitted(layers: Sequence[LayerDiagnosis]) -> list[str]:
-    """List the starts that were made from the gradient, and looked at on other examples too.
-
-    Args:
-        layers: All of them, or some.
-
-    Returns:
-        Their names.
-    """
+    """List the starts that were made from the gradient, and looked at on other examples too."""
     other = layers[0].held_out
     return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
 
 
 def known_rank(gradients: Sequence[Spectrum]) -> int:
-    """Return the largest rank of which it is known what it could capture in every layer.
-
-    Args:
-        gradients: Of the layers.
-
-    Returns:
-        The rank; a layer whose spectrum is complete sets no limit, unless all are.
-    """
+    """Return the largest rank of which it is known what it could capture in every layer."""
     limits = [gradient.largest_rank for gradient in gradients]
     return min(
         (limit for limit, gradient in zip(limits, gradients, strict=True) if not gradient.complete),
@@ -124,14 +103,7 @@ def known_rank(gradients: Sequence[Spectrum]) -> int:
 
 
 def reachable_shares(gradients: Sequence[Spectrum]) -> list[float]:
-    """Return what adapters of one rank could capture at most, for the ranks 1, 2, ….
-
-    Args:
-        gradients: Of the layers.
-
-    Returns:
-        Shares of their energy, as far as they are known.
-    """
+    """Return what adapters of one rank could capture at most, for the ranks 1, 2, …."""
     total = sum(gradient.energy for gradient in gradients)
     if not total > 0:
         return []
@@ -147,27 +119,12 @@ def _common_rank(gradients: Sequence[Spectrum], share: float) -> int | None:
 
 
 def needed(rank: int | None, known: int) -> str:
-    """Write a rank that may lie beyond what is known.
-
-    Args:
-        rank: The rank.
-        known: Largest rank that was looked at.
-
-    Returns:
-        For example "5" or "> 16".
-    """
+    """Write a rank that may lie beyond what is known."""
     return f"> {known}" if rank is None else str(rank)
 
 
 def findings(diagnosis: Diagnosis) -> list[str]:
-    """Say in words what was found, the most important first.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        Sentences in plain text.
-    """
+    """Say in words what was found, the most important first."""
     return [
         *_of_adapter(diagnosis),
         *_of_starts(diagnosis),

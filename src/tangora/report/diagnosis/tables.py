@@ -17,14 +17,7 @@ Cells = list[list[str]]
 
 
 def kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
-    """Make the table of kinds of layers.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        Headers and rows, as text.
-    """
+    """Make the table of kinds of layers."""
     with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
     headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
     for start in diagnosis.starts:
@@ -56,14 +49,7 @@ def _both(start: str, starts: Mapping[str, float], held_out: Mapping[str, float]
 
 
 def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
-    """Make the table of all layers.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        Headers and rows, as text.
-    """
+    """Make the table of all layers."""
     columns: dict[str, Callable[[LayerDiagnosis], str]] = {
         "layer": lambda layer: layer.name,
         "m × n": lambda layer: f"{layer.m} × {layer.n}",
@@ -107,14 +93,7 @@ def _adapter_columns(*, plain: bool) -> dict[str, Callable[[LayerDiagnosis], str
 
 
 def norm_text(layer: LayerDiagnosis) -> str:
-    """Write the norm of a layer's base gradient, with its standard error where it is an estimate.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        For example "0.123" or "0.123 ± 0.004".
-    """
+    """Write the norm of a layer's base gradient, with its standard error where it is an estimate."""
     gradient = layer.gradient
     text = formats.significant(gradient.norm)
     if not gradient.energy_error or not gradient.norm:
@@ -132,14 +111,7 @@ _SHORT = {
 
 
 def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
-    """Make the tables for a terminal.
-
-    Args:
-        diagnosis: What was found.
-
-    Returns:
-        Captured energy by kind of layer, and the layers that are missed most.
-    """
+    """Make the tables for a terminal."""
     ranks = sorted({layer.rank for layer in diagnosis.layers})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     kinds = rich_table(

@@ -17,14 +17,7 @@ _HEIGHT = 400
 
 
 def charts(figure: Figure) -> list[Chart]:
-    """Make the charts of a figure.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        One for each panel.
-    """
+    """Make the charts of a figure."""
     styles = figure_styles(figure)
     return [
         Chart(f"{figure.name}-{number}", panel.title, "", plain(panel_figure(panel, styles)))
@@ -33,15 +26,7 @@ def charts(figure: Figure) -> list[Chart]:
 
 
 def panel_figure(panel: Panel, styles: Mapping[str, Style]) -> go.Figure:
-    """Draw one panel.
-
-    Args:
-        panel: The panel.
-        styles: Style of each series.
-
-    Returns:
-        Heat map, bands and curves.
-    """
+    """Draw one panel."""
     figure = empty_figure(label_text(panel.xlabel), panel.ylabel)
     figure.update_layout(height=_HEIGHT)
     figure.update_xaxes(**_axis(panel.xscale))

@@ -21,30 +21,14 @@ _FEW_DECADES = 2.2
 
 
 def figure_styles(figure: Figure) -> dict[str, Style]:
-    """Give every series of a figure its style.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        Style by name, the same in all panels.
-    """
+    """Give every series of a figure its style."""
     return series_styles(series.name for panel in figure.panels for series in panel.series)
 
 
 def save_pictures(
     figures: Sequence[Figure], folder: str | Path, *, kinds: Sequence[Literal["png", "svg"]] = ("png",)
 ) -> list[Path]:
-    """Draw figures and write each as ``<name>.png``.
-
-    Args:
-        figures: The figures.
-        folder: Where; created when missing.
-        kinds: Formats, and endings of the names.
-
-    Returns:
-        The paths written.
-    """
+    """Draw figures and write each as ``<name>.png``."""
     return [
         write_atomic(Path(folder) / f"{figure.name}.{kind}", picture)
         for figure in figures
@@ -144,15 +128,7 @@ def _draw_series(axes: Any, series: Series, style: Style) -> Any:
 
 
 def drawable(series: Series, panel: Panel) -> Series:
-    """Leave out what a logarithmic axis has no place for.
-
-    Args:
-        series: The series.
-        panel: Where it is drawn.
-
-    Returns:
-        The series with ``None`` for such values.
-    """
+    """Leave out what a logarithmic axis has no place for."""
     return replace(
         series,
         x=_positive(series.x) if panel.xscale == "log" else series.x,

@@ -8,15 +8,7 @@ _TRANSPARENT = "rgba(0,0,0,0)"
 
 
 def empty_figure(x_title: str, y_title: str) -> go.Figure:
-    """Make a figure that takes its colours from the page.
-
-    Args:
-        x_title: Of the horizontal axis.
-        y_title: Of the vertical axis.
-
-    Returns:
-        Axes and a legend above them.
-    """
+    """Make a figure that takes its colours from the page."""
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
     return go.Figure(
         layout={
@@ -42,13 +34,6 @@ def empty_figure(x_title: str, y_title: str) -> go.Figure:
 
 
 def label_text(name: str) -> str:
-    """Make any text safe inside of a figure.
-
-    Args:
-        name: The text.
-
-    Returns:
-        Text that plotly shows as it is.
-    """
+    """Make any text safe inside of a figure."""
     # Plotly reads a little HTML in its labels, and ``%{...}`` in hover templates.
     return html.escape(name, quote=False).replace("%{", "%\N{ZERO WIDTH SPACE}{")

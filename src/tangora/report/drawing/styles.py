@@ -57,14 +57,7 @@ class Style:
     marker: str
 
     def faded(self, alpha: float) -> str:
-        """Make the colour transparent.
-
-        Args:
-            alpha: Opacity in [0, 1].
-
-        Returns:
-            The colour as CSS ``rgba(...)``.
-        """
+        """Make the colour transparent."""
         red, green, blue = (int(self.color[start : start + 2], 16) for start in (1, 3, 5))
         return f"rgba({red},{green},{blue},{alpha})"
 
@@ -73,14 +66,7 @@ _REFERENCES = {BASELINE: Style(_GREY, "dash", "cross"), CEILING: Style(_GREY, "s
 
 
 def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
-    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey.
-
-    Args:
-        recipes: Their names; the order does not matter.
-
-    Returns:
-        Recipe name to style.
-    """
+    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey."""
     names = set(recipes)
     others = sorted(names - set(_REFERENCES))
     styles = {name: style for name, style in _REFERENCES.items() if name in names}
@@ -88,14 +74,7 @@ def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
 
 
 def series_styles(names: Iterable[str]) -> dict[str, Style]:
-    """Give every curve of a figure its style; the first six are solid lines.
-
-    Args:
-        names: In the order of the figure; repeated names count once.
-
-    Returns:
-        Name to style.
-    """
+    """Give every curve of a figure its style; the first six are solid lines."""
     num_colors = len(_COLORS)
     return {
         name: Style(

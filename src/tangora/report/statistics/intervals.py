@@ -98,15 +98,6 @@ def estimate(*groups: Scores, unit: float = 0.0) -> Estimate | None:
     Two further examples are counted in, one each way and as large as the others that are not zero, as differences
     that are rare or all the same ask for.
 
-    Args:
-        groups: Seeds x test examples. Examples are the same in all groups, seeds are not. What shares its seeds is
-            one group: for a paired difference, the difference of both methods' scores.
-        unit: Typical size of a score, for when all differences are zero or due to rounding; 0 if not known.
-
-    Returns:
-        The estimate of the sum of the groups' means. Where a group has a single seed, seeds count as fixed. None if
-        it has a single example too, or all seeds of single numbers agree: these say nothing of the noise.
-
     Source:
         Variance: Obuchowski and Rockette's for readers and cases, as in Hillis (2007), Statistics in Medicine 26,
         596-619 (PMC1769324); here readers are seeds. Weights: the posterior of Tiao and Tan (1965), Biometrika 52,
@@ -125,15 +116,7 @@ def estimate(*groups: Scores, unit: float = 0.0) -> Estimate | None:
 
 
 def mixture(*groups: Scores, unit: float = 0.0) -> tuple[Scores, Scores]:
-    """Weigh the variances that the sum of the groups' means may have.
-
-    Args:
-        groups: As for `estimate`, of the same leading dimensions: simulations.
-        unit: As for `estimate`.
-
-    Returns:
-        Variances and their weights, which sum to 1, along a last dimension.
-    """
+    """Weigh the variances that the sum of the groups' means may have."""
     num_examples, nodes = groups[0].shape[-1], _NODES[len(groups)]
     if num_examples == 1:
         return _combined([_over_seeds(group, np.zeros(group.shape[:-2]), nodes) for group in groups])
@@ -150,17 +133,7 @@ def mixture(*groups: Scores, unit: float = 0.0) -> tuple[Scores, Scores]:
 
 
 def tail(difference: Scores | float, variances: Scores, weights: Scores, df: float) -> _PerSimulation:
-    """Return the probability of a larger difference, on either side, if there is none.
-
-    Args:
-        difference: Estimated, or several; not negative.
-        variances: From `mixture`.
-        weights: Of the variances.
-        df: Degrees of freedom of each.
-
-    Returns:
-        The p-values; never 0.
-    """
+    """Return the probability of a larger difference, on either side, if there is none."""
     t = np.asarray(difference)[..., None] / np.sqrt(variances)
     return np.clip((2.0 * stdtr(df, -t) * weights).sum(axis=-1), _SMALLEST_P, 1.0)
 
@@ -230,12 +203,6 @@ def _agree(scores: Scores, unit: float) -> bool:
 
 def holm(p_values: list[float]) -> list[float]:
     """Correct p-values for how many there are.
-
-    Args:
-        p_values: Of one family of tests.
-
-    Returns:
-        Corrected p-values, in the same order: the chance of any below 0.05, if there is no effect, is at most 5 %.
 
     Source:
         Holm (1979), Scandinavian Journal of Statistics 6, 65-70.

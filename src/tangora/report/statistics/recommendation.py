@@ -43,14 +43,7 @@ class Recommendation:
 
 
 def recommendation(comparison: Comparison) -> Recommendation | None:
-    """Choose a recipe from the records of a comparison.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        As `recommend`.
-    """
+    """Choose a recipe from the records of a comparison."""
     return recommend(*judge(comparison), timed=has_comparable_times(comparison))
 
 
@@ -68,14 +61,6 @@ def recommend(
     examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
     The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
     smallest memory; of those within 5 % of that, the best test result.
-
-    Args:
-        rows: From `judge`, best first.
-        samples: Their test scores, from `judge`.
-        timed: Whether times can be compared; else memory alone says what is cheap.
-
-    Returns:
-        The choice; the best one on validation data where no recipe has several seeds; None where no run finished.
     """
     known = [row if timed else replace(row, seconds=None) for row in rows if row.learning_rate is not None]
     tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]

@@ -65,15 +65,7 @@ class Robustness:
 
 
 def robustness(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Robustness]:
-    """Measure how much each recipe depends on its learning rate.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Recipe name to its robustness, in the order of the rows, for recipes with a learning rate that finished.
-    """
+    """Measure how much each recipe depends on its learning rate."""
     groups = group_by_recipe(comparison)
     full_rate = next((row.learning_rate for row in rows if row.recipe == CEILING), None)
     return {

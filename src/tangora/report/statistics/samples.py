@@ -39,16 +39,7 @@ class Sample:
 
 
 def sample(runs: Sequence[Record], metric: str) -> Sample | None:
-    """Gather the test scores of one recipe.
-
-    Args:
-        runs: From `judged_runs`.
-        metric: The metric that decides.
-
-    Returns:
-        Scores of the single test examples where every run recorded them and the metric is their mean; else the
-        metric of each run; None where no run has it.
-    """
+    """Gather the test scores of one recipe."""
     tested = [(run, value) for run in runs if (value := metric_value(run, "test", metric)) is not None]
     if not tested:
         return None
@@ -77,12 +68,6 @@ def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
 
     Recipes with the same seeds are paired over seeds, and all are over test examples: what a seed (its data order)
     or an example does to both cancels.
-
-    Args:
-        terms: Weight and scores of each recipe.
-
-    Returns:
-        The estimate, or None if one number per recipe is all there is, or all seeds have the same.
     """
     # Where only some recipes have scores of single examples, no pair of examples can be made.
     in_common = len({item.scores.shape[1] for _, item in terms}) == 1
@@ -111,14 +96,6 @@ def gap_closed(ours: Sample, lora: Sample, full: Sample) -> tuple[float, Interva
 
     The interval holds all shares for which ``ours - lora - share * (full - lora)`` is not significantly different from
     zero (without correction), so it accounts for the noise in the gap, and is not symmetric.
-
-    Args:
-        ours: Scores of the recipe.
-        lora: Scores of LoRA.
-        full: Scores of full fine-tuning; its difference from LoRA must be significant, or the interval would not end.
-
-    Returns:
-        The share and its 95 % interval, None where a recipe has a single seed, or no noise is seen.
 
     Source:
         Fieller (1954), Journal of the Royal Statistical Society B 16, 175-185.

@@ -36,17 +36,7 @@ class SweepPoint:
 
 
 def group_by_recipe(comparison: Comparison) -> dict[str, list[Record]]:
-    """Sort the records of a comparison into recipes.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        Recipe name to its runs; names in alphabetical order.
-
-    Raises:
-        InputError: If there are no records.
-    """
+    """Sort the records of a comparison into recipes."""
     if not comparison.records:
         raise InputError(f"the comparison {comparison.title!r} has no records yet")
     groups: dict[str, list[Record]] = defaultdict(list)
@@ -56,28 +46,12 @@ def group_by_recipe(comparison: Comparison) -> dict[str, list[Record]]:
 
 
 def num_failed(records: Sequence[Record]) -> int:
-    """Count the runs that neither finished nor diverged.
-
-    Args:
-        records: Any runs.
-
-    Returns:
-        How many were killed, ran out of memory or raised an exception.
-    """
+    """Count the runs that neither finished nor diverged."""
     return sum(record.status not in ("finished", "diverged") for record in records)
 
 
 def metric_value(record: Record, split: str, metric: str) -> float | None:
-    """Look up a metric of a finished run.
-
-    Args:
-        record: The run.
-        split: "validation", "test" or "before".
-        metric: The metric's name.
-
-    Returns:
-        The value, or None if the run did not finish, or has no such metric or no finite one.
-    """
+    """Look up a metric of a finished run."""
     value = record.metrics.get(split, {}).get(metric, math.nan)
     return value if record.status == "finished" and math.isfinite(value) else None
 
@@ -87,28 +61,13 @@ def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
 
     Only runs of stage ``sweep`` count when there are any: final runs exist at one learning rate only, so their
     seeds would compare that one with others on different terms. Runs of stage ``trial`` never do: they are shorter.
-
-    Args:
-        records: Runs of one recipe.
-        metric: The metric that decides.
-
-    Returns:
-        One point per learning rate, ascending.
     """
     whole = [record for record in records if record.stage != "trial"]
     return _points([record for record in whole if record.stage == "sweep"] or whole, metric)
 
 
 def trial_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
-    """Gather the trials of one recipe.
-
-    Args:
-        records: Its runs of stage ``trial`` and of one length.
-        metric: The metric that decides.
-
-    Returns:
-        One point per learning rate, ascending.
-    """
+    """Gather the trials of one recipe."""
     return _points(records, metric)
 
 
@@ -133,13 +92,6 @@ def best_learning_rate(points: Sequence[SweepPoint], *, higher_is_better: bool) 
 
     A learning rate at which a seed diverged is chosen only when every other one diverged as well: the seeds that
     survived would flatter it. Ties go to the smaller learning rate.
-
-    Args:
-        points: The sweep of one recipe, from `sweep_points`.
-        higher_is_better: Whether the metric is to be maximized.
-
-    Returns:
-        The learning rate, or None if no run finished.
     """
     sign = -1.0 if higher_is_better else 1.0
     keys = [
@@ -154,14 +106,6 @@ def grid_edge(points: Sequence[SweepPoint], chosen: float | None) -> Edge | None
     """Tell whether the sweep ended before the best learning rate was bracketed.
 
     Learning rates that diverged bracket; those whose runs all failed for other reasons say nothing.
-
-    Args:
-        points: The sweep of one recipe.
-        chosen: The learning rate chosen.
-
-    Returns:
-        The side on which a better learning rate may lie, or None; also None for a single learning rate, which
-        is no sweep.
     """
     known = [point.learning_rate for point in points if point.validation or point.num_diverged]
     if chosen is None or len(known) < 2:
@@ -176,13 +120,6 @@ def judged_runs(records: Sequence[Record], learning_rate: float | None) -> list[
 
     They are the final runs at the chosen learning rate, and the sweep runs there of other seeds if they trained
     for as many steps; without final runs, the sweep runs.
-
-    Args:
-        records: Runs of one recipe.
-        learning_rate: The learning rate chosen.
-
-    Returns:
-        One run per seed, sorted by seed.
     """
     runs = [r for r in records if r.learning_rate == learning_rate and r.status == "finished"]
     finals = [record for record in runs if record.stage == "final"]
@@ -193,12 +130,5 @@ def judged_runs(records: Sequence[Record], learning_rate: float | None) -> list[
 
 
 def num_steps(record: Record) -> int:
-    """Count the optimizer steps of a run.
-
-    Args:
-        record: The run.
-
-    Returns:
-        The last step that was recorded or evaluated.
-    """
+    """Count the optimizer steps of a run."""
     return max((entry.step for entry in [*record.history, *record.evaluations]), default=0)

@@ -57,13 +57,6 @@ def speeds(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Speed]:
     It is the validation loss if every judged run was evaluated at least twice, and the loss reached is that of an
     evaluation. Else it is the training loss, as a mean over the last 5 % of LoRA's recorded steps; every other run is
     smoothed by a trailing mean over as many, which must be full before it counts.
-
-    Args:
-        comparison: The runs.
-        rows: From `summarize`.
-
-    Returns:
-        Recipe name to its speed, in the order of the rows, LoRA's own among them; empty if LoRA has no loss.
     """
     groups = group_by_recipe(comparison)
     judged = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}

@@ -105,32 +105,12 @@ class Row:
 
 
 def summarize(comparison: Comparison) -> list[Row]:
-    """Choose each recipe's learning rate on validation data, and judge it on test data.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        One row per recipe, best test metric first, then the recipes without one by name.
-
-    Raises:
-        InputError: If there are no records, or finished runs but none with the comparison's metric.
-    """
+    """Choose each recipe's learning rate on validation data, and judge it on test data."""
     return judge(comparison)[0]
 
 
 def judge(comparison: Comparison) -> tuple[list[Row], dict[str, Sample]]:
-    """Summarize, and keep the test scores for further comparisons.
-
-    Args:
-        comparison: The runs.
-
-    Returns:
-        What `summarize` returns, and the test scores of each recipe that has any.
-
-    Raises:
-        InputError: As `summarize`.
-    """
+    """Summarize, and keep the test scores for further comparisons."""
     by_recipe = group_by_recipe(comparison)
     _check_metric(comparison)
     rows = [_row(records, comparison) for records in by_recipe.values()]
@@ -270,40 +250,17 @@ def _no_gap(full: Row | None, lora: Row | None) -> str | None:
 
 
 def leads(row: Row) -> bool:
-    """Tell whether a recipe is significantly better than LoRA.
-
-    Args:
-        row: The recipe's row.
-
-    Returns:
-        Whether the corrected p-value is below 0.05 and the difference on the better side of zero.
-    """
+    """Tell whether a recipe is significantly better than LoRA."""
     return better_or_worse(row.difference, row.p_corrected, higher_is_better=row.higher_is_better) > 0
 
 
 def trails(row: Row) -> bool:
-    """Tell whether a recipe is significantly worse than LoRA.
-
-    Args:
-        row: The recipe's row.
-
-    Returns:
-        Whether the corrected p-value is below 0.05 and the difference on the worse side of zero.
-    """
+    """Tell whether a recipe is significantly worse than LoRA."""
     return better_or_worse(row.difference, row.p_corrected, higher_is_better=row.higher_is_better) < 0
 
 
 def better_or_worse(difference: float | None, p_value: float | None, *, higher_is_better: bool) -> int:
-    """Tell on which side of zero a difference lies.
-
-    Args:
-        difference: Of two recipes.
-        p_value: Of no difference; None if it cannot be told.
-        higher_is_better: Whether the metric is to be maximized.
-
-    Returns:
-        1 if it is significantly better, -1 if significantly worse, else 0.
-    """
+    """Tell on which side of zero a difference lies."""
     if difference is None or p_value is None or p_value >= ALPHA:
         return 0
     return 1 if (difference > 0) == higher_is_better else -1

@@ -87,42 +87,18 @@ class TaskMatrix:
     rank_p_value: float | None
 
     def duel(self, task: str, ours: str, theirs: str) -> Duel | None:
-        """Look up a pair of recipes in either order.
-
-        Args:
-            task: Title of a comparison.
-            ours: A recipe.
-            theirs: Another one.
-
-        Returns:
-            The duel out of `pairs`, or None where one of both has no test result.
-        """
+        """Look up a pair of recipes in either order."""
         for found in self.pairs:
             if found.task == task and {found.ours, found.theirs} == {ours, theirs}:
                 return found if found.ours == ours else found.flipped()
         return None
 
     def count(self, ours: str, theirs: str) -> dict[Outcome, int]:
-        """Count over the tasks, with p-values corrected for all pairs.
-
-        Args:
-            ours: A recipe.
-            theirs: Another one.
-
-        Returns:
-            Number of wins, ties and losses of ours; tasks that cannot be told are missing.
-        """
+        """Count over the tasks, with p-values corrected for all pairs."""
         return _count([self.duel(task, ours, theirs) for task in self.tasks])
 
     def count_against_lora(self, recipe: str) -> dict[Outcome, int]:
-        """Count over the tasks, with p-values corrected for the recipes against LoRA only.
-
-        Args:
-            recipe: Any but LoRA.
-
-        Returns:
-            Number of wins, ties and losses of the recipe; tasks that cannot be told are missing.
-        """
+        """Count over the tasks, with p-values corrected for the recipes against LoRA only."""
         return _count([duel for duel in self.against_lora if duel.ours == recipe])
 
 
@@ -137,15 +113,6 @@ def matrix(comparisons: Sequence[Comparison]) -> TaskMatrix:
     Learning rates are chosen and runs judged as in `summarize`. Two questions make two families of tests, each
     corrected over all its recipes and tasks: which recipe differs from LoRA, and which from which. The second has so
     many tests that few seeds decide little of it.
-
-    Args:
-        comparisons: One per task.
-
-    Returns:
-        The matrix.
-
-    Raises:
-        InputError: If there is no comparison, two have the same title, or one cannot be summarized.
     """
     if not comparisons:
         raise InputError("there are no comparisons")

@@ -31,19 +31,7 @@ _SPEAKERS = {
 def to_examples(
     data: RawData, layout: Layout, labels: tuple[str, ...] = ()
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """Turn rows into examples.
-
-    Args:
-        data: The rows.
-        layout: Which column holds what.
-        labels: Names of the classes, of data to test on; by default those that the training rows have.
-
-    Returns:
-        Examples by split, and the names of the labels.
-
-    Raises:
-        InputError: If a row lacks a column or holds something else there, with the place.
-    """
+    """Turn rows into examples."""
     if layout.kind == "classification":
         return _labelled(data, layout, labels)
     return {split: [_causal(row, layout) for row in rows] for split, rows in data.splits.items()}, ()
@@ -197,14 +185,7 @@ def _value(row: Row, column: str) -> object:
 
 
 def content_key(example: Mapping[str, Any]) -> str:
-    """Return what makes two examples the same for a split: their question, image, or text, whatever its spacing.
-
-    Args:
-        example: Of either kind.
-
-    Returns:
-        The text; two examples that ask the same are the same, whatever they answer.
-    """
+    """Return what makes two examples the same for a split: their question, image, or text, whatever its spacing."""
     if PIXELS in example:
         return repr(example[PIXELS])
     text = example.get("text") or example.get("prompt") or example["completion"]
@@ -212,14 +193,7 @@ def content_key(example: Mapping[str, Any]) -> str:
 
 
 def repeats(examples: Iterable[Example]) -> tuple[int, int]:
-    """Count examples that say again what an earlier one said, and contents with different labels.
-
-    Args:
-        examples: Of either kind.
-
-    Returns:
-        Both numbers.
-    """
+    """Count examples that say again what an earlier one said, and contents with different labels."""
     seen: dict[str, set[int | None]] = {}
     total = 0
     for example in examples:

@@ -19,17 +19,7 @@ _LONGEST_CELL = 2**31 - 1  # the largest that a C long holds on every system; Py
 
 
 def read_file(path: Path) -> RawData:
-    """Read a JSON Lines, JSON, CSV or Parquet file.
-
-    Args:
-        path: The file; its suffix says its format.
-
-    Returns:
-        Its rows, unsplit.
-
-    Raises:
-        InputError: If the format is unknown or the file is broken or empty, with file and line.
-    """
+    """Read a JSON Lines, JSON, CSV or Parquet file."""
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise InputError(f"data file {path} must end in one of {', '.join(READERS)}; got {path.suffix!r}")

@@ -16,22 +16,7 @@ _MOST_UNKNOWN = 0.5
 def check_fit(
     task: Task, tokenizer: Any, *, max_length: int, vocabulary: int, chat_template: bool = False
 ) -> list[str]:
-    """Check that a model can read a task's texts, and count those that are too long.
-
-    Args:
-        task: The data.
-        tokenizer: Of the model.
-        max_length: Number of tokens that longer examples are cut to.
-        vocabulary: Number of tokens that the model has embeddings for.
-        chat_template: As for `encode`.
-
-    Returns:
-        A sentence for each split of which something is cut.
-
-    Raises:
-        InputError: If most tokens are unknown to the tokenizer or some to the model, or if cutting leaves most training
-            examples equal to others.
-    """
+    """Check that a model can read a task's texts, and count those that are too long."""
     if isinstance(tokenizer, ImageScaler):
         return []
     notes = []

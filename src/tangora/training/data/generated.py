@@ -33,16 +33,7 @@ MAX_IDLE_ROUNDS = 5
 
 
 def generate_splits(spec: str, counts: Counts, seed: int) -> Splits:
-    """Generate the splits of a reasoning-gym task, test first, so that it does not depend on the others' sizes.
-
-    Args:
-        spec: ``<dataset>`` or ``<dataset>,key=value,...``, without the prefix.
-        counts: How many problems; train defaults to 2000.
-        seed: Says which.
-
-    Returns:
-        The splits, which share no question.
-    """
+    """Generate the splits of a reasoning-gym task, test first, so that it does not depend on the others' sizes."""
     generator = _Generator(*_parse(spec))
     seen: set[str] = set()
     wanted = counts.filled()
@@ -74,14 +65,7 @@ class Problem:
     entry: Mapping[str, Any]
 
     def accepts(self, answer: str) -> bool:
-        """Ask the data set whether an answer is right, in any form that it takes for right.
-
-        Args:
-            answer: Final answer of a model.
-
-        Returns:
-            Whether it gets full marks.
-        """
+        """Ask the data set whether an answer is right, in any form that it takes for right."""
         dataset = _dataset(self.dataset, tuple(sorted(self.settings.items())))
         try:
             return float(dataset.score_answer(answer, self.entry)) >= 1.0

@@ -11,18 +11,7 @@ from tangora.training.models import ImageScaler
 
 
 def encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[dict[str, Any]]:
-    """Turn examples of images into what the model takes.
-
-    Args:
-        examples: ``pixels`` (channels, rows and columns of numbers in [0, 1]) and ``label``.
-        scaler: The model's `ImageScaler`.
-
-    Returns:
-        ``pixel_values`` and ``labels`` of each.
-
-    Raises:
-        InputError: If images meet a model for text or text a model for images, or their shape is another one.
-    """
+    """Turn examples of images into what the model takes."""
     if not isinstance(scaler, ImageScaler):
         raise InputError(
             "data of images needs a model that reads images, such as vit-digits; this one reads text"
@@ -46,14 +35,7 @@ def encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[di
 
 
 def collate_images(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack encoded images and their labels to a batch.
-
-    Args:
-        encodings: From `encode_images`.
-
-    Returns:
-        ``pixel_values`` and ``labels``.
-    """
+    """Stack encoded images and their labels to a batch."""
     return {
         "pixel_values": torch.stack([encoding["pixel_values"] for encoding in encodings]),
         "labels": torch.tensor([encoding["labels"] for encoding in encodings]),

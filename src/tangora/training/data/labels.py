@@ -21,17 +21,7 @@ def sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_classes(found: Sequence[str], names: Sequence[str], where: str) -> None:
-    """Raise unless labels are those of a classification.
-
-    Args:
-        found: Labels of the training rows.
-        names: Different labels that are allowed.
-        where: The column, for messages.
-
-    Raises:
-        InputError: If there is one label only, they are continuous numbers, most examples have a label of their own,
-            or two labels are the same number.
-    """
+    """Raise unless labels are those of a classification."""
     known = set(found)
     if len(names) < 2:
         raise InputError(
@@ -58,15 +48,7 @@ def check_classes(found: Sequence[str], names: Sequence[str], where: str) -> Non
 
 
 def class_notes(found: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return what a user should know of the classes.
-
-    Args:
-        found: Labels of all examples.
-        names: The different labels.
-
-    Returns:
-        Sentences.
-    """
+    """Return what a user should know of the classes."""
     counts = Counter(found)
     notes = [f"{len(names)} classes: {listed([f'{name} ({counts[name]})' for name in names])}"]
     if alone := [name for name in names if counts[name] == 1]:

@@ -18,17 +18,7 @@ class Piece(NamedTuple):
 def encode_turns(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
 ) -> list[list[Piece]]:
-    """Turn examples into token numbers of prompts and completions in turn; the last piece is a completion.
-
-    Args:
-        examples: With ``prompt`` (may be empty in the plain format) and ``completion``; of conversations ``messages``.
-        tokenizer: Of the model.
-        chat_template: Whether the tokenizer's chat template writes the texts. Otherwise an example is ``prompt +
-            newline + completion + eos``, and of a conversation ``prompt`` is all turns but the last.
-
-    Returns:
-        The pieces of each example, uncut.
-    """
+    """Turn examples into token numbers of prompts and completions in turn; the last piece is a completion."""
     if chat_template:
         texts = [_rendered(example, tokenizer) for example in examples]
         flat = iter(_tokenize([text for pieces in texts for text, _ in pieces], tokenizer))
@@ -46,16 +36,7 @@ def encode_turns(
 def encode_prompts(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
 ) -> list[list[int]]:
-    """Turn prompts into the token numbers after which a completion begins.
-
-    Args:
-        examples: With ``prompt``; an empty one stays empty but for the first token of a tokenizer that has one.
-        tokenizer: Of the model.
-        chat_template: As for `encode_turns`.
-
-    Returns:
-        Token numbers of each prompt, with the newline that ends it, or what the template has before an answer.
-    """
+    """Turn prompts into the token numbers after which a completion begins."""
     if chat_template:
         texts = [_template(_messages(example)[:-1], tokenizer, True) for example in examples]
         return _tokenize(texts, tokenizer)
@@ -68,14 +49,7 @@ def encode_prompts(
 
 
 def check_chat_template(tokenizer: Any) -> None:
-    """Raise unless a tokenizer has a chat template.
-
-    Args:
-        tokenizer: Of the model.
-
-    Raises:
-        InputError: If it has none.
-    """
+    """Raise unless a tokenizer has a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "chat_template needs a tokenizer with a chat template, and the model's has none; leave it out, or set it "

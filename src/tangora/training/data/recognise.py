@@ -95,17 +95,6 @@ def recognise(data: RawData, given: Columns, kind: Kind | None) -> Layout:
     What the user names is used. Otherwise a column of labels beside a text, or a pair of texts, makes a
     classification; then come conversations, prompts with completions, and plain text. The usual name of a column
     (``text``, ``label``, ``prompt``, ``completion``) wins over its other names; two of the others are refused.
-
-    Args:
-        data: The rows.
-        given: What the user named.
-        kind: What the user wants.
-
-    Returns:
-        The columns, all present.
-
-    Raises:
-        InputError: If a column is missing, or nothing or several things are recognised, with the flags to give.
     """
     _check_given(given, kind)
     finder = _Finder(data, data.columns)

@@ -28,16 +28,7 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev")
 
 
 def read_digit_images(name: str) -> RawData:
-    """Read images of handwritten digits, to which ``vit-digits`` can be adapted.
-
-    Args:
-        name: ``digits``: 5 to 9, which it was not pretrained on; what it knows of 0 to 4 serves there. Or
-            ``digits-permuted``: all ten with their pixels in one random order; what it knows of shapes, although of
-            some of these images, is of little use there.
-
-    Returns:
-        Rows of ``pixels`` (channels, rows and columns in [0, 1]) and ``label``, unsplit.
-    """
+    """Read images of handwritten digits, to which ``vit-digits`` can be adapted."""
     permuted = name == PERMUTED_DIGITS
     classes = range(10) if permuted else TASK_DIGITS
     images, digits = read_digits(name, classes)
@@ -52,17 +43,7 @@ def read_digit_images(name: str) -> RawData:
 
 
 def read_folder(path: Path) -> RawData:
-    """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        Its rows, unsplit, in alphabetical order.
-
-    Raises:
-        InputError: If there is no such file.
-    """
+    """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``."""
     files = sorted(path.glob("*/*.txt"))
     if not files:
         raise InputError(f"data folder {path} must hold <label>/*.txt; it holds none")
@@ -85,19 +66,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_hub(name: str, config: str | None, *, local: bool) -> RawData:
-    """Read a data set of the Hugging Face hub.
-
-    Args:
-        name: Its name there.
-        config: Its configuration, where it has several.
-        local: Whether only the hub's cache can serve.
-
-    Returns:
-        Its rows by split, without those that have no label.
-
-    Raises:
-        InputError: If it cannot be loaded or has no ``train`` split.
-    """
+    """Read a data set of the Hugging Face hub."""
     try:
         # without a network the loader would try five times before it looks into its cache
         with offline() if local else contextlib.nullcontext():
@@ -111,18 +80,7 @@ def read_hub(name: str, config: str | None, *, local: bool) -> RawData:
 
 
 def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
-    """Turn data sets into rows, with the names of classes in place of their numbers.
-
-    Args:
-        splits: Data sets by split, all with the same columns.
-        name: Name of the whole, for messages.
-
-    Returns:
-        Their rows; those whose label is withheld (-1) are left out.
-
-    Raises:
-        InputError: If a label is none of the classes, or all training labels are withheld.
-    """
+    """Turn data sets into rows, with the names of classes in place of their numbers."""
     features = splits["train"].features
     classes = {key: value for key, value in features.items() if isinstance(value, datasets.ClassLabel)}
     rows = {split: list(_named_rows(data, classes, f"{name}/{split}")) for split, data in splits.items()}

@@ -57,16 +57,7 @@ class Splits(NamedTuple):
 
 
 def unique(examples: Iterable[Example], seen: set[str], limit: int | None = None) -> list[Example]:
-    """Keep the first example of each text.
-
-    Args:
-        examples: Of either kind.
-        seen: Texts that are taken; those kept are added.
-        limit: How many to keep at most; by default all.
-
-    Returns:
-        The examples whose text was not in ``seen``.
-    """
+    """Keep the first example of each text."""
     kept = []
     for example in examples:
         key = content_key(example)
@@ -77,14 +68,7 @@ def unique(examples: Iterable[Example], seen: set[str], limit: int | None = None
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Example]]) -> None:
-    """Raise unless no two splits hold the same example, by the SHA-256 of what `content_key` says of each.
-
-    Args:
-        splits: Examples by split.
-
-    Raises:
-        InputError: Naming the first example that an earlier split holds too.
-    """
+    """Raise unless no two splits hold the same example, by the SHA-256 of what `content_key` says of each."""
     owners: dict[bytes, tuple[str, int]] = {}
     for name, examples in splits.items():
         for number, example in enumerate(examples):
@@ -101,13 +85,6 @@ def stratified_order(examples: Iterable[Example], seed: int) -> list[Example]:
 
     The i-th of the n shuffled examples of a label gets the position (i + u) / n with u uniform in [0, 1), and all
     are sorted by position. Without labels this is an ordinary shuffle.
-
-    Args:
-        examples: Of either kind.
-        seed: Says the order.
-
-    Returns:
-        The examples in their new order.
     """
     rng = random.Random(seed)
     groups: dict[int | None, list[Example]] = defaultdict(list)
@@ -127,18 +104,6 @@ def make_splits(
 
     Duplicates go first, from train before validation before test. A validation or test split that the data set
     does not bring is cut from its train split, test first, so that the test split does not depend on the others.
-
-    Args:
-        pools: Examples by the split that they come in; at least ``train``.
-        counts: How many to take.
-        seed: Says which.
-        name: Name of the data, for messages.
-
-    Returns:
-        The splits.
-
-    Raises:
-        InputError: If there are too few examples; the message proposes sizes for all splits.
     """
     seen: set[str] = set()
     ordered = {
@@ -160,15 +125,7 @@ def make_splits(
 
 
 def fitting(available: Mapping[str, int], counts: Counts) -> Counts:
-    """Fill in the counts that were left open, as far as the others leave room.
-
-    Args:
-        available: Different examples of each split that the data set brings.
-        counts: What was asked for.
-
-    Returns:
-        Counts without ``None``.
-    """
+    """Fill in the counts that were left open, as far as the others leave room."""
     pool = available.get("train", 0)
     test = counts.test
     if test is None:

@@ -43,9 +43,6 @@ class Task:
         test: Examples to report.
         labels: Names of the classes; empty for causal tasks.
         notes: What was decided about the data, such as its columns and the sizes of the splits; one sentence each.
-
-    Raises:
-        InputError: If two splits share an example.
     """
 
     name: str

@@ -55,20 +55,6 @@ def encode(
     A causal example becomes ``prompt + newline + completion + eos``, so that base and instruct models are trained on
     the same text, or what the tokenizer's chat template makes of it; the loss counts completions (with their eos)
     only. One that is too long loses its beginning, then the end of its last completion.
-
-    Args:
-        examples: ``text`` (and ``text_pair``) or ``pixels`` and ``label``, or ``prompt`` (may be empty) and
-            ``completion``.
-        tokenizer: Of the model; its `ImageScaler` for images.
-        kind: ``classification`` or ``causal``.
-        max_length: Largest number of tokens, in [2, inf); means nothing for images.
-        chat_template: Whether the tokenizer's chat template writes causal examples.
-
-    Returns:
-        The examples in their order.
-
-    Raises:
-        InputError: If there are no examples, or the model reads images and they are text, or the other way round.
     """
     check_choice("kind", kind, KINDS)
     check_whole("max_length", max_length, low=2)
@@ -83,15 +69,7 @@ def encode(
 
 
 def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Collator:
-    """Return what pads encodings to the longest of a batch, and the labels of causal ones with -100.
-
-    Args:
-        tokenizer: Of the model; says the pad token and its side. Images, with an `ImageScaler`, are stacked.
-        kind: What the encodings are for.
-
-    Returns:
-        A function from a list of encodings to a batch.
-    """
+    """Return what pads encodings to the longest of a batch, and the labels of causal ones with -100."""
     check_choice("kind", kind, KINDS)
     if isinstance(tokenizer, ImageScaler):
         return collate_images

@@ -18,18 +18,7 @@ def cache_folder() -> Path:
 
 
 def cached_model(key: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder of the cache that holds a model, made at the first call.
-
-    Args:
-        key: Name of the folder; another one for other content.
-        make: Writes the model into the folder that it is given.
-
-    Returns:
-        A folder for ``from_pretrained``, complete.
-
-    Raises:
-        InputError: If the cache cannot be written.
-    """
+    """Return a folder of the cache that holds a model, made at the first call."""
     folder = cache_folder() / "models" / key
     # the folder appears under this name only when it is complete
     if folder.is_dir():

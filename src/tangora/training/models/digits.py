@@ -25,16 +25,6 @@ _BRIGHTEST = 16
 def read_digits(name: str, classes: Collection[int]) -> tuple[Float[Tensor, "n 1 8 8"], Int[Tensor, " n"]]:
     """Read the images of some classes.
 
-    Args:
-        name: What the user asked for, for the message.
-        classes: Digits, in [0, 9].
-
-    Returns:
-        Pixels in [0, 1], black on white being low, and the digits, in the order of the file.
-
-    Raises:
-        InputError: If scikit-learn, whose file it is, is not installed.
-
     Source:
         Alpaydin & Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; scikit-learn's ``load_digits``.
     """

@@ -18,18 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def dequantized(gguf: Path, *, version: str | None = None) -> Path:
-    """Return a folder that holds a GGUF model as ordinary float32 safetensors, made at the first call.
-
-    Args:
-        gguf: The file.
-        version: Version of the package it comes from; a file of the user's own is known by place and time.
-
-    Returns:
-        A folder for ``from_pretrained``.
-
-    Raises:
-        InputError: If the file is no GGUF model that transformers reads, or the cache cannot be written.
-    """
+    """Return a folder that holds a GGUF model as ordinary float32 safetensors, made at the first call."""
     return cached_model(_cache_key(gguf, version), lambda folder: _dequantize(gguf, folder))
 
 

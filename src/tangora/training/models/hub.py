@@ -36,13 +36,6 @@ def hub_problem(name: str, repo_type: str) -> tuple[str | None, bool]:
     """Ask the hub whether it has a repository, and wait at most `TIMEOUT` seconds for its answer.
 
     The loaders themselves retry an unreachable hub for half a minute, also for a mistyped name.
-
-    Args:
-        name: ``organization/name`` or an old name without a slash.
-        repo_type: ``model`` or ``dataset``.
-
-    Returns:
-        What is wrong, in words, or ``None``; and whether a cached copy may still serve.
     """
     found: list[tuple[str | None, bool]] = []
     # looking up the address has no limit of its own

@@ -35,23 +35,12 @@ class ImageScaler:
         return len(self.mean), self.height, self.width
 
     def __call__(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Scale images.
-
-        Args:
-            images: Pixels in [0, 1].
-
-        Returns:
-            Model inputs, with about mean 0 and variance 1 in each channel.
-        """
+        """Scale images."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (images - mean[:, None, None]) / std[:, None, None]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``preprocessor_config.json``, as transformers' image processors do.
-
-        Args:
-            folder: Of the model; created when missing.
-        """
+        """Write ``preprocessor_config.json``, as transformers' image processors do."""
         values = {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": False,
@@ -68,20 +57,7 @@ class ImageScaler:
 
 
 def load_scaler(source: str, config: Any, name: str, *, local: bool) -> ImageScaler:
-    """Read how a model wants its images.
-
-    Args:
-        source: What ``from_pretrained`` takes.
-        config: The model's.
-        name: As the user gave it, for the message.
-        local: Whether the hub must not be asked.
-
-    Returns:
-        The scaler; without a ``preprocessor_config.json`` one from [0, 1] to [-1, 1].
-
-    Raises:
-        InputError: If the model does not say which images it takes.
-    """
+    """Read how a model wants its images."""
     try:
         found, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=local)
     except (OSError, ValueError):

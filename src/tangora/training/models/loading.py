@@ -80,7 +80,6 @@ def load_model(
 
     Args:
         name: ``smollm2-135m``, ``minilm-l6``, ``vit-digits``, a local folder, a local ``.gguf`` file, or a hub name.
-        kind: ``classification`` or ``causal``.
         num_labels: Number of classes; or give ``labels``.
         labels: Names of the classes, in the order of their numbers.
         dtype: Floating-point type of the weights.

@@ -37,18 +37,7 @@ def install_command(files: PackagedFiles) -> str:
 
 
 def locate(name: str, files: PackagedFiles) -> Path:
-    """Find packaged files without importing their package.
-
-    Args:
-        name: What the user asked for, for the message.
-        files: Where the files are.
-
-    Returns:
-        The file or folder.
-
-    Raises:
-        InputError: If the package is not installed, with the command that installs it.
-    """
+    """Find packaged files without importing their package."""
     # a name without a dot is looked up, not imported
     spec = importlib.util.find_spec(files.module)
     for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -39,14 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def pretrained_vit() -> Path:
-    """Return a folder that holds ``vit-digits``, pretrained at the first call.
-
-    Returns:
-        A folder for ``from_pretrained``.
-
-    Raises:
-        InputError: If the digits are not installed, or the cache cannot be written.
-    """
+    """Return a folder that holds ``vit-digits``, pretrained at the first call."""
     return cached_model(_KEY, _make)
 
 
@@ -77,18 +70,6 @@ def pretrain(
 
     Patches of 2 x 2 pixels and 4 heads, 136 thousand weights at width 64 and depth 4; one cycle of the learning rate.
     On one thread, so that the same processor finds the same weights.
-
-    Args:
-        images: Scaled.
-        labels: In [0, classes).
-        epochs: Passes over the images, in [1, inf).
-        seed: Of the weights and the order; the caller's random state is untouched.
-        width: Of the hidden layers, divisible by 4; the inner layers are twice as wide.
-        depth: Number of layers.
-        make_optimizer: Makes the optimizer, whose learning rates are the cycle's highest; default AdamW.
-
-    Returns:
-        The model, in evaluation mode.
     """
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
     config = ViTConfig.from_dict(_ARCHITECTURE | sizes | {"num_labels": int(labels.max()) + 1})
