@@ -241,3 +241,10 @@ def test_every_imported_package_is_declared():
 
 def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("package", ["peft.tuners", "bitsandbytes"])
+def test_only_adapters_read_layer_types(package):
+    importing = re.compile(rf"^\s*(from|import) {re.escape(package)}\b", re.MULTILINE)
+    readers = {path for path in SOURCES if importing.search(path.read_text())}
+    assert {path.relative_to(ROOT / "src" / "tangora").parts[0] for path in readers} <= {"adapters"}

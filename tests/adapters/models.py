@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tangora import LoraPair
+from tangora import LoraPair, find_pairs
 
 LAYERS = {
     "linear": lambda: nn.Linear(7, 5),
@@ -125,3 +125,24 @@ def tiny_llama(**options) -> LlamaForCausalLM:
         "num_key_value_heads": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**sizes | options))
+
+
+IDS = torch.arange(12).view(2, 6)
+"""Two texts for `tiny_llama`."""
+
+
+def logits(model):
+    """The output for `IDS`."""
+    with torch.no_grad():
+        output = model(input_ids=IDS)
+    return getattr(output, "logits", output)
+
+
+def updates(model: nn.Module) -> dict[str, Tensor]:
+    """s (B A - B0 A0) of every layer, dense."""
+    found = {}
+    for pair in find_pairs(model):
+        A, B = pair.factors()
+        B0, A0 = pair.offset() or (B[:, :0], A[:0])
+        found[pair.name] = pair.scaling * (B @ A - B0 @ A0)
+    return found

@@ -19,8 +19,8 @@ from peft.utils.hotswap import (
 
 from tangora import InputError, find_pairs, load_adapter, save_adapter
 from tangora.adapters import attach_offset, detach_offset, has_offset
-from tests.adapters.models import Holder, adapted, inputs_of
-from tests.adapters.test_offset import IDS, MODELS, QUANTIZED, base_of, plain, run, start, train
+from tests.adapters.models import IDS, Holder, adapted, inputs_of
+from tests.adapters.test_offset import MODELS, QUANTIZED, base_of, plain, run, start, train
 from tests.tolerances import assert_close
 
 KINDS = ["linear", "gpt2", "embedding", "dora", "dora-embedding", "rslora", "patterns-rslora", "nf4", "vit"]
@@ -351,17 +351,6 @@ def test_loftq_does_not_replace_a_trained_pair():
 # --- right ---
 
 
-@pytest.mark.parametrize("name", ["linear", "gpt2", "embedding", "dora", "rslora", "vit"])
-def test_scaling_scales_both_pairs(name):
-    model = train(started(name))
-    base = base_of(name)
-    for module in model.modules():
-        if hasattr(module, "lora_offset"):
-            module.set_scale("default", 0.0)
-    if "dora" not in name and name != "vit":  # vit has a head of its own
-        assert_close(run(model, name), run(base, name))
-
-
 @pytest.mark.parametrize("name", ["linear", "gpt2", "embedding", "rslora", "nf4"])
 def test_batches_may_mix_an_offset_its_copy_and_the_base(name):
     model = copied_like_trl(started(name))
@@ -437,13 +426,3 @@ def trainer_of(model, folder):
     )
     data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
     return transformers.Trainer(model, arguments, train_dataset=data)
-
-
-@pytest.mark.messages
-@pytest.mark.parametrize("name", ["linear", "embedding", "dora"])
-def test_a_plain_state_does_not_load_into_an_offset(name):
-    state, model = get_peft_model_state_dict(train(plain(name))), started(name)
-    before = factors(model)
-    with pytest.raises(InputError, match="must have rank 4"):
-        set_peft_model_state_dict(model, state)
-    assert same(factors(model), before)

@@ -14,19 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tangora import InputError
 from tangora.adapters import load_adapter, merged_model, save_adapter, save_merged
-from tests.adapters.models import randomize, tiny_llama
+from tests.adapters.models import logits, randomize, tiny_llama
 from tests.tolerances import assert_close
-
-IDS = torch.arange(12).view(2, 6)
 
 
 def adapted():
     return randomize(get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def work(rank, folder):

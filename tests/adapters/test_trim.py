@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 
 from tangora import ODELoRA, find_pairs, save_adapter
 from tangora.adapters import attach_offset
-from tests.adapters.models import randomize, tiny_llama
+from tests.adapters.models import IDS, logits, randomize, tiny_llama
 from tests.tolerances import assert_close
 
-IDS = torch.arange(12).view(2, 6)
 CONFIGS = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -26,11 +25,6 @@ CONFIGS = {
     "modules-to-save": {"modules_to_save": ["lm_head"]},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def adapted(name="lora", r=4):

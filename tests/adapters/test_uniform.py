@@ -10,11 +10,10 @@ from torch import nn
 
 from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, initial_factors, save_adapter
-from tangora.adapters.uniform import uniform
-from tests.adapters.models import Holder, randomize, tiny_llama
+from tangora.adapters.saved_factors import AdapterFiles, uniform
+from tests.adapters.models import Holder, logits, randomize, tiny_llama
 from tests.tolerances import assert_close
 
-IDS = torch.arange(12).view(2, 6)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:.*rslora.*"),
@@ -77,12 +76,6 @@ def made(name):
     return base().double(), model, initial
 
 
-def logits(model):
-    with torch.no_grad():
-        output = model(input_ids=IDS)
-    return getattr(output, "logits", output)
-
-
 def config_of(saved):
     return json.loads((saved.path / "adapter_config.json").read_text())
 
@@ -128,8 +121,8 @@ def test_powers_of_two_and_equal_scalings_keep_every_bit(dtype):
         tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, 5).to(dtype)
         tensors[f"{layer}.lora_B.weight"] = torch.randn(3, rank).to(dtype)
     scalings = {"a": 0.7, "b": 2.8, "c": 0.7}
-    same = uniform(tensors, scalings)
-    assert (same.rank, same.alpha) == (4, pytest.approx(2.8))
+    same = uniform(AdapterFiles(tensors, {}), scalings)
+    assert (same.config["r"], same.config["lora_alpha"]) == (4, pytest.approx(2.8))
     for layer in "abc":
         B, A = (same.tensors[f"{layer}.lora_{letter}.weight"].double() for letter in "BA")
         before = (tensors[f"{layer}.lora_{letter}.weight"].double() for letter in "BA")
@@ -142,8 +135,8 @@ def test_the_scaling_is_the_one_that_rounds_the_fewest_entries():
     for layer, rows in (("small", 2), ("large", 9), ("twice", 3)):
         tensors[f"{layer}.lora_A.weight"] = torch.ones(2, 5)
         tensors[f"{layer}.lora_B.weight"] = torch.full((rows, 2), 0.1)
-    same = uniform(tensors, {"small": 3.0, "large": 1.0, "twice": 2.0})
-    assert same.alpha == 2.0
+    same = uniform(AdapterFiles(tensors, {}), {"small": 3.0, "large": 1.0, "twice": 2.0})
+    assert same.config["lora_alpha"] == 2.0
     assert torch.equal(same.tensors["large.lora_B.weight"], tensors["large.lora_B.weight"])
     assert torch.equal(same.tensors["twice.lora_B.weight"], 2 * tensors["twice.lora_B.weight"])
     assert_close(same.tensors["small.lora_B.weight"], 3 * tensors["small.lora_B.weight"], 1e-7)

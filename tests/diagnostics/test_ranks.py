@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tangora import InputError, find_pairs
-from tangora.diagnostics import Spectrum, plan_ranks, required_rank
+from tangora.diagnostics import LayerGradient, plan_ranks, required_rank
 from tests.training.tiny import tiny_llama
 
 
 def spectrum(m, n, values, energy=None):
     values = tuple(sorted(map(float, values), reverse=True))
-    return Spectrum(m, n, values, sum(v**2 for v in values) if energy is None else energy)
+    return LayerGradient(m, n, values, sum(v**2 for v in values) if energy is None else energy)
 
 
 def captured(spectra, ranks):
@@ -100,7 +100,7 @@ def test_a_plan_that_cannot_be_better_is_the_uniform_one():
     [(0.5, 100.0, 1), (0.85, 100.0, 2), (0.93, 100.0, 2), (0.95, 100.0, None), (1.0, 93.0, 2)],
 )
 def test_required_rank(share, energy, expected):
-    known = Spectrum(10, 10, (8.0, 3.0, 4.0, 2.0), energy)  # 64, 73, 89, 93
+    known = LayerGradient(10, 10, (8.0, 3.0, 4.0, 2.0), energy)  # 64, 73, 89, 93
     assert required_rank(known, share) == expected
 
 
@@ -109,8 +109,8 @@ def test_required_rank_at_the_edges():
     assert [required_rank(complete, share) for share in (0.5, 0.9, 1.0)] == [1, 2, 2]
     assert required_rank(spectrum(3, 3, [0, 0, 0]), 0.5) is None
     # three known values of many say nothing of rank 2, which would use four
-    assert required_rank(Spectrum(9, 9, (1.0, 1.0, 1.0), 4.0), 0.75) is None
-    assert Spectrum(9, 9, (1.0, 1.0, 1.0), 4.0).tail == pytest.approx(1.0)
+    assert required_rank(LayerGradient(9, 9, (1.0, 1.0, 1.0), 4.0), 0.75) is None
+    assert LayerGradient(9, 9, (1.0, 1.0, 1.0), 4.0).tail == pytest.approx(1.0)
 
 
 class Names(nn.Module):

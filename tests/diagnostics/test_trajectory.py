@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from tangora import InputError, initialize
 from tangora.diagnostics import Reference, Trajectory, find_tracks, fingerprint, write_snapshot
-from tangora.diagnostics.following import gradient_views
+from tangora.diagnostics.gradient_reading import gradient_views
 from tests.diagnostics.models import (
     adapted,
     bert,

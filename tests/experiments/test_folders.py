@@ -240,7 +240,7 @@ def full_below(monkeypatch, *folders, after=0):
             raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
         return original(tensors, filename, *args, **kwargs)
 
-    for name in ("peft.peft_model.safe_save_file", "tangora.adapters.export.save_file"):
+    for name in ("peft.peft_model.safe_save_file", "tangora.adapters.saved_factors.save_file"):
         monkeypatch.setattr(name, save)
 
 

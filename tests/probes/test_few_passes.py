@@ -7,7 +7,7 @@ from torch import nn
 
 from tangora import find_pairs, initialize
 from tangora.geometry.tangent import dense_captured_energy, frame
-from tangora.probes import gradient_spectra
+from tangora.probes import gradient_svds
 from tests.adapters.models import Holder
 
 M, N, RANK = 400, 500, 8
@@ -26,12 +26,12 @@ def read(G, rank=2 * RANK, copies=1, **options):
     m, n = G.shape
     model = Holder(nn.Linear(n, m, bias=False).double())
     batches, calls = [torch.eye(n, dtype=torch.float64)] * copies, []
-    spectrum = gradient_spectra(
+    spectrum = gradient_svds(
         model,
         batches,
         rank,
         loss_fn=lambda each, x: (each(x) * G.T).sum(),
-        progress=lambda done, total: calls.append(done),
+        progress=lambda _, done, total: calls.append(done),
         **options,
     )["it"]
     assert len(calls) == copies * spectrum.passes

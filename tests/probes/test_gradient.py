@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from tangora import InputError
-from tangora.probes import GradientProbe, Request, gradient_norms, gradient_spectra, mean_loss, probed_layers
+from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, mean_loss, probed_layers
 from tests.adapters.models import LAYERS, Holder, inputs_of, loss_of
 from tests.probes.models import (
     OWN_LOSS_TOLERANCE,
@@ -60,6 +60,7 @@ def check_readings(readings, requests, gradients, tolerance=1e-10):
             (reading.left, request.left.to(G.dtype).T @ G),
         ):
             assert read.shape == exact.shape, name
+            assert float((read - exact).norm()) <= 10 * tolerance * float(G.norm()), name
 
 
 def check_model(model, batches, loss_fn=None, reference=None, tolerance=1e-10, layers=None):
@@ -336,7 +337,7 @@ def test_no_gradient_of_the_weights_size_is_formed(peft, one_pass):
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["it"]), autocast_adapter_dtype=False)
     batch = (torch.randn(2, 5, n, dtype=torch.float64),)
     with ShapesMade(m, n, model.parameters()) as made:
-        gradient_spectra(model, [batch], 3, loss_fn=holder_loss, one_pass=one_pass)
+        gradient_svds(model, [batch], 3, loss_fn=holder_loss, one_pass=one_pass)
     assert made.made == []
     layers = probed_layers(model)
     with (

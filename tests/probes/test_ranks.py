@@ -36,7 +36,7 @@ def work(rank, folder):
         if rank == 0:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("TANGORA_RANK_TIMEOUT", "0.3")
-                patch.setattr("tangora.probes.ranks._WARN_AFTER", 0.1)
+                patch.setattr("tangora.probes.collective._WARN_AFTER", 0.1)
                 for name, read in absent(model, batches).items():
                     with (
                         pytest.warns(UserWarning, match=f"{name} waits for rank 1"),

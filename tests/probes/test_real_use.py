@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import tangora
 from tangora import InputError, find_pairs
 from tangora.curvature import Hessian
-from tangora.probes import GradientProbe, Request, gradient_norms, gradient_spectra, mean_loss, probed_layers
+from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, mean_loss, probed_layers
 from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.probes.models import adapted, batches_of, dense_gradients, model_of
 from tests.probes.test_losses import _AUDIO, _CLIP, _IMAGE, _SEGFORMER, CLASSES, IMAGES, SOUNDS, made
@@ -197,7 +197,7 @@ READINGS = {
         model, "lora-ga", batches, power_iterations=1, progress=False
     ),
     "diagnose": lambda model, batches: tangora.diagnose(model, batches, progress=False),
-    "spectra": lambda model, batches: gradient_spectra(model, batches, 2, progress=False),
+    "spectra": lambda model, batches: gradient_svds(model, batches, 2, progress=False),
     "Hessian": product,
 }
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tangora.probes import GradientProbe, Request, gradient_norms, gradient_spectra, probed_layers
+from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, probed_layers
 from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.cases import combinations
 from tests.probes.models import adapted, batch_of, batches_of, dense_gradients, exact_loss, model_of
@@ -126,7 +126,7 @@ def test_everything_is_as_it_was(name, checkpointing):
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     before, randomness = state_of(model), random_state()
-    gradient_spectra(model, batches, 2, power_iterations=0, loss_fn=spends_randomness())
+    gradient_svds(model, batches, 2, power_iterations=0, loss_fn=spends_randomness())
     gradient_norms(model, batches[:1], loss_fn=spends_randomness())
     assert_equal_states(before, state_of(model))
     assert random_state() == randomness
@@ -135,7 +135,7 @@ def test_everything_is_as_it_was(name, checkpointing):
 @pytest.mark.messages  # run-time type checks draw from Python's random state themselves
 def test_the_random_state_of_python():
     model, before = model_of("bert"), random.getstate()
-    gradient_spectra(model, batches_of("bert", 1), 2, loss_fn=spends_randomness())
+    gradient_svds(model, batches_of("bert", 1), 2, loss_fn=spends_randomness())
     assert random.getstate() == before
 
 
@@ -152,10 +152,10 @@ def test_everything_is_as_it_was_after_an_error(name):
         return spends_randomness()(model, batch)
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        gradient_spectra(model, batches, 2, loss_fn=fails)
+        gradient_svds(model, batches, 2, loss_fn=fails)
     broken = [*batches[:1], {**batches[1], "labels": batches[1]["labels"][:1, :2]}]
     with pytest.raises(Exception, match=r"size|shape|Expected|dimension"):
-        gradient_spectra(model, broken, 2)
+        gradient_svds(model, broken, 2)
     assert_equal_states(before, state_of(model))
     assert random_state() == randomness
 
@@ -194,29 +194,15 @@ def test_a_loader_that_shuffles_replays_its_order(own_generator):
 
     torch.manual_seed(0)
     before = generator.get_state() if own_generator else torch.get_rng_state()
-    spectrum = gradient_spectra(model, loader, 2, loss_fn=loss_fn)["it"]
+    spectrum = gradient_svds(model, loader, 2, loss_fn=loss_fn)["it"]
     after = generator.get_state() if own_generator else torch.get_rng_state()
     assert torch.equal(before, after)
     assert len(seen) == 4 * 4
     for index, batch in enumerate(seen):
         assert torch.equal(batch, seen[index % 4])
     assert not torch.equal(torch.cat(seen[:4]), data)
-    again = gradient_spectra(model, seen[:4], 2, loss_fn=loss_fn)["it"]
+    again = gradient_svds(model, seen[:4], 2, loss_fn=loss_fn)["it"]
     assert_close(spectrum.svd.S, again.svd.S, 1e-12)
-
-
-def test_generators_of_batches_are_accepted():
-    model, batches = model_of("bert"), batches_of("bert")
-    heard = []
-
-    def hear(done, total):
-        heard.append((done, total))
-
-    one = gradient_spectra(model, batches, 2)
-    other = gradient_spectra(model, (batch for batch in batches), 2, progress=hear)
-    for name, spectrum in one.items():
-        assert_close(spectrum.svd.S, other[name].svd.S, 1e-12)
-    assert heard == [(index + 1, 12) for index in range(12)]
 
 
 # --- what is computed ---

@@ -13,8 +13,7 @@ from transformers import (
 )
 
 from tangora import InputError, find_pairs, recipe, recipes
-from tangora.adapters import load_adapter, save_adapter
-from tangora.recipes.head import head_names, head_parameters
+from tangora.adapters import head_names, head_parameters, load_adapter, save_adapter
 from tests.training.tiny import tiny_bert, tiny_llama
 
 EXPECTED = {
@@ -180,6 +179,7 @@ def test_options_of_the_optimizer_follow_the_name():
     method = recipe("lora-pro@moments=factor@gauge=zero")
     assert method.name == "lora-pro@gauge=zero@moments=factor"
     assert recipe(method.name).name == method.name
+    assert recipe("lora-pro").with_options(moments="factor", gauge="zero").name == method.name
     assert method.learning_rates == recipe("lora-pro").learning_rates
     model = method.prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
     group = method.create_optimizer(model, 1e-4).param_groups[0]
@@ -202,6 +202,14 @@ def test_options_of_the_start_follow_the_name_too():
         torch.testing.assert_close(pair.B.T @ pair.B, 4 * torch.eye(2))
     assert method.create_optimizer(model, 1e-4).param_groups[0]["retraction"] == "svd"
     assert dict(recipe("lora-ga@scale=unit").start_options) == {"scale": "unit"}
+
+
+@pytest.mark.messages
+def test_options_in_python_are_checked_like_those_of_a_name():
+    with pytest.raises(InputError, match=r"damping: .*valid number"):
+        recipe("p-lora").with_options(damping="high")
+    with pytest.raises(InputError, match="option of lora-pro"):
+        recipe("lora-pro").with_options(gage="zero")
 
 
 @pytest.mark.messages

@@ -9,8 +9,16 @@ import pytest
 from rich.console import Console
 
 from tangora._checks import InputError
-from tangora.diagnostics import AdapterState, Diagnosis, HeldOut, LayerDiagnosis, Spectrum, Totals, plan_ranks
-from tangora.diagnostics.ranks import required_rank
+from tangora.diagnostics import (
+    AdapterState,
+    Diagnosis,
+    HeldOut,
+    LayerDiagnosis,
+    LayerGradient,
+    Totals,
+    plan_ranks,
+)
+from tangora.diagnostics.rank_plan import required_rank
 from tangora.report import (
     DiagnosisRecord,
     diagnosis_tables,
@@ -34,7 +42,7 @@ NAMES = [f"model.layers.{i}.{kind}" for i in range(11) for kind in ("self_attn.q
 
 
 def layer(name, *, energy=100.0, lora=0.02, adapter=None, values=(8, 4, 2, 1), error=0.0):
-    gradient = Spectrum(16, 24, tuple(map(float, values)), energy, error)
+    gradient = LayerGradient(16, 24, tuple(map(float, values)), energy, error)
     shares = dict(zip(STARTS, (lora, 0.05, 0.1, 0.8, 0.7), strict=True))
     return LayerDiagnosis(
         name=name,
@@ -215,7 +223,7 @@ def test_shares_of_one_rank_are_merged():
         findings(diagnosis(NAMES[:1]))
     )
     (sharp,) = diagnosis(NAMES[:1]).layers
-    sharp = replace(sharp, gradient=Spectrum(16, 24, (9.9, 1.0), 99.0, 0.0))
+    sharp = replace(sharp, gradient=LayerGradient(16, 24, (9.9, 1.0), 99.0, 0.0))
     (sentence,) = [
         s for s in findings(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
     ]

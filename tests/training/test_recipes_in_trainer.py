@@ -15,7 +15,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 import tangora
 from tangora import InputError, find_pairs, recipe, recipes
-from tangora.adapters import has_offset, offset_factors
+from tangora.adapters import has_offset
 from tangora.experiments.settings import RunSettings
 from tangora.init import started_by
 from tangora.training.data import collator, encode
@@ -170,7 +170,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch, name
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(whole.model), weights(resumed.model))
     for one, other in zip(find_pairs(whole.model), find_pairs(resumed.model), strict=True):
-        frozen, again = offset_factors(one), offset_factors(other)
+        frozen, again = one.offset(), other.offset()
         assert (frozen is None) == (again is None)
         assert frozen is None or all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
 
@@ -378,7 +378,7 @@ def test_models_that_a_function_makes_are_prepared_each_time(tmp_path):
     expected = made(tmp_path, recipe="lora-ga")
     expected.create_optimizer()
     for one, other in zip(find_pairs(trainer.model), find_pairs(expected.model), strict=True):
-        frozen, again = offset_factors(one), offset_factors(other)
+        frozen, again = one.offset(), other.offset()
         assert all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
 
 

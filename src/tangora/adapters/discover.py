@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tangora._checks import InputError, check_kind
-from tangora.adapters.four_bit import keep_layout
 from tangora.adapters.offset_layer import inner_variant
 from tangora.adapters.pair import LoraPair
+from tangora.adapters.stored_weight import keep_layout
 
 # PEFT variants of the forward pass under which g_A = s B'g and g_B = s g A' still hold for the weight W0 + s B A.
 _PLAIN_VARIANTS = ("Dora", "_Dora", "ALora")
@@ -49,20 +48,6 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
     if found.skipped:
         warnings.warn(describe_skipped(found.skipped), stacklevel=2)
     return found.pairs
-
-
-def active_adapter(model: nn.Module) -> str:
-    """Return the name of the one active adapter.
-
-    Raises:
-        InputError: If ``model`` is no PEFT model, or not exactly one adapter is active.
-    """
-    if not isinstance(model, PeftModel):
-        raise InputError(f"model must be a PeftModel; got {type(model).__name__}")
-    active = model.active_adapters
-    if len(active) != 1:
-        raise InputError(f"model must have one active adapter; got {', '.join(active) or 'none'}")
-    return active[0]
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:
@@ -112,7 +97,7 @@ def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:
     if adapter_name is not None and adapter_name not in adapters:
         known = ", ".join(sorted(adapters)) or "none: it has no LoRA layers"
         raise InputError(f"adapter_name must be one of the model's adapters ({known}); got {adapter_name!r}")
-    keep_layout(pair.layer.get_base_layer() for pair in pairs)  # pyright: ignore[reportCallIssue]
+    keep_layout(pair.base for pair in pairs)
     return Discovery(pairs, skipped)
 
 

@@ -6,47 +6,43 @@ offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA a
 weight.
 """
 
-import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_kind, check_path, check_whole
-from tangora.adapters.bare import bare_model, check_gathered
-from tangora.adapters.card import model_card
-from tangora.adapters.compress import compress, ranks_of, resolve, trim
-from tangora.adapters.config import (
-    OffsetConfig,
-    doubled_rank,
-    is_uniform,
-    with_ranks,
-    with_tied_layers,
-    with_uniform,
-)
-from tangora.adapters.discover import Discovery, active_adapter, discover
-from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
+from tangora.adapters.card import classes_of, is_served_by, model_card, write_config, write_tokenizer
+from tangora.adapters.discover import Discovery, discover
+from tangora.adapters.folder import check_replaceable, first_rank_writes, replace_folder, scratch_beside
 from tangora.adapters.load import CONFIG_FILE
-from tangora.adapters.offset import has_offset, mutates_base
+from tangora.adapters.offset import OffsetConfig, has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
-from tangora.adapters.ranks import first_rank_writes
-from tangora.adapters.serving import classes_of, is_served_by, write_config, write_tokenizer
-from tangora.adapters.uniform import uniform as uniform_factors
-from tangora.adapters.wrapped import unwrapped
+from tangora.adapters.peft_models import active_adapter, bare_model, check_gathered, unwrapped
+from tangora.adapters.saved_factors import (
+    WEIGHTS,
+    AdapterFiles,
+    cut,
+    is_factor,
+    is_uniform,
+    of_plain_base,
+    resolved,
+    trimmed,
+    uncompiled,
+    with_initial,
+    with_tied_layers,
+)
+from tangora.adapters.saved_factors import uniform as made_uniform
 
-_WEIGHTS, _CARD = "adapter_model.safetensors", "README.md"
+_CARD = "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
-_FILES = {_WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
-_FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
+_FILES = {WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,7 @@ def initial_factors(model: nn.Module) -> dict[str, Tensor]:
         return {}
     state = get_peft_model_state_dict(bare, adapter_name=active_adapter(bare), save_embedding_layers=False)
     return {
-        _uncompiled(name): tensor.detach().cpu().clone()
-        for name, tensor in state.items()
-        if _FACTOR.search(name)
+        uncompiled(name): tensor.detach().cpu().clone() for name, tensor in state.items() if is_factor(name)
     }
 
 
@@ -184,23 +178,21 @@ def _save(
     with scratch_beside(target) as scratch:
         front = _write(model, scratch)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
-        files, scalings = _read(written), _scalings(model)
-        final = _of_plain_base(files)
+        files, scalings = AdapterFiles.read(written), _scalings(model)
+        final = of_plain_base(files)
         if initial:
-            final = _with_initial(final, initial)
+            final = with_initial(final, initial)
         if initial or has_offset(model, active_adapter(model)):  # then every adapted layer is a plain pair
-            final = final._replace(tensors=resolve(final.tensors))
+            final = resolved(final)
         if trim_ranks and not found.skipped:
-            final = _trimmed(final, scalings)
+            final = trimmed(final, scalings)
         final, saved = _cut(final, scalings if found.pairs else {}, rank, path)
         if uniform and not is_uniform(final.config):
             _check_plain(found, "uniform", uniform)
-            final = _uniform(final, scalings)
-        final = final._replace(
-            config=with_tied_layers(final.config, model.peft_config[active_adapter(model)])
-        )
+            final = made_uniform(final, scalings)
+        final = with_tied_layers(final, model.peft_config[active_adapter(model)])
         if final.tensors is not files.tensors or final.config != files.config:
-            _rewrite(written, final)
+            final.write(written)
         (written / _CARD).write_text(
             _card(model, front, final, _of_rank(model, saved, rank), card), encoding="utf-8"
         )
@@ -213,7 +205,7 @@ def _save(
 
 
 def _card(
-    model: PeftModel, front: dict[str, Any], files: Any, about_rank: str, facts: Mapping[str, Any]
+    model: PeftModel, front: dict[str, Any], files: AdapterFiles, about_rank: str, facts: Mapping[str, Any]
 ) -> str:
     base = model.get_base_model()
     return model_card(
@@ -288,87 +280,28 @@ def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
 
 
-class _Files(NamedTuple):
-    # what PEFT wrote, or what will take its place
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-
-
-def _read(folder: Path) -> _Files:
-    return _Files(
-        load_file(folder / _WEIGHTS), json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    )
-
-
-def _rewrite(folder: Path, files: _Files) -> None:
-    save_file(files.tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _uncompiled(name: str) -> str:
-    return name.replace("_orig_mod.", "")
-
-
-def _of_plain_base(files: _Files) -> _Files:
-    if all(name == _uncompiled(name) for name in files.tensors):
-        return files
-    config = dict(files.config)
-    for key in ("target_modules", "modules_to_save"):
-        if isinstance(names := config.get(key), list):
-            config[key] = [_uncompiled(name) for name in names]
-    return _Files({_uncompiled(name): tensor for name, tensor in files.tensors.items()}, config)
-
-
-def _with_initial(files: _Files, initial: dict[str, Tensor]) -> _Files:
-    tensors = dict(files.tensors)
-    # Embeddings and convolutions, whose base PEFT leaves alone, start from a zero factor: appending changes nothing.
-    for name, trained in files.tensors.items():
-        if (factor := _FACTOR.search(name)) is None:
-            continue
-        if name not in initial or initial[name].shape != trained.shape:
-            raise InputError(f"initial holds no start of {name}: take initial_factors(model) from this model")
-        first = initial[name].to(trained.dtype)
-        is_A = factor[1] == "A"
-        tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)
-    return _Files(tensors, doubled_rank(files.config))
-
-
 def _scalings(model: PeftModel) -> dict[str, float]:
     # tied layers are one pair, but saved each under its own name
     name = active_adapter(model)
     held = ((key, getattr(module, "scaling", None)) for key, module in model.named_modules())
     return {
-        _uncompiled(key): float(scaling[name])
+        uncompiled(key): float(scaling[name])
         for key, scaling in held
         if isinstance(scaling, dict) and name in scaling
     }
 
 
-def _trimmed(files: _Files, scalings: dict[str, float]) -> _Files:
-    shorter, ranks = trim(files.tensors)
-    if ranks == ranks_of(files.tensors):
-        return files
-    return _Files(shorter, with_ranks(files.config, ranks, scalings))
-
-
 def _cut(
-    files: _Files, scalings: dict[str, float], rank: int | None, path: Path
-) -> tuple[_Files, SavedAdapter]:
-    if not scalings:
-        return files, SavedAdapter(path, 0)
-    largest = max(ranks_of(files.tensors).values())
+    files: AdapterFiles, scalings: dict[str, float], rank: int | None, path: Path
+) -> tuple[AdapterFiles, SavedAdapter]:
+    largest = max(files.ranks().values()) if scalings else 0
     if rank is None or rank >= largest:
         return files, SavedAdapter(path, largest)
-    smaller = compress(files.tensors, rank, scalings)
-    worst = max(smaller.errors, key=smaller.errors.__getitem__)
-    largest = max(smaller.ranks.values())
-    saved = SavedAdapter(path, largest, smaller.relative_error, worst, smaller.errors[worst])
-    return _Files(smaller.tensors, with_ranks(files.config, smaller.ranks, scalings)), saved
-
-
-def _uniform(files: _Files, scalings: dict[str, float]) -> _Files:
-    same = uniform_factors(files.tensors, scalings)
-    return _Files(same.tensors, with_uniform(files.config, same.rank, same.alpha))
+    files, loss = cut(files, rank, scalings)
+    worst = max(loss.errors, key=loss.errors.__getitem__)
+    return files, SavedAdapter(
+        path, max(files.ranks().values()), loss.relative_error, worst, loss.errors[worst]
+    )
 
 
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:

@@ -13,8 +13,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from tangora._checks import InputError, check_kind, check_path, on_one_line
-from tangora.adapters.bare import named_adapter_parameters
-from tangora.adapters.wrapped import unwrapped
+from tangora.adapters.peft_models import named_adapter_parameters, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

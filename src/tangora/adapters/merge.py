@@ -1,8 +1,10 @@
 """The trained model as a plain one, without PEFT."""
 
 import copy
+import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tangora._checks import InputError, check_path
-from tangora.adapters.bare import bare_model, check_gathered
-from tangora.adapters.folder import check_replaceable, replace_folder, scratch_beside
-from tangora.adapters.ranks import first_rank_writes
-from tangora.adapters.untie import separate_bases, settle_ties, tie_flags
-from tangora.adapters.wrapped import unwrapped
+from tangora.adapters.folder import check_replaceable, first_rank_writes, replace_folder, scratch_beside
+from tangora.adapters.peft_models import bare_model, check_gathered, check_unmerged, unwrapped
 
 # what transformers writes for a model
 _FILES = re.compile(
@@ -90,8 +90,7 @@ def _mergeable(model: nn.Module) -> PeftModel:
             "a quantized base cannot be merged without quantizing the sum again: save_adapter, load the base in "
             "floating point, load_adapter, and merge that"
         )
-    if any(getattr(module, "merged_adapters", None) for module in bare.modules()):
-        raise InputError("the adapter is merged already: unmerge_adapter first")
+    check_unmerged(bare)
     if not hasattr(bare.base_model, "merge_and_unload"):
         config: Any = bare.active_peft_config
         raise InputError(
@@ -118,18 +117,18 @@ def _merged(model: PeftModel) -> nn.Module:
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in parameters
     }
     twin: Any = copy.deepcopy(model, shared | {id(view): view.detach() for view in views})
-    separate_bases(twin)
-    flags = tie_flags(twin)
+    _separate_bases(twin)
+    flags = _tie_flags(twin)
     for config, _ in flags:
         config.tie_word_embeddings = False  # for PEFT, which warns and clears one of them otherwise
     merged = unwrapped(twin.merge_and_unload(safe_merge=True))
     for config, flag in flags:
         config.tie_word_embeddings = flag
-    settle_ties(merged)
+    _settle_ties(merged)
     return merged
 
 
-def _tied_views(model: nn.Module) -> Iterator[torch.Tensor]:
+def _tied_views(model: nn.Module) -> Iterator[Tensor]:
     # PEFT keeps what it tied an adapter to, views with a history, which cannot be copied
     for module in model.modules():
         kwargs: Any = getattr(module, "kwargs", None) or {}
@@ -169,3 +168,92 @@ def _refuse_class(merged: nn.Module, name: str) -> None:
         f"{type(merged).__name__} would load another {name} than the merged model has: save_adapter instead, or take "
         "merged_model(model) and save its state_dict"
     )
+
+
+def _separate_bases(model: nn.Module) -> None:
+    """Give the base of every adapted module parameters of its own, in the same memory.
+
+    PEFT's safe merge puts new tensors into them, so that nothing else that shares them changes.
+    """
+    modules = list(model.modules())
+    holders = Counter(id(child) for module in modules for child in module._modules.values())
+    for layer in modules:
+        base: Any = getattr(layer, "base_layer", None)
+        if not isinstance(layer, BaseTunerLayer) or isinstance(base, BaseTunerLayer):
+            continue
+        if holders[id(base)] > 1:  # the module itself is used elsewhere, where PEFT left it as it is
+            base = layer.base_layer = copy.copy(base)
+            base._modules, base._buffers = dict(base._modules), dict(base._buffers)
+        base._parameters = {name: _again(parameter) for name, parameter in base._parameters.items()}
+
+
+def _again(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach(), parameter.requires_grad)
+
+
+def _settle_ties(model: nn.Module) -> None:
+    """Tie what transformers ties and is still equal; where something is not, let it tie nothing from now on.
+
+    Every parameter that transformers knows as tied is then one of its own, in memory and in files: a file with all of
+    them loads as it was written, whatever its config says.
+    """
+    held: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    pairs = {target: source for target, source in _tied_names(model) if {target, source} <= held.keys()}
+    for target, source in pairs.items():
+        if _equal(held[target], held[source]):
+            held[target] = _put(model, target, held[source])
+    if all(held[target] is held[source] for target, source in pairs.items()):
+        return
+    seen: set[int] = set()
+    for name in sorted({*pairs, *pairs.values()}):
+        parameter = held[name]
+        if id(parameter) in seen:
+            _put(model, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        seen.add(id(parameter))
+    _forget_ties(model)
+
+
+def _tie_flags(model: nn.Module) -> list[tuple[Any, bool]]:
+    """Read which configs of a model say that its embeddings are tied."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            parts = (getattr(module.config, name, None) for name in module.config.sub_configs)
+            found |= {id(config): config for config in (module.config, *parts)}
+    return [
+        (config, config.tie_word_embeddings)
+        for config in found.values()
+        if hasattr(config, "tie_word_embeddings")
+    ]
+
+
+def _tied_names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            start = f"{prefix}." if prefix else ""
+            for target, source in module.get_expanded_tied_weights_keys().items():
+                yield start + target, start + source
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    place, _, last = name.rpartition(".")
+    setattr(model.get_submodule(place), last, parameter)
+    return parameter
+
+
+def _forget_ties(model: nn.Module) -> None:
+    parts: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for module in parts:
+        module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+    if any("tie_word_embeddings" in inspect.getsource(type(module).forward) for module in parts):
+        return  # UMT5 and its like scale the output of their decoder where the flag is set
+    flags = _tie_flags(model)
+    for config, _ in flags:
+        config.tie_word_embeddings = False
+    for config, flag in flags:
+        if type(config).from_dict(config.to_dict()).tie_word_embeddings:  # T5's insists on its flag
+            config.tie_word_embeddings = flag

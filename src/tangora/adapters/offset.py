@@ -5,6 +5,7 @@ inexact in low precision, impossible in 4 bit, and leaves a base that saved adap
 carries the subtracted pair beside its own.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,31 +15,62 @@ from peft import LoraConfig, LoraModel, PeftModel
 from torch import Tensor
 
 from tangora._checks import InputError
-from tangora.adapters.config import OffsetConfig
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
-from tangora.adapters.pair import LoraPair, as_matrix
-from tangora.adapters.wrapped import unwrapped
+from tangora.adapters.pair import LoraPair
+from tangora.adapters.peft_models import check_unmerged, unwrapped
 
 # starts for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def mutates_base(config: Any) -> bool:
-    """Say whether PEFT's own start overwrote the base weights.
+class OffsetConfig(LoraConfig):
+    """Config of an adapter with an offset: rank r in memory, and in files the rank 2r that its state has."""
 
-    Args:
-        config: Config of an adapter.
-    """
+    offset_of: str
+    """The adapter whose offset other adapters with this config get; no field of the dataclass, so it is in no file."""
+
+    def __init__(self, config: Any = None, adapter: str = "", **fields: Any):
+        if config is None or fields:  # dataclasses.replace gets here
+            raise InputError(
+                "the config of an adapter with an offset describes no other adapter: take a LoraConfig of your own"
+            )
+        # What PEFT has found out about the model comes along. Other adapters with this config start at the offset,
+        # whatever this one started from; until then a product of zero lets PEFT take the magnitudes of the base.
+        vars(self).update(vars(config) | {"offset_of": adapter, "init_lora_weights": True})
+
+    def without_offset(self) -> LoraConfig:
+        """Make the config of the adapter without its offset."""
+        plain = LoraConfig.__new__(LoraConfig)
+        vars(plain).update({key: value for key, value in vars(self).items() if key != "offset_of"})
+        return plain
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the adapter as its files hold it."""
+        return doubled_rank(super().to_dict())
+
+
+def doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """Double every rank of a config and keep every scaling."""
+    # alpha / r, or alpha / sqrt(r) with rsLoRA. A rank pattern without its own alpha still works, because every rank
+    # doubles.
+    growth = math.sqrt(2) if config.get("use_rslora") else 2
+    return config | {
+        "r": 2 * config["r"],
+        "lora_alpha": growth * config["lora_alpha"],
+        "rank_pattern": {key: 2 * rank for key, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: growth * alpha for key, alpha in (config.get("alpha_pattern") or {}).items()},
+        "init_lora_weights": True,
+    }
+
+
+def mutates_base(config: Any) -> bool:
+    """Say whether PEFT's own start, which the config of an adapter names, overwrote the base weights."""
     return str(getattr(config, "init_lora_weights", True)).lower().startswith(_MUTATING)
 
 
 def warn_if_base_changed(model: Any) -> None:
-    """Warn before training that saving an adapter will need its initial factors.
-
-    Args:
-        model: Any model, possibly wrapped.
-    """
+    """Warn before training that saving an adapter will need its initial factors."""
     configs = getattr(unwrapped(model), "peft_config", None)
     for adapter, config in configs.items() if isinstance(configs, dict) else ():
         if mutates_base(config):
@@ -94,7 +126,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
         B0, A0 = factors.get(pair.name, (None, None))
         put_offset(pair.layer, adapter_name, _like(A0, pair.A), _like(B0, pair.B))
     # copies, since other adapters may have been made from the same config
-    model.peft_config[adapter_name] = OffsetConfig.of(model.peft_config[adapter_name], adapter_name)
+    model.peft_config[adapter_name] = OffsetConfig(model.peft_config[adapter_name], adapter_name)
 
 
 def detach_offset(model: PeftModel, adapter_name: str) -> None:
@@ -108,8 +140,8 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
     """
     model = unwrapped(model)
     found = [pair for pair in discover(model, adapter_name).pairs if get_offset(pair.layer, adapter_name)]
-    for pair in found:
-        _check_unmerged(pair)
+    if found:
+        check_unmerged(model, adapter_name)
     for pair in found:
         drop_offset(pair.layer, adapter_name)
     config = model.peft_config[adapter_name]
@@ -120,16 +152,6 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
 def has_offset(model: PeftModel, adapter_name: str) -> bool:
     """Say whether an adapter carries an offset."""
     return any(get_offset(module, adapter_name) for module in model.modules())
-
-
-def offset_factors(pair: LoraPair) -> tuple[Tensor, Tensor] | None:
-    r"""Return the frozen factors of a pair as matrices.
-
-    Returns:
-        $(B_0, A_0)$, m × r and r × n, sharing memory with the model; ``None`` without an offset.
-    """
-    offset = get_offset(pair.layer, pair.adapter)
-    return None if offset is None else (as_matrix(offset.B0), as_matrix(offset.A0))
 
 
 def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
@@ -144,18 +166,16 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
         )
     for name, reason in found.skipped.items():
         _refuse(name, f"its adapter is no plain pair: {reason}")
+    # X-LoRA's layers read the trained pairs alone
     if type(config) not in (LoraConfig, OffsetConfig) or not isinstance(model.base_model, LoraModel):
-        got = (
-            type(config).__name__,
-            type(model.base_model).__name__,
-        )  # X-LoRA's layers read the trained pairs alone
+        got = type(config).__name__, type(model.base_model).__name__
         raise InputError(f"adapter {adapter_name!r} must be LoRA; got {' in '.join(got)}")
     for pair in found.pairs:
         if pair.tied:
             _refuse(pair.name, "its factors are tied to another layer's")
         if reason := why_no_carrier(pair.layer, adapter_name):
             _refuse(pair.name, reason)
-        _check_unmerged(pair)
+    check_unmerged(model, adapter_name)
     return found.pairs
 
 
@@ -164,11 +184,6 @@ def _refuse(name: str, reason: str) -> None:
         f"{name} cannot carry an offset: {reason}; leave it out of target_modules, or take a start that needs no "
         "offset (lora, lora-one)"
     )
-
-
-def _check_unmerged(pair: LoraPair) -> None:
-    if pair.adapter in pair.layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
-        raise InputError(f"adapter {pair.adapter!r} is merged into {pair.name}: unmerge_adapter first")
 
 
 def _check_factors(pairs: list[LoraPair], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

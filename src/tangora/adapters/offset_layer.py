@@ -6,17 +6,18 @@ are exact and need nothing but PEFT.
 """
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tangora._checks import InputError
-from tangora.adapters.offset_output import difference, factors, frozen_part, is_embedding
-from tangora.adapters.offset_state import join_state, split_state
 
 # PEFT's layers that ask `lora_variant` in the forward pass, in merging and in unmerging
 _CARRIERS = {
@@ -71,14 +72,14 @@ class OffsetVariant(LoraVariant):
     ) -> Tensor:
         """Add the adapter's part to the base layer's output."""
         if self.inner is None:
-            return result + difference(module, active_adapter, x)
+            return result + _difference(module, active_adapter, x)
         whole = with_both_pairs(module, active_adapter)
-        dropout: Any = None if is_embedding(module, active_adapter) else module.lora_dropout[active_adapter]
+        dropout: Any = None if _is_embedding(module, active_adapter) else module.lora_dropout[active_adapter]
         if module.training and dropout is not None and not isinstance(dropout, nn.Identity):
             # DoRA drops out the input of the whole weight. On the base W0 - s B0 A0 the layer's own output would
             # still come from the whole input: s B0 A0 (x_dropped - x) makes up for it.
             dropped = dropout(x)
-            result = result + module.scaling[active_adapter] * frozen_part(
+            result = result + module.scaling[active_adapter] * _frozen_part(
                 module, active_adapter, dropped - x
             )
             x = dropped
@@ -155,8 +156,8 @@ def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
         # so that PEFT deletes and moves the offset with the adapter
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_offset")
         # functions of modules, so that copies and pickles of the model keep them
-        layer.register_state_dict_post_hook(join_state)
-        layer.register_load_state_dict_pre_hook(split_state)
+        layer.register_state_dict_post_hook(_join_state)
+        layer.register_load_state_dict_pre_hook(_split_state)
         for method in _METHODS_WITHOUT_OFFSET:
             setattr(layer, method, partial(_call_unless_offset, layer, method))
         if type(layer).__name__ in _DEAF_TO_VARIANTS_IN_MIXED_BATCHES:
@@ -169,7 +170,7 @@ def copy_offset(layer: Any, source: str, adapter: str) -> None:
     """Let another adapter of a layer start as one with an offset did: with its frozen pair, and at it."""
     offset = layer.lora_offset[source]
     put_offset(layer, adapter, offset.A0.clone(), offset.B0.clone())
-    for _, live, frozen, _ in factors(layer, adapter):
+    for _, live, frozen, _ in _factors(layer, adapter):
         if not _weight(live).is_meta:
             _weight(live).data = frozen.clone()
 
@@ -196,7 +197,7 @@ def with_both_pairs(layer: Any, adapter: str) -> Any:
     for method in _METHODS_WITHOUT_OFFSET:
         whole.__dict__.pop(method, None)
     whole.__dict__["_modules"] = dict(layer._modules)
-    for container, live, frozen, dim in factors(layer, adapter):
+    for container, live, frozen, dim in _factors(layer, adapter):
         weight = _weight(live)
         frozen = frozen.to(weight)  # noqa: PLW2901
         # [B - B0, B0] [A; A - A0]: unlike [B, -B0] [A; A0] it is exactly zero at the start, and later as exact as the
@@ -255,8 +256,131 @@ def _subtract_in_mixed_batch(
     for adapter in layer.lora_offset:
         if rows := [row for row, name in enumerate(names) if name == adapter]:
             x = args[0][rows]
-            if not is_embedding(layer, adapter):
+            if not _is_embedding(layer, adapter):
                 x = x.to(layer.lora_A[adapter].weight.dtype)
-            part = layer.scaling[adapter] * frozen_part(layer, adapter, x)
+            part = layer.scaling[adapter] * _frozen_part(layer, adapter, x)
             output[rows] = (output[rows] - part).to(output.dtype)
     return output
+
+
+def _is_embedding(layer: Any, adapter: str) -> bool:
+    """Tell an embedding's factors, which PEFT holds as parameters, from those that are modules."""
+    return adapter in layer.lora_embedding_A
+
+
+def _factors(layer: Any, adapter: str) -> Iterator[tuple[str, Any, Tensor, int]]:
+    """Go through the two trained factors of a layer with an offset."""
+    offset, kind = layer.lora_offset[adapter], "embedding_" if _is_embedding(layer, adapter) else ""
+    for letter, frozen, dim in (("A", offset.A0, 0), ("B", offset.B0, 1)):
+        container = f"lora_{kind}{letter}"
+        yield container, getattr(layer, container)[adapter], frozen, dim
+
+
+def _difference(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    r"""Compute what both pairs add, $s (B A x - B_0 A_0 x)$; dropout falls on the trained pair alone.
+
+    $B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0)$ is exactly zero at the start, and in low precision not a small
+    difference of two large rounded products.
+    """
+    if _is_embedding(layer, adapter):
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        A0, B0 = _frozen_factors(layer, adapter, A.dtype)
+        rows = layer._embed(x, A.T)
+        change = rows @ (B - B0).T + (rows - layer._embed(x, A0.T)) @ B0.T
+        return layer.scaling[adapter] * _scaled_like_the_table(layer, change)
+    return layer.scaling[adapter] * _change(layer, adapter, x, layer.lora_dropout[adapter](x))
+
+
+def _frozen_part(layer: Any, adapter: str, x: Tensor) -> Tensor:
+    r"""Compute the frozen pair's part alone, without the scaling: $B_0 A_0 x$."""
+    if _is_embedding(layer, adapter):
+        A0, B0 = _frozen_factors(layer, adapter, layer.lora_embedding_A[adapter].dtype)
+        return _scaled_like_the_table(layer, layer._embed(x, A0.T) @ B0.T)
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    A0, B0 = _frozen_factors(layer, adapter, down.weight.dtype)
+    return _apply(layer, up, _apply(layer, down, x, A0), B0)
+
+
+def _change(layer: Any, adapter: str, x: Tensor, dropped: Tensor) -> Tensor:
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    A0, B0 = _frozen_factors(layer, adapter, down.weight.dtype)
+    hidden = down(dropped)
+    if not (_readable(down.weight, A0) and _readable(up.weight, B0)):
+        return up(hidden) - _frozen_part(layer, adapter, x)
+    change = _apply(layer, up, hidden, up.weight - B0, up.bias)
+    change = change + _apply(layer, up, _apply(layer, down, dropped, down.weight - A0), B0)
+    # the frozen pair sees the whole input
+    return change if dropped is x else change + _frozen_part(layer, adapter, dropped - x)
+
+
+def _readable(live: Tensor, frozen: Tensor) -> bool:
+    # sharded and offloaded factors have their values only while their own module is called
+    return (
+        type(live) in (nn.Parameter, Tensor) and live.shape == frozen.shape and live.device == frozen.device
+    )
+
+
+def _frozen_factors(layer: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    offset = layer.lora_offset[adapter]
+    # PEFT casts an adapter's parameters and leaves buffers alone
+    return offset.A0.to(dtype), offset.B0.to(dtype)
+
+
+def _apply(layer: Any, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    return layer.conv_fn(x, weight, bias, stride=module.stride, padding=module.padding)
+
+
+def _scaled_like_the_table(layer: Any, rows: Tensor) -> Tensor:
+    scale = layer._get_embed_scale()  # some embeddings multiply their output; PEFT follows them
+    return rows if scale is None else rows * scale.to(rows.dtype)
+
+
+def _join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Put the frozen pair into a layer's state, as a hook of torch.
+
+    Every bit of all four factors can be read back.
+    """
+    for adapter in layer.lora_offset:
+        for key, frozen, dim in _entries(layer, adapter, prefix):
+            if key in state:
+                live, frozen = state[key], -frozen if dim else frozen  # noqa: PLW2901
+                whole = torch.cat([_whole(live), frozen.to(live.device, live.dtype)], dim)
+                state[key] = _placed(whole, live)
+
+
+@torch.no_grad()
+def _split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the frozen pair out of a state that is about to be loaded, as a hook of torch."""
+    for adapter in layer.lora_offset:
+        for key, frozen, dim in _entries(layer, adapter, prefix):
+            if key not in state:
+                continue
+            given = state[key]
+            if given.shape != torch.cat([frozen, frozen], dim).shape:
+                raise InputError(
+                    f"{key} must have rank {2 * frozen.shape[dim]}, as the state of a layer with an offset has; "
+                    f"got shape {tuple(given.shape)}: call detach_offset before loading another adapter, or "
+                    "tangora.load_adapter(base, path, is_trainable=True) on the base model"
+                )
+            trained, start = _whole(given).split(frozen.shape[dim], dim)
+            state[key] = _placed(trained.clone(), given)
+            frozen.copy_(-start if dim else start)
+
+
+def _entries(layer: Any, adapter: str, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
+    for container, live, frozen, dim in _factors(layer, adapter):
+        yield f"{prefix}{container}.{adapter}" + ("" if isinstance(live, Tensor) else ".weight"), frozen, dim
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    # of a sharded factor by communication: like the state itself, it is asked for on every process
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    # every process has the whole tensor: no communication
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

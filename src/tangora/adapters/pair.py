@@ -1,13 +1,28 @@
-"""One LoRA pair: the two factors of one update, whatever kind of layer they adapt."""
+"""One LoRA pair: the two factors of one update, and the weight that they change, whatever kind of layer that is."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB, Weight
+from tangora.adapters.offset_layer import get_offset, with_both_pairs
+from tangora.adapters.stored_weight import module_weight
+
+_BASE = "base_model.model."
+
+
+class MovingFactors(NamedTuple):
+    """The factors along which a layer's weight moves."""
+
+    A: FactorA
+    B: FactorB
+    r"""$D B$ for a DoRA layer."""
+    row_scale: Tensor | None
+    r"""The diagonal of $D$; ``None`` for a layer without magnitudes."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +53,11 @@ class LoraPair:
         return f"LoraPair({self.name!r}, adapter={self.adapter!r}, r={r}, {m}x{n}{tied})"
 
     @property
+    def path(self) -> str:
+        """Path of the layer in the base model."""
+        return self.name.removeprefix(_BASE)
+
+    @property
     def scaling(self) -> float:
         """The factor $s$, as it is now: PEFT's ``set_scale`` and merging tools change it at run time."""
         return float(self.layer.scaling[self.adapter])  # pyright: ignore[reportIndexIssue, reportArgumentType]
@@ -58,6 +78,11 @@ class LoraPair:
         return [self.A, self.B, *(parameter for pair in self.tied for parameter in pair)]
 
     @property
+    def base(self) -> nn.Module:
+        """The frozen layer under the adapters."""
+        return self.layer.get_base_layer()  # pyright: ignore[reportCallIssue, reportReturnType]
+
+    @property
     def active(self) -> bool:
         """Whether the layer computes with this adapter: switched on, and not merged into the weight."""
         layer: Any = self.layer
@@ -65,9 +90,19 @@ class LoraPair:
         return used and not layer.disable_adapters
 
     @property
+    def use_rslora(self) -> bool:
+        r"""Whether the scaling is alpha over the root of the rank."""
+        return bool(self.layer.use_rslora[self.adapter])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+
+    @property
     def looks_up(self) -> bool:
         """Whether the layer is an embedding, whose inputs are indices: $A$ has one column for each of them."""
         return self.adapter in getattr(self.layer, "lora_embedding_A", ())
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether the layer is DoRA's, which scales every row of its weight to a trained norm."""
+        return self._magnitude_holder() is not None
 
     @property
     def attached(self) -> bool:
@@ -86,20 +121,16 @@ class LoraPair:
         Returns:
             Both factors first; parameters that are tied to them are numbered.
         """
-        embedding, suffix = ("embedding_", "") if self._is_embedding else ("", ".weight")
+        embedding, suffix = ("embedding_", "") if self.looks_up else ("", ".weight")
         factors = [f"{self.name}.lora_{embedding}{letter}.{self.adapter}{suffix}" for letter in "AB"]
         tied = [f"{self.name}.tied.{number}" for number in range(2 * len(self.tied))]
         return list(zip([*factors, *tied], self.parameters, strict=True))
-
-    @property
-    def _is_embedding(self) -> bool:
-        return self.adapter in self.layer.lora_embedding_A  # pyright: ignore[reportOperatorIssue]
 
     def _holders(self) -> list[Any]:
         layer: Any = self.layer
         containers = (
             (layer.lora_embedding_A, layer.lora_embedding_B)
-            if self._is_embedding
+            if self.looks_up
             else (layer.lora_A, layer.lora_B)
         )
         return [container[self.adapter] if self.adapter in container else None for container in containers]  # noqa: SIM401 (a ModuleDict has no get)
@@ -135,11 +166,89 @@ class LoraPair:
         r"""Return $s B A$ as a matrix, $m \times n$, in the factors' dtype.
 
         Returns:
-            The change of the weight, for inspection; training never forms it. An offset (`offset_factors`) is not
-            subtracted.
+            The change of the weight, for inspection; training never forms it. An offset (`offset`) is not subtracted.
         """
         A, B = self.factors()
         return self.scaling * (B @ A)
+
+    def offset(self) -> tuple[FactorB, FactorA] | None:
+        r"""Return the frozen pair that is subtracted, as matrices.
+
+        Returns:
+            $(B_0, A_0)$, m × r and r × n, sharing memory with the model; ``None`` without an offset.
+        """
+        held = get_offset(self.layer, self.adapter)
+        return None if held is None else (as_matrix(held.B0), as_matrix(held.A0))
+
+    def base_weight(self) -> Weight:
+        r"""Return $W_0$ in the orientation of $s B A$, dequantized where need be.
+
+        Returns:
+            A new or shared ``m x n`` tensor in float32 (float64 for a float64 layer), on the layer's device; not to be
+            written to.
+        """
+        return module_weight(self.base, transposed=self.transposed)
+
+    @torch.no_grad()
+    def weight(self, base: Weight | None = None) -> Weight:
+        r"""Return $W_0 + s (B A - B_0 A_0)$, what the layer computes with but for DoRA's magnitudes.
+
+        Args:
+            base: What is added to; default `base_weight`.
+        """
+        base = self.base_weight() if base is None else base
+        whole = base + self.delta_weight().to(base)
+        if (offset := self.offset()) is not None:
+            whole = whole - self.scaling * (offset[0] @ offset[1]).to(whole)
+        return whole
+
+    @torch.no_grad()
+    def row_scale(self) -> Tensor | None:
+        r"""Return what DoRA multiplies each row of $W_0 + s B A$ with, magnitude over norm.
+
+        PEFT takes the norm as a constant in the backward pass, so that the factors move the layer's weight by
+        $D\,(s B A)$ with the diagonal $D$ returned here.
+
+        Returns:
+            ``m`` numbers in the dtype of `base_weight`; ``None`` for a layer without magnitudes.
+        """
+        if (holder := self._magnitude_holder()) is None:
+            return None
+        weight = self.weight()
+        return holder.weight.detach().flatten().to(weight) / weight.norm(dim=1)
+
+    def moving_factors(self) -> MovingFactors:
+        """Return the factors along which the layer's weight moves: those of `factors`, but for DoRA's row scale."""
+        (A, B), scale = self.factors(), self.row_scale()
+        return MovingFactors(A, B if scale is None else scale[:, None] * B.to(scale), scale)
+
+    def refresh_magnitude(self) -> None:
+        """Set a DoRA layer's magnitudes to the norms of the weight it has now, so that DoRA starts from that weight.
+
+        Nothing happens to other layers.
+        """
+        if (holder := self._magnitude_holder()) is None:
+            return
+        layer: Any = self.layer
+        magnitude = holder.weight
+        view = layer if self.offset() is None else with_both_pairs(layer, self.adapter)
+        if self.looks_up:
+            A, B = (held[self.adapter].detach() for held in (view.lora_embedding_A, view.lora_embedding_B))
+        else:
+            A, B = (held[self.adapter].weight for held in (view.lora_A, view.lora_B))
+        holder.update_layer(base_layer=self.base, lora_A=A, lora_B=B, scaling=self.scaling)
+        # PEFT makes a new parameter; an optimizer may know the old one
+        magnitude.data.copy_(holder.weight.detach())
+        holder.weight = magnitude
+
+    def _magnitude_holder(self) -> Any:
+        magnitudes: Any = getattr(self.layer, "lora_magnitude_vector", None) or {}
+        return magnitudes[self.adapter] if self.adapter in magnitudes else None  # noqa: SIM401 (a ModuleDict has no get)
+
+
+def pattern_key(name: str) -> str:
+    """Return a key for PEFT's rank and alpha patterns, regular expressions for ends of names, that fits one layer."""
+    return f"^{re.escape(name.removeprefix(_BASE))}"
 
 
 def as_matrix(factor: Tensor) -> Tensor:

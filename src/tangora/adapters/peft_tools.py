@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 from tangora._checks import InputError
-from tangora.adapters.config import OffsetConfig
 from tangora.adapters.discover import discover
+from tangora.adapters.offset import OffsetConfig
 from tangora.adapters.offset_layer import copy_offset, get_offset, refusal
 
 
@@ -117,6 +117,6 @@ def _inject_with_offset(inject: Callable[..., None]) -> Callable[..., None]:
             for module in model.modules():
                 if get_offset(module, config.offset_of):
                     copy_offset(module, config.offset_of, adapter_name)
-            tuner.peft_config[adapter_name] = OffsetConfig.of(config, adapter_name)
+            tuner.peft_config[adapter_name] = OffsetConfig(config, adapter_name)
 
     return injecting

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tangora.adapters import LoraPair, base_weight, discover, offset_factors
+from tangora.adapters import LoraPair, discover
 from tangora.adapters.pair import as_matrix
 
 
@@ -53,11 +53,9 @@ def normalize_filters(space: Any, direction: Float[Tensor, " size"]) -> Float[Te
 
 @torch.no_grad()
 def _adapted(pairs: list[LoraPair]) -> tuple[bool, Tensor]:
-    weight = base_weight(pairs[0])
+    weight = pairs[0].base_weight()
     for pair in pairs:
-        weight = weight + pair.delta_weight().to(weight)
-        if (offset := offset_factors(pair)) is not None:
-            weight = weight - pair.scaling * (offset[0] @ offset[1]).to(weight)
+        weight = pair.weight(weight)
     return pairs[0].transposed, weight
 
 

@@ -22,7 +22,7 @@ from tangora.curvature.spaces import FactorSpace, Leaves, Space
 from tangora.curvature.symmetric import SymmetricOperator
 from tangora.curvature.weight_space import weight_space
 from tangora.probes.batches import as_batches
-from tangora.probes.ranks import failing_together, sum_over_ranks
+from tangora.probes.collective import failing_together, sum_over_ranks
 
 Over = Literal["factors", "tangent", "weights"]
 Vector = Tensor | Mapping[str, Tensor]

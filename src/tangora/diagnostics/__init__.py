@@ -2,12 +2,11 @@
 
 from tangora._names import STARTS
 from tangora.diagnostics.diagnose import diagnose
-from tangora.diagnostics.ranks import RankPlan, Spectrum, plan_ranks, required_rank
+from tangora.diagnostics.diagnosed_layers import DEFAULT_RANK, GRADIENT_STARTS
+from tangora.diagnostics.motion import Track, WeightTrack, find_tracks, fingerprint
+from tangora.diagnostics.rank_plan import LayerGradient, RankPlan, plan_ranks, required_rank
 from tangora.diagnostics.records import AdapterState, Diagnosis, HeldOut, LayerDiagnosis, Totals
-from tangora.diagnostics.sites import DEFAULT_RANK
 from tangora.diagnostics.snapshots import Reference, write_snapshot
-from tangora.diagnostics.starts import GRADIENT_STARTS
-from tangora.diagnostics.tracks import Track, WeightTrack, find_tracks, fingerprint
 from tangora.diagnostics.trajectory import Measures, Trajectory, TrajectoryPoint
 
 __all__ = [
@@ -21,7 +20,7 @@ __all__ = [
     "RankPlan",
     "Reference",
     "STARTS",
-    "Spectrum",
+    "LayerGradient",
     "Totals",
     "Track",
     "Trajectory",

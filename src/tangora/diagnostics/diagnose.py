@@ -1,4 +1,4 @@
-"""`diagnose`: how much of the full gradient each adapter can see, which layers starve, and which ranks would do."""
+"""`diagnose`: the share of the gradient that each adapter captures, where it misses most, and which ranks would do."""
 
 import math
 import time
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tangora._checks import InputError, check_choice, check_kind, check_seed, check_whole
 from tangora._names import STARTS
-from tangora._types import FactorA, FactorB, LossFn
-from tangora.adapters import LoraPair, adapters_off, check_not_sharded, magnitude_scale, unwrapped
+from tangora._types import FactorA, FactorB, LossFn, Progress
+from tangora.adapters import LoraPair, adapters_off, check_not_sharded, unwrapped
 from tangora.diagnostics.alignment import (
     EquivalentGradient,
     captured_share,
@@ -21,18 +21,22 @@ from tangora.diagnostics.alignment import (
     equivalent_gradient,
     imbalance_norms,
 )
-from tangora.diagnostics.measure import How, Measured, Propose, fit_into_memory, measure
-from tangora.diagnostics.ranks import RankPlan, plan_ranks, required_rank
+from tangora.diagnostics.diagnosed_layers import Subject, find_subject, start_factors
+from tangora.diagnostics.gradient_reading import (
+    ADAPTER,
+    How,
+    Propose,
+    ReadLayer,
+    fit_into_memory,
+    read_gradients,
+)
+from tangora.diagnostics.rank_plan import RankPlan, plan_ranks, required_rank
 from tangora.diagnostics.records import SHARES, AdapterState, Diagnosis, HeldOut, LayerDiagnosis, totals
-from tangora.diagnostics.sites import Site, Subject, find_subject
-from tangora.diagnostics.starts import start_factors
 from tangora.geometry.sketch import LowRankSVD
-from tangora.probes import ProbedLayer, Report, as_batches
+from tangora.probes import ProbedLayer, as_batches
 from tangora.probes.batches import num_batches
-from tangora.probes.ranks import collective
-from tangora.probes.spectrum import reporting
-
-_ADAPTER = "adapter"
+from tangora.probes.collective import collective
+from tangora.probes.singular_values import reporting
 
 
 @collective
@@ -52,7 +56,7 @@ def diagnose(
     seed: int = 0,
     adapter_name: str | None = None,
     loss_fn: LossFn | None = None,
-    progress: Report = True,
+    progress: Progress | bool = True,
 ) -> Diagnosis:
     r"""Measure how much of the full gradient LoRA adapters can follow.
 
@@ -82,7 +86,7 @@ def diagnose(
         seed: Of the random vectors and the random starts; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        progress: Whether to draw a progress bar on a terminal, or what hears of it: batches read, and their total.
+        progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.
 
     Raises:
         InputError: If an argument is out of range, the model has no layer to look at, or its adapter is merged,
@@ -102,7 +106,7 @@ def diagnose(
     check_kind("model", model, nn.Module, "a model")
     check_not_sharded(model.named_parameters(), "diagnose")
     subject = find_subject(model, adapter_name, target_modules, rank)
-    sites, layers = subject.sites, [site.layer for site in subject.sites]
+    layers = subject.layers
     budget_rank = subject.common_rank if budget_rank is None else budget_rank
     how = How(
         _num_values(subject, budget_rank, num_values),
@@ -113,22 +117,29 @@ def diagnose(
     )
     batches = as_batches(batches)
     held_out = None if held_out is None else as_batches(held_out, "held_out")
-    read = partial(measure, model, layers, batches, how=how, keep=_ADAPTER)
-    with reporting(progress, _all_batches(subject, batches, held_out, how), 1) as heard:
+    read = partial(read_gradients, model, layers, batches, how=how, keep=ADAPTER)
+    with reporting(progress, _all_batches(subject, batches, held_out, how), 1) as counted:
         # at B = 0 both models have one gradient, everything is seen in the same passes, and the adapter only takes time
         with adapters_off(model, keep_heads=subject.plain_start):
-            base, loss = read(propose=_proposal(subject, starts, seed), heard=heard, held_out=held_out)
+            base, loss = read(propose=_proposal(subject, starts, seed), progress=counted, held_out=held_out)
         adapted, adapter_loss = base, loss
         if not subject.plain_start:
-            adapted, adapter_loss = read(propose=_proposal(subject, None, seed), heard=heard)
+            adapted, adapter_loss = read(propose=_proposal(subject, None, seed), progress=counted)
     subject = subject.with_read(base.keys() & adapted.keys())
-    sites = subject.sites
     states = {
-        site.name: _state(site.pair, adapted[site.layer.name]) for site in sites if site.pair is not None
+        layer.name: _state(layer.pair, adapted[layer.name])
+        for layer in subject.layers
+        if layer.pair is not None
     }
     found = tuple(
-        _layer(site, base[site.layer.name], states[site.name][0] if states else None, starts)
-        for site in sites
+        _layer(
+            layer,
+            subject.ranks[layer.name],
+            base[layer.name],
+            states[layer.name][0] if states else None,
+            starts,
+        )
+        for layer in subject.layers
     )
     return Diagnosis(
         layers=found,
@@ -146,12 +157,12 @@ def diagnose(
 
 def _num_values(subject: Subject, budget_rank: int, num_values: int | None) -> int:
     check_whole("budget_rank", budget_rank, low=1)
-    for site in subject.sites:
-        if budget_rank > (smaller := min(site.layer.m, site.layer.n)):
+    for layer in subject.layers:
+        if budget_rank > (smaller := min(layer.m, layer.n)):
             raise InputError(
-                f"budget_rank must be at most {smaller}, the smaller side of layer {site.name}; got {budget_rank}"
+                f"budget_rank must be at most {smaller}, the smaller side of layer {layer.path}; got {budget_rank}"
             )
-    largest = max(budget_rank, *(site.rank for site in subject.sites))
+    largest = max(budget_rank, *subject.ranks.values())
     if num_values is None:
         return 4 * largest
     check_whole("num_values", num_values, low=2 * largest)
@@ -165,46 +176,42 @@ def _all_batches(
     counts = num_batches(batches), num_batches(() if held_out is None else held_out)
     if counts[0] is None or counts[1] is None:
         return iter(())
-    layers = [site.layer for site in subject.sites]
-    points = 1 if subject.plain_start else 2
+    layers, points = subject.layers, 1 if subject.plain_start else 2
     return range(points * how.passes(layers) * counts[0] + len(how.groups(layers)) * counts[1])
 
 
 def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Propose:
     # with starts: the base model's point; without: the adapted one's
-    sites = {site.layer.name: (index, site) for index, site in enumerate(subject.sites)}
+    numbers = {layer.name: number for number, layer in enumerate(subject.layers)}
 
     def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, tuple[FactorA, FactorB]]:
-        index, site = sites[layer.name]
         proposed = {}
-        if site.pair is not None and (starts is None or subject.plain_start):
-            proposed[_ADAPTER] = _moving_factors(site.pair)[:2]
+        if layer.pair is not None and (starts is None or subject.plain_start):
+            proposed[ADAPTER] = layer.pair.moving_factors()[:2]
         for start in starts or ():
-            factors = start_factors(start, site, gradient, (seed << 20) + index)
+            own_seed = (seed << 20) + numbers[layer.name]
+            factors = start_factors(start, layer, subject.ranks[layer.name], gradient, own_seed)
             if factors is not None:
                 proposed[start] = factors
-        if _ADAPTER in proposed and subject.is_lora_start(site):
+        if ADAPTER in proposed and subject.is_lora_start(layer):
             proposed.pop("lora", None)  # the adapter is that start
         return proposed
 
     return propose
 
 
-def _moving_factors(pair: LoraPair) -> tuple[FactorA, FactorB, Tensor | None]:
-    # those by which the layer's weight moves, and DoRA's row scale that is already in B
-    A, B = pair.factors()
-    scale = magnitude_scale(pair)
-    return A, B if scale is None else scale[:, None] * B.to(scale), scale
-
-
-def _state(pair: LoraPair, measured: Measured) -> tuple[AdapterState, EquivalentGradient]:
-    gradient, view = measured.spectrum, measured.views[_ADAPTER]
+def _state(pair: LoraPair, measured: ReadLayer) -> tuple[AdapterState, EquivalentGradient]:
+    gradient, view = measured.spectrum, measured.views[ADAPTER]
     energy = view.captured
     A, B = (factor.cpu() for factor in pair.factors())
-    moving_A, moving_B, scale = (part if part is None else part.cpu() for part in _moving_factors(pair))
-    assert moving_A is not None
-    assert moving_B is not None
-    step = equivalent_gradient(moving_A, moving_B, *view, scaling=pair.scaling, row_scale=scale)
+    moving_A, moving_B, scale = pair.moving_factors()
+    step = equivalent_gradient(
+        moving_A.cpu(),
+        moving_B.cpu(),
+        *view,
+        scaling=pair.scaling,
+        row_scale=None if scale is None else scale.cpu(),
+    )
     imbalance, relative = imbalance_norms(A, B)
     state = AdapterState(
         rank=pair.shape[2],
@@ -222,19 +229,21 @@ def _state(pair: LoraPair, measured: Measured) -> tuple[AdapterState, Equivalent
     return state, step
 
 
-def _layer(site: Site, base: Measured, state: AdapterState | None, starts: Sequence[str]) -> LayerDiagnosis:
+def _layer(
+    layer: ProbedLayer, rank: int, base: ReadLayer, state: AdapterState | None, starts: Sequence[str]
+) -> LayerDiagnosis:
     gradient, other = base.spectrum, base.held_out
     shares = _shares(base.captured, gradient.energy, starts)
     return LayerDiagnosis(
-        name=site.name,
-        m=site.layer.m,
-        n=site.layer.n,
-        rank=site.rank,
+        name=layer.path,
+        m=layer.m,
+        n=layer.n,
+        rank=rank,
         gradient=gradient,
         adapter=state,
         starts=shares,
         # the singular values are estimates from below, and what a start captures is measured
-        reachable=max(captured_share(gradient.reachable(site.rank), gradient.energy), *shares.values(), 0.0),
+        reachable=max(captured_share(gradient.reachable(rank), gradient.energy), *shares.values(), 0.0),
         ranks_needed={str(share): required_rank(gradient, share / 100) for share in SHARES},
         held_out=HeldOut(other.energy, other.energy_error, _shares(other.captured, other.energy, starts))
         if other
@@ -244,7 +253,7 @@ def _layer(site: Site, base: Measured, state: AdapterState | None, starts: Seque
 
 def _shares(captured: Mapping[str, float], energy: float, starts: Sequence[str]) -> dict[str, float]:
     # an adapter that has not moved was looked through instead of the start that it is
-    energies = {"lora": captured.get(_ADAPTER, 0.0)} | dict(captured)
+    energies = {"lora": captured.get(ADAPTER, 0.0)} | dict(captured)
     return {start: captured_share(energies.get(start, 0.0), energy) for start in starts}
 
 
@@ -258,8 +267,8 @@ def _whole_cosine(states: Sequence[tuple[AdapterState, EquivalentGradient]]) -> 
 def _plan(
     subject: Subject, layers: Sequence[LayerDiagnosis], budget_rank: int, alpha: float | int | None
 ) -> RankPlan:
-    pair = subject.sites[0].pair
-    use_rslora = pair is not None and bool(pair.layer.use_rslora[pair.adapter])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    pair = subject.layers[0].pair
+    use_rslora = pair is not None and pair.use_rslora
     if alpha is None and pair is not None:
         alpha = pair.scaling * budget_rank ** (0.5 if use_rslora else 1.0)
     return plan_ranks(

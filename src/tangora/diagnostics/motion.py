@@ -1,19 +1,30 @@
-r"""How far a weight has moved, from thin factors: step norms, distances to another run, principal angles.
+r"""How far weights have moved: a PEFT model's pairs, from thin factors, or weights that are trained themselves.
 
-Pure functions of one layer, in float64 whatever comes in. The change of a weight is held as $Y = B A$ with everything
-(scaling, offset) in the factors; a DoRA layer's weight is $D\,(W_0 + Y)$ with a diagonal $D$.
+In float64 whatever comes in. The change of a weight is held as $Y = B A$ with everything (scaling, offset) in the
+factors; a DoRA layer's weight is $D\,(W_0 + Y)$ with a diagonal $D$.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from scipy.linalg import subspace_angles
-from torch import Tensor
+from torch import Tensor, nn
 
+from tangora._checks import InputError
 from tangora._types import FactorA, FactorB, Weight
+from tangora.adapters import (
+    LoraPair,
+    active_adapter,
+    check_unmerged,
+    discover,
+    module_weight,
+    mutates_base,
+)
 
 _BLOCK = 512  # rows of a dense matrix that are held in float64 at once
 
@@ -29,12 +40,10 @@ class Update(NamedTuple):
 
 
 class Place(NamedTuple):
-    r"""Where a weight stands: $D\,(W_0 + Y)$."""
+    r"""Where a weight stands: $D\,(W_0 + Y)$, with the diagonal $D$ of a DoRA layer."""
 
     update: Update
-    """$Y$."""
     scale: Float[Tensor, " m"] | None = None
-    """$D$ of a DoRA layer."""
 
 
 def update_from(
@@ -81,7 +90,7 @@ def step_norm(new: Place, old: Place, base: Weight | None = None) -> Float[Tenso
     assert base is not None
     total = moved.A.new_zeros(())
     stretch = new.scale.double() - old.scale.double()
-    for rows in blocks(base.shape[0]):
+    for rows in _blocks(base.shape[0]):
         # D1 (Y1 - Y0) + (D1 - D0) (W + Y0): both small when the step is
         along = new.scale[rows, None].double() * (moved.B[rows] @ moved.A)
         stood = base[rows].double() + old.update.B[rows] @ old.update.A
@@ -140,15 +149,14 @@ class Overlap:
 def overlap(own: Rows, other: Rows, num_rows: int) -> Overlap:
     """Compare two changes of one weight, a block of rows at a time."""
     sums = None
-    for rows in blocks(num_rows):
+    for rows in _blocks(num_rows):
         X, Z = own(rows), other(rows)
         part = torch.stack([(X - Z).square().sum(), X.square().sum(), Z.square().sum(), (X * Z).sum()])
         sums = part if sums is None else sums + part
     return Overlap(*sums.tolist()) if sums is not None else Overlap()
 
 
-def blocks(num_rows: int) -> Iterator[slice]:
-    """Split rows into blocks."""
+def _blocks(num_rows: int) -> Iterator[slice]:
     for first in range(0, num_rows, _BLOCK):
         yield slice(first, min(first + _BLOCK, num_rows))
 
@@ -161,15 +169,160 @@ class Angles(NamedTuple):
 
 
 def principal_angles(one: Float[Tensor, "m k"], other: Float[Tensor, "m l"]) -> Angles | None:
-    """Return the principal angles between the column spaces of two matrices.
+    """Return the principal angles between the column spaces of two matrices (Knyazev and Argentati, 2002).
 
     There are as many as the smaller space has dimensions.
-
-    Source:
-        Knyazev and Argentati (2002), as in ``scipy.linalg.subspace_angles``.
     """
     if not (one.any() and other.any()):
         return None
     angles = torch.from_numpy(subspace_angles(one.double().cpu().numpy(), other.double().cpu().numpy()))
     degrees = torch.rad2deg(angles)
     return Angles(float(degrees.max()), float(degrees.mean()))
+
+
+class Track(ABC):
+    """One weight whose motion is followed, by its path in the base model."""
+
+    name: str
+    shape: tuple[int, int]
+    """``(m, n)``."""
+
+    @abstractmethod
+    def remember(self) -> None:
+        """Keep where the weight stands now, for the next `advance`."""
+
+    @abstractmethod
+    def advance(self) -> Tensor:
+        """Return the Frobenius norm of the motion since the last `remember` or `advance`, and remember."""
+
+    @abstractmethod
+    def change(self) -> Rows:
+        r"""Return rows of $W - W_0$."""
+
+    @abstractmethod
+    def base(self) -> Rows:
+        r"""Return rows of $W_0$."""
+
+    def change_norm(self) -> Tensor:
+        r"""Return $\|W - W_0\|_F$."""
+        rows_of = self.change()
+        return sum((rows_of(rows).square().sum() for rows in _blocks(self.shape[0])), torch.zeros(())).sqrt()
+
+
+class AdapterTrack(Track):
+    """An adapted layer; an offset's subtracted pair counts as part of the base weight's side."""
+
+    def __init__(self, pair: LoraPair):
+        self.pair, self.name, self.shape = pair, pair.path, pair.shape[:2]
+        self._last: Place | None = None
+
+    def place(self) -> Place:
+        """Return where the weight stands, in tensors of its own."""
+        A, B = self.pair.factors()
+        return Place(
+            update_from(A, B, scaling=self.pair.scaling, start=self.pair.offset()), self.pair.row_scale()
+        )
+
+    def remember(self) -> None:
+        """Keep where the weight stands now."""
+        self._last = self.place()
+
+    def advance(self) -> Tensor:
+        """Return the norm of the motion, and remember."""
+        now, last = self.place(), self._last
+        assert last is not None
+        self._last = now
+        return step_norm(now, last, None if now.scale is None else self.pair.base_weight())
+
+    def change_norm(self) -> Tensor:
+        r"""Return $\|W - W_0\|_F$, from the factors alone where there is no $D$."""
+        place = self.place()
+        return super().change_norm() if place.scale is not None else norm(place.update)
+
+    def change(self) -> Rows:
+        r"""Return rows of $W - W_0$."""
+        return change_rows(self.place(), self.base())
+
+    def base(self) -> Rows:
+        r"""Return rows of $W_0$."""
+        weight = self.pair.base_weight()
+        return lambda rows: weight[rows].double()
+
+
+class WeightTrack(Track):
+    """A weight that is trained itself; its first value is kept."""
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name = name
+        self._module = module
+        self._first = self._last = self.weight().clone()
+        m, n = self._first.shape
+        self.shape = m, n
+
+    def weight(self) -> Tensor:
+        """Return the weight as it is now, ``m x n``, in its own dtype; it may share memory with the model."""
+        return module_weight(self._module).to(self._module.weight.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def remember(self) -> None:
+        """Keep where the weight stands now."""
+        self._last = self.weight().clone()
+
+    def advance(self) -> Tensor:
+        """Return the norm of the motion, and remember."""
+        now, last = self.weight(), self._last
+        total = torch.zeros((), dtype=torch.float64, device=now.device)
+        for rows in _blocks(now.shape[0]):
+            total += (now[rows].double() - last[rows].to(now.device).double()).square().sum()
+        self.remember()
+        return total.sqrt()
+
+    def change(self) -> Rows:
+        r"""Return rows of $W - W_0$."""
+        weight, base = self.weight(), self.base()
+        return lambda rows: weight[rows].double() - base(rows)
+
+    def base(self) -> Rows:
+        r"""Return rows of $W_0$."""
+        first, device = self._first, self.weight().device
+        return lambda rows: first[rows].to(device).double()
+
+
+def find_tracks(model: nn.Module, names: Sequence[str] | None = None) -> Sequence[Track]:
+    """List the weights of a model whose motion can be followed.
+
+    Args:
+        model: PEFT model with one active adapter of plain pairs; or, with ``names``, a model that is trained whole, as
+            it is before training.
+        names: Paths of the layers of a model without adapters.
+
+    Raises:
+        InputError: If the adapter has no plain pair, is merged, or began by changing the base weights; or a name is no
+            layer with a weight.
+    """
+    if names is not None:
+        modules = dict(model.named_modules())
+        if unknown := next((name for name in names if not hasattr(modules.get(name), "weight")), None):
+            raise InputError(f"names must be layers with a weight; got {unknown!r}")
+        return [WeightTrack(name, modules[name]) for name in names]
+    adapter = active_adapter(model)
+    check_unmerged(model)
+    if mutates_base(model.peft_config[adapter]):  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+        raise InputError(
+            f"the start of adapter {adapter!r} changed the base weights, so that its motion cannot be measured: "
+            "make the adapter with init_lora_weights=True and tangora.initialize"
+        )
+    pairs = discover(model, adapter).pairs
+    if not pairs:
+        raise InputError(f"adapter {adapter!r} has no plain pair (A, B) whose motion could be measured")
+    return [AdapterTrack(pair) for pair in pairs]
+
+
+def fingerprint(tracks: Sequence[Track]) -> str:
+    """Return SHA-256 of names and base weights, the same for a model trained whole and for one with adapters."""
+    digest = hashlib.sha256()
+    for track in sorted(tracks, key=lambda track: track.name):
+        digest.update(f"{track.name}\0{track.shape}\0".encode())
+        rows_of = track.base()
+        for rows in _blocks(track.shape[0]):
+            digest.update(rows_of(rows).float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

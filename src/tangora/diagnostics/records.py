@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tangora._checks import InputError
-from tangora.diagnostics.ranks import RankPlan, Spectrum
+from tangora.diagnostics.rank_plan import LayerGradient, RankPlan
 
 SHARES = (50, 80, 90)
 """Shares of the gradient's energy, in percent, whose rank is looked for."""
@@ -15,34 +15,29 @@ SHARES = (50, 80, 90)
 
 @dataclass(frozen=True)
 class AdapterState:
-    r"""One layer's adapter as it stands, measured on the gradient $G$ of the adapted model.
-
-    Attributes:
-        rank: Its $r$.
-        scaling: Its $s$.
-        gradient: Of the adapted model; the base model's where the adapter has not moved yet.
-        captured_energy: $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$.
-        alignment_error: $\varepsilon = \|G - P_T(G)\|_F$, in the gradient's units.
-        cosine: Between $G$ and the weight's step under plain LoRA gradients; $\sqrt\kappa$ is the best possible.
-            ``None`` where one of them is zero.
-        condition_A: Ratio of the extreme eigenvalues of $A A^\top$; ``None`` for a factor without full rank.
-        condition_B: The same of $B^\top B$; ``None`` at the start $B = 0$.
-        imbalance: $\|B^\top B - A A^\top\|_F$.
-        relative_imbalance: The same over $\|B^\top B\|_F + \|A A^\top\|_F$: 0 is balanced, 1 is a zero factor.
-        effective_rank: Exponential of the entropy of the singular values of $B A$; 0 for $B A = 0$.
-    """
+    r"""One layer's adapter as it stands, measured on the gradient $G$ of the adapted model."""
 
     rank: int
     scaling: float
-    gradient: Spectrum
+    gradient: LayerGradient
+    """Of the adapted model; the base model's where the adapter has not moved yet."""
     captured_energy: float
+    r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$."""
     alignment_error: float
+    r"""$\varepsilon = \|G - P_T(G)\|_F$, in the gradient's units."""
     cosine: float | None
+    r"""Between $G$ and the weight's step under plain LoRA gradients; $\sqrt\kappa$ is the best possible. ``None`` where
+    one of them is zero."""
     condition_A: float | None
+    r"""Ratio of the extreme eigenvalues of $A A^\top$; ``None`` for a factor without full rank."""
     condition_B: float | None
+    r"""The same of $B^\top B$; ``None`` at the start $B = 0$."""
     imbalance: float
+    r"""$\|B^\top B - A A^\top\|_F$."""
     relative_imbalance: float
+    r"""The same over $\|B^\top B\|_F + \|A A^\top\|_F$: 0 is balanced, 1 is a zero factor."""
     effective_rank: float
+    """Exponential of the entropy of the singular values of $B A$; 0 for $B A = 0$."""
 
     @property
     def missed_energy(self) -> float:
@@ -52,98 +47,76 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class HeldOut:
-    r"""The base model's gradient on examples that no start was made from.
-
-    Attributes:
-        energy: Its squared norm.
-        energy_error: Standard error of that; 0 where it is exact.
-        starts: Captured energy $\kappa$ by start.
-    """
+    """The base model's gradient on examples that no start was made from."""
 
     energy: float
     energy_error: float
+    """Standard error of the energy; 0 where it is exact."""
     starts: dict[str, float]
+    r"""Captured energy $\kappa$ by start."""
 
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    r"""One layer.
-
-    Attributes:
-        name: Its path in the base model.
-        m: Rows of the weight's update.
-        n: Columns of the weight's update.
-        rank: Rank of the starts.
-        gradient: Of the base model.
-        adapter: The adapter as it stands; ``None`` for a model without one.
-        starts: Captured energy $\kappa$ of the base model's gradient by start, at `rank`.
-        reachable: The largest $\kappa$ that any adapter of `rank` could have there.
-        ranks_needed: Smallest rank that could capture 50, 80 and 90 % of the base model's gradient, by ``"50"`` and so
-            on; ``None`` if it lies beyond the singular values that were looked at.
-        held_out: The same starts on other examples; ``None`` if there were none.
-    """
+    """One layer, by its path in the base model."""
 
     name: str
     m: int
     n: int
     rank: int
-    gradient: Spectrum
+    """Of the starts."""
+    gradient: LayerGradient
+    """Of the base model."""
     adapter: AdapterState | None
+    """The adapter as it stands; ``None`` for a model without one."""
     starts: dict[str, float]
+    r"""Captured energy $\kappa$ of the base model's gradient by start, at `rank`."""
     reachable: float
+    r"""The largest $\kappa$ that any adapter of `rank` could have there."""
     ranks_needed: dict[str, int | None]
+    """Smallest rank that could capture 50, 80 and 90 % of the base model's gradient, by ``"50"`` and so on; ``None`` if
+    it lies beyond the singular values that were computed."""
     held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True)
 class Totals:
-    r"""The same over all layers, each weighted with its energy.
-
-    Attributes:
-        starts: Captured energy by start.
-        held_out: The same on other examples than the starts were made from; ``None`` if there were none.
-        reachable: The largest that any adapters of these ranks could have.
-        adapter: Captured energy of the adapter as it stands; ``None`` without one.
-        cosine: Between the full gradient and the step of plain LoRA gradients, over all layers at once.
-        energy_error: Standard error of the gradient's energy, relative; 0 where the norms are exact.
-        adapter_energy_error: The same of the adapted model's gradient.
-    """
+    """The same over all layers, each weighted with its energy."""
 
     starts: dict[str, float]
     held_out: dict[str, float] | None
     reachable: float
     adapter: float | None
+    """Captured energy of the adapter as it stands."""
     cosine: float | None
+    """Between the full gradient and the step of plain LoRA gradients, over all layers at once."""
     energy_error: float
+    """Standard error of the gradient's energy, relative; 0 where the norms are exact."""
     adapter_energy_error: float
+    """The same of the adapted model's gradient."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How much of the full gradient adapters can see.
-
-    Attributes:
-        layers: In the order of the model.
-        totals: Over all of them.
-        plan: Ranks by layer for the same number of parameters as a uniform rank.
-        plain_start: Whether the adapter still leaves the model as the base is, so that both have one gradient.
-        exact_norms: Whether the gradients' norms are exact, or estimated from random probes.
-        num_batches: Batches read; ``None`` if they have no length.
-        loss: Mean loss of the base model on them.
-        adapter_loss: The adapted model's; ``None`` without an adapter.
-        skipped: Adapted layers that could not be looked at, with the reason.
-        seconds: What it took.
-    """
+    """The share of the full gradient that adapters capture."""
 
     layers: tuple[LayerDiagnosis, ...]
+    """In the order of the model."""
     totals: Totals
     plan: RankPlan
+    """Ranks by layer for the same number of parameters as a uniform rank."""
     plain_start: bool
+    """Whether the adapter still leaves the model as the base is, so that both have one gradient."""
     exact_norms: bool
+    """Whether the gradients' norms are exact, or estimated from random probes."""
     num_batches: int | None
+    """``None`` if batches have no length."""
     loss: float
+    """Mean loss of the base model."""
     adapter_loss: float | None
+    """The adapted model's; ``None`` without an adapter."""
     skipped: dict[str, str]
+    """Adapted layers that could not be measured, with the reason."""
     seconds: float
 
     @property
@@ -152,28 +125,16 @@ class Diagnosis:
         return tuple(self.totals.starts)
 
     def starving(self, count: int = 5) -> list[LayerDiagnosis]:
-        """List the layers whose gradient is missed most.
-
-        Returns:
-            By the energy that the adapter (without one: the first start) cannot follow, in falling order.
-        """
-        return sorted(self.layers, key=missed_energy, reverse=True)[:count]
+        """List the layers where the adapter (without one: the first start) misses most energy, in falling order."""
+        return sorted(self.layers, key=_missed_energy, reverse=True)[:count]
 
     def missed_share(self, layer: LayerDiagnosis) -> float:
-        """Return what is missed in one layer, as a share of the energy of all layers' gradients.
-
-        Returns:
-            In [0, 1].
-        """
+        """Return the energy missed in one layer, as a share (in [0, 1]) of the energy of all layers' gradients."""
         total = sum((each.adapter.gradient if each.adapter else each.gradient).energy for each in self.layers)
-        return missed_energy(layer) / total if total > 0 else 0.0
+        return _missed_energy(layer) / total if total > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it.
-
-        Returns:
-            Nested dictionaries and lists.
-        """
+        """Return nested dictionaries and lists, as JSON can hold them."""
         return TypeAdapter(Diagnosis).dump_python(self, mode="json")
 
     @classmethod
@@ -191,7 +152,7 @@ class Diagnosis:
             raise InputError(f"no valid diagnosis: {place}: {first['msg']}") from error
 
 
-def missed_energy(layer: LayerDiagnosis) -> float:
+def _missed_energy(layer: LayerDiagnosis) -> float:
     """Return the energy of a layer's gradient that the adapter cannot follow."""
     if layer.adapter is not None:
         return layer.adapter.missed_energy
@@ -220,14 +181,14 @@ def totals(layers: Sequence[LayerDiagnosis], cosine: float | None) -> Totals:
     )
 
 
-def mean_share(shares: Sequence[float], gradients: Sequence[Spectrum] | Sequence[HeldOut]) -> float:
+def mean_share(shares: Sequence[float], gradients: Sequence[LayerGradient] | Sequence[HeldOut]) -> float:
     """Average captured shares over layers."""
     total = sum(gradient.energy for gradient in gradients)
     captured = sum(share * gradient.energy for share, gradient in zip(shares, gradients, strict=True))
     return captured / total if total > 0 else 0.0
 
 
-def _relative_error(gradients: Sequence[Spectrum]) -> float:
+def _relative_error(gradients: Sequence[LayerGradient]) -> float:
     total = sum(gradient.energy for gradient in gradients)
     error = sum(gradient.energy_error**2 for gradient in gradients) ** 0.5
     return error / total if total > 0 else 0.0

@@ -10,20 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tangora._checks import InputError
-from tangora.diagnostics.tracks import Track, WeightTrack, fingerprint
+from tangora.diagnostics.motion import Track, WeightTrack, fingerprint
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 
 
 def write_snapshot(folder: Path, step: int, tracks: Sequence[WeightTrack], base: str) -> Path:
-    """Write the weights of a model that is trained whole; the file appears whole or not at all.
+    """Write the weights of a model that is trained whole to ``step-000010.safetensors``, whole or not at all.
 
     Args:
-        folder: Where; created when missing.
-        base: `fingerprint` of what they were before training.
-
-    Returns:
-        The file, ``step-000010.safetensors``.
+        base: `fingerprint` of the weights before training.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
@@ -35,10 +31,7 @@ def write_snapshot(folder: Path, step: int, tracks: Sequence[WeightTrack], base:
 
 
 class Reference:
-    """The snapshots of a full fine-tuning run.
-
-    Args:
-        folder: Its output folder, which holds ``snapshots/``.
+    """The snapshots of a full fine-tuning run, in ``snapshots/`` of its output folder.
 
     Raises:
         InputError: If there are none.
@@ -55,14 +48,7 @@ class Reference:
             )
 
     def check_steps(self, steps: Iterable[int]) -> None:
-        """Check that there are weights for all steps to be compared.
-
-        Args:
-            steps: Which; 0 is always there.
-
-        Raises:
-            InputError: Naming the first that is missing, and what there is.
-        """
+        """Raise `InputError` unless there are weights for all steps to be compared; 0 is always there."""
         missing = next((step for step in steps if step and step not in self._files), None)
         if missing is not None:
             known = ", ".join(str(step) for step in sorted(self._files)[:5])
@@ -73,14 +59,7 @@ class Reference:
             )
 
     def check_layers(self, tracks: Sequence[Track]) -> None:
-        """Check that the weights are of the same layers of the same model.
-
-        Args:
-            tracks: What will be compared.
-
-        Raises:
-            InputError: If a layer is missing, or the base weights differ.
-        """
+        """Raise `InputError` unless the weights are of the same layers of the same model."""
         first = next(iter(self._files.values()))
         try:
             with safe_open(first, framework="pt") as file:
@@ -107,13 +86,6 @@ class Reference:
             raise InputError(f"reference {self.folder} is of another model: its base weights differ")
 
     def weight(self, step: int, name: str) -> Tensor:
-        """Read one weight.
-
-        Args:
-            step: Of the run, at least 1.
-
-        Returns:
-            ``m x n``, on the CPU.
-        """
+        """Read one weight, ``m x n``, on the CPU; ``step`` is at least 1."""
         with safe_open(self._files[step], framework="pt") as file:
             return file.get_tensor(name)

@@ -1,6 +1,6 @@
 r"""A training run as a path of weights: how long it is, where it leads, and how adapters stand to the gradient on it.
 
-`Trajectory` is told of every optimizer step and asked for a `TrajectoryPoint` at some of them. It only reads: model,
+Call `Trajectory.advance` after every optimizer step; `measure` returns a `TrajectoryPoint`. Both only read: model,
 gradients, training mode and random states stay as they were.
 """
 
@@ -14,59 +14,50 @@ import torch
 from torch import nn
 
 from tangora.diagnostics.alignment import captured_share, condition_number, effective_rank, imbalance_norms
-from tangora.diagnostics.following import GradientView, gradient_views
-from tangora.diagnostics.motion import Overlap, overlap
+from tangora.diagnostics.gradient_reading import GradientView, gradient_views
+from tangora.diagnostics.motion import AdapterTrack, Overlap, Track, overlap
 from tangora.diagnostics.snapshots import Reference
-from tangora.diagnostics.tracks import AdapterTrack, Track
 
 
 @dataclass(frozen=True)
 class Measures:
     r"""Where one layer, or all of them, stands at one step.
 
-    All norms are Frobenius norms of weights ($m \times n$), those over all layers of all of them together. A value is
+    All norms are Frobenius norms of weights ($m \times n$), those over all layers of all of them together. Of condition
+    numbers and largest angles the total is the largest, of relative imbalance and effective rank the mean. A value is
     ``None`` where it is not defined or was not asked for.
-
-    Attributes:
-        path_length: $\sum_t \|W_{t+1} - W_t\|_F$ over every optimizer step so far; over all layers, of the norms of
-            the whole step.
-        change: $\|W_t - W_0\|_F$ with the base weight $W_0$ (a start that moves it has a change at step 0).
-        imbalance: $\|B^\top B - A A^\top\|_F$.
-        relative_imbalance: The same over $\|B^\top B\|_F + \|A A^\top\|_F$, in [0, 1]; the mean over all layers.
-        condition_A: Ratio of the extreme eigenvalues of $A A^\top$; the largest over all layers. ``None`` for a factor
-            without full rank.
-        condition_B: The same of $B^\top B$.
-        effective_rank: Exponential of the entropy of the singular values of $W_t - W_0$ (without DoRA's $D$); the mean
-            over all layers.
-        distance: $\|W_t - W_t^{\text{full}}\|_F$ to full fine-tuning at the same step.
-        relative_distance: The same over $\|W_t^{\text{full}} - W_0\|_F$; 1 for a weight that has not moved.
-        cosine: Between $W_t - W_0$ and $W_t^{\text{full}} - W_0$, in [-1, 1].
-        gradient_norm: $\|G\|_F$ at $W_t$, on the examples given.
-        captured_energy: $\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$, in [0, 1].
-        alignment_error: $\varepsilon = \|G - P_T(G)\|_F$.
-        left_angle: Largest principal angle between the columns of $B$ and the $r$ leading left singular vectors of $G$,
-            in degrees; over all layers the largest.
-        mean_left_angle: The mean angle.
-        right_angle: The largest between the rows of $A$ and the $r$ leading right singular vectors.
-        mean_right_angle: The mean angle.
     """
 
     path_length: float
+    r"""$\sum_t \|W_{t+1} - W_t\|_F$ over every optimizer step so far."""
     change: float
+    r"""$\|W_t - W_0\|_F$ with the base weight $W_0$ (a start that moves it has a change at step 0)."""
     imbalance: float | None = None
+    r"""$\|B^\top B - A A^\top\|_F$."""
     relative_imbalance: float | None = None
+    r"""The same over $\|B^\top B\|_F + \|A A^\top\|_F$, in [0, 1]."""
     condition_A: float | None = None
+    r"""Ratio of the extreme eigenvalues of $A A^\top$; ``None`` for a factor without full rank."""
     condition_B: float | None = None
     effective_rank: float | None = None
+    """Exponential of the entropy of the singular values of $W_t - W_0$ (without DoRA's $D$)."""
     distance: float | None = None
+    r"""$\|W_t - W_t^{\text{full}}\|_F$ to full fine-tuning at the same step."""
     relative_distance: float | None = None
+    r"""The same over $\|W_t^{\text{full}} - W_0\|_F$; 1 for a weight that has not moved."""
     cosine: float | None = None
+    r"""Between $W_t - W_0$ and $W_t^{\text{full}} - W_0$, in [-1, 1]."""
     gradient_norm: float | None = None
+    r"""$\|G\|_F$ at $W_t$, on the examples given."""
     captured_energy: float | None = None
+    r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$, in [0, 1]."""
     alignment_error: float | None = None
+    r"""$\varepsilon = \|G - P_T(G)\|_F$."""
     left_angle: float | None = None
+    """Largest principal angle of $B$'s columns and the $r$ leading left singular vectors of $G$, in degrees."""
     mean_left_angle: float | None = None
     right_angle: float | None = None
+    """The same of $A$'s rows and the right singular vectors."""
     mean_right_angle: float | None = None
 
     def known(self) -> dict[str, float]:
@@ -77,19 +68,14 @@ class Measures:
 
 @dataclass(frozen=True)
 class TrajectoryPoint:
-    """One measured step.
-
-    Attributes:
-        step: Optimizer steps done; 0 is the start.
-        totals: Over all layers.
-        layers: By path in the base model.
-        gradient_loss: Mean loss on the examples whose gradient was read.
-    """
+    """One measured step; 0 is the start."""
 
     step: int
     totals: Measures
     layers: dict[str, Measures]
+    """By path in the base model."""
     gradient_loss: float | None = None
+    """Mean loss on the examples whose gradient was read."""
 
 
 class Trajectory:
@@ -98,7 +84,7 @@ class Trajectory:
     Call `begin` before the first step, `advance` after each, and `measure` whenever a point is wanted.
 
     Args:
-        tracks: What to follow, from ``find_tracks``.
+        tracks: From `find_tracks`.
         reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
             layers must have been checked.
         batches: Examples whose gradient is read at every measured step, seven passes each; needs adapters.
@@ -128,16 +114,12 @@ class Trajectory:
         return self._whole
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on, as JSON can hold it."""
+        """Return the state that a resumed run passes to `begin`, as JSON can hold it."""
         return {"whole": self._whole, "layers": dict(self._paths)}
 
     @torch.no_grad()
     def begin(self, state: Mapping[str, Any] | None = None) -> None:
-        """Start from where the model is.
-
-        Args:
-            state: What `state` returned when the model was there; default the start of training.
-        """
+        """Start from where the model is, with the `state` it had there; default the start of training."""
         self._whole = state["whole"] if state else 0.0
         self._paths = {track.name: state["layers"][track.name] if state else 0.0 for track in self.tracks}
         for track in self.tracks:
@@ -154,11 +136,7 @@ class Trajectory:
             self._paths[track.name] += step
 
     def measure(self, step: int) -> TrajectoryPoint:
-        """Measure where the model is.
-
-        Raises:
-            InputError: If a loss or gradient on the examples is not finite.
-        """
+        """Measure where the model is."""
         with torch.no_grad():
             changes = torch.stack([track.change_norm().double() for track in self.tracks]).tolist()
             overlaps = [self._overlap(track, step) for track in self.tracks] if self._reference else None

@@ -4,10 +4,10 @@ from tangora.init.initialize import Start, initialize
 from tangora.init.lora_ga import lora_ga
 from tangora.init.lora_one import lora_one, lora_one_v1
 from tangora.init.marks import is_trained, mark_started, started_by
-from tangora.init.methods import carries_offset, needs_batches, start_options, starts
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
+from tangora.init.starts import carries_offset, needs_batches, start_options, starts
 
 __all__ = [
     "Start",

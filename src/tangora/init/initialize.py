@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from tangora._checks import InputError, check_seed
-from tangora._types import LossFn
+from tangora._types import LossFn, Progress
 from tangora.adapters import (
     LoraPair,
     active_adapter,
@@ -24,45 +24,41 @@ from tangora.adapters import (
     detach_offset,
     discover,
     mutates_base,
-    offset_factors,
-    refresh_magnitude,
     unwrapped,
 )
 from tangora.init.marks import is_trained, mark_started
-from tangora.init.methods import PROBE_OPTIONS, Method, Site, check_method, find_sites, seeded
 from tangora.init.one_step import STEP_SIZES
+from tangora.init.starts import PROBE_OPTIONS, LayerToStart, StartMethod, check_options
 from tangora.probes import (
-    GradientSpectrum,
-    Report,
+    GradientSVD,
     as_batches,
-    gradient_spectra,
+    gradient_svds,
     mean_loss,
     probed_layers,
+    why_unread,
 )
-from tangora.probes.ranks import collective, several_ranks
+from tangora.probes.collective import collective, several_ranks
+from tangora.probes.stillness import seeded
+
+_Layer = tuple[LoraPair, LayerToStart]
 
 
 @dataclass(frozen=True, repr=False)
 class Start:
-    """What `initialize` did.
-
-    Attributes:
-        method: The start's name.
-        names: Layers that got it.
-        skipped: Layers that kept the plain LoRA start, with the reason.
-        seconds: What it took.
-        passes: How often the batches were read for gradients.
-        step: Step size of ``one-step``.
-        line_search: Held-out loss by step size, where ``one-step`` searched.
-    """
+    """What `initialize` did."""
 
     method: str
     names: tuple[str, ...]
+    """Layers that got the start."""
     skipped: Mapping[str, str]
+    """Layers that kept the plain LoRA start, with the reason."""
     seconds: float
     passes: int = 0
+    """How often the batches were read for gradients."""
     step: float | None = None
+    """Step size of ``one-step``."""
     line_search: Mapping[float, float] = field(default_factory=dict)
+    """Held-out loss by step size, where ``one-step`` searched."""
 
     def __repr__(self) -> str:
         kept = f", {len(self.skipped)} kept PEFT's own" if self.skipped else ""
@@ -79,7 +75,7 @@ def initialize(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     adapter_name: str | None = None,
-    progress: Report = True,
+    progress: Progress | bool = True,
     **options: Any,
 ) -> Start:
     r"""Give an adapter one of the published starts.
@@ -102,7 +98,7 @@ def initialize(
 
     LoRA-GA and ``lora-one-v1`` need directions of the gradient and read the batches once, or three times where spectra
     fall slowly. ``lora-one`` and ``one-step`` need singular values, too, and read them four times. All take
-    ``oversampling``, ``power_iterations`` (None, and 1) and ``one_pass`` (False) of `gradient_spectra`.
+    ``oversampling``, ``power_iterations`` (None, and 1) and ``one_pass`` (False) of `gradient_svds`.
 
     With ``torch.distributed`` running, every rank calls it with its own batches, and all get the start that belongs to
     the mean gradient.
@@ -114,7 +110,7 @@ def initialize(
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         seed: Seed of everything random; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
-        progress: Whether to draw a progress bar on a terminal, or what hears of it.
+        progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.
         **options: As in the table.
 
     Returns:
@@ -127,7 +123,7 @@ def initialize(
         >>> tangora.initialize(model, "lora-ga", batches)  # doctest: +SKIP
     """
     began = time.perf_counter()
-    chosen = check_method(method, options, has_batches=batches is not None)
+    chosen = check_options(method, options, has_batches=batches is not None)
     check_seed(seed)
     inner: PeftModel = unwrapped(model)
     adapter, pairs, odd = _adapter(inner, adapter_name)
@@ -143,7 +139,7 @@ def initialize(
         if chosen.offset:  # layers that cannot carry one are named before any work is done
             attach_offset(inner, adapter, {})
             detach_offset(inner, adapter)
-        spectra: Mapping[str, GradientSpectrum] = {}
+        spectra: Mapping[str, GradientSVD] = {}
         if chosen.directions:
             probing = {"power_iterations": 1 if chosen.values else None}
             probing |= {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
@@ -158,18 +154,18 @@ def initialize(
                 progress=progress,
                 **probing,
             )
-        sites, skipped = find_sites(pairs, spectra, chosen, seed)
+        layers, skipped = _layers(pairs, spectra, chosen, seed)
         skipped |= odd
         losses: Mapping[float, float] = {}
         if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
-            losses = _line_search(inner, adapter, chosen, sites, held_out, loss_fn)
+            losses = _line_search(inner, adapter, chosen, layers, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
-        _write(inner, adapter, chosen, sites, options)
+        _write(inner, adapter, chosen, layers, options)
     mark_started(inner, adapter, method)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
-    names = tuple(site.pair.name for site in sites)
+    names = tuple(pair.name for pair, _ in layers)
     passes = max((spectrum.passes for spectrum in spectra.values()), default=0)
     return Start(method, names, skipped, time.perf_counter() - began, passes, options.get("step"), losses)
 
@@ -201,7 +197,7 @@ def _restored_on_error(model: PeftModel, adapter: str, pairs: list[LoraPair]) ->
         for pair in pairs
         for holder, key, parameter in _own_parameters(pair.layer)
     ]
-    offset = {pair.name: factors for pair in pairs if (factors := offset_factors(pair)) is not None}
+    offset = {pair.name: factors for pair in pairs if (factors := pair.offset()) is not None}
     try:
         yield
     except BaseException:
@@ -245,31 +241,54 @@ def _reset(model: PeftModel, adapter: str, pairs: list[LoraPair], seed: int) -> 
     with seeded(seed):
         for pair in pairs:
             pair.layer.reset_lora_parameters(adapter, True)  # pyright: ignore[reportCallIssue]
-            refresh_magnitude(pair)
+            pair.refresh_magnitude()
 
 
 def _spectra(
     model: PeftModel,
     batches: Iterable[Any] | None,
-    chosen: Method,
+    chosen: StartMethod,
     adapter: str,
     pairs: list[LoraPair],
     **options: Any,
-) -> dict[str, GradientSpectrum]:
+) -> dict[str, GradientSVD]:
     assert batches is not None
     ranks = {pair.name: chosen.directions * pair.shape[2] for pair in pairs}
     layers = probed_layers(model, adapter_name=adapter)
-    return gradient_spectra(model, batches, ranks, layers=layers, **options)
+    return gradient_svds(model, batches, ranks, layers=layers, **options)
+
+
+def _layers(
+    pairs: list[LoraPair], spectra: Mapping[str, GradientSVD], chosen: StartMethod, seed: int
+) -> tuple[list[_Layer], dict[str, str]]:
+    # those that can get the start, and why the others cannot
+    layers, skipped = [], {}
+    for index, pair in enumerate(pairs):
+        m, n, r = pair.shape
+        spectrum = spectra.get(pair.name)
+        if r > min(m, n) and not chosen.any_rank:
+            skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
+        elif chosen.directions and spectrum is None:
+            skipped[pair.name] = why_unread(pair.layer)
+        elif spectrum is not None and not spectrum.svd.S[0] > 0:
+            skipped[pair.name] = "its gradient is zero on these batches"
+        else:
+            generator = torch.Generator().manual_seed((seed << 20) + index)
+            gradient = None if spectrum is None else spectrum.svd
+            layer = LayerToStart(
+                pair.shape, pair.scaling, gradient, pair.base_weight, pair.factors, generator
+            )
+            layers.append((pair, layer))
+    return layers, skipped
 
 
 @torch.no_grad()
 def _write(
-    model: PeftModel, adapter: str, chosen: Method, sites: list[Site], options: Mapping[str, Any]
+    model: PeftModel, adapter: str, chosen: StartMethod, layers: list[_Layer], options: Mapping[str, Any]
 ) -> None:
     offset = {}
-    for site in sites:
-        pair = site.pair
-        for parameter, factor in zip((pair.A, pair.B), chosen.factors(site, **options), strict=True):
+    for pair, layer in layers:
+        for parameter, factor in zip((pair.A, pair.B), chosen.factors(layer, **options), strict=True):
             parameter.copy_(factor.reshape(parameter.shape))
             if chosen.directions and several_ranks():
                 dist.broadcast(parameter.data, src=0)  # to the last bit the same on all ranks
@@ -277,7 +296,7 @@ def _write(
             A, B = pair.factors()  # as rounded to the adapter's dtype, so that they cancel exactly
             offset[pair.name] = (B.clone(), A.clone())
         else:
-            refresh_magnitude(pair)
+            pair.refresh_magnitude()
     if chosen.offset:
         attach_offset(model, adapter, offset)
 
@@ -285,15 +304,15 @@ def _write(
 def _line_search(
     model: PeftModel,
     adapter: str,
-    chosen: Method,
-    sites: list[Site],
+    chosen: StartMethod,
+    layers: list[_Layer],
     held_out: Iterable[Any],
     loss_fn: LossFn | None,
 ) -> dict[float, float]:
     losses = {}
     held_out = as_batches(held_out, "held_out")
     for step in STEP_SIZES:
-        _write(model, adapter, chosen, sites, {"step": step})
+        _write(model, adapter, chosen, layers, {"step": step})
         losses[step] = mean_loss(model, held_out, loss_fn=loss_fn)
     if not any(math.isfinite(loss) for loss in losses.values()):
         raise InputError("held_out has no finite loss at any step size")

@@ -19,12 +19,9 @@ def mark_started(model: PeftModel, adapter: str, method: str) -> None:
 def started_by(model: nn.Module, adapter_name: str | None = None) -> str | None:
     """Return the start that `initialize`, or a checkpoint of a training that began with it, gave an adapter.
 
-    Args:
-        model: PEFT model, possibly wrapped.
-        adapter_name: The adapter; default the active one.
-
     Returns:
-        Name of the method; ``None`` for PEFT's own start, and for adapters that were loaded.
+        Name of the method; ``None`` for PEFT's own start, and for adapters that were loaded. The default adapter is the
+        active one.
     """
     model = unwrapped(model)
     found = vars(model).get(_MARK, {}).get(adapter_name or active_adapter(model))
@@ -32,11 +29,7 @@ def started_by(model: nn.Module, adapter_name: str | None = None) -> str | None:
 
 
 def is_trained(model: nn.Module, adapter_name: str | None = None) -> bool:
-    """Say whether an adapter computes something that neither PEFT's usual start nor `initialize` gave it.
-
-    Args:
-        model: PEFT model, possibly wrapped.
-        adapter_name: The adapter; default the active one.
+    """Say whether an adapter (default the active one) was trained, or initialized in another way than by `initialize`.
 
     Returns:
         Whether its product is neither zero nor, judged by a norm, what it was after `initialize`.

@@ -3,18 +3,17 @@
 from tangora.probes.batches import as_batches, mean_loss
 from tangora.probes.gradient import GradientProbe, Reading, Request
 from tangora.probes.layers import ProbedLayer, probed_layers, why_unread
-from tangora.probes.spectrum import GradientSpectrum, Report, gradient_norms, gradient_spectra
+from tangora.probes.singular_values import GradientSVD, gradient_norms, gradient_svds
 
 __all__ = [
     "GradientProbe",
-    "GradientSpectrum",
+    "GradientSVD",
     "ProbedLayer",
     "Reading",
-    "Report",
     "Request",
     "as_batches",
     "gradient_norms",
-    "gradient_spectra",
+    "gradient_svds",
     "mean_loss",
     "probed_layers",
     "why_unread",

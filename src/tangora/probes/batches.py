@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tangora._checks import InputError, shown
 from tangora._types import LossFn
 from tangora.adapters import unwrapped
+from tangora.probes.collective import collective, failing_together, sum_over_ranks
 from tangora.probes.losses import WeightedLoss
-from tangora.probes.ranks import collective, failing_together, sum_over_ranks
 from tangora.probes.stillness import preserved_randomness, still
 
 

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tangora._checks import InputError
-from tangora._types import LossFn
+from tangora._types import LossFn, Progress
 from tangora.adapters import unwrapped
+from tangora.probes.batches import num_batches
+from tangora.probes.collective import failing_together, sum_over_ranks
 from tangora.probes.layers import ProbedLayer
 from tangora.probes.losses import WeightedLoss
-from tangora.probes.ranks import failing_together, sum_over_ranks
 from tangora.probes.stillness import preserved_randomness, still
-
-Progress = Callable[[int], None]
-"""Called after each batch with the number of batches read so far."""
 
 # float16 gradients of a mean loss underflow; a power of two is divided out again without rounding
 _FLOAT16_LOSS_SCALE = 2.0**12
@@ -35,7 +33,7 @@ _FLOAT16_LOSS_SCALE = 2.0**12
 
 @dataclass(frozen=True)
 class Request:
-    """What to read of one layer's gradient."""
+    """Products to read of one layer's gradient."""
 
     right: Tensor | None = None
     r"""$\Omega$, ``n x k``, for $G\,\Omega$."""
@@ -47,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was asked for, of the mean gradient; zero for a layer that the loss does not depend on."""
+    """Products of the mean gradient; zero for a layer that the loss does not depend on."""
 
     right: Tensor
     r"""$G\,\Omega$, ``m x k``."""
@@ -57,7 +55,7 @@ class Reading:
     """$G$, ``m x n``."""
 
     def tensors(self) -> list[Tensor]:
-        """Return all parts; what was not asked for is empty."""
+        """Return all parts; those that were not asked for are empty."""
         return [self.right, self.left, self.dense]
 
 
@@ -72,11 +70,11 @@ class GradientProbe:
 
     Args:
         model: Any model, possibly wrapped, quantized, or with gradient checkpointing.
-        layers: Which layers, from `probed_layers`.
+        layers: From `probed_layers`.
         loss_fn: ``loss_fn(model, batch)`` -> scalar, averaged over batches with equal weights; default the loss that a
             Hugging Face model returns, weighted by the number of labels in the batch, so that small batches add up to
             the big one.
-        progress: Called after every batch.
+        progress: Called after every batch of each reading.
 
     Example:
         >>> with GradientProbe(model, probed_layers(model)) as probe:  # doctest: +SKIP
@@ -102,7 +100,7 @@ class GradientProbe:
         self.reached: set[str] = set()
         """Layers of the last reading that the model called with gradients, on any rank."""
         self._loss = WeightedLoss(self.model, loss_fn)
-        self._progress = progress or (lambda _: None)
+        self._progress = progress
         self._exit = contextlib.ExitStack()
         self._requests: Mapping[str, Request] = {}
         self._readings: dict[str, Reading] = {}
@@ -127,10 +125,7 @@ class GradientProbe:
 
         Args:
             batches: Keyword dictionaries for the model, or whatever ``loss_fn`` takes.
-            requests: By name of the layer.
-
-        Returns:
-            One reading for each request.
+            requests: By name of the layer, as the readings.
 
         Raises:
             InputError: If there is no batch, a batch has no labels, or a loss or gradient is not finite.
@@ -144,7 +139,8 @@ class GradientProbe:
             for batch in batches:
                 weight, loss = self._backward(batch, count)
                 total_weight, total_loss, count = total_weight + weight, total_loss + weight * loss, count + 1
-                self._progress(count)
+                if self._progress is not None:
+                    self._progress("gradient", count, num_batches(batches) or 0)
         readings, self._readings, self._requests = self._readings, {}, {}
         total_weight, total_loss = self._over_ranks(readings, total_weight, total_loss)
         if total_weight == 0:

@@ -15,7 +15,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from transformers.pytorch_utils import Conv1D
 
 from tangora._checks import InputError
-from tangora.adapters import discover, uncompiled_modules
+from tangora.adapters import LoraPair, base_layer, discover, uncompiled_modules
 
 # called as functions of their weights, never as layers
 _NEVER_CALLED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -35,20 +35,24 @@ class ProbedLayer:
     """Rows of the gradient."""
     n: int
     """Columns of the gradient."""
+    pair: LoraPair | None = None
+    """The adapter on it, where there is one."""
+
+    @property
+    def path(self) -> str:
+        """Its path in the base model."""
+        return self.name if self.pair is None else self.pair.path
 
     @property
     def base(self) -> nn.Module:
         """The layer that holds the weight."""
-        return _base(self.module)
+        return base_layer(self.module)
 
     def times(self, x: Tensor, right: Tensor) -> Tensor:
-        r"""Return $X\,\Omega$, one row for each row of the output.
+        r"""Return $X\,\Omega$, ``N x k``: all that the product $G\,\Omega$ needs of the input.
 
         Args:
             right: $\Omega$, ``n x k``.
-
-        Returns:
-            ``N x k``; everything that the gradient's product $G\,\Omega$ needs of the input.
         """
         base = self.base
         if isinstance(base, nn.Embedding):
@@ -60,26 +64,15 @@ class ProbedLayer:
         return x.reshape(-1, self.n).to(right.dtype) @ right
 
     def gradient_times(self, grad: Tensor, product: Tensor) -> Tensor:
-        r"""Return $G\,\Omega$.
-
-        Args:
-            grad: Gradient of the layer's output.
-
-        Returns:
-            ``m x k``.
-        """
+        r"""Return $G\,\Omega$, ``m x k``, from the gradient of the layer's output and what `times` returned."""
         return self._output_rows(grad, product.dtype).T @ product
 
     def times_gradient(self, left: Tensor | None, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        r"""Return $Q^\top G$.
+        r"""Return $Q^\top G$, ``k x n``, computed in ``dtype``.
 
         Args:
             left: $Q$, ``m x k``; ``None`` stands for the identity.
             grad: Gradient of the layer's output.
-            dtype: What to compute in.
-
-        Returns:
-            ``k x n``.
         """
         base, rows = self.base, self._output_rows(grad, dtype)
         rows = rows if left is None else rows @ left
@@ -124,12 +117,14 @@ def probed_layers(
     """
     pairs = discover(model, adapter_name).pairs
     if pairs:
-        shapes = {pair.name: (pair.layer, *pair.shape[:2]) for pair in pairs}
+        found = [ProbedLayer(pair.name, pair.layer, *pair.shape[:2], pair) for pair in pairs]
     else:
         modules = uncompiled_modules(model)
-        shapes = {name: (layer, *shape) for name, layer in modules.items() if (shape := _shape(layer))}
-    found = [ProbedLayer(name, *shape) for name, shape in shapes.items() if _is_named(name, names)]
-    readable = [layer for layer in found if _why_unreadable(layer.base) is None]
+        found = [
+            ProbedLayer(name, layer, *size) for name, layer in modules.items() if (size := _shape(layer))
+        ]
+    by_name = {layer.name: layer for layer in found if _is_named(layer.name, names)}
+    readable = [layer for layer in by_name.values() if _why_unreadable(layer.base) is None]
     if not readable:
         wanted = f" called {', '.join(names)}" if names is not None else ""
         odd = next(iter(unreadable_layers(model, names).items()), None)
@@ -149,16 +144,8 @@ def why_unread(layer: nn.Module) -> str:
 
     Args:
         layer: The layer, or PEFT's wrapper around it.
-
-    Returns:
-        Part of a sentence.
     """
-    return _why_unreadable(_base(layer)) or "the model does not call it with gradients on these batches"
-
-
-def _base(layer: nn.Module) -> nn.Module:
-    unwrap = getattr(layer, "get_base_layer", None)
-    return unwrap() if unwrap is not None else layer
+    return _why_unreadable(base_layer(layer)) or "the model does not call it with gradients on these batches"
 
 
 def _is_named(name: str, names: Sequence[str] | None) -> bool:

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from tangora._checks import InputError, check_callable
 from tangora._types import LossFn
 from tangora.adapters import unwrapped
-from tangora.probes.ranks import several_ranks
+from tangora.probes.collective import several_ranks
 from tangora.probes.stillness import preserved_randomness
 
 _IGNORED = -100

@@ -77,6 +77,14 @@ def preserved_randomness(batches: Any = None) -> Iterator[None]:
             generator.set_state(state)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed, and put the random state back afterwards."""
+    with preserved_randomness():
+        torch.manual_seed(seed)
+        yield
+
+
 def _generators(batches: Any) -> set[torch.Generator]:
     batches = getattr(batches, "batches", batches)  # `as_batches` checks that every pass is the same
     holders = batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)

@@ -1,8 +1,8 @@
-"""Optimizers of the baselines: torch's AdamW and Muon, and LoRA+ by PEFT."""
+"""Optimizers of the baselines (torch's AdamW and Muon, LoRA+ by PEFT), and groups with options of their own."""
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,11 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from tangora.adapters import find_pairs
-from tangora.optim.groups import decay_groups
+from tangora._checks import InputError, check_number
+from tangora.adapters import find_pairs, head_parameters, linear_layers
+from tangora.optim.groups import PairGroup, decay_groups
 from tangora.optim.muon import MuonAndAdamW
-from tangora.recipes.head import head_names
-from tangora.recipes.regroup import regroup
 
 
 def adamw(model: nn.Module, **options: Any) -> Optimizer:
@@ -36,20 +35,29 @@ def lora_plus(model: nn.Module, **options: Any) -> Optimizer:
     )
     # PEFT's own rule lets RMSNorm decay
     undecayed = [group["params"] for group in decay_groups(model) if group.get("weight_decay") == 0]
-    regroup(optimizer, chain(*undecayed), weight_decay=0.0)
+    _regroup(optimizer, chain(*undecayed), weight_decay=0.0)
     return optimizer
 
 
 def full_muon(model: nn.Module, **options: Any) -> Optimizer:
     """Make Muon for the weights that PEFT's ``all-linear`` adapts, and AdamW for everything else."""
-    head = head_names(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    factors: dict[Any, float] = {  # by weight: what layers share is stepped once
-        module.weight: _size(module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and name.split(".")[0] not in head
-    }
+    layers: Iterable[Any] = linear_layers(model).values()
+    # by weight: what layers share is stepped once
+    factors: dict[Any, float] = {layer.weight: _size(layer) for layer in layers}
     return _muon(model, factors, options)
+
+
+def set_head_rate(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
+    """Give the head of a model a learning rate of its own.
+
+    Without it a head takes the adapter's rate, and methods are compared by how fast their heads may learn: LoRA's best
+    rate is ten times that of full fine-tuning, whatever its adapter does.
+    """
+    check_number("head_lr", lr, low=0)
+    head = head_parameters(model)
+    if not head:
+        raise InputError(f"head_lr needs a model with a new head; {type(model).__name__} has none")
+    _regroup(optimizer, head, lr=lr)
 
 
 def _size(layer: nn.Module) -> float:
@@ -78,3 +86,19 @@ def _muon(model: nn.Module, factors: Mapping[nn.Parameter, float], options: dict
 def _groups(model: nn.Module, taken: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
     """Return the groups of the trainable parameters that are not taken, as torch's optimizers want them."""
     return [{key: group[key] for key in group if key != "names"} for group in decay_groups(model, taken)]
+
+
+def _regroup(optimizer: Optimizer, parameters: Iterable[nn.Parameter], **options: Any) -> None:
+    """Give parameters other options, in groups of their own where they share one with others."""
+    chosen = {id(parameter) for parameter in parameters}
+    for index, group in enumerate(list(optimizer.param_groups)):
+        inside = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if len(inside) == len(group["params"]):
+            group.update(options)
+        elif inside:
+            own = {key: value for key, value in group.items() if key not in {"params", "param_names"}}
+            if isinstance(group, PairGroup):
+                optimizer.param_groups[index] = group.without(inside)
+            else:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**own, **options, "params": inside})

@@ -1,19 +1,63 @@
-"""A base model made ready for training with a recipe."""
+"""Models made ready for training with a recipe: a base model, or one that has its adapter already."""
 
+import copy
+import difflib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
-from tangora._checks import InputError, check_choice, check_kind, check_number, check_seed, check_whole
-from tangora.adapters import discover
-from tangora.init.methods import seeded
-from tangora.recipes.head import head_options
+from tangora._checks import (
+    InputError,
+    check_choice,
+    check_kind,
+    check_number,
+    check_seed,
+    check_whole,
+    on_one_line,
+    shown,
+)
+from tangora.adapters import (
+    active_adapter,
+    discover,
+    has_adapter,
+    head_names,
+    head_options,
+    mutates_base,
+    unwrapped,
+)
+from tangora.init import is_trained, started_by
+from tangora.probes.stillness import seeded
 from tangora.recipes.recipe import Recipe
-from tangora.recipes.targets import check_targets, wrapped
+
+logger = logging.getLogger(__name__)
+
+RANK, ALPHA = 8, 16
+"""Of an adapter that is made without a configuration; those of the command line."""
+
+# an image classifier's head is new as a text classifier's is, and PEFT has no task type of its own for it
+_TASK_TYPES = {
+    "SEQ_CLS": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES | MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "CAUSAL_LM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "TOKEN_CLS": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+_USUAL = (nn.Linear, nn.Conv2d, Conv1D)
 
 
 def prepare(
@@ -41,7 +85,7 @@ def prepare(
     check_kind("rank_plan", rank_plan, (Mapping, type(None)), "a rank plan, as tangora diagnose writes it")
     if rank_plan and entry.adapter != "lora":
         raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
-    check_targets(model, target_modules)
+    _check_targets(model, target_modules)
     common = {
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
@@ -57,10 +101,10 @@ def prepare(
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)
         config = LoraConfig(r=r, **common, **entry.options, **plan)
     with seeded(seed):
-        adapted = wrapped(model, config)
-    _check_plan(adapted, rank_plan or {})
-    _check_rank(adapted, r)
-    return adapted
+        made = _wrapped(model, config)
+    _check_plan(made, rank_plan or {})
+    _check_rank(made, r)
+    return made
 
 
 def _adalora_config(r: int, total_steps: int, options: dict[str, Any]) -> AdaLoraConfig:
@@ -83,7 +127,7 @@ def _single_layers(plan: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
 
 def _check_plan(model: PeftModel, plan: Mapping[str, Any]) -> None:
     # PEFT would leave a layer that is not there out without a word
-    names = [pair.name.removeprefix("base_model.model.") for pair in discover(model).pairs]
+    names = [pair.path for pair in discover(model).pairs]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in plan.get(key, {}):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
@@ -99,3 +143,182 @@ def _check_rank(model: PeftModel, r: int) -> None:
             raise InputError(
                 f"rank must be at most {min(m, n)}, the smaller side of layer {pair.name} ({m} x {n}); got {r}"
             )
+
+
+def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) -> Any:
+    """Return a model with the adapter that a recipe trains."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"with a recipe, model must be a loaded model; got {shown(model)}: load it by from_pretrained or "
+            "tangora.load_model"
+        )
+    bare = unwrapped(model)
+    adapter_is_there = has_adapter(bare)
+    if entry.adapter is None:
+        return _whole(entry, model, config, has_adapter=adapter_is_there)
+    if adapter_is_there:
+        if config is not None:
+            raise InputError(
+                "peft_config makes the adapter of a base model, and this model has one already: leave peft_config out"
+            )
+        _check_fit(entry, bare)
+        return model
+    if config is None:
+        made = _with_default_adapter(entry, bare, seed)
+        logger.warning(
+            "recipe %r: the model gets a new adapter of rank %d with alpha %d on all linear layers; peft_config= sets "
+            "another",
+            entry.name,
+            RANK,
+            ALPHA,
+        )
+        return made
+    config = _with_options(entry, config)
+    if config.target_modules is not None:
+        _check_targets(bare, config.target_modules)
+    with seeded(seed):
+        return _wrapped(bare, config)
+
+
+def _whole(entry: Recipe, model: nn.Module, config: Any, *, has_adapter: bool) -> nn.Module:
+    if has_adapter or config is not None:
+        got = "a model with an adapter" if has_adapter else "peft_config"
+        raise InputError(f"recipe {entry.name!r} trains all weights of a base model; got {got}")
+    if frozen := [name for name, p in model.named_parameters() if not p.is_floating_point()]:
+        raise InputError(
+            f"recipe {entry.name!r} trains all weights, and {frozen[0]} is quantized: load the model without "
+            "quantization, or use a recipe with an adapter"
+        )
+    return model.requires_grad_(True)
+
+
+def _with_default_adapter(entry: Recipe, model: nn.Module, seed: int) -> nn.Module:
+    name = type(model).__name__
+    kinds = [kind for kind, names in _TASK_TYPES.items() if name in names.values()]
+    if not kinds:
+        raise InputError(
+            f"recipe {entry.name!r} needs an adapter, and which head {name} has cannot be told from its class: pass "
+            "peft_config=peft.LoraConfig(...), or make the model by peft.get_peft_model"
+        )
+    return prepare(
+        entry,
+        model,  # pyright: ignore[reportArgumentType]
+        r=RANK,
+        lora_alpha=ALPHA,
+        task_type=kinds[0],
+        total_steps=10,  # AdaLoRA's schedule is set when the number of steps is known
+        seed=seed,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        rank_plan=None,
+    )
+
+
+def _with_options(entry: Recipe, config: Any) -> LoraConfig:
+    _check_kind(entry, config, "peft_config")
+    config = copy.copy(config)  # others may be made from it
+    for option, value in entry.options.items():
+        setattr(config, option, value)
+    _check_start(entry, config, "peft_config")
+    return config
+
+
+def _check_fit(entry: Recipe, model: nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        raise InputError(
+            f"recipe {entry.name!r} needs a PeftModel; got {type(model).__name__} with an adapter: make it by "
+            "peft.get_peft_model(base, config) instead of add_adapter or inject_adapter_in_model"
+        )
+    name = active_adapter(model)
+    config: Any = model.peft_config[name]
+    what = f"adapter {name!r}"
+    _check_kind(entry, config, what)
+    for option, value in entry.options.items():
+        if getattr(config, option) != value:
+            raise InputError(
+                f"recipe {entry.name!r} needs an adapter with {option}={value}; {what} has "
+                f"{getattr(config, option)}: make it by LoraConfig(..., {option}={value})"
+            )
+    _check_start(entry, config, what)
+    if entry.start is None:
+        return
+    given = started_by(model, name)
+    if given not in (None, entry.start):
+        raise InputError(
+            f"recipe {entry.name!r} begins with initialization {entry.start!r}, and {what} has {given!r}: leave out "
+            f"tangora.initialize, or use a recipe with {given!r}"
+        )
+    if given is None and is_trained(model, name):
+        raise InputError(
+            f"recipe {entry.name!r} begins with initialization {entry.start!r}, which would erase {what}: it is "
+            "trained, or initialized in another way (B A is not zero); give a new adapter, or go on with "
+            f"dataclasses.replace(tangora.recipe({entry.name!r}), start=None)"
+        )
+
+
+def _check_kind(entry: Recipe, config: Any, what: str) -> None:
+    # AdaLoRA's configuration is one of LoRA's, too
+    wanted = AdaLoraConfig if entry.adapter == "adalora" else LoraConfig
+    is_other = isinstance(config, AdaLoraConfig) and entry.adapter != "adalora"
+    if not isinstance(config, wanted) or is_other:
+        raise InputError(f"recipe {entry.name!r} needs {wanted.__name__}; {what} has {type(config).__name__}")
+
+
+def _check_start(entry: Recipe, config: Any, what: str) -> None:
+    if entry.start is not None and mutates_base(config):
+        raise InputError(
+            f"recipe {entry.name!r} begins with initialization {entry.start!r}, and {what} with PEFT's "
+            f"{config.init_lora_weights!r}, which changes the base weights: leave out init_lora_weights"
+        )
+
+
+def _check_targets(model: nn.Module, targets: str | Iterable[str]) -> None:
+    """Raise unless every target names a layer of the model."""
+    check_kind("target_modules", targets, (str, list, tuple, set), "names of layers, or all-linear")
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    try:
+        pattern = re.compile(targets) if isinstance(targets, str) else None
+    except re.error as error:
+        raise InputError(
+            f"target_modules must be names or a regular expression ({error}); got {targets!r}"
+        ) from None
+    for target in [targets] if isinstance(targets, str) else targets:
+        check_kind("target_modules", target, str, "names of layers, or all-linear")
+        found = [
+            name
+            for name in names
+            if (pattern.fullmatch(name) if pattern else name == target or name.endswith(f".{target}"))
+        ]
+        if not target or not found:
+            raise InputError(_unknown(target, model))
+
+
+def _unknown(target: str, model: nn.Module) -> str:
+    head = head_names(model)
+    paths = [path.split(".") for path, module in model.named_modules() if isinstance(module, _USUAL)]
+    names = sorted({path[-1] for path in paths if path[0] not in head and not path[-1].isdecimal()})
+    near = difflib.get_close_matches(target, names, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"target_modules must name layers of the model, such as {', '.join(names)}; got {target!r}{hint}"
+
+
+def _wrapped(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap a model with an adapter."""
+    try:
+        made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except NoMatchingPeftModuleError as error:  # the head, which is trained whole
+        raise InputError(
+            f"target_modules must name layers outside of the head; got {_written(config)}"
+        ) from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        said = on_one_line(error, 160)
+        raise InputError(f"target_modules {_written(config)} cannot be adapted: {said}") from error
+    assert isinstance(made, PeftModel)
+    return made
+
+
+def _written(config: Any) -> str:
+    targets = config.target_modules  # PEFT keeps a list of names as a set
+    return repr(targets) if isinstance(targets, (str, type(None))) else ", ".join(sorted(targets))

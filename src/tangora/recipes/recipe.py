@@ -1,11 +1,14 @@
 """A recipe: everything that makes a method, but for the model, the data and the rank."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from tangora._checks import InputError, check_kind, check_number
+from tangora._checks import InputError, check_choice, check_kind, check_number
 
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
 if TYPE_CHECKING:
@@ -14,39 +17,51 @@ if TYPE_CHECKING:
 
     import tangora._types
     import tangora.init
-    import tangora.probes
 
 Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
+# options of every optimizer, which belong to a run and not to a method
+_COMMON = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach", "on_nonfinite"}
+
+
+@dataclass(frozen=True)
+class Later:
+    """Calls what a name such as ``package.module:function`` stands for, imported at the first call."""
+
+    name: str
+
+    @property
+    def maker(self) -> Callable[..., Any]:
+        """The class or function itself."""
+        return resolve_name(self.name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call it."""
+        return self.maker(*arguments, **options)
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named method.
-
-    Attributes:
-        name: What ``tangora.recipe`` and the command line call it.
-        summary: One line.
-        paper: Where it comes from.
-        learning_rates: Default grid for a sweep, ascending, in units of the method's own optimizer.
-        make_optimizer: ``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer.
-        adapter: PEFT's method, or ``None`` for full fine-tuning.
-        options: Options of PEFT's configuration beyond rank, alpha and targets.
-        start: What `tangora.initialize` gives the adapter; ``None`` for PEFT's own start.
-        start_options: Its options.
-        trains: Whether training follows the start.
-    """
+    """A named method."""
 
     name: str
+    """Its name for ``tangora.recipe`` and the command line."""
     summary: str
     paper: str
     learning_rates: tuple[float, ...]
+    """Default grid for a sweep, ascending, in units of the method's own optimizer."""
     make_optimizer: MakeOptimizer
+    """``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer."""
     adapter: Adapter = "lora"
+    """PEFT's method, or ``None`` for full fine-tuning."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Options of PEFT's configuration beyond rank, alpha and targets."""
     start: str | None = None
+    """Name of the start for `tangora.initialize`; ``None`` for PEFT's own."""
     start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     trains: bool = True
+    """Whether training follows the start."""
 
     @property
     def reads_gradients(self) -> bool:
@@ -59,6 +74,50 @@ class Recipe:
     def default_learning_rate(self) -> float:
         """The second smallest of the grid: safe, and seldom far from the best."""
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
+
+    def with_options(self, **options: Any) -> "Recipe":
+        """Change options of this method's optimizer and start, for ablations.
+
+        Args:
+            **options: Such as ``gauge="zero"`` for LoRA-Pro, which ``lora-pro@gauge=zero`` stands for.
+
+        Returns:
+            The variant, whose name says what was changed.
+
+        Raises:
+            InputError: If the method has no such option, or a value is of another type.
+        """
+        from tangora.init import start_options
+
+        of_optimizer = self._optimizer_options()
+        of_start = dict(start_options(self.start)) if self.start is not None else {}
+        known = of_optimizer | of_start
+        if not known:
+            given = "@".join(f"{name}={value}" for name, value in options.items())
+            raise InputError(f"recipe {self.name} has no options of its own; got @{given}")
+        for name in options:
+            check_choice(f"option of {self.name}", name, tuple(known))
+        options = {name: _converted(name, options[name], known[name]) for name in sorted(options)}
+        written = [f"{name}={value}" for name, value in options.items()]
+        for_optimizer = {name: value for name, value in options.items() if name in of_optimizer}
+        for_start = {name: value for name, value in options.items() if name in of_start}
+        return replace(
+            self,
+            name="@".join([self.name, *written]),
+            summary=f"{self.summary}; {', '.join(written)}",
+            make_optimizer=partial(self.make_optimizer, **for_optimizer),
+            start_options=MappingProxyType(dict(self.start_options) | for_start),
+        )
+
+    def _optimizer_options(self) -> dict[str, Any]:
+        # types by name of what makes the optimizer this method's own
+        make = self.make_optimizer
+        maker: Any = make.func if isinstance(make, partial) else make
+        maker = maker.maker if isinstance(maker, Later) else maker
+        if not inspect.isclass(maker):
+            return {}
+        hints = get_type_hints(maker.__init__)
+        return {name: hints[name] for name in inspect.signature(maker).parameters if name not in _COMMON}
 
     def prepare(
         self,
@@ -115,7 +174,7 @@ class Recipe:
         held_out: Iterable[Any] | None = None,
         loss_fn: "tangora._types.LossFn | None" = None,
         seed: int = 0,
-        progress: "tangora.probes.Report" = False,
+        progress: "tangora._types.Progress | bool" = False,
     ) -> "tangora.init.Start | None":
         """Give the adapter this method's start.
 
@@ -124,7 +183,7 @@ class Recipe:
             held_out: Others, for a start that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
-            progress: Whether to draw a progress bar, or what hears of it.
+            progress: Whether to draw a progress bar, or what is called after each batch instead.
 
         Returns:
             What was done; ``None`` where PEFT's own start stays.
@@ -161,7 +220,17 @@ class Recipe:
         check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
         optimizer = self.make_optimizer(model, lr=lr, **options)
         if head_lr is not None:
-            from tangora.recipes.head import set_head_rate
+            from tangora.recipes.baselines import set_head_rate
 
             set_head_rate(optimizer, model, head_lr)
         return optimizer
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise InputError(f"{name}: {said[0].lower()}{said[1:]}; got {value!r}") from None

@@ -4,9 +4,10 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
-from tangora._checks import check_choice, check_kind
-from tangora.recipes.later import Later
-from tangora.recipes.recipe import Recipe
+import yaml
+
+from tangora._checks import InputError, check_choice, check_kind
+from tangora.recipes.recipe import Later, Recipe
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
 _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -320,8 +321,14 @@ def _looked_up(name: str) -> Recipe:
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
     check_choice("recipe", known, tuple(by_name))
-    if not changes:
-        return by_name[known]
-    from tangora.recipes.variant import varied  # reads the options of optimizers, which need torch
+    return by_name[known].with_options(**dict(map(_option, changes))) if changes else by_name[known]
 
-    return varied(by_name[known], changes)
+
+def _option(change: str) -> tuple[str, Any]:
+    name, equals, text = change.partition("=")
+    if not equals:
+        raise InputError(f"options of a recipe are @name=value; got @{change}")
+    try:
+        return name, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{name}: cannot be read; got {text!r}") from None

@@ -23,7 +23,7 @@ from tangora.init import started_by
 from tangora.optim import PairOptimizer
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
-from tangora.recipes.adapter import adapted
+from tangora.recipes.prepare import adapted
 from tangora.training.adalora import AdaLoraAllocation
 from tangora.training.devices import single_gpu
 from tangora.training.engine import check_kept, check_steppable

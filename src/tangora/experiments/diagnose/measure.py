@@ -79,7 +79,7 @@ def diagnose_task(
             exact_norms=settings.exact_norms,
             power_iterations=settings.power_iterations,
             seed=settings.seed,
-            progress=progress,
+            progress=lambda _, done, total: progress(done, total or None),
         )
         record = DiagnosisRecord(
             title=f"{Path(settings.model).name} on {Path(settings.data).name}",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from tangora._checks import InputError, reason
-from tangora.adapters.serving import MODEL_CONFIG
+from tangora.adapters.card import MODEL_CONFIG
 from tangora.experiments.folders import SETTINGS
 from tangora.experiments.settings import RunSettings, Settings
 from tangora.recipes import recipe

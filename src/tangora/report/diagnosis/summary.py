@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, Spectrum
+from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, LayerGradient
 from tangora.diagnostics.records import SHARES, mean_share
 from tangora.report import formats
 from tangora.report.layers import places
@@ -93,7 +93,7 @@ def fitted(layers: Sequence[LayerDiagnosis]) -> list[str]:
     return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
 
 
-def known_rank(gradients: Sequence[Spectrum]) -> int:
+def known_rank(gradients: Sequence[LayerGradient]) -> int:
     """Return the largest rank of which it is known what it could capture in every layer."""
     limits = [gradient.largest_rank for gradient in gradients]
     return min(
@@ -102,7 +102,7 @@ def known_rank(gradients: Sequence[Spectrum]) -> int:
     )
 
 
-def reachable_shares(gradients: Sequence[Spectrum]) -> list[float]:
+def reachable_shares(gradients: Sequence[LayerGradient]) -> list[float]:
     """Return what adapters of one rank could capture at most, for the ranks 1, 2, …."""
     total = sum(gradient.energy for gradient in gradients)
     if not total > 0:
@@ -113,7 +113,7 @@ def reachable_shares(gradients: Sequence[Spectrum]) -> list[float]:
     ]
 
 
-def _common_rank(gradients: Sequence[Spectrum], share: float) -> int | None:
+def _common_rank(gradients: Sequence[LayerGradient], share: float) -> int | None:
     shares = enumerate(reachable_shares(gradients), 1)
     return next((rank for rank, reachable in shares if reachable >= share * (1 - 1e-6)), None)
 

@@ -22,8 +22,8 @@ from tangora._checks import (
     reason,
 )
 from tangora._names import KINDS, Kind
-from tangora.adapters.four_bit import keep_layout
-from tangora.recipes.head import head_names
+from tangora.adapters import head_names
+from tangora.adapters.stored_weight import keep_layout
 from tangora.training.models.digits import DIGITS
 from tangora.training.models.gguf import dequantized
 from tangora.training.models.hub import hub_problem

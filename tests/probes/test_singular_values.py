@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tangora import InputError
-from tangora.probes import gradient_norms, gradient_spectra, probed_layers
+from tangora.probes import gradient_norms, gradient_svds, probed_layers
 from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.cases import combinations
 from tests.probes.models import (
@@ -30,7 +30,7 @@ def mean_exact_loss(batches):
 def spectra_and_gradients(name, peft=True, count=3, **options):
     model, batches = adapted(name) if peft else model_of(name), batches_of(name, count)
     gradients = dense_gradients(model, probed_layers(model), mean_exact_loss(batches))
-    return gradient_spectra(model, batches, RANK, loss_fn=exact_loss, **options), gradients
+    return gradient_svds(model, batches, RANK, loss_fn=exact_loss, **options), gradients
 
 
 def check_triplets(spectrum, G, tolerance, rank=RANK):
@@ -65,7 +65,7 @@ def test_leading_triplets_with_enough_power_iterations(name):
 
 def test_a_plain_model_and_its_own_loss():
     model, batches = model_of("gpt2"), batches_of("gpt2", 2)
-    spectra = gradient_spectra(model, batches, RANK, power_iterations=5)
+    spectra = gradient_svds(model, batches, RANK, power_iterations=5)
     for key, G in dense_gradients(model, probed_layers(model), mean_loss_of(batches)).items():
         check_triplets(spectra[key], G, OWN_LOSS_TOLERANCE["gpt2"])
 
@@ -85,7 +85,7 @@ def test_gradients_of_low_rank_are_exact(one_pass):
     torch.manual_seed(0)
     model = Holder(nn.Linear(30, 20).double())
     batch = torch.randn(5, 30, dtype=torch.float64)  # five examples: rank five
-    spectrum = gradient_spectra(
+    spectrum = gradient_svds(
         model, [batch], 5, power_iterations=0, one_pass=one_pass, loss_fn=lambda m, x: loss_of(m(x))
     )["it"]
     (G,) = dense_gradients(model, probed_layers(model), lambda m: loss_of(m(batch))).values()
@@ -98,7 +98,7 @@ def test_gradients_of_low_rank_are_exact(one_pass):
 def test_one_pass_is_close_and_reads_once():
     passes = []
     spectra, gradients = spectra_and_gradients(
-        "bert", one_pass=True, oversampling=8, progress=lambda done, total: passes.append((done, total))
+        "bert", one_pass=True, oversampling=8, progress=lambda _, done, total: passes.append((done, total))
     )
     assert passes == [(1, 3), (2, 3), (3, 3)]
     for key, G in gradients.items():
@@ -115,7 +115,7 @@ def test_layers_with_few_outputs(m, one_pass):
     torch.manual_seed(0)
     model = Holder(nn.Linear(9, m).double())
     batch = torch.randn(6, 9, dtype=torch.float64)
-    spectrum = gradient_spectra(
+    spectrum = gradient_svds(
         model, [batch], 4, one_pass=one_pass, loss_fn=lambda model, x: loss_of(model(x))
     )["it"]
     (G,) = dense_gradients(model, probed_layers(model), lambda model: loss_of(model(batch))).values()
@@ -133,7 +133,7 @@ def test_energies_are_unbiased():
     energy = float(G.square().sum())
     for one_pass in (False, True):
         found = [
-            gradient_spectra(
+            gradient_svds(
                 model,
                 [batch],
                 2,
@@ -158,7 +158,7 @@ def test_ranks_by_layer():
     model, batches = model_of("bert"), batches_of("bert", 1)
     layers = probed_layers(model, names=["query", "classifier"])
     ranks = {layer.name: 2 + index for index, layer in enumerate(layers)}
-    spectra = gradient_spectra(model, batches, ranks, layers=layers, oversampling=1, loss_fn=exact_loss)
+    spectra = gradient_svds(model, batches, ranks, layers=layers, oversampling=1, loss_fn=exact_loss)
     for layer in layers:
         svd = spectra[layer.name].svd
         k = min(ranks[layer.name] + 1, layer.m, layer.n)
@@ -171,7 +171,7 @@ def test_seeds_decide_and_the_global_state_does_not(one_pass):
 
     def values(seed, state):
         torch.manual_seed(state)
-        spectra = gradient_spectra(
+        spectra = gradient_svds(
             model, batches, 2, oversampling=0, power_iterations=0, seed=seed, one_pass=one_pass
         )
         return torch.cat([spectrum.svd.S for spectrum in spectra.values()])
@@ -186,9 +186,9 @@ def test_seeds_decide_and_the_global_state_does_not(one_pass):
 def test_precision_follows_the_model():
     batches = batches_of("bert", 1)
     for dtype, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32)):
-        spectra = gradient_spectra(model_of("bert", dtype), batches, 2)
+        spectra = gradient_svds(model_of("bert", dtype), batches, 2)
         assert {spectrum.svd.U.dtype for spectrum in spectra.values()} == {expected}
-    rounded = gradient_spectra(model_of("bert", torch.bfloat16), batches, 2, power_iterations=4)
+    rounded = gradient_svds(model_of("bert", torch.bfloat16), batches, 2, power_iterations=4)
     for name, spectrum in rounded.items():
         assert spectrum.svd.S.dtype == torch.float32
         assert spectrum.svd.S[0] == pytest.approx(float(spectra[name].svd.S[0]), rel=0.1)
@@ -203,7 +203,7 @@ def test_norms_are_exact_whatever_the_memory(memory):
         batches,
         memory=memory,
         loss_fn=exact_loss,
-        progress=lambda done, total: passes.append(total),
+        progress=lambda _, done, total: passes.append(total),
     )
     gradients = dense_gradients(model, probed_layers(model), mean_exact_loss(batches))
     assert norms.keys() == gradients.keys()
@@ -232,4 +232,4 @@ def test_what_is_out_of_range_is_named(options, message):
     model = Holder(nn.Linear(7, 5).double())
     options = {"batches": [inputs_of("linear")], "rank": 2} | options
     with pytest.raises(InputError, match=message):
-        gradient_spectra(model, loss_fn=lambda m, batch: loss_of(m(*batch)), **options)
+        gradient_svds(model, loss_fn=lambda m, batch: loss_of(m(*batch)), **options)

@@ -6,7 +6,7 @@ $\Omega$ serves all batches, so that the products are those of the mean gradient
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tangora._checks import InputError, check_kind, check_seed, check_whole
-from tangora._types import LossFn
+from tangora._types import LossFn, Progress
 from tangora.geometry.sketch import (
     LowRankSVD,
     orthonormalize,
@@ -24,9 +24,9 @@ from tangora.geometry.sketch import (
     svd_from_range,
 )
 from tangora.probes.batches import as_batches, num_batches
+from tangora.probes.collective import collective, sum_over_ranks
 from tangora.probes.gradient import GradientProbe, Request
 from tangora.probes.layers import ProbedLayer, probed_layers
-from tangora.probes.ranks import collective, sum_over_ranks
 
 _OVERSAMPLING = 8
 # Of an adaptive reading: where the wanted triplets hold more than this share of the energy, the directions of one pass
@@ -34,29 +34,23 @@ _OVERSAMPLING = 8
 _ENOUGH = 0.7
 _LEFT_SHARE = 7  # quarters: the left sketch is wider than the right one, for the least squares between them
 
-Report = bool | Callable[[int, int | None], None]
-"""Whether to draw a progress bar, or what hears of it: batches read, and their total where it is known."""
-
 
 @dataclass(frozen=True)
-class GradientSpectrum:
-    """The leading part of one layer's gradient.
-
-    Attributes:
-        svd: Leading singular triplets; the last few of them (the oversampling) are rough.
-        energy: Estimate of the squared Frobenius norm of the whole gradient.
-        energy_error: Its standard error; 0 where nothing lies outside the triplets.
-        passes: How often the batches were read for it.
-    """
+class GradientSVD:
+    """The leading part of one layer's gradient."""
 
     svd: LowRankSVD
+    """Leading singular triplets; the last few of them (the oversampling) are rough."""
     energy: float
+    """Estimate of the squared Frobenius norm of the whole gradient."""
     energy_error: float
+    """Its standard error; 0 where nothing lies outside the triplets."""
     passes: int = 1
+    """How often the batches were read for it."""
 
 
 @collective
-def gradient_spectra(
+def gradient_svds(
     model: nn.Module,
     batches: Iterable[Any],
     rank: int | Mapping[str, int],
@@ -68,8 +62,8 @@ def gradient_spectra(
     tail_probes: int = 8,
     seed: int = 0,
     loss_fn: LossFn | None = None,
-    progress: Report = True,
-) -> dict[str, GradientSpectrum]:
+    progress: Progress | bool = True,
+) -> dict[str, GradientSVD]:
     r"""Estimate the leading singular triplets of the mean gradient of many layers at once.
 
     Takes ``2 (power_iterations + 1)`` passes over the batches, or one, or one to three. No gradient of a weight's size
@@ -112,8 +106,8 @@ def gradient_spectra(
     adaptive = power_iterations is None and not one_pass
     passes = 2 * ((power_iterations or 0) + 1)
     with (
-        reporting(progress, batches, None if adaptive else 1 if one_pass else passes) as heard,
-        GradientProbe(model, layers, loss_fn=loss_fn, progress=heard) as probe,
+        reporting(progress, batches, None if adaptive else 1 if one_pass else passes) as counted,
+        GradientProbe(model, layers, loss_fn=loss_fn, progress=counted) as probe,
     ):
         draw = _Gaussian(probe, seed)
         wanted = {name: r + _oversampling(r, oversampling, adaptive) for name, r in ranks.items()}
@@ -134,27 +128,23 @@ def gradient_norms(
     layers: Sequence[ProbedLayer] | None = None,
     memory: int = 256 * 2**20,
     loss_fn: LossFn | None = None,
-    progress: Report = True,
+    progress: Progress | bool = True,
 ) -> dict[str, float]:
     r"""Compute $\|G\|_F$ of the mean gradient exactly, a few layers at a time.
 
     Args:
-        model: PEFT or plain model; left as it was found.
-        batches: List, DataLoader or iterator of model inputs.
-        layers: Which; default as for `gradient_spectra`.
         memory: Bytes of gradients held at once; a layer that needs more is read alone. One pass for each group.
-        loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
 
     Returns:
-        Frobenius norms by name of the layer, without layers that the model does not call with gradients.
+        Frobenius norms by name of the layer; which layers, and the other arguments, are those of `gradient_svds`.
     """
     batches = as_batches(batches)
     layers = probed_layers(model) if layers is None else layers
     groups = list(grouped(layers, memory))
     norms: dict[str, float] = {}
     with (
-        reporting(progress, batches, len(groups)) as heard,
-        GradientProbe(model, layers, loss_fn=loss_fn, progress=heard) as probe,
+        reporting(progress, batches, len(groups)) as counted,
+        GradientProbe(model, layers, loss_fn=loss_fn, progress=counted) as probe,
     ):
         for group in groups:
             readings = probe.read(batches, {layer.name: Request(dense=True) for layer in group})
@@ -171,7 +161,7 @@ def _several_passes(
     wanted: dict[str, int],
     tail_probes: int,
     passes: int,
-) -> dict[str, GradientSpectrum]:
+) -> dict[str, GradientSVD]:
     right = {name: draw.right(name, width) for name, width in wanted.items()}
     for _ in range(passes // 2 - 1):
         basis = _bases(probe, batches, right)
@@ -194,15 +184,15 @@ def _bases(probe: GradientProbe, batches: Iterable[Any], right: dict[str, Tensor
     return {name: orthonormalize(reading.right) for name, reading in readings.items()}
 
 
-def _from_basis(basis: Tensor, seen: Tensor, tail: Tensor, passes: int) -> GradientSpectrum:
+def _from_basis(basis: Tensor, seen: Tensor, tail: Tensor, passes: int) -> GradientSVD:
     svd = svd_from_range(basis, seen)
     outside, error = outside_energy(basis, tail)
-    return GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error), passes)
+    return GradientSVD(svd, float(svd.S.square().sum() + outside), float(error), passes)
 
 
 def _one_pass(
     probe: GradientProbe, batches: Iterable[Any], draw: "_Gaussian", wanted: dict[str, int], tail_probes: int
-) -> dict[str, GradientSpectrum]:
+) -> dict[str, GradientSVD]:
     requests = {
         name: Request(
             right=torch.cat([draw.right(name, width), draw.tail(name, tail_probes)], dim=1),
@@ -217,7 +207,7 @@ def _one_pass(
         svd = svd_from_one_pass(reading.right[:, :-tail_probes], reading.left, probes.T)
         energies = reading.right[:, -tail_probes:].square().sum(0)  # unbiased, each of them
         error = energies.std() / tail_probes**0.5
-        spectra[name] = GradientSpectrum(svd, float(energies.mean()), float(error))
+        spectra[name] = GradientSVD(svd, float(energies.mean()), float(error))
     return spectra
 
 
@@ -228,7 +218,7 @@ def _as_few_passes(
     wanted: dict[str, int],
     tail_probes: int,
     ranks: Mapping[str, int],
-) -> dict[str, GradientSpectrum]:
+) -> dict[str, GradientSVD]:
     """Read products from both sides in one pass, or dense gradients where these are smaller; iterate in two more."""
     requests = {
         name: _both_sides(probe.layers[name], draw, width, tail_probes) for name, width in wanted.items()
@@ -237,14 +227,14 @@ def _as_few_passes(
     for name, reading in probe.read(batches, requests).items():
         if requests[name].dense:
             svd = LowRankSVD(*torch.linalg.svd(reading.dense, full_matrices=False))
-            spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum()), 0.0)
+            spectra[name] = GradientSVD(svd, float(svd.S.square().sum()), 0.0)
             continue
         probes = requests[name].left
         assert probes is not None
         sketch, tails[name] = reading.right[:, :-tail_probes], reading.right[:, -tail_probes:]
         svd = svd_from_one_pass(sketch, reading.left, probes.T)
         outside, error = outside_energy(orthonormalize(sketch), tails[name])
-        spectra[name] = GradientSpectrum(svd, float(svd.S.square().sum() + outside), float(error))
+        spectra[name] = GradientSVD(svd, float(svd.S.square().sum() + outside), float(error))
     if not tails or _share(spectra, ranks) >= _ENOUGH:
         return spectra
     basis = _bases(probe, batches, {name: spectra[name].svd.Vh.T for name in tails})
@@ -262,7 +252,7 @@ def _both_sides(layer: ProbedLayer, draw: "_Gaussian", width: int, tail_probes: 
     return Request(right=draw.shared(0, layer.n, width + tail_probes), left=draw.shared(1, layer.m, left))
 
 
-def _share(spectra: Mapping[str, GradientSpectrum], ranks: Mapping[str, int]) -> float:
+def _share(spectra: Mapping[str, GradientSVD], ranks: Mapping[str, int]) -> float:
     # the mean over layers of the share of the energy that the wanted triplets hold, the same on every rank
     shares = [
         min(1.0, float(spectrum.svd.truncate(ranks[name]).S.square().sum()) / spectrum.energy)
@@ -338,24 +328,20 @@ def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedL
 
 
 @contextlib.contextmanager
-def reporting(
-    progress: Report, batches: Iterable[Any], passes: int | None
-) -> Iterator[Callable[[int], None]]:
-    """Count batches over several passes, on a bar or for whoever listens."""
+def reporting(progress: Progress | bool, batches: Iterable[Any], passes: int | None) -> Iterator[Progress]:
+    """Count batches over several passes, on a bar (drawn on terminals only) or for the caller's function."""
     count_of_all = num_batches(batches)
-    total = None if count_of_all is None or passes is None else passes * count_of_all
+    total = 0 if count_of_all is None or passes is None else passes * count_of_all
     done = 0
 
-    def count(_: int) -> None:
+    def count(what: str, *_: int) -> None:
         nonlocal done
         done += 1
         if callable(progress):
-            progress(done, total)
+            progress(what, done, total)
         else:
             bar.update()
 
-    # drawn on terminals only
-    with tqdm(
-        total=total, desc="gradient", unit="batch", leave=False, disable=None if progress is True else True
-    ) as bar:
+    disable = None if progress is True else True
+    with tqdm(total=total or None, desc="gradient", unit="batch", leave=False, disable=disable) as bar:
         yield count

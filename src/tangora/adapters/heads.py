@@ -1,25 +1,19 @@
-"""A learning rate of its own for a new head, which every method trains whole.
-
-Without it a head takes the adapter's rate, and methods are compared by how fast their heads may learn: LoRA's best rate
-is ten times that of full fine-tuning, whatever its adapter does.
-"""
+"""The head of a model, which every method trains whole, and the linear layers besides it, which adapters are put on."""
 
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
-from tangora._checks import InputError, check_number
-from tangora.adapters import unwrapped
-from tangora.recipes.regroup import regroup
+from tangora.adapters.peft_models import uncompiled_modules, unwrapped
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Name the modules of a classifier that do not belong to its backbone."""
+    """Name the modules of a classifier that do not belong to its backbone; none for other models."""
     if not type(model).__name__.endswith(_CLASSIFIERS):
         return []
     backbone = getattr(model, "base_model_prefix", "")
@@ -31,9 +25,9 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def head_options(model: nn.Module) -> dict[str, Any]:
-    """Return what PEFT must be told about a head.
+    """Return the options of PEFT's configuration that keep adapters off the head and train it whole.
 
-    It knows heads called ``score`` and ``classifier`` only. The others, T5's and BART's ``classification_head`` and
+    PEFT knows heads called ``score`` and ``classifier`` only. The others, T5's and BART's ``classification_head`` and
     DistilBERT's ``pre_classifier``, it would leave random and frozen, or put adapters on.
     """
     names = head_names(model)
@@ -48,17 +42,21 @@ def head_options(model: nn.Module) -> dict[str, Any]:
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Find the parameters of a new head."""
+    """List the trainable parameters of a new head."""
     model = unwrapped(model)
     kept = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     heads = kept or [model.get_submodule(name) for name in head_names(model)]
     return [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
 
 
-def set_head_rate(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
-    """Give the head of a model a learning rate of its own."""
-    check_number("head_lr", lr, low=0)
-    head = head_parameters(model)
-    if not head:
-        raise InputError(f"head_lr needs a model with a new head; {type(model).__name__} has none")
-    regroup(optimizer, head, lr=lr)
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a base model by path, without its head and output embeddings."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = {*head_names(model), *(SEQ_CLS_HEAD_NAMES if output is None else ())}
+    return {
+        name: module
+        for name, module in uncompiled_modules(model).items()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not output
+        and name.split(".")[0] not in heads
+    }

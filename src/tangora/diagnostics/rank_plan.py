@@ -8,32 +8,27 @@ it holds at the point where the gradient was read, and says nothing about later 
 
 import heapq
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from tangora._checks import InputError, check_number, check_whole, shown
+from tangora.adapters.pair import pattern_key
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    r"""What is known of one layer's gradient $G$.
-
-    Attributes:
-        m: Rows.
-        n: Columns.
-        singular_values: The leading ones, descending; complete if there are ``min(m, n)`` of them.
-        energy: $\|G\|_F^2$.
-        energy_error: Its standard error; 0 where it is exact.
-    """
+class LayerGradient:
+    r"""Size and leading singular values of one layer's gradient $G$, ``m x n``."""
 
     m: int
     n: int
     singular_values: tuple[float, ...]
+    """Descending; complete if there are ``min(m, n)`` of them."""
     energy: float
+    r"""$\|G\|_F^2$."""
     energy_error: float = 0.0
+    """Standard error of the energy; 0 where it is exact."""
 
     @property
     def complete(self) -> bool:
@@ -56,58 +51,48 @@ class Spectrum:
         return min(self.m, self.n) if self.complete else len(self.singular_values) // 2
 
     def reachable(self, rank: int) -> float:
-        """Return the energy that an adapter of some rank can capture at most.
-
-        Returns:
-            In units of `energy`.
-        """
+        """Return the energy that an adapter of some rank can capture at most."""
         return min(math.fsum(value**2 for value in self.singular_values[: 2 * rank]), self.energy)
 
 
-def required_rank(spectrum: Spectrum, share: float) -> int | None:
+def required_rank(gradient: LayerGradient, share: float) -> int | None:
     """Find the smallest rank that could capture a share of a layer's gradient.
 
     Returns:
-        The rank; ``None`` if it lies beyond what is known of the spectrum, or the gradient is zero.
+        The rank; ``None`` if it lies beyond what is known of its singular values, or the gradient is zero.
     """
     check_number("share", share, low=0, high=1, open_low=True)
-    energies = accumulate(value**2 for value in spectrum.singular_values)
+    energies = accumulate(value**2 for value in gradient.singular_values)
     # a complete spectrum and a norm computed another way differ by rounding
-    target = share * spectrum.energy * (1 - 1e-6)
+    target = share * gradient.energy * (1 - 1e-6)
     position = next((index for index, energy in enumerate(energies, 1) if energy >= target > 0), None)
     rank = None if position is None else (position + 1) // 2
-    return rank if rank is None or rank <= spectrum.largest_rank else None
+    return rank if rank is None or rank <= gradient.largest_rank else None
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks for all layers, at the price of one rank for all.
-
-    Attributes:
-        r: The uniform rank that the plan competes with, and the rank of layers that `rank_pattern` leaves out.
-        lora_alpha: Alpha at that rank; alpha over the rank (rsLoRA: over its root) is the same in every layer.
-        use_rslora: Whether the scaling is that of rsLoRA.
-        rank_pattern: Ranks that differ from `r`, by a pattern that matches one layer only.
-        alpha_pattern: Their alphas.
-        ranks: Rank of every layer by its name.
-        budget: Adapter parameters at the uniform rank.
-        parameters: Adapter parameters of the plan; at most `budget`.
-        captured_energy: Share of the gradient's energy, over all layers, that the plan could capture at most.
-        uniform_captured_energy: The same for the uniform rank.
-        at_limit: Layers that got the largest rank that was allowed or known, and might have earned more.
-    """
+    """Ranks for all layers, at the price of one rank for all."""
 
     r: int
+    """The uniform rank that the plan competes with, and the rank of layers that `rank_pattern` leaves out."""
     lora_alpha: float | int
+    """Alpha at that rank; alpha over the rank (rsLoRA: over its root) is the same in every layer."""
     use_rslora: bool
     rank_pattern: dict[str, int]
+    """Ranks that differ from `r`, by a pattern that matches one layer only."""
     alpha_pattern: dict[str, float | int]
     ranks: dict[str, int]
+    """Rank of every layer by its name."""
     budget: int
+    """Adapter parameters at the uniform rank."""
     parameters: int
+    """Adapter parameters of the plan; at most `budget`."""
     captured_energy: float
+    """Share of the gradient's energy, over all layers, that the plan could capture at most."""
     uniform_captured_energy: float
     at_limit: tuple[str, ...]
+    """Layers that got the largest rank that was allowed or known, and might have earned more."""
 
     @property
     def gain(self) -> float:
@@ -115,18 +100,13 @@ class RankPlan:
         return self.captured_energy - self.uniform_captured_energy
 
     def config(self) -> dict[str, Any]:
-        """Return what PEFT needs to know.
-
-        Returns:
-            ``r``, ``lora_alpha``, ``rank_pattern``, ``alpha_pattern`` and ``use_rslora``, for ``LoraConfig(**config)``
-            together with the target modules.
-        """
+        """Return the options of the plan for ``LoraConfig(**config)``, to be given together with the target modules."""
         keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
         return {key: getattr(self, key) for key in keys}
 
 
 def plan_ranks(
-    spectra: Mapping[str, Spectrum],
+    spectra: Mapping[str, LayerGradient],
     budget_rank: int,
     *,
     min_rank: int = 1,
@@ -152,12 +132,12 @@ def plan_ranks(
         InputError: If a rank is out of range, or needs more singular values than are known.
 
     Example:
-        >>> flat = Spectrum(8, 8, (1.0,) * 8, energy=8.0)
-        >>> strong = Spectrum(8, 8, (2.0,) * 8, energy=32.0)
+        >>> flat = LayerGradient(8, 8, (1.0,) * 8, energy=8.0)
+        >>> strong = LayerGradient(8, 8, (2.0,) * 8, energy=32.0)
         >>> plan_ranks({"a": strong, "b": flat}, 2).ranks
         {'a': 3, 'b': 1}
     """
-    known = isinstance(spectra, Mapping) and all(isinstance(each, Spectrum) for each in spectra.values())
+    known = isinstance(spectra, Mapping) and all(isinstance(each, LayerGradient) for each in spectra.values())
     if not known:
         raise InputError(
             "spectra must be spectra by the names of layers, such as {layer.name: layer.gradient for layer in "
@@ -193,13 +173,8 @@ def plan_ranks(
     )
 
 
-def pattern_key(name: str) -> str:
-    """Return a key for PEFT's rank and alpha patterns that matches one layer only."""
-    return f"^{re.escape(name)}"
-
-
 def _limits(
-    spectra: Mapping[str, Spectrum], budget_rank: int, min_rank: int, max_rank: int | None
+    spectra: Mapping[str, LayerGradient], budget_rank: int, min_rank: int, max_rank: int | None
 ) -> dict[str, int]:
     if not spectra:
         raise InputError("spectra must hold at least one layer; got none")
@@ -227,7 +202,7 @@ def _limits(
 
 
 def _greedy(
-    spectra: Mapping[str, Spectrum], budget: int, limits: Mapping[str, int], min_rank: int
+    spectra: Mapping[str, LayerGradient], budget: int, limits: Mapping[str, int], min_rank: int
 ) -> dict[str, int]:
     ranks = dict.fromkeys(spectra, min_rank)
     left = budget - _parameters(spectra, ranks)
@@ -251,18 +226,18 @@ def _greedy(
     return ranks
 
 
-def _gain(spectrum: Spectrum, rank: int) -> float:
+def _gain(spectrum: LayerGradient, rank: int) -> float:
     known = spectrum.singular_values[2 * rank : 2 * rank + 2]
     return math.fsum(value**2 for value in known) if known or spectrum.complete else math.nan
 
 
-def _captured(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> float:
+def _captured(spectra: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> float:
     total = sum(spectrum.energy for spectrum in spectra.values())
     captured = sum(spectrum.reachable(ranks[name]) for name, spectrum in spectra.items())
     return captured / total if total > 0 else 0.0
 
 
-def _parameters(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> int:
+def _parameters(spectra: Mapping[str, LayerGradient], ranks: Mapping[str, int]) -> int:
     return sum(ranks[name] * (spectrum.m + spectrum.n) for name, spectrum in spectra.items())
 
 

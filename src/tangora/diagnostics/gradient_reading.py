@@ -1,4 +1,4 @@
-r"""Read one model's gradients once for everything: spectra, norms, and what any number of adapters sees of them.
+r"""Read one model's gradients once for everything: spectra, norms, and the parts that any number of adapters capture.
 
 The orthonormal bases of all adapters of a layer are stacked into one request, so that one pass over the batches shows
 $U^\top G$ and $G V^\top$ for all of them; the exact norm comes from the same pass where it is wanted.
@@ -13,26 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tangora._types import FactorA, FactorB, LossFn
-from tangora.diagnostics.alignment import bases, captured
-from tangora.diagnostics.ranks import Spectrum
+from tangora._types import FactorA, FactorB, LossFn, Progress
+from tangora.adapters import LoraPair
+from tangora.diagnostics.alignment import bases, captured, captured_share
+from tangora.diagnostics.motion import Angles, principal_angles
+from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
 from tangora.probes import (
     GradientProbe,
-    GradientSpectrum,
+    GradientSVD,
     ProbedLayer,
     Reading,
     Request,
-    gradient_spectra,
+    as_batches,
+    gradient_svds,
+    probed_layers,
 )
-from tangora.probes.spectrum import grouped
+from tangora.probes.singular_values import grouped
+
+ADAPTER = "adapter"
+"""Label of a model's own adapter."""
 
 _MEMORY = 512 * 2**20  # bytes of dense gradients held at once
 # float32 gradients up to this many bytes in all are formed for their norms, in two or three passes
 _EXACT_LIMIT = 2**30
 _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
+_VIEW_ITERATIONS = 2  # for a view the leading subspace itself is wanted, and not only its energy
 
 Factors = tuple[FactorA, FactorB]
 Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
@@ -41,21 +49,15 @@ Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
 
 @dataclass(frozen=True)
 class How:
-    """How gradients are read.
-
-    Attributes:
-        num_values: Singular values wanted of each layer.
-        exact_norms: Whether dense gradients are formed, a few layers at a time.
-        power_iterations: Of the subspace iteration.
-        seed: Of its random vectors.
-        loss_fn: The user's loss.
-    """
+    """How gradients are read."""
 
     num_values: int
+    """Singular values wanted of each layer."""
     exact_norms: bool
+    """Whether dense gradients are formed, a few layers at a time."""
     power_iterations: int
     seed: int
-    loss_fn: LossFn | None
+    loss_fn: LossFn | None = None
 
     def passes(self, layers: Sequence[ProbedLayer]) -> int:
         """Return how often the batches are read for one point."""
@@ -71,8 +73,8 @@ def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
     return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
-class View(NamedTuple):
-    """What one adapter sees of a layer's gradient."""
+class _View(NamedTuple):
+    """The products of a layer's gradient with the bases of one adapter."""
 
     at: Frame
     seen: Coordinates
@@ -84,26 +86,26 @@ class View(NamedTuple):
 
 
 @dataclass
-class Measured:
+class ReadLayer:
     """All that was read of one layer's gradient."""
 
-    spectrum: Spectrum
+    spectrum: LayerGradient
     captured: dict[str, float] = field(default_factory=dict)
     """Energy by label."""
-    views: dict[str, View] = field(default_factory=dict)
+    views: dict[str, _View] = field(default_factory=dict)
     """Of the labels that were to be kept."""
     held_out: "HeldOutEnergy | None" = None
 
 
 class HeldOutEnergy(NamedTuple):
-    """What the same adapters see of the gradient on other examples."""
+    """The energy of the gradient on other examples, and the parts of it that the same adapters capture."""
 
     energy: float
     energy_error: float
     captured: dict[str, float]
 
 
-def measure(
+def read_gradients(
     model: nn.Module,
     layers: Sequence[ProbedLayer],
     batches: Iterable[Any],
@@ -111,11 +113,11 @@ def measure(
     how: How,
     *,
     keep: str,
-    heard: Callable[[int], None],
+    progress: Progress | None = None,
     held_out: Iterable[Any] | None = None,
-) -> tuple[dict[str, Measured], float]:
+) -> tuple[dict[str, ReadLayer], float]:
     """Read the gradients of a model as it is."""
-    spectra = gradient_spectra(
+    spectra = gradient_svds(
         model,
         batches,
         how.num_values,
@@ -123,7 +125,7 @@ def measure(
         power_iterations=how.power_iterations,
         seed=how.seed,
         loss_fn=how.loss_fn,
-        progress=lambda done, _: heard(done),
+        progress=progress or False,
     )
     layers = [layer for layer in layers if layer.name in spectra]  # those that the model calls
     if not layers:
@@ -132,14 +134,14 @@ def measure(
         layer.name: _stack(propose(layer, spectra[layer.name].svd), spectra[layer.name].svd, how)
         for layer in layers
     }
-    found: dict[str, Measured] = {}
-    with GradientProbe(model, layers, loss_fn=how.loss_fn, progress=heard) as probe:
+    found: dict[str, ReadLayer] = {}
+    with GradientProbe(model, layers, loss_fn=how.loss_fn, progress=progress) as probe:
         for group in how.groups(layers):
             readings = probe.read(batches, {layer.name: stacks[layer.name].request for layer in group})
             for layer in group:
                 reading = readings.pop(layer.name)
                 views = stacks[layer.name].views(reading)
-                found[layer.name] = Measured(
+                found[layer.name] = ReadLayer(
                     _spectrum(layer, spectra[layer.name], reading, how),
                     {label: view.captured for label, view in views.items()},
                     {label: view for label, view in views.items() if label == keep},
@@ -157,6 +159,62 @@ def measure(
 
 
 @dataclass(frozen=True)
+class GradientView:
+    r"""One trained adapter and the gradient $G$ of its layer where it stands."""
+
+    energy: float
+    r"""$\|G\|_F^2$."""
+    captured: float
+    r"""$\|P_T(G)\|_F^2$."""
+    left: Angles | None
+    r"""Between the columns of $B$ and the $r$ leading left singular vectors of $G$; ``None`` at $B = 0$."""
+    right: Angles | None
+    r"""Between the rows of $A$ and the $r$ leading right singular vectors."""
+
+    @property
+    def captured_energy(self) -> float:
+        r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$."""
+        return captured_share(self.captured, self.energy)
+
+    @property
+    def alignment_error(self) -> float:
+        r"""$\varepsilon = \|G - P_T(G)\|_F$."""
+        return math.sqrt(max(self.energy - self.captured, 0.0))
+
+
+def gradient_views(
+    model: nn.Module, pairs: Sequence[LoraPair], batches: Iterable[Any], *, seed: int = 0
+) -> tuple[dict[str, GradientView], float]:
+    r"""Read the gradient of the adapted model as it is, and look at it through its adapters.
+
+    Takes seven passes over the batches; the model, its gradients and all random states are left as they were. The
+    energy is exact where all gradients together take at most 1 GiB, else estimated from random probes.
+    """
+    layers = probed_layers(model, adapter_name=pairs[0].adapter)
+    angles: dict[str, tuple[Angles | None, Angles | None]] = {}
+
+    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, tuple[FactorA, FactorB]]:
+        assert layer.pair is not None
+        A, B, _ = layer.pair.moving_factors()
+        leading = gradient.truncate(layer.pair.shape[2])
+        angles[layer.name] = principal_angles(leading.U, B), principal_angles(leading.Vh.mT, A.mT)
+        return {ADAPTER: (A, B)}
+
+    how = How(
+        num_values=max(pair.shape[2] for pair in pairs),
+        exact_norms=fit_into_memory(layers),
+        power_iterations=_VIEW_ITERATIONS,
+        seed=seed,
+    )
+    found, loss = read_gradients(model, layers, as_batches(batches), propose, how, keep=ADAPTER)
+    views = {
+        name: GradientView(measured.spectrum.energy, measured.captured[ADAPTER], *angles[name])
+        for name, measured in found.items()
+    }
+    return views, loss
+
+
+@dataclass(frozen=True)
 class _Stack:
     """The bases of several adapters side by side."""
 
@@ -164,7 +222,7 @@ class _Stack:
     widths: Mapping[str, tuple[int, int]]
     """Columns of $U$ and rows of $V$ by label."""
 
-    def views(self, reading: Reading) -> dict[str, View]:
+    def views(self, reading: Reading) -> dict[str, _View]:
         views, left, right = {}, 0, 0
         for label, (columns, rows) in self.widths.items():
             on_left, on_right = slice(left, left + columns), slice(right, right + rows)
@@ -177,7 +235,7 @@ class _Stack:
             none = U.new_zeros(0, 0)
             at = Frame(F.pad(U, (0, more_U)), F.pad(V, (0, 0, 0, more_V)), none, none)
             seen = Coordinates(F.pad(by_U, (0, 0, 0, more_U)), F.pad(by_V, (0, more_V)))
-            views[label] = View(at, seen)
+            views[label] = _View(at, seen)
             left, right = left + columns, right + rows
         return views
 
@@ -225,11 +283,11 @@ def _narrow(at: Frame, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return at.U[:, at.U.any(0)].to(dtype), at.V[at.V.any(1)].to(dtype)
 
 
-def _spectrum(layer: ProbedLayer, read: GradientSpectrum, reading: Reading, how: How) -> Spectrum:
+def _spectrum(layer: ProbedLayer, read: GradientSVD, reading: Reading, how: How) -> LayerGradient:
     values = read.svd.S.tolist()
     if len(values) < min(layer.m, layer.n):
         values = values[: how.num_values]  # the rest is oversampling, and rough
-    found = Spectrum(layer.m, layer.n, tuple(values), read.energy, read.energy_error)
+    found = LayerGradient(layer.m, layer.n, tuple(values), read.energy, read.energy_error)
     if not how.exact_norms:
         return found
     return replace(found, energy=_energy(reading.dense), energy_error=0.0)

@@ -1,4 +1,4 @@
-"""4-bit layers that bitsandbytes repacks for inference on some CPUs: prevented, and undone."""
+"""Weights of layers however they are stored: also 4-bit ones that bitsandbytes repacks for inference on some CPUs."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from tangora import find_pairs
 from tangora.adapters import module_weight
-from tangora.adapters.four_bit import keep_layout
+from tangora.adapters.stored_weight import keep_layout
 from tests.adapters.models import Holder
 from tests.tolerances import assert_close
 
@@ -76,3 +76,15 @@ def test_other_layers_stay_as_they_are():
     unquantized.support_avx512bf16_for_cpu = True
     keep_layout([layer, unquantized])
     assert not hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def test_an_eight_bit_layer_can_be_called_after_its_weight_was_read():
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(16, 12, has_fp16_weights=False)
+    layer.load_state_dict(torch.nn.Linear(16, 12).state_dict())
+    layer, x = layer.to("cpu"), torch.randn(3, 16)
+    with torch.no_grad():
+        before = layer(x).clone()
+        weight = module_weight(layer)
+        assert torch.equal(layer(x), before)
+        assert_close(x @ weight.T + layer.bias, before, 1e-5)

@@ -1,24 +1,46 @@
-"""4-bit layers of bitsandbytes, kept as they were loaded."""
+"""The weight of a layer without an adapter, whatever it is stored as."""
 
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@torch.no_grad()
+def module_weight(module: nn.Module, *, transposed: bool | None = None) -> Tensor:
+    """Return the weight of a layer without an adapter as a matrix, dequantized where need be.
+
+    Args:
+        module: Linear layer, GPT-2's transposed one, convolution or embedding.
+        transposed: Whether it stores its weight ``in x out``; default what its type says.
+
+    Returns:
+        A new or shared ``m x n`` tensor in float32 (float64 for a float64 layer), on the layer's device; not to be
+        written to.
+    """
+    if transposed is None:
+        transposed = isinstance(module, (Conv1D, nn.Embedding))
+    keep_layout([module])
+    held = getattr(module, "weight", None)
+    weight = dequantize_module_weight(module).detach().flatten(1)
+    if held is not None and module.weight is not held:
+        module.weight = held  # PEFT leaves a copy there that an 8-bit layer on the CPU cannot be called with
+    weight = weight.t() if transposed else weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 @torch.no_grad()
 def keep_layout(layers: Iterable[nn.Module]) -> None:
-    """Keep 4-bit layers of bitsandbytes from repacking their weights, and undo it where it has happened.
+    """Keep 4-bit layers of bitsandbytes from repacking their weights, and undo it with a warning where it has happened.
 
     On a CPU with AVX512-BF16 bitsandbytes (0.49 and later) rewrites a 4-bit weight in place when it is first called in
     evaluation mode: its scales are rounded to bfloat16 for good, the layer then computes in bfloat16, and whatever
     dequantizes the weight (DoRA, merging, a start) misreads the new layout. That layer's evaluation becomes slower
     here and stays what it is in training.
-
-    Warns:
-        UserWarning: If scales had been rounded already.
     """
     rounded = 0
     for layer in layers:
