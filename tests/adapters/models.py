@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -125,6 +126,31 @@ def tiny_llama(**options) -> LlamaForCausalLM:
         "num_key_value_heads": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**sizes | options))
+
+
+def quantized(kind: str, *, bias: bool = False) -> Holder:
+    """A linear layer of 64 inputs and 32 outputs as bitsandbytes stores it: nf4, fp4 or int8."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    if kind == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=bias, has_fp16_weights=False)
+    else:
+        layer = bitsandbytes.nn.Linear4bit(64, 32, bias, torch.float32, quant_type=kind)
+    state = {"weight": torch.randn(32, 64) / 8} | ({"bias": torch.randn(32)} if bias else {})
+    layer.load_state_dict(state, strict=False)
+    holder = Holder(layer.to("cpu"))
+    setattr(holder, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    return holder
+
+
+def train(model: nn.Module, seed: int = 4):
+    """Move everything trainable, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
 
 
 IDS = torch.arange(12).view(2, 6)

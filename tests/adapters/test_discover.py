@@ -18,6 +18,7 @@ from tests.adapters.models import (
     dense_gradient,
     inputs_of,
     loss_of,
+    quantized,
     randomize,
     tiny_llama,
 )
@@ -130,14 +131,9 @@ def test_sparse_gradients_are_made_dense():
 # --- quantized bases ---
 
 
-def quantized(cls, flag, **options):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    layer = getattr(bitsandbytes.nn, cls)(64, 32, bias=False, **options)
-    layer.load_state_dict({"weight": torch.randn(32, 64) / 8}, strict=False)
-    holder = Holder(layer.to("cpu"))
-    setattr(holder, flag, True)
-    model = randomize(get_peft_model(holder, LoraConfig(r=4, lora_alpha=8, target_modules=["it"])))
+def adapted_quantized(kind):
+    model = randomize(get_peft_model(quantized(kind), LoraConfig(r=4, lora_alpha=8, target_modules=["it"])))
+    layer = only_pair(model).base
     assert not layer.weight.is_floating_point()
     assert type(model.base_model.model.it).__module__.endswith("lora.bnb")
     return model, layer
@@ -145,9 +141,7 @@ def quantized(cls, flag, **options):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_four_bit_layers(quant_type):
-    model, layer = quantized(
-        "Linear4bit", "is_loaded_in_4bit", quant_type=quant_type, compute_dtype=torch.float32
-    )
+    model, layer = adapted_quantized(quant_type)
     pair = only_pair(model)
     x = torch.randn(6, 64)
     loss = loss_of(model(x))
@@ -163,7 +157,7 @@ def test_four_bit_layers(quant_type):
 
 
 def test_eight_bit_layers_are_found():
-    model, _ = quantized("Linear8bitLt", "is_loaded_in_8bit", has_fp16_weights=False)
+    model, _ = adapted_quantized("int8")
     pair = only_pair(model)
     assert (pair.shape, pair.transposed) == ((32, 64, 4), False)
 

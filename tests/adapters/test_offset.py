@@ -14,7 +14,7 @@ from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from tangora import InputError, TangentAdam, find_pairs
+from tangora import InputError, find_pairs
 from tangora.adapters import (
     attach_offset,
     detach_offset,
@@ -30,7 +30,9 @@ from tests.adapters.models import (
     adapted,
     inputs_of,
     loss_of,
+    quantized,
     tiny_llama,
+    train,
     updates,
 )
 from tests.cases import combinations
@@ -74,19 +76,6 @@ def vit():
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)
     )
-
-
-def quantized(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    if kind == "nf4":
-        layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    else:
-        layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
-    layer.load_state_dict({"weight": torch.randn(32, 64) / 8}, strict=False)
-    holder = Holder(layer.to("cpu"))
-    setattr(holder, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
-    return holder
 
 
 def run(model, name="linear"):
@@ -153,15 +142,6 @@ def start(model, adapter="default", seed=3, scale=0.5):
         A, B = pair.factors()
         factors[pair.name] = (B.clone(), A.clone())
     attach_offset(model, adapter, factors)
-    return model
-
-
-def train(model, seed=4):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
@@ -559,19 +539,6 @@ def test_the_offset_is_frozen_and_moves_with_the_model():
     assert model.get_model_status().available_adapters == ["default"]
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for checkpointing in (False, True):
-        model = train(start(plain())).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([pair.A.grad for pair in find_pairs(model)])
-    for one, other in zip(*gradients, strict=True):
-        assert_close(one, other, 1e-12)
-
-
 def test_adapters_cast_by_peft_after_the_start():
     model = start(plain("bf16"))
     model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=True)
@@ -589,22 +556,6 @@ def test_modules_that_accelerate_hooked_are_not_called_past_the_offset():
         for factor in (pair.layer.lora_A["default"], pair.layer.lora_B["default"]):
             add_hook_to_module(factor, AlignDevicesHook(execution_device="cpu"))
     assert torch.equal(run(model), expected)
-
-
-def test_an_optimizer_moves_the_trained_pair_alone():
-    model = start(plain(), scale=0.3).train()
-    frozen = {pair.name: [f.clone() for f in pair.offset()] for pair in find_pairs(model)}
-    optimizer = TangentAdam(model, lr=1e-3)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    for pair in find_pairs(model):
-        assert all(torch.equal(a, b) for a, b in zip(pair.offset(), frozen[pair.name], strict=True))
 
 
 @pytest.mark.messages

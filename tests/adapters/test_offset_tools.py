@@ -6,7 +6,6 @@ import pickle
 import peft
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.intruders import reduce_intruder_dimension
@@ -19,8 +18,8 @@ from peft.utils.hotswap import (
 
 from tangora import InputError, find_pairs, load_adapter, save_adapter
 from tangora.adapters import attach_offset, detach_offset, has_offset
-from tests.adapters.models import IDS, Holder, adapted, inputs_of
-from tests.adapters.test_offset import MODELS, QUANTIZED, base_of, plain, run, start, train
+from tests.adapters.models import IDS, Holder, adapted, inputs_of, train
+from tests.adapters.test_offset import MODELS, QUANTIZED, base_of, plain, run, start
 from tests.tolerances import assert_close
 
 KINDS = ["linear", "gpt2", "embedding", "dora", "dora-embedding", "rslora", "patterns-rslora", "nf4", "vit"]
@@ -275,17 +274,6 @@ def test_no_files_are_swapped_into_an_offset(name, tmp_path):
 
 
 @pytest.mark.messages
-@pytest.mark.parametrize("name", ["embedding", "vit", "dora-embedding"])
-def test_no_state_is_swapped_into_an_offset(name):
-    model, other = train(started(name)), train(plain(name))
-    before = factors(model)
-    state = {key: value for key, value in other.state_dict().items() if ".lora_" in key}
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be swapped"):
-        hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
-    assert same(factors(model), before)
-
-
-@pytest.mark.messages
 def test_nor_by_the_state_of_fewer_layers():
     model = train(started())
     key = f"{find_pairs(model)[0].name}.lora_A.default.weight"
@@ -409,20 +397,3 @@ def test_checkpoints_of_several_adapters_are_explained(tmp_path):
         model.load_adapter(str(tmp_path / "ref"), "ref")
     with pytest.raises(InputError, match="'ref'"):
         model.load_adapter(str(tmp_path), "ref", subfolder="ref")
-
-
-@pytest.mark.messages
-@pytest.mark.parametrize("make", [plain, started])
-def test_a_trainer_does_not_resume_from_another_start(make, tmp_path):
-    first = (started if make is plain else plain)()
-    trainer_of(first, tmp_path).train()
-    with pytest.raises(InputError, match="load_adapter"):
-        trainer_of(make(), tmp_path).train(resume_from_checkpoint=True)
-
-
-def trainer_of(model, folder):
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
-    return transformers.Trainer(model, arguments, train_dataset=data)

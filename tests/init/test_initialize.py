@@ -13,6 +13,7 @@ from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, has_offset
 from tangora.init import initialize, is_trained, needs_batches, started_by, starts
 from tangora.init.one_step import STEP_SIZES
+from tests.adapters.models import quantized
 from tests.cases import combinations
 from tests.init.test_starts import assert_same_up_to_signs
 from tests.probes.models import adapted, batch_of, batches_of, dense_gradients, exact_loss, model_of
@@ -256,22 +257,16 @@ def test_adapters_in_bfloat16():
 
 @pytest.mark.parametrize("method", ["lora-ga", "lora-one", "orthogonal"])
 def test_quantized_bases(method):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict({"weight": torch.randn(32, 64) / 8, "bias": torch.zeros(32)}, strict=False)
-    base = nn.Sequential(layer.to("cpu"))
-    base.is_loaded_in_4bit = True
-    model = get_peft_model(base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"]))
+    model = get_peft_model(quantized("nf4"), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["it"]))
     x = torch.randn(12, 64)
-    packed = model.base_model.model[0].base_layer.weight.data.clone()
+    packed = find_pairs(model)[0].base.weight.data.clone()
     with torch.no_grad():
         before = model(x)
     initialize(model, method, [x], loss_fn=lambda m, x: m(x).square().mean())
     with torch.no_grad():
         after = model(x)
-    assert torch.equal(packed, model.base_model.model[0].base_layer.weight.data)
     (pair,) = find_pairs(model)
+    assert torch.equal(packed, pair.base.weight.data)
     if method == "lora-one":
         assert_close(after, before + x @ pair.delta_weight().T, 1e-4)
         assert after.square().mean() < before.square().mean()

@@ -85,15 +85,6 @@ def test_the_mean_loss_is_weighted_like_the_gradient():
     assert mean_loss(model, [big], loss_fn=lambda m, b: m(**b).loss * float("nan")) == float("inf")
 
 
-def test_readings_are_linear_in_the_batches():
-    model, big = model_of("bert"), big_batch("bert")
-    one, two = split(big, (2, 4))
-    whole = read(model, [one, two])[0]
-    parts = read(model, [one])[0], read(model, [two])[0]
-    for key, G in whole.items():
-        assert_close(G, (2 * parts[0][key] + 4 * parts[1][key]) / 6)
-
-
 def test_iterators_become_lists():
     batches = as_batches(iter([1, 2]))
     assert list(batches) == list(batches) == [1, 2]

@@ -45,7 +45,7 @@ def check_triplets(spectrum, G, tolerance, rank=RANK):
             sine = float((seen - exact @ (exact.T @ seen)).norm())
             assert sine <= 10 * tolerance / gap
             eye = torch.eye(rank, dtype=seen.dtype)
-            assert (seen.T @ seen - eye).abs().max() < 1e-5 if seen.dtype == torch.float32 else 1e-12
+            assert (seen.T @ seen - eye).abs().max() < (1e-5 if seen.dtype == torch.float32 else 1e-12)
 
 
 # transposed layers, embeddings and convolutions; the others have nothing that these two lack

@@ -1,7 +1,6 @@
 """The only readers of PEFT's layer types: which parameters form a pair (A, B), and how an adapter is written."""
 
 from tangora.adapters.discover import Discovery, discover, find_pairs
-from tangora.adapters.export import SavedAdapter, initial_factors, save_adapter
 from tangora.adapters.heads import head_names, head_options, head_parameters, linear_layers
 from tangora.adapters.load import load_adapter
 from tangora.adapters.merge import merged_model, save_merged
@@ -25,6 +24,7 @@ from tangora.adapters.peft_models import (
     unwrapped,
 )
 from tangora.adapters.peft_tools import respect_offsets
+from tangora.adapters.save import SavedAdapter, initial_factors, save_adapter
 from tangora.adapters.stored_weight import module_weight
 
 __all__ = [

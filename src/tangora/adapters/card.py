@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import ModelCardData
+from jinja2 import Template
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ _PATH = re.compile(
 )
 
 
+# code that turns a text into a model's inputs, as in training, by the fact "format"
 _INPUTS = {
     "text": 'inputs = tokenizer(["a text"], truncation=True, max_length={length}, padding=True, return_tensors="pt")',
     "pair of texts": 'inputs = tokenizer(["a text"], ["the other text"], truncation=True, max_length={length}, '
@@ -41,7 +43,43 @@ _INPUTS = {
     "inputs = tokenizer.apply_chat_template(\n"
     '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)',
 }
-"""Code that turns a text into a model's inputs, as in training, by the fact ``format``."""
+_USAGE = Template(
+    """\
+```python
+{% if classified and inputs %}
+import torch
+{% endif %}
+from peft import PeftModel
+from transformers import {% if classified %}AutoConfig, {% endif %}{{ loader }}{% if inputs %}, AutoTokenizer{% endif %}
+
+
+adapter = "path or name of this adapter"
+{% if classified %}
+# with the names of the classes
+config = AutoConfig.from_pretrained(adapter, subfolder="{{ folder }}")
+base = {{ loader }}.from_pretrained(
+    "{{ source }}", config=config, ignore_mismatched_sizes=True
+)
+{% else %}
+base = {{ loader }}.from_pretrained("{{ source }}")
+{% endif %}
+model = PeftModel.from_pretrained(base, adapter).eval()
+{% if inputs %}
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+
+{{ inputs }}
+{% if classified %}
+with torch.no_grad():
+    numbers = model(**inputs).logits.argmax(-1).tolist()
+print([config.id2label[number] for number in numbers])
+{% else %}
+tokens = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+{% endif %}
+{% endif %}
+```""",
+    trim_blocks=True,
+)
 
 
 def model_card(
@@ -106,52 +144,13 @@ def _usage(
     )
     source = path if path and path == without_paths(path) else "path or name of the base model"
     inputs = None if images else _INPUTS.get(str(facts.get("format")))
-    names = [*(["AutoConfig"] if classified else []), loader, *(["AutoTokenizer"] if inputs else [])]
-    lines = [
-        *(["import torch"] if classified and inputs else []),
-        "from peft import PeftModel",
-        f"from transformers import {', '.join(names)}",
-        "",
-        'adapter = "path or name of this adapter"',
-        *(
-            [
-                "# with the names of the classes",
-                f'config = AutoConfig.from_pretrained(adapter, subfolder="{MODEL_CONFIG}")',
-            ]
-            if classified
-            else []
-        ),
-        *(
-            [
-                f"base = {loader}.from_pretrained(",
-                f'    "{source}", config=config, ignore_mismatched_sizes=True',
-                ")",
-            ]
-            if classified
-            else [f'base = {loader}.from_pretrained("{source}")']
-        ),
-        "model = PeftModel.from_pretrained(base, adapter).eval()",
-    ]
-    if inputs:
-        lines += [
-            "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-            "",
-            inputs.format(length=facts.get("max length", 128)),
-            *(_CLASSIFY if classified else _GENERATE),
-        ]
-    code = "\n".join(lines)
-    return f"```python\n{code}\n```"
-
-
-_CLASSIFY = (
-    "with torch.no_grad():",
-    "    numbers = model(**inputs).logits.argmax(-1).tolist()",
-    "print([config.id2label[number] for number in numbers])",
-)
-_GENERATE = (
-    "tokens = model.generate(**inputs, max_new_tokens=100)",
-    'print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-)
+    return _USAGE.render(
+        classified=classified,
+        inputs=inputs and inputs.format(length=facts.get("max length", 128)),
+        loader=loader,
+        source=source,
+        folder=MODEL_CONFIG,
+    )
 
 
 def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
