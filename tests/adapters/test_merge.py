@@ -20,6 +20,7 @@ from torch import nn
 from tangora import InputError
 from tangora.adapters import merged_model, save_merged
 from tests.adapters.models import randomize, tiny_llama
+from tests.sizes import AUDIO_MODEL, BART, CLIP, GPT2, IMAGE_MODEL, SEGFORMER, T5, TEXT_MODEL
 from tests.tolerances import assert_close
 
 pytestmark = [
@@ -31,61 +32,20 @@ TOKENS = [3, 5, 8, 13]
 IDS = torch.tensor([[3, 5, 8, 13, 21, 4], [8, 3, 9, 11, 5, 13]])
 TEXT = {"input_ids": IDS}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
-T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-BART = {
-    "vocab_size": 40,
-    "d_model": 16,
-    "max_position_embeddings": 32,
-    "pad_token_id": 1,
-    "init_std": 0.3,
-    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
-    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
-    **{f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")},
-    "decoder_start_token_id": 2,
-}
-BERT = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-}
-GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
-WHISPER = BART | {
-    "num_mel_bins": 8,
-    "max_source_positions": 8,
-    "max_target_positions": 16,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-WAV2VEC2 = BERT | {
-    "conv_dim": (8, 8),
-    "conv_stride": (2, 2),
-    "conv_kernel": (3, 3),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-}
-PATCHES = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
-PATCHES |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-SEGFORMER = {
-    "num_encoder_blocks": 1,
-    "depths": [1],
-    "sr_ratios": [1],
-    "hidden_sizes": [8],
-    "patch_sizes": [3],
-}
-SEGFORMER |= {"strides": [2], "num_attention_heads": [2], "mlp_ratios": [2], "decoder_hidden_size": 8}
+SMALL = {"initializer_range": 0.3}
+BERT = TEXT_MODEL | SMALL
+SEQ2SEQ = BART | {"pad_token_id": 1, "init_std": 0.3}
+WHISPER = SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 16}
+WHISPER |= {"bos_token_id": 1, "eos_token_id": 1}
 SOUND = torch.linspace(-1, 1, 240).view(2, 120).sin()
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16).sin()}
 MODELS = {
-    "bart": (hf.BartForConditionalGeneration, hf.BartConfig, BART, PAIR),
+    "bart": (hf.BartForConditionalGeneration, hf.BartConfig, SEQ2SEQ, PAIR),
     "t5": (hf.T5ForConditionalGeneration, hf.T5Config, T5, PAIR),
     "t5-1.1": (hf.T5ForConditionalGeneration, hf.T5Config, T5 | {"tie_word_embeddings": False}, PAIR),
     "umt5": (hf.UMT5ForConditionalGeneration, hf.UMT5Config, T5, PAIR),
-    "marian": (hf.MarianMTModel, hf.MarianConfig, BART, PAIR),
-    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2, TEXT),
+    "marian": (hf.MarianMTModel, hf.MarianConfig, SEQ2SEQ, PAIR),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2 | SMALL, TEXT),
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, BERT | {"tie_word_embeddings": True}, TEXT),
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig, BERT | {"num_key_value_heads": 1, "head_dim": 8}, TEXT),
     "bert": (hf.BertForMaskedLM, hf.BertConfig, BERT, TEXT),
@@ -95,14 +55,14 @@ MODELS = {
         WHISPER,
         {"input_features": SOUND.flatten()[:128].view(1, 8, 16), "decoder_input_ids": IDS[:1, :4]},
     ),
-    "wav2vec2": (hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, WAV2VEC2, {"input_values": SOUND}),
+    "wav2vec2": (hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, AUDIO_MODEL, {"input_values": SOUND}),
     "clip": (
         hf.CLIPForImageClassification,
         hf.CLIPConfig,
-        {"text_config": BERT, "vision_config": PATCHES},
+        CLIP | {"num_labels": 2},
         IMAGE,
     ),
-    "vit": (hf.ViTForImageClassification, hf.ViTConfig, PATCHES, IMAGE),
+    "vit": (hf.ViTForImageClassification, hf.ViTConfig, IMAGE_MODEL, IMAGE),
     "segformer": (hf.SegformerForImageClassification, hf.SegformerConfig, SEGFORMER, IMAGE),
 }
 

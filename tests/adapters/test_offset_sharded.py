@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.adapters.models import train
 from tests.adapters.test_offset import plain as plain_model
-from tests.adapters.test_offset import run, start, train
+from tests.adapters.test_offset import run, start
 
 RANKS = 2
 NAMES = (

@@ -7,55 +7,9 @@ from torch import Tensor
 
 from tangora import InputError
 from tangora.probes import mean_loss
+from tests.sizes import AUDIO_MODEL, BART, CLIP, GPT2, IMAGE_MODEL, SEGFORMER, TEXT_MODEL, VOCABULARY, XLM
 
-ROWS, LENGTH, VOCABULARY = 5, 8, 40
-_LAYERS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-_TEXT = {"vocab_size": VOCABULARY, "initializer_range": 0.5, **_LAYERS}
-_IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 3, **_LAYERS}
-_BART = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "init_std": 0.5,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 32,
-    "decoder_start_token_id": 2,
-}
-_XLM = {"vocab_size": VOCABULARY, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "init_std": 0.5}
-_AUDIO = {
-    "vocab_size": 12,
-    "conv_dim": (8, 8),
-    "conv_stride": (2, 2),
-    "conv_kernel": (3, 3),
-    **_LAYERS,
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "mask_time_prob": 0.0,
-    "layerdrop": 0.0,
-    "initializer_range": 0.3,
-}
-_SEGFORMER = {
-    "num_encoder_blocks": 2,
-    "depths": [1, 1],
-    "sr_ratios": [2, 1],
-    "hidden_sizes": [8, 8],
-    "patch_sizes": [3, 3],
-    "strides": [2, 2],
-    "num_attention_heads": [1, 1],
-    "mlp_ratios": [2, 2],
-    "decoder_hidden_size": 8,
-    "num_labels": 3,
-}
-_CLIP = {
-    "text_config": {"vocab_size": VOCABULARY, "eos_token_id": 2, "max_position_embeddings": 16, **_LAYERS},
-    "vision_config": _IMAGE,
-    "projection_dim": 8,
-}
+ROWS, LENGTH = 5, 8
 
 _draw = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=_draw)
@@ -79,45 +33,49 @@ TEXT = {"input_ids": TOKENS, "labels": partly(TOKENS)}
 SPANS = {"start_positions": torch.tensor([0, 1, 9, 3, 7]), "end_positions": torch.tensor([1, 2, 12, 4, 7])}
 SPOKEN = {"input_values": SOUNDS, "labels": partly(TOKENS % 11 + 1).flip(1)}
 ADD_UP = {
-    "question answering": (T.BertForQuestionAnswering, T.BertConfig(**_TEXT), {"input_ids": TOKENS} | SPANS),
-    "causal questions": (
-        T.LlamaForQuestionAnswering,
-        T.LlamaConfig(num_key_value_heads=2, **_TEXT),
+    "question answering": (
+        T.BertForQuestionAnswering,
+        T.BertConfig(**TEXT_MODEL),
         {"input_ids": TOKENS} | SPANS,
     ),
-    "masked tokens": (T.BertForMaskedLM, T.BertConfig(**_TEXT), TEXT),
+    "causal questions": (
+        T.LlamaForQuestionAnswering,
+        T.LlamaConfig(num_key_value_heads=2, **TEXT_MODEL),
+        {"input_ids": TOKENS} | SPANS,
+    ),
+    "masked tokens": (T.BertForMaskedLM, T.BertConfig(**TEXT_MODEL), TEXT),
     "causal": (
         T.GPT2LMHeadModel,
-        T.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2),
+        T.GPT2Config(**GPT2),
         TEXT,
     ),
-    "causal by name only": (T.BartForCausalLM, T.BartConfig(**_BART), TEXT),
-    "XLM": (T.XLMWithLMHeadModel, T.XLMConfig(embed_init_std=0.5, **_XLM), TEXT),
+    "causal by name only": (T.BartForCausalLM, T.BartConfig(**BART), TEXT),
+    "XLM": (T.XLMWithLMHeadModel, T.XLMConfig(embed_init_std=0.5, **XLM), TEXT),
     "XLNet": (
         T.XLNetLMHeadModel,
         T.XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=24),
         TEXT,
     ),
-    "encoder-decoder": (T.BartForConditionalGeneration, T.BartConfig(**_BART), TEXT),
+    "encoder-decoder": (T.BartForConditionalGeneration, T.BartConfig(**BART), TEXT),
     "tokens": (
         T.BertForTokenClassification,
-        T.BertConfig(num_labels=3, **_TEXT),
+        T.BertConfig(num_labels=3, **TEXT_MODEL),
         {**TEXT, "labels": partly(TOKENS % 3)},
     ),
     "sound classes": (
         T.Wav2Vec2ForSequenceClassification,
-        T.Wav2Vec2Config(num_labels=3, classifier_proj_size=8, **_AUDIO),
+        T.Wav2Vec2Config(num_labels=3, classifier_proj_size=8, **AUDIO_MODEL),
         {"input_values": SOUNDS, "labels": CLASSES},
     ),
-    "CTC": (T.Wav2Vec2ForCTC, T.Wav2Vec2Config(ctc_loss_reduction="mean", **_AUDIO), SPOKEN),
+    "CTC": (T.Wav2Vec2ForCTC, T.Wav2Vec2Config(ctc_loss_reduction="mean", **AUDIO_MODEL), SPOKEN),
     "segmentation": (
         T.SegformerForSemanticSegmentation,
-        T.SegformerConfig(**_SEGFORMER),
+        T.SegformerConfig(**SEGFORMER),
         {"pixel_values": IMAGES, "labels": partly(MAPS, 255)},
     ),
     "masked images": (
         T.ViTForMaskedImageModeling,
-        T.ViTConfig(encoder_stride=4, **_IMAGE),
+        T.ViTConfig(encoder_stride=4, **IMAGE_MODEL),
         {"pixel_values": IMAGES, "bool_masked_pos": MASKS},
     ),
     "time series": (
@@ -138,11 +96,15 @@ ADD_UP = {
     ),
 }
 REFUSED = {
-    "summed CTC": (T.Wav2Vec2ForCTC, T.Wav2Vec2Config(ctc_loss_reduction="sum", **_AUDIO), SPOKEN),
-    "two means": (T.BertForPreTraining, T.BertConfig(**_TEXT), {**TEXT, "next_sentence_label": CLASSES % 2}),
+    "summed CTC": (T.Wav2Vec2ForCTC, T.Wav2Vec2Config(ctc_loss_reduction="sum", **AUDIO_MODEL), SPOKEN),
+    "two means": (
+        T.BertForPreTraining,
+        T.BertConfig(**TEXT_MODEL),
+        {**TEXT, "next_sentence_label": CLASSES % 2},
+    ),
     "contrast": (
         T.CLIPModel,
-        T.CLIPConfig(**_CLIP),
+        T.CLIPConfig(**CLIP),
         {"input_ids": TOKENS, "pixel_values": IMAGES, "return_loss": True},
     ),
     "random masks": (
@@ -151,13 +113,13 @@ REFUSED = {
             decoder_hidden_size=16,
             decoder_num_attention_heads=2,
             decoder_num_hidden_layers=1,
-            **{"decoder_intermediate_size": 24, **_IMAGE},
+            **{"decoder_intermediate_size": 24, **IMAGE_MODEL},
         ),
         {"pixel_values": IMAGES},
     ),
     "spans cut off on one side": (
         T.BertForQuestionAnswering,
-        T.BertConfig(**_TEXT),
+        T.BertConfig(**TEXT_MODEL),
         {
             "input_ids": TOKENS,
             "start_positions": torch.arange(5),

@@ -16,7 +16,8 @@ from tangora.curvature import Hessian
 from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, mean_loss, probed_layers
 from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.probes.models import adapted, batches_of, dense_gradients, model_of
-from tests.probes.test_losses import _AUDIO, _CLIP, _IMAGE, _SEGFORMER, CLASSES, IMAGES, SOUNDS, made
+from tests.probes.test_losses import CLASSES, IMAGES, SOUNDS, made
+from tests.sizes import AUDIO_MODEL, CLIP, IMAGE_MODEL, SEGFORMER
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings(
@@ -92,35 +93,19 @@ def test_a_graph_that_was_traced_before_is_neither_used_nor_lost(name):
 
 # --- checkpointing ---
 
+SPOKEN, SHOWN = (
+    {key: value, "labels": CLASSES} for key, value in (("input_values", SOUNDS), ("pixel_values", IMAGES))
+)
+HEARING = {"num_labels": 3, "classifier_proj_size": 8, **AUDIO_MODEL}
 WITHOUT_EMBEDDINGS = {
-    "wav2vec2": (
-        T.Wav2Vec2ForSequenceClassification,
-        T.Wav2Vec2Config(num_labels=3, classifier_proj_size=8, **_AUDIO),
-        {"input_values": SOUNDS, "labels": CLASSES},
-        ["q_proj"],
-    ),
-    "hubert": (
-        T.HubertForSequenceClassification,
-        T.HubertConfig(num_labels=3, classifier_proj_size=8, **_AUDIO),
-        {"input_values": SOUNDS, "labels": CLASSES},
-        ["v_proj"],
-    ),
-    "vit": (
-        T.ViTForImageClassification,
-        T.ViTConfig(**_IMAGE),
-        {"pixel_values": IMAGES, "labels": CLASSES},
-        ["q_proj", "query"],
-    ),
-    "clip": (
-        T.CLIPForImageClassification,
-        T.CLIPConfig(num_labels=3, **_CLIP),
-        {"pixel_values": IMAGES, "labels": CLASSES},
-        ["q_proj"],
-    ),
+    "wav2vec2": (T.Wav2Vec2ForSequenceClassification, T.Wav2Vec2Config(**HEARING), SPOKEN, ["q_proj"]),
+    "hubert": (T.HubertForSequenceClassification, T.HubertConfig(**HEARING), SPOKEN, ["v_proj"]),
+    "vit": (T.ViTForImageClassification, T.ViTConfig(**IMAGE_MODEL), SHOWN, ["q_proj", "query"]),
+    "clip": (T.CLIPForImageClassification, T.CLIPConfig(num_labels=3, **CLIP), SHOWN, ["q_proj"]),
     "segformer": (
         T.SegformerForImageClassification,
-        T.SegformerConfig(**_SEGFORMER),
-        {"pixel_values": IMAGES, "labels": CLASSES},
+        T.SegformerConfig(**SEGFORMER),
+        SHOWN,
         ["query", "q_proj"],
     ),
 }
