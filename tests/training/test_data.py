@@ -11,10 +11,9 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.answers import answers_match
 from tangora.training.data import Task, generated, load_task, sources
-from tangora.training.data.columns import content_key, to_examples
-from tangora.training.data.files import read_file
+from tangora.training.data.examples import content_key, to_examples
+from tangora.training.data.readers import RawData, Row, read_file
 from tangora.training.data.recognise import Columns, recognise
-from tangora.training.data.rows import RawData, Row
 from tangora.training.data.splits import Counts, make_splits, stratified_order
 
 SMALL = {"num_validation": 3, "num_test": 4}
@@ -179,7 +178,7 @@ def test_hub_data_set_with_config(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(
-        "tangora.training.data.task.hub_problem",
+        "tangora.training.data.sources.hub_problem",
         lambda name, _: (None, False) if name == "glue" else ("the hub has no such dataset", False),
     )
     task = load_task("glue/sst2", num_validation=2, num_test=4)

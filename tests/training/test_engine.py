@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 import tangora
 from tangora import InputError, LoRAPro, TangentAdam
-from tangora.training.engine import check_kept
+from tangora.training.devices import check_kept
 from tests.training.test_trainer import parts
 from tests.training.tiny import tiny_bert
 

@@ -1,4 +1,4 @@
-"""Losses and answers against naive loops; nothing about the model changes."""
+"""Losses, answers and forgetting against naive loops; nothing about the model changes."""
 
 import math
 
@@ -7,18 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tangora._checks import InputError
-from tangora.training.data import collator, encode
-from tangora.training.data.text import EncodedDataset
-from tangora.training.evaluation import (
-    answers_match,
-    evaluate,
-    exact_match,
-    final_answer,
-    generate_completions,
-    predictions,
-    summarize,
-)
+from tangora.training.answers import answers_match, final_answer, generate_completions, summarize_answers
+from tangora.training.data import collator, encode, load_task
+from tangora.training.data.encoding import EncodedDataset
+from tangora.training.evaluation import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tests.training.tiny import (
+    WORDS,
     causal_examples,
     labelled_examples,
     rng_state_unchanged,
@@ -111,25 +105,10 @@ def test_mode_is_restored_after_an_error(setting):
     assert model.training
 
 
-def test_progress(setting):
-    model, dataset, collate, kind = setting
-    seen = []
-    evaluate(
-        model,
-        dataset,
-        collate,
-        kind=kind,
-        batch_size=3,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    total = len(dataset)
-    assert seen == [(min(done, total), total) for done in range(3, total + 3, 3)]
-
-
 def test_loss_is_the_mean_over_tokens_not_batches():
     per_example = {"loss": [1.0, 9.0], "correct": [1.0, 0.0], "tokens": [1.0, 3.0]}
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in per_example.items()}
-    assert summarize(tensors) == {
+    assert metrics_of(tensors) == {
         "loss": 2.5,
         "perplexity": pytest.approx(math.exp(2.5)),
         "token_accuracy": 0.25,
@@ -140,7 +119,7 @@ def test_perplexity_of_a_hopeless_model_is_finite():
     tensors = {
         name: torch.tensor([value]) for name, value in {"loss": 1e5, "correct": 0.0, "tokens": 1.0}.items()
     }
-    assert math.isfinite(summarize(tensors)["perplexity"])
+    assert math.isfinite(metrics_of(tensors)["perplexity"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -161,7 +140,7 @@ def test_generation_leaves_nothing_behind():
     model, tokenizer, examples = tiny_llama().train(), tiny_tokenizer(), causal_examples(3)
     model.generation_config.temperature = 0.5
     model.generation_config.do_sample = True
-    assert rng_state_unchanged(lambda: exact_match(model, tokenizer, examples, max_new_tokens=3))
+    assert rng_state_unchanged(lambda: generate_completions(model, tokenizer, examples, max_new_tokens=3))
     assert all(module.training for module in model.modules())
 
 
@@ -174,7 +153,11 @@ def test_exact_match_of_a_model_that_knows_some_answers():
         for index, (example, text) in enumerate(zip(examples, texts, strict=True))
     ]
     assert final_answer(texts[0])
-    assert exact_match(model, tokenizer, known, max_new_tokens=4)["exact_match"] == pytest.approx(2 / 6)
+    found = summarize_answers(texts, answers_match(texts, known))
+    assert found == {
+        "exact_match": pytest.approx(2 / 6),
+        "answered": pytest.approx(sum(map(bool, texts)) / 6),
+    }
 
 
 @pytest.mark.parametrize(
@@ -213,15 +196,56 @@ def test_answers_match(text, example, right):
     assert answers_match([text], [example]).tolist() == [right]
 
 
+TEXTS = [" ".join(WORDS[:length]) for length in (3, 7, 5, 2)]
+
+
+def test_forgetting_is_the_mean_loss_over_all_tokens():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    rows = encode([{"prompt": "", "completion": t} for t in TEXTS], tokenizer, kind="causal", max_length=5)
+    expected, _ = naive(model, rows, "causal")
+    for batch_size in (1, 4):
+        loss = forgetting_loss(model, tokenizer, TEXTS, max_length=5, batch_size=batch_size)
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_forgetting_leaves_nothing_behind():
+    model, tokenizer = tiny_llama().train(), tiny_tokenizer()
+    assert rng_state_unchanged(lambda: forgetting_loss(model, tokenizer, TEXTS))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_classifiers_have_no_forgetting():
+    assert forgetting_loss(tiny_bert(), tiny_tokenizer(), TEXTS) is None
+
+
+def test_unrelated_texts_are_not_the_tasks():
+    pytest.importorskip("reasoning_gym")
+    news = unrelated_texts("digits", 5)
+    assert news == unrelated_texts("reasoning-gym:chain_sum", 5)
+    assert len(set(news)) == 5
+    own = load_task("bbc-news", kind="causal")
+    articles = {example["completion"].strip() for example in own.train + own.validation + own.test}
+    assert set(news) <= articles
+    problems = unrelated_texts("bbc-news", 5)
+    assert len(set(problems)) == 5
+    assert not set(problems) & articles
+    assert all("####" in text for text in problems)
+
+
 @pytest.mark.messages
 def test_messages():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     with pytest.raises(InputError, match="must each have a prompt"):
-        exact_match(model, tokenizer, [{"prompt": "", "completion": "sun"}])
+        generate_completions(model, tokenizer, [{"prompt": "", "completion": "sun"}])
     with pytest.raises(InputError, match="dataset must hold at least one example"):
         evaluate(model, EncodedDataset([]), collator(tokenizer, "causal"), kind="causal", batch_size=2)
     with pytest.raises(InputError, match="batch_size must be"):
-        exact_match(model, tokenizer, causal_examples(), batch_size=0)
+        generate_completions(model, tokenizer, causal_examples(), batch_size=0)
     single = encode([{"prompt": "", "completion": ""}], tokenizer, kind="causal", max_length=8)
     with pytest.raises(InputError, match="at least one token to predict"):
         evaluate(model, single, collator(tokenizer, "causal"), kind="causal", batch_size=2)
+    with pytest.raises(InputError, match="count must be"):
+        unrelated_texts("digits", 0)
+    with pytest.raises(InputError, match="at least one text"):
+        forgetting_loss(model, tokenizer, [])

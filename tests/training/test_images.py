@@ -12,9 +12,10 @@ from tangora._checks import InputError
 from tangora.adapters import save_adapter
 from tangora.training.data import collator, encode, load_task
 from tangora.training.evaluation import evaluate, predictions
-from tangora.training.models import ImageScaler, load_model, vit
+from tangora.training.models import ImageScaler, load_model
+from tangora.training.models import digits as vit
 from tangora.training.models.digits import PRETRAINING_DIGITS, TASK_DIGITS, read_digits
-from tangora.training.models.packaged import PackagedFiles, install_command
+from tangora.training.paths import PackagedFiles, install_command
 from tests.training.tiny import labelled_examples, rng_state_unchanged, tiny_tokenizer
 
 

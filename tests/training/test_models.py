@@ -10,12 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tangora._checks import InputError
+from tangora.training import hub
 from tangora.training.data import load_task
-from tangora.training.models import PACKAGED_MODELS, gguf, hub, load_model
-from tangora.training.models import loading as models
-from tangora.training.models.cache import cache_folder
-from tangora.training.models.gguf import dequantized
-from tangora.training.models.packaged import PackagedFiles, install_command
+from tangora.training.models import PACKAGED_MODELS, cached, load_model
+from tangora.training.models.cached import cache_folder, dequantized
+from tangora.training.paths import PackagedFiles, install_command
 from tests.training.tiny import rng_state_unchanged, tiny_bert, tiny_llama, tiny_tokenizer
 
 
@@ -253,7 +252,7 @@ def gguf_file(monkeypatch, tmp_path):
         tiny_llama().save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
 
-    monkeypatch.setattr(gguf, "_dequantize", fake)
+    monkeypatch.setattr(cached, "_dequantize", fake)
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF")
     return path, calls
@@ -284,7 +283,7 @@ def test_interrupted_dequantizing_leaves_no_cache(gguf_file, monkeypatch, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "_dequantize", interrupted)
+        patch.setattr(cached, "_dequantize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dequantized(path)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
@@ -293,14 +292,14 @@ def test_interrupted_dequantizing_leaves_no_cache(gguf_file, monkeypatch, tmp_pa
 
 def test_process_that_was_first_wins(gguf_file, monkeypatch):
     path, _ = gguf_file
-    inner = gguf._dequantize
+    inner = cached._dequantize
 
     def overtaken(source, folder):
         inner(source, folder)
-        monkeypatch.setattr(gguf, "_dequantize", inner)
+        monkeypatch.setattr(cached, "_dequantize", inner)
         (dequantized(path) / "first").touch()
 
-    monkeypatch.setattr(gguf, "_dequantize", overtaken)
+    monkeypatch.setattr(cached, "_dequantize", overtaken)
     assert (dequantized(path) / "first").exists()
 
 
@@ -323,8 +322,7 @@ def test_minilm():
 def test_smollm_speaks_and_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("TANGORA_CACHE", str(tmp_path))
     first = load_model("smollm2-135m", kind="causal")
-    monkeypatch.setattr(models, "dequantized", gguf.dequantized)
-    monkeypatch.delattr(gguf, "_dequantize")
+    monkeypatch.delattr(cached, "_dequantize")
     second = load_model("smollm2-135m", kind="causal")
     prompt = first.tokenizer("The capital of France is", return_tensors="pt")
     assert torch.equal(first.model(**prompt).logits, second.model(**prompt).logits)

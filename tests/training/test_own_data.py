@@ -9,9 +9,8 @@ import pytest
 
 from tangora._checks import InputError
 from tangora.training.data import load_task
-from tangora.training.data.files import read_file
+from tangora.training.data.readers import RawData, Row, read_file
 from tangora.training.data.recognise import Columns, recognise
-from tangora.training.data.rows import RawData, Row
 from tangora.training.data.splits import Counts, make_splits
 
 

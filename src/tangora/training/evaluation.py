@@ -1,29 +1,23 @@
-"""Measures a model: loss, accuracy, perplexity, exact answers. Leaves mode, gradients and random state as found."""
+"""Measures a model: loss, accuracy, perplexity and forgetting. Leaves mode, gradients and random state as found."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
-from tangora._checks import InputError, check_choice
-from tangora.training.answers import answers_match, exact_match, final_answer, generate_completions
-from tangora.training.data.text import IGNORED, Collator, EncodedDataset
+from tangora._checks import InputError, check_choice, check_whole
+from tangora.training.data import EncodedDataset, collator, encode, load_task
+from tangora.training.data.encoding import IGNORED, Collator
 from tangora.training.models import KINDS, Kind
-from tangora.training.observe import Progress, device_of, length_batches, observed
 
-__all__ = [
-    "Progress",
-    "answers_match",
-    "evaluate",
-    "exact_match",
-    "final_answer",
-    "generate_completions",
-    "predictions",
-    "summarize",
-]
+_NEWS = "bbc-news"
+_PROBLEMS = "reasoning-gym:gsm_symbolic"
 
 
 def evaluate(
@@ -33,16 +27,13 @@ def evaluate(
     *,
     kind: Kind,
     batch_size: int,
-    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Measure loss and accuracy on a data set."""
-    return summarize(
-        predictions(model, dataset, collate, kind=kind, batch_size=batch_size, progress=progress)
-    )
+    return metrics_of(predictions(model, dataset, collate, kind=kind, batch_size=batch_size))
 
 
-def summarize(per_example: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
-    """Condense what `predictions` returns, or a resample of it."""
+def metrics_of(per_example: Mapping[str, Float[Tensor, " n"]]) -> dict[str, float]:
+    """Reduce `predictions`, or a resample of them, to metrics of the data set."""
     loss, correct = per_example["loss"].sum().item(), per_example["correct"].sum().item()
     if "tokens" not in per_example:
         count = len(per_example["loss"])
@@ -62,7 +53,6 @@ def predictions(
     *,
     kind: Kind,
     batch_size: int,
-    progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, " n"]]:
     """Measure each example, for intervals and paired comparisons."""
     check_choice("kind", kind, KINDS)
@@ -72,7 +62,7 @@ def predictions(
     device = device_of(model)
     found: dict[str, Tensor] = {}
     with observed(model):
-        for indices in length_batches(dataset.lengths, batch_size, progress):
+        for indices in length_batches(dataset.lengths, batch_size):
             batch = {name: value.to(device) for name, value in collate([dataset[i] for i in indices]).items()}
             labels = batch.pop("labels")
             for name, values in measure(model(**batch).logits, labels).items():
@@ -98,3 +88,66 @@ def _measure_tokens(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) 
         correct = (scores.argmax(-1) == wanted).sum()
         rows.append(torch.stack([loss.double(), correct.double(), counted.sum().double()]))
     return dict(zip(("loss", "correct", "tokens"), torch.stack(rows, dim=1), strict=True))
+
+
+@contextlib.contextmanager
+def observed(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; restore each module's mode and the random state."""
+    # each module has its own mode: a frozen backbone may be in evaluation mode while its head trains
+    modes = {module: module.training for module in model.modules()}
+    device = device_of(model)
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs."""
+    return next(model.parameters()).device
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the indices of each batch, longest first: little padding, and what does not fit fails at once."""
+    check_whole("batch_size", batch_size, low=1)
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def unrelated_texts(task_name: str, count: int) -> list[str]:
+    """Return texts to measure forgetting with, always the same ones.
+
+    Articles of BBC News; where these are the task themselves, word problems of ``gsm_symbolic`` with their solutions.
+    Both are what `load_task` gives as test examples with its default seed.
+    """
+    check_whole("count", count, low=1)
+    source = _PROBLEMS if task_name == _NEWS else _NEWS
+    task = load_task(source, kind="causal", num_train=1, num_validation=0, num_test=count)
+    return [f"{example['prompt']}\n{example['completion']}".strip() for example in task.test]
+
+
+def forgetting_loss(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | Any,
+    texts: Sequence[str],
+    *,
+    max_length: int = 64,
+    batch_size: int = 16,
+) -> float | None:
+    """Measure how well a model predicts texts; measured before and after training, the rise is what it forgot."""
+    if not texts:
+        raise InputError("texts must hold at least one text; got none")
+    if model.get_output_embeddings() is None:
+        return None
+    data = encode(
+        [{"prompt": "", "completion": text} for text in texts],
+        tokenizer,
+        kind="causal",
+        max_length=max_length,
+    )
+    collate = collator(tokenizer, "causal")
+    return evaluate(model, data, collate, kind="causal", batch_size=batch_size)["loss"]

@@ -6,9 +6,9 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from accelerate.utils import DistributedType
@@ -21,16 +21,23 @@ from tangora._checks import InputError, check_kind, check_number, shown
 from tangora.adapters import unwrapped, warn_if_base_changed
 from tangora.init import started_by
 from tangora.optim import PairOptimizer
+from tangora.probes.stillness import RandomState, preserved_randomness
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
 from tangora.recipes.adapter import adapted
-from tangora.training.adalora import AdaLoraAllocation
-from tangora.training.devices import single_gpu
-from tangora.training.engine import check_kept, check_steppable
-from tangora.training.replay import MicroBatch
+from tangora.training.callbacks import AdaLoraAllocation
+from tangora.training.devices import check_kept, check_steppable, single_gpu
 from tangora.training.starting import expect_started, start
 
 logger = logging.getLogger(__name__)
+
+
+class _MicroBatch(NamedTuple):
+    """Arguments of one ``training_step`` and the random state it began with, to evaluate its gradient again."""
+
+    inputs: Any
+    num_items: Any
+    random: RandomState
 
 
 class Trainer(transformers.Trainer):
@@ -113,7 +120,7 @@ class Trainer(transformers.Trainer):
             if self.recipe.start is None and other is not None:
                 logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
         self.replay_seconds = 0.0
-        self._update: list[MicroBatch] = []
+        self._update: list[_MicroBatch] = []
         self._update_is_whole = False
         if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
             schedule = "set" if self._adapter_is_made and peft_config is None else "check"
@@ -221,7 +228,7 @@ class Trainer(transformers.Trainer):
             self._check_multistage()
             optimizer.replay = self._evaluate_again
             self._update = [] if self._update_is_whole else self._update
-            self._update.append(MicroBatch.of(inputs, num_items_in_batch))
+            self._update.append(_MicroBatch(_copied(inputs), num_items_in_batch, RandomState.now()))
             self._update_is_whole = self.accelerator.sync_gradients
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -230,11 +237,13 @@ class Trainer(transformers.Trainer):
         model: Any = self.model_wrapped
         last = self._update[-1]
         model.zero_grad()
-        for batch in self._update:
-            # like the Trainer's own loop: processes average their gradients once, with the last micro-batch
-            alone = contextlib.nullcontext() if batch is last else self.accelerator.no_sync(model)
-            with alone, batch.again() as inputs:
-                super().training_step(model, inputs, batch.num_items)
+        with preserved_randomness():
+            for batch in self._update:
+                # like the Trainer's own loop: processes average their gradients once, with the last micro-batch
+                alone = contextlib.nullcontext() if batch is last else self.accelerator.no_sync(model)
+                with alone:
+                    batch.random.put_back()
+                    super().training_step(model, _copied(batch.inputs), batch.num_items)
         if self.args.max_grad_norm and self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.replay_seconds += time.perf_counter() - began
@@ -266,6 +275,10 @@ def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
         if options.get(key) not in (None, (None, None)):
             raise InputError(f"recipe and {key} both name an optimizer; give one of them")
     return recipe
+
+
+def _copied(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs  # the loss may take labels out of them
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -51,11 +51,11 @@ from tangora.training.callbacks import (
     StepTimer,
     last_checkpoint,
     read_history,
+    trackers,
 )
 from tangora.training.data import Task
 from tangora.training.devices import keep_to
 from tangora.training.models import LoadedModel
-from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
 
 EVALUATIONS = "evaluations.jsonl"

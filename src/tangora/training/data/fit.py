@@ -5,9 +5,8 @@ from itertools import chain
 from typing import Any
 
 from tangora._checks import InputError
-from tangora.training.data.prompts import encode_turns
+from tangora.training.data.encoding import IGNORED, encode, encode_turns
 from tangora.training.data.task import Task
-from tangora.training.data.text import IGNORED, encode
 from tangora.training.models import ImageScaler, Kind
 
 _MOST_UNKNOWN = 0.5

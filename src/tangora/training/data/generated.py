@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tangora._checks import InputError, check_choice
-from tangora.training.data.columns import Example
+from tangora.training.data.examples import Example
 from tangora.training.data.splits import Counts, Splits, fitting, unique
 
 PREFIX = "reasoning-gym:"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from tangora._checks import InputError, check_choice
-from tangora.training.data.rows import RawData, listed
+from tangora.training.data.readers import RawData, listed
 from tangora.training.models import Kind
 
 PIXELS = "pixels"

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tangora._checks import InputError, check_whole
-from tangora.training.data.columns import Example, content_key, shown
+from tangora.training.data.examples import Example, content_key
+from tangora.training.data.readers import excerpt
 
 MOST_VALIDATION, MOST_TEST = 200, 500
 """Sizes by default, where the data is large enough."""
@@ -76,7 +77,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Example]]) -> None:
             other, first = owners.setdefault(hashlib.sha256(key.encode()).digest(), (name, number))
             if other != name:
                 raise InputError(
-                    f"splits must not overlap; {name} example {number} is {other} example {first}: {shown(key)}"
+                    f"splits must not overlap; {name} example {number} is {other} example {first}: {excerpt(key)}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer is for text: how a model wants its images. Written by hand, as torchvision is not needed for it."""
+"""Scales images for a model, as a tokenizer prepares texts; written by hand, as this needs no torchvision."""
 
 import json
 from dataclasses import dataclass
@@ -15,18 +15,11 @@ from tangora._checks import InputError
 
 @dataclass(frozen=True)
 class ImageScaler:
-    """Scales pixels channel by channel.
+    """Scales pixels channel by channel."""
 
-    Attributes:
-        mean: Of each channel, of pixels in [0, 1].
-        std: Of each channel.
-        height: Of the images that the model takes.
-        width: Of the images that the model takes.
-    """
-
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    height: int
+    height: int  # of the images that the model takes
     width: int
 
     @property

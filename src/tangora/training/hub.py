@@ -13,8 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-TIMEOUT = 4.0
-"""Seconds to wait for an answer. A name server that does not answer would take far longer."""
+TIMEOUT = 4.0  # seconds; a name server that does not answer would take far longer
 
 
 @contextlib.contextmanager

@@ -1,30 +1,68 @@
-"""Reads data files: JSON Lines, JSON, CSV with any usual separator, and Parquet."""
+"""Reads rows with their places: JSON Lines, JSON, CSV with any usual separator, Parquet, and folders of texts.
+
+With Python's own readers of JSON and CSV, as those of `datasets` change what they read: a label "01" becomes 1 and a
+date a time, columns that a row lacks are filled, types of CSV are guessed, and the line of a row is forgotten.
+"""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
 from tangora._checks import InputError, reason
-from tangora.training.data.rows import RawData, Row, listed
 from tangora.training.paths import DATA_SUFFIXES
 
 _SEPARATORS = ",;\t|"
 _LONGEST_CELL = 2**31 - 1  # the largest that a C long holds on every system; Python's own limit is 131072
+_LONGEST_EXCERPT = 80
+
+
+class Row(NamedTuple):
+    """One record and the place to name in a message about it."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Rows before columns are chosen and splits are made; without splits of its own a data set has only ``train``."""
+
+    splits: Mapping[str, list[Row]]
+    labels: tuple[str, ...] = ()  # names of the classes where the data set declares them, in its order
+    name: str = "the data"
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that some training row has: one row may lack what the others hold."""
+        return list(dict.fromkeys(column for row in self.splits["train"] for column in row.values))
+
+
+def excerpt(value: object) -> str:
+    """Return the beginning of a value's representation, on one line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}..."
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names separated by commas, but not all of very many."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def read_file(path: Path) -> RawData:
-    """Read a JSON Lines, JSON, CSV or Parquet file."""
+    """Read a data file in the format that its suffix names."""
     suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise InputError(f"data file {path} must end in one of {', '.join(READERS)}; got {path.suffix!r}")
+    if suffix not in _READERS:
+        raise InputError(f"data file {path} must end in one of {', '.join(_READERS)}; got {path.suffix!r}")
     try:
-        rows = list(READERS[suffix](path))
+        rows = list(_READERS[suffix](path))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
     if not rows:
@@ -32,7 +70,30 @@ def read_file(path: Path) -> RawData:
     return RawData({"train": rows}, name=path.name)
 
 
-def _read_text_file(path: Path) -> str:
+def read_folder(path: Path) -> RawData:
+    """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``."""
+    files = sorted(path.glob("*/*.txt"))
+    if not files:
+        raise InputError(f"data folder {path} must hold <label>/*.txt; it holds none")
+    rows = [Row(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in files]
+    return RawData({"train": rows}, name=path.name)
+
+
+def _read_article(path: Path) -> str:
+    """Return a text in UTF-8, or failing that in Latin-1, as one article of BBC News needs."""
+    if not path.is_file():  # a folder, a pipe, a link that leads nowhere
+        raise InputError(f"{path} must be a text file; it is none")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def _read_text(path: Path) -> str:
     """Return a file's text, its line ends as they are."""
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -45,19 +106,17 @@ def _read_text_file(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    """Yield one object per line; empty lines are allowed."""
-    yield from _json_lines(_read_text_file(path), path)
+    yield from _json_lines(_read_text(path), path)
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Row]:
-    """Yield the rows of JSON Lines."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _object_row(_parsed(line, path, "line", number), f"{path}:{number}")
 
 
 def _parsed(text: str, path: Path, what: str, first: int = 1) -> object:
-    """Return what JSON text holds, or say with line and column where it ends."""
+    """Return the value of a JSON text, or raise with line and column."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -71,7 +130,6 @@ def _parsed(text: str, path: Path, what: str, first: int = 1) -> object:
 
 
 def _object_row(values: object, where: str) -> Row:
-    """Return a JSON value as a row, if it is an object."""
     if not isinstance(values, dict):
         raise InputError(f"{where}: an example must be a JSON object; got {type(values).__name__}")
     return Row(where, values)
@@ -79,7 +137,7 @@ def _object_row(values: object, where: str) -> Row:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """Yield a list's objects, also of a list inside an object; JSON Lines under this name are read as such."""
-    text = _read_text_file(path)
+    text = _read_text(path)
     first, _, further = text.strip().partition("\n")
     if not first:
         return
@@ -91,7 +149,7 @@ def _read_json(path: Path) -> Iterator[Row]:
         yield from _json_lines(text, path)
     else:
         whole = _object_row(_parsed(text, path, "file"), f"{path}:1")
-        key = _only_list(whole)
+        key = _key_of_examples(whole)
         if key is None:
             yield whole
         else:
@@ -100,7 +158,6 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _is_json(text: str) -> bool:
-    """Return whether text is JSON by itself."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -108,8 +165,8 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _only_list(whole: Row) -> str | None:
-    """Return the key of an object under which its examples are listed; nothing if it is an example itself."""
+def _key_of_examples(whole: Row) -> str | None:
+    """Return the key of an object under which its examples are listed; ``None`` if it is an example itself."""
     lists = [
         key
         for key, value in whole.values.items()
@@ -128,7 +185,7 @@ def _only_list(whole: Row) -> str | None:
 
 
 def _items(text: str) -> Iterator[tuple[object, int]]:
-    """Yield the items of a JSON list that is known to be right, and the lines that they begin on."""
+    """Yield the items of a valid JSON list, and the lines on which they begin."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     between = re.compile(r"[\s,]*")
     position = between.match(text, text.index("[") + 1).end()  # pyright: ignore[reportOptionalMemberAccess]
@@ -141,13 +198,15 @@ def _items(text: str) -> Iterator[tuple[object, int]]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Yield the lines of a CSV file with a header, whose separator is detected."""
+    """Yield the rows of a CSV file with a header, whose separator is detected."""
     csv.field_size_limit(_LONGEST_CELL)
-    text = _read_text_file(path)
-    said = re.match(r'"?sep=([^"\s]|\t)"?\r?\n', text)  # Excel writes and reads such a line before the header
-    text = text[said.end() :] if said else text
-    before = 1 if said else 0
-    separator = said[1] if said else _separator(text, path)
+    text = _read_text(path)
+    declared = re.match(
+        r'"?sep=([^"\s]|\t)"?\r?\n', text
+    )  # Excel writes and reads such a line before the header
+    text = text[declared.end() :] if declared else text
+    before = 1 if declared else 0
+    separator = declared[1] if declared else _separator(text, path)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         names = list(reader.fieldnames or ())
@@ -180,14 +239,13 @@ def _separator(text: str, path: Path) -> str:
     def columns(separator: str) -> int:
         try:
             return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), ()))
-        except csv.Error:  # said when the file is read
+        except csv.Error:  # reported when the file is read
             return 0
 
     return max(_SEPARATORS, key=columns)  # the comma wins a tie
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file."""
     try:
         table = pyarrow.parquet.read_table(path).combine_chunks()
     except pyarrow.ArrowException as error:
@@ -201,7 +259,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield Row(where, values)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = dict(
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = dict(
     zip(DATA_SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_csv, _read_parquet), strict=True)
 )
-"""File formats by suffix."""

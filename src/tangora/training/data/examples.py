@@ -1,16 +1,16 @@
-"""Turns rows into examples: what is in their columns, and what number a label has."""
+"""Turns rows into examples: the contents of their columns, and the number of a label, if labels are classes."""
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy
 
 from tangora._checks import InputError
-from tangora.training.data.labels import check_classes, sorted_labels
+from tangora.training.data.readers import RawData, Row, excerpt, listed
 from tangora.training.data.recognise import PIXELS, Layout
-from tangora.training.data.rows import RawData, Row, listed, shown
 
 Example: TypeAlias = dict[str, Any]
 """``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion`` (``answer``).
@@ -18,20 +18,16 @@ Example: TypeAlias = dict[str, Any]
 A conversation also has ``messages``, of which ``prompt`` and ``completion`` are the plain form.
 """
 
-_SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-"""Names of roles in ShareGPT's format, and those of transformers."""
+# names of roles in ShareGPT's format, and those of transformers
+_SPEAKERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
+
+_MOST_NUMBERS = 20  # different numbers with fractions that may still be classes, such as half stars
 
 
 def to_examples(
     data: RawData, layout: Layout, labels: tuple[str, ...] = ()
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """Turn rows into examples."""
+    """Turn rows into examples, and return the names of their classes; ``labels`` are those of other data."""
     if layout.kind == "classification":
         return _labelled(data, layout, labels)
     return {split: [_causal(row, layout) for row in rows] for split, rows in data.splits.items()}, ()
@@ -50,8 +46,8 @@ def _labelled(
     found = [name for _, _, name in read_rows["train"]]
     if not names:
         known = set(found)
-        names = data.labels if known <= set(data.labels) else sorted_labels(known)
-        check_classes(found, names, f"{data.name}: column {column!r}")
+        names = data.labels if known <= set(data.labels) else _sorted_labels(known)
+        _check_classes(found, names, f"{data.name}: column {column!r}")
     for row, _, name in (each for rows in read_rows.values() for each in rows):
         if name not in names:
             raise InputError(
@@ -66,7 +62,6 @@ def _labelled(
 
 
 def _content(row: Row, layout: Layout) -> Example:
-    """Return what is classified."""
     if layout.images:
         return _pixels(row)
     return {
@@ -97,7 +92,7 @@ def _conversation(row: Row, column: str) -> Example:
     """Return a conversation, and its plain form: all turns but the last, and the last."""
     turns = _value(row, column)
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{row.where}: column {column!r} must hold a list of messages; got {shown(turns)}")
+        raise InputError(f"{row.where}: column {column!r} must hold a list of messages; got {excerpt(turns)}")
     messages = [_message(turn, f"{row.where}: column {column!r}") for turn in turns]
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise InputError(
@@ -111,27 +106,27 @@ def _conversation(row: Row, column: str) -> Example:
 def _message(turn: object, where: str) -> dict[str, str]:
     """Return a message as ``role`` and ``content``, from this form or from ShareGPT's ``from`` and ``value``."""
     if not isinstance(turn, Mapping):
-        raise InputError(f"{where} must hold messages with role and content; got {shown(turn)}")
+        raise InputError(f"{where} must hold messages with role and content; got {excerpt(turn)}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
         content = "".join(str(part["text"]) for part in content)
     if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
-        raise InputError(f"{where} must hold messages with text as role and content; got {shown(dict(turn))}")
+        raise InputError(
+            f"{where} must hold messages with text as role and content; got {excerpt(dict(turn))}"
+        )
     _check_unicode(content, where)
     return {"role": _SPEAKERS.get(role, role), "content": content}
 
 
 def _text(row: Row, column: str) -> str:
-    """Return the text in a column."""
     value = _value(row, column)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{row.where}: column {column!r} must hold text; got {shown(value)}")
+        raise InputError(f"{row.where}: column {column!r} must hold text; got {excerpt(value)}")
     _check_unicode(value, f"{row.where}: column {column!r}")
     return value
 
 
 def _check_unicode(text: str, where: str) -> None:
-    """Raise if a text cannot be written."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can write
@@ -147,7 +142,7 @@ def _pixels(row: Row) -> Example:
         image = numpy.empty(0)
     if image.ndim != 3 or not image.size or not (image.min() >= 0 and image.max() <= 1):
         raise InputError(
-            f"{row.where}: column {PIXELS!r} must hold channels of rows of numbers in [0, 1]; got {shown(value)}"
+            f"{row.where}: column {PIXELS!r} must hold channels of rows of numbers in [0, 1]; got {excerpt(value)}"
         )
     return {PIXELS: image.tolist()}
 
@@ -164,13 +159,13 @@ def _label(row: Row, column: str) -> str:
         value = int(value)  # pandas makes 1.0 of 1 where another row has none
     if not isinstance(value, (str, int)) or not str(value).strip():
         raise InputError(
-            f"{row.where}: column {column!r} must hold text or a whole number; got {shown(value)}"
+            f"{row.where}: column {column!r} must hold text or a whole number; got {excerpt(value)}"
         )
     name = str(value).strip()
     _check_unicode(name, f"{row.where}: column {column!r}")
     if any(unicodedata.category(character) == "Cc" for character in name):
         raise InputError(
-            f"{row.where}: column {column!r} must hold a label without control characters; got {shown(name)}"
+            f"{row.where}: column {column!r} must hold a label without control characters; got {excerpt(name)}"
         )
     return name
 
@@ -182,6 +177,64 @@ def _value(row: Row, column: str) -> object:
             f"{row.where}: this example has no column {column!r}; it has {listed(list(row.values)) or 'none'}"
         )
     return row.values[column]
+
+
+def _sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Return labels in order: by value if all are whole numbers, else by the alphabet."""
+    unsorted = list(names)
+    try:
+        return tuple(sorted(unsorted, key=int))
+    except ValueError:
+        return tuple(sorted(unsorted))
+
+
+def _check_classes(found: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Raise unless labels are those of a classification."""
+    known = set(found)
+    if len(names) < 2:
+        raise InputError(
+            f"{where} must hold at least 2 different labels; got only {listed(list(map(repr, names)))}"
+        )
+    numbers = {name: number for name in known if (number := _number(name)) is not None}
+    fractions = [name for name, number in numbers.items() if not number.is_integer()]
+    if len(numbers) == len(known) > _MOST_NUMBERS and fractions:
+        raise InputError(
+            f"{where} must hold classes; it holds {len(known)} different numbers, such as {sorted(fractions)[0]}, and "
+            "regression is not supported"
+        )
+    if len(known) > max(2, len(found) / 2):
+        raise InputError(
+            f"{where} must hold classes with several examples each; it holds {len(known)} different labels in "
+            f"{len(found)} examples, such as {', '.join(map(repr, sorted(known)[:3]))}"
+        )
+    same: dict[float, str] = {}
+    for name in sorted(numbers):
+        if (other := same.setdefault(numbers[name], name)) != name:
+            raise InputError(
+                f"{where} must write a class in one way; {other!r} and {name!r} are the same number"
+            )
+
+
+def _number(name: str) -> float | None:
+    try:
+        number = float(name)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def class_notes(found: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return notes on the classes: their sizes, and what is suspicious about them."""
+    counts = Counter(found)
+    notes = [f"{len(names)} classes: {listed([f'{name} ({counts[name]})' for name in names])}"]
+    if alone := [name for name in names if counts[name] == 1]:
+        notes.append(f"classes with a single example, which no method can learn and prove: {listed(alone)}")
+    if absent := [name for name in names if not counts[name]]:
+        notes.append(f"classes without an example: {listed(absent)}")
+    folded = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if folded[name.casefold()] > 1]:
+        notes.append(f"classes that differ in capital letters only: {listed(alike)}")
+    return notes
 
 
 def content_key(example: Mapping[str, Any]) -> str:
