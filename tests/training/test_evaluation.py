@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 from tangora._checks import InputError
 from tangora.training.answers import answers_match, final_answer, generate_completions, summarize_answers
 from tangora.training.data import collator, encode, load_task
-from tangora.training.data.encoding import EncodedDataset
 from tangora.training.evaluation import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tests.training.tiny import (
     WORDS,
@@ -75,7 +74,7 @@ def test_predictions_are_in_the_data_sets_order(setting):
     model, dataset, collate, kind = setting
     together = predictions(model, dataset, collate, kind=kind, batch_size=4)
     for index in range(len(dataset)):
-        alone = predictions(model, EncodedDataset([dataset[index]]), collate, kind=kind, batch_size=1)
+        alone = predictions(model, [dataset[index]], collate, kind=kind, batch_size=1)
         for name, values in together.items():
             assert values[index].item() == pytest.approx(alone[name].item(), rel=1e-5), name
 
@@ -239,7 +238,7 @@ def test_messages():
     with pytest.raises(InputError, match="must each have a prompt"):
         generate_completions(model, tokenizer, [{"prompt": "", "completion": "sun"}])
     with pytest.raises(InputError, match="dataset must hold at least one example"):
-        evaluate(model, EncodedDataset([]), collator(tokenizer, "causal"), kind="causal", batch_size=2)
+        evaluate(model, [], collator(tokenizer, "causal"), kind="causal", batch_size=2)
     with pytest.raises(InputError, match="batch_size must be"):
         generate_completions(model, tokenizer, causal_examples(), batch_size=0)
     single = encode([{"prompt": "", "completion": ""}], tokenizer, kind="causal", max_length=8)

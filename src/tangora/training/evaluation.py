@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole
-from tangora.training.data import EncodedDataset, collator, encode, load_task
+from tangora.training.data import Encoding, collator, encode, load_task
 from tangora.training.data.encoding import IGNORED, Collator
 from tangora.training.models import KINDS, Kind
 
@@ -22,7 +22,7 @@ _PROBLEMS = "reasoning-gym:gsm_symbolic"
 
 def evaluate(
     model: nn.Module,
-    dataset: EncodedDataset,
+    dataset: Sequence[Encoding],
     collate: Collator,
     *,
     kind: Kind,
@@ -48,7 +48,7 @@ def metrics_of(per_example: Mapping[str, Float[Tensor, " n"]]) -> dict[str, floa
 
 def predictions(
     model: nn.Module,
-    dataset: EncodedDataset,
+    dataset: Sequence[Encoding],
     collate: Collator,
     *,
     kind: Kind,
@@ -62,7 +62,8 @@ def predictions(
     device = device_of(model)
     found: dict[str, Tensor] = {}
     with observed(model):
-        for indices in length_batches(dataset.lengths, batch_size):
+        lengths = [len(encoding.get("input_ids", (None,))) for encoding in dataset]  # 1 of an image
+        for indices in length_batches(lengths, batch_size):
             batch = {name: value.to(device) for name, value in collate([dataset[i] for i in indices]).items()}
             labels = batch.pop("labels")
             for name, values in measure(model(**batch).logits, labels).items():
@@ -72,14 +73,13 @@ def predictions(
 
 
 def _measure_labels(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> dict[str, Tensor]:
-    """Return what a batch of classified texts measures."""
     predicted = logits.argmax(-1)
     loss = cross_entropy(logits.float(), labels, reduction="none")
     return {"loss": loss, "correct": predicted == labels, "predicted": predicted}
 
 
 def _measure_tokens(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
-    """Return what a batch of texts measures, one by one: float32 logits of all may not fit into memory."""
+    """Measure texts one by one: float32 logits of all may not fit into memory."""
     rows = []
     for row, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
         counted = target != IGNORED

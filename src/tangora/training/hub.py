@@ -46,7 +46,6 @@ def hub_problem(name: str, repo_type: str) -> tuple[str | None, bool]:
 
 
 def _ask(name: str, repo_type: str) -> tuple[str | None, bool]:
-    """Return what the hub answers, however long it takes."""
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=TIMEOUT)
     except HFValidationError:

@@ -1,7 +1,6 @@
 """Where models and data lie: which names are files or folders, and the files inside installed packages."""
 
 import difflib
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterable
@@ -57,11 +56,6 @@ def locate(name: str, files: PackagedFiles) -> Path:
         if path.exists():
             return path
     raise InputError(f"{name!r} comes with a package that is not installed; run: {install_command(files)}")
-
-
-def installed_version(files: PackagedFiles) -> str:
-    """Return the version that is installed, which a user may have chosen differently."""
-    return importlib.metadata.version(files.distribution)
 
 
 def near_hint(name: str, allowed: Iterable[str]) -> str:

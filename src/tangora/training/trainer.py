@@ -166,14 +166,7 @@ class Trainer(transformers.Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train; a recipe without training (``one-step``) only initializes the adapter.
-
-        Returns:
-            Steps, loss and metrics; no step and no loss for a recipe without training.
-
-        Raises:
-            InputError: If such a recipe is to resume.
-        """
+        """Train; a recipe without training (``one-step``) only initializes the adapter: no step, no loss."""
         if self.recipe is None or self.recipe.trains:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
@@ -188,22 +181,14 @@ class Trainer(transformers.Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer; with a recipe its initialization of the adapter, too.
-
-        Args:
-            model: The wrapped model; default the trainer's own.
-
-        Returns:
-            The optimizer, also kept in ``self.optimizer``.
-        """
+        """Make the optimizer; with a recipe its initialization of the adapter, too."""
         if self.recipe is None or self.optimizer is not None:
             optimizer = super().create_optimizer(model)
         else:
             start(self, self.recipe)
             arguments = self.args
-            own: dict[str, Any] = (
-                {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
-            )
+            head = self.head_learning_rate
+            own: dict[str, Any] = {} if head is None else {"head_lr": head}
             self.optimizer = optimizer = self.recipe.create_optimizer(
                 model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
                 arguments.learning_rate,
@@ -218,11 +203,7 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step.
-
-        Raises:
-            InputError: If the optimizer needs several gradients per step and the mode of training allows one.
-        """
+        """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step."""
         optimizer = _unwrapped(self.optimizer)
         if getattr(optimizer, "multistage", False):
             self._check_multistage()

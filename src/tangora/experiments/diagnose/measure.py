@@ -134,7 +134,7 @@ def _batches(
     for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
         how = {"kind": task.kind, "max_length": settings.max_length}
         data = (
-            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template)).encodings
+            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template))
             if examples
             else []
         )

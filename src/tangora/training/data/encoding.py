@@ -5,41 +5,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import default_collate
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole, reason
 from tangora.training.data.recognise import PIXELS
 from tangora.training.models import KINDS, ImageScaler, Kind
 
-IGNORED = -100
-"""Label of a token that counts for no loss; what torch's and transformers' losses skip."""
+IGNORED = -100  # label of a token that counts for no loss, in torch and transformers
 
 Encoding: TypeAlias = dict[str, Any]
 """``input_ids`` and ``attention_mask`` or ``pixel_values`` of one example, and ``labels``: one, or one per token."""
 
 Collator: TypeAlias = Callable[[Any], Mapping[str, Tensor]]
 """Makes a padded batch of a list of encodings."""
-
-
-class EncodedDataset(Dataset[Encoding]):
-    """Examples as token numbers or pixels; for a DataLoader, for transformers' Trainer and for `evaluate`."""
-
-    def __init__(self, encodings: Sequence[Encoding]):
-        self.encodings = list(encodings)
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.encodings)
-
-    def __getitem__(self, index: int) -> Encoding:
-        """Return one example, unpadded."""
-        return self.encodings[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example; 1 for an image."""
-        return [len(encoding.get("input_ids", (None,))) for encoding in self.encodings]
 
 
 class Piece(NamedTuple):
@@ -56,7 +35,7 @@ def encode(
     kind: Kind,
     max_length: int,
     chat_template: bool = False,
-) -> EncodedDataset:
+) -> list[Encoding]:
     """Turn examples into token numbers, or images into scaled pixels.
 
     A causal example becomes ``prompt + newline + completion + eos``, so that base and instruct models are trained on
@@ -68,18 +47,18 @@ def encode(
     if not examples:
         raise InputError("examples must hold at least one example; got none")
     if isinstance(tokenizer, ImageScaler) or PIXELS in examples[0]:
-        return EncodedDataset(_encode_images(examples, tokenizer))
+        return _encode_images(examples, tokenizer)
     if kind == "classification":
-        return EncodedDataset(_encode_labelled(examples, tokenizer, max_length))
+        return _encode_labelled(examples, tokenizer, max_length)
     turns = encode_turns(examples, tokenizer, chat_template=chat_template)
-    return EncodedDataset([_join(pieces, max_length) for pieces in turns])
+    return [_join(pieces, max_length) for pieces in turns]
 
 
 def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Collator:
     """Return what pads encodings to the longest of a batch, and the labels of causal ones with -100."""
     check_choice("kind", kind, KINDS)
     if isinstance(tokenizer, ImageScaler):
-        return _collate_images
+        return default_collate
     if kind == "classification":
         return DataCollatorWithPadding(tokenizer)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -88,7 +67,6 @@ def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Co
 def _encode_labelled(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoding]:
-    """Return encoded texts with one label each."""
     texts = [example["text"] for example in examples]
     pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False)
@@ -176,17 +154,14 @@ def _rendered(example: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, boo
 
 
 def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return an example as a conversation."""
     if "messages" in example:
         return example["messages"]
     if not example["prompt"]:
         raise InputError(
             "chat_template needs prompts or messages; plain text has none: leave chat_template out"
         )
-    return [
-        {"role": "user", "content": example["prompt"]},
-        {"role": "assistant", "content": example["completion"]},
-    ]
+    turns = (("user", example["prompt"]), ("assistant", example["completion"]))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def _template(messages: list[dict[str, str]], tokenizer: Any, opened: bool) -> str:
@@ -209,8 +184,7 @@ def _tokenize(
     return encoded["input_ids"]
 
 
-def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[dict[str, Any]]:
-    """Turn examples of images into what the model takes."""
+def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[Encoding]:
     if not isinstance(scaler, ImageScaler):
         raise InputError(
             "data of images needs a model that reads images, such as vit-digits; this one reads text"
@@ -231,14 +205,6 @@ def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[d
         {"pixel_values": image, "labels": example["label"]}
         for image, example in zip(scaled, examples, strict=True)
     ]
-
-
-def _collate_images(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack encoded images and their labels to a batch."""
-    return {
-        "pixel_values": torch.stack([encoding["pixel_values"] for encoding in encodings]),
-        "labels": torch.tensor([encoding["labels"] for encoding in encodings]),
-    }
 
 
 def _written(shape: Sequence[int]) -> str:

@@ -13,9 +13,8 @@ from tangora.training.data.readers import RawData, Row, excerpt, listed
 from tangora.training.data.recognise import PIXELS, Layout
 
 Example: TypeAlias = dict[str, Any]
-"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion`` (``answer``).
-
-A conversation also has ``messages``, of which ``prompt`` and ``completion`` are the plain form.
+"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion``, which also has the
+final ``answer``, the generated ``problem`` or the ``messages`` where there are any; plain text has an empty prompt.
 """
 
 # names of roles in ShareGPT's format, and those of transformers
@@ -70,7 +69,6 @@ def _content(row: Row, layout: Layout) -> Example:
 
 
 def _causal(row: Row, layout: Layout) -> Example:
-    """Return a causal example: a prompt with its completion, a conversation, or plain text."""
     if layout.text:
         return {"prompt": "", "completion": _text(row, layout.text[0])}
     if layout.chat is not None:
@@ -134,7 +132,6 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def _pixels(row: Row) -> Example:
-    """Return an image: channels, rows and columns."""
     value = _value(row, PIXELS)
     try:
         image = numpy.asarray(value, dtype=numpy.float64)
@@ -171,7 +168,6 @@ def _label(row: Row, column: str) -> str:
 
 
 def _value(row: Row, column: str) -> object:
-    """Return what a column holds, or say which columns the row has."""
     if column not in row.values:
         raise InputError(
             f"{row.where}: this example has no column {column!r}; it has {listed(list(row.values)) or 'none'}"
@@ -189,7 +185,6 @@ def _sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_classes(found: Sequence[str], names: Sequence[str], where: str) -> None:
-    """Raise unless labels are those of a classification."""
     known = set(found)
     if len(names) < 2:
         raise InputError(

@@ -65,7 +65,6 @@ def _seen(encoding: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _lost(turns: list[list[list[int]]], tokenizer: Any, kind: Kind, max_length: int) -> str:
-    """Return which part of the examples is cut off."""
     if kind == "classification":
         return "the beginning" if getattr(tokenizer, "truncation_side", "right") == "left" else "the end"
     cut = sum(len(pieces[-1]) > max_length for pieces in turns)

