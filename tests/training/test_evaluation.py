@@ -94,13 +94,9 @@ def test_nothing_is_left_behind(setting):
 
 def test_mode_is_restored_after_an_error(setting):
     model, dataset, _, kind = setting
-
-    def broken(rows):
-        raise RuntimeError("broken")
-
     model.train()
-    with pytest.raises(RuntimeError, match="broken"):
-        evaluate(model, dataset, broken, kind=kind, batch_size=4)
+    with pytest.raises(TypeError):
+        evaluate(model, dataset, None, kind=kind, batch_size=4)
     assert model.training
 
 
