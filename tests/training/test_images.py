@@ -11,7 +11,7 @@ from transformers import ViTForImageClassification
 from tangora._checks import InputError
 from tangora.adapters import save_adapter
 from tangora.training.data import collator, encode, load_task
-from tangora.training.evaluation import evaluate, predictions
+from tangora.training.metrics import evaluate, predictions
 from tangora.training.models import ImageScaler, load_model
 from tangora.training.models import digits as vit
 from tangora.training.models.digits import PRETRAINING_DIGITS, TASK_DIGITS, read_digits

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from tangora._checks import InputError, check_whole
 from tangora.training.data.encoding import encode_prompts
 from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
-from tangora.training.evaluation import device_of, length_batches, observed
+from tangora.training.metrics import device_of, length_batches, observed
 
 _SPOKEN_MARKER = "The answer is:"
 

@@ -9,7 +9,7 @@ from tangora.experiments.run.batches import encoded
 from tangora.experiments.settings import RunSettings
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
 from tangora.training.data import Example, Task
-from tangora.training.evaluation import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
+from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tangora.training.models import LoadedModel
 
 NUM_UNRELATED = 32

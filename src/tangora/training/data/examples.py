@@ -49,9 +49,8 @@ def _labelled(
         _check_classes(found, names, f"{data.name}: column {column!r}")
     for row, _, name in (each for rows in read_rows.values() for each in rows):
         if name not in names:
-            raise InputError(
-                f"{row.where}: column {column!r} must hold a label of the training rows, {listed(names)}; got {name!r}"
-            )
+            where = f"{row.where}: column {column!r}"
+            raise _misfit(where, f"a label of the training rows, {listed(names)}", name)
     numbers = {name: number for number, name in enumerate(names)}
     examples = {
         split: [content | {"label": numbers[name]} for _, content, name in rows]
@@ -88,13 +87,13 @@ def _causal(row: Row, layout: Layout) -> Example:
 
 def _conversation(row: Row, column: str) -> Example:
     """Return a conversation, and its plain form: all turns but the last, and the last."""
-    turns = _value(row, column)
+    turns, where = _value(row, column)
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{row.where}: column {column!r} must hold a list of messages; got {excerpt(turns)}")
-    messages = [_message(turn, f"{row.where}: column {column!r}") for turn in turns]
+        raise _misfit(where, "a list of messages", turns)
+    messages = [_message(turn, where) for turn in turns]
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise InputError(
-            f"{row.where}: column {column!r} must end with a message of the assistant that answers another; "
+            f"{where} must end with a message of the assistant that answers another; "
             f"its roles are {listed([message['role'] for message in messages])}"
         )
     prompt = "\n".join(message["content"] for message in messages[:-1])
@@ -104,75 +103,67 @@ def _conversation(row: Row, column: str) -> Example:
 def _message(turn: object, where: str) -> dict[str, str]:
     """Return a message as ``role`` and ``content``, from this form or from ShareGPT's ``from`` and ``value``."""
     if not isinstance(turn, Mapping):
-        raise InputError(f"{where} must hold messages with role and content; got {excerpt(turn)}")
+        raise _misfit(where, "messages with role and content", turn)
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
         content = "".join(str(part["text"]) for part in content)
     if not isinstance(role, str) or not isinstance(content, str) or not content.strip():
-        raise InputError(
-            f"{where} must hold messages with text as role and content; got {excerpt(dict(turn))}"
-        )
-    _check_unicode(content, where)
-    return {"role": _SPEAKERS.get(role, role), "content": content}
+        raise _misfit(where, "messages with text as role and content", dict(turn))
+    return {"role": _SPEAKERS.get(role, role), "content": _unicode(content, where)}
 
 
 def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
+    value, where = _value(row, column)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{row.where}: column {column!r} must hold text; got {excerpt(value)}")
-    _check_unicode(value, f"{row.where}: column {column!r}")
-    return value
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can write
-        raise InputError(f"{where} must hold Unicode text; {error.reason}") from error
+        raise _misfit(where, "text", value)
+    return _unicode(value, where)
 
 
 def _pixels(row: Row) -> Example:
-    value = _value(row, PIXELS)
+    value, where = _value(row, PIXELS)
     try:
         image = numpy.asarray(value, dtype=numpy.float64)
     except (ValueError, TypeError):
         image = numpy.empty(0)
     if image.ndim != 3 or not image.size or not (image.min() >= 0 and image.max() <= 1):
-        raise InputError(
-            f"{row.where}: column {PIXELS!r} must hold channels of rows of numbers in [0, 1]; got {excerpt(value)}"
-        )
+        raise _misfit(where, "channels of rows of numbers in [0, 1]", value)
     return {PIXELS: image.tolist()}
 
 
 def _label(row: Row, column: str) -> str:
     """Return the label in a column; whole numbers are names too."""
-    value = _value(row, column)
+    value, where = _value(row, column)
     if isinstance(value, float) and math.isfinite(value):
         if not value.is_integer():
-            raise InputError(
-                f"{row.where}: column {column!r} must hold text or a whole number, as regression is not supported; "
-                f"got {value!r}"
-            )
+            raise _misfit(where, "text or a whole number, as regression is not supported", value)
         value = int(value)  # pandas makes 1.0 of 1 where another row has none
     if not isinstance(value, (str, int)) or not str(value).strip():
-        raise InputError(
-            f"{row.where}: column {column!r} must hold text or a whole number; got {excerpt(value)}"
-        )
-    name = str(value).strip()
-    _check_unicode(name, f"{row.where}: column {column!r}")
+        raise _misfit(where, "text or a whole number", value)
+    name = _unicode(str(value).strip(), where)
     if any(unicodedata.category(character) == "Cc" for character in name):
-        raise InputError(
-            f"{row.where}: column {column!r} must hold a label without control characters; got {excerpt(name)}"
-        )
+        raise _misfit(where, "a label without control characters", name)
     return name
 
 
-def _value(row: Row, column: str) -> object:
+def _value(row: Row, column: str) -> tuple[object, str]:
+    """Return the value in a column, and the place to name in a message about it."""
     if column not in row.values:
         raise InputError(
             f"{row.where}: this example has no column {column!r}; it has {listed(list(row.values)) or 'none'}"
         )
-    return row.values[column]
+    return row.values[column], f"{row.where}: column {column!r}"
+
+
+def _misfit(where: str, allowed: str, value: object) -> InputError:
+    return InputError(f"{where} must hold {allowed}; got {excerpt(value)}")
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can write
+        raise InputError(f"{where} must hold Unicode text; {error.reason}") from error
+    return text
 
 
 def _sorted_labels(names: Iterable[str]) -> tuple[str, ...]:

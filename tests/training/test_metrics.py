@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from tangora._checks import InputError
 from tangora.training.answers import answers_match, final_answer, generate_completions, summarize_answers
 from tangora.training.data import collator, encode, load_task
-from tangora.training.evaluation import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
+from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tests.training.tiny import (
     WORDS,
     causal_examples,
