@@ -64,11 +64,16 @@ def collator(tokenizer: PreTrainedTokenizerBase | ImageScaler, kind: Kind) -> Co
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
+def labelled_texts(examples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str] | None]:
+    """Return the texts of a classification, and of pairs the second texts."""
+    pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
+    return [example["text"] for example in examples], pairs
+
+
 def _encode_labelled(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoding]:
-    texts = [example["text"] for example in examples]
-    pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
+    texts, pairs = labelled_texts(examples)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False)
     keys = ["input_ids", "attention_mask"]
     if pairs is not None and "token_type_ids" in encoded:  # which of the two a token belongs to

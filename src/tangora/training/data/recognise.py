@@ -89,12 +89,11 @@ def recognise(data: RawData, given: Columns, kind: Kind | None) -> Layout:
     """
     _check_given(given, kind)
     finder = _Finder(data, data.columns)
+    found = kind or _kind(finder, given)
+    layout = _labelled(finder, given) if found == "classification" else _causal(finder, given)
     if kind is None:
-        kind = _kind(finder, given)
-        layout = _labelled(finder, given) if kind == "classification" else _causal(finder, given)
         _check_no_label_is_left(data, layout)
-        return layout
-    return _labelled(finder, given) if kind == "classification" else _causal(finder, given)
+    return layout
 
 
 def _check_given(given: Columns, kind: Kind | None) -> None:

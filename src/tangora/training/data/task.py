@@ -82,9 +82,6 @@ def load_task(
         test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
         text_column: Column of the text; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is the first that a
             data set has, and columns that are not given are recognised by their usual names.
-        label_column: Column of the label.
-        prompt_column: Column of the prompt.
-        completion_column: Column of the completion.
 
     Returns:
         The task; the same for the same arguments. The test examples do not depend on ``num_train``.
