@@ -5,7 +5,7 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.data import load_task
 from tangora.training.data.examples import to_examples
-from tangora.training.data.readers import RawData, Row
+from tangora.training.data.readers import RawData, RawRow
 from tangora.training.data.recognise import Columns, recognise
 from tests.training.tiny import labelled_rows, reviews, write_csv, write_jsonl
 
@@ -203,8 +203,8 @@ def test_labels_of_other_data_must_be_known(tmp_path):
     with pytest.raises(InputError, match=r"b\.jsonl:1: .* label of the training rows, no, yes; got '0'"):
         load_task(path, test_spec=other, **SMALL)
     own = {
-        "train": [Row("a:1", {"text": "x", "label": "yes"}), Row("a:2", {"text": "y", "label": "no"})],
-        "test": [Row("b:1", {"text": "z", "label": "nope"})],
+        "train": [RawRow("a:1", {"text": "x", "label": "yes"}), RawRow("a:2", {"text": "y", "label": "no"})],
+        "test": [RawRow("b:1", {"text": "z", "label": "nope"})],
     }
     with pytest.raises(InputError, match="b:1: column 'label' must hold a label of the training rows"):
         to_examples(RawData(own), recognise(RawData(own), Columns(), "classification"))

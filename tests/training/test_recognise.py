@@ -4,14 +4,14 @@ import pytest
 
 from tangora._checks import InputError
 from tangora.training.data import load_task
-from tangora.training.data.readers import RawData, Row
+from tangora.training.data.readers import RawData, RawRow
 from tangora.training.data.recognise import Columns, recognise
 from tests.training.tiny import reviews, write_csv
 
 
 def layout(columns, kind=None, **given):
     values = [{column: f"{column} {index}" for column in columns} for index in range(8)]
-    data = RawData({"train": [Row(str(index), each) for index, each in enumerate(values)]}, name="f.csv")
+    data = RawData({"train": [RawRow(str(index), each) for index, each in enumerate(values)]}, name="f.csv")
     return recognise(data, Columns(**given), kind)
 
 

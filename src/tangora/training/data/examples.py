@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy
 
 from tangora._checks import InputError
-from tangora.training.data.readers import RawData, Row, excerpt, listed
+from tangora.training.data.readers import RawData, RawRow, excerpt, listed
 from tangora.training.data.recognise import PIXELS, Layout
 
 Example: TypeAlias = dict[str, Any]
@@ -59,7 +59,7 @@ def _labelled(
     return examples, names
 
 
-def _content(row: Row, layout: Layout) -> Example:
+def _content(row: RawRow, layout: Layout) -> Example:
     if layout.images:
         return _pixels(row)
     return {
@@ -67,7 +67,7 @@ def _content(row: Row, layout: Layout) -> Example:
     }
 
 
-def _causal(row: Row, layout: Layout) -> Example:
+def _causal(row: RawRow, layout: Layout) -> Example:
     if layout.text:
         return {"prompt": "", "completion": _text(row, layout.text[0])}
     if layout.chat is not None:
@@ -85,7 +85,7 @@ def _causal(row: Row, layout: Layout) -> Example:
     return example | {"answer": answer} if isinstance(answer, str) and answer.strip() else example
 
 
-def _conversation(row: Row, column: str) -> Example:
+def _conversation(row: RawRow, column: str) -> Example:
     """Return a conversation, and its plain form: all turns but the last, and the last."""
     turns, where = _value(row, column)
     if not isinstance(turns, list) or not turns:
@@ -112,14 +112,14 @@ def _message(turn: object, where: str) -> dict[str, str]:
     return {"role": _SPEAKERS.get(role, role), "content": _unicode(content, where)}
 
 
-def _text(row: Row, column: str) -> str:
+def _text(row: RawRow, column: str) -> str:
     value, where = _value(row, column)
     if not isinstance(value, str) or not value.strip():
         raise _misfit(where, "text", value)
     return _unicode(value, where)
 
 
-def _pixels(row: Row) -> Example:
+def _pixels(row: RawRow) -> Example:
     value, where = _value(row, PIXELS)
     try:
         image = numpy.asarray(value, dtype=numpy.float64)
@@ -130,7 +130,7 @@ def _pixels(row: Row) -> Example:
     return {PIXELS: image.tolist()}
 
 
-def _label(row: Row, column: str) -> str:
+def _label(row: RawRow, column: str) -> str:
     """Return the label in a column; whole numbers are names too."""
     value, where = _value(row, column)
     if isinstance(value, float) and math.isfinite(value):
@@ -145,7 +145,7 @@ def _label(row: Row, column: str) -> str:
     return name
 
 
-def _value(row: Row, column: str) -> tuple[object, str]:
+def _value(row: RawRow, column: str) -> tuple[object, str]:
     """Return the value in a column, and the place to name in a message about it."""
     if column not in row.values:
         raise InputError(

@@ -25,7 +25,7 @@ _LONGEST_EXCERPT = 80
 _MOST_NAMES = 20
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """One record and the place to name in a message about it."""
 
     where: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 class RawData:
     """Rows before columns are chosen and splits are made; without splits of its own a data set has only ``train``."""
 
-    splits: Mapping[str, list[Row]]
+    splits: Mapping[str, list[RawRow]]
     labels: tuple[str, ...] = ()  # names of the classes where the data set declares them, in its order
     name: str = "the data"
 
@@ -77,7 +77,7 @@ def read_folder(path: Path) -> RawData:
     files = sorted(path.glob("*/*.txt"))
     if not files:
         raise InputError(f"data folder {path} must hold <label>/*.txt; it holds none")
-    rows = [Row(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in files]
+    rows = [RawRow(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in files]
     return RawData({"train": rows}, name=path.name)
 
 
@@ -107,11 +107,11 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
     yield from _json_lines(_read_text(path), path)
 
 
-def _json_lines(text: str, path: Path) -> Iterator[Row]:
+def _json_lines(text: str, path: Path) -> Iterator[RawRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _object_row(_parsed(line, path, "line", number), f"{path}:{number}")
@@ -131,13 +131,13 @@ def _parsed(text: str, path: Path, what: str, first: int = 1) -> object:
         ) from error
 
 
-def _object_row(values: object, where: str) -> Row:
+def _object_row(values: object, where: str) -> RawRow:
     if not isinstance(values, dict):
         raise InputError(f"{where}: an example must be a JSON object; got {type(values).__name__}")
-    return Row(where, values)
+    return RawRow(where, values)
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[RawRow]:
     """Yield a list's objects, also of a list inside an object; JSON Lines under this name are read as such."""
     text = _read_text(path)
     first, _, further = text.strip().partition("\n")
@@ -167,7 +167,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _key_of_examples(whole: Row) -> str | None:
+def _key_of_examples(whole: RawRow) -> str | None:
     """Return the key of an object under which its examples are listed; ``None`` if it is an example itself."""
     lists = [
         key
@@ -199,7 +199,7 @@ def _items(text: str) -> Iterator[tuple[object, int]]:
         position = between.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a CSV file with a header, whose separator is detected."""
     csv.field_size_limit(_LONGEST_CELL)
     text = _read_text(path)
@@ -226,7 +226,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     f"{path}:{reader.line_num + before}: a line must have {len(names)} cells, as the header "
                     f"(separator {separator!r})"
                 )
-            yield Row(f"{path}:{reader.line_num + before}", values)
+            yield RawRow(f"{path}:{reader.line_num + before}", values)
     except csv.Error as error:
         # the DictReader itself counts only the lines that it could read
         line = reader.reader.line_num + before
@@ -247,7 +247,7 @@ def _separator(text: str, path: Path) -> str:
     return max(_SEPARATORS, key=columns)  # the comma wins a tie
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[RawRow]:
     try:
         table = pyarrow.parquet.read_table(path).combine_chunks()
     except pyarrow.ArrowException as error:
@@ -258,9 +258,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             values = {name: table[name][index].as_py() for name in table.column_names}
         except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a date beyond Python's
             raise InputError(f"{where}: a value cannot be read; {reason(error)}") from error
-        yield Row(where, values)
+        yield RawRow(where, values)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = dict(
+_READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = dict(
     zip(DATA_SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_csv, _read_parquet), strict=True)
 )

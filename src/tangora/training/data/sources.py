@@ -8,7 +8,7 @@ import torch
 
 from tangora._checks import InputError, reason
 from tangora.training.data.generated import PREFIX
-from tangora.training.data.readers import RawData, Row, read_file, read_folder
+from tangora.training.data.readers import RawData, RawRow, read_file, read_folder
 from tangora.training.hub import hub_problem, offline
 from tangora.training.models.digits import TASK_DIGITS, read_digits
 from tangora.training.paths import (
@@ -61,7 +61,7 @@ def _read_digits(name: str) -> RawData:
         order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(0))
         images = images.flatten(1)[:, order].view_as(images)
     rows = [
-        Row(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
+        RawRow(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
         for number, (image, digit) in enumerate(zip(images, digits, strict=True))
     ]
     return RawData({"train": rows}, tuple(map(str, classes)), name)
@@ -116,7 +116,7 @@ def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
 
 def _named_rows(
     data: datasets.Dataset, classes: Mapping[str, datasets.ClassLabel], name: str
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the rows whose labels are known."""
     for index, record in enumerate(data):
         values = dict(record)
@@ -128,4 +128,4 @@ def _named_rows(
                         f"{where}: column {key!r} must be in [-1, {len(label.names) - 1}]; got {values[key]}"
                     )
             values |= {key: label.int2str(values[key]) for key, label in classes.items()}
-            yield Row(where, values)
+            yield RawRow(where, values)
