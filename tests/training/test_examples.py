@@ -145,7 +145,8 @@ BAD_LINES = [
     ('{"text": "\\ud800", "label": 1}', ":2: column 'text' must hold Unicode text; surrogates"),
     ('{"text": {"long": "' + 999 * "a" + '"}, "label": 1}', r":2: column 'text'.*got .{80}\.\.\.$"),
 ]
-BAD_CAUSAL_LINES = [
+FIRST_LINES = [
+    ('{"text": "a"}\n' + GOOD, ":1: this example has no column 'label'"),  # columns are those of all rows
     ('{"prompt": "a", "completion": null}', ":1: column 'completion' must hold text; got None"),
     ('{"prompt": "a", "completion": "b"}\n{"text": "c"}', ":2: this example has no column 'prompt'"),
     ('{"messages": "hello"}', ":1: column 'messages' .*must hold a list of messages; got 'hello'"),
@@ -159,7 +160,7 @@ BAD_CAUSAL_LINES = [
 
 @pytest.mark.messages
 @pytest.mark.parametrize(
-    ("content", "message"), [(GOOD + line, message) for line, message in BAD_LINES] + BAD_CAUSAL_LINES
+    ("content", "message"), [(GOOD + line, message) for line, message in BAD_LINES] + FIRST_LINES
 )
 def test_bad_lines_are_named(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
