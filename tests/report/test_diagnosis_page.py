@@ -20,13 +20,14 @@ from tangora.report import (
     save_json,
     write_diagnosis,
 )
-from tangora.report.diagnosis import kind_rows
-from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
-from tangora.report.diagnosis.tables import kind_table, layer_table
-from tangora.report.layers import natural, places
+from tangora.report.diagnosis.diagnosis_findings import kind_rows
+from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, view_names
+from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
+from tangora.report.drawing.charts import panel_figure
+from tangora.report.layer_places import natural, places
 from tangora.report.layout import packed_plotly
 from tests.report.synthetic import HOSTILE
-from tests.report.test_page import Page
+from tests.report.test_page import Page, texts
 
 NEW = {"lora-ga": 0.4, "lora-one": 0.6}
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
@@ -138,8 +139,8 @@ def test_elements_are_closed_and_labelled(page):
 
 def test_the_tables_hold_the_numbers(page):
     found = diagnosis()
-    assert page.tables["kinds-table"] == [kind_table(found)[0], *kind_table(found)[1]]
-    assert page.tables["layers-table"] == [layer_table(found)[0], *layer_table(found)[1]]
+    assert page.tables["kinds-table"] == texts(kind_table(found))
+    assert page.tables["layers-table"] == texts(layer_table(found))
     header, first, *_ = page.tables["layers-table"]
     cells = dict(zip(header, first, strict=True))
     assert cells["layer"] == NAMES[0]
@@ -153,11 +154,11 @@ def test_the_tables_hold_the_numbers(page):
 
 
 def test_a_trained_adapter_has_its_own_columns():
-    header, rows = layer_table(diagnosis(adapter=0.4, plain=False))
+    header, *rows = texts(layer_table(diagnosis(adapter=0.4, plain=False)))
     cells = dict(zip(header, rows[0], strict=True))
     assert (cells["adapter"], cells["cond BᵀB"], cells["imbalance"]) == ("40 %", "4", "25 %")
-    assert "adapter" in kind_table(diagnosis(adapter=0.4, plain=False))[0]
-    assert "adapter" not in kind_table(diagnosis())[0]
+    assert "adapter" in kind_table(diagnosis(adapter=0.4, plain=False)).headers
+    assert "adapter" not in kind_table(diagnosis()).headers
 
 
 def test_what_is_needed_to_repeat_it(page, text):
@@ -199,9 +200,9 @@ def test_other_examples():
         "LoRA-One."
     )
     assert list(view_names(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
-    header, rows = kind_table(found)
+    header, *rows = texts(kind_table(found))
     assert rows[0][header.index("LoRA-GA") : header.index("LoRA-GA") + 4] == ["80 %", "40 %", "70 %", "60 %"]
-    header, rows = layer_table(found)
+    header, *rows = texts(layer_table(found))
     assert rows[0][header.index("LoRA-One on other examples")] == "60 %"
     assert captured_figure(found).data[-2].z[0][0] == 0.6
     assert Page(render_diagnosis(record(found))).open == []
@@ -258,7 +259,7 @@ def test_terminal_tables():
 
 def test_estimates_show_their_error():
     found = diagnosis(error=4.0)
-    assert layer_table(found)[1][0][2] == "10 ± 0.2"
+    assert texts(layer_table(found))[1][2] == "10 ± 0.2"
     assert "standard error" in render_diagnosis(record(found))
     assert "standard error" not in render_diagnosis(record())
 
@@ -274,7 +275,8 @@ def test_hostile_text_stays_text():
     assert parsed.open == []
     assert len(parsed.scripts) == 5
     assert names[0] in parsed.tables["layers-table"][1]
-    for figure in (captured_figure(found), plan_figure(found), reach_figure(found)):
+    reach = panel_figure(reach_panel(found), {}).update_traces(meta=None)  # which is not drawn
+    for figure in (captured_figure(found), plan_figure(found), reach):
         assert "<script" not in (figure.to_json() or "").replace("\\u003c", "<").replace("&lt;", "")
 
 

@@ -11,21 +11,21 @@ from tangora._names import MODELS
 from tangora.report import (
     TimeSplit,
     formats,
-    rate_verdict,
     recommendation,
     recommendation_sentence,
     render_page,
-    robustness,
-    speed_verdict,
-    speeds,
     summarize,
     verdict,
     write_csv,
     write_page,
 )
+from tangora.report.comparison.learning_rates import rate_verdict
 from tangora.report.comparison.setup import busy_sentences, setup_facts
+from tangora.report.comparison.speed_section import speed_verdict
 from tangora.report.layout import packed_plotly
 from tangora.report.records import Forgetting, MachineLoad
+from tangora.report.statistics.robustness import robustness
+from tangora.report.statistics.speed import speeds
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
 VOID = {"meta", "line", "br", "link", "img", "input"}
@@ -66,6 +66,11 @@ class Page(HTMLParser):
         elif {"td", "th"} & set(self.open):
             self.table[-1][-1] += data
         self.text.append(data)
+
+
+def texts(table):
+    """A table as a page shows it: headers and rows."""
+    return [list(table.headers), *([cell.lines[0] for cell in row] for row in table.rows)]
 
 
 @pytest.fixture(scope="module")

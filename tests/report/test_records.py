@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from tangora._checks import InputError
-from tangora.report import Comparison, Record, files, load_comparison, load_record, save_comparison, save_json
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic
+from tangora.report import Comparison, Record, files, load_comparison, load_record, save_json
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, save_comparison
 
 
 def refuse_constant(name):

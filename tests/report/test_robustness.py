@@ -1,7 +1,7 @@
 import pytest
 
 from tangora.report import summarize
-from tangora.report.comparison.further import rate_verdict
+from tangora.report.comparison.learning_rates import rate_verdict
 from tangora.report.statistics.robustness import robustness
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from tangora.report import EvaluationRecord, StepRecord, TimeSplit, summarize
-from tangora.report.comparison.further import speed_verdict
+from tangora.report.comparison.speed_section import speed_verdict
 from tangora.report.statistics.speed import speeds
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 

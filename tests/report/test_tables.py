@@ -4,9 +4,9 @@ import io
 import pytest
 from rich.console import Console
 
-from tangora.report import TimeSplit, formats, markdown_table, rich_table, summarize, write_csv
-from tangora.report.comparison.tables import columns
-from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
+from tangora.report import TimeSplit, formats, rich_table, summarize, write_csv
+from tangora.report.comparison.results_table import cost_columns
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 def rendered(comparison, width, rows=None):
@@ -37,22 +37,6 @@ def test_terminal_does_not_read_markup_in_names():
     assert "[/m]" in text
 
 
-def test_markdown():
-    comparison, rows = realistic(), realistic_rows()
-    lines = markdown_table(rows, comparison).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert len({line.count("|") for line in lines}) == 1
-    assert len(columns(comparison)) + 1 == lines[0].count("|")
-    assert "8e-4 ↑" in next(line for line in lines if line.startswith("| dora"))
-
-
-def test_markdown_escapes():
-    comparison = make_comparison([make_record(f"a|b\n{HOSTILE}")])
-    line = markdown_table(summarize(comparison), comparison).splitlines()[2]
-    assert "a\\|b " in line
-    assert "<script" not in line.replace("\\<", "")
-
-
 def test_times_are_medians_with_ranges():
     def run(seed, seconds, optimizer):
         time = TimeSplit(start=0, forward_backward=seconds, optimizer=optimizer, evaluation=0)
@@ -61,10 +45,10 @@ def test_times_are_medians_with_ranges():
     (row,) = summarize(make_comparison([run(0, 7.0, 0.4), run(1, 20.0, 0.8), run(2, 70.0, 80.0)]))
     assert (row.seconds, row.seconds_range) == (20.8, (7.4, 150.0))
     assert (row.step_milliseconds, row.step_milliseconds_range) == (200.0, (100.0, 20_000.0))
-    cells = {column.header: column.cell(row) for column in columns(make_comparison([]))}
+    cells = {column.header: column.text(row) for column in cost_columns()}
     assert (cells["time per run"], cells["range of the time"]) == ("20.8 s", "7.4 s to 2 min 30 s")
     (row,) = summarize(make_comparison([run(0, 7.0, 0.4)]))
-    assert next(c for c in columns(make_comparison([])) if c.header == "range of the time").cell(row) == "–"
+    assert next(column for column in cost_columns() if column.header == "range of the time").text(row) == "–"
 
 
 def test_the_terminal_says_what_was_compared_on_what():

@@ -62,7 +62,7 @@ def _rewrite(folder: Path) -> None:
     from tangora.experiments.compare import write_report
     from tangora.experiments.curvature.measure import CurvatureFiles, rewrite
     from tangora.report import load_comparison, load_study, rich_table, summarize, write_study
-    from tangora.report.comparison.flatness import has_flatness, rich_flatness
+    from tangora.report.comparison.end_points import has_flatness, rich_flatness
     from tangora.report.curvature import load_curvature
     from tangora.report.records import COMPARISON_FILE
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError
-from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, save_json, validated
+from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, validated
 
 SCHEMA_VERSION = 3
 """Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
@@ -255,15 +255,6 @@ class Comparison(FrozenModel):
                     "compare anew in another folder"
                 )
         return self
-
-
-def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
-    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run."""
-    folder = Path(folder)
-    for record in comparison.records:
-        save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
-    save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
-    return folder
 
 
 def load_record(path: str | Path) -> Record:

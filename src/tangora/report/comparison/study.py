@@ -8,24 +8,24 @@ from urllib.parse import quote
 
 from tangora._checks import InputError
 from tangora.report import formats
-from tangora.report.comparison.forest import forest_chart
-from tangora.report.comparison.further import tasks_verdict
-from tangora.report.comparison.page import data_link, missing_sentence
-from tangora.report.comparison.pareto import COSTS, Cost
-from tangora.report.comparison.picture import save_study_picture
+from tangora.report.comparison.comparison_page import missing_sentence
+from tangora.report.comparison.costs import COSTS, Cost
+from tangora.report.comparison.differences import differences_section, save_differences
+from tangora.report.comparison.results_table import flat_row
 from tangora.report.comparison.setup import setup_facts
-from tangora.report.comparison.tables import csv_text, flat_row
-from tangora.report.drawing.styles import SVG_DASHES, Style, recipe_styles
+from tangora.report.drawing.styles import recipe_styles
 from tangora.report.files import write_atomic
-from tangora.report.layout import Cell, Grid, Section, cell, number_cell, render
+from tangora.report.layout import Link, Repeat, Section, render
 from tangora.report.recorded import FrozenModel, read_record, save_json
 from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
-from tangora.report.statistics.summary import BASELINE, Row, summarize
-from tangora.report.statistics.tasks import Duel, TaskMatrix, matrix
+from tangora.report.statistics.intervals import ALPHA
+from tangora.report.statistics.judgement import BASELINE, Row, summarize
+from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
+from tangora.report.table import Cell, Table, cell, csv_text, number_cell
 
 _STUDY_FILE = "study.json"
-_TEMPLATE = "study.html.j2"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
+_VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
 
 Comparisons = Mapping[str, Comparison]
 Rows = Mapping[str, Sequence[Row]]
@@ -42,7 +42,7 @@ def write_study(comparisons: Comparisons, path: Path, title: str, command: str) 
     write_atomic(folder / "study.csv", study.csv())
     save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
     if study.matrix.against_lora:
-        save_study_picture(comparisons, study.matrix, folder / "picture.png")
+        save_differences(comparisons, study.matrix, folder)
     return write_atomic(path, study.page(title, command))
 
 
@@ -97,40 +97,46 @@ class _Study:
         return csv_text(lines)
 
     def page(self, title: str, command: str) -> str:
-        names = {row.recipe for rows in self.rows.values() for row in rows}
-        styles = recipe_styles(names)
-        sections = (
-            [_results(self), _differences(self, styles), _pairs(self.matrix), _costs(self)]
-            if self.rows
-            else []
-        )
+        styles = recipe_styles({row.recipe for rows in self.rows.values() for row in rows})
+        found = [
+            _results(self),
+            differences_section(self.matrix, styles),
+            _pairs(self.matrix),
+            _costs(self),
+        ]
+        num_runs = sum(len(comparison.records) for comparison in self.comparisons.values())
         return render(
-            _TEMPLATE,
             title,
-            drawn=any(section is not None and section.charts for section in sections),
-            command=command,
-            num_recipes=len(names),
-            num_runs=sum(len(comparison.records) for comparison in self.comparisons.values()),
-            created=max((c.created for c in self.comparisons.values()), default=""),
-            verdict=self.verdict(),
-            tasks=[_task(name, comparison) for name, comparison in self.comparisons.items()],
-            sections=[section for section in sections if section is not None],
+            [
+                "tangora comparisons",
+                f"{len(self.comparisons)} tasks",
+                f"{len(styles)} recipes",
+                f"{num_runs} runs",
+            ],
+            max((c.created for c in self.comparisons.values()), default=""),
+            self.verdict(),
+            [*(found if self.rows else []), self._tasks()],
+            Repeat(command, {}) if command else None,
+            heading="Verdict",
             styles=styles,
-            svg_dashes=SVG_DASHES,
-            download=data_link(self.csv()),
         )
 
+    def _tasks(self) -> Section:
+        links = [_link(name, comparison) for name, comparison in self.comparisons.items()]
+        return Section("tasks", "Tasks", links=links, downloads={"study.csv": self.csv()})
 
-def _task(name: str, comparison: Comparison) -> dict[str, str | None]:
+
+def _link(name: str, comparison: Comparison) -> Link:
     count = formats.plural(len(comparison.records), "run")
-    return {
-        "name": name,
-        "title": comparison.title,
-        "link": f"{quote(name)}/report.html" if comparison.records else None,
-        "setup": ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
-        "metric": f"test {comparison.metric}, {'higher' if comparison.higher_is_better else 'lower'} is better",
-        "state": missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet."),
-    }
+    better = "higher" if comparison.higher_is_better else "lower"
+    state = missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet.")
+    return Link(
+        name,
+        f"{quote(name)}/report.html" if comparison.records else None,
+        comparison.title,
+        f"test {comparison.metric}, {better} is better · {state}",
+        ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
+    )
 
 
 def _results(study: _Study) -> Section:
@@ -148,7 +154,7 @@ def _results(study: _Study) -> Section:
         ]
         for recipe in _recipes(study)
     ]
-    grid = Grid(
+    table = Table(
         "results",
         f"Test metric of each recipe on each task, and what it is against {BASELINE}.",
         headers,
@@ -162,20 +168,7 @@ def _results(study: _Study) -> Section:
         ),
         "Mean rank: 1 is best; over the tasks, among the recipes that have a result on every one.",
     ]
-    return Section("results", "Recipes on tasks", grid=grid, notes=notes if ranks else notes[:1])
-
-
-def _differences(study: _Study, styles: dict[str, Style]) -> Section | None:
-    duels = [[duel for duel in study.matrix.against_lora if duel.task == task] for task in study.rows]
-    charts = [
-        forest_chart(number, found, styles) for number, found in enumerate(filter(None, duels), start=1)
-    ]
-    note = (
-        f"Test metric minus {BASELINE}'s, with 95 % intervals that are not corrected for the number of recipes. "
-        "Filled marks are wins and losses after the correction, hollow ones are not significant; triangles at the edge "
-        "lie beyond it."
-    )
-    return Section("differences", f"Against {BASELINE}", charts=charts, notes=[note]) if charts else None
+    return Section("results", "Recipes on tasks", table=table, notes=notes if ranks else notes[:1])
 
 
 def _recipes(study: _Study) -> list[str]:
@@ -202,7 +195,7 @@ def _result_cell(row: Row | None, duel: Duel | None) -> Cell:
 def _pairs(found: TaskMatrix) -> Section | None:
     if len(found.recipes) < 2:
         return None
-    grid = Grid(
+    table = Table(
         name="pairs",
         caption="Tasks that the recipe of the row wins – ties – loses against that of the column.",
         headers=["recipe", *found.recipes],
@@ -214,7 +207,7 @@ def _pairs(found: TaskMatrix) -> Section | None:
     notes = [
         "Corrected for all pairs of recipes on all tasks (Holm); with few seeds hardly any difference remains."
     ]
-    return Section("pairs", "Every pair", grid=grid, notes=notes)
+    return Section("pairs", "Every pair", table=table, notes=notes)
 
 
 def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
@@ -232,7 +225,7 @@ def _costs(study: _Study) -> Section | None:
     known = {cost: column for cost, column in ratios.items() if any(ratio is not None for ratio in column)}
     if not known:
         return None
-    grid = Grid(
+    table = Table(
         name="costs",
         caption=f"What a run costs, {BASELINE} = 1.",
         headers=["recipe", *(cost.title for cost in known)],
@@ -242,13 +235,13 @@ def _costs(study: _Study) -> Section | None:
         ],
     )
     notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
-    return Section("costs", "Costs", grid=grid, notes=notes)
+    return Section("costs", "Costs", table=table, notes=notes)
 
 
 def _ratio(rows: Rows, recipe: str, cost: Cost) -> float | None:
     logs = []
     for found in rows.values():
-        values = {row.recipe: cost.value(row) for row in found if row.recipe in (recipe, BASELINE)}
+        values = {row.recipe: cost.of(row) for row in found if row.recipe in (recipe, BASELINE)}
         ours, lora = values.get(recipe), values.get(BASELINE)
         if ours and lora:
             logs.append(math.log(ours / lora))
@@ -259,3 +252,59 @@ def _ratio_cell(ratio: float | None) -> Cell:
     return cell(
         formats.MISSING if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}", ratio
     )
+
+
+def tasks_verdict(found: TaskMatrix) -> list[str]:
+    """Say what several tasks say together."""
+    return [*_against_lora(found), *_pairs_verdict(found), *_ranks(found)]
+
+
+def _against_lora(found: TaskMatrix) -> list[str]:
+    tested = [duel for duel in found.against_lora if duel.p_value is not None]
+    if not tested:
+        return [f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."]
+    counts = {name: found.count_against_lora(name) for name in found.recipes if name != BASELINE}
+    parts = [
+        f"{name} {' and '.join(said)}"
+        for name, count in counts.items()
+        if (said := [f"{verb} {_on(count[kind])}" for kind, verb in _VERBS.items() if count[kind]])
+    ]
+    ties = sum(count["tie"] for count in counts.values())
+    result = "; ".join(parts) if parts else "no recipe wins or loses"
+    correction = f"corrected for {formats.plural(len(tested), 'comparison')} (Holm)"
+    return [f"Against {BASELINE}, {correction}: {result}; {formats.plural(ties, 'tie')}."]
+
+
+def _on(number: int) -> str:
+    return f"on {formats.plural(number, 'task')}"
+
+
+def _pairs_verdict(found: TaskMatrix) -> list[str]:
+    tested = [duel for duel in found.pairs if duel.p_value is not None]
+    if not tested:
+        return []
+    apart = sum(duel.outcome != "tie" for duel in tested)
+    number = formats.plural(len(tested), "pair")
+    differ = "differs" if apart == 1 else "differ"
+    return [
+        f"Of {number} of recipes on a task, {apart} {differ} significantly after correction for all of them."
+    ]
+
+
+def _ranks(found: TaskMatrix) -> list[str]:
+    if not found.mean_ranks:
+        return []
+    listed = formats.listing(f"{name} {rank:.1f}" for name, rank in found.mean_ranks.items())
+    return [f"Mean ranks over {formats.plural(len(found.tasks), 'task')}: {listed}; {_chance(found)}."]
+
+
+def _chance(found: TaskMatrix) -> str:
+    p = found.rank_p_value
+    if p is None:
+        few: Sequence[str] = [
+            *([f"fewer than {MIN_TASKS} tasks"] if len(found.tasks) < MIN_TASKS else []),
+            *(["fewer than 3 recipes"] if len(found.mean_ranks) < 3 else []),
+        ]
+        return f"{formats.listing(few)} cannot tell such ranks from chance"
+    how = "more than chance explains" if p < ALPHA else "no more than chance explains"
+    return f"they differ by {how} (Friedman, {formats.p_value(p)})"

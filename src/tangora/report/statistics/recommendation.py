@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from tangora.report.records import Comparison
 from tangora.report.statistics.intervals import ALPHA, Interval, holm
-from tangora.report.statistics.samples import Sample, contrast
-from tangora.report.statistics.summary import Row, judge
+from tangora.report.statistics.judgement import Row, judge
+from tangora.report.statistics.samples import Sample, difference
 
 SAME_COST = 1.05
 """Ratio of two median times, or of two memories, within which they count as equal."""
@@ -15,31 +15,26 @@ SAME_COST = 1.05
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A recipe to use, and why.
-
-    Attributes:
-        recipe: Its name.
-        learning_rate: Its best learning rate, chosen on validation data.
-        decided: Whether test results of several seeds decided; else it is the best on validation data.
-        best: The recipe with the best test result among those with several seeds; without any, `recipe`.
-        candidates: Recipes that are not significantly worse than `best`, which is one of them, the cheapest first.
-        difference: Test metric of `recipe` minus that of `best`; None where they are the same.
-        difference_interval: Its 95 % interval.
-        swept: Whether each candidate, and what is worse, had more than one learning rate to choose from.
-        seconds: Median time per run of `recipe`; None where a busy machine made times say nothing.
-        least_seconds: The smallest of all candidates; times within 5 % of it count as equal.
-    """
+    """A recipe to use, and why."""
 
     recipe: str
     learning_rate: float
+    """The best, chosen on validation data."""
     decided: bool
+    """Whether test results of several seeds decided; else it is the best on validation data."""
     best: str
+    """The recipe with the best test result among those with several seeds; without any, `recipe`."""
     candidates: tuple[str, ...]
+    """Those that are not significantly worse than `best`, which is one of them, the cheapest first."""
     difference: float | None = None
+    """Test metric of `recipe` minus that of `best`; None where they are the same."""
     difference_interval: Interval | None = None
     swept: bool = True
+    """Whether each candidate, and what is worse, had more than one learning rate to choose from."""
     seconds: float | None = None
+    """Median time per run of `recipe`; None where a busy machine made times say nothing."""
     least_seconds: float | None = None
+    """The smallest of all candidates; times within 5 % of it count as equal."""
 
 
 def recommendation(comparison: Comparison) -> Recommendation | None:
@@ -67,28 +62,21 @@ def recommend(
     if not tested:
         return _by_validation(known)
     best, *others = tested
-    estimates = {
-        row.recipe: contrast((1.0, samples[row.recipe]), (-1.0, samples[best.recipe])) for row in others
-    }
-    p_values = {
-        name: found.p_value
-        for name, found in estimates.items()
-        if found is not None and found.p_value is not None
-    }
+    differences = {row.recipe: difference(samples[row.recipe], samples[best.recipe]) for row in others}
+    p_values = {name: found.p_value for name, found in differences.items() if found.p_value is not None}
     corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
     candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
     chosen = candidates[0]
     assert chosen.learning_rate is not None
-    estimated = estimates.get(chosen.recipe)
-    same = chosen.recipe == best.recipe
+    found = differences.get(chosen.recipe)
     return Recommendation(
         recipe=chosen.recipe,
         learning_rate=chosen.learning_rate,
         decided=True,
         best=best.recipe,
         candidates=tuple(row.recipe for row in candidates),
-        difference=None if same else samples[chosen.recipe].mean - samples[best.recipe].mean,
-        difference_interval=estimated.interval if estimated else None,
+        difference=found and found.value,
+        difference_interval=found and found.interval,
         swept=all(row.num_learning_rates > 1 for row in tested),
         seconds=chosen.seconds,
         least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),

@@ -3,23 +3,21 @@
 from pathlib import Path
 
 from tangora.report import formats
-from tangora.report.curvature.figures import figures
-from tangora.report.curvature.record import CurvatureRecord
-from tangora.report.curvature.summary import FACTORS, findings
-from tangora.report.curvature.tables import (
+from tangora.report.curvature.curvature_figures import figures
+from tangora.report.curvature.curvature_findings import FACTORS, findings
+from tangora.report.curvature.curvature_tables import (
     batch_table,
     eigenvalue_table,
     layer_table,
     sharpness_table,
     space_table,
 )
-from tangora.report.drawing.charts import charts
+from tangora.report.curvature.record import CurvatureRecord
+from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.files import write_atomic
-from tangora.report.layout import flat, render
-from tangora.report.subject import subject_facts
+from tangora.report.layout import Section, render, repeat, subject_facts
 
-_TEMPLATE = "curvature.html.j2"
 _SPACES = (
     "Tangent space: the directions in which the adapter can move the weights, in orthonormal coordinates. Its figures "
     "depend on the weights alone. Full weights: every entry of the chosen layers' matrices; the directions that full "
@@ -32,10 +30,6 @@ _NUMBERS = (
     "same coordinates. Products: with the matrix, over all examples."
 )
 _FINITE = "Products were made by finite differences of gradients: they carry their error."
-_SHARPNESS = (
-    "The largest rise of the loss that an ascent found within a ball of displacements: a lower bound of the largest "
-    "there is. To second order: what gradient and Hessian alone say."
-)
 
 
 def write_curvature(record: CurvatureRecord, path: str | Path) -> Path:
@@ -50,22 +44,32 @@ def save_curvature_pictures(record: CurvatureRecord, folder: str | Path) -> list
 
 def render_curvature(record: CurvatureRecord) -> str:
     """Make the page of a measurement; the same record gives the same text."""
+    tables = {
+        "All eigenvalues": eigenvalue_table(record),
+        "Sharpness in a ball": sharpness_table(record),
+        "All layers": layer_table(record),
+        "All mini-batches": batch_table(record),
+    }
+    note = f"Hessian products: {record.differentiation}, in {record.dtype}."
+    examples = formats.plural(record.num_examples, f"{record.split} example")
     return render(
-        _TEMPLATE,
         record.title,
-        record=record,
-        findings=findings(record),
-        adapter=_adapter(record.ranks),
-        loss=formats.metric(record.loss),
-        examples=formats.plural(record.num_examples, f"{record.split} example"),
-        spaces=space_table(record),
-        notes=_notes(record),
-        figures=[(figure, charts(figure)) for figure in figures(record)],
-        tables=_tables(record),
-        duration=formats.seconds(record.seconds),
+        [
+            "tangora curvature",
+            _adapter(record.ranks),
+            f"loss {formats.metric(record.loss)} on {examples}",
+            f"{record.products} products in {formats.seconds(record.seconds)}",
+        ],
+        record.created,
+        findings(record),
+        [
+            Section("spaces", "Spaces", table=space_table(record), notes=_notes(record)),
+            *map(figure_section, figures(record)),
+            *(Section(table.name, title, table=table) for title, table in tables.items() if table.rows),
+        ],
+        repeat(record, record.command, record.settings, note),
+        look="measured wide-panels",
         setup=subject_facts(record.settings, record.model_description),
-        settings=flat(record.settings),
-        versions=sorted(record.versions.items()),
     )
 
 
@@ -82,24 +86,3 @@ def _notes(record: CurvatureRecord) -> list[str]:
     if record.differentiation != "exact":
         notes.append(_FINITE)
     return notes
-
-
-def _tables(record: CurvatureRecord) -> list[tuple[str, str, str, tuple[list[str], list[list[str]]]]]:
-    # name, title, caption, headers and rows; without those that are empty
-    found = [
-        ("eigenvalue-numbers", "All eigenvalues", "In descending order.", eigenvalue_table(record)),
-        ("sharpness", "Sharpness in a ball", _SHARPNESS, sharpness_table(record)),
-        (
-            "layer-numbers",
-            "All layers",
-            "Each layer's part in the eigenvector of the largest eigenvalue, and its own block of the Hessian.",
-            layer_table(record),
-        ),
-        (
-            "batch-numbers",
-            "All mini-batches",
-            "Curvature of each alone; beside the means the standard deviation over the batches.",
-            batch_table(record),
-        ),
-    ]
-    return [entry for entry in found if entry[3][1]]

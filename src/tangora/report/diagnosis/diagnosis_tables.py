@@ -1,59 +1,75 @@
-"""A diagnosis as tables: short ones for a terminal, a full one for the page."""
+"""A diagnosis as tables: short ones for a terminal, full ones for the page."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.diagnostics.records import SHARES
 from tangora.report import formats
-from tangora.report.diagnosis.summary import START_NAMES, KindRow, fitted, kind_rows, needed
-from tangora.report.terminal import rich_table
+from tangora.report.diagnosis.diagnosis_findings import (
+    START_NAMES,
+    KindRow,
+    fitted,
+    kind_rows,
+    needed,
+    ranks_text,
+)
+from tangora.report.table import Table, terminal_table, text_table
 
 _MAX_WORST = 5
 _OTHERS = "on other examples"
+_SAYS_NOTHING_AT_START = ("cond BᵀB", "imbalance", "effective rank")
+_SHORT = {
+    "lora": "plain\nLoRA",
+    "orthogonal": "ortho-\ngonal",
+    "pissa": "PiSSA",
+    "lora-ga": "LoRA-GA",
+    "lora-one": "LoRA-One",
+}
 
-Cells = list[list[str]]
 
-
-def kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+def kind_table(diagnosis: Diagnosis) -> Table:
     """Make the table of kinds of layers."""
-    with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
+    with_adapter, made = _has_own_adapter(diagnosis), fitted(diagnosis.layers)
     headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
     for start in diagnosis.starts:
-        headers += [START_NAMES[start], *([_OTHERS] if start in fitted(diagnosis.layers) else [])]
+        headers += [START_NAMES[start], *([_OTHERS] if start in made else [])]
     headers += ["best", *(f"rank for {share} %" for share in SHARES)]
-    return headers, [_kind_cells(row, with_adapter=with_adapter) for row in kind_rows(diagnosis)]
-
-
-def _adapter_is_lora(diagnosis: Diagnosis) -> bool:
-    # one column would repeat the other
-    return diagnosis.totals.adapter == diagnosis.totals.starts.get("lora")
-
-
-def _kind_cells(row: KindRow, *, with_adapter: bool) -> list[str]:
-    share = formats.small_share
-    return [
-        row.kind,
-        str(row.num_layers),
-        share(row.energy_share),
-        *([share(row.adapter)] if with_adapter else []),
-        *(share(captured) for start in row.starts for captured in _both(start, row.starts, row.held_out)),
-        share(row.reachable),
-        *(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
+    rows = [
+        [
+            row.kind,
+            str(row.num_layers),
+            *map(formats.small_share, _shares(row, with_adapter=with_adapter)),
+            *(formats.small_share(captured) for start in row.starts for captured in _both(row, start)),
+            formats.small_share(row.reachable),
+            *(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
+        ]
+        for row in kind_rows(diagnosis)
     ]
+    return text_table("kinds", "Share of the gradient’s energy that an adapter captures.", headers, rows)
 
 
-def _both(start: str, starts: Mapping[str, float], held_out: Mapping[str, float]) -> list[float]:
-    return [starts[start], *([held_out[start]] if start in held_out else [])]
+def _has_own_adapter(diagnosis: Diagnosis) -> bool:
+    # else one column would repeat the other
+    totals = diagnosis.totals
+    return totals.adapter is not None and totals.adapter != totals.starts.get("lora")
 
 
-def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+def _shares(row: KindRow, *, with_adapter: bool) -> list[float | None]:
+    return [row.energy_share, *([row.adapter] if with_adapter else [])]
+
+
+def _both(row: KindRow, start: str) -> list[float]:
+    return [row.starts[start], *([row.held_out[start]] if start in row.held_out else [])]
+
+
+def layer_table(diagnosis: Diagnosis) -> Table:
     """Make the table of all layers."""
     columns: dict[str, Callable[[LayerDiagnosis], str]] = {
         "layer": lambda layer: layer.name,
         "m × n": lambda layer: f"{layer.m} × {layer.n}",
-        "‖G‖": norm_text,
+        "‖G‖": _norm,
     }
     if diagnosis.totals.adapter is not None:
         columns |= _adapter_columns(plain=diagnosis.plain_start)
@@ -71,7 +87,9 @@ def layer_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
             layer.ranks_needed[str(share)], layer.gradient.largest_rank
         )
     columns["planned rank"] = lambda layer: str(diagnosis.plan.ranks[layer.name])
-    return list(columns), [[cell(layer) for cell in columns.values()] for layer in diagnosis.layers]
+    rows = [[write(layer) for write in columns.values()] for layer in diagnosis.layers]
+    caption = "Captured energy of the adapter and of each initialization, in the order of the model."
+    return text_table("layers", caption, list(columns), rows)
 
 
 def _adapter_columns(*, plain: bool) -> dict[str, Callable[[LayerDiagnosis], str]]:
@@ -88,12 +106,11 @@ def _adapter_columns(*, plain: bool) -> dict[str, Callable[[LayerDiagnosis], str
         "imbalance": of(formats.small_share, "relative_imbalance"),
         "effective rank": of(formats.significant, "effective_rank"),
     }
-    says_nothing_at_start = ("cond BᵀB", "imbalance", "effective rank")
-    return {key: cell for key, cell in columns.items() if not (plain and key in says_nothing_at_start)}
+    return {key: write for key, write in columns.items() if not (plain and key in _SAYS_NOTHING_AT_START)}
 
 
-def norm_text(layer: LayerDiagnosis) -> str:
-    """Write the norm of a layer's base gradient, with its standard error where it is an estimate."""
+def _norm(layer: LayerDiagnosis) -> str:
+    # with its standard error where it is an estimate
     gradient = layer.gradient
     text = formats.significant(gradient.norm)
     if not gradient.energy_error or not gradient.norm:
@@ -101,23 +118,9 @@ def norm_text(layer: LayerDiagnosis) -> str:
     return f"{text} ± {gradient.energy_error / (2 * gradient.norm):.1g}"
 
 
-_SHORT = {
-    "lora": "plain\nLoRA",
-    "orthogonal": "ortho-\ngonal",
-    "pissa": "PiSSA",
-    "lora-ga": "LoRA-GA",
-    "lora-one": "LoRA-One",
-}
-
-
-def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
+def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     """Make the tables for a terminal."""
-    ranks = sorted({layer.rank for layer in diagnosis.layers})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    kinds = rich_table(
-        f"Percentage of the gradient's energy that adapters of {rank} capture",
-        *_short_kind_table(diagnosis),
-    )
+    ranks = ranks_text(layer.rank for layer in diagnosis.layers)
     worst = [
         [
             layer.name,
@@ -130,29 +133,35 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         ]
         for layer in diagnosis.starving(_MAX_WORST)
     ]
-    title = "Layers with the largest missed parts, as shares of the whole gradient's energy"
-    return [kinds, rich_table(title, ["layer", "missed", "captured", "best", "planned rank"], worst)]
+    return [
+        terminal_table(
+            f"Percentage of the gradient's energy that adapters of {ranks} capture",
+            *_short_kinds(diagnosis),
+        ),
+        terminal_table(
+            "Layers with the largest missed parts, as shares of the whole gradient's energy",
+            ["layer", "missed", "captured", "best", "planned rank"],
+            worst,
+        ),
+    ]
 
 
-def _short_kind_table(diagnosis: Diagnosis) -> tuple[list[str], Cells]:
+def _short_kinds(diagnosis: Diagnosis) -> tuple[list[str], list[list[str]]]:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
-    with_adapter = diagnosis.totals.adapter is not None and not _adapter_is_lora(diagnosis)
-    made = fitted(diagnosis.layers)
+    with_adapter, made = _has_own_adapter(diagnosis), fitted(diagnosis.layers)
     headers = ["layers", "ener-\ngy", *(["adap-\nter"] if with_adapter else [])]
     headers += [_SHORT[start] + ("\nown|new" if start in made else "") for start in diagnosis.starts]
     headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]
-
-    def cells(row: KindRow) -> list[str]:
-        shares = [row.energy_share, *([row.adapter] if with_adapter else [])]
-        return [
+    return headers, [
+        [
             row.kind,
-            *map(_bare, shares),
-            *("|".join(map(_bare, _both(start, row.starts, row.held_out))) for start in row.starts),
+            *map(_bare, _shares(row, with_adapter=with_adapter)),
+            *("|".join(map(_bare, _both(row, start))) for start in row.starts),
             _bare(row.reachable),
             "/".join(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
         ]
-
-    return headers, [cells(row) for row in kind_rows(diagnosis)]
+        for row in kind_rows(diagnosis)
+    ]
 
 
 def _bare(share: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tangora.report.curvature.curvature_findings import FACTORS, OPERATOR_NAMES, SPACE_NAMES
 from tangora.report.curvature.record import (
     BatchNoise,
     CurvatureRecord,
@@ -17,9 +18,8 @@ from tangora.report.curvature.record import (
     Spectrum,
     in_order,
 )
-from tangora.report.curvature.summary import FACTORS, OPERATOR_NAMES, SPACE_NAMES
 from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
-from tangora.report.layers import natural, places
+from tangora.report.layer_places import natural, places
 
 _DECADES = 7
 _LOG_RANGE = 30.0
@@ -156,24 +156,18 @@ def _layers(layers: Sequence[LayerCurvature]) -> Figure:
     shown = [layer for layer in layers if layer.space != "factors"]
     where = places(layer.name for layer in shown)
     blocks = sorted({place.block for place in where.values() if place.block}, key=natural)
-    at = {where[layer.name]: layer for layer in shown}
-    kinds = list(dict.fromkeys(place.kind for place in where.values()))
+    # layers outside of any block stand before the first one
+    number = {block: index for index, block in enumerate(blocks)} | {"": -1}
 
     def series(value: Callable[[LayerCurvature], float]) -> list[Series]:
-        found = []
-        for kind in kinds:
-            points = [
-                (number, value(at[place]))
-                for number, block in enumerate(blocks)
-                if (place := next((p for p in at if p.block == block and p.kind == kind), None)) is not None
-            ]
-            # layers outside of any block stand before the first one
-            points += [
-                (-1, value(layer)) for place, layer in at.items() if not place.block and place.kind == kind
-            ]
-            points.sort()
-            found.append(Series(kind, [x for x, _ in points], [y for _, y in points]))
-        return found
+        points: dict[str, list[tuple[int, float]]] = {}
+        for layer in shown:
+            place = where[layer.name]
+            points.setdefault(place.kind, []).append((number[place.block], value(layer)))
+        return [
+            Series(kind, [x for x, _ in sorted(found)], [y for _, y in sorted(found)])
+            for kind, found in points.items()
+        ]
 
     panels = [
         Panel(
