@@ -10,9 +10,8 @@ from reproductions.result import Cell, Outcome, Record, Table
 from tangora.report import formats
 from tangora.report.drawing.charts import figure_section
 from tangora.report.layout import Section, render, repeat
-from tangora.report.table import Cell as PageCell
 from tangora.report.table import Table as PageTable
-from tangora.report.table import cell, text_table
+from tangora.report.table import cell
 
 _COLUMNS = ("what the source says", "measured", "must be", "agrees", "where")
 
@@ -49,13 +48,14 @@ def _checks(checks: Sequence[Outcome]) -> PageTable:
     rows = []
     for check in checks:
         *texts, agrees, where = check_row(check)
-        rows.append([*map(cell, texts), PageCell([agrees], kind=agrees), cell(where)])
-    return PageTable("checks", "", _COLUMNS, rows, words=(4,), sortable=False)
+        rows.append([*texts, cell(agrees, kind=agrees), where])
+    return PageTable.texts("checks", "", _COLUMNS, rows, words=_COLUMNS[4:], sortable=False)
 
 
 def _table_section(name: str, table: Table) -> Section:
     rows = [list(map(cell_text, row)) for row in table.rows]
-    return Section(name, table.title, table=text_table(name, table.caption, table.columns, rows))
+    shown = PageTable.texts(name, table.caption, table.columns, rows, sortable=False)
+    return Section(name, table.title, table=shown)
 
 
 def summary(record: Record) -> str:

@@ -32,7 +32,7 @@ from tangora.report.curvature import (
 )
 from tangora.report.curvature.curvature_figures import figures
 from tangora.report.curvature.curvature_findings import with_error
-from tangora.report.curvature.curvature_tables import batch_table, eigenvalue_table, layer_table, space_table
+from tangora.report.curvature.curvature_page import batch_table, eigenvalue_table, layer_table, space_table
 from tangora.report.layout import packed_plotly
 from tests.report.synthetic import CREATED, HOSTILE
 from tests.report.test_page import Page, texts

@@ -28,8 +28,7 @@ from tangora.report.records import (
     load_comparison,
     load_record,
 )
-from tangora.report.statistics.judgement import Row, summarize
-from tangora.report.statistics.recommendation import Recommendation, recommendation
+from tangora.report.statistics.judgement import Recommendation, Row, recommendation, summarize
 from tangora.report.statistics.selection import SweepPoint, best_learning_rate, sweep_points
 
 __all__ = [

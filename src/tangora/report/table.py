@@ -2,9 +2,9 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 from rich import box
 from rich.table import Table as RichTable
@@ -13,6 +13,7 @@ from rich.text import Text
 from tangora.report import formats
 
 Value: TypeAlias = float | str | None
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Cell:
     """Longer text that is shown on demand."""
 
 
+def cell(text: str, *beneath: str, value: Value = None, kind: str = "", more: str = "") -> Cell:
+    """Make a cell, without those of the lines beneath that say nothing; it is sorted by its text or by a value."""
+    lines = [text, *(line for line in beneath if line != formats.MISSING)]
+    if value is None and text not in {"", formats.MISSING}:
+        value = text
+    return Cell(lines, value, kind, more)
+
+
+def number(value: float | None, write: Callable[[float], str], *beneath: str) -> Cell:
+    """Make a cell of a number, by which it is sorted."""
+    return cell(formats.MISSING if value is None else write(value), *beneath, value=value)
+
+
 @dataclass(frozen=True)
 class Table:
     """Headers and rows of cells, the first of which names the row; on a page its id is ``<name>-table``."""
@@ -37,11 +51,37 @@ class Table:
     caption: str
     headers: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    words: Sequence[int] = ()
-    """Indices of columns that hold words, which are set to the left."""
+    words: Sequence[str] = ()
+    """Headers of columns that hold words, which are set to the left."""
     sortable: bool = True
     filters: Sequence[str] = ()
     """Headers of columns by which a page's form filters the rows."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        caption: str,
+        items: Iterable[_Item],
+        columns: Mapping[str, Callable[[_Item], Cell | str]],
+        **options: Any,
+    ) -> "Table":
+        """Make a table with a row for each item."""
+        rows = [[write(item) for write in columns.values()] for item in items]
+        return cls.texts(name, caption, list(columns), rows, **options)
+
+    @classmethod
+    def texts(
+        cls,
+        name: str,
+        caption: str,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[Cell | str]],
+        **options: Any,
+    ) -> "Table":
+        """Make a table of which some cells are mere text."""
+        cells = [[cell(one) if isinstance(one, str) else one for one in row] for row in rows]
+        return cls(name, caption, headers, cells, **options)
 
     def choices(self, header: str) -> list[tuple[str, str]]:
         """List the values of a column and how they are written; those of the first keep the order of the rows."""
@@ -57,27 +97,20 @@ class Table:
     def only(self, headers: Mapping[str, str]) -> "Table":
         """Keep some columns, under shorter headers."""
         kept = [index for index, header in enumerate(self.headers) if header in headers]
-        return Table(
-            self.name,
-            self.caption,
-            [headers[self.headers[index]] for index in kept],
-            [[row[index] for index in kept] for row in self.rows],
+        return replace(
+            self,
+            headers=[headers[self.headers[index]] for index in kept],
+            rows=[[row[index] for index in kept] for row in self.rows],
         )
 
-
-def cell(text: str, value: Value = None) -> Cell:
-    """Make a cell of one line."""
-    return Cell([text], value)
-
-
-def number_cell(value: float | None, *lines: str) -> Cell:
-    """Make a cell of a number, without those of the lines beneath it that say nothing."""
-    return Cell([lines[0], *(line for line in lines[1:] if line != formats.MISSING)], value)
-
-
-def text_table(name: str, caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Make a table of plain texts, in an order that says something."""
-    return Table(name, caption, headers, [[cell(text) for text in row] for row in rows], sortable=False)
+    def filled(self) -> "Table":
+        """Leave out the columns that are empty."""
+        filled = {
+            header: header
+            for index, header in enumerate(self.headers)
+            if any(row[index].lines[0] != formats.MISSING for row in self.rows)
+        }
+        return self.only(filled)
 
 
 def terminal_table(

@@ -21,8 +21,7 @@ from tangora.report.drawing.styles import recipe_styles
 from tangora.report.files import write_atomic
 from tangora.report.layout import Repeat, render
 from tangora.report.records import Comparison, Record
-from tangora.report.statistics.judgement import Row, judge, summarize
-from tangora.report.statistics.recommendation import has_comparable_times, recommend
+from tangora.report.statistics.judgement import Row, has_comparable_times, judge, recommend, summarize
 from tangora.report.statistics.selection import group_by_recipe, judged_runs
 
 _PANEL_SIZE = (5.5, 4.0)

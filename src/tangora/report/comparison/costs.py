@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from tangora.report import formats
-from tangora.report.comparison.results_table import cost_columns, result_columns, rows_table
+from tangora.report.comparison.results_table import costs_table
 from tangora.report.comparison.setup import busy_sentences
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
 from tangora.report.drawing.panels import Panel, Series
@@ -53,12 +53,6 @@ COSTS = (
 
 def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
     """Show what each recipe costs, and what is bought with it."""
-    table = rows_table(
-        "costs",
-        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. Memory: the largest.",
-        [result_columns(comparison.metric)[0], *cost_columns()],
-        rows,
-    )
     charts = [
         panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=_says(best))
         for cost in COSTS
@@ -73,7 +67,7 @@ def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
         "costs",
         "Quality and cost",
         sentences=busy_sentences(comparison, rows),
-        table=table,
+        table=costs_table(rows),
         notes=[f"{dotted}Bars: 95 % intervals."] if charts else [],
         charts=charts,
         keyed=True,

@@ -14,7 +14,7 @@ from tangora.report.layout import Section
 from tangora.report.records import Comparison, Flatness, Forgetting
 from tangora.report.statistics.intervals import Interval, estimate
 from tangora.report.statistics.judgement import Row, runs_behind
-from tangora.report.table import Cell, Table, cell, number_cell
+from tangora.report.table import Cell, Table, cell, number
 
 _MEASURES: dict[str, Callable[[Flatness], float | None]] = {
     "train loss": lambda flat: flat.train_loss,
@@ -107,24 +107,22 @@ def flatness_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
         for header, value in _MEASURES.items()
         if any(value(flat) is not None for flats in measured.values() for flat in flats)
     }
-    return Table(
-        "flatness",
-        "How flat the loss is at the end of the runs behind the results, next to the generalisation gap.",
-        ["recipe", *shown],
-        [
-            [cell(recipe, recipe), *(_flatness_cell(flats, value) for value in shown.values())]
-            for recipe, flats in measured.items()
-        ],
+    columns = {
+        header: lambda item, value=value: _flatness_cell(item[1], value) for header, value in shown.items()
+    }
+    caption = (
+        "How flat the loss is at the end of the runs behind the results, next to the generalisation gap."
     )
+    return Table.of("flatness", caption, measured.items(), {"recipe": lambda item: item[0], **columns})
 
 
 def _flatness_cell(flats: Sequence[Flatness], value: Callable[[Flatness], float | None]) -> Cell:
-    values = [number for flat in flats if (number := value(flat)) is not None]
+    values = [found for flat in flats if (found := value(flat)) is not None]
     if not values:
         return cell(formats.MISSING)
     mean, noise = _mean(values)
     ends = [formats.significant(end) for end in noise or ()]
-    return number_cell(mean, formats.significant(mean), " to ".join(ends) or formats.MISSING)
+    return number(mean, formats.significant, " to ".join(ends) or formats.MISSING)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, Interval | None]:
@@ -185,18 +183,14 @@ def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section |
     }
     if not found:
         return None
-    table = Table(
+    means = {
+        header: lambda item, part=part: _forgetting_cell(item[1], part) for header, part in _FORGOTTEN.items()
+    }
+    table = Table.of(
         "forgetting",
         "Loss per token, in nats, on text unrelated to the task.",
-        ["recipe", *_FORGOTTEN, "seeds"],
-        [
-            [
-                cell(recipe, recipe),
-                *(_forgetting_cell([part(item) for item in items]) for part in _FORGOTTEN.values()),
-                cell(str(len(items)), len(items)),
-            ]
-            for recipe, items in found.items()
-        ],
+        found.items(),
+        {"recipe": lambda item: item[0], **means, "seeds": lambda item: number(len(item[1]), str)},
     )
     texts = sorted({formats.plural(item.num_texts, "text") for items in found.values() for item in items})
     notes = [
@@ -205,6 +199,6 @@ def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section |
     return Section("forgetting", "Forgetting", table=table, notes=notes)
 
 
-def _forgetting_cell(values: Sequence[float]) -> Cell:
-    mean, noise = _mean(values)
-    return number_cell(mean, formats.metric(mean), formats.interval(noise))
+def _forgetting_cell(items: Sequence[Forgetting], part: Callable[[Forgetting], float]) -> Cell:
+    mean, noise = _mean([part(item) for item in items])
+    return number(mean, formats.metric, formats.interval(noise))

@@ -12,7 +12,7 @@ from tangora.report.records import Comparison
 from tangora.report.statistics.judgement import BASELINE, CEILING, Row
 from tangora.report.statistics.robustness import Robustness, robustness
 from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
-from tangora.report.table import Cell, Table, cell, number_cell
+from tangora.report.table import Table, cell, number
 
 _MAX_TICKS = 9
 
@@ -35,18 +35,24 @@ def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None
     )
     if not found:
         return Section("sweep-title", panel.title, charts=[chart], keyed=True)
-    table = Table(
+    table = Table.of(
         "robustness",
         "How much a recipe depends on its learning rate.",
-        [
-            "recipe",
-            "best rate",
-            "rates within 2 %",
-            "largest / smallest",
-            f"at {CEILING}'s best rate",
-            "at 3 times its best",
-        ],
-        [_cells(item) for item in found.values()],
+        found.values(),
+        {
+            "recipe": lambda item: item.recipe,
+            "best rate": lambda item: number(item.learning_rate, formats.learning_rate),
+            "rates within 2 %": lambda item: cell(_good_rates(item), value=item.low),
+            "largest / smallest": lambda item: cell(_ratio(item), value=item.width),
+            f"at {CEILING}'s best rate": lambda item: cell(
+                {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over],
+                formats.learning_rate(item.full_rate),
+                value=item.full_rate,
+            ),
+            "at 3 times its best": lambda item: cell(
+                item.tripled, formats.learning_rate(item.tripled_rate), value=item.tripled_rate or ""
+            ),
+        },
     )
     notes = [
         (
@@ -138,18 +144,9 @@ def rate_ticks(rates: Sequence[float]) -> list[float]:
     return [10.0**exponent for exponent in exponents]
 
 
-def _cells(item: Robustness) -> list[Cell]:
-    carries = {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over]
+def _ratio(item: Robustness) -> str:
     bound = "at least " if item.open_low or item.open_high else ""
-    width = formats.MISSING if item.width == 1 else f"{bound}{item.width:.3g}"
-    return [
-        cell(item.recipe, item.recipe),
-        cell(formats.learning_rate(item.learning_rate), item.learning_rate),
-        cell(_good_rates(item), item.low),
-        cell(width, item.width),
-        number_cell(item.full_rate, carries, formats.learning_rate(item.full_rate)),
-        number_cell(item.tripled_rate, item.tripled, formats.learning_rate(item.tripled_rate)),
-    ]
+    return formats.MISSING if item.width == 1 else f"{bound}{item.width:.3g}"
 
 
 def _good_rates(item: Robustness) -> str:

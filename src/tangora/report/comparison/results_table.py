@@ -1,7 +1,7 @@
 """The rows of a comparison as the table of results: on the page, in a terminal and as CSV."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,108 +12,71 @@ from tangora.report.comparison.setup import busy_sentences, setup_line
 from tangora.report.files import write_atomic
 from tangora.report.layout import Section
 from tangora.report.records import Comparison
-from tangora.report.statistics.intervals import Interval
 from tangora.report.statistics.judgement import BASELINE, CEILING, Row
-from tangora.report.table import Cell, Table, Value, csv_text, terminal_table
+from tangora.report.table import Cell, Table, cell, csv_text, number, terminal_table
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the table of results."""
-
-    header: str
-    text: Callable[[Row], str]
-    value: Callable[[Row], Value] = lambda _: None
-    """What it is sorted by."""
-    short: str = ""
-    """The header in a terminal; empty leaves the column out there."""
-    beneath: bool = False
-    """Whether the page, to stay narrow, shows it beneath the cell to its left."""
-
-
-def result_columns(metric: str) -> list[Column]:
-    """List the columns that say how good each recipe is, the recipe's name first."""
-    return [
-        Column("recipe", lambda row: row.recipe, lambda row: row.recipe, "recipe"),
-        number_column(f"test {metric}", "test", formats.metric, f"test\n{metric}"),
-        _interval("95 % interval", "interval", formats.interval, "95 %\ninterval"),
-        number_column(f"vs {BASELINE}", "difference", formats.difference, f"vs\n{BASELINE}"),
-        _interval(f"95 % interval vs {BASELINE}", "difference_interval", _signed),
-        Column(f"corrected p vs {BASELINE}", lambda row: formats.p_value(row.p_corrected), beneath=True),
-        number_column(f"vs {CEILING}", "versus_full", formats.difference),
-        _interval(f"95 % interval vs {CEILING}", "versus_full_interval", _signed),
-        number_column("gap closed", "gap_closed", formats.share, "gap\nclosed"),
-        _interval("95 % interval of the gap closed", "gap_closed_interval", formats.shares),
-        Column(
-            "learning rate",
-            lambda row: formats.learning_rate(row.learning_rate) + _EDGE_MARKS[row.edge],
-            lambda row: row.learning_rate,
-            "rate",
+def _quality(metric: str) -> dict[str, Callable[[Row], Cell | str]]:
+    return {
+        "recipe": lambda row: row.recipe,
+        f"test {metric}": lambda row: number(row.test, formats.metric, formats.interval(row.interval)),
+        f"vs {BASELINE}": lambda row: number(
+            row.difference,
+            formats.difference,
+            formats.interval(row.difference_interval, sign=True),
+            formats.p_value(row.p_corrected),
         ),
-        number_column("seeds", "num_seeds", str, "seeds"),
-        number_column("validation loss", "validation_loss", formats.metric),
-        Column(
-            "diverged, failed runs",
-            lambda row: f"{row.num_diverged}, {row.num_failed} of {row.num_runs}",
-            lambda row: row.num_diverged + row.num_failed,
+        f"vs {CEILING}": lambda row: number(
+            row.versus_full, formats.difference, formats.interval(row.versus_full_interval, sign=True)
         ),
-    ]
+        "gap closed": lambda row: number(
+            row.gap_closed, formats.share, formats.shares(row.gap_closed_interval)
+        ),
+        "learning rate": lambda row: cell(_rate(row), value=row.learning_rate),
+        "seeds": lambda row: number(row.num_seeds, str),
+        "validation loss": lambda row: number(row.validation_loss, formats.metric),
+        "diverged, failed runs": lambda row: cell(
+            f"{row.num_diverged}, {row.num_failed} of {row.num_runs}",
+            value=row.num_diverged + row.num_failed,
+        ),
+    }
 
 
-def cost_columns() -> list[Column]:
-    """List the columns that say what each recipe costs."""
-    return [
-        number_column("time per run", "seconds", formats.seconds, "time"),
-        _range("range of the time", "seconds_range", formats.seconds),
-        number_column("optimizer step", "step_milliseconds", formats.milliseconds, "opt.\nstep"),
-        _range("range of the optimizer step", "step_milliseconds_range", formats.milliseconds),
-        number_column("optimizer state", "optimizer_state_bytes", formats.size, "opt.\nstate"),
-        number_column("peak memory", "peak_bytes", formats.size),
-        number_column("trained", "trainable_parameters", formats.count),
-    ]
+def _rate(row: Row) -> str:
+    return formats.learning_rate(row.learning_rate) + _EDGE_MARKS[row.edge]
 
 
-def number_column(header: str, field: str, write: Callable[[Any], str], short: str = "") -> Column:
-    """Make a column of one field of the rows."""
-    return Column(header, lambda row: write(getattr(row, field)), lambda row: getattr(row, field), short)
+_COSTS: dict[str, Callable[[Row], Cell | str]] = {
+    "recipe": lambda row: row.recipe,
+    "time per run": lambda row: number(
+        row.seconds, formats.seconds, formats.span(row.seconds_range, formats.seconds)
+    ),
+    "optimizer step": lambda row: number(
+        row.step_milliseconds,
+        formats.milliseconds,
+        formats.span(row.step_milliseconds_range, formats.milliseconds),
+    ),
+    "optimizer state": lambda row: number(row.optimizer_state_bytes, formats.size),
+    "peak memory": lambda row: number(row.peak_bytes, formats.size),
+    "trained": lambda row: number(row.trainable_parameters, formats.count),
+}
 
 
-def _interval(header: str, field: str, write: Callable[[Any], str], short: str = "") -> Column:
-    return Column(header, lambda row: write(getattr(row, field)), short=short, beneath=True)
-
-
-def _range(header: str, field: str, write: Callable[[Any], str]) -> Column:
-    return Column(header, lambda row: formats.span(getattr(row, field), write), beneath=True)
-
-
-def _signed(value: Interval | None) -> str:
-    return formats.interval(value, sign=True)
-
-
-def rows_table(name: str, caption: str, wanted: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """Make a table for a page, without the columns that are empty."""
-    shown = [column for column in wanted if any(column.text(row) != formats.MISSING for row in rows)]
-    headers = [column.header for column in shown if not column.beneath]
-    return Table(name, caption, headers, [_cells(shown, row) for row in rows])
-
-
-def _cells(shown: Sequence[Column], row: Row) -> list[Cell]:
-    cells: list[Cell] = []
-    for column in shown:
-        text = column.text(row)
-        if not column.beneath:
-            cells.append(Cell([text], column.value(row)))
-        elif text != formats.MISSING:
-            cells[-1] = Cell([*cells[-1].lines, text], cells[-1].value)
-    return cells
+def costs_table(rows: Sequence[Row]) -> Table:
+    """Make the table of what each recipe costs."""
+    caption = (
+        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. "
+        "Memory: the largest."
+    )
+    return Table.of("costs", caption, rows, _COSTS).filled()
 
 
 def results_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
     """Show how good each recipe is."""
     caption = "Each recipe at the learning rate that is best on validation data."
-    table = rows_table("results", caption, result_columns(comparison.metric), rows)
+    table = Table.of("results", caption, rows, _quality(comparison.metric)).filled()
     return Section("results", "Results", table=table, notes=_notes(rows, comparison))
 
 
@@ -143,15 +106,24 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
 
 def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
     """Make the table of results for a terminal."""
-    every = [*result_columns(comparison.metric), *cost_columns()]
-    shown = [column for column in every if column.short]
+    columns: dict[str, Callable[[Row], str]] = {
+        "recipe": lambda row: row.recipe,
+        f"test\n{comparison.metric}": lambda row: formats.metric(row.test),
+        "95 %\ninterval": lambda row: formats.interval(row.interval),
+        f"vs\n{BASELINE}": lambda row: formats.difference(row.difference),
+        "gap\nclosed": lambda row: formats.share(row.gap_closed),
+        "rate": _rate,
+        "seeds": lambda row: str(row.num_seeds),
+        "time": lambda row: formats.seconds(row.seconds),
+        "opt.\nstep": lambda row: formats.milliseconds(row.step_milliseconds),
+        "opt.\nstate": lambda row: formats.size(row.optimizer_state_bytes),
+    }
     return terminal_table(
         f"{comparison.title}\n{setup_line(comparison)}".strip(),
-        [column.short for column in shown],
-        [[column.text(row) for column in shown] for row in rows],
+        list(columns),
+        [[write(row) for write in columns.values()] for row in rows],
         caption=_legend(comparison, rows),
-        # In a narrow terminal only names and intervals wrap; numbers stay whole.
-        wrapped=[i for i, column in enumerate(shown) if i == 0 or "interval" in column.header],
+        wrapped=(0, 2),  # in a narrow terminal only names and intervals wrap; numbers stay whole
         tight=True,
     )
 

@@ -10,7 +10,7 @@ from tangora.report.layout import Section, flat
 from tangora.report.records import Comparison, Record
 from tangora.report.statistics.judgement import Row, runs_behind
 from tangora.report.statistics.selection import group_by_recipe, num_steps
-from tangora.report.table import Cell, Table, cell, csv_text
+from tangora.report.table import Cell, Table, cell, csv_text, number
 
 _ERROR_CHARACTERS = 120
 
@@ -27,17 +27,33 @@ def runs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
 def _runs_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     metric, result = comparison.metric, _in_result(comparison, rows)
     shared = _shared_settings(comparison.records)
-    return Table(
-        name="runs",
-        caption="Every run, also those that went wrong. “In result” marks the runs behind the test numbers above.",
-        headers=[
-            "recipe", "learning rate", "seed", "stage", "status", "in result", f"validation {metric}",
-            f"test {metric}", "time", "details",
-        ],
-        rows=[_cells(run, metric, shared, in_result=run.id in result) for run in _ordered(comparison, rows)],
-        words=(3, 4, 9),
+    return Table.of(
+        "runs",
+        "Every run, also those that went wrong. “In result” marks the runs behind the test numbers above.",
+        _ordered(comparison, rows),
+        {
+            "recipe": lambda run: run.recipe,
+            "learning rate": lambda run: number(run.learning_rate, formats.learning_rate),
+            "seed": lambda run: number(run.seed, str),
+            "stage": lambda run: run.stage,
+            "status": _status_cell,
+            "in result": lambda run: cell("yes", value=0) if run.id in result else cell("", value=1),
+            f"validation {metric}": lambda run: _metric_cell(run, "validation", metric),
+            f"test {metric}": lambda run: _metric_cell(run, "test", metric),
+            "time": lambda run: number(run.time.total, formats.seconds),
+            "details": lambda run: cell(_error_head(run), more=_details(run, shared)),
+        },
+        words=("stage", "status", "details"),
         filters=("recipe", "status", "stage"),
-    )  # fmt: skip
+    )
+
+
+def _status_cell(run: Record) -> Cell:
+    return cell(run.status.replace("_", " "), value=run.status, kind=run.status)
+
+
+def _metric_cell(run: Record, split: str, metric: str) -> Cell:
+    return number(run.metrics.get(split, {}).get(metric), formats.metric)
 
 
 def _ordered(comparison: Comparison, rows: Sequence[Row]) -> list[Record]:
@@ -51,26 +67,6 @@ def _ordered(comparison: Comparison, rows: Sequence[Row]) -> list[Record]:
 
 def _in_result(comparison: Comparison, rows: Sequence[Row]) -> set[str]:
     return {run.id for runs in runs_behind(comparison, rows).values() for run in runs}
-
-
-def _cells(run: Record, metric: str, shared: Mapping[str, str], *, in_result: bool) -> list[Cell]:
-    validation, test = (run.metrics.get(split, {}).get(metric) for split in ("validation", "test"))
-    return [
-        cell(run.recipe, run.recipe),
-        cell(formats.learning_rate(run.learning_rate), run.learning_rate),
-        cell(str(run.seed), run.seed),
-        cell(run.stage, run.stage),
-        Cell([_status(run)], run.status, kind=run.status),
-        cell("yes" if in_result else "", 0 if in_result else 1),
-        cell(formats.metric(validation), validation),
-        cell(formats.metric(test), test),
-        cell(formats.seconds(run.time.total), run.time.total),
-        Cell([_error_head(run)], _error_head(run), more=_details(run, shared)),
-    ]
-
-
-def _status(run: Record) -> str:
-    return run.status.replace("_", " ")
 
 
 def _error_head(run: Record) -> str:
@@ -120,28 +116,23 @@ def trouble_section(comparison: Comparison, rows: Sequence[Row]) -> Section | No
             groups[run.recipe, run.status, _error_head(run)].append(run)
     if not groups:
         return None
-    table = Table(
-        name="trouble",
-        caption="Runs that did not finish, with the reason.",
-        headers=["recipe", "status", "runs", "learning rates", "seeds", "reason"],
-        rows=[
-            [
-                cell(recipe, recipe),
-                Cell([_status(runs[0])], name, kind=name),
-                cell(str(len(runs)), len(runs)),
-                cell(_each(runs, lambda run: run.learning_rate, formats.learning_rate)),
-                cell(_each(runs, lambda run: run.seed, str)),
-                cell(reason, reason),
-            ]
-            for (recipe, name, reason), runs in groups.items()
-        ],
-        words=(1, 3, 4, 5),
+    table = Table.of(
+        "trouble",
+        "Runs that did not finish, with the reason.",
+        groups.values(),
+        {
+            "recipe": lambda runs: runs[0].recipe,
+            "status": lambda runs: _status_cell(runs[0]),
+            "runs": lambda runs: number(len(runs), str),
+            "learning rates": lambda runs: ", ".join(
+                map(formats.learning_rate, sorted({run.learning_rate for run in runs}))
+            ),
+            "seeds": lambda runs: ", ".join(map(str, sorted({run.seed for run in runs}))),
+            "reason": lambda runs: _error_head(runs[0]),
+        },
+        words=("status", "learning rates", "seeds", "reason"),
     )
     return Section("trouble", "Runs that went wrong", table=table)
-
-
-def _each(runs: Sequence[Record], value: Any, write: Any) -> str:
-    return ", ".join(write(found) for found in sorted({value(run) for run in runs}))
 
 
 def _runs_csv(comparison: Comparison, rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from tangora.report.layout import Section
 from tangora.report.records import Comparison
 from tangora.report.statistics.judgement import BASELINE, Row
 from tangora.report.statistics.speed import Speed, speeds
-from tangora.report.table import Cell, Table, cell
+from tangora.report.table import Table, cell, number
 
 _FEW_STEPS = 5  # a mean over fewer training losses is as noisy as a batch
 
@@ -19,11 +19,22 @@ def speed_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None
     if not found:
         return None
     lora = found[BASELINE]
-    table = Table(
-        name="speed",
-        caption=f"Until {BASELINE}'s final {lora.quality}, {formats.metric(lora.target)}, is reached.",
-        headers=["recipe", "optimizer steps", "time", f"time, {BASELINE} = 1", "seeds that reach it"],
-        rows=[_speed_cells(item, lora) for item in found.values()],
+    table = Table.of(
+        "speed",
+        f"Until {BASELINE}'s final {lora.quality}, {formats.metric(lora.target)}, is reached.",
+        found.values(),
+        {
+            "recipe": lambda item: item.recipe,
+            "optimizer steps": lambda item: number(item.steps, "{:.0f}".format),
+            "time": lambda item: number(item.seconds, formats.seconds),
+            f"time, {BASELINE} = 1": lambda item: number(
+                item.seconds / lora.seconds if item.seconds is not None and lora.seconds else None,
+                "{:.2f}".format,
+            ),
+            "seeds that reach it": lambda item: cell(
+                f"{item.num_reached} of {item.num_seeds}", value=item.num_reached
+            ),
+        },
     )
     notes = [
         (
@@ -39,18 +50,6 @@ def _averaged(lora: Speed) -> str:
     if lora.window is None:
         return ""
     return f"Training losses are means over {formats.plural(lora.window, 'step')}."
-
-
-def _speed_cells(item: Speed, lora: Speed) -> list[Cell]:
-    steps = formats.MISSING if item.steps is None else f"{item.steps:.0f}"
-    ratio = item.seconds / lora.seconds if item.seconds is not None and lora.seconds else None
-    return [
-        cell(item.recipe, item.recipe),
-        cell(steps, item.steps),
-        cell(formats.seconds(item.seconds), item.seconds),
-        cell(formats.MISSING if ratio is None else f"{ratio:.2f}", ratio),
-        cell(f"{item.num_reached} of {item.num_seeds}", item.num_reached),
-    ]
 
 
 def speed_verdict(found: Mapping[str, Speed]) -> list[str]:

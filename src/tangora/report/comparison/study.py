@@ -1,7 +1,7 @@
 """Several comparisons, one per task, on one page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
@@ -21,7 +21,7 @@ from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, Row, summarize
 from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
-from tangora.report.table import Cell, Table, cell, csv_text, number_cell
+from tangora.report.table import Cell, Table, cell, csv_text, number
 
 _STUDY_FILE = "study.json"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
@@ -141,25 +141,16 @@ def _link(name: str, comparison: Comparison) -> Link:
 
 def _results(study: _Study) -> Section:
     ranks = study.matrix.mean_ranks
-    by_task = {task: {row.recipe: row for row in rows} for task, rows in study.rows.items()}
-    headers = ["recipe", *(["mean rank"] if ranks else []), *by_task]
-    lines = [
-        [
-            cell(recipe, recipe),
-            *([_rank_cell(ranks.get(recipe))] if ranks else []),
-            *(
-                _result_cell(rows.get(recipe), study.against_lora.get((task, recipe)))
-                for task, rows in by_task.items()
-            ),
-        ]
-        for recipe in _recipes(study)
-    ]
-    table = Table(
-        "results",
-        f"Test metric of each recipe on each task, and what it is against {BASELINE}.",
-        headers,
-        lines,
-    )
+    columns: dict[str, Callable[[str], Cell | str]] = {"recipe": str}
+    if ranks:
+        columns["mean rank"] = lambda recipe: number(ranks.get(recipe), "{:.2f}".format)
+    for task, rows in study.rows.items():
+        by_recipe = {row.recipe: row for row in rows}
+        columns[task] = lambda recipe, task=task, by_recipe=by_recipe: _result_cell(
+            by_recipe.get(recipe), study.against_lora.get((task, recipe))
+        )
+    caption = f"Test metric of each recipe on each task, and what it is against {BASELINE}."
+    table = Table.of("results", caption, _recipes(study), columns)
     notes = [
         (
             f"Beneath a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie or ▼ loss. A "
@@ -177,32 +168,28 @@ def _recipes(study: _Study) -> list[str]:
     return [*study.matrix.recipes, *sorted(names - set(study.matrix.recipes))]
 
 
-def _rank_cell(rank: float | None) -> Cell:
-    return cell(formats.MISSING if rank is None else f"{rank:.2f}", rank)
-
-
 def _result_cell(row: Row | None, duel: Duel | None) -> Cell:
     if row is None or row.test is None:
-        return cell(formats.MISSING if row is None else "no result")
-    lines = [formats.metric(row.test), formats.interval(row.interval)]
-    if duel is None:
-        return number_cell(row.test, *lines)
-    told = "cannot tell" if duel.outcome is None else f"{_SIGNS[duel.outcome]} {duel.outcome}"
-    made = number_cell(row.test, *lines, f"{formats.difference(duel.difference)} {told}")
-    return Cell(made.lines, made.value, kind=duel.outcome or "")
+        return Cell([formats.MISSING if row is None else "no result"])
+    lines = [formats.interval(row.interval)]
+    if duel is not None:
+        told = "cannot tell" if duel.outcome is None else f"{_SIGNS[duel.outcome]} {duel.outcome}"
+        lines.append(f"{formats.difference(duel.difference)} {told}")
+    kind = (duel and duel.outcome) or ""
+    return cell(formats.metric(row.test), *lines, value=row.test, kind=kind)
 
 
 def _pairs(found: TaskMatrix) -> Section | None:
     if len(found.recipes) < 2:
         return None
-    table = Table(
-        name="pairs",
-        caption="Tasks that the recipe of the row wins – ties – loses against that of the column.",
-        headers=["recipe", *found.recipes],
-        rows=[
-            [cell(ours, ours), *(_pair_cell(found, ours, other) for other in found.recipes)]
-            for ours in found.recipes
-        ],
+    columns = {
+        theirs: lambda ours, theirs=theirs: _pair_cell(found, ours, theirs) for theirs in found.recipes
+    }
+    table = Table.of(
+        "pairs",
+        "Tasks that the recipe of the row wins – ties – loses against that of the column.",
+        found.recipes,
+        {"recipe": str, **columns},
     )
     notes = [
         "Corrected for all pairs of recipes on all tasks (Holm); with few seeds hardly any difference remains."
@@ -216,24 +203,19 @@ def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
     count = found.count(ours, theirs)
     if not any(count.values()):
         return cell(formats.MISSING)
-    return cell(f"{count['win']} – {count['tie']} – {count['loss']}", count["win"] - count["loss"])
+    text = f"{count['win']} – {count['tie']} – {count['loss']}"
+    return cell(text, value=count["win"] - count["loss"])
 
 
 def _costs(study: _Study) -> Section | None:
-    recipes = _recipes(study)
-    ratios = {cost: [_ratio(study.rows, recipe, cost) for recipe in recipes] for cost in COSTS}
-    known = {cost: column for cost, column in ratios.items() if any(ratio is not None for ratio in column)}
-    if not known:
+    columns = {
+        cost.title: lambda recipe, cost=cost: number(_ratio(study.rows, recipe, cost), _ratio_text)
+        for cost in COSTS
+    }
+    caption = f"What a run costs, {BASELINE} = 1."
+    table = Table.of("costs", caption, _recipes(study), {"recipe": str, **columns}).filled()
+    if len(table.headers) == 1:
         return None
-    table = Table(
-        name="costs",
-        caption=f"What a run costs, {BASELINE} = 1.",
-        headers=["recipe", *(cost.title for cost in known)],
-        rows=[
-            [cell(recipe, recipe), *(_ratio_cell(column[index]) for column in known.values())]
-            for index, recipe in enumerate(recipes)
-        ],
-    )
     notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
     return Section("costs", "Costs", table=table, notes=notes)
 
@@ -248,10 +230,8 @@ def _ratio(rows: Rows, recipe: str, cost: Cost) -> float | None:
     return math.exp(fmean(logs)) if logs else None
 
 
-def _ratio_cell(ratio: float | None) -> Cell:
-    return cell(
-        formats.MISSING if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}", ratio
-    )
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def tasks_verdict(found: TaskMatrix) -> list[str]:

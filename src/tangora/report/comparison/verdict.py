@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from tangora.report import formats
 from tangora.report.statistics.intervals import ALPHA
-from tangora.report.statistics.judgement import BASELINE, CEILING, Row
-from tangora.report.statistics.recommendation import Recommendation
+from tangora.report.statistics.judgement import BASELINE, CEILING, Recommendation, Row
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:

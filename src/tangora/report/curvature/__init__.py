@@ -1,8 +1,12 @@
 """From a measurement of curvature to sentences, terminal tables, pictures and one self-contained page."""
 
 from tangora.report.curvature.curvature_findings import FACTORS, findings
-from tangora.report.curvature.curvature_page import render_curvature, save_curvature_pictures, write_curvature
-from tangora.report.curvature.curvature_tables import curvature_tables
+from tangora.report.curvature.curvature_page import (
+    curvature_tables,
+    render_curvature,
+    save_curvature_pictures,
+    write_curvature,
+)
 from tangora.report.curvature.record import (
     BatchCurvature,
     BatchNoise,

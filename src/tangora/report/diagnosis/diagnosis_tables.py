@@ -15,7 +15,7 @@ from tangora.report.diagnosis.diagnosis_findings import (
     needed,
     ranks_text,
 )
-from tangora.report.table import Table, terminal_table, text_table
+from tangora.report.table import Table, terminal_table
 
 _MAX_WORST = 5
 _OTHERS = "on other examples"
@@ -47,7 +47,8 @@ def kind_table(diagnosis: Diagnosis) -> Table:
         ]
         for row in kind_rows(diagnosis)
     ]
-    return text_table("kinds", "Share of the gradient’s energy that an adapter captures.", headers, rows)
+    caption = "Share of the gradient’s energy that an adapter captures."
+    return Table.texts("kinds", caption, headers, rows, sortable=False)
 
 
 def _has_own_adapter(diagnosis: Diagnosis) -> bool:
@@ -87,9 +88,8 @@ def layer_table(diagnosis: Diagnosis) -> Table:
             layer.ranks_needed[str(share)], layer.gradient.largest_rank
         )
     columns["planned rank"] = lambda layer: str(diagnosis.plan.ranks[layer.name])
-    rows = [[write(layer) for write in columns.values()] for layer in diagnosis.layers]
     caption = "Captured energy of the adapter and of each initialization, in the order of the model."
-    return text_table("layers", caption, list(columns), rows)
+    return Table.of("layers", caption, diagnosis.layers, columns, sortable=False)
 
 
 def _adapter_columns(*, plain: bool) -> dict[str, Callable[[LayerDiagnosis], str]]:
@@ -121,28 +121,24 @@ def _norm(layer: LayerDiagnosis) -> str:
 def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     """Make the tables for a terminal."""
     ranks = ranks_text(layer.rank for layer in diagnosis.layers)
-    worst = [
-        [
-            layer.name,
-            formats.small_share(diagnosis.missed_share(layer)),
-            formats.small_share(
+    worst = Table.of(
+        "worst",
+        "",
+        diagnosis.starving(_MAX_WORST),
+        {
+            "layer": lambda layer: layer.name,
+            "missed": lambda layer: formats.small_share(diagnosis.missed_share(layer)),
+            "captured": lambda layer: formats.small_share(
                 layer.adapter.captured_energy if layer.adapter else next(iter(layer.starts.values()), 0.0)
             ),
-            formats.small_share(layer.reachable),
-            str(diagnosis.plan.ranks[layer.name]),
-        ]
-        for layer in diagnosis.starving(_MAX_WORST)
-    ]
+            "best": lambda layer: formats.small_share(layer.reachable),
+            "planned rank": lambda layer: str(diagnosis.plan.ranks[layer.name]),
+        },
+    )
+    title = f"Percentage of the gradient's energy that adapters of {ranks} capture"
     return [
-        terminal_table(
-            f"Percentage of the gradient's energy that adapters of {ranks} capture",
-            *_short_kinds(diagnosis),
-        ),
-        terminal_table(
-            "Layers with the largest missed parts, as shares of the whole gradient's energy",
-            ["layer", "missed", "captured", "best", "planned rank"],
-            worst,
-        ),
+        terminal_table(title, *_short_kinds(diagnosis)),
+        worst.rich("Layers with the largest missed parts, as shares of the whole gradient's energy"),
     ]
 
 
