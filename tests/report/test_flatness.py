@@ -15,8 +15,8 @@ from tangora.report.comparison.end_points import (
     rich_flatness,
 )
 from tangora.report.records import Flatness, SpaceFlatness
+from tests.report.pages import Page
 from tests.report.synthetic import make_comparison, make_record, realistic
-from tests.report.test_page import Page
 
 SEEDS = (0, 1, 2)
 

@@ -10,8 +10,8 @@ from tangora.report.comparison.differences import differences_figure
 from tangora.report.comparison.study import tasks_verdict
 from tangora.report.drawing.pictures import draw_picture
 from tangora.report.statistics.tasks import matrix
+from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic, save_comparison
-from tests.report.test_page import Page
 
 NEAR = {"lora": 0.0, "tangent": 0.01, "dora": -0.01, "full": 0.02}
 
