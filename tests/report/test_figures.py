@@ -24,7 +24,7 @@ def history(losses, start=1):
 
 
 def loss_figure(comparison, rows):
-    return panel_figure(loss_panel(comparison, rows), {})
+    return panel_figure(loss_panel("", loss_curves(comparison, rows)), {})
 
 
 def sweep_figure(comparison, rows):
@@ -65,10 +65,8 @@ def test_loss_curve_is_the_mean_over_seeds():
             make_record(seed=1, history=history([4.0, 3.0, 2.0, 9.0])),  # one step more: not shared
         ]
     )
-    assert curve.steps.tolist() == [1, 2, 3]
-    assert curve.mean.tolist() == [3.5, 2.5, 1.5]
-    assert curve.low.tolist() == [3.0, 2.0, 1.0]
-    assert curve.high.tolist() == [4.0, 3.0, 2.0]
+    assert (curve.x, curve.y) == ((1, 2, 3), (3.5, 2.5, 1.5))
+    assert (curve.low, curve.high) == ((3.0, 2.0, 1.0), (4.0, 3.0, 2.0))
 
 
 def test_no_curve_without_shared_steps_or_finished_runs():
@@ -92,17 +90,16 @@ def test_smoothing_keeps_lines_and_their_length():
 def test_raw_losses_are_on_hover():
     comparison, rows = realistic(), realistic_rows()
     curve = loss_curves(comparison, rows)[0]
-    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.recipe)
-    assert list(line.customdata) == pytest.approx(curve.mean.tolist(), rel=1e-4)
-    assert list(line.y) != curve.mean.tolist()
+    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.name)
+    assert list(line.customdata) == pytest.approx(curve.data, rel=1e-4)
+    assert list(line.y) == pytest.approx(curve.y, rel=1e-4) != curve.data
 
 
 def test_long_curves_are_thinned_to_their_ends():
-    comparison = make_comparison([make_record(history=history([1 / step for step in range(1, 2001)]))])
-    (curve,) = loss_panel(comparison, summarize(comparison)).series
+    (curve,) = curves([make_record(history=history([1 / step for step in range(1, 2001)]))])
     assert len(curve.x) == 300
     assert (curve.x[0], curve.x[-1]) == (1, 2000)
-    assert curve.data == pytest.approx([1 / step for step in curve.x], rel=1e-4)
+    assert curve.data == [1 / step for step in curve.x]
     assert np.diff(curve.x).max() <= 7
 
 
@@ -113,7 +110,7 @@ def test_evaluations_need_two_points():
 
     comparison = make_comparison([evaluated(0, [3.0, 1.0]), evaluated(1, [5.0, 2.0])])
     (curve,) = evaluation_curves(comparison, summarize(comparison), "loss")
-    assert (curve.mean.tolist(), curve.high.tolist()) == ([4.0, 1.5], [5.0, 2.0])
+    assert (curve.y, curve.high) == ((4.0, 1.5), (5.0, 2.0))
     assert evaluation_curves(comparison, summarize(comparison), "accuracy") == []
     once = make_comparison([evaluated(0, [3.0])])
     assert evaluation_curves(once, summarize(once), "loss") == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tangora.report import formats
 from tangora.report.comparison.costs import costs_section, time_section
-from tangora.report.comparison.curves import curve_sections, loss_panel, measured_sections
+from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
 from tangora.report.comparison.end_points import flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
 from tangora.report.comparison.results_table import results_section
@@ -70,7 +70,7 @@ def render_page(comparison: Comparison) -> str:
 def save_picture(comparison: Comparison, path: str | Path) -> Path:
     """Draw training losses and the learning-rate sweep side by side, and write them as PNG."""
     rows, path = summarize(comparison), Path(path)
-    losses = loss_panel(comparison, rows, "Training at the best learning rate")
+    losses = loss_panel("Training at the best learning rate", loss_curves(comparison, rows))
     sweep = sweep_panel(comparison, rows, "learning rate (ring: chosen, cross: diverged)")
     figure = Figure(path.stem, comparison.title, "", [losses, sweep])
     return save_pictures([figure], path.parent, size=_PANEL_SIZE)[0]

@@ -1,7 +1,6 @@
 """How the runs went: training losses, evaluations, and what was measured on the way of the optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import recipe_styles
+from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Chart, Section
 from tangora.report.records import Comparison, Record
 from tangora.report.statistics.judgement import Row, runs_behind
@@ -38,58 +37,58 @@ _CURVATURE = {
 }
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A quantity of one recipe at its best learning rate: mean, smallest and largest over the seeds."""
-
-    recipe: str
-    num_seeds: int
-    steps: Values
-    mean: Values
-    low: Values
-    high: Values
-
-    def smoothed(self) -> "Curve":
-        """Take centred moving averages."""
-        arrays = (smooth(values) for values in (self.mean, self.low, self.high))
-        return Curve(self.recipe, self.num_seeds, self.steps, *arrays)
-
-
-def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[Curve]:
-    """Average the training losses of each recipe over its seeds."""
+def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[Series]:
+    """Average the training losses of each recipe at its best learning rate over its seeds, and smooth them."""
     runs = runs_behind(comparison, rows)
-    return _curves(runs, lambda run: {entry.step: entry.loss for entry in run.history})
+    return _curves(runs, rows, lambda run: {entry.step: entry.loss for entry in run.history}, smoothed=True)
 
 
-def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[Curve]:
+def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[Series]:
     """Average the evaluations during training of each recipe over its seeds."""
     found = _curves(
         runs_behind(comparison, rows),
+        rows,
         lambda run: {
             entry.step: entry.metrics[metric] for entry in run.evaluations if metric in entry.metrics
         },
     )
-    return [curve for curve in found if curve.steps.size > 1]
+    return [curve for curve in found if len(curve.x) > 1]
 
 
 def _curves(
-    runs: Mapping[str, Sequence[Record]], values: Callable[[Record], Mapping[int, float]]
-) -> list[Curve]:
-    curves = [_curve(recipe, [values(run) for run in records]) for recipe, records in runs.items()]
-    return [curve for curve in curves if curve.steps.size]
+    runs: Mapping[str, Sequence[Record]],
+    rows: Sequence[Row],
+    values: Callable[[Record], Mapping[int, float]],
+    *,
+    smoothed: bool = False,
+) -> list[Series]:
+    looks = recipe_styles(row.recipe for row in rows)
+    curves = [
+        _curve(recipe, [values(run) for run in records], looks[recipe], smoothed=smoothed)
+        for recipe, records in runs.items()
+    ]
+    return [curve for curve in curves if curve.x]
 
 
-def _curve(recipe: str, by_step: Sequence[Mapping[int, float]]) -> Curve:
+def _curve(recipe: str, by_step: Sequence[Mapping[int, float]], look: Style, *, smoothed: bool) -> Series:
     # Only steps that every seed has: a mean over changing seeds would jump.
     steps = sorted(set.intersection(*(set(values) for values in by_step)))
+    # No screen could show all points of a long curve.
+    kept = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).round().astype(int)
     values = np.array([[run[step] for step in steps] for run in by_step], dtype=np.float64)
-    return Curve(
+    write = smooth if smoothed else np.asarray
+    mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    single = len(by_step) == 1
+    return Series(
         recipe,
-        len(by_step),
-        np.array(steps, dtype=np.float64),
-        values.mean(axis=0),
-        values.min(axis=0),
-        values.max(axis=0),
+        np.array(steps)[kept],
+        write(mean)[kept],
+        None if single else write(low)[kept],
+        None if single else write(high)[kept],
+        style="smooth",
+        look=look,
+        hover="step %{x}: %{y:.4g}" + (", raw %{customdata:.4g}" if smoothed else ""),
+        data=mean[kept].tolist() if smoothed else None,
     )
 
 
@@ -102,57 +101,20 @@ def smooth(values: Values) -> Values:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def curves_panel(
-    title: str, ylabel: str, curves: Sequence[Curve], rows: Sequence[Row], raw: Sequence[Curve] | None = None
-) -> Panel:
-    """Draw curves against the optimizer steps; a point of a smooth one tells the raw value."""
-    styles = recipe_styles(row.recipe for row in rows)
-    series = []
-    for index, curve in enumerate(curves):
-        kept = _kept(curve.steps.size)
-        single = curve.num_seeds == 1
-        series.append(
-            Series(
-                curve.recipe,
-                curve.steps[kept].astype(int),
-                _short(curve.mean[kept]),
-                None if single else _short(curve.low[kept]),
-                None if single else _short(curve.high[kept]),
-                style="smooth",
-                look=styles[curve.recipe],
-                hover="step %{x}: %{y:.4g}" + (", raw %{customdata:.4g}" if raw else ""),
-                data=_short(raw[index].mean[kept]) if raw else None,
-            )
-        )
-    return Panel(title, "optimizer step", ylabel, series, layout={"height": 440 if raw else 300})
-
-
-def _kept(size: int) -> NDArray[np.int_]:
-    # no screen could show all points of a long curve
-    return np.linspace(0, size - 1, min(size, _MAX_POINTS)).round().astype(int)
-
-
-def _short(values: Values) -> list[float]:
-    # Digits that nobody can see are most of a page.
-    return [float(f"{value:.5g}") for value in values]
-
-
-def loss_panel(comparison: Comparison, rows: Sequence[Row], title: str = "Training loss") -> Panel:
-    """Draw the training loss of each recipe at its best learning rate."""
-    raw = loss_curves(comparison, rows)
-    return curves_panel(title, "training loss", [curve.smoothed() for curve in raw], rows, raw)
+def loss_panel(title: str, losses: Sequence[Series]) -> Panel:
+    """Draw the training losses."""
+    return Panel(title, "optimizer step", "training loss", losses, layout={"height": 440})
 
 
 def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
     """Show how the runs went."""
-    losses = [curve.smoothed() for curve in loss_curves(comparison, rows)]
     charts = []
     for metric in dict.fromkeys(("loss", comparison.metric)):
         if curves := evaluation_curves(comparison, rows, metric):
-            charts.append(_chart(f"evaluation-{len(charts)}", metric, curves, rows))
+            charts.append(_chart(f"evaluation-{len(charts)}", metric, curves))
     sections = []
-    if losses:
-        panel = loss_panel(comparison, rows)
+    if losses := loss_curves(comparison, rows):
+        panel = loss_panel("Training loss", losses)
         caption = f"{_MEAN}, lightly smoothed; {_BAND} seed. Point at a line for the raw value."
         chart = panel_chart("loss", panel, caption, _last_values(losses))
         sections.append(Section("loss-title", panel.title, charts=[chart], keyed=True))
@@ -176,9 +138,9 @@ def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Secti
         ("alignment", "Alignment over time", _ALIGNMENT),
         ("curvature", "Curvature over time", _CURVATURE),
     ):
-        found = {key: _curves(runs, lambda run, key=key: _points(run, key)) for key in wanted}
+        found = {key: _curves(runs, rows, lambda run, key=key: _points(run, key)) for key in wanted}
         charts = [
-            _chart(f"{name}-{key}", wanted[key][0].upper() + wanted[key][1:], curves, rows)
+            _chart(f"{name}-{key}", wanted[key][0].upper() + wanted[key][1:], curves)
             for key, curves in found.items()
             if curves
         ]
@@ -191,10 +153,11 @@ def _points(run: Record, key: str) -> dict[int, float]:
     return {int(point["step"]): point[key] for point in run.trajectory + run.curvature if key in point}
 
 
-def _chart(name: str, title: str, curves: Sequence[Curve], rows: Sequence[Row]) -> Chart:
-    return panel_chart(name, curves_panel(title, "", curves, rows), says=_last_values(curves))
+def _chart(name: str, title: str, curves: Sequence[Series]) -> Chart:
+    panel = Panel(title, "optimizer step", "", curves, layout={"height": 300})
+    return panel_chart(name, panel, says=_last_values(curves))
 
 
-def _last_values(curves: Sequence[Curve]) -> str:
-    ends = [f"{curve.recipe} {formats.significant(float(curve.mean[-1]))}" for curve in curves]
+def _last_values(curves: Sequence[Series]) -> str:
+    ends = [f"{curve.name} {formats.significant(curve.y[-1])}" for curve in curves]
     return f"At the end: {formats.listing(ends)}"

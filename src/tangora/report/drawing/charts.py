@@ -6,6 +6,7 @@ Text, axes and grids have no colour of their own: the page gives them one that f
 import html
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -93,8 +94,18 @@ def panel_figure(panel: Panel, styles: Mapping[str, Style]) -> go.Figure:
     if panel.heatmap is not None:
         figure.add_trace(_heat(panel.heatmap))
     for series in panel.series:
-        figure.add_traces(_traces(drawable(series, panel), series.look or styles[series.name]))
+        drawn = _rounded(series) if series.style == "smooth" else series
+        figure.add_traces(_traces(drawable(drawn, panel), series.look or styles[series.name]))
     return figure.update_layout(panel.layout)
+
+
+def _rounded(series: Series) -> Series:
+    # Digits that nobody can see are most of a page.
+    def short(values: Numbers | None) -> Numbers | None:
+        return values and [None if value is None else float(f"{value:.5g}") for value in values]
+
+    arrays = {name: short(getattr(series, name)) for name in ("y", "low", "high", "data")}
+    return replace(series, **arrays)
 
 
 def _axis(scale: str) -> dict[str, Any]:
