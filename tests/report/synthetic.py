@@ -19,7 +19,7 @@ from tangora.report import (
     save_json,
     summarize,
 )
-from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
+from tangora.report.run_records import COMPARISON_FILE, RECORDS_FOLDER
 
 CREATED = "2026-01-02T03:04:05+00:00"
 HOSTILE = '<script>alert("x")</script> & %{y} $x$ [bold]'

@@ -22,7 +22,7 @@ from tangora.report.comparison.learning_rates import rate_verdict
 from tangora.report.comparison.setup import busy_sentences, setup_facts
 from tangora.report.comparison.speed_section import speed_verdict
 from tangora.report.layout import packed_plotly
-from tangora.report.records import Forgetting, MachineLoad
+from tangora.report.run_records import Forgetting, MachineLoad
 from tangora.report.statistics.robustness import robustness
 from tangora.report.statistics.speed import speeds
 from tests.report.pages import Page

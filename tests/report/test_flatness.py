@@ -14,7 +14,7 @@ from tangora.report.comparison.end_points import (
     has_flatness,
     rich_flatness,
 )
-from tangora.report.records import Flatness, SpaceFlatness
+from tangora.report.run_records import Flatness, SpaceFlatness
 from tests.report.pages import Page
 from tests.report.synthetic import make_comparison, make_record, realistic
 

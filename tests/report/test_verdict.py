@@ -9,7 +9,7 @@ from tangora.report import (
     summarize,
     verdict,
 )
-from tangora.report.records import MachineLoad, MemoryUse
+from tangora.report.run_records import MachineLoad, MemoryUse
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 

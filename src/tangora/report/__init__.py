@@ -17,8 +17,8 @@ from tangora.report.diagnosis import (
     render_diagnosis,
     write_diagnosis,
 )
-from tangora.report.recorded import save_json
-from tangora.report.records import (
+from tangora.report.record_files import save_json
+from tangora.report.run_records import (
     Comparison,
     EvaluationRecord,
     MemoryUse,

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from tangora._names import MODELS
 from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
-from tangora.report.recorded import Recorded
+from tangora.report.record_files import Recorded
 from tangora.report.table import Table
 
 Facts = Sequence[tuple[str, str]]

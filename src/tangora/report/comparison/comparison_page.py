@@ -18,9 +18,9 @@ from tangora.report.comparison.verdict import recommendation_sentence, verdict
 from tangora.report.drawing.panels import Figure
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.drawing.styles import recipe_styles
-from tangora.report.files import write_atomic
 from tangora.report.layout import Repeat, render
-from tangora.report.records import Comparison, Record
+from tangora.report.record_files import write_atomic
+from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import Row, has_comparable_times, judge, recommend, summarize
 from tangora.report.statistics.selection import group_by_recipe, judged_runs
 

@@ -13,7 +13,7 @@ from tangora.report.drawing.charts import empty_figure, figure_json, label_text,
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import GREY, Style, recipe_styles
 from tangora.report.layout import Chart, Section
-from tangora.report.records import Comparison
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import Row
 
 _LOG_FROM = 20  # ratio of the largest cost to the smallest

@@ -10,7 +10,7 @@ from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Chart, Section
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import Row, runs_behind
 
 Values = NDArray[np.float64]

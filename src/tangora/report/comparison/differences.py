@@ -12,7 +12,7 @@ from tangora.report.drawing.panels import Figure, Panel, Series
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Section
-from tangora.report.records import Comparison
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval
 from tangora.report.statistics.judgement import BASELINE
 from tangora.report.statistics.tasks import Duel, TaskMatrix

@@ -9,9 +9,9 @@ from rich.table import Table as RichTable
 
 from tangora.report import formats
 from tangora.report.comparison.setup import busy_sentences, setup_line
-from tangora.report.files import write_atomic
 from tangora.report.layout import Section
-from tangora.report.records import Comparison
+from tangora.report.record_files import write_atomic
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import BASELINE, CEILING, Row
 from tangora.report.table import Cell, Table, cell, csv_text, number, terminal_table
 

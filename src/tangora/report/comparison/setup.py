@@ -6,7 +6,7 @@ from typing import Any
 
 from tangora.report import formats
 from tangora.report.layout import model_name
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import Row, runs_behind
 
 _UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the machine is a likely cause of

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tangora.report import formats
 from tangora.report.layout import Section
-from tangora.report.records import Comparison
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import BASELINE, Row
 from tangora.report.statistics.speed import Speed, speeds
 from tangora.report.table import Table, cell, number

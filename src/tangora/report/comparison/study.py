@@ -14,10 +14,9 @@ from tangora.report.comparison.differences import differences_section, save_diff
 from tangora.report.comparison.results_table import flat_row
 from tangora.report.comparison.setup import setup_facts
 from tangora.report.drawing.styles import recipe_styles
-from tangora.report.files import write_atomic
 from tangora.report.layout import Link, Repeat, Section, render
-from tangora.report.recorded import FrozenModel, read_record, save_json
-from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
+from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
+from tangora.report.run_records import COMPARISON_FILE, Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, Row, summarize
 from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix

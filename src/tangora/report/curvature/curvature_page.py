@@ -19,8 +19,8 @@ from tangora.report.curvature.curvature_findings import (
 from tangora.report.curvature.record import CurvatureRecord, Eigenvalue, LayerCurvature, in_order
 from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
-from tangora.report.files import write_atomic
 from tangora.report.layout import Section, render, repeat, subject_facts
+from tangora.report.record_files import write_atomic
 from tangora.report.table import Table
 
 _MAX_LAYERS = 8

@@ -23,10 +23,9 @@ from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import GREY, Style, recipe_styles
-from tangora.report.files import write_atomic
 from tangora.report.layer_places import Place, natural, places
 from tangora.report.layout import Chart, Section, render, repeat, subject_facts
-from tangora.report.recorded import Recorded, read_record
+from tangora.report.record_files import Recorded, read_record, write_atomic
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12

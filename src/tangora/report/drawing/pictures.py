@@ -16,7 +16,7 @@ from tangora.report.drawing.styles import (
     Style,
     series_styles,
 )
-from tangora.report.files import write_atomic
+from tangora.report.record_files import write_atomic
 
 _MAX_MARKED = 12
 _SIZE = (4.4, 3.7)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from tangora._checks import InputError
-from tangora.report.records import Comparison, Record, TimeSplit
+from tangora.report.run_records import Comparison, Record, TimeSplit
 from tangora.report.statistics.intervals import ALPHA, Interval, Over, holm
 from tangora.report.statistics.samples import Sample, contrast, difference, gap_closed, sample
 from tangora.report.statistics.selection import (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import CEILING, Row
 from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import root_scalar
 
-from tangora.report.records import Record
+from tangora.report.run_records import Record
 from tangora.report.statistics.intervals import Estimate, Interval, Scores, estimate
 from tangora.report.statistics.selection import metric_value
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from tangora._checks import InputError
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 
 Edge = Literal["low", "high"]
 

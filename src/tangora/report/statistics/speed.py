@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import BASELINE, Row, runs_behind
 from tangora.report.statistics.selection import num_steps
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from tangora._checks import InputError
-from tangora.report.records import Comparison
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval, holm
 from tangora.report.statistics.judgement import BASELINE, judge, side_of
 from tangora.report.statistics.samples import Sample, difference

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError
-from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, validated
+from tangora.report.record_files import FrozenModel, IsoTime, Recorded, read_json, validated
 
 SCHEMA_VERSION = 3
 """Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
