@@ -1,7 +1,6 @@
 import pytest
 
 from tangora.report import (
-    Recommendation,
     TimeSplit,
     formats,
     recommendation,
@@ -10,7 +9,7 @@ from tangora.report import (
     verdict,
 )
 from tangora.report.run_records import MachineLoad, MemoryUse
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
+from tests.report.synthetic import diverged, make_comparison, make_record
 
 
 def sentences(records, **changes):
@@ -274,10 +273,3 @@ def test_lower_may_be_better():
     changes = {"metric": "loss", "higher_is_better": False}
     assert recommendation(make_comparison(records, **changes)).best == "a"
     assert recommendation(make_comparison(records[::3], **changes)).recipe == "a"
-
-
-def test_a_recommendation_of_a_realistic_comparison():
-    found = recommendation(realistic())
-    assert isinstance(found, Recommendation)
-    assert found.recipe in found.candidates
-    assert found.best == realistic_rows()[0].recipe

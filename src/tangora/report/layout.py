@@ -17,7 +17,7 @@ from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
 from tangora.report.record_files import Recorded
 from tangora.report.table import Table
 
-Facts = Sequence[tuple[str, str]]
+_Facts = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Repeat:
 
     command: str
     settings: Mapping[str, Any]
-    versions: Facts = ()
+    versions: _Facts = ()
     machines: Sequence[str] = ()
     commits: Sequence[str] = ()
     note: str = ""
-    by_recipe: Facts = ()
+    by_recipe: _Facts = ()
     """Settings of one run of each recipe."""
 
 
@@ -99,7 +99,7 @@ def render(
     *,
     heading: str = "Findings",
     look: str = "",
-    setup: Facts = (),
+    setup: _Facts = (),
     notice: str | None = None,
     styles: Mapping[str, Style] | None = None,
 ) -> str:

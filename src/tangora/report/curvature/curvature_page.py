@@ -58,7 +58,7 @@ def render_curvature(record: CurvatureRecord) -> str:
     """Make the page of a measurement; the same record gives the same text."""
     tables = {
         "All eigenvalues": eigenvalue_table(record),
-        "Sharpness in a ball": sharpness_table(record),
+        "Sharpness in a ball": _sharpness_table(record),
         "All layers": layer_table(record),
         "All mini-batches": batch_table(record),
     }
@@ -187,8 +187,7 @@ def batch_table(record: CurvatureRecord) -> Table:
     )
 
 
-def sharpness_table(record: CurvatureRecord) -> Table:
-    """Make the table of the rises of the loss within a ball."""
+def _sharpness_table(record: CurvatureRecord) -> Table:
     return Table.of(
         "sharpness",
         _SHARPNESS,
@@ -215,6 +214,6 @@ def curvature_tables(record: CurvatureRecord) -> list[RichTable]:
             table, rows=[table.rows[index] for index in top]
         ),
         "Mini-batches": batch_table(record),
-        "Sharpness in a ball": sharpness_table(record),
+        "Sharpness in a ball": _sharpness_table(record),
     }
     return [table.rich(title) for title, table in found.items() if table.rows]

@@ -21,7 +21,7 @@ from tangora.report.statistics.selection import (
     sweep_points,
 )
 
-SAME_COST = 1.05
+_SAME_COST = 1.05
 """Ratio of two median times, or of two memories, within which they count as equal."""
 
 BASELINE = "lora"
@@ -325,7 +325,7 @@ def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
     while left:
         equal = left
         for cost in (_seconds, _memory):
-            limit = SAME_COST * min(map(cost, equal))
+            limit = _SAME_COST * min(map(cost, equal))
             equal = [row for row in equal if cost(row) <= limit]
         ordered.append(equal[0])
         left.remove(equal[0])

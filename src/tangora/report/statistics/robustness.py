@@ -9,7 +9,7 @@ from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import CEILING, Row
 from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
 
-Stability = Literal["finished", "diverged", "not tried"]
+_Stability = Literal["finished", "diverged", "not tried"]
 
 TOLERANCE = 0.02
 """How much worse than the best, relative to it, still counts as as good."""
@@ -43,7 +43,7 @@ class Robustness:
     """Whether it is within 2 % of the best; None if none so near was tried, and for full fine-tuning."""
     tripled_rate: float | None
     """The rate tried that is nearest to 3 times the best, if within a factor of 1.3."""
-    tripled: Stability
+    tripled: _Stability
     """What happened there: all runs that say something finished, or some diverged."""
 
     @property
@@ -115,7 +115,7 @@ def _nearest(points: Sequence[SweepPoint], rate: float) -> int | None:
     return index if _is_near(points[index].learning_rate, rate) else None
 
 
-def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, Stability]:
+def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, _Stability]:
     # Shorter trials that finished say nothing about a whole run; one that diverged does.
     telling = [
         r for r in records if r.status == "diverged" or (r.status == "finished" and r.stage != "trial")
