@@ -10,8 +10,8 @@ from reproductions.result import Cell, Outcome, Record, Table
 from tangora.report import formats
 from tangora.report.drawing.charts import figure_section
 from tangora.report.layout import Section, render, repeat
-from tangora.report.table import Table as PageTable
-from tangora.report.table import cell
+from tangora.report.report_table import Table as PageTable
+from tangora.report.report_table import cell
 
 _COLUMNS = ("what the source says", "measured", "must be", "agrees", "where")
 

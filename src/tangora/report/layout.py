@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from tangora._names import MODELS
 from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
 from tangora.report.record_files import Recorded
-from tangora.report.table import Table
+from tangora.report.report_table import Table
 
 _Facts = Sequence[tuple[str, str]]
 

@@ -11,10 +11,10 @@ from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Section
+from tangora.report.report_table import Cell, Table, cell, number
 from tangora.report.run_records import Comparison, Flatness, Forgetting
 from tangora.report.statistics.intervals import Interval, estimate
 from tangora.report.statistics.judgement import Row, runs_behind
-from tangora.report.table import Cell, Table, cell, number
 
 _MEASURES: dict[str, Callable[[Flatness], float | None]] = {
     "train loss": lambda flat: flat.train_loss,

@@ -8,11 +8,11 @@ from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Section
+from tangora.report.report_table import Table, cell, number
 from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import BASELINE, CEILING, Row
 from tangora.report.statistics.robustness import Robustness, robustness
 from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
-from tangora.report.table import Table, cell, number
 
 _MAX_TICKS = 9
 

@@ -11,9 +11,9 @@ from tangora.report import formats
 from tangora.report.comparison.setup import busy_sentences, setup_line
 from tangora.report.layout import Section
 from tangora.report.record_files import write_atomic
+from tangora.report.report_table import Cell, Table, cell, csv_text, number, terminal_table
 from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import BASELINE, CEILING, Row
-from tangora.report.table import Cell, Table, cell, csv_text, number, terminal_table
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
 

@@ -7,10 +7,10 @@ from typing import Any
 from tangora.report import formats
 from tangora.report.comparison.results_table import flat_row
 from tangora.report.layout import Section, flat
+from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import Comparison, Record
 from tangora.report.statistics.judgement import Row, runs_behind
 from tangora.report.statistics.selection import group_by_recipe, num_steps
-from tangora.report.table import Cell, Table, cell, csv_text, number
 
 _ERROR_CHARACTERS = 120
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tangora.report import formats
 from tangora.report.layout import Section
+from tangora.report.report_table import Table, cell, number
 from tangora.report.run_records import Comparison
 from tangora.report.statistics.judgement import BASELINE, Row
 from tangora.report.statistics.speed import Speed, speeds
-from tangora.report.table import Table, cell, number
 
 _FEW_STEPS = 5  # a mean over fewer training losses is as noisy as a batch
 

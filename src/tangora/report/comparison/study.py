@@ -16,11 +16,11 @@ from tangora.report.comparison.setup import setup_facts
 from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Link, Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
+from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import COMPARISON_FILE, Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, Row, summarize
 from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
-from tangora.report.table import Cell, Table, cell, csv_text, number
 
 _STUDY_FILE = "study.json"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}

@@ -21,7 +21,7 @@ from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.layout import Section, render, repeat, subject_facts
 from tangora.report.record_files import write_atomic
-from tangora.report.table import Table
+from tangora.report.report_table import Table
 
 _MAX_LAYERS = 8
 _NARROW = ("over", "directions", "λ max", "residual", "trace", "‖H‖", "products")

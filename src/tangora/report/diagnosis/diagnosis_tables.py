@@ -15,7 +15,7 @@ from tangora.report.diagnosis.diagnosis_findings import (
     needed,
     ranks_text,
 )
-from tangora.report.table import Table, terminal_table
+from tangora.report.report_table import Table, terminal_table
 
 _MAX_WORST = 5
 _OTHERS = "on other examples"
