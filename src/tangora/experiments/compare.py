@@ -43,7 +43,7 @@ from tangora.report import (
     write_page,
     write_study,
 )
-from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
+from tangora.report.run_records import COMPARISON_FILE, RECORDS_FOLDER
 from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
 from tangora.training.devices import check_device

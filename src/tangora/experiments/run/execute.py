@@ -41,7 +41,7 @@ from tangora.experiments.run.trajectory import (
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
-from tangora.report.records import Flatness, Forgetting, Stage
+from tangora.report.run_records import Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
     Durations,

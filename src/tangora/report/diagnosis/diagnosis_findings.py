@@ -1,4 +1,4 @@
-"""A diagnosis in few numbers: by kind of layer, and in words."""
+"""What a diagnosis found: in words, and by kind of layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, Spectrum
 from tangora.diagnostics.records import SHARES, mean_share
 from tangora.report import formats
-from tangora.report.layers import places
+from tangora.report.layer_places import places
 
 ALL = "all layers"
 START_NAMES = {
@@ -27,40 +27,40 @@ _IN_SENTENCES = {
 
 @dataclass(frozen=True)
 class KindRow:
-    """Layers of one kind, each weighted with the energy of its gradient.
-
-    Attributes:
-        kind: ``q_proj`` and so on, or `ALL`.
-        num_layers: How many.
-        energy_share: Their part in the energy of all layers' base gradients.
-        adapter: Captured energy of the adapter as it stands; None without one.
-        starts: Captured energy by start.
-        held_out: The same on other examples, of the starts that are made from the gradient; empty without any.
-        reachable: The largest that any adapter of these ranks could have.
-        ranks_needed: Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`.
-        known_rank: Largest rank of which it is known what it could capture.
-    """
+    """Layers of one kind, each weighted with the energy of its gradient."""
 
     kind: str
     num_layers: int
     energy_share: float
+    """Their part in the energy of all layers' base gradients."""
     adapter: float | None
+    """Captured energy of the adapter as it stands; None without one."""
     starts: Mapping[str, float]
+    """Captured energy by start."""
     held_out: Mapping[str, float]
+    """The same on other examples, of the starts that are made from the gradient; empty without any."""
     reachable: float
+    """The largest that any adapter of these ranks could have."""
     ranks_needed: Mapping[int, int | None]
+    """Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`."""
     known_rank: int
+    """Largest rank of which it is known what it could capture."""
 
 
 def kind_rows(diagnosis: Diagnosis) -> list[KindRow]:
     """Sum a diagnosis up by kind of layer."""
+    total = sum(layer.gradient.energy for layer in diagnosis.layers)
+    rows = [_row(kind, layers, total) for kind, layers in group_by_kind(diagnosis).items()]
+    return [*rows, _row(ALL, diagnosis.layers, total)]
+
+
+def group_by_kind(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
+    """Gather the layers of each kind."""
     where = places(layer.name for layer in diagnosis.layers)
     groups: dict[str, list[LayerDiagnosis]] = {}
     for layer in diagnosis.layers:
         groups.setdefault(where[layer.name].kind, []).append(layer)
-    total = sum(layer.gradient.energy for layer in diagnosis.layers)
-    rows = [_row(kind, layers, total) for kind, layers in groups.items()]
-    return [*rows, _row(ALL, diagnosis.layers, total)]
+    return groups
 
 
 def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
@@ -136,7 +136,7 @@ def findings(diagnosis: Diagnosis) -> list[str]:
 
 
 def _of_adapter(diagnosis: Diagnosis) -> list[str]:
-    totals, ranks = diagnosis.totals, _ranks(layer.rank for layer in diagnosis.layers)
+    totals, ranks = diagnosis.totals, ranks_text(layer.rank for layer in diagnosis.layers)
     lora = totals.starts.get("lora")
     if diagnosis.plain_start and lora is not None:
         return [
@@ -144,7 +144,7 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
         ]
     if totals.adapter is None:
         return []
-    own = _ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
+    own = ranks_text(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
     seen = formats.small_share(totals.adapter)
     sentences = [f"The adapter, of {own}, captures {seen} of the full gradient's energy at its own weights."]
     if lora is not None:
@@ -220,6 +220,7 @@ def _of_hungry(diagnosis: Diagnosis) -> list[str]:
     ]
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Write the rank of an adapter, or the range of its ranks."""
     distinct = sorted(set(ranks))
     return f"rank {distinct[0]}" if len(distinct) == 1 else f"ranks {distinct[0]} to {distinct[-1]}"

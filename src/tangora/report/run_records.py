@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError
-from tangora.report.recorded import FrozenModel, IsoTime, Recorded, read_json, save_json, validated
+from tangora.report.record_files import FrozenModel, IsoTime, Recorded, read_json, validated
 
-SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 3
 """Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
 
 _READ = (1, 2, 3)
@@ -24,7 +24,7 @@ RECORDS_FOLDER = "records"
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Metrics = dict[str, float]
+_Metrics = dict[str, float]
 Stage = Literal["trial", "sweep", "final"]
 Status = Literal["finished", "diverged", "out_of_memory", "failed"]
 
@@ -42,7 +42,7 @@ class EvaluationRecord(FrozenModel):
     """One evaluation on validation data during training."""
 
     step: Count = Field(description="Optimizer steps done before the evaluation.")
-    metrics: Metrics = Field(description='For example {"loss": 0.3, "accuracy": 0.9}.')
+    metrics: _Metrics = Field(description='For example {"loss": 0.3, "accuracy": 0.9}.')
 
 
 class TimeSplit(FrozenModel):
@@ -146,7 +146,7 @@ class Forgetting(FrozenModel):
 class Record(Recorded):
     """One run: a recipe, a learning rate and a seed."""
 
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = _SCHEMA_VERSION
     id: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=@-]{0,199}$",
         description="Unique in its comparison, and its file name without `.json`.",
@@ -167,7 +167,7 @@ class Record(Recorded):
     notes: list[str] = Field(
         default_factory=list, description="What was decided about the data, and how much of it was cut off."
     )
-    metrics: dict[str, Metrics] = Field(
+    metrics: dict[str, _Metrics] = Field(
         description='Keys "validation" and "test" after training, "before" for the test set before it.'
     )
     history: list[StepRecord] = Field(description="Training steps, in order.")
@@ -186,12 +186,12 @@ class Record(Recorded):
         description="Gradients of whole batches in training: one per step, more for schemes with several stages.",
     )
     trainable_parameters: Count
-    trajectory: list[Metrics] = Field(
+    trajectory: list[_Metrics] = Field(
         default_factory=list,
         description="Measured points of the trajectory, in order: `step`, and totals over the layers, such as "
         "`captured_energy`; empty if none was measured.",
     )
-    curvature: list[Metrics] = Field(
+    curvature: list[_Metrics] = Field(
         default_factory=list,
         description="Measured points of the Hessian, in order: `step`, largest eigenvalues and traces; empty if none "
         "was measured.",
@@ -220,7 +220,7 @@ class Record(Recorded):
 class Comparison(FrozenModel):
     """Several recipes on one task, each with its own learning-rate sweep."""
 
-    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = _SCHEMA_VERSION
     title: str
     command: str = Field(description="The command line that repeats it.")
     metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')
@@ -255,15 +255,6 @@ class Comparison(FrozenModel):
                     "compare anew in another folder"
                 )
         return self
-
-
-def save_comparison(comparison: Comparison, folder: str | Path) -> Path:
-    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run."""
-    folder = Path(folder)
-    for record in comparison.records:
-        save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
-    save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
-    return folder
 
 
 def load_record(path: str | Path) -> Record:

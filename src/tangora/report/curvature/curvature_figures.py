@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tangora.report.curvature.curvature_findings import FACTORS, OPERATOR_NAMES, SPACE_NAMES
 from tangora.report.curvature.record import (
     BatchNoise,
     CurvatureRecord,
@@ -17,9 +18,8 @@ from tangora.report.curvature.record import (
     Spectrum,
     in_order,
 )
-from tangora.report.curvature.summary import FACTORS, OPERATOR_NAMES, SPACE_NAMES
-from tangora.report.drawing.panels import Figure, Heatmap, Panel, Series
-from tangora.report.layers import natural, places
+from tangora.report.drawing.panels import Figure, Heatmap, Panel, Scale, Series
+from tangora.report.layer_places import natural, places
 
 _DECADES = 7
 _LOG_RANGE = 30.0
@@ -37,64 +37,75 @@ def figures(record: CurvatureRecord) -> list[Figure]:
     return found
 
 
-def _by_space(
-    record: CurvatureRecord, draw: Callable[[Spectrum], Sequence[Series]]
-) -> list[tuple[str, list[Series]]]:
+def _over_spaces(
+    record: CurvatureRecord,
+    name: str,
+    title: str,
+    caption: str,
+    labels: tuple[str, str],
+    draw: Callable[[Spectrum], Sequence[Series]],
+    scales: Callable[[Sequence[Series]], tuple[Scale, Scale]],
+) -> Figure:
     # the factors get axes of their own: nobody shall compare them with the rest
-    panels: dict[str, list[Series]] = {}
+    by_space: dict[str, list[Series]] = {}
     for spectrum in in_order(record.spectra):
-        panels.setdefault(SPACE_NAMES[spectrum.space], []).extend(draw(spectrum))
-    return list(panels.items())
+        by_space.setdefault(SPACE_NAMES[spectrum.space], []).extend(draw(spectrum))
+    panels = []
+    for space, series in by_space.items():
+        xscale, yscale = scales(series)
+        panels.append(Panel(space, *labels, series, xscale=xscale, yscale=yscale))
+    about_factors = f" {FACTORS}" if record.of("factors") is not None else ""
+    return Figure(name, title, caption + about_factors, panels)
 
 
 def _eigenvalues(record: CurvatureRecord) -> Figure:
     def draw(spectrum: Spectrum) -> list[Series]:
-        values = [one.value for one in spectrum.eigenvalues]
-        residuals = [one.residual for one in spectrum.eigenvalues]
+        found = spectrum.eigenvalues
         return [
             Series(
                 OPERATOR_NAMES[spectrum.operator],
-                range(1, len(values) + 1),
-                values,
-                low=[value - residual for value, residual in zip(values, residuals, strict=True)],
-                high=[value + residual for value, residual in zip(values, residuals, strict=True)],
+                range(1, len(found) + 1),
+                [one.value for one in found],
+                low=[one.value - one.residual for one in found],
+                high=[one.value + one.residual for one in found],
             )
         ]
 
-    return Figure(
+    return _over_spaces(
+        record,
         "eigenvalues",
         "Largest eigenvalues",
-        "In descending order; the band is the residual, within which an eigenvalue lies for certain."
-        + _about_factors(record),
-        [
-            Panel(title, "number", "eigenvalue", series, yscale="log" if _wide(series) else "linear")
-            for title, series in _by_space(record, draw)
-        ],
+        "In descending order; the band is the residual, within which an eigenvalue lies for certain.",
+        ("number", "eigenvalue"),
+        draw,
+        lambda series: ("linear", _scale(series)),
     )
 
 
-def _wide(series: Sequence[Series]) -> bool:
+def _scale(series: Sequence[Series]) -> Scale:
     values = [value for one in series for value in one.y]
-    return min(values) > 0 and max(values) > _LOG_RANGE * min(values)
+    return "log" if min(values) > 0 and max(values) > _LOG_RANGE * min(values) else "linear"
 
 
 def _counts(record: CurvatureRecord) -> Figure:
     def draw(spectrum: Spectrum) -> list[Series]:
         suffix = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
-        signs = {"upwards": 1.0, "downwards": -1.0}
-        found = {name + suffix: _counted(name + suffix, spectrum, sign) for name, sign in signs.items()}
-        return [series for series in found.values() if series is not None]
+        found = [
+            _counted(f"{name}{suffix}", spectrum, sign)
+            for name, sign in (("upwards", 1.0), ("downwards", -1.0))
+        ]
+        return [series for series in found if series is not None]
 
-    return Figure(
+    return _over_spaces(
+        record,
         "counts",
         "How many directions curve how much",
         "Number of directions whose curvature is at least so large, upwards and downwards, from stochastic Lanczos "
         "quadrature without smoothing; the band reaches from the smallest to the largest probe. Small numbers of "
-        "directions are the less certain." + _about_factors(record),
-        [
-            Panel(title, "curvature at least", "directions", series, xscale="log", yscale="log")
-            for title, series in _by_space(record, draw)
-        ],
+        "directions are the less certain.",
+        ("curvature at least", "directions"),
+        draw,
+        lambda _: ("log", "log"),
     )
 
 
@@ -136,44 +147,34 @@ def _density(record: CurvatureRecord) -> Figure:
         shown = [value if value > floor else None for value in density.smoothed]
         return [Series(OPERATOR_NAMES[spectrum.operator], density.x, shown)]
 
-    return Figure(
+    return _over_spaces(
+        record,
         "density",
         "Spectral density",
         "The same, smoothed: share of directions for each unit of curvature. The width of the peaks is that of the "
-        "smoothing." + _about_factors(record),
-        [
-            Panel(title, "eigenvalue", "density", series, yscale="log")
-            for title, series in _by_space(record, draw)
-        ],
+        "smoothing.",
+        ("eigenvalue", "density"),
+        draw,
+        lambda _: ("linear", "log"),
     )
-
-
-def _about_factors(record: CurvatureRecord) -> str:
-    return f" {FACTORS}" if record.of("factors") is not None else ""
 
 
 def _layers(layers: Sequence[LayerCurvature]) -> Figure:
     shown = [layer for layer in layers if layer.space != "factors"]
     where = places(layer.name for layer in shown)
     blocks = sorted({place.block for place in where.values() if place.block}, key=natural)
-    at = {where[layer.name]: layer for layer in shown}
-    kinds = list(dict.fromkeys(place.kind for place in where.values()))
+    # layers outside of any block stand before the first one
+    number = {block: index for index, block in enumerate(blocks)} | {"": -1}
 
     def series(value: Callable[[LayerCurvature], float]) -> list[Series]:
-        found = []
-        for kind in kinds:
-            points = [
-                (number, value(at[place]))
-                for number, block in enumerate(blocks)
-                if (place := next((p for p in at if p.block == block and p.kind == kind), None)) is not None
-            ]
-            # layers outside of any block stand before the first one
-            points += [
-                (-1, value(layer)) for place, layer in at.items() if not place.block and place.kind == kind
-            ]
-            points.sort()
-            found.append(Series(kind, [x for x, _ in points], [y for _, y in points]))
-        return found
+        points: dict[str, list[tuple[int, float]]] = {}
+        for layer in shown:
+            place = where[layer.name]
+            points.setdefault(place.kind, []).append((number[place.block], value(layer)))
+        return [
+            Series(kind, [x for x, _ in sorted(found)], [y for _, y in sorted(found)])
+            for kind, found in points.items()
+        ]
 
     panels = [
         Panel(
@@ -192,7 +193,7 @@ def _layers(layers: Sequence[LayerCurvature]) -> Figure:
         "Layer by layer",
         f"{SPACE_NAMES[shown[0].space].capitalize()}: where the eigenvector of the largest eigenvalue lies, and each "
         "layer's own block of the Hessian. Layers outside of the blocks stand at −1.",
-        [replace(panel, yscale="log" if _wide(panel.series) else "linear") for panel in panels],
+        [replace(panel, yscale=_scale(panel.series)) for panel in panels],
     )
 
 

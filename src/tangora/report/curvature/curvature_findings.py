@@ -3,12 +3,17 @@
 import math
 
 from tangora.report import formats
-from tangora.report.curvature.record import CurvatureRecord, Operator, Sharpness, Space, Spectrum
+from tangora.report.curvature.record import CurvatureRecord, Estimated, Operator, Sharpness, Space, Spectrum
 
 SPACE_NAMES: dict[Space, str] = {
     "tangent": "tangent space",
     "weights": "full weights",
     "factors": "factors A, B",
+}
+_WHERE: dict[Space, str] = {
+    "tangent": "in the tangent space",
+    "weights": "over the full weights of the chosen layers",
+    "factors": "over the factors A and B",
 }
 OPERATOR_NAMES: dict[Operator, str] = {"hessian": "Hessian", "gauss-newton": "Gauss–Newton"}
 FACTORS = (
@@ -32,16 +37,7 @@ def findings(record: CurvatureRecord) -> list[str]:
     ]
 
 
-def where(space: Space) -> str:
-    """Name a space within a sentence."""
-    return {
-        "tangent": "in the tangent space",
-        "weights": "over the full weights of the chosen layers",
-        "factors": "over the factors A and B",
-    }[space]
-
-
-def name(spectrum: Spectrum) -> str:
+def spectrum_name(spectrum: Spectrum) -> str:
     """Name a spectrum in a table or a legend."""
     operator = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
     return SPACE_NAMES[spectrum.space] + operator
@@ -51,8 +47,8 @@ def _of_top(spectrum: Spectrum) -> list[str]:
     values = [eigenvalue.value for eigenvalue in spectrum.eigenvalues]
     trace = spectrum.trace
     text = (
-        f"{where(spectrum.space).capitalize()} ({formats.count(spectrum.size)} directions) the largest curvature is "
-        f"{formats.significant(values[0])} and the trace {estimate(trace.value, trace.standard_error)}"
+        f"{_WHERE[spectrum.space].capitalize()} ({formats.count(spectrum.size)} directions) the largest curvature is "
+        f"{formats.significant(values[0])} and the trace {estimated_text(trace)}"
     )
     share = sum(values) / trace.value if trace.value > 0 else math.inf
     if len(values) > 1 and 0 < share <= 1:
@@ -85,9 +81,9 @@ def _of_gauss_newton(record: CurvatureRecord) -> list[str]:
         if spectrum.operator != "hessian" or spectrum.space == "factors" or other is None:
             continue
         sentences.append(
-            f"{where(spectrum.space).capitalize()} the Gauss–Newton part alone has largest eigenvalue "
+            f"{_WHERE[spectrum.space].capitalize()} the Gauss–Newton part alone has largest eigenvalue "
             f"{formats.significant(other.largest)} and trace "
-            f"{estimate(other.trace.value, other.trace.standard_error)}."
+            f"{estimated_text(other.trace)}."
         )
     return sentences
 
@@ -98,9 +94,9 @@ def _of_sharpness(record: CurvatureRecord) -> list[str]:
 
 def _rise(sharpness: Sharpness) -> str:
     return (
-        f"Within a distance of {formats.significant(sharpness.radius)} {where(sharpness.space)} the loss can rise from "
-        f"{formats.metric(sharpness.loss)} to {formats.metric(sharpness.loss + sharpness.rise)} at least; gradient and "
-        f"Hessian alone predict {formats.metric(sharpness.loss + sharpness.second_order)}."
+        f"Within a distance of {formats.significant(sharpness.radius)} {_WHERE[sharpness.space]} the loss can rise "
+        f"from {formats.metric(sharpness.loss)} to {formats.metric(sharpness.loss + sharpness.rise)} at least; "
+        f"gradient and Hessian alone predict {formats.metric(sharpness.loss + sharpness.second_order)}."
     )
 
 
@@ -129,17 +125,21 @@ def _of_factors(record: CurvatureRecord) -> list[str]:
     factors = record.of("factors")
     if factors is None:
         return []
-    trace = estimate(factors.trace.value, factors.trace.standard_error)
     return [
         (
             f"Over the factors A and B the largest eigenvalue is {formats.significant(factors.largest)} and the trace "
-            f"{trace}. {FACTORS}"
+            f"{estimated_text(factors.trace)}. {FACTORS}"
         )
     ]
 
 
-def estimate(value: float, standard_error: float | None) -> str:
+def estimated_text(estimated: Estimated) -> str:
     """Write an estimate with its standard error."""
+    return with_error(estimated.value, estimated.standard_error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Write a number with its error."""
     text = formats.significant(value)
     # one figure, without an exponent where it is large
-    return text if not standard_error else f"{text} ± {float(f'{standard_error:.1g}'):g}"
+    return text if not error else f"{text} ± {float(f'{error:.1g}'):g}"

@@ -2,7 +2,6 @@ import csv
 import io
 import json
 from base64 import b64decode
-from html.parser import HTMLParser
 
 import pytest
 
@@ -11,61 +10,23 @@ from tangora._names import MODELS
 from tangora.report import (
     TimeSplit,
     formats,
-    rate_verdict,
     recommendation,
     recommendation_sentence,
     render_page,
-    robustness,
-    speed_verdict,
-    speeds,
     summarize,
     verdict,
     write_csv,
     write_page,
 )
+from tangora.report.comparison.learning_rates import rate_verdict
 from tangora.report.comparison.setup import busy_sentences, setup_facts
+from tangora.report.comparison.speed_section import speed_verdict
 from tangora.report.layout import packed_plotly
-from tangora.report.records import Forgetting, MachineLoad
-from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
-
-VOID = {"meta", "line", "br", "link", "img", "input"}
-
-
-class Page(HTMLParser):
-    """What the tests ask of a page: its tags, its tables, the text of each element with an id."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.tables, self.scripts, self.text = [], [], {}, [], []
-        self.table = None
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.table = self.tables.setdefault(dict(attrs)["id"], [])
-        elif tag == "tr":
-            self.table.append([])
-        elif tag in {"td", "th"}:
-            self.table[-1].append("")
-        elif tag == "br":
-            self.table[-1][-1] += "\n"
-        elif tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts[-1] += data
-        elif {"td", "th"} & set(self.open):
-            self.table[-1][-1] += data
-        self.text.append(data)
+from tangora.report.run_records import Forgetting, MachineLoad
+from tangora.report.statistics.robustness import robustness
+from tangora.report.statistics.speed import speeds
+from tests.report.pages import Page
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +37,6 @@ def text():
 @pytest.fixture(scope="module")
 def page(text):
     return Page(text)
-
-
-def test_nothing_is_loaded_from_anywhere(page):
-    loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
-    found = [(tag, attrs) for tag, attrs in page.tags if loading & set(attrs)]
-    assert {tag for tag, _ in found} == {"a"}
-    assert all(attrs["href"].startswith("data:text/csv") and "src" not in attrs for _, attrs in found)
-    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
-    assert policy.startswith("default-src 'none'")
-
-
-def test_no_address_outside_plotly(text):
-    assert text.count(packed_plotly()) == 1
-    rest = text.replace(packed_plotly(), "")
-    assert "http://" not in rest
-    assert "https://" not in rest
-    assert "@import" not in rest
-
-
-def test_elements_are_closed_and_ids_are_unique(page):
-    assert page.open == []
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    labels = {attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs}
-    assert labels <= set(ids)
 
 
 def test_the_table_shows_the_summary(page):
@@ -299,12 +235,6 @@ def test_every_run_is_listed_with_its_error(page):
     assert sum(line[5] == "yes" for line in lines) == sum(row.num_seeds for row in realistic_rows())
 
 
-def test_what_is_needed_to_repeat_it(page):
-    shown = "".join(page.text)
-    for part in ("tangora compare --preset quickstart", "training.steps", "2.13.0", "two cores", "abc123"):
-        assert part in shown
-
-
 def test_figures_are_there(page):
     described = {attrs["id"]: attrs["aria-label"] for _, attrs in page.tags if attrs.get("class") == "plot"}
     assert list(described) == ["pareto-seconds", "pareto-trained", "pareto-state", "loss", "sweep", "time"]
@@ -313,33 +243,10 @@ def test_figures_are_there(page):
     assert "full 1e-4" in described["sweep"]
 
 
-def test_hostile_text_stays_text():
-    record = make_record(
-        HOSTILE,
-        machine=HOSTILE,
-        error=f"</script>{HOSTILE}",
-        settings={HOSTILE: "</pre><script>"},
-        versions={HOSTILE: HOSTILE},
-        commit=HOSTILE,
-    )
-    hostile = {"title": HOSTILE, "command": HOSTILE, "settings": {HOSTILE: HOSTILE}, "metric": "accuracy"}
-    text = render_page(make_comparison([record, make_record()], **hostile))
-    assert "<script>alert" not in text
-    page = Page(text)
-    assert page.open == []
-    assert len(page.scripts) == 7
-    assert HOSTILE in page.tables["results-table"][1] + page.tables["results-table"][2]
-    assert [tag for tag, attrs in page.tags if any(name.startswith("on") for name in attrs)] == []
-
-
 def test_a_hostile_metric_stays_text():
     metric = "<b>m</b>"
     record = make_record(metrics={"validation": {metric: 0.5}, "test": {metric: 0.5}})
     assert metric not in render_page(make_comparison([record], metric=metric)).replace(packed_plotly(), "")
-
-
-def test_rendering_twice_gives_the_same_bytes(tmp_path, text):
-    assert write_page(realistic(), tmp_path / "page.html").read_bytes() == text.encode()
 
 
 @pytest.mark.parametrize(
