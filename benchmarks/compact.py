@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from tangora.report import Comparison, Record, load_comparison, summarize, write_study
-from tangora.report.files import write_atomic
+from tangora.report.record_files import write_atomic
 
 TRAINING = "training"
 """Key of the metrics to which the loss of the last tenth of the training steps is added."""

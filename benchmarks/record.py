@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tangora.report.files import write_atomic
+from tangora.report.record_files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "peft", "transformers", "tangora")

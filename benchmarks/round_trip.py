@@ -102,7 +102,7 @@ def texts(tokenizer: Any) -> tuple[list[Tensor], Tensor]:
     task = load_task("bbc-news", kind="causal", num_train=4 * BATCH[0], num_validation=0, num_test=BATCH[0])
     batches = []
     for examples in (task.train, task.test):
-        encoded = encode(examples, tokenizer, kind="causal", max_length=BATCH[1]).encodings
+        encoded = encode(examples, tokenizer, kind="causal", max_length=BATCH[1])
         batches.append(torch.tensor([row["input_ids"] for row in encoded]).view(-1, *BATCH))
     return list(batches[0]), batches[1][0]
 

@@ -130,7 +130,7 @@ def _reproduce(options: argparse.Namespace, settings: Settings, command: str) ->
     from tangora.experiments.folders import claimed
     from tangora.experiments.provenance import provenance
     from tangora.report.drawing.pictures import save_pictures
-    from tangora.report.files import write_atomic
+    from tangora.report.record_files import write_atomic
 
     name, experiment, module = options.name, EXPERIMENTS[options.name], module_of(options.name)
     folder = options.output or Path("results") / name

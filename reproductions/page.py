@@ -1,50 +1,61 @@
 """An experiment as one HTML page that needs no network and nothing beside it, and as text for the terminal."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from reproductions.result import Cell, Outcome, Record
+from reproductions.result import Cell, Outcome, Record, Table
 from tangora.report import formats
-from tangora.report.drawing.charts import charts
-from tangora.report.layout import flat, packed_plotly
+from tangora.report.drawing.charts import figure_section
+from tangora.report.layout import Section, render, repeat
+from tangora.report.report_table import Table as PageTable
+from tangora.report.report_table import cell
 
 _COLUMNS = ("what the source says", "measured", "must be", "agrees", "where")
 
 
 def render_page(record: Record) -> str:
     """Make the page of an experiment; the same record gives the same text."""
-    # tangora's own pages hold the frame, the style and the macros
-    folders = [FileSystemLoader(Path(__file__).parent), PackageLoader("tangora.report")]
-    environment = Environment(
-        loader=ChoiceLoader(folders),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     result = record.result
-    return environment.get_template("reproduction.html.j2").render(
-        title=record.title,
-        plotly=Markup(packed_plotly()),
-        record=record,
-        result=result,
-        summary=summary(record),
-        columns=_COLUMNS,
-        checks=[check_row(check) for check in result.checks],
-        figures=[(figure, charts(figure)) for figure in result.figures],
-        tables=[
-            (table, (table.columns, [list(map(cell_text, row)) for row in table.rows]))
-            for table in result.tables
+    stand_ins = Section("stand-ins", "What differs from the source", notes=record.stand_ins)
+    return render(
+        record.title,
+        [
+            f"python -m reproductions {record.name}",
+            *(["quick"] if record.quick else []),
+            record.source,
+            formats.seconds(record.seconds),
         ],
-        duration=formats.seconds(record.seconds),
-        settings=flat(record.settings),
-        versions=sorted(record.versions.items()),
+        record.created,
+        [summary(record), *result.findings],
+        [
+            Section("checks", "Checks", table=_checks(result.checks)),
+            *map(figure_section, result.figures),
+            *(
+                _table_section(f"table-{number}", table)
+                for number, table in enumerate(result.tables, start=1)
+            ),
+            stand_ins if record.stand_ins else None,
+        ],
+        repeat(record, record.command, record.settings),
+        look="wide-panels",
     )
+
+
+def _checks(checks: Sequence[Outcome]) -> PageTable:
+    rows = []
+    for check in checks:
+        *texts, agrees, where = check_row(check)
+        rows.append([*texts, cell(agrees, kind=agrees), where])
+    return PageTable.texts("checks", "", _COLUMNS, rows, words=_COLUMNS[4:], sortable=False)
+
+
+def _table_section(name: str, table: Table) -> Section:
+    rows = [list(map(cell_text, row)) for row in table.rows]
+    shown = PageTable.texts(name, table.caption, table.columns, rows, sortable=False)
+    return Section(name, table.title, table=shown)
 
 
 def summary(record: Record) -> str:

@@ -15,10 +15,8 @@ from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 from pydantic import Field
 
 from tangora._checks import InputError
-from tangora.report.drawing.panels import Figure
-from tangora.report.files import write_atomic
-from tangora.report.recorded import Recorded, read_record
-from tangora.report.values import make_plain, plain_values
+from tangora.report.drawing.panels import Figure, make_plain, plain_values
+from tangora.report.record_files import Recorded, read_record, write_atomic
 
 Cell: TypeAlias = str | float | int | None
 Progress: TypeAlias = Callable[[int, int], None]

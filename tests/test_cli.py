@@ -156,7 +156,7 @@ def test_every_recipe_is_listed_by_what_it_changes():
 def test_models_and_data_are_those_that_can_be_loaded():
     from tangora.training.data.generated import PREFIX
     from tangora.training.data.sources import PACKAGED_CORPORA, PACKAGED_IMAGES
-    from tangora.training.models.loading import PACKAGED_MODELS
+    from tangora.training.models.base_model import PACKAGED_MODELS
 
     assert set(MODELS) == set(PACKAGED_MODELS)
     assert set(DATA) == {*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX}

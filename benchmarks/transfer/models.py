@@ -8,8 +8,7 @@ import argparse
 from pathlib import Path
 
 from tangora.recipes.baselines import full_muon
-from tangora.training.models.digits import PRETRAINING_DIGITS, read_digits
-from tangora.training.models.vit import NAME, SCALER, pretrain
+from tangora.training.models.digits import PRETRAINING_DIGITS, SCALER, VIT_DIGITS, pretrain, read_digits
 
 _MUON_LR = 0.02
 
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    images, digits = read_digits(NAME, PRETRAINING_DIGITS)
+    images, digits = read_digits(VIT_DIGITS, PRETRAINING_DIGITS)
     options = (
         {"make_optimizer": lambda model: full_muon(model, lr=_MUON_LR)}
         if arguments.optimizer == "muon"

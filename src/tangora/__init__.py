@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         create_tangent_muon,
     )
     from tangora.training.data.task import load_task
-    from tangora.training.models.loading import load_model
+    from tangora.training.models.base_model import load_model
     from tangora.training.trainer import Trainer, optimizer_factory
 
 __all__ = [
@@ -105,7 +105,7 @@ _MODULES = {
     "create_lora_pro create_ode_lora create_preconditioned_adamw create_tangent_adam "
     "create_tangent_muon",
     "tangora.training.data.task": "load_task",
-    "tangora.training.models.loading": "load_model",
+    "tangora.training.models.base_model": "load_model",
     "tangora.training.trainer": "Trainer optimizer_factory",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from tangora.report import (
     Row,
     StepRecord,
     TimeSplit,
+    save_json,
     summarize,
 )
+from tangora.report.run_records import COMPARISON_FILE, RECORDS_FOLDER
 
 CREATED = "2026-01-02T03:04:05+00:00"
 HOSTILE = '<script>alert("x")</script> & %{y} $x$ [bold]'
@@ -101,6 +104,14 @@ def make_comparison(records: Sequence[Record], **changes: Any) -> Comparison:
         "created": CREATED,
     }
     return Comparison(**fields | changes)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run."""
+    for record in comparison.records:
+        save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
+    save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
+    return folder
 
 
 @cache

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from tangora._checks import InputError
 from tangora.diagnostics import (
     AdapterState,
     Diagnosis,
@@ -23,18 +22,15 @@ from tangora.report import (
     DiagnosisRecord,
     diagnosis_tables,
     findings,
-    load_diagnosis,
     render_diagnosis,
-    save_json,
-    write_diagnosis,
 )
-from tangora.report.diagnosis import kind_rows
-from tangora.report.diagnosis.figures import captured_figure, plan_figure, reach_figure, view_names
-from tangora.report.diagnosis.tables import kind_table, layer_table
-from tangora.report.layers import natural, places
-from tangora.report.layout import packed_plotly
+from tangora.report.diagnosis.diagnosis_findings import kind_rows
+from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, view_names
+from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
+from tangora.report.drawing.charts import panel_figure
+from tangora.report.layer_places import natural, places
+from tests.report.pages import Page, texts
 from tests.report.synthetic import HOSTILE
-from tests.report.test_page import Page
 
 NEW = {"lora-ga": 0.4, "lora-one": 0.6}
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
@@ -123,31 +119,10 @@ def page(text):
     return Page(text)
 
 
-def test_nothing_is_loaded_from_anywhere(page, text):
-    loading = {"src", "href", "srcset", "data", "action", "xlink:href", "poster"}
-    assert [tag for tag in page.tags if loading & set(tag[1])] == []
-    rest = text.replace(packed_plotly(), "")
-    assert "http" not in rest.replace("http-equiv", "")
-    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
-    assert policy.startswith("default-src 'none'")
-
-
-def test_elements_are_closed_and_labelled(page):
-    assert page.open == []
-    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    labels = {attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs}
-    assert labels <= set(ids)
-    assert {attrs["for"] for tag, attrs in page.tags if tag == "label"} <= set(ids)
-    described = [attrs for _, attrs in page.tags if attrs.get("class") == "plot"]
-    assert [attrs["id"] for attrs in described] == ["captured", "reach", "plan"]
-    assert all(attrs["aria-label"] for attrs in described)
-
-
 def test_the_tables_hold_the_numbers(page):
     found = diagnosis()
-    assert page.tables["kinds-table"] == [kind_table(found)[0], *kind_table(found)[1]]
-    assert page.tables["layers-table"] == [layer_table(found)[0], *layer_table(found)[1]]
+    assert page.tables["kinds-table"] == texts(kind_table(found))
+    assert page.tables["layers-table"] == texts(layer_table(found))
     header, first, *_ = page.tables["layers-table"]
     cells = dict(zip(header, first, strict=True))
     assert cells["layer"] == NAMES[0]
@@ -161,20 +136,15 @@ def test_the_tables_hold_the_numbers(page):
 
 
 def test_a_trained_adapter_has_its_own_columns():
-    header, rows = layer_table(diagnosis(adapter=0.4, plain=False))
+    header, *rows = texts(layer_table(diagnosis(adapter=0.4, plain=False)))
     cells = dict(zip(header, rows[0], strict=True))
     assert (cells["adapter"], cells["cond BᵀB"], cells["imbalance"]) == ("40 %", "4", "25 %")
-    assert "adapter" in kind_table(diagnosis(adapter=0.4, plain=False))[0]
-    assert "adapter" not in kind_table(diagnosis())[0]
+    assert "adapter" in kind_table(diagnosis(adapter=0.4, plain=False)).headers
+    assert "adapter" not in kind_table(diagnosis()).headers
 
 
-def test_what_is_needed_to_repeat_it(page, text):
-    shown = "".join(page.text)
-    for part in ("tangora diagnose --output out", "nested.key", "2.13.0", "two cores", "abc123"):
-        assert part in shown
-    assert html.escape(json.dumps(diagnosis().plan.config(), indent=1), quote=False)[:40] in text.replace(
-        "&#34;", '"'
-    )
+def test_the_plan_is_there(text):
+    assert json.dumps(diagnosis().plan.config(), indent=1) in html.unescape(text)
 
 
 def test_every_view_can_be_chosen(page):
@@ -207,9 +177,9 @@ def test_other_examples():
         "LoRA-One."
     )
     assert list(view_names(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
-    header, rows = kind_table(found)
+    header, *rows = texts(kind_table(found))
     assert rows[0][header.index("LoRA-GA") : header.index("LoRA-GA") + 4] == ["80 %", "40 %", "70 %", "60 %"]
-    header, rows = layer_table(found)
+    header, *rows = texts(layer_table(found))
     assert rows[0][header.index("LoRA-One on other examples")] == "60 %"
     assert captured_figure(found).data[-2].z[0][0] == 0.6
     assert Page(render_diagnosis(record(found))).open == []
@@ -266,23 +236,17 @@ def test_terminal_tables():
 
 def test_estimates_show_their_error():
     found = diagnosis(error=4.0)
-    assert layer_table(found)[1][0][2] == "10 ± 0.2"
+    assert texts(layer_table(found))[1][2] == "10 ± 0.2"
     assert "standard error" in render_diagnosis(record(found))
     assert "standard error" not in render_diagnosis(record())
 
 
-def test_hostile_text_stays_text():
-    names = [f"layers.{index}.{HOSTILE.replace('.', '')}" for index in range(2)] + ["%{x}</script>"]
-    found = diagnosis(names, skipped={HOSTILE: HOSTILE})
-    shown = render_diagnosis(
-        record(found, title=HOSTILE, command=HOSTILE, machine=HOSTILE, settings={HOSTILE: 1})
+def test_hostile_names_stay_text_in_figures():
+    found = diagnosis(
+        [f"layers.{index}.{HOSTILE.replace('.', '')}" for index in range(2)] + ["%{x}</script>"]
     )
-    assert "<script>alert" not in shown
-    parsed = Page(shown)
-    assert parsed.open == []
-    assert len(parsed.scripts) == 5
-    assert names[0] in parsed.tables["layers-table"][1]
-    for figure in (captured_figure(found), plan_figure(found), reach_figure(found)):
+    reach = panel_figure(reach_panel(found), {}).update_traces(meta=None)  # which is not drawn
+    for figure in (captured_figure(found), plan_figure(found), reach):
         assert "<script" not in (figure.to_json() or "").replace("\\u003c", "<").replace("&lt;", "")
 
 
@@ -292,20 +256,6 @@ def test_little_is_enough():
     found = replace(found, layers=(nothing,), totals=Totals({}, None, 0.0, None, None, 0.0, 0.0))
     found = replace(found, layers=(replace(nothing, starts={}),))
     assert Page(render_diagnosis(record(found, versions={}, commit=None, settings={}))).open == []
-
-
-def test_round_trip_and_bytes(tmp_path, text):
-    path = save_json(record(), tmp_path / "diagnosis.json")
-    assert load_diagnosis(path) == record()
-    assert write_diagnosis(record(), tmp_path / "page.html").read_bytes() == text.encode()
-    path.write_text("{}")
-    with pytest.raises(InputError, match="no valid diagnosis"):
-        load_diagnosis(path)
-    path.write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
-        load_diagnosis(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_diagnosis(tmp_path / "none.json")
 
 
 def test_places():

@@ -8,30 +8,31 @@ from tangora.report import (
     EvaluationRecord,
     StepRecord,
     TimeSplit,
-    loss_figure,
     save_picture,
     summarize,
-    sweep_figure,
-    time_figure,
 )
-from tangora.report.comparison.curves import (
-    Sweep,
-    evaluation_curves,
-    loss_curves,
-    rate_ticks,
-    smooth,
-    sweeps,
-    thin,
-    worst_value,
-)
-from tangora.report.comparison.pareto import COSTS, front, pareto_figure
+from tangora.report.comparison.costs import COSTS, front, pareto_panel, time_figure
+from tangora.report.comparison.curves import evaluation_curves, loss_curves, loss_panel, smooth
+from tangora.report.comparison.learning_rates import rate_ticks, sweep_panel
+from tangora.report.drawing.charts import panel_figure
 from tangora.report.drawing.styles import recipe_styles
-from tangora.report.statistics.selection import SweepPoint
 from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 def history(losses, start=1):
     return [StepRecord(step=start + i, loss=loss, learning_rate=1e-4) for i, loss in enumerate(losses)]
+
+
+def loss_figure(comparison, rows):
+    return panel_figure(loss_panel("", loss_curves(comparison, rows)), {})
+
+
+def sweep_figure(comparison, rows):
+    return panel_figure(sweep_panel(comparison, rows), {})
+
+
+def pareto_figure(rows, cost):
+    return panel_figure(pareto_panel(rows, cost), {})
 
 
 def curves(records):
@@ -64,10 +65,8 @@ def test_loss_curve_is_the_mean_over_seeds():
             make_record(seed=1, history=history([4.0, 3.0, 2.0, 9.0])),  # one step more: not shared
         ]
     )
-    assert curve.steps.tolist() == [1, 2, 3]
-    assert curve.mean.tolist() == [3.5, 2.5, 1.5]
-    assert curve.low.tolist() == [3.0, 2.0, 1.0]
-    assert curve.high.tolist() == [4.0, 3.0, 2.0]
+    assert (curve.x, curve.y) == ((1, 2, 3), (3.5, 2.5, 1.5))
+    assert (curve.low, curve.high) == ((3.0, 2.0, 1.0), (4.0, 3.0, 2.0))
 
 
 def test_no_curve_without_shared_steps_or_finished_runs():
@@ -91,18 +90,17 @@ def test_smoothing_keeps_lines_and_their_length():
 def test_raw_losses_are_on_hover():
     comparison, rows = realistic(), realistic_rows()
     curve = loss_curves(comparison, rows)[0]
-    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.recipe)
-    assert list(line.customdata) == pytest.approx(curve.mean.tolist(), rel=1e-4)
-    assert list(line.y) != curve.mean.tolist()
+    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.name)
+    assert list(line.customdata) == pytest.approx(curve.data, rel=1e-4)
+    assert list(line.y) == pytest.approx(curve.y, rel=1e-4) != curve.data
 
 
 def test_long_curves_are_thinned_to_their_ends():
     (curve,) = curves([make_record(history=history([1 / step for step in range(1, 2001)]))])
-    short = thin(curve)
-    assert short.steps.size == 300
-    assert (short.steps[0], short.steps[-1]) == (1, 2000)
-    assert all(short.mean == 1 / short.steps)
-    assert np.diff(short.steps).max() <= 7
+    assert len(curve.x) == 300
+    assert (curve.x[0], curve.x[-1]) == (1, 2000)
+    assert curve.data == [1 / step for step in curve.x]
+    assert np.diff(curve.x).max() <= 7
 
 
 def test_evaluations_need_two_points():
@@ -112,7 +110,7 @@ def test_evaluations_need_two_points():
 
     comparison = make_comparison([evaluated(0, [3.0, 1.0]), evaluated(1, [5.0, 2.0])])
     (curve,) = evaluation_curves(comparison, summarize(comparison), "loss")
-    assert (curve.mean.tolist(), curve.high.tolist()) == ([4.0, 1.5], [5.0, 2.0])
+    assert (curve.y, curve.high) == ((4.0, 1.5), (5.0, 2.0))
     assert evaluation_curves(comparison, summarize(comparison), "accuracy") == []
     once = make_comparison([evaluated(0, [3.0])])
     assert evaluation_curves(once, summarize(once), "loss") == []
@@ -155,17 +153,14 @@ def test_sweep_marks_chosen_and_diverged():
     assert rings == {row.recipe: row.learning_rate for row in rows}
     (cross,) = [trace for trace in figure.data if trace.marker.symbol == "x-thin"]
     assert (cross.legendgroup, cross.x) == ("lora-pro", (8e-4,))
-    assert cross.y[0] == worst_value(sweeps(comparison, rows), higher_is_better=True)
+    assert cross.y[0] == min(
+        record.metrics["validation"]["accuracy"] for record in comparison.records if record.metrics
+    )
 
 
 def test_ticks_stay_readable():
-    def points(rates):
-        return [Sweep("x", [SweepPoint(rate, (0.5,), 0, 0) for rate in rates], None)]
-
-    assert rate_ticks(points([1e-4, 3e-4])) == [1e-4, 3e-4]
-    assert rate_ticks(points(np.geomspace(2e-6, 3e-3, 20).tolist())) == pytest.approx(
-        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
-    )
+    assert rate_ticks([1e-4, 3e-4]) == [1e-4, 3e-4]
+    assert rate_ticks(np.geomspace(2e-6, 3e-3, 20).tolist()) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
     assert rate_ticks([]) == []
 
 
@@ -182,7 +177,7 @@ def test_hostile_names_are_text():
         loss_figure(comparison, summarize(comparison)),
         sweep_figure(comparison, summarize(comparison)),
     ):
-        (name,) = [trace.name for trace in figure.data if trace.name]
+        (name,) = {trace.name for trace in figure.data if trace.name}
         assert "<script" not in name
         assert html.unescape(name).replace("\N{ZERO WIDTH SPACE}", "") == HOSTILE
 

@@ -7,17 +7,16 @@ import pytest
 from rich.console import Console
 
 from tangora.report import load_record, render_page, save_json, summarize
-from tangora.report.comparison.flatness import (
-    flatness_figure,
-    flatness_notes,
+from tangora.report.comparison.end_points import (
+    flatness_section,
     flatness_sentences,
     flatness_table,
     has_flatness,
     rich_flatness,
 )
-from tangora.report.records import Flatness, SpaceFlatness
+from tangora.report.run_records import Flatness, SpaceFlatness
+from tests.report.pages import Page
 from tests.report.synthetic import make_comparison, make_record, realistic
-from tests.report.test_page import Page
 
 SEEDS = (0, 1, 2)
 
@@ -52,8 +51,13 @@ def comparison():
 
 
 def cells_of(found):
-    headers, rows = flatness_table(found, summarize(found))
-    return {row[0][0]: dict(zip(headers, row, strict=True)) for row in rows}
+    table = flatness_table(found, summarize(found))
+    rows = [[list(cell.lines) for cell in row] for row in table.rows]
+    return {row[0][0]: dict(zip(table.headers, row, strict=True)) for row in rows}
+
+
+def section(found):
+    return flatness_section(found, summarize(found))
 
 
 def test_the_gap_is_test_minus_train():
@@ -75,13 +79,12 @@ def test_means_and_intervals_over_the_seeds_of_the_judged_runs():
 
 
 def test_factors_stand_last_and_with_the_sentence():
-    headers, _ = flatness_table(comparison(), summarize(comparison()))
-    assert headers[-2:] == ["λ max, factors", "trace, factors"]
-    assert any("not to be compared between the rows" in note for note in flatness_notes(comparison()))
+    shown = section(comparison())
+    assert shown.table.headers[-2:] == ["λ max, factors", "trace, factors"]
+    assert any("not to be compared between the rows" in note for note in shown.notes)
     whole = make_comparison([make_record("full", 1e-4, 0, flatness=flat(lora=False))])
-    headers, _ = flatness_table(whole, summarize(whole))
-    assert not any("factors" in header or "tangent" in header for header in headers)
-    assert not any("compared" in note for note in flatness_notes(whole))
+    assert not any("factors" in name or "tangent" in name for name in section(whole).table.headers)
+    assert not any("compared" in note for note in section(whole).notes)
 
 
 def test_the_page_has_the_table_only_where_it_was_measured():
@@ -98,7 +101,7 @@ def test_what_was_not_measured_is_said():
     missing = flat(spaces={}, radius=None, rise=None, missing="DoRA detaches its norm")
     found = make_comparison([make_record("dora", 1e-4, 0, flatness=missing)])
     assert cells_of(found)["dora"]["generalisation gap"] == ["0.1"]
-    assert "Not measured: DoRA detaches its norm." in flatness_notes(found)
+    assert "Not measured: DoRA detaches its norm." in section(found).notes
     assert Page(render_page(found)).open == []
 
 
@@ -112,7 +115,7 @@ def test_one_run_in_words():
 
 def test_one_mark_for_each_judged_run():
     found = comparison()
-    points = {trace.name: list(trace.x) for trace in flatness_figure(found, summarize(found)).data}
+    points = {trace["name"]: trace["x"] for trace in section(found).charts[0].figure["data"]}
     assert points == {"full": [2.0, 3.0, 4.0], "lora": [2.0, 3.0, 4.0]}
 
 

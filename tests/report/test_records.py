@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from tangora._checks import InputError
-from tangora.report import Comparison, Record, files, load_comparison, load_record, save_comparison, save_json
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic
+from tangora.report import Comparison, Record, load_comparison, load_record, record_files, save_json
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, save_comparison
 
 
 def refuse_constant(name):
@@ -56,7 +56,7 @@ def test_a_crash_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     def crash(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", crash)
+    monkeypatch.setattr(record_files.os, "fsync", crash)
     with pytest.raises(InputError):
         save_json(make_record(test=0.2), path)
     assert path.read_bytes() == before

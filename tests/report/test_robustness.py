@@ -1,9 +1,8 @@
 import pytest
 
 from tangora.report import summarize
-from tangora.report.comparison.further import rate_verdict
 from tangora.report.statistics.robustness import robustness
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
+from tests.report.synthetic import diverged, make_comparison, make_record
 
 
 def sweep(recipe, values, **changes):
@@ -56,69 +55,3 @@ def test_divergence_ends_the_range_but_a_failure_does_not():
 def test_a_learning_rate_at_which_one_seed_diverged_is_outside():
     records = [*sweep("x", {1e-4: 0.9, 2e-4: 0.9}), diverged("x", 2e-4, seed=1)]
     assert measured(records)["x"].high == 1e-4
-
-
-@pytest.mark.parametrize(
-    ("at_full_rate", "rate", "expected"),
-    [(0.89, 1e-4, True), (0.80, 1e-4, False), (0.89, 1.25e-4, True), (0.89, 1.4e-4, None)],
-)
-def test_full_fine_tunings_rate(at_full_rate, rate, expected):
-    found = measured([*sweep("full", {1e-4: 0.95}), *sweep("x", {rate: at_full_rate, 1e-3: 0.90})])
-    assert found["x"].full_carries_over is expected
-    assert found["x"].full_rate == (None if expected is None else rate)
-    assert found["full"].full_carries_over is None
-
-
-def test_full_fine_tunings_rate_may_diverge():
-    records = [*sweep("full", {1e-4: 0.95}), diverged("x", 1e-4), *sweep("x", {1e-5: 0.9})]
-    assert measured(records)["x"].full_carries_over is False
-    assert measured(sweep("x", {1e-5: 0.9}))["x"].full_carries_over is None
-
-
-def test_stability_at_three_times_the_best():
-    best = sweep("x", {1e-4: 0.9})
-    assert measured(best)["x"].tripled == "not tried"
-    assert measured([*best, *sweep("x", {3e-4: 0.1})])["x"].tripled == "finished"
-    assert measured([*best, diverged("x", 3e-4)])["x"].tripled == "diverged"
-    assert measured([*best, *sweep("x", {3e-4: 0.1}), diverged("x", 3e-4, 1)])["x"].tripled == "diverged"
-    near = measured([*best, *sweep("x", {2.4e-4: 0.1}), diverged("x", 3.5e-4)])["x"]
-    assert (near.tripled, near.tripled_rate) == ("diverged", 3.5e-4)
-    far = measured([*best, *sweep("x", {2e-4: 0.1}), diverged("x", 4e-4)])["x"]
-    assert (far.tripled, far.tripled_rate) == ("not tried", None)
-    failed = make_record("x", 3e-4, status="failed", error="bug", metrics={})
-    assert measured([*best, failed])["x"].tripled == "not tried"
-
-
-def test_a_trial_may_diverge_but_not_finish():
-    best = sweep("x", {1e-4: 0.9})
-    assert measured([*best, diverged("x", 3e-4, stage="trial")])["x"].tripled == "diverged"
-    assert measured([*best, *sweep("x", {3e-4: 0.1}, stage="trial")])["x"].tripled == "not tried"
-
-
-def test_only_recipes_with_a_learning_rate():
-    assert [*measured([*sweep("x", {1e-4: 0.9}), diverged("y", 1e-4)])] == ["x"]
-
-
-def test_sentences():
-    wide = sweep("wide", {1e-4: 0.9, 3e-4: 0.9, 1e-3: 0.5})
-    narrow = [*sweep("lora", {1e-4: 0.5, 3e-4: 0.9}), diverged("lora", 1e-3)]
-    full = sweep("full", {1e-4: 0.9, 2e-5: 0.5, 2e-4: 0.5})
-    widths, carried, tripled = rate_verdict(measured([*wide, *narrow, *full]))
-    assert widths == (
-        "wide has the widest range of learning rates within 2 % of its best result: at least a factor of 3; lora: the "
-        "best one only."
-    )
-    assert carried == (
-        "At the best learning rate of full, wide is within 2 % of the best result and lora is worse than that."
-    )
-    assert tripled == "At about 3 times the best learning rate, lora of 2 recipes tried diverges."
-    assert rate_verdict(measured(sweep("x", {1e-4: 0.9}))) == []
-    assert rate_verdict(measured(sweep("x", {1e-4: 0.9, 2e-4: 0.5}))) == [
-        "No recipe is within 2 % of its best result at any other learning rate that was tried."
-    ]
-
-
-def test_realistic():
-    found = robustness(realistic(), realistic_rows())
-    assert found["lora-pro"].full_carries_over
-    assert {item.width for item in found.values()} == {1.0}

@@ -3,9 +3,8 @@ import math
 import pytest
 
 from tangora.report import EvaluationRecord, StepRecord, TimeSplit, summarize
-from tangora.report.comparison.further import speed_verdict
 from tangora.report.statistics.speed import speeds
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
+from tests.report.synthetic import make_comparison, make_record
 
 TIME = TimeSplit(start=10.0, forward_backward=60.0, optimizer=40.0, evaluation=1000.0)
 
@@ -91,84 +90,3 @@ def test_a_loss_that_is_not_finite_is_not_low():
     losses = falling(0.02)
     losses[48:52] = [math.nan, math.inf, 1.0, 1.0]
     assert measured(run("lora", falling(0.01)), run("x", losses))["x"].steps == 55
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        [run("x", falling(0.01))],
-        [diverged("lora", 1e-4), run("x", falling(0.01))],
-        [run("lora", []), run("x", falling(0.01))],
-        [run("lora", [math.nan] * 100), run("x", falling(0.01))],
-    ],
-)
-def test_without_a_loss_of_lora_there_is_nothing_to_reach(records):
-    assert measured(*records) == {}
-    assert speed_verdict(measured(*records)) == []
-
-
-def test_runs_of_another_length_are_smoothed_alike():
-    found = measured(
-        run("lora", falling(0.01)), run("short", [0.5] * 3), run("long", [1.5] * 100 + [0.5] * 100)
-    )
-    assert found["short"].num_reached == 0  # less than one window
-    assert found["long"].steps == 103  # 3 of 5 losses at 0.5 and 2 at 1.5 are 0.9
-
-
-def test_the_sentence_counts_who_gets_there_with_every_seed_and_lora_too():
-    found = measured(
-        run("lora", falling(0.01)),
-        run("steps", falling(0.04), time=TIME.model_copy(update={"start": 80.0})),
-        run("time", falling(0.02)),
-    )
-    (sentence,) = speed_verdict(found)
-    assert sentence == (
-        "All recipes reach lora's final training loss, 1.0200, with every seed. Of these, steps needs the fewest "
-        "optimizer steps, 27 on average, and time needs the least time, 1 min 01 s; lora itself took 100 steps on "
-        "average and 1 min 50 s."
-    )
-    found = measured(run("lora", falling(0.01)), run("slow", falling(0.005)))
-    assert speed_verdict(found) == [
-        "Only lora reaches lora's final training loss, 1.0200, with every seed: 100 steps on average and 1 min 50 s."
-    ]
-    assert speed_verdict(measured(run("lora", falling(0.01)))) == []
-
-
-def test_lora_may_take_the_least_time():
-    slow = TIME.model_copy(update={"start": 500.0})
-    found = measured(run("lora", falling(0.01)), *(run(n, falling(0.02), time=slow) for n in ("a", "b")))
-    (sentence,) = speed_verdict(found)
-    assert (
-        "a and b need the fewest optimizer steps, 51 on average, and lora needs the least time, 1 min 50 s"
-        in sentence
-    )
-
-
-def test_what_reads_the_same_in_the_table_is_a_tie():
-    found = measured(run("lora", falling(0.01)), run("x", falling(0.01)), run("y", falling(0.005)))
-    (sentence,) = speed_verdict(found)
-    assert sentence.startswith("Only lora and x reach ")
-    assert sentence.endswith("lora and x need the least time, 1 min 50 s.")
-
-
-def test_lora_that_gets_there_with_some_seeds_only_is_said_to():
-    lora = [run("lora", falling(slope), seed) for seed, slope in enumerate((0.011, 0.010, 0.009))]
-    fast = [run("fast", falling(0.02), seed) for seed in range(3)]
-    (sentence,) = speed_verdict(measured(*lora, *fast))
-    assert sentence.startswith("Only fast reaches ")
-    assert "in 2 of 3 seeds" in sentence
-
-
-def test_two_noisy_batches_are_no_claim():
-    found = measured(run("lora", falling(0.01)[:36]), run("x", falling(0.02)[:36]))
-    assert found["x"].window == 2
-    (sentence,) = speed_verdict(found)
-    assert "cannot be told" in sentence
-    assert "a mean over only 2 steps" in sentence
-    assert "fewest" not in sentence
-
-
-def test_realistic():
-    found = speeds(realistic(), realistic_rows())
-    assert found["full"].steps < found["lora"].steps
-    assert [*found] == [row.recipe for row in realistic_rows()]

@@ -5,9 +5,13 @@ import re
 import pytest
 
 from tangora._checks import InputError
-from tangora.report import formats, load_study, matrix, save_comparison, summarize, tasks_verdict, write_study
-from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic
-from tests.report.test_page import Page
+from tangora.report import formats, load_study, summarize, write_study
+from tangora.report.comparison.differences import differences_figure
+from tangora.report.comparison.study import tasks_verdict
+from tangora.report.drawing.pictures import draw_picture
+from tangora.report.statistics.tasks import matrix
+from tests.report.pages import Page
+from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic, save_comparison
 
 NEAR = {"lora": 0.0, "tangent": 0.01, "dora": -0.01, "full": 0.02}
 
@@ -83,18 +87,11 @@ def test_picture_beside_it(study, tmp_path):
     assert written[0] == written[1]
 
 
-def test_picture_has_better_at_the_right(study, tmp_path, monkeypatch):
-    drawn = {}
-
-    def written(figure, path):
-        drawn["figure"] = figure
-        return path
-
-    monkeypatch.setattr("tangora.report.comparison.picture._written", written)
+def test_picture_has_better_at_the_right(study):
     loss = task("Loss", 0.9, metric="loss").model_copy(update={"higher_is_better": False})
-    losses = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")}
-    write_study(losses | study, tmp_path / "report.html", "Five tasks", "")
-    axes = drawn["figure"].get_axes()
+    tasks = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")} | study
+    named = [comparison.model_copy(update={"title": name}) for name, comparison in tasks.items()]
+    axes = draw_picture(differences_figure(tasks, matrix(named))).get_axes()
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["tangent"]
     falling = {ax.get_title(): ax.get_xlim()[0] > ax.get_xlim()[1] for ax in axes}
     assert falling == {

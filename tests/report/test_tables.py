@@ -4,9 +4,9 @@ import io
 import pytest
 from rich.console import Console
 
-from tangora.report import TimeSplit, formats, markdown_table, rich_table, summarize, write_csv
-from tangora.report.comparison.tables import columns
-from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
+from tangora.report import TimeSplit, formats, rich_table, summarize, write_csv
+from tangora.report.comparison.results_table import costs_table
+from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 def rendered(comparison, width, rows=None):
@@ -15,19 +15,16 @@ def rendered(comparison, width, rows=None):
     return file.getvalue()
 
 
-def test_terminal_shows_the_numbers_of_the_summary():
-    text = rendered(realistic(), 120, realistic_rows())
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_shows_the_numbers_and_what_was_compared(width):
+    text = rendered(realistic(), width, realistic_rows())
+    assert max(map(len, text.splitlines())) <= width
+    assert all(word in text for word in ("MiniLM on BBC News", "200 test", "seeds: 3"))
     for row in realistic_rows():
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{row.recipe} "))
         assert formats.metric(row.test) in line
-        assert formats.interval(row.interval) in line
         assert formats.learning_rate(row.learning_rate) in line
-
-
-def test_eighty_columns_are_enough():
-    text = rendered(realistic(), 80, realistic_rows())
-    assert max(map(len, text.splitlines())) <= 80
-    assert all(formats.metric(row.test) in text for row in realistic_rows())
+        assert width == 80 or formats.interval(row.interval) in line
 
 
 def test_terminal_does_not_read_markup_in_names():
@@ -35,22 +32,6 @@ def test_terminal_does_not_read_markup_in_names():
     text = rendered(make_comparison([make_record("[red]x[/nope]", metrics=metrics)], metric="[/m]"), 160)
     assert "[red]x[/nope]" in text
     assert "[/m]" in text
-
-
-def test_markdown():
-    comparison, rows = realistic(), realistic_rows()
-    lines = markdown_table(rows, comparison).splitlines()
-    assert len(lines) == 2 + len(rows)
-    assert len({line.count("|") for line in lines}) == 1
-    assert len(columns(comparison)) + 1 == lines[0].count("|")
-    assert "8e-4 ↑" in next(line for line in lines if line.startswith("| dora"))
-
-
-def test_markdown_escapes():
-    comparison = make_comparison([make_record(f"a|b\n{HOSTILE}")])
-    line = markdown_table(summarize(comparison), comparison).splitlines()[2]
-    assert "a\\|b " in line
-    assert "<script" not in line.replace("\\<", "")
 
 
 def test_times_are_medians_with_ranges():
@@ -61,17 +42,10 @@ def test_times_are_medians_with_ranges():
     (row,) = summarize(make_comparison([run(0, 7.0, 0.4), run(1, 20.0, 0.8), run(2, 70.0, 80.0)]))
     assert (row.seconds, row.seconds_range) == (20.8, (7.4, 150.0))
     assert (row.step_milliseconds, row.step_milliseconds_range) == (200.0, (100.0, 20_000.0))
-    cells = {column.header: column.cell(row) for column in columns(make_comparison([]))}
-    assert (cells["time per run"], cells["range of the time"]) == ("20.8 s", "7.4 s to 2 min 30 s")
+    (cells,) = costs_table([row]).rows
+    assert cells[1].lines == ["20.8 s", "7.4 s to 2 min 30 s"]
     (row,) = summarize(make_comparison([run(0, 7.0, 0.4)]))
-    assert next(c for c in columns(make_comparison([])) if c.header == "range of the time").cell(row) == "–"
-
-
-def test_the_terminal_says_what_was_compared_on_what():
-    text = rendered(realistic(), 120, realistic_rows())
-    assert "MiniLM on BBC News" in text
-    assert "200 test" in text
-    assert "seeds: 3" in text
+    assert costs_table([row]).rows[0][1].lines == ["7.4 s"]
 
 
 def test_csv_is_unrounded(tmp_path):

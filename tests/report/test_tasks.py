@@ -4,7 +4,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from tangora._checks import InputError
-from tangora.report.comparison.further import tasks_verdict
+from tangora.report.comparison.study import tasks_verdict
 from tangora.report.statistics.tasks import matrix
 from tests.report.synthetic import diverged, make_comparison, make_record
 

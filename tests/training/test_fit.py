@@ -45,10 +45,8 @@ def test_cut_texts_are_counted_in_every_split():
 
 def test_prompts_lose_their_beginning_before_completions_lose_their_end():
     (told,) = notes(pairs([f"1 2 3 {number}" for number in range(8)]), 5)
-    assert (
-        "8 of 8 training examples are cut to 5 tokens (longest 7); the beginning of the prompt is lost"
-        in told
-    )
+    assert "8 of 8 training examples are cut to 5 tokens (longest 7)" in told
+    assert "the beginning of the prompt is lost" in told
     (told,) = notes(pairs([f"1 2 3 {number}" for number in range(8)], "1 2"), 5)
     assert "of the prompt is lost" in told
     answers = [{"prompt": f"{n}", "completion": "1 2 3 4 5 6" if n else "1"} for n in range(8)]

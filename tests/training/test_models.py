@@ -1,6 +1,7 @@
 """Where models come from, what a new head is, and what a message says when there is no model."""
 
 import time
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -10,12 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tangora._checks import InputError
+from tangora.training import hub
 from tangora.training.data import load_task
-from tangora.training.models import PACKAGED_MODELS, gguf, hub, load_model
-from tangora.training.models import loading as models
-from tangora.training.models.cache import cache_folder
-from tangora.training.models.gguf import dequantized
-from tangora.training.models.packaged import PackagedFiles, install_command
+from tangora.training.models import PACKAGED_MODELS, cached, load_model
+from tangora.training.models.cached import cache_folder, dequantized
+from tangora.training.paths import PackagedFiles, install_command
 from tests.training.tiny import rng_state_unchanged, tiny_bert, tiny_llama, tiny_tokenizer
 
 
@@ -35,7 +35,7 @@ def llama_folder(tmp_path):
 
 
 def test_causal_model_is_the_saved_one(llama_folder):
-    loaded = load_model(llama_folder, kind="causal")
+    loaded = load_model(Path(llama_folder), kind="causal")
     tokens = torch.arange(12)[None]
     assert torch.equal(loaded.model(tokens).logits, tiny_llama()(tokens).logits)
     assert not loaded.model.training
@@ -49,19 +49,16 @@ def test_pad_token_is_always_there_and_shared(llama_folder):
         assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == 3
 
 
-def test_new_head_depends_on_the_seed_only(bert_folder):
+def test_new_head_depends_on_the_seed_only_and_the_callers_random_state_stays(bert_folder):
     def head(seed):
         return load_model(bert_folder, kind="classification", num_labels=3, seed=seed).model.classifier.weight
 
     torch.manual_seed(1)
     first = head(0)
     torch.manual_seed(2)
+    assert rng_state_unchanged(lambda: head(0))
     assert torch.equal(first, head(0))
     assert not torch.equal(first, head(1))
-
-
-def test_caller_random_state_is_untouched(bert_folder):
-    assert rng_state_unchanged(lambda: load_model(bert_folder, kind="classification", num_labels=3))
 
 
 def test_backbone_of_a_classifier_is_the_saved_one(bert_folder):
@@ -108,32 +105,16 @@ def test_loading_is_silent_and_restores_verbosity(bert_folder, capfd):
     [
         ("minilm-l6", {"kind": "regression"}, "kind must be one of classification, causal"),
         ("minilm-l6", {"kind": "classification"}, "needs labels or num_labels"),
-        (
-            "minilm-l6",
-            {"kind": "classification", "num_labels": 1},
-            r"num_labels must be a number in \[2, inf",
-        ),
+        ("minilm-l6", {"kind": "classification", "num_labels": 1}, r"num_labels must be .* \[2, inf"),
         ("minilm-l6", {"kind": "classification", "num_labels": 2.5}, "num_labels must be a whole number"),
         ("minilm-l6", {"kind": "classification", "labels": ["a", "a"]}, "2 different names; got a, a"),
-        (
-            "minilm-l6",
-            {"kind": "classification", "labels": ["a", "b"], "num_labels": 3},
-            "number of labels, 2; got 3",
-        ),
+        ("minilm-l6", {"kind": "classification", "labels": ["a", "b"], "num_labels": 3}, "labels, 2; got 3"),
         ("minilm-l6", {"kind": "causal", "num_labels": 3}, "leave them out for 'causal'"),
         ("minilm-l6", {"kind": "causal", "dtype": torch.int8}, "dtype must be a floating-point type"),
         ("minilm-l6", {"kind": "causal", "seed": -1}, "seed must be"),
-        (
-            "./nowhere",
-            {"kind": "causal"},
-            "no such file or folder; use a packaged model .smollm2-135m, minilm-l6",
-        ),
+        ("./nowhere", {"kind": "causal"}, "no such file or folder; use a packaged model .smollm2-135m"),
         ("nowhere.gguf", {"kind": "causal"}, "no such file or folder"),
-        (
-            "no/such-model",
-            {"kind": "causal"},
-            r"hub is switched off \(HF_HUB_OFFLINE\).*; use a packaged model",
-        ),
+        ("no/such-model", {"kind": "causal"}, r"hub is switched off \(HF_HUB_OFFLINE\).*; use a packaged"),
         ("smollm-135m", {"kind": "causal"}, "did you mean smollm2-135m"),
         ("not a name!", {"kind": "causal"}, "no valid hub name"),
     ],
@@ -253,7 +234,7 @@ def gguf_file(monkeypatch, tmp_path):
         tiny_llama().save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
 
-    monkeypatch.setattr(gguf, "_dequantize", fake)
+    monkeypatch.setattr(cached, "_dequantize", fake)
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF")
     return path, calls
@@ -284,7 +265,7 @@ def test_interrupted_dequantizing_leaves_no_cache(gguf_file, monkeypatch, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "_dequantize", interrupted)
+        patch.setattr(cached, "_dequantize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dequantized(path)
     assert list((tmp_path / "cache" / "models").iterdir()) == []
@@ -293,14 +274,14 @@ def test_interrupted_dequantizing_leaves_no_cache(gguf_file, monkeypatch, tmp_pa
 
 def test_process_that_was_first_wins(gguf_file, monkeypatch):
     path, _ = gguf_file
-    inner = gguf._dequantize
+    inner = cached._dequantize
 
     def overtaken(source, folder):
         inner(source, folder)
-        monkeypatch.setattr(gguf, "_dequantize", inner)
+        monkeypatch.setattr(cached, "_dequantize", inner)
         (dequantized(path) / "first").touch()
 
-    monkeypatch.setattr(gguf, "_dequantize", overtaken)
+    monkeypatch.setattr(cached, "_dequantize", overtaken)
     assert (dequantized(path) / "first").exists()
 
 
@@ -323,8 +304,7 @@ def test_minilm():
 def test_smollm_speaks_and_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("TANGORA_CACHE", str(tmp_path))
     first = load_model("smollm2-135m", kind="causal")
-    monkeypatch.setattr(models, "dequantized", gguf.dequantized)
-    monkeypatch.delattr(gguf, "_dequantize")
+    monkeypatch.delattr(cached, "_dequantize")
     second = load_model("smollm2-135m", kind="causal")
     prompt = first.tokenizer("The capital of France is", return_tensors="pt")
     assert torch.equal(first.model(**prompt).logits, second.model(**prompt).logits)

@@ -2,15 +2,12 @@
 
 import copy
 import dataclasses
-import os
 import random
-import socket
 import warnings
 
+import datasets
 import pytest
 import torch
-import torch.multiprocessing as mp
-import transformers
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 import tangora
@@ -18,37 +15,24 @@ from tangora import InputError, find_pairs, recipe, recipes
 from tangora.adapters import has_offset
 from tangora.experiments.settings import RunSettings
 from tangora.init import started_by
-from tangora.training.data import collator, encode
+from tangora.training.data import encode
 from tangora.training.starting import NUM_EXAMPLES, NUM_HELD_OUT
+from tests.training import trainers
 from tests.training.tiny import labelled_examples, tiny_bert, tiny_llama, tiny_tokenizer
+from tests.training.trainers import COLLATE, RATE, assert_equal, in_two_processes, weights
 
 # LoRA-Pro says so of a model as small as this
 pytestmark = pytest.mark.filterwarnings("ignore:step 2 changes A of")
 NAMES = [entry.name for entry in recipes()]
 STARTED = [entry.name for entry in recipes() if entry.start and entry.trains]
-RATE = 1e-3
 SEED = 7
-COLLATE = collator(tiny_tokenizer(), "classification")
-DATA = encode(labelled_examples(48), tiny_tokenizer(), kind="classification", max_length=16)
+DATA = trainers.encoded(48)
 HELD_OUT = encode(labelled_examples(12)[::-1], tiny_tokenizer(), kind="classification", max_length=16)
 
 
 def arguments(folder, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "seed": SEED,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
-    return transformers.TrainingArguments(**settings | changes)
+    options = {"max_steps": 2, "per_device_eval_batch_size": 4, "lr_scheduler_type": "constant", "seed": SEED}
+    return trainers.arguments(folder, **options | changes)
 
 
 def made(folder, model=None, kind=tangora.Trainer, changes=None, **options):
@@ -62,10 +46,9 @@ def adapted(name="lora", **changes):
     return recipe(name).prepare(tiny_bert(), **options | changes)
 
 
-def with_lora(base=None, **config):
+def with_lora(**config):
     torch.manual_seed(SEED)
-    options = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
-    return get_peft_model(base or tiny_bert(), LoraConfig(**options | config))
+    return trainers.with_lora(**config)
 
 
 def start_batches(size=4, examples=NUM_EXAMPLES):
@@ -77,14 +60,10 @@ def held_out_batches():
     return [COLLATE([HELD_OUT[i] for i in range(first, first + 4)]) for first in range(0, 12, 4)]
 
 
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+def offsets(model):
+    """Return the frozen initial products of adapters, by pair and factor."""
+    found = {pair.name: pair.offset() for pair in find_pairs(model)}
+    return {(name, k): factor for name, factors in found.items() for k, factor in enumerate(factors or ())}
 
 
 def manual(folder, name):
@@ -169,10 +148,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, monkeypatch, name
     monkeypatch.setattr(tangora.Recipe, "initialize", fails)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(whole.model), weights(resumed.model))
-    for one, other in zip(find_pairs(whole.model), find_pairs(resumed.model), strict=True):
-        frozen, again = one.offset(), other.offset()
-        assert (frozen is None) == (again is None)
-        assert frozen is None or all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
+    assert_equal(offsets(whole.model), offsets(resumed.model))
 
 
 def test_an_initialization_is_made_once(tmp_path):
@@ -202,18 +178,14 @@ def test_another_initialization_or_training_is_never_erased(tmp_path):
     assert_equal(before, weights(trained))
 
 
-def test_training_from_another_initialization_is_said(tmp_path, caplog):
+def test_another_initialization_or_optimizer_is_said(tmp_path, caplog):
     model = adapted()
     tangora.initialize(model, "orthogonal", seed=3)
     made(tmp_path, model, recipe="tangent")
-    assert "recipe 'tangent' trains from initialization 'orthogonal'" in caplog.text
-
-
-def test_another_optimizer_of_the_arguments_is_said(tmp_path, caplog):
-    made(tmp_path, recipe="tangent")
+    assert "trains from initialization 'orthogonal'" in caplog.text
     assert "optim of TrainingArguments" not in caplog.text
     made(tmp_path, recipe="tangent", changes={"optim": "adafactor"})
-    assert "recipe 'tangent': its own optimizer; optim of TrainingArguments is not used" in caplog.text
+    assert "optim of TrainingArguments is not used" in caplog.text
 
 
 class Squares(tangora.Trainer):
@@ -292,8 +264,6 @@ def test_what_a_trainer_counts_while_it_evaluates_losses_is_put_back(tmp_path):
 
 
 def test_datasets_with_other_columns_and_streams_are_read(tmp_path):
-    import datasets
-
     rows = [{**DATA[index], "note": "unused"} for index in range(len(DATA))]
     table = datasets.Dataset.from_list(rows)
     changes = {"remove_unused_columns": True}
@@ -377,9 +347,8 @@ def test_models_that_a_function_makes_are_prepared_each_time(tmp_path):
     assert started_by(trainer.model) == "lora-ga"
     expected = made(tmp_path, recipe="lora-ga")
     expected.create_optimizer()
-    for one, other in zip(find_pairs(trainer.model), find_pairs(expected.model), strict=True):
-        frozen, again = one.offset(), other.offset()
-        assert all(torch.equal(a, b) for a, b in zip(frozen, again, strict=True))
+    assert offsets(trainer.model)
+    assert_equal(offsets(trainer.model), offsets(expected.model))
 
 
 def test_a_configuration_is_completed_by_the_recipe(tmp_path):
@@ -419,9 +388,8 @@ def added():
 
 def quantized():
     model = tiny_bert()
-    model.bert.pooler.dense.weight = torch.nn.Parameter(
-        torch.zeros(4, dtype=torch.uint8), requires_grad=False
-    )
+    packed = torch.zeros(4, dtype=torch.uint8)
+    model.bert.pooler.dense.weight = torch.nn.Parameter(packed, requires_grad=False)
     return model
 
 
@@ -508,23 +476,13 @@ def initialized(folder):
     return weights(trainer.model)
 
 
-def distributed_work(rank, folder, port):
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.save(initialized(f"{folder}/{rank}"), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def initialized_of(rank, folder):
+    return initialized(f"{folder}/{rank}")
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_examples(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(distributed_work, args=(str(tmp_path), port), nprocs=2)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, other = in_two_processes(initialized_of, tmp_path)
     assert_equal(one, other)
     for name, value in initialized(tmp_path).items():
         torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5)
@@ -534,7 +492,6 @@ def test_two_processes_share_the_examples(tmp_path):
 @pytest.mark.parametrize("base", [True, False])
 def test_in_front_of_trl(tmp_path, base):
     trl = pytest.importorskip("trl")
-    import datasets
 
     class SFT(tangora.Trainer, trl.SFTTrainer):
         pass

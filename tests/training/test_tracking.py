@@ -4,7 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tangora import CompareSettings, InputError, RunSettings, compare, train
-from tangora.training.tracking import check_trackers, trackers
+from tangora.training.callbacks import check_trackers, trackers
 from tests.experiments.small import write_classifier
 
 
@@ -53,7 +53,7 @@ def test_training_is_the_same_with_and_without(small, tmp_path):
 @pytest.mark.messages
 def test_a_tracker_that_is_not_installed_is_named(small, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "tangora.training.tracking.get_available_reporting_integrations", lambda: ["tensorboard"]
+        "tangora.training.callbacks.get_available_reporting_integrations", lambda: ["tensorboard"]
     )
     check_trackers(["tensorboard"])
     with pytest.raises(InputError, match="report_to wandb needs the package wandb: pip install wandb"):

@@ -1,48 +1,15 @@
-"""Three ways into a Trainer, and what it must refuse."""
+"""Three ways into a Trainer, several gradients per step, and what it must refuse."""
 
 import copy
-import os
-import socket
-import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
-from peft import LoraConfig, get_peft_model
 
 import tangora
 from tangora import InputError, TangentAdam
-from tangora.training.data import collator, encode
-from tests.training.tiny import labelled_examples, tiny_bert, tiny_tokenizer
-
-
-def parts(tmp_path, **changes):
-    tokenizer = tiny_tokenizer()
-    model = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
-    data = encode(labelled_examples(32), tokenizer, kind="classification", max_length=16)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        **changes,
-    )
-    return {
-        "model": model,
-        "args": arguments,
-        "train_dataset": data,
-        "data_collator": collator(tokenizer, "classification"),
-    }
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+from tests.training.tiny import tiny_bert
+from tests.training.trainers import RATE, assert_equal, in_two_processes, parts, weights
 
 
 def test_all_ways_train_alike(tmp_path):
@@ -54,24 +21,22 @@ def test_all_ways_train_alike(tmp_path):
         elif way == "name":
             trainer = tangora.Trainer(**options, recipe="tangent")
         elif way == "optimizers":
-            optimizer = TangentAdam(options["model"], lr=1e-3)
+            optimizer = TangentAdam(options["model"], lr=RATE)
             trainer = transformers.Trainer(**options, optimizers=(optimizer, None))
         else:
-            factory = tangora.optimizer_factory(TangentAdam, lr=1e-3)
+            factory = tangora.optimizer_factory(TangentAdam, lr=RATE)
             trainer = transformers.Trainer(**options, optimizer_cls_and_kwargs=factory)
         trainer.train()
         results.append(weights(options["model"]))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_equal(results[0], other)
 
 
 def test_recipe_takes_the_arguments_of_the_trainer(tmp_path):
-    trainer = tangora.Trainer(
-        **parts(tmp_path, weight_decay=0.1, adam_beta2=0.95), recipe=tangora.recipe("lora-pro")
-    )
+    trainer = tangora.Trainer(**parts(tmp_path, weight_decay=0.1, adam_beta2=0.95), recipe="lora-pro")
     trainer.create_optimizer()
     group = trainer.optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 0.1, (0.9, 0.95))
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (RATE, 0.1, (0.9, 0.95))
 
 
 def test_without_a_recipe_it_is_the_plain_trainer(tmp_path):
@@ -89,30 +54,30 @@ def test_it_can_stand_in_front_of_another_trainer(tmp_path):
     class Both(tangora.Trainer, Other):
         pass
 
-    trainer = Both(**parts(tmp_path), extra=3, recipe=tangora.recipe("tangent"))
+    trainer = Both(**parts(tmp_path), extra=3, recipe="tangent")
     trainer.train()
     assert trainer.extra == 3
     assert isinstance(trainer.optimizer.optimizer, TangentAdam)
 
 
 def test_adalora_moves_its_ranks(tmp_path):
-    base = tiny_bert()
-    model = tangora.recipe("adalora").prepare(base, r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=12)
-    options = {**parts(tmp_path), "model": model}
-    options["args"] = copy.copy(options["args"])
-    options["args"].max_steps = 12
-    trainer = tangora.Trainer(**options, recipe=tangora.recipe("adalora"))
-    trainer.train()
+    options = {"r": 2, "lora_alpha": 4, "task_type": "SEQ_CLS", "total_steps": 12}
+    model = tangora.recipe("adalora").prepare(tiny_bert(), **options)
+    tangora.Trainer(**{**parts(tmp_path, max_steps=12), "model": model}, recipe="adalora").train()
     ranks = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
     assert sum(ranks) < 3 * len(ranks)  # it started with rank 3 everywhere
 
 
 class Recorder(tangora.Trainer):
-    """Keeps what each micro-batch was, and the random state it was first evaluated with."""
+    """Keeps what each micro-batch was, the random state it was first evaluated with, and logged losses."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.__dict__.setdefault("seen", []).append((dict(inputs), torch.get_rng_state()))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, *args, **kwargs):
+        self.__dict__.setdefault("losses", []).extend([logs["loss"]] if "loss" in logs else [])
+        super().log(logs, *args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -120,19 +85,13 @@ class Recorder(tangora.Trainer):
 )
 def test_several_gradients_per_step_equal_a_loop_with_a_closure(tmp_path, name, accumulate):
     """With dropout: all stages of a step see one function of the weights."""
-    options = parts(
-        tmp_path,
-        gradient_accumulation_steps=accumulate,
-        max_grad_norm=0.05,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-    )
+    changes = {"max_grad_norm": 0.05, "lr_scheduler_type": "constant", "logging_steps": 1}
+    options = parts(tmp_path, gradient_accumulation_steps=accumulate, **changes)
     twin = copy.deepcopy(options["model"]).train()
-    losses = []
-    trainer = Recorder(**options, recipe=tangora.recipe(name), callbacks=[Steps(losses)])
+    trainer = Recorder(**options, recipe=name)
     trainer.model_accepts_loss_kwargs = False  # else losses of micro-batches are added, not averaged
     trainer.train()
-    optimizer = tangora.recipe(name).create_optimizer(twin, 1e-3)
+    optimizer = tangora.recipe(name).create_optimizer(twin, RATE)
     parameters = [p for p in twin.parameters() if p.requires_grad]
     expected = []
     for first in range(0, len(trainer.seen), accumulate):
@@ -150,29 +109,18 @@ def test_several_gradients_per_step_equal_a_loop_with_a_closure(tmp_path, name, 
 
         expected.append(optimizer.step(closure))
     assert len(expected) == 4
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert trainer.losses == pytest.approx(expected, rel=1e-4)
     assert optimizer.evaluations == trainer.optimizer.optimizer.evaluations
     assert trainer.replay_seconds > 0
-    mine = [p for p in options["model"].parameters() if p.requires_grad]
-    for a, b in zip(mine, parameters, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-class Steps(transformers.TrainerCallback):
-    """Keeps the logged losses."""
-
-    def __init__(self, losses):
-        self.losses = losses
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
+    found, wanted = weights(options["model"]), weights(twin)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_closure_of_the_trainer_is_a_function(tmp_path):
     """Evaluated again at the same weights, the gradient is the same to the last bit, dropout and all."""
     options = parts(tmp_path, gradient_accumulation_steps=2)
-    trainer = tangora.Trainer(**options, recipe=tangora.recipe("odelora-heun"))
+    trainer = tangora.Trainer(**options, recipe="odelora-heun")
     found = []
 
     class Compare(transformers.TrainerCallback):
@@ -200,65 +148,50 @@ def test_replay_works_in_front_of_another_trainer_and_with_its_loss(tmp_path):
     class Both(tangora.Trainer, Other):
         pass
 
-    trainer = Both(**parts(tmp_path), recipe=tangora.recipe("odelora-heun"))
-    trainer.train()
+    Both(**parts(tmp_path), recipe="odelora-heun").train()
     assert len(calls) == 8
     assert all(torch.equal(calls[k], calls[k + 1]) for k in range(0, 8, 2))
 
 
 def train_two_stages(folder, accumulate=1, size=4):
     options = parts(
-        folder, gradient_accumulation_steps=accumulate, max_grad_norm=0.05, lr_scheduler_type="constant"
+        folder,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=0.05,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=size,
     )
-    options["args"].per_device_train_batch_size = size
-    options["model"].eval()
-    for module in options["model"].modules():  # masks are drawn per process
+    for module in options["model"].double().eval().modules():  # masks are drawn per process
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for parameter in options["model"].parameters():
-        parameter.data = parameter.data.double()
-    trainer = tangora.Trainer(**options, recipe=tangora.recipe("odelora-heun"))
+    trainer = tangora.Trainer(**options, recipe="odelora-heun")
     trainer.model_accepts_loss_kwargs = False  # else losses of micro-batches are added, not averaged
     trainer.train()
     return weights(options["model"])
 
 
-def distributed_work(rank, folder, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    found = {k: train_two_stages(f"{folder}/{rank}-{k}", accumulate=k, size=4 // (2 * k)) for k in (1, 2)}
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def two_stages(rank, folder):
+    return {k: train_two_stages(f"{folder}/{rank}-{k}", accumulate=k, size=4 // (2 * k)) for k in (1, 2)}
 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(distributed_work, args=(str(tmp_path), port), nprocs=2)
     expected = train_two_stages(tmp_path / "one")
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for k in (1, 2):
-            for a, b in zip(found[k], expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    for found in in_two_processes(two_stages, tmp_path):
+        for each in found.values():
+            for name, value in expected.items():
+                torch.testing.assert_close(each[name], value, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.messages
 def test_modes_that_allow_one_gradient_only_are_refused(tmp_path):
-    trainer = tangora.Trainer(**parts(tmp_path), recipe=tangora.recipe("odelora-heun"))
+    trainer = tangora.Trainer(**parts(tmp_path), recipe="odelora-heun")
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(InputError, match="fp16 must be False for an optimizer with several gradients"):
+    with pytest.raises(InputError, match="fp16 must be False"):
         trainer.train()
-    plain = transformers.Trainer(
-        **parts(tmp_path), optimizer_cls_and_kwargs=tangora.optimizer_factory(tangora.ODELoRA, lr=0.1)
-    )
-    with pytest.raises(InputError, match=r"step needs a closure.*tangora\.Trainer does that by itself"):
+    factory = tangora.optimizer_factory(tangora.ODELoRA, lr=0.1)
+    plain = transformers.Trainer(**parts(tmp_path), optimizer_cls_and_kwargs=factory)
+    with pytest.raises(InputError, match=r"step needs a closure.*tangora\.Trainer"):
         plain.train()
 
 
@@ -269,8 +202,8 @@ def test_what_is_refused(tmp_path):
         tangora.Trainer(**options, recipe=3)
     with pytest.raises(InputError, match="did you mean tangent"):
         tangora.Trainer(**options, recipe="tangant")
-    optimizer = TangentAdam(options["model"], lr=1e-3)
+    optimizer = TangentAdam(options["model"], lr=RATE)
     with pytest.raises(InputError, match="recipe and optimizers both name an optimizer"):
-        tangora.Trainer(**options, recipe=tangora.recipe("lora"), optimizers=(optimizer, None))
+        tangora.Trainer(**options, recipe="lora", optimizers=(optimizer, None))
     with pytest.raises(InputError, match="needs lr"):
         tangora.optimizer_factory(TangentAdam)

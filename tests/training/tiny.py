@@ -1,5 +1,7 @@
 """Tiny models, a tiny tokenizer and tiny tasks, made on the fly: no file, no hub, milliseconds."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -92,3 +94,23 @@ def rng_state_unchanged(action):
     before = torch.get_rng_state()
     action()
     return torch.equal(before, torch.get_rng_state())
+
+
+def labelled_rows(count=20):
+    """Rows of different texts with two labels."""
+    return [{"text": f"text {index}", "label": ["yes", "no"][index % 2]} for index in range(count)]
+
+
+def reviews(count=200):
+    """Cells of different texts with two labels."""
+    return [[f"film {index}", ["bad", "good"][index % 2]] for index in range(count)]
+
+
+def write_jsonl(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def write_csv(path, header, lines):
+    path.write_text("".join(",".join(line) + "\n" for line in [header, *lines]))
+    return str(path)

@@ -42,7 +42,7 @@ def report_command(
             f"{folder} is no folder; give the output folder of tangora compare or tangora curvature"
         )
     from tangora.experiments.folders import locked
-    from tangora.report.records import COMPARISON_FILE
+    from tangora.report.run_records import COMPARISON_FILE
 
     tasks = sorted(path.parent for path in folder.glob(f"*/{COMPARISON_FILE}"))
     if not (tasks or any((folder / name).is_file() for name in (CURVATURE_RECORD, COMPARISON_FILE))):
@@ -62,9 +62,9 @@ def _rewrite(folder: Path) -> None:
     from tangora.experiments.compare import write_report
     from tangora.experiments.curvature.measure import CurvatureFiles, rewrite
     from tangora.report import load_comparison, load_study, rich_table, summarize, write_study
-    from tangora.report.comparison.flatness import has_flatness, rich_flatness
+    from tangora.report.comparison.end_points import has_flatness, rich_flatness
     from tangora.report.curvature import load_curvature
-    from tangora.report.records import COMPARISON_FILE
+    from tangora.report.run_records import COMPARISON_FILE
 
     if (folder / CURVATURE_RECORD).is_file():
         record = load_curvature(folder / CURVATURE_RECORD)

@@ -27,7 +27,7 @@ from tangora.report import (
     summarize,
     verdict,
 )
-from tangora.report.comparison.flatness import flatness_sentences, has_flatness, rich_flatness
+from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_tables
 from tangora.report.curvature import findings as curvature_findings
 

@@ -43,10 +43,10 @@ from tangora.report import (
     write_page,
     write_study,
 )
-from tangora.report.records import COMPARISON_FILE, RECORDS_FOLDER
+from tangora.report.run_records import COMPARISON_FILE, RECORDS_FOLDER
+from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
 from tangora.training.devices import check_device
-from tangora.training.tracking import check_trackers
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.proof import model_card_facts
 from tangora.experiments.stored import adapter_settings
 from tangora.report import load_record
-from tangora.report.records import RECORDS_FOLDER
+from tangora.report.run_records import RECORDS_FOLDER
 
 
 @dataclass(frozen=True)

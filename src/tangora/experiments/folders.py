@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from tangora._checks import InputError
 from tangora.experiments.stored import run_file
 from tangora.experiments.values import Settings, read_settings
-from tangora.report.files import write_atomic
+from tangora.report.record_files import write_atomic
 
 SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.txt", "checkpoints"
 _LOCK = ".lock"

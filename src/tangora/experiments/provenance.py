@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tangora._names import MODELS
-from tangora.report.records import MachineLoad
+from tangora.report.run_records import MachineLoad
 
 _PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
 

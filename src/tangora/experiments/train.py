@@ -14,9 +14,8 @@ from tangora.experiments.run.origin import origin_of
 from tangora.experiments.run.trajectory import check_reference
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
-from tangora.training.callbacks import last_checkpoint
+from tangora.training.callbacks import check_trackers, last_checkpoint
 from tangora.training.devices import check_device
-from tangora.training.tracking import check_trackers
 
 RECORD = "record.json"
 

@@ -1,6 +1,7 @@
 """How numbers are written in tables, sentences and figures. ``None`` becomes a dash."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from tangora.report.statistics.intervals import Interval
 
@@ -10,23 +11,32 @@ MINUS = "\N{MINUS SIGN}"
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _COUNT_UNITS = ("", " k", " M", " B")
 
+_Write: TypeAlias = Callable[[float], str]
 
-def metric(value: float | None) -> str:
+
+def _or_dash(write: _Write) -> Callable[[float | None], str]:
+    def written(value: float | None) -> str:
+        return MISSING if value is None else write(value)
+
+    written.__doc__ = write.__doc__
+    return written
+
+
+@_or_dash
+def metric(value: float) -> str:
     """Write a metric with four decimals, or two when it is large."""
-    return MISSING if value is None else _signed(value, "")
+    return _signed(value, "")
 
 
-def difference(value: float | None) -> str:
+@_or_dash
+def difference(value: float) -> str:
     """Write a difference of metrics, always with its sign."""
-    return MISSING if value is None else _signed(value, "+")
+    return _signed(value, "+")
 
 
 def interval(value: Interval | None, *, sign: bool = False) -> str:
     """Write both ends of an interval."""
-    if value is None:
-        return MISSING
-    low, high = (_signed(end, "+" if sign else "") for end in value)
-    return f"{low} to {high}"
+    return MISSING if value is None else " to ".join(_signed(end, "+" if sign else "") for end in value)
 
 
 def _signed(value: float, sign: str) -> str:
@@ -34,27 +44,31 @@ def _signed(value: float, sign: str) -> str:
     return f"{value:{sign}z.{decimals}f}".replace("-", MINUS)  # z: no negative zero
 
 
-def learning_rate(value: float | None) -> str:
+@_or_dash
+def learning_rate(value: float) -> str:
     """Write a learning rate in the shortest way that names it."""
-    if value is None:
-        return MISSING
     if value >= 0.01:
         return f"{value:.4g}"
     mantissa, exponent = f"{value:.3e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def seconds(value: float | None) -> str:
+@_or_dash
+def seconds(value: float) -> str:
     """Write a duration."""
-    if value is None:
-        return MISSING
     if value < 60:
         return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def span(value: Interval | None, write: Callable[[float], str]) -> str:
+@_or_dash
+def milliseconds(value: float) -> str:
+    """Write a short duration."""
+    return f"{value:.1f} ms"
+
+
+def span(value: Interval | None, write: _Write) -> str:
     """Write a range from the smallest to the largest."""
     if value is None:
         return MISSING
@@ -62,22 +76,19 @@ def span(value: Interval | None, write: Callable[[float], str]) -> str:
     return MISSING if low == high else f"{low} to {high}"
 
 
-def milliseconds(value: float | None) -> str:
-    """Write a short duration."""
-    return MISSING if value is None else f"{value:.1f} ms"
-
-
-def size(value: int | None) -> str:
+@_or_dash
+def size(value: float) -> str:
     """Write an amount of memory, in powers of 1000."""
-    return MISSING if value is None else _scaled(value, _BYTE_UNITS, " ")
+    return _scaled(value, _BYTE_UNITS, " ")
 
 
-def count(value: int | None) -> str:
+@_or_dash
+def count(value: float) -> str:
     """Write a large number of things."""
-    return MISSING if value is None else _scaled(value, _COUNT_UNITS, "")
+    return _scaled(value, _COUNT_UNITS, "")
 
 
-def _scaled(value: int, units: tuple[str, ...], gap: str) -> str:
+def _scaled(value: float, units: tuple[str, ...], gap: str) -> str:
     power = 0
     while power < len(units) - 1 and value >= 999.5 * 1000**power:
         power += 1
@@ -86,9 +97,10 @@ def _scaled(value: int, units: tuple[str, ...], gap: str) -> str:
     return f"{number:.{decimals}f}{gap}{units[power]}"
 
 
-def share(value: float | None) -> str:
+@_or_dash
+def share(value: float) -> str:
     """Write a share as a percentage."""
-    return MISSING if value is None else f"{100 * value:z.0f} %".replace("-", MINUS)
+    return f"{100 * value:z.0f} %".replace("-", MINUS)
 
 
 def shares(value: Interval | None) -> str:
@@ -96,17 +108,9 @@ def shares(value: Interval | None) -> str:
     return MISSING if value is None else " to ".join(share(end) for end in value)
 
 
-def p_value(value: float | None) -> str:
-    """Write a p-value."""
-    if value is None:
-        return MISSING
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
-
-
-def small_share(value: float | None) -> str:
+@_or_dash
+def small_share(value: float) -> str:
     """Write a share as a percentage with two figures, for shares that may be small."""
-    if value is None:
-        return MISSING
     percent = 100 * value
     if percent >= 9.95:
         return f"{percent:.0f} %"
@@ -118,9 +122,16 @@ def tenths(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def significant(value: float | None) -> str:
+@_or_dash
+def p_value(value: float) -> str:
+    """Write a p-value."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+@_or_dash
+def significant(value: float) -> str:
     """Write a number of any size with three figures."""
-    return MISSING if value is None else f"{value:.3g}".replace("-", MINUS)
+    return f"{value:.3g}".replace("-", MINUS)
 
 
 def plural(number: int, noun: str) -> str:

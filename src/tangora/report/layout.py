@@ -1,111 +1,113 @@
-"""What all pages share: the template engine, tables, figures as JSON, settings as lines."""
+"""The page that all reports are: sentences first, then sections of figures and tables, then how to repeat them."""
 
 import base64
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tangora.report import formats
+from tangora._names import MODELS
+from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
+from tangora.report.record_files import Recorded
+from tangora.report.report_table import Table
+
+_Facts = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of a page.
-
-    Attributes:
-        name: The id of its element, fixed so that equal inputs give equal bytes.
-        title: Its heading.
-        caption: How to read it.
-        figure: Plotly's data and layout.
-        says: What it shows, for those who cannot see it.
-    """
+    """One figure of a page, as plotly's JSON; its name is the id of its element."""
 
     name: str
     title: str
     caption: str
     figure: dict[str, Any]
     says: str = ""
+    """What it shows, for those who cannot see it."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a table.
-
-    Attributes:
-        lines: Its text; all lines but the first are small print.
-        value: What it is sorted by; None comes last.
-        kind: CSS class of the text.
-        more: Longer text that is shown on demand.
-    """
-
-    lines: Sequence[str]
-    value: float | str | None = None
-    kind: str = ""
-    more: str = ""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of a page.
-
-    Attributes:
-        name: Its element has the id ``<name>-table``.
-        caption: What it holds.
-        headers: Of the columns; the first column names the row.
-        rows: Cells.
-        words: Indices of columns that hold words, which are set to the left.
-    """
+class Link:
+    """A line of a list: a name that may be a link, and what is said of it."""
 
     name: str
-    caption: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    words: Sequence[int] = ()
+    address: str | None
+    title: str
+    state: str
+    beneath: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
-
-    Attributes:
-        name: The id of its heading.
-        title: Its heading.
-        sentences: What it says, before the numbers.
-        grid: Its table.
-        notes: How to read it.
-        charts: Its figures; several stand side by side.
-        keyed: Whether the figures share a key of the recipes' marks.
-    """
+    """One part of a page; its name is the id of its heading."""
 
     name: str
     title: str
     sentences: Sequence[str] = ()
-    grid: Grid | None = None
+    """What it says, before the numbers."""
+    table: Table | None = None
     notes: Sequence[str] = ()
-    charts: Sequence[Chart] = field(default_factory=tuple)
+    """How to read it."""
+    charts: Sequence[Chart] = ()
+    """Several stand side by side."""
     keyed: bool = False
+    """Whether the figures share a key of the recipes' marks."""
+    caption: str = ""
+    """What is to be seen in all of the figures."""
+    views: Mapping[str, str] | None = None
+    """Names of the traces of the only figure, of which one is shown at a time."""
+    details: tuple[str, str] | None = None
+    """A longer text that is shown on demand, after its name."""
+    links: Sequence[Link] = ()
+    downloads: Mapping[str, str] | None = None
+    """CSV by the name of the file."""
 
 
-def cell(text: str, value: float | str | None = None) -> Cell:
-    """Make a cell of one line."""
-    return Cell([text], value)
+@dataclass(frozen=True)
+class Repeat:
+    """All that is needed to repeat what a page shows."""
+
+    command: str
+    settings: Mapping[str, Any]
+    versions: _Facts = ()
+    machines: Sequence[str] = ()
+    commits: Sequence[str] = ()
+    note: str = ""
+    by_recipe: _Facts = ()
+    """Settings of one run of each recipe."""
 
 
-def number_cell(value: float | None, *lines: str) -> Cell:
-    """Make a cell of a number."""
-    return Cell([lines[0], *(line for line in lines[1:] if line != formats.MISSING)], value)
+def repeat(record: Recorded, command: str, settings: Mapping[str, Any], note: str = "") -> Repeat:
+    """Say how to repeat what is in a single record."""
+    commits = [record.commit] if record.commit else []
+    return Repeat(command, settings, sorted(record.versions.items()), [record.machine], commits, note)
 
 
-def render(template: str, title: str, *, drawn: bool = True, **values: Any) -> str:
-    """Fill a template of this package."""
+def render(
+    title: str,
+    about: Sequence[str],
+    created: str,
+    sentences: Sequence[str],
+    sections: Sequence[Section | None],
+    repeating: Repeat | None,
+    *,
+    heading: str = "Findings",
+    look: str = "",
+    setup: _Facts = (),
+    notice: str | None = None,
+    styles: Mapping[str, Style] | None = None,
+) -> str:
+    """Make a page that needs no network and nothing beside it; the same input gives the same text.
+
+    ``about`` is what is written beneath the title, ``sentences`` the most important results, ``look`` the CSS class of
+    the page, and ``styles`` those of the recipes, in the order of their key.
+    """
     environment = Environment(
         loader=PackageLoader("tangora.report"),
         autoescape=True,
@@ -113,8 +115,23 @@ def render(template: str, title: str, *, drawn: bool = True, **values: Any) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plotly = Markup(packed_plotly()) if drawn else ""
-    return environment.get_template(template).render(title=title, plotly=plotly, **values)
+    environment.filters["csv"] = _data_address
+    environment.globals.update(svg_dashes=SVG_DASHES, marks=MARKS, styles=styles or {})
+    shown = [section for section in sections if section is not None]
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        about=about,
+        created=created,
+        heading=heading,
+        sentences=sentences,
+        sections=shown,
+        repeat=repeating,
+        settings=[] if repeating is None else flat(repeating.settings),
+        look=look,
+        setup=setup,
+        notice=notice,
+        plotly=Markup(packed_plotly()) if any(section.charts for section in shown) else "",
+    )
 
 
 @cache
@@ -124,12 +141,12 @@ def packed_plotly() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
-def plain(figure: go.Figure) -> dict[str, Any]:
-    """Return a figure as JSON can hold it."""
-    return json.loads(figure.to_json() or "{}")
+def _data_address(text: str) -> str:
+    # an address that holds a CSV file itself
+    return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Spread nested settings over dotted keys, without those that are not set."""
     pairs = []
     for key, value in settings.items():
@@ -139,3 +156,24 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             pairs.append((f"{prefix}{key}", text))
     return pairs
+
+
+def model_name(settings: Mapping[str, Any], described: str | None = None) -> str:
+    """Name a model, and say what it is where its short name does not."""
+    name = str(settings.get("model") or "")
+    what = described or MODELS.get(name)
+    return f"{name} ({what})" if name and what else name
+
+
+def subject_facts(settings: Mapping[str, Any], described: str | None = None) -> list[tuple[str, str]]:
+    """List what a measurement was made on."""
+    facts = {
+        "model": model_name(settings, described),
+        "adapter": settings.get("adapter"),
+        "run": settings.get("source") if not settings.get("model") else None,
+        "data": settings.get("data"),
+        "examples": settings.get("num_examples"),
+        "batch size": settings.get("batch_size"),
+        "rank": settings.get("rank"),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value]

@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_whole
+from tangora.training.data.encoding import encode_prompts
 from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
-from tangora.training.data.prompts import encode_prompts
-from tangora.training.observe import Progress, device_of, length_batches, observed
+from tangora.training.metrics import device_of, length_batches, observed
 
 _SPOKEN_MARKER = "The answer is:"
 
@@ -26,7 +26,6 @@ def generate_completions(
     max_new_tokens: int | None = None,
     batch_size: int = 16,
     chat_template: bool = False,
-    progress: Progress | None = None,
 ) -> list[str]:
     """Let a causal model answer prompts, greedily."""
     if not examples or not all(example.get("prompt") for example in examples):
@@ -45,7 +44,7 @@ def generate_completions(
     prompts = encode_prompts(examples, tokenizer, chat_template=chat_template)
     texts = [""] * len(prompts)
     with observed(model):
-        for indices in length_batches([len(prompt) for prompt in prompts], batch_size, progress):
+        for indices in length_batches([len(prompt) for prompt in prompts], batch_size):
             batch = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device_of(model))
             tokens = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
             for index, text in zip(
@@ -55,31 +54,8 @@ def generate_completions(
     return texts
 
 
-def exact_match(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    chat_template: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """Measure how often a causal model's final answer is right."""
-    texts = generate_completions(
-        model,
-        tokenizer,
-        examples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        chat_template=chat_template,
-        progress=progress,
-    )
-    return summarize_answers(texts, answers_match(texts, examples))
-
-
 def summarize_answers(texts: Sequence[str], right: Bool[Tensor, " n"]) -> dict[str, float]:
-    """Condense what was answered."""
+    """Measure how often final answers are right, and how often there is one."""
     answered = sum(bool(final_answer(text)) for text in texts) / len(texts)
     return {"exact_match": right.double().mean().item(), "answered": answered}
 

@@ -1,24 +1,29 @@
-"""What a run writes and watches while it trains, as callbacks of the Hugging Face Trainer."""
+"""Callbacks of the Hugging Face Trainer: what a run writes and measures while it trains."""
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tangora._checks import InputError, check_whole
+from tangora._names import Tracker
 from tangora.diagnostics import Trajectory, TrajectoryPoint
+from tangora.recipes.prepare import adalora_schedule
 
 _SEAL = "complete"
 _SUMS = "trajectory.json"
 _SECONDS = "seconds.json"
+_TENSORBOARD = "tensorboard"
 
 # A loss this many times the first one is not coming back, and would only cost the time of the remaining steps.
 _EXPLOSION = 20.0
@@ -28,34 +33,55 @@ class DivergedError(ArithmeticError):
     """The loss left the finite numbers or exploded."""
 
 
-class StepTimer(TrainerCallback):
-    """Splits the time of training into forward + backward and optimizer steps.
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a last line that was cut off does not count."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
+        ) from error
 
-    Attributes:
-        forward_backward: Seconds so far, clipping included.
-        optimizer: Seconds so far.
-    """
+
+class JsonLines:
+    """A file of one JSON line per measured step, with which a resumed run goes on."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def begin(self, step: int) -> list[dict[str, Any]]:
+        """Keep and return the lines up to the step that training starts from; a start at 0 finds none to keep."""
+        kept = [line for line in read_history(self._path) if line["step"] <= step] if step else []
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return kept
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class StepTimer(TrainerCallback):
+    """Splits the time of training into forward + backward (clipping included) and optimizer steps, in seconds."""
 
     def __init__(self) -> None:
         self.forward_backward = 0.0
         self.optimizer = 0.0
         self._mark = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_step_begin(self, *_: Any, **__: Any):
         """Start the clock."""
         self._mark = time.perf_counter()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_pre_optimizer_step(self, *_: Any, **__: Any):
         """Count forward and backward."""
         self.forward_backward += self._lap()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_optimizer_step(self, *_: Any, **__: Any):
         """Count the optimizer step."""
         self.optimizer += self._lap()
 
@@ -66,7 +92,7 @@ class StepTimer(TrainerCallback):
 
 
 class Durations(TrainerCallback):
-    """Adds up what a run has spent over its interruptions: every checkpoint keeps the sums of its moment.
+    """Adds up the time of a run over its interruptions: every checkpoint keeps the sums of its moment.
 
     Put this callback before `SealedCheckpoints`.
     """
@@ -79,50 +105,38 @@ class Durations(TrainerCallback):
         """Return seconds by name, those before the checkpoint that training went on from included."""
         return {name: seconds + self._before.get(name, 0.0) for name, seconds in self._spent().items()}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Take over the sums of the checkpoint that training goes on from."""
         if state.global_step:
-            self._before = _kept(args, state, _SECONDS)
+            self._before = _from_checkpoint(args, state, _SECONDS)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Keep the sums with the checkpoint."""
-        _keep(args, state, _SECONDS, self.total())
+        _to_checkpoint(args, state, _SECONDS, self.total())
 
 
 class History(TrainerCallback):
     """Appends one JSON line per step to a file, and stops a run that has diverged."""
 
     def __init__(self, path: Path, on_step: Callable[[int, float], None] | None = None):
-        self._path = path
+        self._lines = JsonLines(path)
         self._on_step = on_step
         self._first: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
-        """Keep only the lines up to the step that training starts from."""
-        lines = read_history(self._path)
-        kept = [line for line in lines if line["step"] <= state.global_step]
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
+        """Keep the lines up to the step that training starts from."""
+        kept = self._lines.begin(state.global_step)
         self._first = kept[0]["loss"] if kept else None
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
     ):
         """Write the line of a step."""
         if not logs or "loss" not in logs:
             return
         keys = ("loss", "learning_rate", "grad_norm")
         line = {"step": state.global_step} | {key: float(logs[key]) for key in keys if key in logs}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.append(line)
         loss = line["loss"]
         self._first = loss if self._first is None else self._first
         if not math.isfinite(loss) or loss > _EXPLOSION * max(self._first, 1.0):
@@ -133,25 +147,8 @@ class History(TrainerCallback):
             self._on_step(state.global_step, loss)
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the lines that `History` wrote."""
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
-    except ValueError as error:
-        raise InputError(
-            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
-        ) from error
-
-
 class Evaluations(TrainerCallback):
-    """Evaluates every few steps and appends a JSON line for each; training stays what it is.
-
-    Attributes:
-        seconds: Spent so far.
-    """
+    """Evaluates every few steps and appends a JSON line for each; training stays what it is."""
 
     def __init__(
         self,
@@ -161,30 +158,24 @@ class Evaluations(TrainerCallback):
         log: Callable[[dict[str, float]], None] = lambda _: None,
     ):
         check_whole("every", every, low=1)
-        self._path = path
+        self._lines = JsonLines(path)
         self._every = every
         self._measure = measure
         self._log = log
         self.seconds = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
-        """Keep only the lines up to the step that training starts from."""
-        kept = [line for line in read_history(self._path) if line["step"] <= state.global_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
+        """Keep the lines up to the step that training starts from."""
+        self._lines.begin(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any):
         """Evaluate if the turn has come; the end of training has an evaluation of its own."""
         if state.global_step % self._every or state.global_step >= state.max_steps:
             return
         began = time.perf_counter()
         metrics = self._measure()
         self.seconds += time.perf_counter() - began
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "metrics": metrics}) + "\n")
+        self._lines.append({"step": state.global_step, "metrics": metrics})
         logs_step = control.should_log  # the Trainer takes any log for that of the step
         self._log({f"eval_{name}": value for name, value in metrics.items()})
         control.should_log = logs_step
@@ -205,27 +196,21 @@ class TrajectoryRecorder(TrainerCallback):
         on_point: Callable[[int], object] | None = None,
     ):
         check_whole("every", every, low=1)
-        self._path = path
+        self._lines = JsonLines(path)
         self._trajectory = trajectory
         self._every = every
         self._on_point = on_point
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Measure the start, or go on from a checkpoint."""
-        step = state.global_step
-        lines = [line for line in read_history(self._path) if line["step"] <= step] if step else []
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        if step:
-            self._trajectory.begin(_kept(args, state, _SUMS))
+        self._lines.begin(state.global_step)
+        if state.global_step:
+            self._trajectory.begin(_from_checkpoint(args, state, _SUMS))
         else:
             self._trajectory.begin()
             self._append(0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Follow the step, and measure where it led if its turn has come."""
         self._trajectory.advance()
         step = state.global_step
@@ -240,14 +225,12 @@ class TrajectoryRecorder(TrainerCallback):
         if self._on_point is not None:
             self._on_point(step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Keep the sums with the checkpoint."""
-        _keep(args, state, _SUMS, self._trajectory.state())
+        _to_checkpoint(args, state, _SUMS, self._trajectory.state())
 
     def _append(self, step: int) -> None:
-        point = self._trajectory.measure(step)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(point)) + "\n")
+        self._lines.append(asdict(self._trajectory.measure(step)))
 
 
 def measured_steps(steps: int, every: int) -> list[int]:
@@ -260,26 +243,57 @@ def read_trajectory(path: str | Path) -> list[TrajectoryPoint]:
     return TypeAdapter(list[TrajectoryPoint]).validate_python(read_history(Path(path)))
 
 
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+class AdaLoraAllocation(TrainerCallback):
+    """Sets or checks AdaLoRA's schedule and allocates ranks after every step: PEFT leaves both to the training loop."""
+
+    def __init__(self, schedule: Literal["set", "check"] | None = None):
+        self._schedule = schedule
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):
+        """Set the schedule, or refuse another."""
+        for config in model.peft_config.values():
+            given = getattr(config, "total_step", state.max_steps)
+            if self._schedule == "set":
+                vars(config).update(adalora_schedule(state.max_steps))
+            elif self._schedule == "check" and given != state.max_steps:
+                raise InputError(
+                    f"AdaLoRA's schedule ends at step {given}, and training has {state.max_steps} steps: make the "
+                    f"adapter by AdaLoraConfig(total_step={state.max_steps}, ...), or set max_steps"
+                )
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):
+        """Let AdaLoRA see the gradients of this step."""
+        model.base_model.update_and_allocate(state.global_step)
 
 
-def _keep(args: TrainingArguments, state: TrainerState, name: str, content: Any) -> None:
-    # beside what the Trainer has just written
-    (_checkpoint(args, state.global_step) / name).write_text(json.dumps(content), encoding="utf-8")
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Check that trackers can be used, before any time has been spent."""
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise InputError(f"report_to {name} needs the package {name}: pip install {name}")
 
 
-def _kept(args: TrainingArguments, state: TrainerState, name: str) -> Any:
-    # of the checkpoint that training goes on from
-    return json.loads((_checkpoint(args, state.global_step) / name).read_text(encoding="utf-8"))
+def trackers(names: Sequence[Tracker], folder: Path) -> list[TrainerCallback]:
+    """Make the callbacks that send the numbers of the Trainer's log to trackers."""
+    made: list[TrainerCallback] = []
+    for name in names:
+        if name == _TENSORBOARD:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # beside the checkpoints, which are not kept, and which the callback would choose
+            made.append(TensorBoardCallback(SummaryWriter(str(folder / _TENSORBOARD))))
+        else:
+            made += [make() for make in get_reporting_integration_callbacks([name])]
+    return made
 
 
 class SealedCheckpoints(TrainerCallback):
     """Marks every checkpoint that was written to its end, so that a killed run never resumes from half of one."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Seal the checkpoint that has just been written."""
-        (_checkpoint(args, state.global_step) / _SEAL).touch()
+        (_checkpoint(args, state) / _SEAL).touch()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -290,3 +304,16 @@ def last_checkpoint(folder: Path) -> Path | None:
             shutil.rmtree(path)
             del found[step]
     return found[max(found)] if found else None
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    # the one that training goes on from, or that the Trainer has just written
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _to_checkpoint(args: TrainingArguments, state: TrainerState, name: str, content: Any) -> None:
+    (_checkpoint(args, state) / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _from_checkpoint(args: TrainingArguments, state: TrainerState, name: str) -> Any:
+    return json.loads((_checkpoint(args, state) / name).read_text(encoding="utf-8"))

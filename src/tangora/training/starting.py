@@ -20,10 +20,9 @@ from tangora.init import carries_offset, mark_started, started_by
 from tangora.probes.stillness import preserved_randomness
 from tangora.recipes import Recipe
 
-NUM_EXAMPLES = 32
-"""Training examples whose gradient is read, the default of the command line's ``--start-examples``."""
-NUM_HELD_OUT = 200
-"""Examples on which ``one-step`` searches its step size, the command line's ``--num-validation``."""
+NUM_EXAMPLES = 32  # whose gradient is read, the default of the command line's ``--start-examples``
+NUM_HELD_OUT = 200  # on which ``one-step`` searches its step size, the command line's ``--num-validation``
+_COUNTERS = ("_metrics", "_total_train_tokens")  # of TRL's losses
 
 
 def start(trainer: transformers.Trainer, recipe: Recipe) -> None:
@@ -55,7 +54,7 @@ def expect_started(model: nn.Module, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _uncounted(trainer: transformers.Trainer) -> Iterator[None]:
-    # TRL's losses add to what will be logged, and Accelerate keeps every data loader
+    # losses add to the next log, and Accelerate keeps every data loader
     counters = {key: copy.deepcopy(vars(trainer)[key]) for key in _COUNTERS if key in vars(trainer)}
     loaders = list(trainer.accelerator._dataloaders)
     try:
@@ -63,9 +62,6 @@ def _uncounted(trainer: transformers.Trainer) -> Iterator[None]:
     finally:
         vars(trainer).update(counters)
         trainer.accelerator._dataloaders[:] = loaders
-
-
-_COUNTERS = ("_metrics", "_total_train_tokens")
 
 
 def _loss_fn(trainer: transformers.Trainer) -> LossFn | None:

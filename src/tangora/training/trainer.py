@@ -6,9 +6,9 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from accelerate.utils import DistributedType
@@ -21,16 +21,23 @@ from tangora._checks import InputError, check_kind, check_number, shown
 from tangora.adapters import unwrapped, warn_if_base_changed
 from tangora.init import started_by
 from tangora.optim import PairOptimizer
+from tangora.probes.stillness import RandomState, preserved_randomness
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
 from tangora.recipes.prepare import adapted
-from tangora.training.adalora import AdaLoraAllocation
-from tangora.training.devices import single_gpu
-from tangora.training.engine import check_kept, check_steppable
-from tangora.training.replay import MicroBatch
+from tangora.training.callbacks import AdaLoraAllocation
+from tangora.training.devices import check_kept, check_steppable, single_gpu
 from tangora.training.starting import expect_started, start
 
 logger = logging.getLogger(__name__)
+
+
+class _MicroBatch(NamedTuple):
+    """Arguments of one ``training_step`` and the random state it began with, to evaluate its gradient again."""
+
+    inputs: Any
+    num_items: Any
+    random: RandomState
 
 
 class Trainer(transformers.Trainer):
@@ -113,7 +120,7 @@ class Trainer(transformers.Trainer):
             if self.recipe.start is None and other is not None:
                 logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
         self.replay_seconds = 0.0
-        self._update: list[MicroBatch] = []
+        self._update: list[_MicroBatch] = []
         self._update_is_whole = False
         if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
             schedule = "set" if self._adapter_is_made and peft_config is None else "check"
@@ -159,14 +166,7 @@ class Trainer(transformers.Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train; a recipe without training (``one-step``) only initializes the adapter.
-
-        Returns:
-            Steps, loss and metrics; no step and no loss for a recipe without training.
-
-        Raises:
-            InputError: If such a recipe is to resume.
-        """
+        """Train; a recipe without training (``one-step``) only initializes the adapter: no step, no loss."""
         if self.recipe is None or self.recipe.trains:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
@@ -181,22 +181,14 @@ class Trainer(transformers.Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer; with a recipe its initialization of the adapter, too.
-
-        Args:
-            model: The wrapped model; default the trainer's own.
-
-        Returns:
-            The optimizer, also kept in ``self.optimizer``.
-        """
+        """Make the optimizer; with a recipe its initialization of the adapter, too."""
         if self.recipe is None or self.optimizer is not None:
             optimizer = super().create_optimizer(model)
         else:
             start(self, self.recipe)
             arguments = self.args
-            own: dict[str, Any] = (
-                {} if self.head_learning_rate is None else {"head_lr": self.head_learning_rate}
-            )
+            head = self.head_learning_rate
+            own: dict[str, Any] = {} if head is None else {"head_lr": head}
             self.optimizer = optimizer = self.recipe.create_optimizer(
                 model if model is not None else self.model,  # pyright: ignore[reportArgumentType]
                 arguments.learning_rate,
@@ -211,17 +203,13 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step.
-
-        Raises:
-            InputError: If the optimizer needs several gradients per step and the mode of training allows one.
-        """
+        """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step."""
         optimizer = _unwrapped(self.optimizer)
         if getattr(optimizer, "multistage", False):
             self._check_multistage()
             optimizer.replay = self._evaluate_again
             self._update = [] if self._update_is_whole else self._update
-            self._update.append(MicroBatch.of(inputs, num_items_in_batch))
+            self._update.append(_MicroBatch(_copied(inputs), num_items_in_batch, RandomState.now()))
             self._update_is_whole = self.accelerator.sync_gradients
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -230,11 +218,13 @@ class Trainer(transformers.Trainer):
         model: Any = self.model_wrapped
         last = self._update[-1]
         model.zero_grad()
-        for batch in self._update:
-            # like the Trainer's own loop: processes average their gradients once, with the last micro-batch
-            alone = contextlib.nullcontext() if batch is last else self.accelerator.no_sync(model)
-            with alone, batch.again() as inputs:
-                super().training_step(model, inputs, batch.num_items)
+        with preserved_randomness():
+            for batch in self._update:
+                # like the Trainer's own loop: processes average their gradients once, with the last micro-batch
+                alone = contextlib.nullcontext() if batch is last else self.accelerator.no_sync(model)
+                with alone:
+                    batch.random.put_back()
+                    super().training_step(model, _copied(batch.inputs), batch.num_items)
         if self.args.max_grad_norm and self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.replay_seconds += time.perf_counter() - began
@@ -266,6 +256,10 @@ def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
         if options.get(key) not in (None, (None, None)):
             raise InputError(f"recipe and {key} both name an optimizer; give one of them")
     return recipe
+
+
+def _copied(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs  # the loss may take labels out of them
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -12,7 +12,7 @@ from tangora.experiments.comparison.plan import CompareSettings
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
-from tangora.report.records import Stage
+from tangora.report.run_records import Stage
 from tangora.report.statistics.selection import Edge, grid_edge, trial_points
 
 _RATIO = 3.0

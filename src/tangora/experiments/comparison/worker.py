@@ -24,7 +24,7 @@ from tangora.experiments.provenance import provenance
 from tangora.experiments.run.execute import Watcher, execute, read_evaluations, read_steps
 from tangora.experiments.run.origin import origin_of
 from tangora.report import MemoryUse, Record, TimeSplit, save_json
-from tangora.report.records import RECORDS_FOLDER, Status
+from tangora.report.run_records import RECORDS_FOLDER, Status
 from tangora.training.data import Task
 
 RUNS_FOLDER = "runs"

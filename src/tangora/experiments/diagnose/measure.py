@@ -19,7 +19,7 @@ from tangora.experiments.provenance import provenance
 from tangora.experiments.run.loading import fitted, load_run_task, with_recorded_sizes, with_sizes
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
-from tangora.report.files import write_atomic
+from tangora.report.record_files import write_atomic
 from tangora.training.data import Task, collator, encode
 from tangora.training.devices import check_device, device_named
 from tangora.training.models import LoadedModel, load_model
@@ -134,7 +134,7 @@ def _batches(
     for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
         how = {"kind": task.kind, "max_length": settings.max_length}
         data = (
-            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template)).encodings
+            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template))
             if examples
             else []
         )

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from tangora.experiments.settings import TaskSettings
-from tangora.training.data import EncodedDataset, collator, encode
+from tangora.training.data import Encoding, collator, encode
 from tangora.training.models import LoadedModel
 
 
 def encoded(
     examples: Sequence[Any], loaded: LoadedModel, settings: TaskSettings
-) -> tuple[EncodedDataset, Any]:
+) -> tuple[list[Encoding], Any]:
     """Encode examples."""
     data = encode(
         examples,

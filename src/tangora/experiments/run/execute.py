@@ -41,7 +41,7 @@ from tangora.experiments.run.trajectory import (
 from tangora.experiments.settings import RunSettings
 from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
-from tangora.report.records import Flatness, Forgetting, Stage
+from tangora.report.run_records import Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
     Durations,
@@ -51,11 +51,11 @@ from tangora.training.callbacks import (
     StepTimer,
     last_checkpoint,
     read_history,
+    trackers,
 )
 from tangora.training.data import Task
 from tangora.training.devices import keep_to
 from tangora.training.models import LoadedModel
-from tangora.training.tracking import trackers
 from tangora.training.trainer import Trainer
 
 EVALUATIONS = "evaluations.jsonl"

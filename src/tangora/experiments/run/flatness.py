@@ -13,9 +13,9 @@ from tangora.curvature.sharpness import sharpness
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.trajectory import target_layers
 from tangora.experiments.settings import RunSettings
-from tangora.report.records import Flatness, SpaceFlatness
+from tangora.report.run_records import Flatness, SpaceFlatness
 from tangora.training.data import Task
-from tangora.training.evaluation import evaluate
+from tangora.training.metrics import evaluate
 from tangora.training.models import LoadedModel
 
 NUM_EXAMPLES = 32

@@ -15,8 +15,8 @@ from tangora.experiments.folders import SETTINGS
 from tangora.experiments.settings import RunSettings, Settings
 from tangora.recipes import recipe
 from tangora.training.data import Task, load_task
+from tangora.training.data.encoding import check_chat_template
 from tangora.training.data.fit import check_fit
-from tangora.training.data.prompts import check_chat_template
 from tangora.training.devices import device_named
 from tangora.training.models import Kind, LoadedModel, load_model
 

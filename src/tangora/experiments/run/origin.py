@@ -4,7 +4,7 @@ import hashlib
 
 from tangora.experiments.settings import TaskSettings
 from tangora.training.data import Task
-from tangora.training.models.loading import PACKAGED_MODELS
+from tangora.training.models.base_model import PACKAGED_MODELS
 from tangora.training.paths import local_path
 
 _SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt"}

@@ -9,8 +9,7 @@ from tangora.experiments.run.batches import encoded
 from tangora.experiments.settings import RunSettings
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
 from tangora.training.data import Example, Task
-from tangora.training.evaluation import evaluate, predictions, summarize
-from tangora.training.forgetting import forgetting_loss, unrelated_texts
+from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tangora.training.models import LoadedModel
 
 NUM_UNRELATED = 32
@@ -31,9 +30,9 @@ def test_metrics(
     """Evaluate on the examples that are reported."""
     each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
     if task.kind == "classification":
-        return summarize(each), each | {"right": each["correct"].bool()}
+        return metrics_of(each), each | {"right": each["correct"].bool()}
     answered, right = _answers(loaded, model, task.test, settings)
-    return summarize(each) | answered, each | right
+    return metrics_of(each) | answered, each | right
 
 
 def shares(each: dict[str, Tensor]) -> list[float]:

@@ -1,121 +1,95 @@
-"""The numbers behind the figures, for plotly and matplotlib alike."""
+"""How the runs went: training losses, evaluations, and what was measured on the way of the optimizer."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tangora.report.records import Comparison, Record
-from tangora.report.statistics.selection import SweepPoint, judged_runs, sweep_points
-from tangora.report.statistics.summary import Row, group_by_recipe
+from tangora.report import formats
+from tangora.report.drawing.charts import panel_chart
+from tangora.report.drawing.panels import Panel, Series
+from tangora.report.drawing.styles import Style, recipe_styles
+from tangora.report.layout import Chart, Section
+from tangora.report.run_records import Comparison, Record
+from tangora.report.statistics.judgement import Row, runs_behind
 
 Values = NDArray[np.float64]
 
 # A window of 1/25 of the curve hides the noise of single batches and keeps the shape.
 _WINDOWS_PER_CURVE = 25
-_MAX_TICKS = 9
 _MAX_POINTS = 300
+_MEAN = "Mean over the seeds at each recipe's best learning rate"
+_BAND = "the band reaches from the smallest to the largest"
+_ALIGNMENT = {
+    "captured_energy": "share of the gradient’s energy that the adapter can follow",
+    "cosine": "cosine with full fine-tuning’s change",
+    "relative_distance": "distance to full fine-tuning, relative to its change",
+    "mean_left_angle": "mean angle of B to the gradient’s left singular vectors, °",
+    "mean_right_angle": "mean angle of A to the gradient’s right singular vectors, °",
+    "effective_rank": "effective rank of the change",
+    "relative_imbalance": "imbalance of A and B",
+}
+_CURVATURE = {
+    "weights_top_eigenvalue": "largest eigenvalue over the weights",
+    "tangent_top_eigenvalue": "largest eigenvalue in the tangent space",
+    "weights_trace": "trace over the weights",
+    "tangent_trace": "trace in the tangent space",
+}
 
 
-@dataclass(frozen=True)
-class LossCurve:
-    """A loss, or another quantity, of one recipe at its best learning rate.
-
-    Attributes:
-        recipe: Its name.
-        num_seeds: How many runs it is the mean of.
-        steps: Optimizer steps.
-        mean: Mean over the seeds.
-        smooth: `mean`, smoothed where it is noisy.
-        low: Smallest over the seeds, smoothed likewise.
-        high: Largest over the seeds, smoothed likewise.
-    """
-
-    recipe: str
-    num_seeds: int
-    steps: Values
-    mean: Values
-    smooth: Values
-    low: Values
-    high: Values
+def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[Series]:
+    """Average the training losses of each recipe at its best learning rate over its seeds, and smooth them."""
+    runs = runs_behind(comparison, rows)
+    return _curves(runs, rows, lambda run: {entry.step: entry.loss for entry in run.history}, smoothed=True)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Validation metric of one recipe against the learning rate.
-
-    Attributes:
-        recipe: Its name.
-        points: Ascending in the learning rate.
-        chosen: The learning rate chosen.
-    """
-
-    recipe: str
-    points: Sequence[SweepPoint]
-    chosen: float | None
-
-
-def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[LossCurve]:
-    """Average the training losses of each recipe over its seeds."""
-    return curves_of(
-        judged(comparison, rows), lambda run: {entry.step: entry.loss for entry in run.history}, smooth
-    )
-
-
-def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[LossCurve]:
+def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[Series]:
     """Average the evaluations during training of each recipe over its seeds."""
-    found = curves_of(
-        judged(comparison, rows),
+    found = _curves(
+        runs_behind(comparison, rows),
+        rows,
         lambda run: {
             entry.step: entry.metrics[metric] for entry in run.evaluations if metric in entry.metrics
         },
     )
-    return [curve for curve in found if curve.steps.size > 1]
+    return [curve for curve in found if len(curve.x) > 1]
 
 
-def judged(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Record]]:
-    """Gather the runs that the results are computed from."""
-    groups = group_by_recipe(comparison)
-    runs = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
-    return {recipe: records for recipe, records in runs.items() if records}
-
-
-def curves_of(
+def _curves(
     runs: Mapping[str, Sequence[Record]],
+    rows: Sequence[Row],
     values: Callable[[Record], Mapping[int, float]],
-    smoothing: Callable[[Values], Values] = lambda values: values,
-) -> list[LossCurve]:
-    """Average a quantity over the seeds of each recipe."""
-    curves = [_curve(recipe, [values(run) for run in records], smoothing) for recipe, records in runs.items()]
-    return [curve for curve in curves if curve.steps.size]
+    *,
+    smoothed: bool = False,
+) -> list[Series]:
+    looks = recipe_styles(row.recipe for row in rows)
+    curves = [
+        _curve(recipe, [values(run) for run in records], looks[recipe], smoothed=smoothed)
+        for recipe, records in runs.items()
+    ]
+    return [curve for curve in curves if curve.x]
 
 
-def _curve(
-    recipe: str, by_step: Sequence[Mapping[int, float]], smoothing: Callable[[Values], Values]
-) -> LossCurve:
+def _curve(recipe: str, by_step: Sequence[Mapping[int, float]], look: Style, *, smoothed: bool) -> Series:
     # Only steps that every seed has: a mean over changing seeds would jump.
     steps = sorted(set.intersection(*(set(values) for values in by_step)))
+    # No screen could show all points of a long curve.
+    kept = np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).round().astype(int)
     values = np.array([[run[step] for step in steps] for run in by_step], dtype=np.float64)
-    return LossCurve(
-        recipe=recipe,
-        num_seeds=len(by_step),
-        steps=np.array(steps, dtype=np.float64),
-        mean=values.mean(axis=0),
-        smooth=smoothing(values.mean(axis=0)),
-        low=smoothing(values.min(axis=0)),
-        high=smoothing(values.max(axis=0)),
+    write = smooth if smoothed else np.asarray
+    mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    single = len(by_step) == 1
+    return Series(
+        recipe,
+        np.array(steps)[kept],
+        write(mean)[kept],
+        None if single else write(low)[kept],
+        None if single else write(high)[kept],
+        style="smooth",
+        look=look,
+        hover="step %{x}: %{y:.4g}" + (", raw %{customdata:.4g}" if smoothed else ""),
+        data=mean[kept].tolist() if smoothed else None,
     )
-
-
-def thin(curve: LossCurve) -> LossCurve:
-    """Leave out points of a long curve that no screen could show."""
-    if curve.steps.size <= _MAX_POINTS:
-        return curve
-    kept = np.linspace(0, curve.steps.size - 1, _MAX_POINTS).round().astype(int)
-    arrays = {name: getattr(curve, name)[kept] for name in ("steps", "mean", "smooth", "low", "high")}
-    return replace(curve, **arrays)
 
 
 def smooth(values: Values) -> Values:
@@ -127,26 +101,63 @@ def smooth(values: Values) -> Values:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def sweeps(comparison: Comparison, rows: Sequence[Row]) -> list[Sweep]:
-    """Gather each recipe's learning-rate sweep."""
-    groups = group_by_recipe(comparison)
-    return [
-        Sweep(row.recipe, sweep_points(groups[row.recipe], comparison.metric), row.learning_rate)
-        for row in rows
-    ]
+def loss_panel(title: str, losses: Sequence[Series]) -> Panel:
+    """Draw the training losses."""
+    return Panel(title, "optimizer step", "training loss", losses, layout={"height": 440})
 
 
-def worst_value(shown: Sequence[Sweep], *, higher_is_better: bool) -> float:
-    """Find the height at which diverged runs are marked, since they have none of their own."""
-    values = [value for sweep in shown for point in sweep.points for value in point.validation]
-    return (min if higher_is_better else max)(values, default=0.0)
+def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
+    """Show how the runs went."""
+    charts = []
+    for metric in dict.fromkeys(("loss", comparison.metric)):
+        if curves := evaluation_curves(comparison, rows, metric):
+            charts.append(_chart(f"evaluation-{len(charts)}", metric, curves))
+    sections = []
+    if losses := loss_curves(comparison, rows):
+        panel = loss_panel("Training loss", losses)
+        caption = f"{_MEAN}, lightly smoothed; {_BAND} seed. Point at a line for the raw value."
+        chart = panel_chart("loss", panel, caption, _last_values(losses))
+        sections.append(Section("loss-title", panel.title, charts=[chart], keyed=True))
+    if charts:
+        notes = [f"{_MEAN}; {_BAND} seed."]
+        sections.append(
+            Section("evaluations", "Validation during training", charts=charts, notes=notes, keyed=True)
+        )
+    return sections
 
 
-def rate_ticks(shown: Sequence[Sweep]) -> list[float]:
-    """Choose the learning rates to write below the sweep."""
-    drawn = [point for sweep in shown for point in sweep.points if point.validation or point.num_diverged]
-    rates = sorted({point.learning_rate for point in drawn})
-    if len(rates) <= _MAX_TICKS:
-        return rates
-    exponents = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
-    return [10.0**exponent for exponent in exponents]
+def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
+    """Draw what was measured on the way: alignment with the gradient and with full fine-tuning, and curvature."""
+    runs = {
+        recipe: measured
+        for recipe, records in runs_behind(comparison, rows).items()
+        if (measured := [run for run in records if run.trajectory or run.curvature])
+    }
+    sections = []
+    for name, title, wanted in (
+        ("alignment", "Alignment over time", _ALIGNMENT),
+        ("curvature", "Curvature over time", _CURVATURE),
+    ):
+        found = {key: _curves(runs, rows, lambda run, key=key: _points(run, key)) for key in wanted}
+        charts = [
+            _chart(f"{name}-{key}", wanted[key][0].upper() + wanted[key][1:], curves)
+            for key, curves in found.items()
+            if curves
+        ]
+        if charts:
+            sections.append(Section(name, title, charts=charts, notes=[f"{_MEAN}; {_BAND}."], keyed=True))
+    return sections
+
+
+def _points(run: Record, key: str) -> dict[int, float]:
+    return {int(point["step"]): point[key] for point in run.trajectory + run.curvature if key in point}
+
+
+def _chart(name: str, title: str, curves: Sequence[Series]) -> Chart:
+    panel = Panel(title, "optimizer step", "", curves, layout={"height": 300})
+    return panel_chart(name, panel, says=_last_values(curves))
+
+
+def _last_values(curves: Sequence[Series]) -> str:
+    ends = [f"{curve.name} {formats.significant(curve.y[-1])}" for curve in curves]
+    return f"At the end: {formats.listing(ends)}"

@@ -5,10 +5,9 @@ from statistics import median
 from typing import Any
 
 from tangora.report import formats
-from tangora.report.records import Comparison, Record
-from tangora.report.statistics.selection import group_by_recipe, judged_runs
-from tangora.report.statistics.summary import Row
-from tangora.report.subject import model_name
+from tangora.report.layout import model_name
+from tangora.report.run_records import Comparison, Record
+from tangora.report.statistics.judgement import Row, runs_behind
 
 _UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the machine is a likely cause of
 _SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -21,7 +20,7 @@ def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
     facts = {
         "model": model_name(settings, _described(comparison.records)),
         "data": _data(settings),
-        "examples": examples_text(comparison),
+        "examples": _examples(comparison),
         "steps": _number(settings.get("steps")),
         "batch size": _batch(settings),
         "rank": _number(settings.get("rank")),
@@ -45,8 +44,7 @@ def setup_line(comparison: Comparison) -> str:
     return " · ".join(text.format(facts[name]) for name, text in write.items() if name in facts)
 
 
-def examples_text(comparison: Comparison) -> str:
-    """Say how many examples there are of each kind."""
+def _examples(comparison: Comparison) -> str:
     settings = _settings(comparison)
     counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in _SPLITS}
     for record in comparison.records:
@@ -85,8 +83,7 @@ def _number(value: Any) -> str:
 
 def busy_sentences(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     """Warn where times may be too long because something else used the machine."""
-    groups = group_by_recipe(comparison)
-    judged = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
+    judged = runs_behind(comparison, rows)
     return [*_loaded([run for runs in judged.values() for run in runs]), *_unequal(judged)]
 
 

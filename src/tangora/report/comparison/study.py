@@ -1,31 +1,30 @@
 """Several comparisons, one per task, on one page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
 
 from tangora._checks import InputError
 from tangora.report import formats
-from tangora.report.comparison.forest import forest_chart
-from tangora.report.comparison.further import tasks_verdict
-from tangora.report.comparison.page import data_link, missing_sentence
-from tangora.report.comparison.pareto import COSTS, Cost
-from tangora.report.comparison.picture import save_study_picture
+from tangora.report.comparison.comparison_page import missing_sentence
+from tangora.report.comparison.costs import COSTS, Cost
+from tangora.report.comparison.differences import differences_section, save_differences
+from tangora.report.comparison.results_table import flat_row
 from tangora.report.comparison.setup import setup_facts
-from tangora.report.comparison.tables import csv_text, flat_row
-from tangora.report.drawing.styles import SVG_DASHES, Style, recipe_styles
-from tangora.report.files import write_atomic
-from tangora.report.layout import Cell, Grid, Section, cell, number_cell, render
-from tangora.report.recorded import FrozenModel, read_record, save_json
-from tangora.report.records import COMPARISON_FILE, Comparison, load_comparison
-from tangora.report.statistics.summary import BASELINE, Row, summarize
-from tangora.report.statistics.tasks import Duel, TaskMatrix, matrix
+from tangora.report.drawing.styles import recipe_styles
+from tangora.report.layout import Link, Repeat, Section, render
+from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
+from tangora.report.report_table import Cell, Table, cell, csv_text, number
+from tangora.report.run_records import COMPARISON_FILE, Comparison, load_comparison
+from tangora.report.statistics.intervals import ALPHA
+from tangora.report.statistics.judgement import BASELINE, Row, summarize
+from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
 
 _STUDY_FILE = "study.json"
-_TEMPLATE = "study.html.j2"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
+_VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
 
 Comparisons = Mapping[str, Comparison]
 Rows = Mapping[str, Sequence[Row]]
@@ -42,7 +41,7 @@ def write_study(comparisons: Comparisons, path: Path, title: str, command: str) 
     write_atomic(folder / "study.csv", study.csv())
     save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
     if study.matrix.against_lora:
-        save_study_picture(comparisons, study.matrix, folder / "picture.png")
+        save_differences(comparisons, study.matrix, folder)
     return write_atomic(path, study.page(title, command))
 
 
@@ -97,63 +96,60 @@ class _Study:
         return csv_text(lines)
 
     def page(self, title: str, command: str) -> str:
-        names = {row.recipe for rows in self.rows.values() for row in rows}
-        styles = recipe_styles(names)
-        sections = (
-            [_results(self), _differences(self, styles), _pairs(self.matrix), _costs(self)]
-            if self.rows
-            else []
-        )
+        styles = recipe_styles({row.recipe for rows in self.rows.values() for row in rows})
+        found = [
+            _results(self),
+            differences_section(self.matrix, styles),
+            _pairs(self.matrix),
+            _costs(self),
+        ]
+        num_runs = sum(len(comparison.records) for comparison in self.comparisons.values())
         return render(
-            _TEMPLATE,
             title,
-            drawn=any(section is not None and section.charts for section in sections),
-            command=command,
-            num_recipes=len(names),
-            num_runs=sum(len(comparison.records) for comparison in self.comparisons.values()),
-            created=max((c.created for c in self.comparisons.values()), default=""),
-            verdict=self.verdict(),
-            tasks=[_task(name, comparison) for name, comparison in self.comparisons.items()],
-            sections=[section for section in sections if section is not None],
+            [
+                "tangora comparisons",
+                f"{len(self.comparisons)} tasks",
+                f"{len(styles)} recipes",
+                f"{num_runs} runs",
+            ],
+            max((c.created for c in self.comparisons.values()), default=""),
+            self.verdict(),
+            [*(found if self.rows else []), self._tasks()],
+            Repeat(command, {}) if command else None,
+            heading="Verdict",
             styles=styles,
-            svg_dashes=SVG_DASHES,
-            download=data_link(self.csv()),
         )
 
+    def _tasks(self) -> Section:
+        links = [_link(name, comparison) for name, comparison in self.comparisons.items()]
+        return Section("tasks", "Tasks", links=links, downloads={"study.csv": self.csv()})
 
-def _task(name: str, comparison: Comparison) -> dict[str, str | None]:
+
+def _link(name: str, comparison: Comparison) -> Link:
     count = formats.plural(len(comparison.records), "run")
-    return {
-        "name": name,
-        "title": comparison.title,
-        "link": f"{quote(name)}/report.html" if comparison.records else None,
-        "setup": ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
-        "metric": f"test {comparison.metric}, {'higher' if comparison.higher_is_better else 'lower'} is better",
-        "state": missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet."),
-    }
+    better = "higher" if comparison.higher_is_better else "lower"
+    state = missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet.")
+    return Link(
+        name,
+        f"{quote(name)}/report.html" if comparison.records else None,
+        comparison.title,
+        f"test {comparison.metric}, {better} is better · {state}",
+        ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
+    )
 
 
 def _results(study: _Study) -> Section:
     ranks = study.matrix.mean_ranks
-    by_task = {task: {row.recipe: row for row in rows} for task, rows in study.rows.items()}
-    headers = ["recipe", *(["mean rank"] if ranks else []), *by_task]
-    lines = [
-        [
-            cell(recipe, recipe),
-            *([_rank_cell(ranks.get(recipe))] if ranks else []),
-            *(
-                _result_cell(rows.get(recipe), study.against_lora.get((task, recipe)))
-                for task, rows in by_task.items()
-            ),
-        ]
-        for recipe in _recipes(study)
-    ]
-    grid = Grid(
-        "results",
-        f"Test metric of each recipe on each task, and what it is against {BASELINE}.",
-        headers,
-        lines,
-    )
+    columns: dict[str, Callable[[str], Cell | str]] = {"recipe": str}
+    if ranks:
+        columns["mean rank"] = lambda recipe: number(ranks.get(recipe), "{:.2f}".format)
+    for task, rows in study.rows.items():
+        by_recipe = {row.recipe: row for row in rows}
+        columns[task] = lambda recipe, task=task, by_recipe=by_recipe: _result_cell(
+            by_recipe.get(recipe), study.against_lora.get((task, recipe))
+        )
+    caption = f"Test metric of each recipe on each task, and what it is against {BASELINE}."
+    table = Table.of("results", caption, _recipes(study), columns)
     notes = [
         (
             f"Beneath a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie or ▼ loss. A "
@@ -162,20 +158,7 @@ def _results(study: _Study) -> Section:
         ),
         "Mean rank: 1 is best; over the tasks, among the recipes that have a result on every one.",
     ]
-    return Section("results", "Recipes on tasks", grid=grid, notes=notes if ranks else notes[:1])
-
-
-def _differences(study: _Study, styles: dict[str, Style]) -> Section | None:
-    duels = [[duel for duel in study.matrix.against_lora if duel.task == task] for task in study.rows]
-    charts = [
-        forest_chart(number, found, styles) for number, found in enumerate(filter(None, duels), start=1)
-    ]
-    note = (
-        f"Test metric minus {BASELINE}'s, with 95 % intervals that are not corrected for the number of recipes. "
-        "Filled marks are wins and losses after the correction, hollow ones are not significant; triangles at the edge "
-        "lie beyond it."
-    )
-    return Section("differences", f"Against {BASELINE}", charts=charts, notes=[note]) if charts else None
+    return Section("results", "Recipes on tasks", table=table, notes=notes if ranks else notes[:1])
 
 
 def _recipes(study: _Study) -> list[str]:
@@ -184,37 +167,33 @@ def _recipes(study: _Study) -> list[str]:
     return [*study.matrix.recipes, *sorted(names - set(study.matrix.recipes))]
 
 
-def _rank_cell(rank: float | None) -> Cell:
-    return cell(formats.MISSING if rank is None else f"{rank:.2f}", rank)
-
-
 def _result_cell(row: Row | None, duel: Duel | None) -> Cell:
     if row is None or row.test is None:
-        return cell(formats.MISSING if row is None else "no result")
-    lines = [formats.metric(row.test), formats.interval(row.interval)]
-    if duel is None:
-        return number_cell(row.test, *lines)
-    told = "cannot tell" if duel.outcome is None else f"{_SIGNS[duel.outcome]} {duel.outcome}"
-    made = number_cell(row.test, *lines, f"{formats.difference(duel.difference)} {told}")
-    return Cell(made.lines, made.value, kind=duel.outcome or "")
+        return Cell([formats.MISSING if row is None else "no result"])
+    lines = [formats.interval(row.interval)]
+    if duel is not None:
+        told = "cannot tell" if duel.outcome is None else f"{_SIGNS[duel.outcome]} {duel.outcome}"
+        lines.append(f"{formats.difference(duel.difference)} {told}")
+    kind = (duel and duel.outcome) or ""
+    return cell(formats.metric(row.test), *lines, value=row.test, kind=kind)
 
 
 def _pairs(found: TaskMatrix) -> Section | None:
     if len(found.recipes) < 2:
         return None
-    grid = Grid(
-        name="pairs",
-        caption="Tasks that the recipe of the row wins – ties – loses against that of the column.",
-        headers=["recipe", *found.recipes],
-        rows=[
-            [cell(ours, ours), *(_pair_cell(found, ours, other) for other in found.recipes)]
-            for ours in found.recipes
-        ],
+    columns = {
+        theirs: lambda ours, theirs=theirs: _pair_cell(found, ours, theirs) for theirs in found.recipes
+    }
+    table = Table.of(
+        "pairs",
+        "Tasks that the recipe of the row wins – ties – loses against that of the column.",
+        found.recipes,
+        {"recipe": str, **columns},
     )
     notes = [
         "Corrected for all pairs of recipes on all tasks (Holm); with few seeds hardly any difference remains."
     ]
-    return Section("pairs", "Every pair", grid=grid, notes=notes)
+    return Section("pairs", "Every pair", table=table, notes=notes)
 
 
 def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
@@ -223,39 +202,88 @@ def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
     count = found.count(ours, theirs)
     if not any(count.values()):
         return cell(formats.MISSING)
-    return cell(f"{count['win']} – {count['tie']} – {count['loss']}", count["win"] - count["loss"])
+    text = f"{count['win']} – {count['tie']} – {count['loss']}"
+    return cell(text, value=count["win"] - count["loss"])
 
 
 def _costs(study: _Study) -> Section | None:
-    recipes = _recipes(study)
-    ratios = {cost: [_ratio(study.rows, recipe, cost) for recipe in recipes] for cost in COSTS}
-    known = {cost: column for cost, column in ratios.items() if any(ratio is not None for ratio in column)}
-    if not known:
+    columns = {
+        cost.title: lambda recipe, cost=cost: number(_ratio(study.rows, recipe, cost), _ratio_text)
+        for cost in COSTS
+    }
+    caption = f"What a run costs, {BASELINE} = 1."
+    table = Table.of("costs", caption, _recipes(study), {"recipe": str, **columns}).filled()
+    if len(table.headers) == 1:
         return None
-    grid = Grid(
-        name="costs",
-        caption=f"What a run costs, {BASELINE} = 1.",
-        headers=["recipe", *(cost.title for cost in known)],
-        rows=[
-            [cell(recipe, recipe), *(_ratio_cell(column[index]) for column in known.values())]
-            for index, recipe in enumerate(recipes)
-        ],
-    )
     notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
-    return Section("costs", "Costs", grid=grid, notes=notes)
+    return Section("costs", "Costs", table=table, notes=notes)
 
 
 def _ratio(rows: Rows, recipe: str, cost: Cost) -> float | None:
     logs = []
     for found in rows.values():
-        values = {row.recipe: cost.value(row) for row in found if row.recipe in (recipe, BASELINE)}
+        values = {row.recipe: cost.of(row) for row in found if row.recipe in (recipe, BASELINE)}
         ours, lora = values.get(recipe), values.get(BASELINE)
         if ours and lora:
             logs.append(math.log(ours / lora))
     return math.exp(fmean(logs)) if logs else None
 
 
-def _ratio_cell(ratio: float | None) -> Cell:
-    return cell(
-        formats.MISSING if ratio is None else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}", ratio
-    )
+def _ratio_text(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}"
+
+
+def tasks_verdict(found: TaskMatrix) -> list[str]:
+    """Say what several tasks say together."""
+    return [*_against_lora(found), *_pairs_verdict(found), *_ranks(found)]
+
+
+def _against_lora(found: TaskMatrix) -> list[str]:
+    tested = [duel for duel in found.against_lora if duel.p_value is not None]
+    if not tested:
+        return [f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."]
+    counts = {name: found.count_against_lora(name) for name in found.recipes if name != BASELINE}
+    parts = [
+        f"{name} {' and '.join(said)}"
+        for name, count in counts.items()
+        if (said := [f"{verb} {_on(count[kind])}" for kind, verb in _VERBS.items() if count[kind]])
+    ]
+    ties = sum(count["tie"] for count in counts.values())
+    result = "; ".join(parts) if parts else "no recipe wins or loses"
+    correction = f"corrected for {formats.plural(len(tested), 'comparison')} (Holm)"
+    return [f"Against {BASELINE}, {correction}: {result}; {formats.plural(ties, 'tie')}."]
+
+
+def _on(number: int) -> str:
+    return f"on {formats.plural(number, 'task')}"
+
+
+def _pairs_verdict(found: TaskMatrix) -> list[str]:
+    tested = [duel for duel in found.pairs if duel.p_value is not None]
+    if not tested:
+        return []
+    apart = sum(duel.outcome != "tie" for duel in tested)
+    number = formats.plural(len(tested), "pair")
+    differ = "differs" if apart == 1 else "differ"
+    return [
+        f"Of {number} of recipes on a task, {apart} {differ} significantly after correction for all of them."
+    ]
+
+
+def _ranks(found: TaskMatrix) -> list[str]:
+    if not found.mean_ranks:
+        return []
+    listed = formats.listing(f"{name} {rank:.1f}" for name, rank in found.mean_ranks.items())
+    return [f"Mean ranks over {formats.plural(len(found.tasks), 'task')}: {listed}; {_chance(found)}."]
+
+
+def _chance(found: TaskMatrix) -> str:
+    p = found.rank_p_value
+    if p is None:
+        few: Sequence[str] = [
+            *([f"fewer than {MIN_TASKS} tasks"] if len(found.tasks) < MIN_TASKS else []),
+            *(["fewer than 3 recipes"] if len(found.mean_ranks) < 3 else []),
+        ]
+        return f"{formats.listing(few)} cannot tell such ranks from chance"
+    how = "more than chance explains" if p < ALPHA else "no more than chance explains"
+    return f"they differ by {how} (Friedman, {formats.p_value(p)})"

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from tangora.report import formats
 from tangora.report.statistics.intervals import ALPHA
-from tangora.report.statistics.recommendation import Recommendation
-from tangora.report.statistics.summary import BASELINE, CEILING, Row, leads, trails
+from tangora.report.statistics.judgement import BASELINE, CEILING, Recommendation, Row
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
@@ -67,14 +66,14 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
             f"With {_unknown(others[0])} no difference from {BASELINE} can be told from noise; the best of the others: "
             f"{nearest}."
         )
-    better, worse = [row for row in tested if leads(row)], [row for row in tested if trails(row)]
+    better, worse = [row for row in tested if row.side > 0], [row for row in tested if row.side < 0]
     parts = [
         f"{_amounts(found)} {'is' if len(found) == 1 else 'are'} significantly {how} than {BASELINE}"
         for found, how in ((better, "better"), (worse, "worse"))
         if found
     ]
     # the sentence on the gap says it of full fine-tuning
-    apart = any(row.recipe == CEILING and (leads(row) or trails(row)) for row in judged)
+    apart = any(row.recipe == CEILING and row.side != 0 for row in judged)
     none = "No recipe but full fine-tuning" if apart else "No recipe"
     if not parts and len(others) == 1:
         return f"{others[0].recipe} is not significantly different from {BASELINE} ({_distance(others[0])})."
@@ -135,9 +134,9 @@ def _standing(best: Sequence[Row]) -> str:
     if not told or any(row.recipe == BASELINE for row in best):
         return ""
     amount = formats.difference(told[0].difference)
-    if all(leads(row) for row in told):
+    if all(row.side > 0 for row in told):
         return f", significantly better than {BASELINE} ({amount})"
-    if any(leads(row) for row in told):
+    if any(row.side > 0 for row in told):
         return ""
     return f", not significantly different from {BASELINE} ({amount})"
 
@@ -151,7 +150,7 @@ def _next(best: Row, others: Sequence[Row]) -> str:
     amount = formats.difference(second.difference)
     if second.p_value is None:
         return f"; {_unknown(second)} cannot tell whether the next, {second.recipe} ({amount}), is different"
-    if trails(second):
+    if second.side < 0:
         return f"; the next, {second.recipe}, is significantly worse ({amount})"
     return f"; the next, {second.recipe}, is not significantly different ({amount})"
 
@@ -184,9 +183,9 @@ def _gap(judged: Sequence[Row]) -> str | None:
     if full.p_value is None:
         return f"Full fine-tuning differs from {BASELINE} by {amount}; {_unknown(full)} cannot tell that from noise."
     noise = f"{amount}, 95 % interval {formats.interval(full.difference_interval, sign=True)}"
-    if leads(full):
+    if full.side > 0:
         return f"Full fine-tuning is significantly better than {BASELINE} ({noise}){_closest(judged)}."
-    if trails(full):
+    if full.side < 0:
         return f"Full fine-tuning is significantly worse than {BASELINE} ({noise}): there is no gap to close."
     return (
         f"Full fine-tuning is not significantly different from {BASELINE} ({noise}), so no share of that gap is "

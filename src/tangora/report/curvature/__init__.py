@@ -1,6 +1,12 @@
 """From a measurement of curvature to sentences, terminal tables, pictures and one self-contained page."""
 
-from tangora.report.curvature.page import render_curvature, save_curvature_pictures, write_curvature
+from tangora.report.curvature.curvature_findings import FACTORS, findings
+from tangora.report.curvature.curvature_page import (
+    curvature_tables,
+    render_curvature,
+    save_curvature_pictures,
+    write_curvature,
+)
 from tangora.report.curvature.record import (
     BatchCurvature,
     BatchNoise,
@@ -17,8 +23,6 @@ from tangora.report.curvature.record import (
     Spectrum,
     load_curvature,
 )
-from tangora.report.curvature.summary import FACTORS, findings
-from tangora.report.curvature.tables import curvature_tables
 
 __all__ = [
     "FACTORS",

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tangora._names import SPACES, Space
-from tangora.report.recorded import FrozenModel, Recorded, read_record
-from tangora.report.records import Count, Seconds
+from tangora.report.record_files import FrozenModel, Recorded, read_record
+from tangora.report.run_records import Count, Seconds
 
 Operator = Literal["hessian", "gauss-newton"]
 

@@ -1,42 +1,49 @@
 """What is to be drawn, as data. Nothing here draws.
 
-All of it survives strict JSON: tensors and arrays become tuples of plain numbers when an object is made, and whatever
-is not finite becomes ``None``, which figures leave out.
+All that a record keeps of it survives strict JSON: tensors and arrays become tuples of plain numbers when an object is
+made, and whatever is not finite becomes ``None``, which figures leave out.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
 
 from tangora._checks import InputError
-from tangora.report.values import make_plain
+from tangora.report.drawing.styles import Style
 
 Numbers: TypeAlias = Any
 """Given: a tensor, an array or any numbers. Kept: a ``tuple[float | None, ...]``, of such for a surface."""
 
 Scale: TypeAlias = Literal["linear", "log"]
 
+_Unrecorded = Field(exclude=True)
+
 
 @dataclass(frozen=True)
 class Series:
     """One curve, or the points of one kind.
 
-    Attributes:
-        name: As in the legend; series of one name in several panels of a figure look alike, and only the first of them
-            is in the legend.
-        x: Abscissae.
-        y: As many ordinates.
-        low: Lower edge of a band around the curve, for example the smallest of all seeds.
-        high: Upper edge of the band.
-        style: Whether the points are joined.
+    Series of one name in several panels of a figure look alike, and only the first of them is in the legend.
     """
 
     name: str
     x: Numbers
     y: Numbers
     low: Numbers | None = None
+    """Lower edge of a band around the curve, for example the smallest of all seeds."""
     high: Numbers | None = None
-    style: Literal["line", "points", "dashed"] = "line"
+    style: Literal["line", "points", "dashed", "smooth", "steps", "rings", "crosses"] = "line"
+    """A line shows its points where they are few, a smooth one never."""
+    bars: Annotated[Literal["x", "y"] | None, _Unrecorded] = None
+    """The axis along which `low` and `high` are the ends of error bars, if they are no band."""
+    look: Annotated[Style | None, _Unrecorded] = None
+    """A style of its own; the page then has a key in place of a legend."""
+    hover: Annotated[str, _Unrecorded] = ""
+    """Plotly's template of what is shown at a point, beneath the name; ``%{customdata}`` is one of `data`."""
+    data: Annotated[Sequence[Any] | None, _Unrecorded] = None
 
     def __post_init__(self):
         for key in ("x", "y", "low", "high"):
@@ -53,14 +60,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A surface seen from above.
-
-    Attributes:
-        x: Columns.
-        y: Rows.
-        z: One row of values for each of ``y``.
-        label: What the values are.
-    """
+    """A surface seen from above: one row of ``z`` for each of ``y``."""
 
     x: Numbers
     y: Numbers
@@ -78,17 +78,7 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: Above it.
-        xlabel: Below it.
-        ylabel: Beside it.
-        series: Curves and points, drawn in this order.
-        heatmap: Drawn below the series.
-        xscale: Of the abscissae; values that a logarithm has no place for are left out.
-        yscale: Of the ordinates.
-    """
+    """One pair of axes; series are drawn in their order, above the heat map."""
 
     title: str
     xlabel: str
@@ -96,7 +86,14 @@ class Panel:
     series: Sequence[Series] = ()
     heatmap: Heatmap | None = None
     xscale: Scale = "linear"
+    """Values that a logarithm has no place for are left out."""
     yscale: Scale = "linear"
+    rows: Annotated[Sequence[str], _Unrecorded] = ()
+    """Names of y = 0, 1, …, from the bottom up, around a line at x = 0."""
+    xrange: Annotated[tuple[float, float] | None, _Unrecorded] = None
+    xticks: Annotated[Mapping[float, str] | None, _Unrecorded] = None
+    layout: Annotated[Mapping[str, Any], _Unrecorded] = field(default_factory=dict)
+    """What a chart of plotly's is told beyond that."""
 
     def __post_init__(self):
         object.__setattr__(self, "series", tuple(self.series))
@@ -104,14 +101,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels side by side.
-
-    Attributes:
-        name: Stem of the PNG file and id on the page: small letters, digits and hyphens.
-        title: Above it.
-        caption: What is to be seen, in a sentence or two.
-        panels: At least one.
-    """
+    """Panels side by side; the name is the stem of the picture's file and the id on the page."""
 
     name: str
     title: str
@@ -128,3 +118,23 @@ def _check_numbers(what: str, values: tuple[Any, ...]) -> None:
     for value in values:
         if value is not None and not isinstance(value, (int, float)):
             raise InputError(f"{what} must hold numbers; got {value!r}")
+
+
+def plain_values(value: Any) -> Any:
+    """Turn numbers of any kind into plain finite ones."""
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return tuple(plain_values(item) for item in value)
+    raise InputError(f"results must be numbers, texts, lists and dictionaries; got {type(value).__name__}")
+
+
+def make_plain(target: Any, key: str) -> None:
+    """Do so with an attribute of a frozen object that is being made."""
+    object.__setattr__(target, key, plain_values(getattr(target, key)))

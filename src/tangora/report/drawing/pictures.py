@@ -1,4 +1,4 @@
-"""Figures of an experiment as PNG or SVG files."""
+"""Figures as PNG or SVG files."""
 
 import io
 import math
@@ -8,69 +8,95 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tangora.report.drawing.panels import Figure, Numbers, Panel, Series
-from tangora.report.drawing.styles import MATPLOTLIB_DASHES, MATPLOTLIB_MARKERS, Style, series_styles
-from tangora.report.files import write_atomic
+from tangora.report.drawing.styles import (
+    BAND_OPACITY,
+    GREY,
+    MATPLOTLIB_DASHES,
+    MATPLOTLIB_MARKERS,
+    Style,
+    series_styles,
+)
+from tangora.report.record_files import write_atomic
 
-MAX_MARKED = 12
-"""Curves of at most so many points show them."""
-
-_BAND_OPACITY = 0.15
-_WIDTH, _HEIGHT, _LEGEND_ROW = 4.4, 3.7, 0.24
+_MAX_MARKED = 12
+_SIZE = (4.4, 3.7)
+_MIN_WIDTH, _TITLE, _LEGEND_ROW = 6.0, 0.35, 0.24
 _LETTERS_PER_INCH = 12
 _FEW_DECADES = 2.2
 
 
 def figure_styles(figure: Figure) -> dict[str, Style]:
     """Give every series of a figure its style."""
-    return series_styles(series.name for panel in figure.panels for series in panel.series)
+    every = [series for panel in figure.panels for series in panel.series]
+    return series_styles(series.name for series in every) | {
+        series.name: series.look for series in every if series.look is not None
+    }
 
 
 def save_pictures(
-    figures: Sequence[Figure], folder: str | Path, *, kinds: Sequence[Literal["png", "svg"]] = ("png",)
+    figures: Sequence[Figure],
+    folder: str | Path,
+    *,
+    kinds: Sequence[Literal["png", "svg"]] = ("png",),
+    size: tuple[float, float] = _SIZE,
 ) -> list[Path]:
-    """Draw figures and write each as ``<name>.png``."""
+    """Draw figures, their panels of one size in inches, and write each as ``<name>.png``."""
     return [
         write_atomic(Path(folder) / f"{figure.name}.{kind}", picture)
         for figure in figures
-        for kind, picture in _pictures(figure, kinds)
+        for kind, picture in _pictures(figure, kinds, size)
     ]
 
 
-def _pictures(figure: Figure, kinds: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
+def _pictures(figure: Figure, kinds: Sequence[str], size: tuple[float, float]) -> Iterator[tuple[str, bytes]]:
     from matplotlib import rc_context
-    from matplotlib.figure import Figure as Drawing
 
-    styles = figure_styles(figure)
-    width = max(_WIDTH * len(figure.panels), 6.0)
-    fit = max(1, int(width * _LETTERS_PER_INCH / (8 + max(map(len, styles), default=1))))
-    rows = -(-len(styles) // fit)
-    columns = -(-len(styles) // max(rows, 1))
-    drawing = Drawing(figsize=(width, _HEIGHT + 0.35 + _LEGEND_ROW * rows), dpi=150, layout="constrained")
-    all_axes = drawing.subplots(1, len(figure.panels), squeeze=False)[0]
-    handles: dict[str, Any] = {}
-    for axes, panel in zip(all_axes, figure.panels, strict=True):
-        handles = _draw_panel(drawing, axes, panel, styles) | handles
-    if len(handles) > 1:
-        ordered = [(handles[name], _plain(name)) for name in styles]
-        drawing.legend(
-            *zip(*ordered, strict=True),
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            fontsize="small",
-            handlelength=2.6,
-        )
-    drawing.suptitle(_plain(figure.title), fontsize="large", fontweight="bold")
+    drawing = draw_picture(figure, size)
     for kind in kinds:
         picture = io.BytesIO()
         # no time of writing and no random names: the same figure gives the same bytes
         with rc_context({"svg.hashsalt": figure.name}):
             drawing.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        drawing.set_layout_engine(
-            "none"
-        )  # what the first one has laid out stays, and is the larger part of the work
+        # what the first one has laid out stays, and is the larger part of the work
+        drawing.set_layout_engine("none")
         yield kind, picture.getvalue()
+
+
+def draw_picture(figure: Figure, size: tuple[float, float] = _SIZE) -> Any:
+    """Draw a figure with matplotlib."""
+    # Here, because matplotlib takes a second to import. A Figure of its own draws without pyplot's global state.
+    from matplotlib.figure import Figure as Drawing
+
+    styles = figure_styles(figure)
+    # rows have their names beside them
+    named = () if any(panel.rows for panel in figure.panels) else tuple(styles)
+    width = max(size[0] * len(figure.panels), _MIN_WIDTH)
+    fit = max(1, int(width * _LETTERS_PER_INCH / (8 + max(map(len, styles), default=1))))
+    lines = -(-len(named) // fit)
+    height = size[1] + _TITLE * bool(figure.title) + _LEGEND_ROW * lines
+    drawing = Drawing(figsize=(width, height), dpi=150, layout="constrained")
+    all_axes = drawing.subplots(
+        1, len(figure.panels), squeeze=False, sharey=all(panel.rows for panel in figure.panels)
+    )[0]
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(all_axes, figure.panels, strict=True):
+        for name, line in _draw_panel(drawing, axes, panel, styles).items():
+            # a line that shows its marks tells more
+            if name not in handles or handles[name].get_marker() == "none":
+                handles[name] = line
+    if len(handles) > 1 and named:
+        drawing.legend(
+            [handles[name] for name in named],
+            [_plain(name) for name in named],
+            loc="outside lower center",
+            ncols=-(-len(named) // lines),
+            frameon=False,
+            fontsize="small",
+            handlelength=2.6,
+        )
+    if figure.title:
+        drawing.suptitle(_plain(figure.title), fontsize="large", fontweight="bold")
+    return drawing
 
 
 def _draw_panel(drawing: Any, axes: Any, panel: Panel, styles: Mapping[str, Style]) -> dict[str, Any]:
@@ -85,46 +111,72 @@ def _draw_panel(drawing: Any, axes: Any, panel: Panel, styles: Mapping[str, Styl
             rasterized=True,
         )
         drawing.colorbar(mesh, ax=axes, label=_plain(heatmap.label))
-    handles = {
-        series.name: _draw_series(axes, drawable(series, panel), styles[series.name])
-        for series in panel.series
-    }
-    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
-        if getattr(panel, f"{name}scale") == "log":
-            getattr(axes, f"set_{name}scale")("log")
-            _tick_logarithms(axis)
+    if panel.rows:
+        _name_rows(axes, panel.rows)
+    handles: dict[str, Any] = {}
+    for series in panel.series:
+        line = _draw_series(axes, drawable(series, panel), series.look or styles[series.name])
+        handles.setdefault(series.name, line)
+    _scale(axes, panel)
     axes.set_xlabel(_plain(panel.xlabel))
     axes.set_ylabel(_plain(panel.ylabel))
     axes.set_title(_plain(panel.title), fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     if panel.heatmap is None:
-        axes.grid(visible=True, color="#808080", alpha=0.25, linewidth=0.6)
+        axes.grid(visible=True, axis="x" if panel.rows else "both", color=GREY, alpha=0.25, linewidth=0.6)
     return handles
 
 
+def _name_rows(axes: Any, rows: Sequence[str]) -> None:
+    axes.axvline(0, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+    axes.set_yticks(range(len(rows)), [_plain(name) for name in rows])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def _scale(axes: Any, panel: Panel) -> None:
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if getattr(panel, f"{name}scale") == "log":
+            getattr(axes, f"set_{name}scale")("log")
+            _tick_logarithms(axis)
+    if panel.xticks is not None:
+        axes.set_xticks(list(panel.xticks), list(panel.xticks.values()))
+        axes.minorticks_off()
+    if panel.xrange is not None:
+        axes.set_xlim(panel.xrange)
+
+
 def _draw_series(axes: Any, series: Series, style: Style) -> Any:
-    x, y = _floats(series.x), _floats(series.y)
-    marker = MATPLOTLIB_MARKERS[style.marker]
-    dash = "dash" if series.style == "dashed" else style.dash
+    x, y, color = _floats(series.x), _floats(series.y), style.color
+    if series.style == "rings":
+        return axes.plot(x, y, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)[0]
+    if series.style == "crosses":
+        return axes.plot(x, y, "x", markersize=8, markeredgewidth=2, color=color)[0]
     if series.low is not None and series.high is not None:
-        axes.fill_between(
-            x,
-            _floats(series.low),
-            _floats(series.high),
-            color=style.color,
-            alpha=_BAND_OPACITY,
-            linewidth=0,
-        )
+        ends = _floats(series.low), _floats(series.high)
+        if series.bars == "x":
+            axes.hlines(y, *ends, color=color, linewidth=1.4)
+        elif series.bars is None:
+            axes.fill_between(x, *ends, color=color, alpha=BAND_OPACITY, linewidth=0)
+    points = series.style == "points"
     (line,) = axes.plot(
         x,
         y,
-        color=style.color,
-        linestyle="none" if series.style == "points" else MATPLOTLIB_DASHES[dash],
+        color=color,
+        linestyle="none" if points else MATPLOTLIB_DASHES["dash" if series.style == "dashed" else style.dash],
         linewidth=1.6,
-        marker=marker if series.style == "points" or _few(series) else "none",
-        markersize=6 if series.style == "points" else 4,
+        marker=MATPLOTLIB_MARKERS[style.marker] if points or is_marked(series) else "none",
+        markersize=6 if points else 4,
+        markerfacecolor=color if style.filled else "white",
     )
     return line
+
+
+def is_marked(series: Series) -> bool:
+    """Tell whether a line shows its points."""
+    return series.bars is not None or (series.style == "line" and len(series.x) <= _MAX_MARKED)
 
 
 def drawable(series: Series, panel: Panel) -> Series:
@@ -153,10 +205,6 @@ def _tick_logarithms(axis: Any) -> None:
     if low > 0 and math.log10(high / low) < _FEW_DECADES:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _few(series: Series) -> bool:
-    return series.style == "line" and len(series.x) <= MAX_MARKED
 
 
 def _floats(values: Numbers) -> list[float]:

@@ -1,14 +1,16 @@
 """One colour, dash and marker per recipe, the same in every figure."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tangora.report.statistics.summary import BASELINE, CEILING
+from tangora.report.statistics.judgement import BASELINE, CEILING
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black: each of the others is
 # readable on a white and on a dark page.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_GREY = "#808080"
+GREY = "#808080"
+BAND_OPACITY = 0.15
+TRANSPARENT = "rgba(0,0,0,0)"
 
 # Five, because 5 and 6 have no common factor: all 30 pairs of colour and dash come before one repeats.
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -37,6 +39,8 @@ MATPLOTLIB_MARKERS = {
     "diamond": "D",
     "triangle-up": "^",
     "triangle-down": "v",
+    "triangle-left": "<",
+    "triangle-right": ">",
     "cross": "P",
     "star": "*",
 }
@@ -44,25 +48,25 @@ MATPLOTLIB_MARKERS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a recipe is drawn.
-
-    Attributes:
-        color: As ``#rrggbb``.
-        dash: Plotly's name of the dash.
-        marker: Plotly's name of the marker.
-    """
+    """How a recipe or a curve is drawn: the colour as ``#rrggbb``, dash and marker by plotly's names."""
 
     color: str
     dash: str
     marker: str
+    width: float = 2
+    filled: bool = True
 
     def faded(self, alpha: float) -> str:
         """Make the colour transparent."""
         red, green, blue = (int(self.color[start : start + 2], 16) for start in (1, 3, 5))
         return f"rgba({red},{green},{blue},{alpha})"
 
+    def hollow(self) -> "Style":
+        """Leave the marks empty."""
+        return replace(self, filled=False)
 
-_REFERENCES = {BASELINE: Style(_GREY, "dash", "cross"), CEILING: Style(_GREY, "solid", "star")}
+
+_REFERENCES = {BASELINE: Style(GREY, "dash", "cross"), CEILING: Style(GREY, "solid", "star")}
 
 
 def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
@@ -70,7 +74,10 @@ def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
     names = set(recipes)
     others = sorted(names - set(_REFERENCES))
     styles = {name: style for name, style in _REFERENCES.items() if name in names}
-    return styles | {name: _style(index) for index, name in enumerate(others)}
+    for index, name in enumerate(others):
+        turn = index % len(_DASHES)
+        styles[name] = Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])
+    return styles
 
 
 def series_styles(names: Iterable[str]) -> dict[str, Style]:
@@ -84,8 +91,3 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
         )
         for index, name in enumerate(dict.fromkeys(names))
     }
-
-
-def _style(index: int) -> Style:
-    turn = index % len(_DASHES)
-    return Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])

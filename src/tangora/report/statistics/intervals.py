@@ -33,25 +33,21 @@ _NODES = {1: 48, 2: 24, 3: 12}  # by the number of groups, whose nodes are combi
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a difference of means, and how well it is known.
-
-    Attributes:
-        value: The mean or difference.
-        variances: Values that the variance of `value` may have.
-        weights: How probable each of them is.
-        df: Degrees of freedom of the part of the variance that is due to the test examples.
-        over: What would change if the study were repeated: seeds, test examples, or both.
-        bounds: The smallest and the largest possible value.
-        proportion: Whether it is a share of right answers, whose noise depends on the share itself.
-    """
+    """A mean, or a difference of means, and how well it is known."""
 
     value: float
     variances: tuple[float, ...]
+    """Values that the variance of `value` may have."""
     weights: tuple[float, ...]
+    """How probable each of them is."""
     df: float
+    """Degrees of freedom of the part of the variance that is due to the test examples."""
     over: Over
+    """What would change if the study were repeated."""
     bounds: Interval = (-math.inf, math.inf)
+    """The smallest and the largest possible value."""
     proportion: bool = False
+    """Whether it is a share of right answers, whose noise depends on the share itself."""
 
     @property
     def margin(self) -> float:

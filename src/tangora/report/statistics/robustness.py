@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
+from tangora.report.statistics.judgement import CEILING, Row
 from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
-from tangora.report.statistics.summary import CEILING, Row
 
-Stability = Literal["finished", "diverged", "not tried"]
+_Stability = Literal["finished", "diverged", "not tried"]
 
 TOLERANCE = 0.02
 """How much worse than the best, relative to it, still counts as as good."""
@@ -27,31 +27,24 @@ class Robustness:
 
     "Within 2 %" is relative to the best value of the recipe's own sweep: with a best loss of 0.50 up to 0.51, with a
     best accuracy of 0.90 down to 0.882 (1.8 percentage points).
-
-    Attributes:
-        recipe: Its name.
-        learning_rate: The best, as `best_learning_rate` chooses it.
-        low: Smallest learning rate of the unbroken range around the best within 2 % of it and without divergence.
-        high: Largest one.
-        open_low: Whether the range ends only because no smaller learning rate was tried.
-        open_high: Whether it ends only because no larger one was tried.
-        full_rate: The learning rate tried that is nearest to full fine-tuning's best, if within a factor of 1.3.
-        full_carries_over: Whether it is within 2 % of the best; None if none so near was tried, or the recipe is full
-            fine-tuning.
-        tripled_rate: The learning rate tried that is nearest to 3 times the best, if within a factor of 1.3.
-        tripled: What happened there: all runs that say something finished, or some diverged.
     """
 
     recipe: str
     learning_rate: float
     low: float
+    """Smallest learning rate of the unbroken range around the best within 2 % of it and without divergence."""
     high: float
     open_low: bool
+    """Whether the range ends only because no smaller learning rate was tried."""
     open_high: bool
     full_rate: float | None
+    """The rate tried that is nearest to full fine-tuning's best, if within a factor of 1.3."""
     full_carries_over: bool | None
+    """Whether it is within 2 % of the best; None if none so near was tried, and for full fine-tuning."""
     tripled_rate: float | None
-    tripled: Stability
+    """The rate tried that is nearest to 3 times the best, if within a factor of 1.3."""
+    tripled: _Stability
+    """What happened there: all runs that say something finished, or some diverged."""
 
     @property
     def width(self) -> float:
@@ -122,7 +115,7 @@ def _nearest(points: Sequence[SweepPoint], rate: float) -> int | None:
     return index if _is_near(points[index].learning_rate, rate) else None
 
 
-def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, Stability]:
+def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, _Stability]:
     # Shorter trials that finished say nothing about a whole run; one that diverged does.
     telling = [
         r for r in records if r.status == "diverged" or (r.status == "finished" and r.stage != "trial")

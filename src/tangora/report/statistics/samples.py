@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import root_scalar
 
-from tangora.report.records import Record
+from tangora.report.run_records import Record
 from tangora.report.statistics.intervals import Estimate, Interval, Scores, estimate
 from tangora.report.statistics.selection import metric_value
 
@@ -20,16 +20,11 @@ _BOUNDS = {"accuracy": (0.0, 1.0), "exact_match": (0.0, 1.0), "loss": (0.0, math
 
 @dataclass(frozen=True)
 class Sample:
-    """Test scores of one recipe.
-
-    Attributes:
-        seeds: One per row.
-        scores: Seeds x test examples, or seeds x 1.
-        bounds: The smallest and the largest possible score.
-    """
+    """Test scores of one recipe, between their smallest and largest possible value."""
 
     seeds: tuple[int, ...]
     scores: Scores
+    """Seeds x test examples, or seeds x 1."""
     bounds: Interval = (-math.inf, math.inf)
 
     @property
@@ -85,6 +80,21 @@ def contrast(*terms: tuple[float, Sample]) -> Estimate | None:
     return replace(
         estimated, bounds=(low, high), proportion=len(terms) == 1 and _are_answers(terms[0][1].scores)
     )
+
+
+class Difference(NamedTuple):
+    """One recipe's mean minus another's, and what is known of its noise."""
+
+    value: float
+    interval: Interval | None
+    p_value: float | None
+
+
+def difference(ours: Sample, theirs: Sample) -> Difference:
+    """Compare two recipes, paired where seeds or test examples agree."""
+    found = contrast((1.0, ours), (-1.0, theirs))
+    noise = (found.interval, found.p_value) if found else (None, None)
+    return Difference(ours.mean - theirs.mean, *noise)
 
 
 def _are_answers(scores: Scores) -> bool:

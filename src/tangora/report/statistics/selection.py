@@ -8,26 +8,21 @@ from statistics import fmean
 from typing import Literal
 
 from tangora._checks import InputError
-from tangora.report.records import Comparison, Record
+from tangora.report.run_records import Comparison, Record
 
 Edge = Literal["low", "high"]
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One learning rate of a recipe's sweep.
-
-    Attributes:
-        learning_rate: The learning rate.
-        validation: Validation metric of each finished run, by seed.
-        num_diverged: Runs whose loss diverged.
-        num_failed: Runs that ended for any other reason.
-    """
+    """One learning rate of a recipe's sweep."""
 
     learning_rate: float
     validation: tuple[float, ...]
+    """Validation metric of each finished run, by seed."""
     num_diverged: int
     num_failed: int
+    """Runs that neither finished nor diverged."""
 
     @property
     def mean(self) -> float | None:
@@ -63,15 +58,11 @@ def sweep_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
     seeds would compare that one with others on different terms. Runs of stage ``trial`` never do: they are shorter.
     """
     whole = [record for record in records if record.stage != "trial"]
-    return _points([record for record in whole if record.stage == "sweep"] or whole, metric)
+    return trial_points([record for record in whole if record.stage == "sweep"] or whole, metric)
 
 
 def trial_points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
-    """Gather the trials of one recipe."""
-    return _points(records, metric)
-
-
-def _points(records: Sequence[Record], metric: str) -> list[SweepPoint]:
+    """Gather all of some runs of one recipe by their learning rates."""
     rates = sorted({record.learning_rate for record in records})
     return [_point(rate, [r for r in records if r.learning_rate == rate], metric) for rate in rates]
 

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tangora.report.records import Comparison, Record
-from tangora.report.statistics.selection import group_by_recipe, judged_runs, num_steps
-from tangora.report.statistics.summary import BASELINE, Row
+from tangora.report.run_records import Comparison, Record
+from tangora.report.statistics.judgement import BASELINE, Row, runs_behind
+from tangora.report.statistics.selection import num_steps
 
 Quality = Literal["validation loss", "training loss"]
 
@@ -22,28 +22,21 @@ _Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, losses
 
 @dataclass(frozen=True)
 class Speed:
-    """How soon a recipe reaches LoRA's final loss, at its own best learning rate.
-
-    Attributes:
-        recipe: Its name.
-        quality: The loss that is reached.
-        target: LoRA's at the end, mean over its seeds.
-        steps: Optimizer steps until the loss is no larger, mean over the seeds that get there; None if none does.
-        seconds: The same in time, median over these seeds: the initialization, and forward, backward and optimizer
-            steps at the run's average speed.
-        num_reached: Seeds that get there.
-        num_seeds: All seeds.
-        window: Steps over which training losses are averaged; None for validation loss.
-    """
+    """How soon a recipe reaches LoRA's final loss, at its own best learning rate."""
 
     recipe: str
     quality: Quality
     target: float
+    """LoRA's loss at the end, mean over its seeds."""
     steps: float | None
+    """Optimizer steps until the loss is no larger, mean over the seeds that get there; None if none does."""
     seconds: float | None
+    """Median over these seeds: the initialization, and training steps at the speed of the whole run."""
     num_reached: int
+    """Seeds that get there."""
     num_seeds: int
     window: int | None = None
+    """Steps over which training losses are averaged; None for validation loss."""
 
     @property
     def all_reached(self) -> bool:
@@ -58,9 +51,7 @@ def speeds(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Speed]:
     evaluation. Else it is the training loss, as a mean over the last 5 % of LoRA's recorded steps; every other run is
     smoothed by a trailing mean over as many, which must be full before it counts.
     """
-    groups = group_by_recipe(comparison)
-    judged = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
-    judged = {recipe: runs for recipe, runs in judged.items() if runs}
+    judged = runs_behind(comparison, rows)
     if BASELINE not in judged:
         return {}
     quality, window, curve = _measure(judged)

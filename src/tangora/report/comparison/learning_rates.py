@@ -1,0 +1,205 @@
+"""How each recipe depends on its learning rate."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tangora.report import formats
+from tangora.report.drawing.charts import panel_chart
+from tangora.report.drawing.panels import Panel, Series
+from tangora.report.drawing.styles import Style, recipe_styles
+from tangora.report.layout import Section
+from tangora.report.report_table import Table, cell, number
+from tangora.report.run_records import Comparison
+from tangora.report.statistics.judgement import BASELINE, CEILING, Row
+from tangora.report.statistics.robustness import Robustness, robustness
+from tangora.report.statistics.selection import SweepPoint, group_by_recipe, sweep_points
+
+_MAX_TICKS = 9
+
+
+def sweep_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
+    """Show how each recipe depends on its learning rate."""
+    if not any(row.num_learning_rates > 1 for row in rows):
+        return None
+    best = "highest" if comparison.higher_is_better else "lowest"
+    found = robustness(comparison, rows)
+    chosen = [f"{name} {formats.learning_rate(item.learning_rate)}" for name, item in found.items()]
+    panel = sweep_panel(comparison, rows)
+    chart = panel_chart(
+        "sweep",
+        panel,
+        f"Mean validation {comparison.metric} over the seeds, with bars from the smallest to the largest. A "
+        f"ring marks the chosen learning rate ({best} mean); a cross marks runs that diverged, which have no "
+        "value and are drawn at the worst one.",
+        f"Chosen: {formats.listing(chosen)}" if chosen else "",
+    )
+    if not found:
+        return Section("sweep-title", panel.title, charts=[chart], keyed=True)
+    table = Table.of(
+        "robustness",
+        "How much a recipe depends on its learning rate.",
+        found.values(),
+        {
+            "recipe": lambda item: item.recipe,
+            "best rate": lambda item: number(item.learning_rate, formats.learning_rate),
+            "rates within 2 %": lambda item: cell(_good_rates(item), value=item.low),
+            "largest / smallest": lambda item: cell(_ratio(item), value=item.width),
+            f"at {CEILING}'s best rate": lambda item: cell(
+                {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over],
+                formats.learning_rate(item.full_rate),
+                value=item.full_rate,
+            ),
+            "at 3 times its best": lambda item: cell(
+                item.tripled, formats.learning_rate(item.tripled_rate), value=item.tripled_rate or ""
+            ),
+        },
+    )
+    notes = [
+        (
+            "Rates within 2 %: the learning rates around the best, without a gap and without divergence, whose "
+            f"validation {comparison.metric} is at most 2 % (relative) worse than the best. “Or more”, “or less”: the "
+            "range ends because no further rate was tried."
+        ),
+        (
+            f"The last two columns show the tried rate that is nearest to {CEILING}'s best rate and to 3 times the "
+            "recipe's own, within a factor of 1.3: whether its result is within 2 % of the recipe's best, and whether "
+            "training finished."
+        ),
+    ]
+    return Section("sweep-title", panel.title, rate_verdict(found), table, notes, [chart], keyed=True)
+
+
+def sweep_panel(comparison: Comparison, rows: Sequence[Row], xlabel: str = "learning rate") -> Panel:
+    """Draw the validation metric against the learning rate."""
+    styles, groups = recipe_styles(row.recipe for row in rows), group_by_recipe(comparison)
+    points = {row.recipe: sweep_points(groups[row.recipe], comparison.metric) for row in rows}
+    # the height at which diverged runs are marked, since they have none of their own
+    values = [value for found in points.values() for point in found for value in point.validation]
+    worst = (min if comparison.higher_is_better else max)(values, default=0.0)
+    series = [
+        drawn
+        for row in rows
+        for drawn in _sweep(row.recipe, points[row.recipe], row.learning_rate, worst, styles[row.recipe])
+    ]
+    drawn = {p.learning_rate for found in points.values() for p in found if p.validation or p.num_diverged}
+    ticks = {rate: formats.learning_rate(rate) for rate in rate_ticks(sorted(drawn))}
+    return Panel(
+        "Learning-rate sweep",
+        xlabel,
+        f"validation {comparison.metric}",
+        series,
+        xscale="log",
+        xticks=ticks,
+        layout={"height": 440},
+    )
+
+
+def _sweep(
+    recipe: str, points: Sequence[SweepPoint], chosen: float | None, worst: float, style: Style
+) -> list[Series]:
+    finished = [point for point in points if point.validation]
+    ring = [point for point in finished if point.learning_rate == chosen]
+    diverged = [point for point in points if point.num_diverged]
+    hover = "learning rate %{x}"
+    series = [
+        Series(
+            recipe,
+            [point.learning_rate for point in finished],
+            [point.mean for point in finished],
+            [min(point.validation) for point in finished],
+            [max(point.validation) for point in finished],
+            bars="y",
+            look=style,
+            hover=f"{hover}: %{{y:.4f}}<br>%{{customdata}}",
+            data=[_told(point) for point in finished],
+        ),
+        Series(recipe, [p.learning_rate for p in ring], [p.mean for p in ring], style="rings", look=style),
+        Series(
+            recipe,
+            [point.learning_rate for point in diverged],
+            [worst] * len(diverged),
+            style="crosses",
+            look=style,
+            hover=f"{hover}<br>%{{customdata}}",
+            data=[_told(point) for point in diverged],
+        ),
+    ]
+    return [series[0], *(marks for marks in series[1:] if marks.x)]
+
+
+def _told(point: SweepPoint) -> str:
+    parts = [formats.plural(len(point.validation), "finished run")]
+    if point.num_diverged:
+        parts.append(f"{point.num_diverged} diverged")
+    if point.num_failed:
+        parts.append(f"{point.num_failed} failed")
+    return ", ".join(parts)
+
+
+def rate_ticks(rates: Sequence[float]) -> list[float]:
+    """Choose the learning rates to write below the sweep."""
+    if len(rates) <= _MAX_TICKS:
+        return list(rates)
+    exponents = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
+    return [10.0**exponent for exponent in exponents]
+
+
+def _ratio(item: Robustness) -> str:
+    bound = "at least " if item.open_low or item.open_high else ""
+    return formats.MISSING if item.width == 1 else f"{bound}{item.width:.3g}"
+
+
+def _good_rates(item: Robustness) -> str:
+    low, high = formats.learning_rate(item.low), formats.learning_rate(item.high)
+    if item.single:
+        return f"{low}, the only one tried"
+    if item.width == 1:
+        return f"{low}{' or less' if item.open_low else ' or more' if item.open_high else ' only'}"
+    return f"{low}{' or less' if item.open_low else ''} to {high}{' or more' if item.open_high else ''}"
+
+
+def rate_verdict(found: Mapping[str, Robustness]) -> list[str]:
+    """Say how much the recipes depend on their learning rates."""
+    return [*_widths(found), *_carried(found), *_tripled(found)]
+
+
+def _widths(found: Mapping[str, Robustness]) -> list[str]:
+    # A range that ends with the grid may go on: it is a lower bound, and said to be one.
+    swept = [item for item in found.values() if not item.single]
+    if not swept:
+        return []
+    widest = max(swept, key=lambda item: item.width)
+    if widest.width == 1:
+        return ["No recipe is within 2 % of its best result at any other learning rate that was tried."]
+    lora = found.get(BASELINE)
+    beside = "" if lora is None or lora is widest or lora.single else f"; {BASELINE}: {_width(lora)}"
+    what = f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"
+    return [f"{what}: {_width(widest)}{beside}."]
+
+
+def _width(item: Robustness) -> str:
+    if item.width == 1:
+        return "the best one only"
+    bound = "at least " if item.open_low or item.open_high else ""
+    return f"{bound}a factor of {item.width:.3g}"
+
+
+def _carried(found: Mapping[str, Robustness]) -> list[str]:
+    parts = [
+        f"{formats.listing(names)} {'is' if len(names) == 1 else 'are'} {how}"
+        for how, wanted in (("within 2 % of the best result", True), ("worse than that", False))
+        if (names := [item.recipe for item in found.values() if item.full_carries_over is wanted])
+    ]
+    return [f"At the best learning rate of {CEILING}, {' and '.join(parts)}."] if parts else []
+
+
+def _tripled(found: Mapping[str, Robustness]) -> list[str]:
+    diverged = [item.recipe for item in found.values() if item.tripled == "diverged"]
+    tried = sum(item.tripled != "not tried" for item in found.values())
+    if not tried:
+        return []
+    names = formats.listing(diverged) if diverged else "none"
+    verb = "diverge" if len(diverged) > 1 else "diverges"
+    return [
+        f"At about 3 times the best learning rate, {names} of {formats.plural(tried, 'recipe')} tried {verb}."
+    ]

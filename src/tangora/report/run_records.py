@@ -1,0 +1,294 @@
+"""The files a comparison leaves behind: one JSON file per run, one for what they have in common.
+
+A folder holds ``comparison.json`` and ``records/<id>.json``. Numbers that JSON cannot say (a diverged run's loss)
+are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, and read back as floats wherever the field
+is a float; inside the free-form `settings` they stay strings.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tangora._checks import InputError
+from tangora.report.record_files import FrozenModel, IsoTime, Recorded, read_json, validated
+
+_SCHEMA_VERSION = 3
+"""Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
+
+_READ = (1, 2, 3)
+COMPARISON_FILE = "comparison.json"
+RECORDS_FOLDER = "records"
+
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Metrics = dict[str, float]
+Stage = Literal["trial", "sweep", "final"]
+Status = Literal["finished", "diverged", "out_of_memory", "failed"]
+
+
+class StepRecord(FrozenModel):
+    """One optimizer step of training."""
+
+    step: Count = Field(description="Optimizer steps done so far; the first is 1.")
+    loss: float = Field(description="Training loss of the step, mean over its batch.")
+    learning_rate: float = Field(description="Learning rate of the step, after the schedule.")
+    grad_norm: float | None = Field(default=None, description="Gradient norm before clipping.")
+
+
+class EvaluationRecord(FrozenModel):
+    """One evaluation on validation data during training."""
+
+    step: Count = Field(description="Optimizer steps done before the evaluation.")
+    metrics: _Metrics = Field(description='For example {"loss": 0.3, "accuracy": 0.9}.')
+
+
+class TimeSplit(FrozenModel):
+    """Where the wall-clock time of a run went, in seconds."""
+
+    start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
+    forward_backward: Seconds = Field(description="All forward and backward passes of training.")
+    optimizer: Seconds = Field(description="All optimizer steps, without forward and backward.")
+    evaluation: Seconds = Field(description="All evaluations.")
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, in seconds."""
+        return self.start + self.forward_backward + self.optimizer + self.evaluation
+
+
+class MemoryUse(FrozenModel):
+    """Memory of a run, in bytes."""
+
+    peak_bytes: Count | None = Field(
+        default=None,
+        description="Peak during training only: allocated on a GPU, resident on a CPU in a process of its own; None "
+        "where it cannot be measured.",
+    )
+    optimizer_state_bytes: Count = Field(description="All tensors in the optimizer's state.")
+    adapter_bytes: Count = Field(description="All trained parameters.")
+
+
+class MachineLoad(FrozenModel):
+    """How busy the machine was, by the number of processes that ran or wanted to, mean over one minute."""
+
+    before: float = Field(ge=0, description="Before the run.")
+    after: float = Field(ge=0, description="At its end, the run's own threads among them.")
+    processors: int = Field(ge=1, description="Logical processors of the machine.")
+
+    @property
+    def busy(self) -> bool:
+        """Whether more wanted to run than there are processors, so that times are too long."""
+        return max(self.before, self.after) > self.processors + 0.5
+
+
+class SpaceFlatness(FrozenModel):
+    """Curvature of the training loss over one space of directions."""
+
+    size: Count = Field(description="Dimension.")
+    largest: float = Field(description="Largest eigenvalue of the Hessian.")
+    residual: float = Field(ge=0, description="Norm of H v - λ v: an eigenvalue lies that close.")
+    trace: float = Field(description="Estimate.")
+    trace_error: float | None = Field(description="Its standard error.")
+    products: Count = Field(description="Matrix products that it took.")
+
+
+class Flatness(FrozenModel):
+    """How flat the training loss is where a run ended, and how far the test loss lies above it.
+
+    Factors belong to the pair (A, B) that was found, not to the model, and are no measure to compare methods by.
+    """
+
+    train_loss: float = Field(
+        description="Of the first training examples, as many as are tested, in evaluation mode."
+    )
+    test_loss: float = Field(description="Of the test examples.")
+    num_examples: Count = Field(
+        description="The first training examples, the curvature of whose loss is measured."
+    )
+    spaces: dict[Literal["weights", "tangent", "factors"], SpaceFlatness] = Field(
+        description="`weights`: all entries of the adapted layers' weights, for every method; `tangent`: the "
+        "directions in which an adapter can move them; `factors`: the entries of A and B."
+    )
+    weight_layers: str | None = Field(
+        default=None,
+        description="Pattern of the layers that `weights` and the ball are about; None: all adapted.",
+    )
+    radius: float | None = Field(default=None, description="Of a ball around the weights, Frobenius norm.")
+    rise: float | None = Field(
+        default=None, description="Largest rise of the loss that was found in the ball."
+    )
+    missing: str | None = Field(default=None, description="Why the curvature was not measured.")
+    products: Count = Field(description="Products with the Hessian.")
+    seconds: Seconds = Field(description="That it took; not part of the run's time.")
+
+    @property
+    def gap(self) -> float:
+        """The generalisation gap: test loss minus training loss."""
+        return self.test_loss - self.train_loss
+
+
+class Forgetting(FrozenModel):
+    """Loss of a causal model on text that has nothing to do with the task."""
+
+    before: float = Field(description="Mean over tokens, of the untouched base, in nats.")
+    after: float = Field(description="The same after training.")
+    num_texts: Count
+
+    @property
+    def rise(self) -> float:
+        """By how much the loss rose."""
+        return self.after - self.before
+
+
+class Record(Recorded):
+    """One run: a recipe, a learning rate and a seed."""
+
+    schema_version: Literal[1, 2, 3] = _SCHEMA_VERSION
+    id: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=@-]{0,199}$",
+        description="Unique in its comparison, and its file name without `.json`.",
+    )
+    recipe: str = Field(min_length=1, description="Name of the recipe.")
+    learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    seed: int = Field(description="Seed of start, data order and dropout.")
+    stage: Stage = Field(
+        description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
+        "shorter, and choose which learning rates the sweep goes on with."
+    )
+    status: Status = Field(
+        description="`diverged`: the loss left the finite numbers or exploded; `out_of_memory`: a tensor did not fit; "
+        "`failed`: another exception, or its process was killed."
+    )
+    error: str | None = Field(default=None, description="What happened to a run that did not finish.")
+    settings: dict[str, Any] = Field(description="Everything needed to run it again.")
+    notes: list[str] = Field(
+        default_factory=list, description="What was decided about the data, and how much of it was cut off."
+    )
+    metrics: dict[str, _Metrics] = Field(
+        description='Keys "validation" and "test" after training, "before" for the test set before it.'
+    )
+    history: list[StepRecord] = Field(description="Training steps, in order.")
+    evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
+    num_examples: dict[str, Count] = Field(
+        default_factory=dict, description='Keys "train", "validation" and "test"; empty in older records.'
+    )
+    time: TimeSplit
+    load: MachineLoad | None = Field(
+        default=None,
+        description="How busy the machine was; None where it cannot be told, or in older records.",
+    )
+    memory: MemoryUse
+    gradient_evaluations: Count | None = Field(
+        default=None,
+        description="Gradients of whole batches in training: one per step, more for schemes with several stages.",
+    )
+    trainable_parameters: Count
+    trajectory: list[_Metrics] = Field(
+        default_factory=list,
+        description="Measured points of the trajectory, in order: `step`, and totals over the layers, such as "
+        "`captured_energy`; empty if none was measured.",
+    )
+    curvature: list[_Metrics] = Field(
+        default_factory=list,
+        description="Measured points of the Hessian, in order: `step`, largest eigenvalues and traces; empty if none "
+        "was measured.",
+    )
+    flatness: Flatness | None = Field(
+        default=None, description="Curvature at the end of the run; None if it was not measured."
+    )
+    correct: list[bool] | None = Field(
+        default=None, description="Per test example, in the same order in every run: was it answered right?"
+    )
+    scores: list[float] | None = Field(
+        default=None,
+        description="Per test example, in the same order in every run: its share of the test loss (their mean).",
+    )
+    forgetting: Forgetting | None = Field(
+        default=None, description="What training did to unrelated text; None if it was not measured."
+    )
+
+    @field_validator("trajectory", "curvature", mode="before")
+    @classmethod
+    def _last_point_only(cls, points: Any) -> Any:
+        # what version 2 kept
+        return ([points] if points else []) if isinstance(points, dict) else points
+
+
+class Comparison(FrozenModel):
+    """Several recipes on one task, each with its own learning-rate sweep."""
+
+    schema_version: Literal[1, 2, 3] = _SCHEMA_VERSION
+    title: str
+    command: str = Field(description="The command line that repeats it.")
+    metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')
+    higher_is_better: bool
+    settings: dict[str, Any] = Field(description="What all runs share.")
+    records: list[Record] = Field(default_factory=list)
+    missing: list[str] = Field(
+        default_factory=list, description="Runs that were planned and have not been made: time ran out."
+    )
+    created: IsoTime = Field(description="When the comparison was started, ISO 8601.")
+
+    @model_validator(mode="after")
+    def _check_records_differ(self) -> "Comparison":
+        ids = Counter(record.id for record in self.records)
+        runs = Counter(
+            (r.recipe, r.learning_rate, r.seed, r.stage, r.settings.get("steps")) for r in self.records
+        )
+        twice = [str(key) for counts in (ids, runs) for key, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"the same run is recorded more than once: {twice[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_same_origin(self) -> "Comparison":
+        # an older version did not keep them
+        for key, name in (("data_fingerprint", "data"), ("model_fingerprint", "model")):
+            first = {r.settings[key]: r.id for r in reversed(self.records) if r.settings.get(key)}
+            if len(first) > 1:
+                one, other, *_ = first.values()
+                raise ValueError(
+                    f"the {name} changed between its runs, {other} and {one} for example: they cannot be averaged; "
+                    "compare anew in another folder"
+                )
+        return self
+
+
+def load_record(path: str | Path) -> Record:
+    """Read one run."""
+    return validated(Record, _read(Path(path)), path, "Record")
+
+
+def load_comparison(folder: str | Path) -> Comparison:
+    """Read ``comparison.json`` and ``records/*.json`` of a folder.
+
+    A record that ``comparison.json`` holds as well is taken from its own file, which is the newer one.
+    """
+    folder = Path(folder)
+    path = folder / COMPARISON_FILE
+    shared = validated(Comparison, _read(path), path, "Comparison")
+    files = sorted((folder / RECORDS_FOLDER).glob("*.json"))
+    by_id = {record.id: record for record in shared.records}
+    loaded: dict[str, Path] = {}
+    for file in files:
+        record = load_record(file)
+        if record.id in loaded:
+            raise InputError(f"{file} has the id {record.id!r} of {loaded[record.id]}")
+        loaded[record.id] = file
+        by_id[record.id] = record
+    records = [by_id[key] for key in sorted(by_id)]
+    # Rebuilt rather than copied, so that the check for repeated runs sees all of them.
+    return validated(Comparison, dict(shared) | {"records": records}, path, "Comparison")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    version = content.get("schema_version")
+    if version not in _READ:
+        raise InputError(
+            f"{path} has schema_version {version!r}; this tangora reads {_READ[0]} to {_READ[-1]}"
+        )
+    return content

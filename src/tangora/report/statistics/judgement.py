@@ -1,0 +1,342 @@
+"""From the records of a comparison to one row per recipe, and to the recipe to use."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+
+from tangora._checks import InputError
+from tangora.report.run_records import Comparison, Record, TimeSplit
+from tangora.report.statistics.intervals import ALPHA, Interval, Over, holm
+from tangora.report.statistics.samples import Sample, contrast, difference, gap_closed, sample
+from tangora.report.statistics.selection import (
+    Edge,
+    best_learning_rate,
+    grid_edge,
+    group_by_recipe,
+    judged_runs,
+    metric_value,
+    num_failed,
+    num_steps,
+    sweep_points,
+)
+
+_SAME_COST = 1.05
+"""Ratio of two median times, or of two memories, within which they count as equal."""
+
+BASELINE = "lora"
+CEILING = "full"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one recipe at its best learning rate.
+
+    Means are over the finished runs at the chosen learning rate; None stands for what was not measured.
+    """
+
+    recipe: str
+    metric: str
+    higher_is_better: bool
+    num_runs: int
+    num_diverged: int
+    num_failed: int
+    """Runs that neither finished nor diverged."""
+    num_learning_rates: int
+    learning_rate: float | None = None
+    """Chosen by the validation metric, never by test; None if no run finished."""
+    num_out_of_memory: int = 0
+    """Of the failed ones."""
+    edge: Edge | None = None
+    """The end of the grid at which the chosen learning rate lies, if it does."""
+    test: float | None = None
+    interval: Interval | None = None
+    """95 %, as all intervals."""
+    interval_over: Over | None = None
+    difference: float | None = None
+    """`test` minus that of ``lora``, paired where seeds and test examples agree."""
+    difference_interval: Interval | None = None
+    p_value: float | None = None
+    """Two-sided; None for a single seed, and where all seeds of single numbers show the same difference."""
+    p_corrected: float | None = None
+    """By Holm's correction for all recipes but ``full``, whose difference is a question of its own."""
+    versus_full: float | None = None
+    versus_full_interval: Interval | None = None
+    gap_closed: float | None = None
+    """`difference` as a share of that of ``full``, where full fine-tuning is significantly better than LoRA."""
+    gap_closed_interval: Interval | None = None
+    gap_closed_missing: str | None = None
+    """Why there is no `gap_closed`."""
+    validation: float | None = None
+    validation_loss: float | None = None
+    num_seeds: int = 0
+    """Of which `test` is the mean."""
+    time: TimeSplit | None = None
+    """Of each part the median over the runs, as of all that is about time."""
+    seconds: float | None = None
+    seconds_range: Interval | None = None
+    step_milliseconds: float | None = None
+    """Time of the optimizer per step."""
+    step_milliseconds_range: Interval | None = None
+    optimizer_state_bytes: int | None = None
+    peak_bytes: int | None = None
+    """The largest over the seeds."""
+    trainable_parameters: int | None = None
+
+    @property
+    def side(self) -> int:
+        """1 where the recipe is significantly better than LoRA, -1 where it is worse, else 0."""
+        return side_of(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)
+
+
+def summarize(comparison: Comparison) -> list[Row]:
+    """Choose each recipe's learning rate on validation data, and judge it on test data."""
+    return judge(comparison)[0]
+
+
+def judge(comparison: Comparison) -> tuple[list[Row], dict[str, Sample]]:
+    """Summarize, and keep the test scores for further comparisons."""
+    by_recipe = group_by_recipe(comparison)
+    _check_metric(comparison)
+    rows = [_row(records, comparison) for records in by_recipe.values()]
+    samples = {
+        row.recipe: found
+        for row in rows
+        if (found := sample(judged_runs(by_recipe[row.recipe], row.learning_rate), comparison.metric))
+    }
+    rows = [_with_test(row, samples.get(row.recipe)) for row in rows]
+    rows = _with_correction([_with_differences(row, samples) for row in rows])
+    return sorted(_with_gap(rows, samples), key=_rank), samples
+
+
+def runs_behind(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Record]]:
+    """Gather the runs that the results are computed from, of the recipes that have any."""
+    groups = group_by_recipe(comparison)
+    runs = {row.recipe: judged_runs(groups[row.recipe], row.learning_rate) for row in rows}
+    return {recipe: records for recipe, records in runs.items() if records}
+
+
+def _check_metric(comparison: Comparison) -> None:
+    finished = [record for record in comparison.records if record.status == "finished"]
+    known = sorted({name for record in finished for name in record.metrics.get("validation", {})})
+    if finished and comparison.metric not in known:
+        raise InputError(
+            f"metric must be one that the runs have on validation data ({', '.join(known) or 'none'}); "
+            f"got {comparison.metric!r}"
+        )
+
+
+def _row(records: Sequence[Record], comparison: Comparison) -> Row:
+    # Everything but the test metric, which must not take part in the choice of the learning rate.
+    points = sweep_points(records, comparison.metric)
+    chosen = best_learning_rate(points, higher_is_better=comparison.higher_is_better)
+    row = Row(
+        recipe=records[0].recipe,
+        metric=comparison.metric,
+        higher_is_better=comparison.higher_is_better,
+        num_runs=len(records),
+        num_diverged=sum(record.status == "diverged" for record in records),
+        num_failed=num_failed(records),
+        num_out_of_memory=sum(record.status == "out_of_memory" for record in records),
+        num_learning_rates=len(points),
+        learning_rate=chosen,
+        edge=grid_edge(points, chosen),
+    )
+    runs = judged_runs(records, chosen)
+    return _with_costs(row, runs) if runs else row
+
+
+def _with_costs(row: Row, runs: Sequence[Record]) -> Row:
+    seconds = [run.time.total for run in runs]
+    steps = [1000 * run.time.optimizer / num for run in runs if (num := num_steps(run))]
+    peaks = [run.memory.peak_bytes for run in runs if run.memory.peak_bytes is not None]
+    parts = TimeSplit.model_fields
+    return replace(
+        row,
+        validation=_mean_metric(runs, row.metric),
+        validation_loss=_mean_metric(runs, "loss"),
+        # medians: one run on a busy machine must not decide
+        time=TimeSplit(**{part: median(getattr(run.time, part) for run in runs) for part in parts}),
+        seconds=median(seconds),
+        seconds_range=(min(seconds), max(seconds)),
+        step_milliseconds=median(steps) if steps else None,
+        step_milliseconds_range=(min(steps), max(steps)) if steps else None,
+        optimizer_state_bytes=max(run.memory.optimizer_state_bytes for run in runs),
+        peak_bytes=max(peaks, default=None),
+        trainable_parameters=max(run.trainable_parameters for run in runs),
+    )
+
+
+def _mean_metric(runs: Sequence[Record], metric: str) -> float | None:
+    values = [metric_value(run, "validation", metric) for run in runs]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _with_test(row: Row, found: Sample | None) -> Row:
+    if found is None:
+        return row
+    estimated = contrast((1.0, found))
+    row = replace(row, test=found.mean, num_seeds=len(found.seeds))
+    if estimated is None:
+        return row
+    return replace(row, interval=estimated.interval, interval_over=estimated.over)
+
+
+def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
+    if row.recipe in samples and row.recipe != BASELINE and BASELINE in samples:
+        value, interval, p_value = difference(samples[row.recipe], samples[BASELINE])
+        row = replace(row, difference=value, difference_interval=interval, p_value=p_value)
+    if row.recipe in samples and row.recipe != CEILING and CEILING in samples:
+        value, interval, _ = difference(samples[row.recipe], samples[CEILING])
+        row = replace(row, versus_full=value, versus_full_interval=interval)
+    return row
+
+
+def _with_correction(rows: Sequence[Row]) -> list[Row]:
+    p_values = {row.recipe: row.p_value for row in rows if row.p_value is not None}
+    family = [recipe for recipe in p_values if recipe != CEILING]
+    corrected = p_values | dict(zip(family, holm([p_values[recipe] for recipe in family]), strict=True))
+    return [replace(row, p_corrected=corrected.get(row.recipe)) for row in rows]
+
+
+def _with_gap(rows: Sequence[Row], samples: dict[str, Sample]) -> list[Row]:
+    by_name = {row.recipe: row for row in rows}
+    reason = _no_gap(by_name.get(CEILING), by_name.get(BASELINE))
+    return [_with_share(row, samples, reason) if row.difference is not None else row for row in rows]
+
+
+def _with_share(row: Row, samples: dict[str, Sample], reason: str | None) -> Row:
+    if reason is not None:
+        return replace(row, gap_closed_missing=reason)
+    if row.recipe == CEILING:
+        return replace(row, gap_closed=1.0)  # by definition, so it has no interval
+    share, interval = gap_closed(samples[row.recipe], samples[BASELINE], samples[CEILING])
+    return replace(row, gap_closed=share, gap_closed_interval=interval)
+
+
+def _no_gap(full: Row | None, lora: Row | None) -> str | None:
+    # Why no share of the gap can be given, if so.
+    if full is None or full.test is None or lora is None or lora.test is None:
+        return f"{CEILING} or {BASELINE} has no test result"
+    if full.p_value is None:
+        return "the noise of the gap is not known: a single seed, or the same difference for every seed"
+    if full.side:
+        return None if full.side > 0 else f"{CEILING} is worse than {BASELINE}"
+    return f"{CEILING} is not significantly better than {BASELINE}"
+
+
+def side_of(difference: float | None, p_value: float | None, *, higher_is_better: bool) -> int:
+    """Tell on which side of zero a difference lies, significantly: 1 for the better one."""
+    if difference is None or p_value is None or p_value >= ALPHA:
+        return 0
+    return 1 if (difference > 0) == higher_is_better else -1
+
+
+def _rank(row: Row) -> tuple[bool, float, str]:
+    if row.test is None:
+        return True, 0.0, row.recipe
+    return False, -row.test if row.higher_is_better else row.test, row.recipe
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A recipe to use, and why."""
+
+    recipe: str
+    learning_rate: float
+    """The best, chosen on validation data."""
+    decided: bool
+    """Whether test results of several seeds decided; else it is the best on validation data."""
+    best: str
+    """The recipe with the best test result among those with several seeds; without any, `recipe`."""
+    candidates: tuple[str, ...]
+    """Those that are not significantly worse than `best`, which is one of them, the cheapest first."""
+    difference: float | None = None
+    """Test metric of `recipe` minus that of `best`; None where they are the same."""
+    difference_interval: Interval | None = None
+    swept: bool = True
+    """Whether each candidate, and what is worse, had more than one learning rate to choose from."""
+    seconds: float | None = None
+    """Median time per run of `recipe`; None where a busy machine made times say nothing."""
+    least_seconds: float | None = None
+    """The smallest of all candidates; times within 5 % of it count as equal."""
+
+
+def recommendation(comparison: Comparison) -> Recommendation | None:
+    """Choose a recipe from the records of a comparison."""
+    return recommend(*judge(comparison), timed=has_comparable_times(comparison))
+
+
+def has_comparable_times(comparison: Comparison) -> bool:
+    """Return whether no run of a comparison shared its machine with other work, as far as is known."""
+    return not any(record.load is not None and record.load.busy for record in comparison.records)
+
+
+def recommend(
+    rows: Sequence[Row], samples: Mapping[str, Sample], *, timed: bool = True
+) -> Recommendation | None:
+    """Choose the cheapest recipe that is not significantly worse than the best.
+
+    Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
+    examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
+    The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
+    smallest memory; of those within 5 % of that, the best test result.
+    """
+    known = [row if timed else replace(row, seconds=None) for row in rows if row.learning_rate is not None]
+    tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]
+    if not tested:
+        return _by_validation(known)
+    best, *others = tested
+    differences = {row.recipe: difference(samples[row.recipe], samples[best.recipe]) for row in others}
+    p_values = {name: found.p_value for name, found in differences.items() if found.p_value is not None}
+    corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
+    chosen = candidates[0]
+    assert chosen.learning_rate is not None
+    found = differences.get(chosen.recipe)
+    return Recommendation(
+        recipe=chosen.recipe,
+        learning_rate=chosen.learning_rate,
+        decided=True,
+        best=best.recipe,
+        candidates=tuple(row.recipe for row in candidates),
+        difference=found and found.value,
+        difference_interval=found and found.interval,
+        swept=all(row.num_learning_rates > 1 for row in tested),
+        seconds=chosen.seconds,
+        least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
+    )
+
+
+def _by_validation(rows: Sequence[Row]) -> Recommendation | None:
+    known = [row for row in rows if row.validation is not None]
+    if not known:
+        return None
+    best = max(known, key=lambda row: (row.validation or 0.0) * (1 if row.higher_is_better else -1))
+    assert best.learning_rate is not None
+    return Recommendation(
+        best.recipe, best.learning_rate, decided=False, best=best.recipe, candidates=(), seconds=best.seconds
+    )
+
+
+def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
+    left, ordered = list(rows), []
+    while left:
+        equal = left
+        for cost in (_seconds, _memory):
+            limit = _SAME_COST * min(map(cost, equal))
+            equal = [row for row in equal if cost(row) <= limit]
+        ordered.append(equal[0])
+        left.remove(equal[0])
+    return ordered
+
+
+def _seconds(row: Row) -> float:
+    return math.inf if row.seconds is None else row.seconds
+
+
+def _memory(row: Row) -> float:
+    # where no peak is known, the optimizer's state is what recipes differ in
+    known = row.optimizer_state_bytes if row.peak_bytes is None else row.peak_bytes
+    return math.inf if known is None else known
