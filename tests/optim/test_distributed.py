@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tangora import InputError, TangentAdam, find_pairs
+from tests.models import transformer
 from tests.optim.problems import OPTIMIZERS
 from tests.tolerances import assert_close
 
@@ -27,18 +28,7 @@ LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 
 def base():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).double()
+    return transformer("llama", seed=0, tie_word_embeddings=False, use_cache=False).double()
 
 
 def adapted(model=None, *, head=True):

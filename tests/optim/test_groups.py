@@ -9,8 +9,9 @@ from torch import nn
 import tangora
 from tangora import InputError, LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam, TangentMuon, find_pairs
 from tangora.optim.groups import decay_groups
+from tests.models import transformer
 from tests.optim.problems import OPTIMIZERS, backward, problem, trainable
-from tests.optim.zoo import ZOO, _llama
+from tests.optim.zoo import ZOO
 
 pytestmark = [
     pytest.mark.messages,
@@ -59,7 +60,7 @@ NO_PAIR = {
         "target_parameters.*experts.*AdamW",
     ),
     "adalora": (
-        lambda: get_peft_model(_llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=10)),
+        lambda: get_peft_model(transformer("llama"), AdaLoraConfig(target_modules=["q_proj"], total_step=10)),
         "AdaLoRA.*q_proj.*AdamW",
     ),
     "grouped convolution": (
@@ -68,16 +69,23 @@ NO_PAIR = {
         ),
         "groups",
     ),
-    "loha": (lambda: get_peft_model(_llama(), LoHaConfig(target_modules=["q_proj"])), "get_peft_model"),
+    "loha": (
+        lambda: get_peft_model(transformer("llama"), LoHaConfig(target_modules=["q_proj"])),
+        "get_peft_model",
+    ),
     "ia3": (
-        lambda: get_peft_model(_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
+        lambda: get_peft_model(
+            transformer("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        ),
         "get_peft_model",
     ),
     "prompt tuning": (
-        lambda: get_peft_model(_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        lambda: get_peft_model(
+            transformer("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        ),
         "get_peft_model",
     ),
-    "base model": (_llama, "get_peft_model.*LlamaForCausalLM"),
+    "base model": (lambda: transformer("llama"), "get_peft_model.*LlamaForCausalLM"),
     "zero-3": (lambda: partitioned(problem()[0]), "ZeRO-3"),
     "fsdp1": (lambda: FullyShardedDataParallel(nn.Linear(2, 2)), "FSDP1"),
 }
@@ -113,8 +121,8 @@ def test_a_merged_file_loaded_for_inference_says_so(optimizer, tmp_path):
     from peft import PeftModel
 
     torch.manual_seed(0)
-    get_peft_model(_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(_llama(), tmp_path)
+    get_peft_model(transformer("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(transformer("llama"), tmp_path)
     with pytest.raises(InputError, match="is_trainable=True"):
         optimizer(loaded, lr=1e-3)
 
