@@ -17,7 +17,7 @@ from reproductions.pinn.equations import collocation
 from reproductions.pinn.network import Problem, field_on, residual_loss
 from tangora.init import initialize
 from tangora.optim import LoRAPro, ODELoRA, PreconditionedAdamW, TangentAdam
-from tangora.optim.ode_flow import Scheme
+from tangora.optim.ode_steps import Scheme
 
 DIVERGED_AT = 1e3
 """A run whose loss exceeds this multiple of its first loss is stopped and counts as diverged."""

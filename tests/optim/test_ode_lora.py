@@ -18,7 +18,7 @@ from reproductions.matrix_sensing.low_rank import (
 from tangora import InputError, LoRAPro, ODELoRA, find_pairs
 from tangora.geometry.gauge import GAUGES, imbalance
 from tangora.integrate import HEUN, RK4
-from tangora.optim.ode_flow import SCHEMES
+from tangora.optim.ode_steps import SCHEMES
 from tests.optim.problems import Quadratic, adamw_of_the_rest, backward, loss_of, problem, trainable
 from tests.reference import dense
 from tests.tolerances import assert_close

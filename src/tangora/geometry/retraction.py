@@ -34,6 +34,11 @@ class Factors(NamedTuple):
     B: FactorB
 
 
+def rounded(factors: Factors, stored: torch.dtype) -> Factors:
+    """Round factors as their parameters will, so that what is carried along goes to where they really are."""
+    return Factors(*(factor.to(stored).to(factor.dtype) for factor in factors))
+
+
 def retract(
     A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, kind: Retraction = "auto"
 ) -> Factors:

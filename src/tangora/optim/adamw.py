@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.optim.stack import Factor, PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes, shaped_like_factors
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -91,21 +91,17 @@ def step_counters(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
     return [torch.tensor(float(step - 1), device=_step_device(tensor)) for tensor in tensors]
 
 
-def factor_moments(pair: LoraPair) -> StateShapes:
+def adamw_moments(pair: LoraPair) -> StateShapes:
     """Return the states that `adamw_factors` keeps for a pair."""
-    m, n, r = pair.shape
-    return {"A": {"exp_avg": (r, n), "exp_avg_sq": (r, n)}, "B": {"exp_avg": (m, r), "exp_avg_sq": (m, r)}}
+    return shaped_like_factors(pair, "exp_avg", "exp_avg_sq")
 
 
 def adamw_factors(
-    stack: PairStack, velocities: tuple[FactorA, FactorB], group: dict[str, Any]
+    stack: PairStack, here: Loaded, velocities: Sequence[Tensor], group: dict[str, Any]
 ) -> tuple[FactorA, FactorB]:
-    """Step a stack's factors with AdamW on directions in their own coordinates; keeps the moments."""
-    factors: dict[Factor, Tensor] = {"A": stack.A, "B": stack.B}
-    moments = {key: [stack.state(factor, key) for factor in factors] for key in ("exp_avg", "exp_avg_sq")}
-    steps = step_counters([*factors.values()], stack.step)
-    downhill = {**group, "maximize": False}  # the stack's gradient has its sign already
-    adamw_update([*factors.values()], velocities, moments["exp_avg"], moments["exp_avg_sq"], steps, downhill)
-    for index, factor in enumerate(factors):
-        stack.keep(factor, **{key: values[index] for key, values in moments.items()})
-    return stack.A, stack.B
+    """Step a stack's factors in place with AdamW on directions in their own coordinates; keeps the moments."""
+    factors = (here.A, here.B)
+    exp_avg, exp_avg_sq = stack.both("exp_avg"), stack.both("exp_avg_sq")
+    downhill = {**group, "maximize": False}  # the gradient has its sign already
+    adamw_update(factors, velocities, exp_avg, exp_avg_sq, step_counters(factors, here.step), downhill)
+    return factors

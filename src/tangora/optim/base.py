@@ -3,8 +3,9 @@
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,40 @@ from tangora.geometry.precision import full_precision
 from tangora.optim.adamw import adamw_parameters, adamw_states
 from tangora.optim.gradients import Watch
 from tangora.optim.groups import FINGERPRINT, PairGroup, Params, grouped, prepared
-from tangora.optim.stack import COUNTER, Gathered, PairStack, StateShapes, state_place
+from tangora.optim.stack import COUNTER, Gathered, Loaded, PairStack, StateShapes, state_place
 
 OnNonfinite = Literal["raise", "skip"]
-Stacks = Sequence[tuple[Gathered, dict[str, Any]]]
-"""Stacks with their gradients and the options of their group."""
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword options that every pair optimizer takes: `PairOptimizer` says what they mean."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool
+    foreach: bool | None
+    on_nonfinite: OnNonfinite
 
 
 class PairOptimizer(Optimizer, ABC):
     """An optimizer of LoRA pairs; parameters outside pairs are stepped by AdamW with the same options.
+
+    Args:
+        params: PEFT model; pairs; or parameter groups with ``pairs``, ``params`` or both.
+        lr: Learning rate, in the method's own units.
+        own: Options of the method, kept in each group beside those below.
+        adamw_lr: Learning rate of AdamW for parameters outside pairs, such as a new head. Default ``lr``.
+        betas: Decay rates of the method's moments, where it has them, and of AdamW's.
+        eps: Added to the root of the second moment, in the gradient's units.
+        weight_decay: Decoupled decay per unit of ``lr``.
+        maximize: Whether to climb instead of descend.
+        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
+            counterpart of torch's ``foreach``; ``False``: one layer at a time.
+        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite; nothing has changed then.
+
+    Raises:
+        InputError: For an option outside its range, or ``params`` without a trainable pair.
 
     ``group["params"]`` is the truth, as in torch: whoever puts other parameters there (sharding, float32 copies) finds
     them stepped, with their states, or gets an error. States exist from the start, so that distributed checkpoints
@@ -42,13 +68,29 @@ class PairOptimizer(Optimizer, ABC):
     def __init__(
         self,
         params: Params,
-        defaults: dict[str, Any],
+        lr: float | Tensor,
+        *,
+        own: Mapping[str, Any] = MappingProxyType({}),
+        adamw_lr: float | Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
-        rest: Mapping[str, Any] | None = None,
     ):
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._on_nonfinite = on_nonfinite
-        self._rest = dict(rest or {})
+        self._rest = {} if adamw_lr is None else {"lr": adamw_lr}
+        defaults = {
+            "lr": lr,
+            **own,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
         self._check_common(defaults | self._rest)
         self._watch = Watch()
         super().__init__(grouped(params, type(self).__name__), defaults)
@@ -98,10 +140,15 @@ class PairOptimizer(Optimizer, ABC):
                 loss = closure()
         for group in self.param_groups:  # schedulers and users change them
             self._check(group)
-        stacks = [(each, _options(group)) for group in self.param_groups for each in self._gather(group)]
-        self._watch.check(self._pairs(), [pair for each, _ in stacks for pair in each.stack.pairs])
+        gathered = [
+            each
+            for group in self.param_groups
+            for each in group.cache.gather(group.pairs, self._state_of, _options(group))
+        ]
+        pairs = [pair for group in self.param_groups for pair in group.pairs]
+        self._watch.check(pairs, moving=[pair for each in gathered for pair in each.stack.pairs])
         try:
-            self._step_pairs(stacks, closure)
+            self._step_pairs(gathered, closure)
         except FloatingPointError:
             if self._on_nonfinite == "raise":
                 raise
@@ -146,9 +193,8 @@ class PairOptimizer(Optimizer, ABC):
                 for key, value in state_dict["state"].get(index, {}).items():
                     dtype, device = state_place(factor, key)
                     self.state[factor][key] = value.detach().to(device, dtype, copy=True).reshape(shapes[key])
-            for (
-                parameter
-            ) in group.rest:  # torch keeps counters as they are, in the memory of what it was given
+            for parameter in group.rest:
+                # torch keeps counters as they are, in the memory of what it was given
                 self.state[parameter] = {key: value.clone() for key, value in self.state[parameter].items()}
             self._create_states(group)
 
@@ -161,7 +207,7 @@ class PairOptimizer(Optimizer, ABC):
             self._watch = Watch()
 
     @abstractmethod
-    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
+    def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
         """Move all pairs, or raise `FloatingPointError` before anything has changed."""
 
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
@@ -179,23 +225,14 @@ class PairOptimizer(Optimizer, ABC):
                 if old in self.state:
                     self.state[new] = self.state.pop(old)
 
-    def _gather(self, group: PairGroup) -> list[Gathered]:
-        return group.cache.gather(group.pairs, self._state_of, together=group["foreach"] is not False)
-
     def _create_states(self, group: PairGroup) -> None:
         group.cache.create_states(
-            group.pairs,
-            self._state_of,
-            lambda pair: self._state_shapes(pair, group),
-            together=group["foreach"] is not False,
+            group.pairs, self._state_of, group, lambda pair: self._state_shapes(pair, group)
         )
         adamw_states(group.rest, self.state)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.state[parameter]
-
-    def _pairs(self) -> list[LoraPair]:
-        return [pair for group in self.param_groups for pair in group.pairs]
 
     def _kept(
         self, group: PairGroup
@@ -206,11 +243,8 @@ class PairOptimizer(Optimizer, ABC):
             for factor, parameter in zip(("A", "B"), (pair.A, pair.B), strict=True):
                 matrix = as_matrix(parameter).shape
                 kept = {COUNTER: (), **shapes.get(factor, {})}
-                yield (
-                    pair,
-                    parameter,
-                    {k: tuple(parameter.shape) if v == matrix else v for k, v in kept.items()},
-                )
+                shaped = {k: tuple(parameter.shape) if v == matrix else v for k, v in kept.items()}
+                yield pair, parameter, shaped
             yield from ((pair, parameter, {}) for parameter in pair.parameters[2:])
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
@@ -256,10 +290,10 @@ class PairOptimizer(Optimizer, ABC):
         check_choice("maximize", group["maximize"], (True, False))
         check_choice("foreach", group["foreach"], (None, True, False))
 
-    def _check_finite(self, stacks: Stacks) -> None:
+    def _check_finite(self, gathered: Iterable[Gathered]) -> None:
         """Raise `FloatingPointError` if a gradient is not finite, naming its layer."""
         named: list[tuple[LoraPair | str, Tensor]] = [
-            *(each for gathered, _ in stacks for each in gathered.by_pair()),
+            *(pair_and_gradient for each in gathered for pair_and_gradient in each.by_pair()),
             *(
                 (name, parameter.grad)
                 for group in self.param_groups
@@ -283,16 +317,20 @@ class PairOptimizer(Optimizer, ABC):
 class LayerwiseOptimizer(PairOptimizer):
     """A pair optimizer whose layers move one by one, each by its own gradient."""
 
-    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
+    def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
         del closure
-        self._check_finite(stacks)
-        for (stack, gradients), options in stacks:  # one by one: each copies its factors and gradients
-            stack.load(gradients, maximize=options["maximize"])
-            with full_precision(stack.A.device):
-                stack.write(*self._step_stack(stack, options))
+        self._check_finite(gathered)
+        for each in gathered:  # one by one: each copies its factors and gradients
+            self._step_one(each)
+
+    def _step_one(self, gathered: Gathered) -> None:
+        here = gathered.load()
+        with full_precision(here.A.device):
+            new = self._step_stack(gathered.stack, here, gathered.options)
+            gathered.stack.write(*new)
 
     @abstractmethod
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         """Return the new factors of a stack and keep its states."""
 
 

@@ -11,7 +11,7 @@ from tangora.geometry.retraction import Factors
 from tangora.geometry.spectral import thin_polar
 from tangora.geometry.tangent import Cotangent, coordinates, frame
 from tangora.optim.factor_momentum import FactorMomentumOptimizer
-from tangora.optim.stack import PairStack
+from tangora.optim.stack import Loaded, PairStack
 
 
 def lora_muon_step(A: FactorA, B: FactorB, momentum: Cotangent, *, step_size: float, decay: float) -> Factors:
@@ -32,8 +32,8 @@ def lora_muon_step(A: FactorA, B: FactorB, momentum: Cotangent, *, step_size: fl
 class LoRAMuon(FactorMomentumOptimizer):
     r"""LoRA-Muon, a rival of `TangentMuon`; the weight decay is that of $B A$. Options: `FactorMomentumOptimizer`'s."""
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        momentum = self._averaged(stack, stack.gradient, group["momentum"])
-        step_size = group["lr"] / stack.scaling
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        momentum = self._averaged(stack, here.gradient, group["momentum"])
+        step_size = group["lr"] / here.scaling
         decay = 1 - group["lr"] * group["weight_decay"]
-        return lora_muon_step(stack.A, stack.B, momentum, step_size=step_size, decay=decay)
+        return lora_muon_step(here.A, here.B, momentum, step_size=step_size, decay=decay)

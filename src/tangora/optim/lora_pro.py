@@ -6,7 +6,7 @@ pseudo-inverses (there damped by 1e-8), no matrix larger than thin unless ``mome
 """
 
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
-from tangora.geometry.retraction import RETRACTIONS, Retraction, decayed_step
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
-from tangora.optim.adamw import adamw_factors, adamw_update, factor_moments, step_counters
-from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.adamw import adamw_factors, adamw_moments, adamw_update, step_counters
+from tangora.optim.base import CommonOptions, LayerwiseOptimizer
 from tangora.optim.groups import Params
-from tangora.optim.stack import PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 Moments = Literal["weight", "factor"] | None
 MOMENTS = ("weight", "factor", None)
@@ -35,7 +35,7 @@ def adam_on_weight(
     tangent: Tangent,
     exp_avg: Weight,
     exp_avg_sq: Weight,
-    factors: tuple[FactorA, FactorB],
+    factors: Factors,
     group: dict[str, Any],
     step: int,
 ) -> Cotangent:
@@ -43,7 +43,6 @@ def adam_on_weight(
 
     $U = \hat M / (\sqrt{\hat V} + \epsilon)$ with moments of $\tilde g = P_T(g)$; returns $(B^\top U, U A^\top)$.
     """
-    (A, B) = factors
     basis = torch.cat([at.U.mT, tangent.J.mT], dim=-2)
     equivalent = basis.mT @ torch.cat([tangent.K, at.V], dim=-2)
     # torch's fused AdamW does all of Adam in one pass over the four matrices: a unit step from zero is -U
@@ -52,7 +51,7 @@ def adam_on_weight(
     adamw_update(
         [direction], [equivalent], [exp_avg], [exp_avg_sq], step_counters([direction], step), unit_step
     )
-    return Cotangent((B.mT @ direction).neg_(), (direction @ A.mT).neg_())
+    return Cotangent((factors.B.mT @ direction).neg_(), (direction @ factors.A.mT).neg_())
 
 
 class LoRAPro(LayerwiseOptimizer):
@@ -63,7 +62,6 @@ class LoRAPro(LayerwiseOptimizer):
     a tenth of LoRA's.
 
     Args:
-        params: PEFT model, pairs, or parameter groups.
         lr: Learning rate in units of full fine-tuning's.
         moments: ``"weight"``: Adam on the equivalent gradient, two $m \times n$ states per layer (the paper's text and
             code); ``"factor"``: AdamW on the factors' directions, two states per factor (the memory that the paper
@@ -72,13 +70,7 @@ class LoRAPro(LayerwiseOptimizer):
             with ``zero`` and ``symmetric`` it drifts, and so does the gradients' norm, which clipping looks at.
         retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
-        betas: Decay rates of the moments. Default as in the paper's code.
-        eps: Added to the root of the second moment. Default as in the paper's code.
-        weight_decay: Decoupled decay, per unit of ``lr``: of each factor with ``retraction="factors"``, else of $B A$.
-        maximize: Whether to climb instead of descend.
-        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
-            counterpart of torch's ``foreach``; ``False``: one layer at a time.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+        **common: See `PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else of $B A$.
 
     Raises:
         InputError: For an option outside its range, or ``moments="factor"`` with a retraction.
@@ -102,25 +94,14 @@ class LoRAPro(LayerwiseOptimizer):
         moments: Moments = "weight",
         gauge: Gauge = "sylvester",
         retraction: Retraction | Literal["factors"] = "factors",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
+        **common: Unpack[CommonOptions],
     ):
-        defaults = {
-            "lr": lr,
+        own = {
             "moments": moments,
             "gauge": gauge,
             "retraction": retraction,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
         }
-        super().__init__(params, defaults, on_nonfinite)
+        super().__init__(params, lr, own=own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("moments", group["moments"], MOMENTS)
@@ -136,46 +117,56 @@ class LoRAPro(LayerwiseOptimizer):
         m, n, _ = pair.shape
         if group["moments"] == "weight":
             return {"B": {"exp_avg": (m, n), "exp_avg_sq": (m, n)}}
-        return factor_moments(pair) if group["moments"] == "factor" else {}
+        return adamw_moments(pair) if group["moments"] == "factor" else {}
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        A, B = stack.A, stack.B
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        A, B = here.A, here.B
         at = frame(A, B)
-        tangent = project(at, coordinates(at, stack.gradient))
+        tangent = project(at, coordinates(at, here.gradient))
         if group["moments"] == "weight":
-            tangent = project(at, coordinates(at, self._weight_moments(stack, at, tangent, group)))
+            tangent = project(at, coordinates(at, _weight_moments(stack, here, at, tangent, group)))
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
-            return decayed_step(A, B, at, tangent, group["lr"] / stack.scaling, decay, group["retraction"])
-        H_A, H_B = (H.div_(stack.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
+            return decayed_step(A, B, at, tangent, group["lr"] / here.scaling, decay, group["retraction"])
+        H_A, H_B = (H.div_(here.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
         if group["moments"] == "factor":
-            return adamw_factors(stack, (H_A, H_B), group)
-        _warn_of_a_jump(stack, H_A, group)
+            return adamw_factors(stack, here, (H_A, H_B), group)
+        _warn_of_a_jump(stack, here, H_A, group)
         return A * decay - group["lr"] * H_A, B * decay - group["lr"] * H_B
 
-    @staticmethod
-    def _weight_moments(stack: PairStack, at: Frame, tangent: Tangent, group: dict[str, Any]) -> Cotangent:
-        m, n, _ = stack.pairs[0].shape
-        moments = [stack.state("B", key) for key in ("exp_avg", "exp_avg_sq")]
-        size = max(1, _CHUNK_NUMBERS // (m * n))
-        parts = (*at, *tangent, *moments, stack.A, stack.B)
-        directions = []
-        for chunk in zip(*(part.split(size) for part in parts), strict=True):
-            frame_part, tangent_part, (M, V, A, B) = Frame(*chunk[:4]), Tangent(*chunk[4:6]), chunk[6:]
-            directions.append(adam_on_weight(frame_part, tangent_part, M, V, (A, B), group, stack.step))
-        stack.keep("B", exp_avg=moments[0], exp_avg_sq=moments[1])
-        return Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
+
+def _weight_moments(
+    stack: PairStack, here: Loaded, at: Frame, tangent: Tangent, group: dict[str, Any]
+) -> Cotangent:
+    m, n, _ = stack.pairs[0].shape
+    exp_avg, exp_avg_sq = stack.state("B", "exp_avg"), stack.state("B", "exp_avg_sq")
+    size = max(1, _CHUNK_NUMBERS // (m * n))
+    directions = []
+    for start in range(0, len(here.A), size):
+        some = slice(start, start + size)
+        directions.append(
+            adam_on_weight(
+                Frame(*(part[some] for part in at)),
+                Tangent(*(part[some] for part in tangent)),
+                exp_avg[some],
+                exp_avg_sq[some],
+                Factors(here.A[some], here.B[some]),
+                group,
+                here.step,
+            )
+        )
+    return Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
 
 
-def _warn_of_a_jump(stack: PairStack, H_A: FactorA, group: dict[str, Any]) -> None:
+def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[str, Any]) -> None:
     # only the first steps after B = 0 can jump whatever the learning rate, so only they pay for the check
-    if stack.step > 3:
+    if here.step > 3:
         return
-    jump = group["lr"] * torch.linalg.matrix_norm(H_A) / torch.linalg.matrix_norm(stack.A)
+    jump = group["lr"] * torch.linalg.matrix_norm(H_A) / torch.linalg.matrix_norm(here.A)
     if (jump > 1).any():
         worst = stack.pairs[int(jump.argmax())].name
         warnings.warn(
-            f"step {stack.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
+            f"step {here.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
             "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero start",
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ that no old bases are kept (the same sequence, $r(m+n) + 2 r^2$ numbers instead 
 clipping of gradients is left out, since training clips them.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from torch import Tensor
 from tangora._types import Core, FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.geometry.gram import eigendecompose, times
-from tangora.geometry.retraction import Factors
+from tangora.geometry.retraction import Factors, rounded
 from tangora.geometry.tangent import Cotangent, coordinates, frame
-from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.base import CommonOptions, LayerwiseOptimizer
 from tangora.optim.groups import Params
-from tangora.optim.stack import PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 _EPS = 1e-6
 
@@ -56,7 +56,7 @@ def lora_rite_step(
     m_left = beta1 * m_left + (1 - beta1) * (_inverse_root(second_A) @ left)
     m_right = beta1 * m_right + (1 - beta1) * times(right, _inverse_root(second_B))
     new = Factors(keep * A - lr * (Z_B @ m_left), keep * B - lr * times(m_right, Z_A.mT))
-    new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
+    new = rounded(new, stored)
     to_A, to_B = new.A @ at.V.mT, new.B.mT @ at.U
     carried = Cotangent(to_B @ m_left, times(m_right, to_A.mT))
     return new, RiteMoments(carried, to_B @ second_A @ to_B.mT, to_A @ second_B @ to_A.mT)
@@ -71,38 +71,15 @@ class LoRARITE(LayerwiseOptimizer):
     r"""LoRA-RITE, a rival of `TangentMuon`.
 
     Args:
-        params: PEFT model, pairs, or parameter groups.
         lr: Learning rate of the factors; the weight changes by alpha / r times as much.
-        betas: Decay rates of the momentum and of the second moments; AdamW's for parameters outside pairs.
-        weight_decay: Decoupled decay of the factors, per unit of ``lr``.
-        maximize: Whether to climb instead of descend.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+        **common: See `PairOptimizer`; the decay is that of the factors.
 
     Raises:
         InputError: For an option outside its range.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
-    ):
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults, on_nonfinite)
+    def __init__(self, params: Params, lr: float | Tensor, **common: Unpack[CommonOptions]):
+        super().__init__(params, lr, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Nothing beyond the common options."""
@@ -114,22 +91,22 @@ class LoRARITE(LayerwiseOptimizer):
             "B": {"exp_avg": (m, r), "exp_avg_sq": (r, r)},
         }
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        t = stack.step
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+        t = here.step
         beta1, beta2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in group["betas"])
         factors, moments = lora_rite_step(
-            stack.A,
-            stack.B,
-            Cotangent(*(g * stack.scaling for g in stack.gradient)),
+            here.A,
+            here.B,
+            Cotangent(*(g * here.scaling for g in here.gradient)),
             RiteMoments(
-                Cotangent(stack.state("A", "exp_avg"), stack.state("B", "exp_avg")),
+                stack.both("exp_avg"),
                 stack.state("A", "exp_avg_sq"),
                 stack.state("B", "exp_avg_sq"),
             ),
             lr=group["lr"],
             keep=1 - group["lr"] * group["weight_decay"],
             betas=(beta1, beta2),
-            stored=stack.pairs[0].A.dtype,
+            stored=stack.dtype,
         )
         stack.keep("A", exp_avg=moments.momentum.A, exp_avg_sq=moments.second_A)
         stack.keep("B", exp_avg=moments.momentum.B, exp_avg_sq=moments.second_B)

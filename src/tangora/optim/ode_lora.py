@@ -9,18 +9,22 @@ arXiv:2602.07479. Only its abstract could be had: the gauge, the start, the guar
 Runge-Kutta in the factors are this project's.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from tangora._checks import InputError, check_choice, check_number, check_whole
+from tangora._types import FactorA, FactorB
+from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge
-from tangora.geometry.retraction import rebalance
-from tangora.optim.base import OnNonfinite, PairOptimizer, Stacks
+from tangora.geometry.precision import full_precision
+from tangora.geometry.retraction import Factors, rebalance
+from tangora.optim.base import CommonOptions, PairOptimizer
 from tangora.optim.groups import Params
-from tangora.optim.ode_flow import ONE_GRADIENT, SCHEMES, Flow, Scheme
-from tangora.optim.stack import Gathered
+from tangora.optim.ode_steps import ONE_GRADIENT, SCHEMES, Descent, Scheme, descent, ode_step
+from tangora.optim.stack import Gathered, Loaded
 
 
 class ODELoRA(PairOptimizer):
@@ -51,7 +55,6 @@ class ODELoRA(PairOptimizer):
     ==================== ========= ===== ==========================================================================
 
     Args:
-        params: PEFT model, pairs, or parameter groups.
         lr: Learning rate: step in units of full fine-tuning's.
         scheme: How the flow is integrated, one for all groups.
         gauge: How the factors share a step, for the schemes in the factors; ``lyapunov`` and ``sylvester`` keep the
@@ -65,13 +68,8 @@ class ODELoRA(PairOptimizer):
             all of them there.
         adamw_lr: AdamW's learning rate for the parameters outside pairs of a model, such as a new head: steps of
             descent are often a hundred times larger than what AdamW stands. Default ``lr``.
-        betas: AdamW's, for parameters outside pairs.
-        weight_decay: Decoupled decay, of $B A$ and of parameters outside pairs, per unit of ``lr``.
-        maximize: Whether to climb instead of descend.
-        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
-            counterpart of torch's ``foreach``; ``False``: one layer at a time.
-        on_nonfinite: ``"raise"`` or ``"skip"`` a step that fails in any of its stages; the parameters are then as
-            they were before it.
+        **common: See `PairOptimizer`; the decay is that of $B A$, and a step that fails in any of its stages leaves the
+            parameters as they were.
 
     Raises:
         InputError: For an option outside its range.
@@ -108,31 +106,20 @@ class ODELoRA(PairOptimizer):
         tolerance: float = 0.0,
         guard: float = 1.0,
         adamw_lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
+        **common: Unpack[CommonOptions],
     ):
         check_choice("scheme", scheme, SCHEMES)
         self.scheme: Scheme = scheme
         self.replay: Callable[[], Any] | None = None
-        defaults = {
-            "lr": lr,
+        own = {
             "gauge": gauge,
             "balance_start": balance_start,
             "rebalance_every": rebalance_every,
             "tolerance": tolerance,
             "guard": guard,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
             "evaluations": 0,
         }
-        super().__init__(params, defaults, on_nonfinite, rest={} if adamw_lr is None else {"lr": adamw_lr})
+        super().__init__(params, lr, own=own, adamw_lr=adamw_lr, **common)
 
     @property
     def evaluations(self) -> int:
@@ -144,26 +131,51 @@ class ODELoRA(PairOptimizer):
         """Whether a step evaluates the gradient more than once, and so needs a closure."""
         return self.scheme not in ONE_GRADIENT
 
-    def _step_pairs(self, stacks: Stacks, closure: Callable[[], Any] | None) -> None:
+    def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
         evaluate = closure or self.replay
         if evaluate is None and self.multistage:
             raise InputError(
                 f"step needs a closure, because scheme {self.scheme!r} evaluates the gradient more than once: "
                 "optimizer.step(closure); tangora.Trainer does that by itself"
             )
-        loaded, options = [gathered.stack for gathered, _ in stacks], [each for _, each in stacks]
-        for (stack, gradients), each in stacks:
-            stack.load(gradients, maximize=each["maximize"])
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        flow = Flow(loaded, options, self.scheme, parameters, evaluate, lambda: self._check_loaded(stacks))
+        loaded = [each.load() for each in gathered]
+        field = _ModelField(gathered, evaluate, self._check_finite)
         try:
-            new = flow.step()
+            new = self._flow(field, gathered, loaded)
         finally:
             for group in self.param_groups:
-                group["evaluations"] += flow.evaluations
-        for stack, each, factors in zip(loaded, options, new, strict=True):
-            every = each["rebalance_every"]
-            stack.write(*(rebalance(*factors) if every and stack.step % every == 0 else factors))
+                group["evaluations"] += field.evaluations
+        for each, here, factors in zip(gathered, loaded, new, strict=True):
+            every = each.options["rebalance_every"]
+            each.stack.write(*(rebalance(*factors) if every and here.step % every == 0 else factors))
+
+    def _flow(
+        self, field: "_ModelField", gathered: Sequence[Gathered], loaded: Sequence[Loaded]
+    ) -> list[Factors]:
+        """Return the new factors; parameters and gradients end as the first stage left them, whatever happens."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [p.grad.clone() if self.multistage and p.grad is not None else None for p in parameters]
+        balance = [
+            here.step == 1 and each.options["balance_start"]
+            for each, here in zip(gathered, loaded, strict=True)
+        ]
+        try:
+            self._check_finite(gathered)
+            with full_precision(field.device):
+                start, options = field.descents(gathered, loaded), [each.options for each in gathered]
+                new = ode_step(self.scheme, start, field, options, balance=balance)
+            if not all(factor.isfinite().all() for factors in new for factor in factors):
+                raise FloatingPointError("the new factors are not finite; no step was taken")  # noqa: TRY301
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            where = f"gradient evaluation {field.evaluations} of a step of {self.scheme}"
+            raise FloatingPointError(f"{where}: {error}") from error
+        finally:
+            if field.evaluations > 1:
+                for each, here in zip(gathered, loaded, strict=True):
+                    each.stack.place(here.A, here.B)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+        return new
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("gauge", group["gauge"], GAUGES)
@@ -177,14 +189,52 @@ class ODELoRA(PairOptimizer):
         if group["rebalance_every"] is not None:
             check_whole("rebalance_every", group["rebalance_every"], low=1)
 
-    def _check_loaded(self, stacks: Stacks) -> None:
-        """Check the gradients that the stacks hold now, those of a stage."""
-        held = [Gathered(each.stack, [*zip(*each.stack.gradient, strict=True)]) for each, _ in stacks]
-        self._check_finite([(each, {}) for each in held])
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "scheme": self.scheme}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.replay = None
+
+
+class _ModelField:
+    """The descents of all pairs at other factors: places these in the model's parameters and evaluates there."""
+
+    def __init__(
+        self,
+        gathered: Sequence[Gathered],
+        evaluate: Callable[[], Any] | None,
+        check: Callable[[Sequence[Gathered]], None],
+    ):
+        self.evaluations = 1  # that of the start included
+        self.device = gathered[0].stack.pairs[0].A.device if gathered else torch.device("cpu")
+        self._gathered, self._evaluate, self._check = gathered, evaluate, check
+        kind = self.device.type
+        self._autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+
+    def __call__(self, points: Sequence[Factors]) -> list[Descent]:
+        assert self._evaluate is not None
+        for each, point in zip(self._gathered, points, strict=True):
+            each.stack.place(*point)
+        self.evaluations += 1
+        with torch.enable_grad(), torch.autocast(self.device.type, **self._autocast):
+            self._evaluate()
+        stage = [
+            each._replace(gradients=[_gradients(pair) for pair in each.stack.pairs])
+            for each in self._gathered
+        ]
+        self._check(stage)
+        return self.descents(stage, [each.load() for each in stage])
+
+    @staticmethod
+    def descents(gathered: Sequence[Gathered], loaded: Sequence[Loaded]) -> list[Descent]:
+        return [
+            descent(here.A, here.B, here.gradient, here.scaling, each.options["weight_decay"])
+            for each, here in zip(gathered, loaded, strict=True)
+        ]
+
+
+def _gradients(pair: LoraPair) -> tuple[FactorA, FactorB]:
+    # a layer that this stage did not use (an expert that was not chosen) stays where it is
+    A, B = pair.factors()
+    return pair.gradients() or (torch.zeros_like(A), torch.zeros_like(B))

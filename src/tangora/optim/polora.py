@@ -17,7 +17,7 @@ from tangora.geometry.retraction import Factors
 from tangora.geometry.spectral import thin_polar
 from tangora.geometry.tangent import Cotangent
 from tangora.optim.factor_momentum import FactorMomentumOptimizer
-from tangora.optim.stack import PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 _CURVATURE_DECAY = 0.99
 _RIDGE = 1e-4
@@ -83,21 +83,21 @@ class PoLoRA(FactorMomentumOptimizer):
         momentum = super()._state_shapes(pair, group)
         return {"A": {**momentum["A"], "curvature": (n,)}, "B": {**momentum["B"], "curvature": (m,)}}
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         beta = group["momentum"]
-        gradient = Cotangent(*(g * stack.scaling for g in stack.gradient))  # autograd's own
+        gradient = Cotangent(*(g * here.scaling for g in here.gradient))  # autograd's own
         momentum = self._averaged(stack, gradient, beta)
         # the states start at zero, the authors' at a tiny number
-        offset = _TINY * _CURVATURE_DECAY ** (stack.step - 1)
+        offset = _TINY * _CURVATURE_DECAY ** (here.step - 1)
         curvature = Curvature(*(stack.state(factor, "curvature") + offset for factor in ("B", "A")))
         keep = 1 - group["lr"] * group["weight_decay"]
         factors, curvature = polora_step(
-            stack.A * keep,
-            stack.B * keep,
+            here.A * keep,
+            here.B * keep,
             gradient,
             Cotangent(*(g.lerp(m, beta) for g, m in zip(gradient, momentum, strict=True))),
             curvature,
-            group["lr"] / stack.scaling,
+            group["lr"] / here.scaling,
         )
         stack.keep("A", curvature=curvature.columns - offset * _CURVATURE_DECAY)
         stack.keep("B", curvature=curvature.rows - offset * _CURVATURE_DECAY)

@@ -32,28 +32,22 @@ class _Buffer(NamedTuple):
     slices: list[Tensor]
 
 
+class Loaded(NamedTuple):
+    """Copies of a stack's factors and gradients for one step, in at least float32."""
+
+    A: FactorA
+    B: FactorB  # with the long side contiguous like that of A: products with small matrices are several times faster so
+    gradient: Cotangent  # autograd's gradients divided by the scaling
+    scaling: float
+    step: int  # the number of the step that is being taken, from 1
+
+
 class PairStack:
     """Pairs of one kind, of equal shape, dtype, device, scaling and age, as stacked matrices in at least float32.
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
-    parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside. Factors and
-    gradient are copies, there from `load` to `write` only.
-
-    Attributes:
-        pairs: The members.
-        A: Factors, ``N r n``.
-        B: Factors, ``N m r``, with the long side contiguous like that of ``A``: products with small matrices are
-            several times faster so.
-        gradient: The cotangent, autograd's gradients divided by the scaling.
-        scaling: The common factor $s$.
-        step: Number of the step that is being taken, from 1.
+    parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside.
     """
-
-    A: FactorA
-    B: FactorB
-    gradient: Cotangent
-    scaling: float
-    step: int
 
     def __init__(self, pairs: Sequence[LoraPair], state: StateOf):
         self.pairs = list(pairs)
@@ -80,16 +74,24 @@ class PairStack:
                         stacked[index] = state[key].reshape(shape)
                 self._set(factor, key, stacked)
 
-    def load(self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool = False) -> None:
-        """Read factors and counters, and take the gradients of this step."""
-        self.scaling = self.pairs[0].scaling
-        self.step = int(self.state("A", COUNTER)[0]) + 1
-        self.A = _stack([as_matrix(A) for A in self._parameters["A"]])
-        self.B = _long_side_contiguous(_stack([as_matrix(B) for B in self._parameters["B"]]))
-        unit = -self.scaling if maximize else self.scaling
-        self.gradient = Cotangent(
-            _stack([g_A for g_A, _ in gradients]).div_(unit),
-            _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(unit),
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the factors are kept in."""
+        return self.pairs[0].A.dtype
+
+    def load(self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool) -> Loaded:
+        """Copy factors and gradients, with the sign that makes every step a descent."""
+        scaling = self.pairs[0].scaling
+        unit = -scaling if maximize else scaling
+        return Loaded(
+            _stack([as_matrix(A) for A in self._parameters["A"]]),
+            _long_side_contiguous(_stack([as_matrix(B) for B in self._parameters["B"]])),
+            Cotangent(
+                _stack([g_A for g_A, _ in gradients]).div_(unit),
+                _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(unit),
+            ),
+            scaling,
+            step=int(self.state("A", COUNTER)[0]) + 1,
         )
 
     def state(self, factor: Factor, key: str) -> Float[Tensor, "N ..."]:
@@ -107,17 +109,20 @@ class PairStack:
         matrices = [as_matrix(value) if value.shape == parameter.shape else value for value in held]
         return self._set(factor, key, torch.stack([value.to(device, dtype) for value in matrices]))
 
+    def both(self, key: str) -> Cotangent:
+        """Return a state that is kept with both factors, in their shapes."""
+        return Cotangent(self.state("A", key), self.state("B", key))
+
     def keep(self, factor: Factor, **values: Float[Tensor, "N ..."]) -> None:
         """Store new values of states."""
         for key, value in values.items():
             self.state(factor, key).copy_(value)
 
     def write(self, A: FactorA, B: FactorB) -> None:
-        """Write new factors into the parameters, count the step and let the copies go."""
+        """Write new factors into the parameters and count the step."""
         self.place(A, B)
         for factor in self._parameters:
             self.state(factor, COUNTER).add_(1)
-        del self.A, self.B, self.gradient  # as large as the adapter: not to be held while a model runs
 
     def place(self, A: FactorA, B: FactorB) -> None:
         """Write factors into the parameters, for a look at the gradient there: no step is counted."""
@@ -150,11 +155,22 @@ def state_place(parameter: Tensor, key: str) -> tuple[torch.dtype, torch.device]
     return torch.promote_types(parameter.dtype, torch.float32), parameter.device
 
 
+def shaped_like_factors(pair: LoraPair, *keys: str) -> StateShapes:
+    """Return states of the shapes of the factors."""
+    m, n, r = pair.shape
+    return {"A": dict.fromkeys(keys, (r, n)), "B": dict.fromkeys(keys, (m, r))}
+
+
 class Gathered(NamedTuple):
-    """A stack, and the gradients of its members that it can be loaded with."""
+    """A stack, the gradients of its members, and the options of their group."""
 
     stack: PairStack
     gradients: list[tuple[FactorA, FactorB]]
+    options: dict[str, Any]
+
+    def load(self) -> Loaded:
+        """Copy factors and gradients for a step."""
+        return self.stack.load(self.gradients, maximize=self.options["maximize"])
 
     def by_pair(self) -> Iterator[tuple[LoraPair, Tensor]]:
         """Yield each gradient with the pair that it belongs to."""
@@ -175,27 +191,28 @@ class StackCache:
         self,
         pairs: Iterable[LoraPair],
         state: StateOf,
+        options: Mapping[str, Any],
         shapes: Callable[[LoraPair], StateShapes],
-        *,
-        together: bool = True,
     ) -> None:
         """Give pairs the states that they lack, in the stacks that they will be stepped in."""
-        for stack in self._stacked(pairs, state, together):
+        for stack in self._stacked(pairs, state, options):
             stack.create(shapes(stack.pairs[0]))
 
-    def gather(self, pairs: Iterable[LoraPair], state: StateOf, *, together: bool = True) -> list[Gathered]:
-        """Group the pairs that can be stepped together."""
+    def gather(self, pairs: Iterable[LoraPair], state: StateOf, options: dict[str, Any]) -> list[Gathered]:
+        """Group the pairs that have gradients and can be stepped together."""
         found = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
         gradients = {id(pair): given for pair, given in found if given is not None}
-        stacks = self._stacked((pair for pair, _ in found if id(pair) in gradients), state, together)
-        return [Gathered(stack, [gradients[id(pair)] for pair in stack.pairs]) for stack in stacks]
+        stacks = self._stacked((pair for pair, _ in found if id(pair) in gradients), state, options)
+        return [Gathered(stack, [gradients[id(pair)] for pair in stack.pairs], options) for stack in stacks]
 
-    def _stacked(self, pairs: Iterable[LoraPair], state: StateOf, together: bool) -> list[PairStack]:
+    def _stacked(
+        self, pairs: Iterable[LoraPair], state: StateOf, options: Mapping[str, Any]
+    ) -> list[PairStack]:
         alike: dict[tuple, list[LoraPair]] = defaultdict(list)
         for pair in pairs:
             A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
             key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, pair.looks_up, age)
-            alike[key if together else (id(pair),)].append(pair)
+            alike[(id(pair),) if options["foreach"] is False else key].append(pair)
         stacks: dict[tuple[int, ...], PairStack] = {}
         for part in _in_cache_sized_parts(alike.values()):
             key = tuple(map(id, part))
@@ -213,8 +230,8 @@ def _in_cache_sized_parts(groups: Iterable[list[LoraPair]]) -> Iterator[list[Lor
             yield group[start : start + size]
 
 
-def _stack(matrices: Sequence[Tensor]) -> Tensor:
-    stacked = torch.stack(list(matrices))
+def _stack(matrices: list[Tensor]) -> Tensor:
+    stacked = torch.stack(matrices)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 

@@ -6,7 +6,7 @@ arXiv:2605.08734); momentum kept in the tangent space and transported by project
 arXiv:2507.12142). Derivation: ``docs/theory/tangent_adam.md``.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 from tangora._checks import check_choice
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step, rounded
 from tangora.geometry.tangent import (
     Cotangent,
     Metric,
@@ -25,9 +25,9 @@ from tangora.geometry.tangent import (
     second_moments,
     transport,
 )
-from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.base import CommonOptions, LayerwiseOptimizer
 from tangora.optim.groups import Params
-from tangora.optim.stack import PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 # A row whose gradient is this much below the average counts as having this share of it: the metric must stay
 # invertible, and a row that almost never gets a gradient must not become free to move.
@@ -72,12 +72,13 @@ def tangent_adam_step(
     at = frame(A, B)
     seen = coordinates(at, gradient)
     momentum = Cotangent(*(m.lerp_(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
-    rows, columns = (v.lerp(x, 1 - beta2) for v, x in zip(moments[1:], second_moments(at, seen), strict=True))
+    row_means, column_means = second_moments(at, seen)
+    rows, columns = moments.rows.lerp(row_means, 1 - beta2), moments.columns.lerp(column_means, 1 - beta2)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     metric = adafactor_metric(rows / correction2, columns / correction2, eps)
     direction = project_metric(at, coordinates(at, momentum), metric)
     new = decayed_step(A, B, at, direction, step_size / correction1, decay, retraction)
-    new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
+    new = rounded(new, stored)
     carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)
 
@@ -94,16 +95,9 @@ class TangentAdam(LayerwiseOptimizer):
     recipe ``orthogonal+tangent`` does, was better (``docs/guides/when.md``).
 
     Args:
-        params: PEFT model, pairs, or parameter groups.
         lr: Learning rate in units of full fine-tuning's.
-        betas: Decay rates of the momentum and of the second moments.
-        eps: Added to the root of the second moment, in the gradient's units.
-        weight_decay: Decoupled decay of $B A$, per unit of ``lr``.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
-        maximize: Whether to climb instead of descend.
-        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
-            counterpart of torch's ``foreach``; ``False``: one layer at a time.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+        **common: See `PairOptimizer`; the decay is that of $B A$.
 
     Raises:
         InputError: For an option outside its range.
@@ -124,24 +118,11 @@ class TangentAdam(LayerwiseOptimizer):
         params: Params,
         lr: float | Tensor,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
         retraction: Retraction = "auto",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
+        **common: Unpack[CommonOptions],
     ):
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "retraction": retraction,
-            "maximize": maximize,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults, on_nonfinite)
+        own = {"retraction": retraction}
+        super().__init__(params, lr, own=own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("retraction", group["retraction"], RETRACTIONS)
@@ -153,24 +134,24 @@ class TangentAdam(LayerwiseOptimizer):
             "B": {"exp_avg": (m, r), "exp_avg_sq_row": (m,)},
         }
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         moments = TangentMoments(
-            Cotangent(stack.state("A", "exp_avg"), stack.state("B", "exp_avg")),
+            stack.both("exp_avg"),
             stack.state("B", "exp_avg_sq_row"),
             stack.state("A", "exp_avg_sq_col"),
         )
         factors, moments = tangent_adam_step(
-            stack.A,
-            stack.B,
-            stack.gradient,
+            here.A,
+            here.B,
+            here.gradient,
             moments,
-            step=stack.step,
-            step_size=group["lr"] / stack.scaling,
+            step=here.step,
+            step_size=group["lr"] / here.scaling,
             decay=1 - group["lr"] * group["weight_decay"],
             betas=group["betas"],
             eps=group["eps"],
             retraction=group["retraction"],
-            stored=stack.pairs[0].A.dtype,
+            stored=stack.dtype,
         )
         stack.keep("A", exp_avg=moments.momentum.A, exp_avg_sq_col=moments.columns)
         stack.keep("B", exp_avg=moments.momentum.B, exp_avg_sq_row=moments.rows)

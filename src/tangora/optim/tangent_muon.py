@@ -7,7 +7,7 @@ arXiv:2609.02734); momentum kept in the tangent space and transported by project
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from torch import Tensor
 from tangora._checks import check_choice, check_number, check_whole
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
-from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
+from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step, rounded
 from tangora.geometry.spectral import spectral_direction
 from tangora.geometry.tangent import Cotangent, frame, transport
-from tangora.optim.base import LayerwiseOptimizer, OnNonfinite
+from tangora.optim.base import CommonOptions, LayerwiseOptimizer
 from tangora.optim.groups import Params
-from tangora.optim.stack import PairStack, StateShapes
+from tangora.optim.stack import Loaded, PairStack, StateShapes, shaped_like_factors
 
 _REFERENCE_RANK = 8
 
@@ -57,7 +57,7 @@ def tangent_muon_step(
     ahead = Cotangent(*(g.lerp(m, beta) for m, g in pairs)) if nesterov else average
     direction = spectral_direction(at, ahead, iterations)
     new = decayed_step(A, B, at, direction, step_size, decay, retraction)
-    new = Factors(*(factor.to(stored).to(A.dtype) for factor in new))
+    new = rounded(new, stored)
     return new, transport(at, average, new.A, new.B)
 
 
@@ -72,19 +72,14 @@ class TangentMuon(LayerwiseOptimizer):
     the weight. A layer whose gradient is exactly zero goes on along its momentum; one without gradient stays.
 
     Args:
-        params: PEFT model, pairs, or parameter groups.
         lr: How far a step moves a layer at rank 8: its output by about this share of the root mean square of its
             input, at most. It must decay towards the end of training, since steps do not shrink with the gradient.
         momentum: Decay rate of the momentum.
         nesterov: Whether the step looks ahead along $\beta M + (1 - \beta) g$.
         iterations: Alternating projections between the spectral ball and the tangent space.
-        weight_decay: Decoupled decay of $B A$, per unit of ``lr``.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
         adamw_lr: Learning rate of AdamW for all parameters outside pairs, such as a new head.
-        maximize: Whether to climb instead of descend.
-        foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
-            counterpart of torch's ``foreach``; ``False``: one layer at a time.
-        on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite.
+        **common: See `PairOptimizer`; the decay is that of $B A$.
 
     Raises:
         InputError: For an option outside its range.
@@ -108,28 +103,17 @@ class TangentMuon(LayerwiseOptimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         iterations: int = 1,
-        weight_decay: float = 0.0,
         retraction: Retraction = "auto",
         adamw_lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        on_nonfinite: OnNonfinite = "raise",
+        **common: Unpack[CommonOptions],
     ):
-        defaults = {
-            "lr": lr,
+        own = {
             "momentum": momentum,
             "nesterov": nesterov,
             "iterations": iterations,
-            "weight_decay": weight_decay,
             "retraction": retraction,
-            "betas": betas,
-            "eps": eps,
-            "maximize": maximize,
-            "foreach": foreach,
         }
-        super().__init__(params, defaults, on_nonfinite, rest={"lr": adamw_lr})
+        super().__init__(params, lr, own=own, adamw_lr=adamw_lr, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("momentum", group["momentum"], low=0, high=1, open_high=True)
@@ -138,24 +122,23 @@ class TangentMuon(LayerwiseOptimizer):
         check_choice("retraction", group["retraction"], RETRACTIONS)
 
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
-        m, n, r = pair.shape
-        return {"A": {"momentum_buffer": (r, n)}, "B": {"momentum_buffer": (m, r)}}
+        return shaped_like_factors(pair, "momentum_buffer")
 
-    def _step_stack(self, stack: PairStack, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
+    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         m, n, r = stack.pairs[0].shape
         width = 1 if stack.pairs[0].looks_up else n  # the norm of an embedding's input is one
         factors, momentum = tangent_muon_step(
-            stack.A,
-            stack.B,
-            stack.gradient,
-            Cotangent(stack.state("A", "momentum_buffer"), stack.state("B", "momentum_buffer")),
-            step_size=spectral_step_size(m, width, r, group["lr"]) / stack.scaling,
+            here.A,
+            here.B,
+            here.gradient,
+            stack.both("momentum_buffer"),
+            step_size=spectral_step_size(m, width, r, group["lr"]) / here.scaling,
             decay=1 - group["lr"] * group["weight_decay"],
             beta=group["momentum"],
             nesterov=group["nesterov"],
             iterations=group["iterations"],
             retraction=group["retraction"],
-            stored=stack.pairs[0].A.dtype,
+            stored=stack.dtype,
         )
         stack.keep("A", momentum_buffer=momentum.A)
         stack.keep("B", momentum_buffer=momentum.B)

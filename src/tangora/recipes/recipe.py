@@ -22,7 +22,7 @@ Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 # options of every optimizer, which belong to a run and not to a method
-_COMMON = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach", "on_nonfinite"}
+_COMMON = {"params", "lr", "common"}
 
 
 @dataclass(frozen=True)
