@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from tangora.geometry.retraction import (
     MAX_IMBALANCE,
     kept_balanced,
-    orthographic_retract,
     rebalance,
     retract,
     svd_retract,
@@ -43,7 +42,7 @@ def test_svd_is_the_metric_projection_in_balanced_factors(case):
 def test_orthographic_equals_its_closed_form(case):
     A, B, g, _ = case
     at, xi = point(case)
-    A_new, B_new = orthographic_retract(A, B, at, xi, 1e-3)
+    A_new, B_new = retract(A, B, at, xi, 1e-3, "orthographic")
     assert_close(B_new @ A_new, dense.orthographic(A, B, dense.project(A, B, g), 1e-3))
 
 
@@ -52,7 +51,7 @@ def test_orthographic_is_second_order():
     at, xi = point(case)
     errors = []
     for step in (4e-3, 2e-3, 1e-3):
-        one, other = orthographic_retract(A, B, at, xi, step), svd_retract(A, B, at, xi, step)
+        one, other = retract(A, B, at, xi, step, "orthographic"), svd_retract(A, B, at, xi, step)
         errors.append((one.B @ one.A - other.B @ other.A).norm().item())
     for coarse, fine in itertools.pairwise(errors):
         assert 2**3 * 0.8 < coarse / fine < 2**3 * 1.25
@@ -79,7 +78,7 @@ def test_auto_takes_svd_where_it_must_and_only_there():
     at = frame(A, B)
     xi = project(at, coordinates(at, Cotangent(B.mT @ g, g @ A.mT)))
     auto = retract(A, B, at, xi, step, "auto")
-    orthographic, svd = orthographic_retract(A, B, at, xi, step), svd_retract(A, B, at, xi, step)
+    orthographic, svd = retract(A, B, at, xi, step, "orthographic"), svd_retract(A, B, at, xi, step)
     assert torch.equal(auto.B[0], orthographic.B[0])
     assert torch.equal(auto.B[1], svd.B[1])
     moved = (svd.B[1] @ svd.A[1] - B[1] @ A[1]).norm()

@@ -21,7 +21,6 @@ def factor_velocity(
     r"""Return $(H_A, H_B)$ with $B H_A + H_B A = \xi$ in the chosen gauge.
 
     Args:
-        at: Frame at ``A``, ``B``.
         tangent: $\xi$, usually $P_T(g)$.
         gauge: ``zero`` ($X = 0$), ``symmetric`` ($H_A = K_B (I - P_A/2)$, and likewise for $B$), ``sylvester`` (the
             velocity of least norm, which keeps $B^\top B - A A^\top$; LoRA-Pro's default) or ``lyapunov`` (keeps
@@ -48,24 +47,18 @@ def _gauge_matrix(A: FactorA, B: FactorB, at: Frame, drift: Core, gauge: Gauge) 
     gram_A, gram_B, drift64 = gram(A), gram(B.mT), drift.double()
     cutoff = relative_cutoff(A.shape[-2], A.dtype)
     if gauge == "sylvester":
-        return solve_sylvester(gram_B, gram_A, -drift64, cutoff).to(drift.dtype)
+        return _solve_sylvester(gram_B, gram_A, -drift64, cutoff).to(drift.dtype)
     total = gram_A + gram_B
-    return solve_sylvester(total, total, -(drift64 + drift64.mT), cutoff).to(drift.dtype)
+    return _solve_sylvester(total, total, -(drift64 + drift64.mT), cutoff).to(drift.dtype)
 
 
-def solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> Core:
+def _solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> Core:
     r"""Solve $L X + X R = C$ for symmetric positive semi-definite $L$ and $R$.
 
     Exact, by the two eigendecompositions; directions in which both vanish get the least-norm solution, zero.
 
     Args:
-        left: $L$.
-        right: $R$.
-        constant: $C$.
         cutoff: Sums of eigenvalues up to this share of the largest count as zero.
-
-    Returns:
-        $X$.
     """
     of_left = eigendecompose(left)
     of_right = of_left if right is left else eigendecompose(right)  # Lyapunov's equation has one matrix
@@ -77,9 +70,5 @@ def solve_sylvester(left: Core, right: Core, constant: Core, cutoff: float) -> C
 
 
 def imbalance(A: FactorA, B: FactorB) -> Core:
-    r"""Return $B^\top B - A A^\top$, the invariant of gradient flow on the factors.
-
-    Returns:
-        The symmetric $r \times r$ imbalance, float64.
-    """
+    r"""Return $B^\top B - A A^\top$, the invariant of gradient flow on the factors, in float64."""
     return gram(B.mT) - gram(A)

@@ -16,7 +16,7 @@ from tangora._types import Core, FactorA, FactorB
 _SAFETY = 1e4
 
 
-class Spectrum(NamedTuple):
+class Eigendecomposition(NamedTuple):
     """Eigendecomposition of a symmetric matrix, ascending."""
 
     values: Float[Tensor, "*b r"]
@@ -28,9 +28,6 @@ def gram(factor: FactorA) -> Core:
 
     Args:
         factor: $F$, short side first; pass ``B.mT`` for the Gram matrix of the columns of $B$.
-
-    Returns:
-        The symmetric positive semi-definite Gram matrix.
     """
     factor = factor.double()
     return factor @ factor.mT
@@ -41,13 +38,6 @@ def times(tall: FactorB, core: Core) -> FactorB:
 
     Batched products with an ``m x r`` operand are several times slower than with its transpose, so tall factors are
     held as transposed views throughout.
-
-    Args:
-        tall: ``m x r``.
-        core: ``r x r``.
-
-    Returns:
-        ``tall @ core``.
     """
     return (core.mT @ tall.mT).mT
 
@@ -58,10 +48,6 @@ def plus(base: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, fresh
     A step of a whole model is bound by memory traffic, so one pass less over the factors can be felt.
 
     Args:
-        base: ``*b p q``.
-        left: ``*b p k``.
-        right: ``*b k q``.
-        scale: Factor on the product.
         fresh: Whether ``base`` is the caller's own temporary, which may be overwritten.
     """
     if base.dim() != 3:
@@ -74,15 +60,7 @@ def plus(base: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, fresh
 def plus_times(
     base: FactorB, tall: FactorB, core: Core, *, scale: float = 1.0, fresh: bool = False
 ) -> FactorB:
-    """Return ``base + scale * tall @ core``, like `plus` and `times`.
-
-    Args:
-        base: ``m x r``.
-        tall: ``m x r``.
-        core: ``r x r``.
-        scale: Factor on the product.
-        fresh: Whether ``base`` may be overwritten.
-    """
+    """Return ``base + scale * tall @ core``, like `plus` and `times`."""
     return plus(base.mT, core.mT, tall.mT, scale=scale, fresh=fresh).mT
 
 
@@ -99,7 +77,7 @@ def relative_cutoff(rank: int, dtype: torch.dtype) -> float:
     return max((rank * torch.finfo(dtype).eps) ** 2, 10 * rank * torch.finfo(torch.float64).eps)
 
 
-def eigendecompose(matrix: Core) -> Spectrum:
+def eigendecompose(matrix: Core) -> Eigendecomposition:
     """Eigendecompose a symmetric positive semi-definite matrix; never fails on non-finite input.
 
     Args:
@@ -110,7 +88,7 @@ def eigendecompose(matrix: Core) -> Spectrum:
     """
     finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
     values, vectors = torch.linalg.eigh(matrix.where(finite, 0.0))
-    return Spectrum(values.clamp(min=0), vectors)
+    return Eigendecomposition(values.clamp(min=0), vectors)
 
 
 def whiten(matrix: Core, cutoff: float) -> Core:
@@ -150,28 +128,16 @@ def _whiten_by_eigenvectors(matrix: Core, skip: Bool[Tensor, "*b"], cutoff: floa
 
 
 def damped_whiten(matrix: Core, damping: float | Tensor) -> Core:
-    r"""Return $Z$ with $Z Z^\top = (G + \lambda I)^{-1}$.
+    r"""Return $Z$ with $Z Z^\top = (G + \lambda I)^{-1}$ of a positive semi-definite $G$, by Cholesky.
 
     Args:
-        matrix: $G$, symmetric positive semi-definite.
         damping: $\lambda > 0$, or one for each matrix of the stack, ``*b 1 1``.
-
-    Returns:
-        $Z$, by Cholesky.
     """
     return _inverse_transposed(_damped_cholesky(matrix, damping))
 
 
 def damped_inverse(matrix: Core, damping: float) -> Core:
-    r"""Return $(G + \lambda I)^{-1}$.
-
-    Args:
-        matrix: $G$, symmetric positive semi-definite.
-        damping: $\lambda > 0$.
-
-    Returns:
-        The inverse, by Cholesky.
-    """
+    r"""Return $(G + \lambda I)^{-1}$ of a positive semi-definite $G$ for $\lambda > 0$, by Cholesky."""
     return torch.cholesky_inverse(_damped_cholesky(matrix, damping))
 
 

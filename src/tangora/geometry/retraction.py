@@ -45,11 +45,9 @@ def retract(
     r"""Take the step $Y - h\,\xi$ and come back to rank r.
 
     Args:
-        at: Frame at ``A``, ``B``.
-        tangent: $\xi$.
         step: $h$, in units of $B A$ (learning rate divided by the scaling $s$).
-        kind: ``orthographic``, ``svd``, or ``auto``: per matrix `orthographic` while it is well-conditioned, else
-            `svd_retract`.
+        kind: ``orthographic`` (along the normal space), ``svd``, or ``auto``: per matrix ``orthographic`` while it is
+            well-conditioned, else ``svd``.
     """
     if kind == "svd":
         return svd_retract(A, B, at, tangent, step)
@@ -68,8 +66,6 @@ def decayed_step(
     r"""Take the step $\gamma Y - h\,\xi$ and come back to rank r in factors that are not far from balanced.
 
     Args:
-        at: Frame at ``A``, ``B``.
-        tangent: $\xi$.
         step: $h$, in units of $B A$.
         decay: $\gamma$, one minus learning rate times weight decay.
         kind: As for `retract`.
@@ -81,37 +77,11 @@ def decayed_step(
     return kept_balanced(*retract(A, B * decay, shrunk, tangent, step, kind))
 
 
-def orthographic_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
-    r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
-
-    $A_+ = A - h K_B$ and $B_+ = B - h J_A (A_+ A^\top G_A^{-1})^{-1}$. Second order (equal to the SVD retraction up to
-    $O(h^3)$), one $r \times r$ solve, no SVD, works from $B = 0$. Leaves its domain when the step is larger than the
-    smallest singular value of $Y$; see `well_conditioned`.
-
-    Args:
-        at: Frame at ``A``, ``B``.
-        tangent: $\xi$.
-        step: $h$.
-
-    Returns:
-        The factors $A_+$ and $B_+$.
-
-    Source:
-        Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
-    """
-    return _orthographic(A, B, at, tangent, step, _relative_core(at, tangent, step))
-
-
 def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
     r"""Return balanced factors of the best rank-r approximation of $Y - h \xi$.
 
     $Y - h\xi = [U\;\; J]\,[\,(U^\top B) A - h K;\; -h V]$, both thin matrices orthogonalised by QR, and an SVD of
     the small core. Through QR and not through Gram matrices, which lose the small directions.
-
-    Args:
-        at: Frame at ``A``, ``B``.
-        tangent: $\xi$.
-        step: $h$.
 
     Returns:
         $B_+ = U_+ \sqrt{\Sigma}$, $A_+ = \sqrt{\Sigma} V_+$; the old factors where nothing is left, $Y - h\xi = 0$.
@@ -159,9 +129,6 @@ def balanced_product(
     r"""Return balanced factors of the best rank-r approximation of a product of thin matrices.
 
     Args:
-        left: $m \times k$.
-        right: $k \times n$.
-        rank: $r$.
         fallback: What to return where the product is zero.
 
     Returns:
@@ -208,6 +175,15 @@ def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
 
 
 def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, core: Core) -> Factors:
+    r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
+
+    $A_+ = A - h K_B$ and $B_+ = B - h J_A (A_+ A^\top G_A^{-1})^{-1}$. Second order (equal to the SVD retraction up to
+    $O(h^3)$), one $r \times r$ solve, no SVD, works from $B = 0$. Leaves its domain when the step is larger than the
+    smallest singular value of $Y$; see `well_conditioned`.
+
+    Source:
+        Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
+    """
     inverse, _ = torch.linalg.inv_ex(core)
     A_new = plus(A, at.whiten_B, tangent.K, scale=-step)
     B_new = plus_times(B, tangent.J, inverse @ at.whiten_A.mT, scale=-step)

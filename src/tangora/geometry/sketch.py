@@ -23,23 +23,12 @@ class LowRankSVD(NamedTuple):
     Vh: FactorA
 
     def truncate(self, rank: int) -> "LowRankSVD":
-        """Keep the leading directions.
-
-        Returns:
-            Views of the leading parts.
-        """
+        """Keep the leading directions, as views."""
         return LowRankSVD(self.U[..., :, :rank], self.S[..., :rank], self.Vh[..., :rank, :])
 
 
 def orthonormalize(tall: FactorB) -> FactorB:
-    """Return an orthonormal basis that contains the column space, with as many columns.
-
-    Args:
-        tall: ``m x k`` with ``k <= m``; may be rank-deficient.
-
-    Returns:
-        ``m x k`` with orthonormal columns.
-    """
+    """Return an orthonormal basis that contains the column space, with as many columns, also if it is deficient."""
     return torch.linalg.qr(tall).Q
 
 

@@ -82,7 +82,6 @@ def coordinates(at: Frame, cotangent: Cotangent) -> Coordinates:
     r"""Express a gradient, as LoRA sees it, in the orthonormal bases.
 
     Args:
-        at: Frame at the current factors.
         cotangent: $(B^\top M,\; M A^\top)$; for a gradient that is $(g_A, g_B)/s$.
 
     Returns:
@@ -97,13 +96,6 @@ def project(at: Frame, seen: Coordinates) -> Tangent:
     $P_T(g) = P_B g + g P_A - P_B g P_A$, the equivalent gradient nearest to $g$: $K = U^\top g$ and
     $J = (I - U U^\top)\, g V^\top$.
 
-    Args:
-        at: Frame at the current factors.
-        seen: $(U^\top g,\; g V^\top)$.
-
-    Returns:
-        $P_T(g)$.
-
     Source:
         LoRA-Pro, arXiv:2407.18242, Theorem 2.1 (any gauge gives this matrix).
     """
@@ -115,14 +107,6 @@ def project_metric(at: Frame, seen: Coordinates, metric: Metric) -> Tangent:
 
     The result minimises $\|\xi - H^{-1} g\|_H$ over the tangent space for $H(Z) = D_r Z D_c$: the ordinary projection
     in the coordinates $D_r^{1/2} Z D_c^{1/2}$. With $D_r = D_c = 1$ it is `project`.
-
-    Args:
-        at: Frame at the current factors.
-        seen: $(U^\top g,\; g V^\top)$.
-        metric: $D_r$ and $D_c$.
-
-    Returns:
-        $\xi$.
 
     Source:
         Closed form as in AdaPreLoRA, arXiv:2605.08734; derivation in ``docs/theory/tangent_adam.md``.
@@ -172,13 +156,10 @@ def second_moments(at: Frame, seen: Coordinates) -> tuple[Float[Tensor, "*b m"],
     With $K = U^\top g$, $R = g V^\top$ and $C = U^\top g V^\top$ the row sums are the diagonals of
     $R R^\top + U (K K^\top - C C^\top) U^\top$, the column sums those of $K^\top K + V^\top (R^\top R - C^\top C) V$.
 
-    Args:
-        seen: $(U^\top g,\; g V^\top)$.
-
     Returns:
         Means over each row ($m$ numbers) and over each column ($n$ numbers).
     """
-    (U, V), (left, right) = at[:2], seen
+    U, V, (left, right) = at.U, at.V, seen
     core = left @ V.mT
     outside_V = left @ left.mT - core @ core.mT
     outside_U = right.mT @ right - core.mT @ core
@@ -191,21 +172,13 @@ def second_moments(at: Frame, seen: Coordinates) -> tuple[Float[Tensor, "*b m"],
 def squared_norm(tangent: Tangent) -> Float[Tensor, "*b"]:
     r"""Return $\|\xi\|_F^2 = \|K\|_F^2 + \|J\|_F^2$.
 
-    Args:
-        tangent: $\xi$ in normal form; a frame's zero rows and columns carry nothing.
-
-    Returns:
-        One number per matrix of the stack.
+    A frame's zero rows and columns carry nothing.
     """
     return tangent.K.square().sum((-2, -1)) + tangent.J.square().sum((-2, -1))
 
 
 def captured_energy(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$, the share of the gradient that the adapter can follow.
-
-    Args:
-        tangent: $P_T(g)$.
-        gradient_norm: $\|g\|_F$.
 
     Returns:
         $\kappa \in [0, 1]$; zero where the gradient vanishes.
@@ -217,10 +190,6 @@ def captured_energy(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Flo
 def alignment_error(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     r"""Return $\varepsilon = \|g - P_T(g)\|_F$ by Pythagoras.
 
-    Args:
-        tangent: $P_T(g)$.
-        gradient_norm: $\|g\|_F$.
-
     Returns:
         $\varepsilon$, in the gradient's units; accurate to $\sqrt{\mathrm{eps}}\,\|g\|$ (see `residual` for better).
     """
@@ -230,9 +199,6 @@ def alignment_error(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Flo
 def residual(at: Frame, gradient: Weight) -> Weight:
     r"""Return $g - P_T(g) = (I - P_B)\, g\, (I - P_A)$ of a dense gradient, without cancellation.
 
-    Args:
-        gradient: $g$, dense.
-
     Returns:
         What no LoRA step can follow; its Frobenius norm is the alignment error.
     """
@@ -241,14 +207,7 @@ def residual(at: Frame, gradient: Weight) -> Weight:
 
 
 def dense_captured_energy(at: Frame, gradient: Weight) -> Float[Tensor, "*b"]:
-    r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$ of a dense gradient.
-
-    Args:
-        gradient: $g$, dense.
-
-    Returns:
-        $\kappa \in [0, 1]$; zero where the gradient vanishes.
-    """
+    r"""Return $\kappa$ of a dense gradient, see `captured_energy`."""
     K = at.U.mT @ gradient
     across = gradient @ at.V.mT
     seen = Tangent(K, across - at.U @ (at.U.mT @ across))

@@ -1,8 +1,7 @@
 """Steps of Runge-Kutta methods on tuples of tensors: callables and tensors, no models."""
 
 from tangora.integrate.implicit_midpoint import implicit_midpoint_step
-from tangora.integrate.runge_kutta import rk_step
-from tangora.integrate.state import Field, State, Stepped
+from tangora.integrate.runge_kutta import Field, State, Stepped, rk_step
 from tangora.integrate.tableau import (
     BOGACKI_SHAMPINE,
     EULER,

@@ -8,7 +8,7 @@ import math
 import torch
 
 from tangora._checks import check_number, check_whole
-from tangora.integrate.state import Field, State, Stepped, advance, is_finite
+from tangora.integrate.runge_kutta import Field, State, Stepped, advance, is_finite
 
 # the equation is solved to this many roundings of the midpoint; fewer cannot be reached reliably
 _ROUNDINGS = 64

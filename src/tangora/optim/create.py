@@ -1,4 +1,8 @@
-"""Optimizers made like PEFT's own: ``create_tangent_adam(model, lr=...)`` beside ``create_loraplus_optimizer``."""
+"""Optimizers made like PEFT's own: ``create_tangent_adam(model, lr=...)`` beside ``create_loraplus_optimizer``.
+
+Each takes a PEFT model, possibly wrapped by DistributedDataParallel or ``torch.compile``, and the options of its class;
+an `InputError` says when there is no trainable LoRA pair or an option is out of range.
+"""
 
 from typing import Any, TypeVar
 
@@ -16,69 +20,33 @@ Made = TypeVar("Made", bound=PairOptimizer)
 
 
 def create_tangent_adam(model: nn.Module, *, lr: float | Tensor, **options: Any) -> TangentAdam:
-    """Create `TangentAdam` for all trainable parameters of a PEFT model.
-
-    Args:
-        model: PEFT model, possibly wrapped by DistributedDataParallel or ``torch.compile``.
-        lr: Learning rate, in units of full fine-tuning's.
-
-    Raises:
-        InputError: If ``model`` is no PEFT model with a trainable LoRA pair, or an option is out of range.
-    """
+    """Create `TangentAdam` for all trainable parameters of a PEFT model; ``lr`` is full fine-tuning's."""
     return _create(TangentAdam, model, lr, options)
 
 
 def create_tangent_muon(model: nn.Module, *, lr: float | Tensor = 0.02, **options: Any) -> TangentMuon:
-    """Create `TangentMuon` for all trainable parameters of a PEFT model.
-
-    Args:
-        lr: Learning rate, see `TangentMuon`.
-
-    Raises:
-        InputError: As for `create_tangent_adam`.
-    """
+    """Create `TangentMuon` for all trainable parameters of a PEFT model."""
     return _create(TangentMuon, model, lr, options)
 
 
 def create_lora_pro(model: nn.Module, *, lr: float | Tensor, **options: Any) -> LoRAPro:
-    """Create `LoRAPro` for all trainable parameters of a PEFT model.
-
-    Args:
-        lr: Learning rate, in units of full fine-tuning's.
-
-    Raises:
-        InputError: As for `create_tangent_adam`.
-    """
+    """Create `LoRAPro` for all trainable parameters of a PEFT model; ``lr`` is full fine-tuning's."""
     return _create(LoRAPro, model, lr, options)
 
 
 def create_preconditioned_adamw(
     model: nn.Module, *, lr: float | Tensor, **options: Any
 ) -> PreconditionedAdamW:
-    """Create `PreconditionedAdamW` for all trainable parameters of a PEFT model.
-
-    Args:
-        lr: Learning rate, in units of LoRA's.
-
-    Raises:
-        InputError: As for `create_tangent_adam`.
-    """
+    """Create `PreconditionedAdamW` for all trainable parameters of a PEFT model; ``lr`` is LoRA's."""
     return _create(PreconditionedAdamW, model, lr, options)
 
 
 def create_ode_lora(model: nn.Module, *, lr: float | Tensor, **options: Any) -> ODELoRA:
-    """Create `ODELoRA` for all trainable parameters of a PEFT model.
-
-    Args:
-        lr: Learning rate, in units of plain gradient descent's on the full weights.
-
-    Raises:
-        InputError: As for `create_tangent_adam`.
-    """
+    """Create `ODELoRA` for all trainable parameters of a PEFT model; ``lr`` is plain gradient descent's."""
     return _create(ODELoRA, model, lr, options)
 
 
 def _create(optimizer: type[Made], model: nn.Module, lr: float | Tensor, options: dict[str, Any]) -> Made:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a PEFT model; got {type(model).__name__}")
-    return optimizer(model, lr=lr, **options)  # pyright: ignore[reportCallIssue]
+    return optimizer(model, lr, **options)

@@ -65,25 +65,12 @@ class LoRAPro(LayerwiseOptimizer):
         lr: Learning rate in units of full fine-tuning's.
         moments: ``"weight"``: Adam on the equivalent gradient, two $m \times n$ states per layer (the paper's text and
             code); ``"factor"``: AdamW on the factors' directions, two states per factor (the memory that the paper
-            reports); ``None``: plain descent.
+            reports), not with a retraction; ``None``: plain descent.
         gauge: How the step is shared between the factors: ``sylvester`` (paper) and ``lyapunov`` keep their balance;
             with ``zero`` and ``symmetric`` it drifts, and so does the gradients' norm, which clipping looks at.
         retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
         **common: See `PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else of $B A$.
-
-    Raises:
-        InputError: For an option outside its range, or ``moments="factor"`` with a retraction.
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from tangora import LoRAPro
-        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
-        >>> optimizer = LoRAPro(model, lr=1e-4)
-        >>> model(torch.randn(5, 4)).square().mean().backward()
-        >>> optimizer.step()
     """
 
     def __init__(

@@ -74,8 +74,6 @@ class LoRARITE(LayerwiseOptimizer):
         lr: Learning rate of the factors; the weight changes by alpha / r times as much.
         **common: See `PairOptimizer`; the decay is that of the factors.
 
-    Raises:
-        InputError: For an option outside its range.
     """
 
     def __init__(self, params: Params, lr: float | Tensor, **common: Unpack[CommonOptions]):

@@ -71,9 +71,6 @@ class ODELoRA(PairOptimizer):
         **common: See `PairOptimizer`; the decay is that of $B A$, and a step that fails in any of its stages leaves the
             parameters as they were.
 
-    Raises:
-        InputError: For an option outside its range.
-
     Attributes:
         replay: Evaluates loss and gradients again when `step` gets no closure; set by `tangora.Trainer`.
 

@@ -2,7 +2,7 @@ r"""The schemes of ODELoRA: the descent of $Y = B A$ at given factors, and one s
 
 Along the flow $\dot W = -P_T(g)$, restricted to rank r, $W = W_0 + s Y$ gives $\dot Y = -\xi$ with
 $\xi = P_T(g) / s + \lambda Y$ for decay $\lambda$. Everything here is a pure function of stacks of equal layers; a
-scheme with several stages asks a `Field` for the descents at other factors.
+scheme with several stages asks a `DescentField` for the descents at other factors.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,14 +55,14 @@ class Descent(NamedTuple):
     tangent: Tangent
 
 
-Field: TypeAlias = Callable[[Sequence[Factors]], list[Descent]]
+DescentField: TypeAlias = Callable[[Sequence[Factors]], list[Descent]]
 """The descents of all stacks at other factors; each call evaluates the model's gradient once."""
 
 
 def ode_step(
     scheme: Scheme,
     start: Sequence[Descent],
-    field: Field,
+    field: DescentField,
     groups: Sequence[dict[str, Any]],
     *,
     balance: Sequence[bool],
@@ -90,7 +90,7 @@ def ode_step(
 
 
 def _in_factors(
-    scheme: Scheme, start: Sequence[Descent], field: Field, groups: Sequence[dict[str, Any]]
+    scheme: Scheme, start: Sequence[Descent], field: DescentField, groups: Sequence[dict[str, Any]]
 ) -> list[Factors]:
     def velocities(at: Sequence[Descent]) -> State:
         # step sizes differ between groups, so they are part of the field and time goes from 0 to 1
@@ -123,7 +123,7 @@ def _paired(state: Sequence[Tensor]) -> list[Factors]:
 
 
 def _projected(
-    start: Sequence[Descent], field: Field, steps: Sequence[float], tableau_name: str
+    start: Sequence[Descent], field: DescentField, steps: Sequence[float], tableau_name: str
 ) -> list[Factors]:
     tableau, stages = TABLEAUS[tableau_name], [start]
 
@@ -138,7 +138,7 @@ def _projected(
     return combined(tableau.b)
 
 
-def _ksl(start: Sequence[Descent], field: Field, steps: Sequence[float]) -> list[Factors]:
+def _ksl(start: Sequence[Descent], field: DescentField, steps: Sequence[float]) -> list[Factors]:
     """Take one step of the projector-splitting integrator (Lubich & Oseledets 2014, arXiv:1301.1058)."""
     after_k = field([_k_step(*each) for each in zip(start, steps, strict=True)])
     spaces = [here.at.V for here in start]

@@ -24,7 +24,7 @@ _RIDGE = 1e-4
 _TINY = 1e-12
 
 
-class Curvature(NamedTuple):
+class _Curvature(NamedTuple):
     """Averages of squared gradients over the rank, as the other factor's inverse Gram matrix weighs them."""
 
     rows: Float[Tensor, "*b m"]
@@ -32,8 +32,8 @@ class Curvature(NamedTuple):
 
 
 def polora_step(
-    A: FactorA, B: FactorB, gradient: Cotangent, ahead: Cotangent, curvature: Curvature, step_size: float
-) -> tuple[Factors, Curvature]:
+    A: FactorA, B: FactorB, gradient: Cotangent, ahead: Cotangent, curvature: _Curvature, step_size: float
+) -> tuple[Factors, _Curvature]:
     r"""Take one step on $Y = B A$.
 
     $D_A = C_B^{-1/2} \mathrm{msign}(C_B^{-1/2} M_A\, \mathrm{diag}\, q)\, \mathrm{diag}\, q$ for
@@ -49,7 +49,7 @@ def polora_step(
     columns = (root_B.mT @ gradient.A).square().sum(-2)
     rows = times(gradient.B, root_A).square().sum(-1)
     weight = (1 - _CURVATURE_DECAY) / A.shape[-2]
-    return new, Curvature(
+    return new, _Curvature(
         _CURVATURE_DECAY * curvature.rows + weight * rows,
         _CURVATURE_DECAY * curvature.columns + weight * columns,
     )
@@ -89,7 +89,7 @@ class PoLoRA(FactorMomentumOptimizer):
         momentum = self._averaged(stack, gradient, beta)
         # the states start at zero, the authors' at a tiny number
         offset = _TINY * _CURVATURE_DECAY ** (here.step - 1)
-        curvature = Curvature(*(stack.state(factor, "curvature") + offset for factor in ("B", "A")))
+        curvature = _Curvature(*(stack.state(factor, "curvature") + offset for factor in ("B", "A")))
         keep = 1 - group["lr"] * group["weight_decay"]
         factors, curvature = polora_step(
             here.A * keep,

@@ -33,19 +33,6 @@ class PreconditionedAdamW(LayerwiseOptimizer):
         damping: $\lambda$ added to the Gram matrices. Default 1e-6, LoRA-One's; PEFT's ``create_riemannian_optimizer``
             uses 1e-2.
         **common: See `PairOptimizer`; the decay is that of the factors.
-
-    Raises:
-        InputError: For an option outside its range.
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from tangora import PreconditionedAdamW
-        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
-        >>> optimizer = PreconditionedAdamW(model, lr=1e-3, damping=1e-2)
-        >>> model(torch.randn(5, 4)).square().mean().backward()
-        >>> optimizer.step()
     """
 
     def __init__(

@@ -99,9 +99,6 @@ class TangentAdam(LayerwiseOptimizer):
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
         **common: See `PairOptimizer`; the decay is that of $B A$.
 
-    Raises:
-        InputError: For an option outside its range.
-
     Example:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model

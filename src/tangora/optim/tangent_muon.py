@@ -80,19 +80,6 @@ class TangentMuon(LayerwiseOptimizer):
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
         adamw_lr: Learning rate of AdamW for all parameters outside pairs, such as a new head.
         **common: See `PairOptimizer`; the decay is that of $B A$.
-
-    Raises:
-        InputError: For an option outside its range.
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from tangora import TangentMuon
-        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
-        >>> optimizer = TangentMuon(model)
-        >>> model(torch.randn(5, 4)).square().mean().backward()
-        >>> optimizer.step()
     """
 
     def __init__(
