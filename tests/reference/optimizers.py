@@ -6,21 +6,29 @@ from torch import Tensor
 from tests.reference import dense
 
 
-class DenseLoRAPro:
+class _Factors:
+    """Factors of one layer, W = s B A."""
+
+    def __init__(self, A: Tensor, B: Tensor, s: float, lr: float):
+        self.A, self.B, self.s, self.lr, self.t = A.clone(), B.clone(), s, lr, 0
+
+    @property
+    def W(self) -> Tensor:
+        return self.s * self.B @ self.A
+
+    def _retract(self, Y: Tensor) -> None:
+        U, S, Vh = torch.linalg.svd(Y, full_matrices=False)
+        r = len(self.A)
+        self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+
+
+class DenseLoRAPro(_Factors):
     """LoRA-Pro AdamW ("full" mode) from the paper's algorithm, with the true s, exact pinv and bias correction at t."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, lr: float, gauge: str, *, adam: bool, wd: float = 0.0):
-        self.A, self.B, self.s, self.lr, self.gauge, self.adam, self.wd = (
-            A.clone(),
-            B.clone(),
-            s,
-            lr,
-            gauge,
-            adam,
-            wd,
-        )
+        super().__init__(A, B, s, lr)
+        self.gauge, self.adam, self.wd = gauge, adam, wd
         self.M = self.V = torch.zeros(len(B), A.shape[1], dtype=A.dtype)
-        self.t = 0
 
     def step(self, g: Tensor) -> None:
         self.t += 1
@@ -58,22 +66,17 @@ class AdafactorWithMomentum:
         self.W = (1 - self.lr * self.wd) * self.W - self.lr * self.M / (1 - beta1**self.t) / root
 
 
-class DenseTangentAdam:
+class DenseTangentAdam(_Factors):
     """TangentAdam with every object of the size of W and retraction by a full SVD."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, lr: float):
-        self.A, self.B, self.s, self.lr = A.clone(), B.clone(), s, lr
+        super().__init__(A, B, s, lr)
         self.M = torch.zeros(len(B), A.shape[1], dtype=A.dtype)
         self.rows, self.columns = torch.zeros(len(B), dtype=A.dtype), torch.zeros(A.shape[1], dtype=A.dtype)
-        self.t = 0
-
-    @property
-    def Y(self) -> Tensor:
-        return self.B @ self.A
 
     def step(self, g: Tensor) -> None:
         self.t += 1
-        A, B, r = self.A, self.B, len(self.A)
+        A, B = self.A, self.B
         seen = dense.project(A, B, g)
         self.M = 0.9 * dense.project(A, B, self.M) + 0.1 * seen
         self.rows = 0.999 * self.rows + 0.001 * seen.square().mean(1)
@@ -81,8 +84,7 @@ class DenseTangentAdam:
         rows, columns = (v / (1 - 0.999**self.t) for v in (self.rows, self.columns))
         D_r, D_c = (rows / rows.mean()).sqrt(), columns.sqrt() + 1e-8
         xi = dense.project_metric(A, B, self.M / (1 - 0.9**self.t), D_r, D_c)
-        U, S, Vh = torch.linalg.svd(B @ A - self.lr / self.s * xi, full_matrices=False)
-        self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+        self._retract(B @ A - self.lr / self.s * xi)
 
 
 class Muon:
@@ -98,32 +100,28 @@ class Muon:
         self.W = (1 - self.lr * self.wd) * self.W - self.step_size * dense.msign(ahead)
 
 
-class DenseTangentMuon:
+class DenseTangentMuon(_Factors):
     """TangentMuon with every object of the size of W and retraction by a full SVD."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, step_size: float, *, nesterov: bool, iterations: int):
-        self.A, self.B, self.s, self.step_size = A.clone(), B.clone(), s, step_size
+        super().__init__(A, B, s, step_size)
         self.nesterov, self.iterations = nesterov, iterations
         self.M = torch.zeros(len(B), A.shape[1], dtype=A.dtype)
 
-    @property
-    def Y(self) -> Tensor:
-        return self.B @ self.A
-
     def step(self, g: Tensor) -> None:
-        A, B, r = self.A, self.B, len(self.A)
+        A, B = self.A, self.B
         self.M = 0.9 * dense.project(A, B, self.M) + 0.1 * dense.project(A, B, g)
         ahead = 0.9 * self.M + 0.1 * g if self.nesterov else self.M
         xi = dense.spectral_direction(A, B, ahead, self.iterations)
-        U, S, Vh = torch.linalg.svd(B @ A - self.step_size / self.s * xi, full_matrices=False)
-        self.A, self.B = S[:r].sqrt()[:, None] * Vh[:r], U[:, :r] * S[:r].sqrt()
+        self._retract(B @ A - self.lr / self.s * xi)
 
 
-class DenseLoRAMuon:
+class DenseLoRAMuon(_Factors):
     """LoRA-Muon from the paper's formulas, with roots and polar factors by eigen- and singular value decompositions."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, lr: float, wd: float = 0.0):
-        self.A, self.B, self.s, self.lr, self.wd = A.clone(), B.clone(), s, lr, wd
+        super().__init__(A, B, s, lr)
+        self.wd = wd
         self.M_A, self.M_B = torch.zeros_like(A), torch.zeros_like(B)
 
     def step(self, g: Tensor) -> None:
@@ -137,11 +135,11 @@ class DenseLoRAMuon:
         self.A, self.B = k * A + step_A / k, k * B + step_B / k
 
 
-class DensePoLoRA:
+class DensePoLoRA(_Factors):
     """PoLoRA from the paper's formulas, with diagonal matrices and roots formed."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, lr: float):
-        self.A, self.B, self.s, self.lr = A.clone(), B.clone(), s, lr
+        super().__init__(A, B, s, lr)
         self.M_A, self.M_B = torch.zeros_like(A), torch.zeros_like(B)
         self.Q, self.P = torch.full_like(A[0], 1e-12), torch.full_like(B[:, 0], 1e-12)
 
@@ -167,12 +165,12 @@ class DensePoLoRA:
         self.P = 0.99 * self.P + 0.01 / r * (g_B * (g_B @ C_A.inverse())).sum(1)
 
 
-class DenseLoRARITE:
+class DenseLoRARITE(_Factors):
     """LoRA-RITE from the paper's algorithm: thin QRs, bases of the last step kept, no escaped mass."""
 
     def __init__(self, A: Tensor, B: Tensor, s: float, lr: float, betas: tuple[float, float] = (0.9, 0.999)):
-        self.A, self.B, self.s, self.lr, self.betas = A.clone(), B.clone(), s, lr, betas
-        self.t = 0
+        super().__init__(A, B, s, lr)
+        self.betas = betas
         self.kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def _moved(self, key: str, gradient: Tensor, other: Tensor) -> Tensor:
