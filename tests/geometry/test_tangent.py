@@ -34,9 +34,20 @@ def seen(case: Case) -> Cotangent:
     return Cotangent((s * B.T @ g) / s, (s * g @ A.T) / s)
 
 
-def projected(at, M, A, B):
+def tangent_of(A, B, M, at=None):
     """P_T(M) of a dense matrix, through what LoRA would see of it."""
-    return matrix(at, project(at, coordinates(at, Cotangent(B.T @ M, M @ A.T))))
+    at = frame(A, B) if at is None else at
+    return project(at, coordinates(at, Cotangent(B.mT @ M, M @ A.mT)))
+
+
+def projected(A, B, M):
+    at = frame(A, B)
+    return matrix(at, tangent_of(A, B, M, at))
+
+
+def frame_and_tangent(case: Case):
+    at = frame(case.A, case.B)
+    return at, project(at, coordinates(at, seen(case)))
 
 
 def matrix(at, tangent):
@@ -47,8 +58,7 @@ def matrix(at, tangent):
 @settings(deadline=None, max_examples=60)
 def test_projection_equals_the_dense_one(case):
     A, B, g, _ = case
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     P_A, P_B = dense.projectors(A, B)
     assert_close(matrix(at, xi), dense.project(A, B, g))
     assert_close(residual(at, g) + matrix(at, xi), g)
@@ -62,16 +72,12 @@ def test_projection_equals_the_dense_one(case):
 @settings(deadline=None, max_examples=30)
 def test_projection_is_an_orthogonal_projection(case):
     A, B, g, _ = case
-    at = frame(A, B)
-    xi = matrix(at, project(at, coordinates(at, seen(case))))
-    again = matrix(at, project(at, coordinates(at, Cotangent(B.T @ xi, xi @ A.T))))
-    assert_close(again, xi)
+    xi = matrix(*frame_and_tangent(case))
+    assert_close(projected(A, B, xi), xi)
     other = torch.randn(g.shape, dtype=g.dtype, generator=torch.Generator().manual_seed(1))
-    projected = matrix(at, project(at, coordinates(at, Cotangent(B.T @ other, other @ A.T))))
-    difference = (xi * other).sum() - (g * projected).sum()
+    difference = (xi * other).sum() - (g * projected(A, B, other)).sum()
     assert abs(difference) < 1e-9 * g.norm() * other.norm()
-    Y = B @ A
-    assert_close(matrix(at, project(at, coordinates(at, Cotangent(B.T @ Y, Y @ A.T)))), Y)
+    assert_close(projected(A, B, B @ A), B @ A)
     assert torch.linalg.matrix_rank(xi, rtol=1e-9) <= 2 * len(A)
 
 
@@ -79,8 +85,7 @@ def test_projection_is_an_orthogonal_projection(case):
 @settings(deadline=None, max_examples=30)
 def test_normal_equations(case):
     A, B, g, _ = case
-    at = frame(A, B)
-    error = matrix(at, project(at, coordinates(at, seen(case)))) - g
+    error = matrix(*frame_and_tangent(case)) - g
     scale = 1e-9 * g.norm() * max(A.norm(), B.norm())
     assert (B.T @ error).abs().max() < scale
     assert (error @ A.T).abs().max() < scale
@@ -89,16 +94,14 @@ def test_normal_equations(case):
 @pytest.mark.parametrize(("m", "n"), [(4, 9), (9, 4), (5, 5)])
 def test_full_rank_sees_everything(m, n):
     case = random_case(m, n, min(m, n), seed=0)
-    at = frame(case.A, case.B)
-    assert_close(matrix(at, project(at, coordinates(at, seen(case)))), case.g)
+    assert_close(matrix(*frame_and_tangent(case)), case.g)
 
 
 @given(cases())
 @settings(deadline=None, max_examples=40)
 def test_gauges_equal_the_dense_formulas_and_move_w_alike(case):
     A, B, g, s = case
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     for gauge in GAUGES:
         H_A, H_B = (h / s for h in factor_velocity(A, B, at, xi, gauge))
         expected_A, expected_B = dense.velocity(A, B, g, s, gauge)
@@ -112,8 +115,7 @@ def test_gauges_equal_the_dense_formulas_and_move_w_alike(case):
 @settings(deadline=None, max_examples=30)
 def test_balance_is_kept_by_sylvester_and_lyapunov_only(case):
     A, B, g, _ = case
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
 
     def drift(gauge):
         H_A, H_B = factor_velocity(A, B, at, xi, gauge)
@@ -129,8 +131,7 @@ def test_lyapunov_decomposes_its_one_matrix_once(monkeypatch):
     original = gauges.eigendecompose
     monkeypatch.setattr(gauges, "eigendecompose", lambda matrix: calls.append(1) or original(matrix))
     case = random_case(8, 6, 3, seed=0)
-    at = frame(case.A, case.B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     for name, expected in (("sylvester", 2), ("lyapunov", 1)):
         calls.clear()
         factor_velocity(case.A, case.B, at, xi, name)
@@ -139,8 +140,7 @@ def test_lyapunov_decomposes_its_one_matrix_once(monkeypatch):
 
 def test_balance_is_not_kept_by_the_other_gauges():
     case = random_case(8, 6, 3, seed=0)
-    at = frame(case.A, case.B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     for gauge in ("zero", "symmetric"):
         H_A, H_B = factor_velocity(case.A, case.B, at, xi, gauge)
         change = H_B.T @ case.B + case.B.T @ H_B - H_A @ case.A.T - case.A @ H_A.T
@@ -149,8 +149,7 @@ def test_balance_is_not_kept_by_the_other_gauges():
 
 def test_sylvester_is_the_least_velocity_and_horizontal():
     A, B, _, _ = case = random_case(9, 7, 3, seed=2)
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     H_A, H_B = factor_velocity(A, B, at, xi, "sylvester")
     assert_close(B.T @ H_B, H_A @ A.T)
     norm = H_A.square().sum() + H_B.square().sum()
@@ -164,17 +163,14 @@ def test_sylvester_with_equal_eigenvalues():
     A, B, g, _ = random_case(9, 7, 3, seed=3)
     A, B = torch.linalg.qr(A.T)[0].T, torch.linalg.qr(B)[0]  # both Gram matrices are the identity
     at = frame(A, B)
-    H_A, H_B = factor_velocity(
-        A, B, at, project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T))), "sylvester"
-    )
+    H_A, H_B = factor_velocity(A, B, at, tangent_of(A, B, g), "sylvester")
     assert_close(B.T @ H_B, H_A @ A.T)
 
 
 @pytest.mark.parametrize("gauge", GAUGES)
 def test_descent_equals_captured_energy(gauge):
     A, B, g, s = case = random_case(8, 11, 3, seed=4, s=2.0)
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     H_A, H_B = (h / s for h in factor_velocity(A, B, at, xi, gauge))
     slope = (s * B.T @ g * H_A).sum() + (s * g @ A.T * H_B).sum()
     assert slope.item() == pytest.approx(squared_norm(xi).item(), rel=1e-10)
@@ -184,8 +180,7 @@ def test_descent_equals_captured_energy(gauge):
 @settings(deadline=None, max_examples=30)
 def test_energy_and_error_from_factors_and_from_the_dense_gradient(case):
     A, B, g, _ = case
-    at = frame(A, B)
-    xi = project(at, coordinates(at, seen(case)))
+    at, xi = frame_and_tangent(case)
     expected = dense.project(A, B, g)
     kappa = (expected.norm() / g.norm()) ** 2
     assert captured_energy(xi, g.norm()).item() == pytest.approx(kappa.item(), rel=1e-10)
@@ -263,11 +258,7 @@ def test_the_gradient_form_is_a_bijection_on_the_tangent_space(case):
 def test_changing_the_gauge_changes_nothing():
     A, B, g, _ = random_case(9, 8, 3, seed=6)
     A2, B2 = gauge_transform(A, B, condition=1e3, seed=1)
-    first, second = frame(A, B), frame(A2, B2)
-    assert_close(
-        matrix(second, project(second, coordinates(second, Cotangent(B2.T @ g, g @ A2.T)))),
-        matrix(first, project(first, coordinates(first, Cotangent(B.T @ g, g @ A.T)))),
-    )
+    assert_close(projected(A2, B2, g), projected(A, B, g))
 
 
 def test_imbalance():
@@ -283,7 +274,7 @@ def test_vanishing_and_huge_factors_have_finite_limits(which, scale, dtype):
     A = A * scale if which in ("A", "both") else A
     B = B * scale if which in ("B", "both") else B
     at = frame(A, B)
-    xi = project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T)))
+    xi = tangent_of(A, B, g)
     expected = dense.project(A.double(), B.double(), g.double())
     assert_close(matrix(at, xi).double(), expected, 1e-10 if dtype == torch.float64 else 1e-5)
     for gauge in GAUGES:
@@ -297,17 +288,14 @@ def test_factors_beyond_the_range_of_their_square_never_give_nan(scale):
     A, B, g, _ = (t.float() if isinstance(t, torch.Tensor) else t for t in random_case(8, 6, 2, seed=0))
     at = frame(A, B * scale)
     xi = project(at, coordinates(at, Cotangent(scale * B.T @ g, g @ A.T)))
-    assert all(torch.isfinite(part).all() for part in (*at[:2], *xi))
+    assert all(torch.isfinite(part).all() for part in (at.U, at.V, *xi))
 
 
 def test_rank_deficient_factors():
     A, B, g, _ = random_case(8, 6, 3, seed=0)
     A[2] = A[1] + A[0]
     B[:, 0] = 0
-    at = frame(A, B)
-    assert_close(
-        matrix(at, project(at, coordinates(at, Cotangent(B.T @ g, g @ A.T)))), dense.project(A, B, g)
-    )
+    assert_close(projected(A, B, g), dense.project(A, B, g))
 
 
 def test_a_stack_equals_its_members():
@@ -315,12 +303,10 @@ def test_a_stack_equals_its_members():
     members[2] = members[2]._replace(B=torch.zeros_like(members[2].B))  # one member takes the other branch
     A, B, g = (torch.stack([case[i] for case in members]) for i in range(3))
     at = frame(A, B)
-    xi = matrix_stack = at.U @ (project(at, coordinates(at, Cotangent(B.mT @ g, g @ A.mT))).K)
-    del matrix_stack
-    for i, case in enumerate(members):
-        alone = frame(case.A, case.B)
-        tangent = project(alone, coordinates(alone, Cotangent(case.B.T @ case.g, case.g @ case.A.T)))
-        assert_close(alone.U @ tangent.K + 1.0, xi[i] + 1.0)
+    together = at.U @ tangent_of(A, B, g).K
+    for alone, case in zip(together, members, strict=True):
+        at = frame(case.A, case.B)
+        assert_close(at.U @ tangent_of(case.A, case.B, case.g).K + 1.0, alone + 1.0)
 
 
 class Shapes(TorchDispatchMode):

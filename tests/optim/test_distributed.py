@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -17,14 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from tangora import InputError, TangentAdam, find_pairs
-from tests.models import transformer
+from tests.models import randomize, transformer, with_lora
 from tests.optim.problems import OPTIMIZERS
 from tests.tolerances import assert_close
 
 RANKS = 2
 STEPS = 4
 NAMES = ("tangent", "lora-pro-weight", "lora-pro-factor", "p-lora", "odelora-euler")
-LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 
 def base():
@@ -32,18 +30,14 @@ def base():
 
 
 def adapted(model=None, *, head=True):
-    model = base() if model is None else model
-    config = LoraConfig(
-        r=3, lora_alpha=6, target_modules=LAYERS, modules_to_save=["lm_head"] if head else None
-    )
     torch.manual_seed(1)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for pair in find_pairs(model):
-            for factor in (pair.A, pair.B):
-                factor.copy_(0.2 * torch.randn(factor.shape, generator=generator, dtype=torch.float64))
-    return model
+    model = with_lora(
+        base() if model is None else model,
+        r=3,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        modules_to_save=["lm_head"] if head else None,
+    )
+    return randomize(model, scale=0.2, seed=2)
 
 
 def batches(rank=0, world=1):

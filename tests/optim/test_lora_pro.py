@@ -6,8 +6,8 @@ import torch
 from tangora import InputError, LoRAPro
 from tangora.geometry.gauge import GAUGES
 from tangora.optim import adamw
-from tests.cases import combinations, gauge_transform
-from tests.optim.problems import Quadratic, assert_stays_balanced, problem
+from tests.cases import combinations
+from tests.optim.problems import Quadratic, assert_follows, assert_stays_balanced, problem
 from tests.reference import dense
 from tests.reference.optimizers import DenseLoRAPro
 from tests.tolerances import assert_close
@@ -28,12 +28,7 @@ def test_weight_moments_equal_the_published_algorithm(shape, gauge, zero_B):
     toy = Quadratic(*shape, seed=3 if zero_B else 1, zero_B=zero_B)
     optimizer = LoRAPro(toy.model, lr=1e-2, gauge=gauge)
     reference = DenseLoRAPro(toy.A.detach(), toy.B.detach(), toy.s, 1e-2, gauge, adam=True)
-    for _ in range(10):
-        toy.set_gradients()
-        optimizer.step()
-        reference.step(toy.gradient(reference.s * reference.B @ reference.A))
-        assert_close(toy.A.detach(), reference.A, 1e-9)
-        assert_close(toy.B.detach(), reference.B, 1e-9)
+    assert_follows(toy, optimizer, reference, steps=10, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("gauge", GAUGES)
@@ -42,12 +37,7 @@ def test_no_moments_equal_algorithm_1(gauge):
     toy = Quadratic(9, 6, 3, seed=2)
     optimizer = LoRAPro(toy.model, lr=5e-2, moments=None, gauge=gauge, weight_decay=0.1)
     reference = DenseLoRAPro(toy.A.detach(), toy.B.detach(), toy.s, 5e-2, gauge, adam=False, wd=0.1)
-    for _ in range(20):
-        toy.set_gradients()
-        optimizer.step()
-        reference.step(toy.gradient(reference.s * reference.B @ reference.A))
-    assert_close(toy.A.detach(), reference.A, 1e-9)
-    assert_close(toy.B.detach(), reference.B, 1e-9)
+    assert_follows(toy, optimizer, reference, steps=20, tolerance=1e-9)
 
 
 @quiet
@@ -56,11 +46,7 @@ def test_weight_moments_without_adam_are_plain_descent():
     toy, twin = Quadratic(9, 6, 3, seed=2), Quadratic(9, 6, 3, seed=2)
     adam = LoRAPro(toy.model, lr=1e-2 * 1e9, betas=(0.0, 0.999), eps=1e9)
     descent = LoRAPro(twin.model, lr=1e-2, moments=None)
-    for _ in range(5):
-        for each, its in ((toy, adam), (twin, descent)):
-            each.set_gradients()
-            its.step()
-    assert_close(toy.W, twin.W, 1e-7)
+    assert_close(toy.train(adam, 5), twin.train(descent, 5), 1e-7)
 
 
 @quiet
@@ -70,8 +56,7 @@ def test_factor_moments_are_adamw_on_the_directions():
     A, B = (torch.nn.Parameter(t.detach().clone()) for t in (toy.A, toy.B))
     reference = torch.optim.AdamW([A, B], lr=1e-2, weight_decay=0.1)
     for _ in range(10):
-        toy.set_gradients()
-        optimizer.step()
+        toy.train(optimizer, 1)
         g = toy.gradient((toy.s * B @ A).detach())
         A.grad, B.grad = dense.velocity(A.detach(), B.detach(), g, toy.s, "sylvester")
         reference.step()
@@ -82,9 +67,7 @@ def test_factor_moments_are_adamw_on_the_directions():
 def test_first_step_from_b_equal_zero():
     toy = Quadratic(9, 6, 3, seed=4, zero_B=True)
     A, g = toy.A.detach().clone(), toy.gradient(toy.W)
-    optimizer = LoRAPro(toy.model, lr=1e-3)
-    toy.set_gradients()
-    optimizer.step()
+    toy.train(LoRAPro(toy.model, lr=1e-3), 1)
     assert torch.equal(toy.A, A)  # A does not move
     # bias correction at t = 1: the moments are g~ itself, so Adam's direction is its sign
     sign = torch.sign(dense.project(A, torch.zeros(9, 3, dtype=A.dtype), g))
@@ -98,8 +81,7 @@ def test_full_rank_weight_moments_equal_adamw_on_w():
     optimizer = LoRAPro(toy.model, lr=1e-3, retraction="svd")
     reference = torch.optim.AdamW([W], lr=1e-3, weight_decay=0.0)
     for _ in range(20):
-        toy.set_gradients()
-        optimizer.step()
+        toy.train(optimizer, 1)
         W.grad = toy.gradient(W.detach())
         reference.step()
     assert_close(toy.W, W.detach(), 1e-9)
@@ -113,24 +95,13 @@ def test_alpha_does_not_change_the_first_step_of_w():
         toy.A.data *= (3.0 / alpha) ** 0.5  # the same W = s B A
         toy.B.data *= (3.0 / alpha) ** 0.5
         before = toy.W
-        optimizer = LoRAPro(toy.model, lr=1e-6, moments=None)
-        toy.set_gradients()
-        optimizer.step()
-        steps.append(toy.W - before)
+        steps.append(toy.train(LoRAPro(toy.model, lr=1e-6, moments=None), 1) - before)
     assert_close(steps[0], steps[1], 1e-5)
 
 
-def w_sequence(condition, steps=20, **options):
-    toy = Quadratic(9, 6, 3, seed=7)
-    if condition:
-        toy.A.data, toy.B.data = gauge_transform(toy.A.data, toy.B.data, condition, seed=1)
-    optimizer = LoRAPro(toy.model, lr=1e-2, **options)
-    sequence = []
-    for _ in range(steps):
-        toy.set_gradients()
-        optimizer.step()
-        sequence.append(toy.W)
-    return torch.stack(sequence)
+def weight_after(condition, make=LoRAPro, steps=20, **options):
+    toy = Quadratic(9, 6, 3, seed=7).change_gauge(condition)
+    return toy.train(make(toy.model, lr=1e-2, **options), steps)
 
 
 @quiet
@@ -147,7 +118,7 @@ def w_sequence(condition, steps=20, **options):
     ],
 )
 def test_w_sequence_is_the_same_in_every_gauge(options):
-    assert_close(w_sequence(1e3, **options), w_sequence(None, **options), 1e-7)
+    assert_close(weight_after(1e3, **options), weight_after(None, **options), 1e-7)
 
 
 @quiet
@@ -155,35 +126,27 @@ def test_w_sequence_is_the_same_in_every_gauge(options):
 @pytest.mark.parametrize("moments", [None, "weight"])
 def test_sylvester_and_lyapunov_see_more_than_rotations(gauge, moments):
     options = {"gauge": gauge, "moments": moments}
-    assert_close(w_sequence(1.0, **options), w_sequence(None, **options), 1e-7)
-    difference = w_sequence(10.0, **options) - w_sequence(None, **options)
+    assert_close(weight_after(1.0, **options), weight_after(None, **options), 1e-7)
+    difference = weight_after(10.0, **options) - weight_after(None, **options)
     assert difference.abs().max() > 1e-4
 
 
 def test_plain_lora_adam_sees_even_rotations():
     """The negative control: the test above is able to fail."""
+    plain = weight_after(None, create_adamw)
+    for condition in (1.0, 10.0):
+        assert (weight_after(condition, create_adamw) - plain).abs().max() > 1e-3
 
-    def sequence(condition):
-        toy = Quadratic(9, 6, 3, seed=7)
-        if condition:
-            toy.A.data, toy.B.data = gauge_transform(toy.A.data, toy.B.data, condition, seed=1)
-        optimizer = torch.optim.AdamW([toy.A, toy.B], lr=1e-2)
-        for _ in range(20):
-            toy.set_gradients()
-            optimizer.step()
-        return toy.W
 
-    assert (sequence(1.0) - sequence(None)).abs().max() > 1e-3
-    assert (sequence(10.0) - sequence(None)).abs().max() > 1e-3
+def create_adamw(model, lr):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def balance_drift(gauge, lr, retraction="factors", steps=8):
     toy = Quadratic(9, 6, 3, seed=8)
     optimizer = LoRAPro(toy.model, lr=lr, moments=None, gauge=gauge, retraction=retraction)
     before = toy.B.T @ toy.B - toy.A @ toy.A.T
-    for _ in range(steps):
-        toy.set_gradients()
-        optimizer.step()
+    toy.train(optimizer, steps)
     return (toy.B.T @ toy.B - toy.A @ toy.A.T - before).norm().item()
 
 
@@ -214,22 +177,23 @@ def test_retractions_keep_the_factors_balanced(retraction, moments):
 def test_a_jump_of_a_is_reported():
     toy = Quadratic(20, 16, 3, seed=9, zero_B=True)
     optimizer = LoRAPro(toy.model, lr=1e-4, moments=None, gauge="zero")
-    toy.set_gradients()
-    optimizer.step()
-    toy.set_gradients()
-    with pytest.warns(UserWarning, match="step 2 changes A of .* times its own norm"):
-        optimizer.step()
+    toy.train(optimizer, 1)
+    with pytest.warns(UserWarning, match="step 2 changes A"):
+        toy.train(optimizer, 1)
 
 
 @pytest.mark.messages
-def test_bad_options():
-    model, _, _ = problem()
-    with pytest.raises(InputError, match=r"gauge must be one of .*did you mean symmetric"):
-        LoRAPro(model, lr=1e-3, gauge="symetric")
-    with pytest.raises(InputError, match="moments must be one of weight, factor, None"):
-        LoRAPro(model, lr=1e-3, moments="full")
-    with pytest.raises(InputError, match="moments='factor' needs retraction='factors'"):
-        LoRAPro(model, lr=1e-3, moments="factor", retraction="auto")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gauge": "symetric"}, "gauge must be one of .*did you mean symmetric"),
+        ({"moments": "full"}, "moments must be one of weight, factor, None"),
+        ({"moments": "factor", "retraction": "auto"}, "moments='factor' needs retraction='factors'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        LoRAPro(problem()[0], lr=1e-3, **options)
 
 
 def test_moments_of_the_weight_reach_the_fused_adam(monkeypatch):
@@ -243,8 +207,6 @@ def test_moments_of_the_weight_reach_the_fused_adam(monkeypatch):
     monkeypatch.setattr(adamw, "adamw", recorded)
     for toy in (Quadratic(6, 5, 2, seed=0), Quadratic(5, 9, 3, seed=1)):
         optimizer = LoRAPro(toy.model, lr=1e-3, moments="weight")
-        for _ in range(2):
-            toy.set_gradients()
-            optimizer.step()
+        toy.train(optimizer, 2)
         assert optimizer.state[toy.B]["exp_avg"].is_contiguous()
     assert fused == [True] * 4

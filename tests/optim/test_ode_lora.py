@@ -19,7 +19,16 @@ from tangora import InputError, LoRAPro, ODELoRA, find_pairs
 from tangora.geometry.gauge import GAUGES, imbalance
 from tangora.integrate import HEUN, RK4
 from tangora.optim.ode_steps import SCHEMES
-from tests.optim.problems import Quadratic, adamw_of_the_rest, backward, loss_of, problem, trainable
+from tests.optim.problems import (
+    Quadratic,
+    adamw_of_the_rest,
+    backward,
+    loss_of,
+    outside_pairs,
+    problem,
+    same,
+    trainable,
+)
 from tests.reference import dense
 from tests.tolerances import assert_close
 
@@ -36,12 +45,7 @@ ORDERS = {
     "bug": 1,
 }
 IN_FACTORS = ["euler", "heun", "midpoint", "bogacki_shampine", "rk4"]
-EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "bogacki_shampine": 3, "rk4": 4} | {
-    "projected_rk2": 2,
-    "projected_rk4": 4,
-    "ksl": 3,
-    "bug": 1,
-}
+EVALUATIONS = {name: order for name, order in ORDERS.items() if name != "implicit_midpoint"} | {"ksl": 3}
 
 
 def closure_of(toy):
@@ -79,16 +83,14 @@ def weights_after(scheme, steps, gauge="lyapunov", time=0.4):
 
 @pytest.mark.parametrize("gauge", GAUGES)
 def test_euler_is_lora_pro_without_moments_step_for_step(gauge):
-    for seed in (2, 3):
-        toy, twin = Quadratic(9, 6, 3, seed=seed), Quadratic(9, 6, 3, seed=seed)
-        mine = ODELoRA(toy.model, lr=5e-2, scheme="euler", gauge=gauge, balance_start=False, guard=0.0)
-        its = LoRAPro(twin.model, lr=5e-2, moments=None, gauge=gauge)
-        for _ in range(20):
-            for each, optimizer in ((toy, mine), (twin, its)):
-                each.set_gradients()
-                optimizer.step()
-            assert_close(toy.A.detach(), twin.A.detach(), 1e-12)
-            assert_close(toy.B.detach(), twin.B.detach(), 1e-12)
+    toy, twin = Quadratic(9, 6, 3, seed=2), Quadratic(9, 6, 3, seed=2)
+    mine = ODELoRA(toy.model, lr=5e-2, scheme="euler", gauge=gauge, balance_start=False, guard=0.0)
+    its = LoRAPro(twin.model, lr=5e-2, moments=None, gauge=gauge)
+    for _ in range(20):
+        toy.train(mine, 1)
+        twin.train(its, 1)
+        assert_close(toy.A.detach(), twin.A.detach(), 1e-12)
+        assert_close(toy.B.detach(), twin.B.detach(), 1e-12)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -128,8 +130,7 @@ def test_bug_is_the_svd_of_the_projected_step(shape, start):
             step = 0.3 * g @ torch.linalg.pinv(A) @ A  # P_T at B = 0 sees the rows of A only
         else:
             step = 0.3 * (dense.project(A, B, g) + 0.1 * toy.s * B @ A)
-        toy.set_gradients()
-        optimizer.step()
+        toy.train(optimizer, 1)
         assert_close(toy.W, dense.truncated_svd(toy.s * B @ A - step, shape[2]))
         assert imbalance(toy.A.detach(), toy.B.detach()).norm() < 1e-3 * toy.B.norm() ** 2
 
@@ -178,7 +179,7 @@ def test_all_but_pairs_take_one_step_of_adamw_with_the_first_gradient(scheme):
     model, x, y = problem()
     optimizer = ODELoRA(model, lr=0.1, scheme=scheme, adamw_lr=1e-3, weight_decay=0.1)
     twin = copy.deepcopy(model)
-    head = [p for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n]
+    head = outside_pairs(twin)
     reference = adamw_of_the_rest(twin, lr=1e-3, weight_decay=0.1)
     for _ in range(3):
         twin.load_state_dict(
@@ -188,8 +189,7 @@ def test_all_but_pairs_take_one_step_of_adamw_with_the_first_gradient(scheme):
         reference.step()
         gradients = [p.grad.clone() for p in twin.parameters() if p.grad is not None]
         optimizer.step(lambda: backward(model, x, y))
-        mine = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-        for a, b in zip(mine, head, strict=True):
+        for a, b in zip(outside_pairs(model), head, strict=True):
             assert_close(a.detach(), b.detach(), 1e-12)
         left = [p.grad for p in model.parameters() if p.grad is not None]
         for a, b in zip(left, gradients, strict=True):  # gradients are left as the first stage's
@@ -332,21 +332,16 @@ def test_a_failing_stage_restores_everything_and_is_named(scheme, trouble):
     before, states = trainable(model), copy.deepcopy(optimizer.state_dict()["state"])
     backward(model, x, y)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    failing = Failing(model, x, y, 2, trouble)
-    expected = {
-        "nan": (
-            FloatingPointError,
-            f"gradient evaluation 2 of a step of {scheme}: non-finite gradient in .*two",
-        ),
-        "huge": (FloatingPointError, f"gradient evaluation [23] of a step of {scheme}"),
-        "stop": (KeyboardInterrupt, None),
+    error = KeyboardInterrupt if trouble == "stop" else FloatingPointError
+    where = {
+        "nan": f"evaluation 2 of a step of {scheme}: .*two",
+        "huge": f"evaluation [23] of a step of {scheme}",
     }
-    error, message = expected[trouble]
-    with pytest.raises(error, match=message):
-        optimizer.step(failing)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+    with pytest.raises(error, match=where.get(trouble)):
+        optimizer.step(Failing(model, x, y, 2, trouble))
+    assert same(before, trainable(model))
     left = [p.grad for p in model.parameters() if p.grad is not None]
-    assert all(torch.equal(a, b) for a, b in zip(gradients, left, strict=True))
+    assert same(gradients, left)
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, states[index][key]) for key, value in state.items())
     optimizer.step(lambda: backward(model, x, y))  # and it goes on from there
@@ -358,7 +353,7 @@ def test_a_failing_stage_can_be_skipped():
     optimizer = ODELoRA(model, lr=0.1, scheme="rk4", on_nonfinite="skip")
     before = trainable(model)
     assert optimizer.step(Failing(model, x, y, 3, "nan")).isfinite()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+    assert same(before, trainable(model))
     assert optimizer.evaluations == 3
 
 
@@ -367,9 +362,7 @@ def test_an_implicit_solve_that_does_not_converge_is_a_failure():
     toy = Quadratic(9, 6, 3, seed=9)
     optimizer = ODELoRA(toy.model, lr=30.0, scheme="implicit_midpoint", guard=0.0)
     before = toy.W
-    with pytest.raises(
-        FloatingPointError, match=r"of a step of implicit_midpoint: (implicit solve|not finite|.*finite)"
-    ):
+    with pytest.raises(FloatingPointError, match="implicit_midpoint"):
         optimizer.step(closure_of(toy))
     assert torch.equal(before, toy.W)
 
@@ -378,9 +371,8 @@ def test_groups_have_their_own_step_sizes_in_all_stages():
     """Two groups at one learning rate are one group."""
     (model, x, y), (twin, _, _) = problem(), problem()
     pairs = find_pairs(twin)
-    rest = [p for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n]
-    one = ODELoRA(model, lr=0.1)
-    other = ODELoRA([{"pairs": pairs[:1], "lr": 0.1}, {"pairs": pairs[1:]}, {"params": rest}], lr=0.1)
+    groups = [{"pairs": pairs[:1], "lr": 0.1}, {"pairs": pairs[1:]}, {"params": outside_pairs(twin)}]
+    one, other = ODELoRA(model, lr=0.1), ODELoRA(groups, lr=0.1)
     for _ in range(3):
         one.step(lambda: backward(model, x, y))
         other.step(lambda: backward(twin, x, y))
@@ -401,7 +393,7 @@ def test_replay_takes_the_place_of_the_closure():
         one.step(lambda: backward(model, x, y))
         backward(twin, x, y)
         assert other.step() is None
-    assert all(torch.equal(a, b) for a, b in zip(trainable(model), trainable(twin), strict=True))
+    assert same(trainable(model), trainable(twin))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -414,7 +406,7 @@ def test_multi_stage_state_dict_round_trip(scheme):
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each, its in ((model, optimizer), (twin, other)):
         its.step(lambda each=each: backward(each, x, y))
-    assert all(torch.equal(a, b) for a, b in zip(trainable(model), trainable(twin), strict=True))
+    assert same(trainable(model), trainable(twin))
     assert other.evaluations == optimizer.evaluations > 0
     assert copy.deepcopy(other).scheme == scheme
 
@@ -432,20 +424,25 @@ def test_low_precision(dtype, zero_B):
 
 
 @pytest.mark.messages
-def test_bad_options():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "rk44"}, "scheme must be one of .*did you mean rk4"),
+        ({"gauge": "none"}, "gauge must be one of"),
+        ({"scheme": "heun", "tolerance": 0.1}, "tolerance must be 0 with scheme 'heun'"),
+        ({"scheme": "bug", "tolerance": 1.0}, r"tolerance must be a number in \[0, 1\)"),
+        ({"rebalance_every": 0}, "rebalance_every"),
+        ({"guard": -1}, "guard"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        ODELoRA(problem()[0], lr=0.1, **options)
+
+
+@pytest.mark.messages
+def test_several_stages_need_a_closure():
     model, x, y = problem()
-    with pytest.raises(InputError, match=r"scheme must be one of .*did you mean rk4"):
-        ODELoRA(model, lr=0.1, scheme="rk44")
-    with pytest.raises(InputError, match="gauge must be one of"):
-        ODELoRA(model, lr=0.1, gauge="none")
-    with pytest.raises(InputError, match="tolerance must be 0 with scheme 'heun'"):
-        ODELoRA(model, lr=0.1, scheme="heun", tolerance=0.1)
-    with pytest.raises(InputError, match=r"tolerance must be a number in \[0, 1\)"):
-        ODELoRA(model, lr=0.1, scheme="bug", tolerance=1.0)
-    with pytest.raises(InputError, match="rebalance_every"):
-        ODELoRA(model, lr=0.1, rebalance_every=0)
-    with pytest.raises(InputError, match="guard"):
-        ODELoRA(model, lr=0.1, guard=-1)
     backward(model, x, y)
-    with pytest.raises(InputError, match="step needs a closure, because scheme 'rk4'"):
+    with pytest.raises(InputError, match=r"closure.*rk4"):
         ODELoRA(model, lr=0.1).step()

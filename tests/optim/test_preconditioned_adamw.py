@@ -7,15 +7,14 @@ import torch
 from peft.optimizers import create_riemannian_optimizer
 
 from tangora import InputError, PreconditionedAdamW, find_pairs
-from tests.optim.problems import backward, problem, trainable
+from tests.optim.problems import backward, outside_pairs, problem, trainable
 
 
 @pytest.mark.parametrize("zero_B", [False, True])
 def test_equals_peft(zero_B):
     model, x, y = problem(zero_B=zero_B)
     twin = copy.deepcopy(model)
-    rest = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    groups = [{"pairs": find_pairs(model)}, {"params": rest}]  # PEFT decays biases too
+    groups = [{"pairs": find_pairs(model)}, {"params": outside_pairs(model)}]  # PEFT decays biases too
     mine = PreconditionedAdamW(groups, lr=1e-2, damping=1e-2, weight_decay=0.1)
     theirs = create_riemannian_optimizer(twin, torch.optim.AdamW, lr=1e-2, reg=1e-2, weight_decay=0.1)
     for _ in range(10):

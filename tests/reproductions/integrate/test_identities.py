@@ -13,13 +13,15 @@ from reproductions.matrix_sensing.low_rank import (
     project_force,
     projected_rk_step,
 )
-from reproductions.matrix_sensing.schemes import SCHEMES
+from reproductions.matrix_sensing.schemes import SCHEMES, factor_field
+from tangora.geometry.gauge import GAUGES
 from tangora.geometry.retraction import svd_retract
 from tangora.geometry.tangent import Cotangent, coordinates, frame, project
 from tangora.integrate import EULER, RK4
 from tests.cases import random_case
 from tests.reference import flows
-from tests.reference.dense import truncated_svd
+from tests.reference.dense import project as project_dense
+from tests.reference.dense import truncated_svd, velocity
 from tests.reproductions.integrate.problems import for_one, quadratic
 from tests.tolerances import assert_close
 
@@ -128,38 +130,12 @@ def test_only_the_products_of_one_backward_pass_are_asked_for(name):
     assert stepped.evaluations == len(calls) == scheme.evaluations
 
 
-@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.kind == "low rank"])
-def test_layers_are_stepped_side_by_side(name):
-    first, second = quadratic(seed=0), quadratic(8, 11, (1.0, 0.5), seed=1)
-
-    def together(state):
-        return tuple(DenseForce(-p.gradient(Y.dense())) for p, Y in zip((first, second), state, strict=True))
-
-    both = SCHEMES[name].step(together, (first.start(), second.start()), 0.1).state
-    for problem, Y in zip((first, second), both, strict=True):
-        alone = one(SCHEMES[name].step(problem.low_rank_field(), (problem.start(),), 0.1))
-        assert_close(Y.dense(), alone.dense(), 1e-13)
-
-
-@pytest.mark.parametrize("name", [name for name, scheme in SCHEMES.items() if scheme.kind == "low rank"])
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_forces_may_come_from_autograd_and_in_float32(name, mode):
-    problem = quadratic()
-    modes = []
-
-    def field(Y):
-        modes.append(torch.is_grad_enabled())
-        with torch.enable_grad():
-            W = Y.dense().detach().requires_grad_()
-            (g,) = torch.autograd.grad(problem.loss(W), W)
-        return DenseForce(-g.to(Y.U.dtype))
-
-    start = problem.start()
-    single = LowRank(start.U.float(), start.S.float(), start.V.float())
-    with mode():
-        Y = one(SCHEMES[name].step(for_one(field), (single,), 0.1))
-        assert set(modes) == {torch.is_grad_enabled()}
-    exact = one(SCHEMES[name].step(problem.low_rank_field(), (start,), 0.1))
-    assert not Y.S.requires_grad
-    assert Y.S.dtype == torch.float32
-    assert_close(Y.dense().double(), exact.dense(), 1e-5)
+@pytest.mark.parametrize("gauge", GAUGES)
+def test_velocity_of_factors_is_minus_the_projected_gradient_in_the_weight(gauge):
+    A, B, g, _ = random_case(9, 7, 3, seed=0)
+    s = 2.5
+    dA, dB = factor_field(lambda _state: (s * B.T @ g, s * g @ A.T), gauge, s)((A, B))
+    H_A, H_B = velocity(A, B, g, s, gauge)
+    assert_close(dA, -H_A)
+    assert_close(dB, -H_B)
+    assert_close(s * (dB @ A + B @ dA), -project_dense(A, B, g))
