@@ -107,7 +107,7 @@ def test_wrapped_models_are_saved_and_merged_like_the_model_inside(wrapper, tmp_
     assert_close(logits(load_adapter(WRAPPERS[wrapper](tiny_llama()), tmp_path / "a")), expected, 1e-6)
 
 
-@pytest.mark.parametrize("part", [None, "model"])
+@pytest.mark.parametrize("part", [None, pytest.param("model", marks=pytest.mark.slow)])
 def test_an_adapter_over_a_compiled_base_fits_the_plain_one(part, tmp_path):
     base = tiny_llama()
     if part is None:

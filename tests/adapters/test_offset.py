@@ -559,7 +559,10 @@ def test_modules_that_accelerate_hooked_are_not_called_past_the_offset():
 
 
 @pytest.mark.messages
-@pytest.mark.parametrize("name", ["linear", "dora", "dora-embedding", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "dora-embedding", "gpt2"))],
+)
 def test_a_compiled_model(name):
     torch._dynamo.reset()
     model = plain(name)

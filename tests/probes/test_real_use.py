@@ -70,7 +70,9 @@ def test_a_compiled_model_is_read_as_the_plain_one(how, backend):
     assert mean_loss(model, batches) == pytest.approx(before, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "gpt2"))]
+)
 def test_a_graph_that_was_traced_before_is_neither_used_nor_lost(name):
     batches = batches_of(name, 2)
     model = adapted(name)
@@ -155,7 +157,9 @@ class Stream(IterableDataset):
         yield from self.change(self.rows, self.times)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "gpt2"))]
+)
 def test_a_stream_is_read_as_its_list(name):
     batches = batches_of(name, 3)
     expected = everything(adapted(name), list(DataLoader(Stream(batches))))
