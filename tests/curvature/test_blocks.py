@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from tangora.curvature.blocks import block_statistics, block_traces, effective_number, vector_shares
 
 from tangora import InputError
 from tangora.curvature import Hessian
-from tangora.curvature.blocks import block_statistics, block_traces, effective_number, vector_shares
 from tests.curvature.models import problem
 from tests.curvature.quadratic import Quadratic, symmetric, vector
 from tests.reference.curvature import DenseCurvature

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from tangora.curvature.filters import filter_normalized, normalize_filters
 from transformers import BertConfig, BertForSequenceClassification
 
 from tangora import InputError
 from tangora.adapters import find_pairs
 from tangora.curvature import Hessian
-from tangora.curvature.filters import filter_normalized, normalize_filters
 from tangora.curvature.landscape import landscape
 from tests.curvature.models import FLOAT64, change_gauge, problem
 from tests.curvature.quadratic import Quadratic, symmetric, vector

@@ -7,12 +7,12 @@ Source: Schraudolph (2002), Fast curvature matrix-vector products for second-ord
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
-from tangora.curvature.operators import Over
+from tangora.curvature.displaced_loss import DisplacedLoss
+from tangora.curvature.operators import Coordinates
 from tangora.curvature.sandwich import (
     Recorder,
     Sandwich,
@@ -20,7 +20,6 @@ from tangora.curvature.sandwich import (
     loss_curvature_product,
     loss_with_parts,
 )
-from tangora.curvature.spaces import Space
 
 
 class GaussNewton(SandwichOperator):
@@ -39,6 +38,8 @@ class GaussNewton(SandwichOperator):
     time, and only one batch's: with a large vocabulary pass batches of few sequences.
 
     Args:
+        model: See `tangora.curvature.Hessian`, as for everything not listed here.
+        batches: As there.
         loss_fn: ``loss_fn(model, batch)`` -> (loss, outputs), where the loss is computed from that very tensor;
             batches weigh alike. Default the model's own loss and logits.
 
@@ -62,22 +63,12 @@ class GaussNewton(SandwichOperator):
         model: nn.Module,
         batches: Iterable[Any],
         *,
-        over: Over | Space = "factors",
         loss_fn: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None,
-        layers: Iterable[str] | None = None,
-        adapter_name: str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Coordinates],
     ):
-        super().__init__(
-            model,
-            batches,
-            over=over,
-            loss_fn=None if loss_fn is None else Recorder(loss_fn, "outputs"),
-            layers=layers,
-            adapter_name=adapter_name,
-            dtype=dtype,
-        )
+        recorder = None if loss_fn is None else Recorder(loss_fn, "outputs")
+        super().__init__(DisplacedLoss.of(model, batches, loss_fn=recorder, **options))
 
     def _sandwich(self, batch: Any) -> Sandwich:
-        weight, loss, outputs = loss_with_parts(self, batch)
+        weight, loss, outputs = loss_with_parts(self.evaluation, batch)
         return Sandwich(weight, outputs, lambda u: loss_curvature_product(loss, outputs, u))

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tangora._checks import InputError
 from tangora.curvature.differentiable import custom_functions, explained
-from tangora.curvature.operators import CurvatureOperator, joined
+from tangora.curvature.displaced_loss import joined
+from tangora.curvature.evaluation import Evaluation
+from tangora.curvature.operators import CurvatureOperator
 
 _CURE = "replace it with torch's own operations"
 _HALF = (torch.bfloat16, torch.float16)
@@ -35,19 +37,9 @@ def sandwich_product(
 ) -> list[Tensor]:
     r"""Return $J^\top M J v$ for the Jacobian $J$ of outputs with respect to leaves.
 
-    Args:
-        outputs: Any shape, on a graph with ``leaves`` that is twice differentiable; the graph is used up.
-        leaves: What is differentiated with respect to.
-        direction: $v$, shaped like the leaves.
-        middle: The map $u \mapsto M u$ on tensors of the outputs' shape.
-        tolerance: How far $\langle w, J v \rangle$ and $\langle J^\top w, v \rangle$ may differ for a random $w$,
-            relative to the larger one.
-
-    Returns:
-        Tensors like the leaves; zeros where the outputs do not depend on them.
-
-    Raises:
-        InputError: If $J$ and $J^\top$ are no adjoints: some function's own backward pass is not differentiable.
+    The outputs are on a graph with the leaves that is twice differentiable, and is used up; leaves that they do not
+    depend on get zeros. Raises `InputError` if $\langle w, J v \rangle$ and $\langle J^\top w, v \rangle$ differ for a
+    random $w$ by more than ``tolerance`` of the larger one: some function's own backward pass is not differentiable.
     """
     if not outputs.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
@@ -99,18 +91,9 @@ def _inner(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 def loss_curvature_product(loss: Tensor, outputs: Tensor, direction: Tensor) -> Tensor:
     r"""Return $\nabla^2_z \ell\; u$, the Hessian of a loss in the outputs it is made of, by double backward.
 
-    Cross-entropy over $N$ labels gives $(p \circ u - p\, p^\top u)/N$ for each label, mean squared error $2u/N$.
-
-    Args:
-        outputs: $z$, the very tensor that the loss was computed from, on its graph.
-        direction: $u$, of the outputs' shape.
-
-    Returns:
-        Of the outputs' shape.
-
-    Raises:
-        InputError: If the loss was not computed from that tensor, or by a function whose own backward pass hides its
-            curvature.
+    Cross-entropy over $N$ labels gives $(p \circ u - p\, p^\top u)/N$ for each label, mean squared error $2u/N$. Raises
+    `InputError` if the loss was not computed from that very tensor, or by a function whose own backward pass hides its
+    curvature.
     """
     slope = None
     if loss.requires_grad and outputs.requires_grad:
@@ -174,29 +157,20 @@ class SandwichOperator(CurvatureOperator):
                         )
                     )
 
-            return self.within(leaves, multiplied)
+            return self._displaced.within(leaves, multiplied)
 
-        return self.space.from_leaves(self.average(product_of, size))
+        return self.space.from_leaves(self._displaced.average(product_of, size))
 
 
 class Recorder:
-    """A loss that also returns what it is made of, as a plain loss that remembers it.
-
-    Args:
-        loss_fn: ``loss_fn(model, batch)`` -> (loss, what it is made of).
-        what: Name of the second, for messages.
-    """
+    """A ``loss_fn(model, batch)`` -> (loss, what it is made of) as a plain loss that remembers the second."""
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any], what: str):
         self.loss_fn, self.what = loss_fn, what
         self.seen: list[Tensor] | None = None  # kept only while someone asks: it holds a graph
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
-        """Evaluate the loss and remember what it is made of.
-
-        Raises:
-            InputError: If there is no second tensor.
-        """
+        """Evaluate the loss and remember what it is made of, or raise `InputError` if there is no second tensor."""
         returned = self.loss_fn(model, batch)
         fits = isinstance(returned, tuple) and len(returned) == 2
         if not (fits and all(isinstance(part, Tensor) for part in returned)):
@@ -208,19 +182,8 @@ class Recorder:
         return returned[0]
 
 
-def loss_with_parts(operator: CurvatureOperator, batch: Any) -> tuple[float, Tensor, Tensor]:
-    """Evaluate the loss of a batch together with what it is made of.
-
-    Args:
-        operator: Its loss_fn is a `Recorder`, or the model's own loss is meant.
-
-    Returns:
-        Weight, scalar loss, and what the loss_fn recorded or the model's logits.
-
-    Raises:
-        InputError: If there are none.
-    """
-    evaluation = operator.evaluation
+def loss_with_parts(evaluation: Evaluation, batch: Any) -> tuple[float, Tensor, Tensor]:
+    """Return weight and loss of a batch, and what a `Recorder` says it is made of, or else the model's logits."""
     recorder = evaluation.loss_fn
     if recorder is not None and not isinstance(recorder, Recorder):
         raise InputError(
