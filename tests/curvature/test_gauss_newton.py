@@ -236,26 +236,6 @@ def test_regression_and_several_labels_of_a_classifier(kind):
         assert_matrix(kind(it.model, [batch]), expected)
 
 
-@pytest.mark.parametrize("make", [gauss_newton_of, empirical_fisher_of])
-@pytest.mark.parametrize("name", ["mlp", "bert"])
-def test_the_model_is_left_as_it_was(name, make):
-    it = problem(name)
-    it.model.train()
-    for parameter in it.model.parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    state = {key: value.clone() for key, value in it.model.state_dict().items()}
-    random = torch.get_rng_state()
-    operator = make(it)
-    operator.matvec(torch.ones(operator.size, dtype=operator.dtype))
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, state[key]) for key, value in it.model.state_dict().items())
-    assert all(module.training for module in it.model.modules())
-    assert all(
-        torch.equal(p.grad, torch.ones_like(p)) if p.requires_grad else p.grad is None
-        for p in it.model.parameters()
-    )
-
-
 def test_loss_and_gradient_are_those_of_the_hessian():
     it = problem("mlp")
     hessian = Hessian(it.model, it.batches, loss_fn=it.loss_fn)

@@ -64,15 +64,15 @@ def measured(source, folder, **changes):
 
 @pytest.fixture(scope="module")
 def found(run, tmp_path_factory):
-    """An ordinary measurement of the LoRA run, and what it told of its progress."""
-    heard = []
+    """An ordinary measurement of the LoRA run, and its progress."""
+    calls = []
     files = measure_curvature(
         settings_of(run),
         tmp_path_factory.mktemp("found") / "out",
         command="tangora curvature …",
-        progress=lambda *seen: heard.append(seen),
+        progress=lambda *call: calls.append(call),
     )
-    return files, heard
+    return files, calls
 
 
 def test_the_files_say_the_same(found):
@@ -91,11 +91,13 @@ def test_the_files_say_the_same(found):
 
 
 def test_products_are_counted_and_promised(found):
-    files, heard = found
-    done, total = heard[-1]
+    files, calls = found
+    assert calls[0] == ("loading", 0, 0)
+    calls = [call[1:] for call in calls[1:]]
+    done, total = calls[-1]
     assert done == total == files.record.products == sum(one.products for one in files.record.spectra)
-    assert [before for before, _ in heard] == sorted(before for before, _ in heard)
-    assert all(before <= expected for before, expected in heard)
+    assert calls == sorted(calls, key=lambda call: call[0])
+    assert all(before <= expected for before, expected in calls)
 
 
 @pytest.mark.parametrize("space", ["tangent", "factors"])

@@ -18,7 +18,6 @@ from tangora._checks import InputError, check_kind
 from tangora.adapters import LoraPair, discover
 from tangora.adapters.offset_layer import get_offset
 from tangora.adapters.pair import as_matrix
-from tangora.adapters.weight import base_layer, has_magnitudes
 from tangora.curvature.evaluation import Evaluation
 
 _ATTENTION = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -154,7 +153,7 @@ def _matches(name: str, wanted: str) -> bool:
 
 def _check(pair: LoraPair) -> None:
     name, adapter = pair.name, pair.adapter
-    if has_magnitudes(pair):
+    if pair.has_magnitudes:
         raise InputError(
             f"{name} uses DoRA, which takes its norm as a constant in the backward pass: what autograd gives is not "
             "the Hessian of the loss; leave the layer out (layers=...) or merge it into a plain model"
@@ -163,7 +162,7 @@ def _check(pair: LoraPair) -> None:
         raise InputError(
             f"adapter {adapter!r} is not active in {name}, or merged into it: set_adapter or unmerge_adapter first"
         )
-    if isinstance(base_layer(pair), _ATTENTION):
+    if isinstance(pair.base, _ATTENTION):
         raise InputError(
             f"{name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward pass: its "
             "curvature cannot be read, so leave the layer out (layers=...)"

@@ -165,12 +165,13 @@ def joined(tensors: Iterable[Tensor]) -> Tensor:
 def _space(
     evaluation: Evaluation, over: Any, layers: Iterable[str] | None, adapter_name: str | None
 ) -> Space:
-    if not isinstance(over, type):
+    own = isinstance(over, type) and issubclass(over, Space)
+    if not own:
         check_choice("over", over, ("factors", "tangent", "weights"))
     if over == "weights" and not discover(evaluation.model, adapter_name).pairs:
         return WeightSpace(evaluation, plain_weights(evaluation, layers))
     found = adapted_layers(evaluation, adapter_name=adapter_name, layers=layers)
     if over == "weights":
         return WeightSpace(evaluation, adapted_weights(found))
-    kind = {"factors": FactorSpace, "tangent": TangentSpace}[over] if isinstance(over, str) else over
-    return kind(evaluation, found)
+    kinds: dict[Any, type[Space]] = {"factors": FactorSpace, "tangent": TangentSpace}
+    return kinds.get(over, over)(evaluation, found)

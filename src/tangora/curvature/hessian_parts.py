@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora._types import LossFn
-from tangora.adapters.weight import base_layer
 from tangora.curvature.adapted import AdaptedLayer
 from tangora.curvature.displaced_loss import DisplacedLoss, joined
 from tangora.curvature.hessian import Differentiation, Hessian
@@ -162,7 +161,7 @@ def _seen_of_gradient(
 
 def _unpadded(layer: AdaptedLayer, Q: Tensor) -> Tensor:
     # an embedding's padding token gets no gradient, as if G had zeros in its column
-    if (padding := getattr(base_layer(layer.pair), "padding_idx", None)) is None:
+    if (padding := getattr(layer.pair.base, "padding_idx", None)) is None:
         return Q
     Q = Q.clone()
     Q[:, padding] = 0

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tangora._checks import InputError
-from tangora.adapters.weight import base_layer
 from tangora.curvature.adapted import AdaptedLayer, chosen, tensor_paths
 from tangora.curvature.evaluation import Evaluation
 from tangora.curvature.spaces import Leaves, Space
@@ -78,7 +77,7 @@ def adapted_weights(layers: Iterable[AdaptedLayer]) -> list[Any]:
     """List the weights under adapters, for a `WeightSpace`."""
     weights: list[Any] = []
     for layer in layers:
-        held = getattr(base_layer(layer.pair), "weight", None)
+        held = getattr(layer.pair.base, "weight", None)
         if isinstance(held, Tensor) and held.is_floating_point():
             # its own, also where the weight is tied: an adapter belongs to one layer
             own = [path for path in layer.paths[id(held)] if f".{path}".startswith(f".{layer.name}.")]
