@@ -12,7 +12,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.measurement import measure_curvature
 
 from tangora import CompareSettings, InputError, RunSettings, compare, export, train
 from tangora.experiments.comparison.sweep import due

@@ -121,26 +121,14 @@ class DisplacedLoss:
         """
         total = torch.zeros(size, dtype=dtype or self.space.dtype, device=self.space.device)
         weights = 0.0
-        with self.held():
+        together = contextlib.nullcontext() if self.alone else failing_together("curvature", total.device)
+        with together, self.evaluation.open(self.batches):
             for batch in self.batches:
                 weight, value = of_batch(batch)
                 if weight:  # where no label counts the loss is not a number
                     total.add_(value.detach(), alpha=weight)
                     weights += weight
-        return self.normalized(total, weights)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the model still while batches are read; if one rank fails all do."""
-        with contextlib.ExitStack() as stack:
-            if not self.alone:
-                stack.enter_context(failing_together("curvature", self.space.device))
-            stack.enter_context(self.evaluation.open(self.batches))
-            yield
-
-    def normalized(self, total: Tensor, weights: float) -> Tensor:
-        """Divide the sum over all ranks by the sum of weights, or raise `InputError` if no batch has a label."""
-        sums = torch.tensor([weights], dtype=torch.float64, device=self.space.device)
+        sums = torch.tensor([weights], dtype=torch.float64, device=total.device)
         if not self.alone:
             sum_over_ranks(total, sums)
         if (whole := float(sums)) == 0:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tangora._checks import InputError, check_choice
 from tangora.curvature.displaced_loss import DisplacedLoss
+from tangora.curvature.gauss_newton import Recorder, Sandwich, SandwichOperator, loss_with_parts
 from tangora.curvature.operators import Coordinates
-from tangora.curvature.sandwich import Recorder, Sandwich, SandwichOperator, loss_with_parts
 from tangora.probes.losses import predicts_next_token
 
 Per = Literal["label", "sequence"]

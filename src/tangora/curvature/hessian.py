@@ -6,6 +6,7 @@ Never reverse over forward, which is silently wrong through LayerNorm in torch 2
 Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,7 +97,7 @@ class Hessian(CurvatureOperator):
         self.discrepancy: float | None = None
         """Of finite differences: relative change of a product when the step is halved, the largest seen."""
         self._cache_graph = cache_graph
-        self._graphs: list[_Graph] | None = None
+        self._graphs: list[_Graph] = []
         self._verified = False
         displaced = DisplacedLoss.of(
             model,
@@ -122,7 +123,7 @@ class Hessian(CurvatureOperator):
 
     def release(self) -> None:
         """Free the memory of kept graphs; the next product makes them anew."""
-        self._graphs = None
+        self._graphs = []
 
     _forget = release
 
@@ -167,55 +168,39 @@ class Hessian(CurvatureOperator):
 
     def _by_double_backward(self, flat: Tensor) -> Tensor:
         directions = list(self.space.to_leaves(flat).values())
-        size = sum(direction.numel() for direction in directions)
-        if self.caches_graph:
-            return self.space.from_leaves(self._from_graphs(directions, size))
+        kept = self._graphs if self.caches_graph else None
+        number = itertools.count()
 
         def product_of(batch: Any) -> tuple[float, Tensor]:
-            leaves = self.space.leaves()
+            if kept is None:
+                graph = self._graph(batch)
+            else:
+                if (index := next(number)) == len(kept):
+                    kept.append(self._graph(batch))
+                graph = kept[index]
 
-            def differentiated_twice() -> tuple[float, Tensor]:
-                weight, gradient = self._differentiated(batch, leaves)
+            def differentiated() -> Tensor:
                 with explained():
-                    return weight, joined(_second_derivatives(gradient, leaves, directions))
+                    return joined(_second_derivatives(graph, directions, retain_graph=kept is not None))
 
-            return self._displaced.within(leaves, differentiated_twice)
+            return graph.weight, self.evaluation.within(graph.overrides, differentiated)
 
+        size = sum(direction.numel() for direction in directions)
         return self.space.from_leaves(self._displaced.average(product_of, size))
-
-    def _differentiated(self, batch: Any, leaves: Leaves) -> tuple[float, Sequence[Tensor]]:
-        weight, loss = self.evaluation.loss(batch)
-        if not weight:  # the loss may be no number, which would spoil nothing: the batch does not count
-            return 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
-        with explained():
-            return weight, first_derivatives(loss, leaves, create_graph=True)
-
-    def _from_graphs(self, directions: Sequence[Tensor], size: int) -> Tensor:
-        total = torch.zeros(size, dtype=self.dtype, device=self.device)
-        weights = 0.0
-        with self._displaced.held():
-            if self._graphs is None:
-                self._graphs = [self._graph(batch) for batch in self.batches]
-            for graph in self._graphs:
-                if graph.weight:
-                    total.add_(self._product(graph, directions), alpha=graph.weight)
-                    weights += graph.weight
-        return self._displaced.normalized(total, weights)
 
     def _graph(self, batch: Any) -> _Graph:
         leaves = self.space.leaves()
         overrides = self.space.overrides(leaves)
-        weight, gradient = self.evaluation.within(overrides, lambda: self._differentiated(batch, leaves))
-        return _Graph(weight, leaves, gradient, overrides)
 
-    def _product(self, graph: _Graph, directions: Sequence[Tensor]) -> Tensor:
-        def differentiated() -> Tensor:
+        def differentiated() -> tuple[float, Sequence[Tensor]]:
+            weight, loss = self.evaluation.loss(batch)
+            if not weight:  # the loss may be no number, which would spoil nothing: the batch does not count
+                return 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
             with explained():
-                return joined(
-                    _second_derivatives(graph.gradient, graph.leaves, directions, retain_graph=True)
-                )
+                return weight, first_derivatives(loss, leaves, create_graph=True)
 
-        return self.evaluation.within(graph.overrides, differentiated)
+        weight, gradient = self.evaluation.within(overrides, differentiated)
+        return _Graph(weight, leaves, gradient, overrides)
 
     def _verify(self, flat: Tensor, product: Tensor) -> None:
         # a backward pass of someone's own may treat as constant what it is not, without a word
@@ -265,17 +250,15 @@ class Hessian(CurvatureOperator):
 
 
 def _second_derivatives(
-    gradient: Sequence[Tensor], leaves: Leaves, directions: Sequence[Tensor], **options: Any
+    graph: _Graph, directions: Sequence[Tensor], *, retain_graph: bool
 ) -> Sequence[Tensor]:
-    r"""Differentiate $\langle g, v \rangle$ with respect to leaves; parts of $g$ without a graph are constant."""
-    varying = [(g, v) for g, v in zip(gradient, directions, strict=True) if g.requires_grad]
+    # of <g, v> with respect to leaves; parts of g without a graph are constant
+    pairs = zip(graph.gradient, directions, strict=True)
+    varying = [(g, v) for g, v in pairs if g.requires_grad]
+    leaves = list(graph.leaves.values())
     if not varying:
-        return [torch.zeros_like(leaf) for leaf in leaves.values()]
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    gradients, vectors = zip(*varying, strict=True)
     return torch.autograd.grad(
-        [g for g, _ in varying],
-        list(leaves.values()),
-        grad_outputs=[v for _, v in varying],
-        allow_unused=True,
-        materialize_grads=True,
-        **options,
+        gradients, leaves, vectors, allow_unused=True, materialize_grads=True, retain_graph=retain_graph
     )
