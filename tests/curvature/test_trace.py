@@ -89,8 +89,8 @@ def test_intervals_are_students():
 
 
 def test_multiples_and_roots_of_an_estimate():
-    assert TraceEstimate(3.0, 0.2, 4, 5).scaled(3.0) == TraceEstimate(9.0, pytest.approx(0.6), 4, 5)
-    assert TraceEstimate(9.0, 0.6, 4, 5).root() == TraceEstimate(3.0, pytest.approx(0.1), 4, 5)
+    assert TraceEstimate(3.0, 0.25, 4, 5).scaled(3.0) == TraceEstimate(9.0, 0.75, 4, 5)
+    assert TraceEstimate(9.0, 0.75, 4, 5).root() == TraceEstimate(3.0, 0.125, 4, 5)
     assert TraceEstimate(0.0, 0.0, 4, 4).root() == TraceEstimate(0.0, 0.0, 4, 4)
     assert TraceEstimate(4.0, None, 4).scaled(4.0).root() == TraceEstimate(4.0, None, 4)
 

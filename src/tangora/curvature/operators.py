@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Self, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from scipy.sparse.linalg import LinearOperator
@@ -149,12 +149,12 @@ class CurvatureOperator(ABC):
         self._follow_changes()
         return self._displaced.gradient_at(self._displaced.flat(displacement))
 
-    def per_batch(self) -> Iterator[tuple[float, Self]]:
+    def per_batch(self) -> Iterator[tuple[float, "CurvatureOperator"]]:
         """Yield the weight of each of (this rank's) batches, and the operator of that batch alone."""
         for batch, alone in self._displaced.per_batch():
             yield self._weight(batch), self._twin(alone)
 
-    def block(self, layer: str) -> Self:
+    def block(self, layer: str) -> "CurvatureOperator":
         """Return the diagonal block of one layer, by its name in ``space.layout``, in the coordinates of that layer."""
         check_choice("layer", layer, self.space.layout)
         return self._twin(self._displaced.on(self.space.restricted([layer])))
@@ -238,7 +238,7 @@ class CurvatureOperator(ABC):
     def _weight(self, batch: Any) -> float:
         return self.evaluation.weight(batch)
 
-    def _twin(self, displaced: DisplacedLoss) -> Self:
+    def _twin(self, displaced: DisplacedLoss) -> Any:
         twin = copy.copy(self)
         twin._displaced, twin.num_products = displaced, 0
         twin._forget()

@@ -7,7 +7,7 @@ $E^\top H E$.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -126,7 +126,7 @@ class Space(ABC):
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
         """Displace the model: return what stands in for its tensors, for `Evaluation.within`."""
 
-    def restricted(self, names: Sequence[str]) -> Self:
+    def restricted(self, names: Sequence[str]) -> "Space":
         """Return the space of some of the layers."""
         return type(self)(self.evaluation, [layer for layer in self.layers if layer.name in names])
 
