@@ -154,11 +154,3 @@ def _why_not_plain(layer: LoraLayer, adapter: str, A: Any, B: Any) -> str | None
     if not A.is_floating_point() or A.dim() < 2 or B[0].numel() != A.shape[0]:
         return f"{kind} with factors of unexpected shape {tuple(A.shape)} and {tuple(B.shape)}"
     return None
-
-
-def adapter_switches(model: nn.Module) -> tuple[Any, ...]:
-    """Return what PEFT changes without touching a tensor, comparable: scalings, active adapters, and what is off."""
-    layers: list[Any] = [each for each in model.modules() if isinstance(getattr(each, "scaling", None), dict)]
-    return tuple(
-        (*layer.scaling.values(), *layer.active_adapters, layer.disable_adapters) for layer in layers
-    )

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangora._checks import InputError, check_kind
 from tangora._types import LossFn
-from tangora.adapters import check_not_sharded, unwrapped
-from tangora.adapters.discover import adapter_switches
+from tangora.adapters import adapter_switches, check_not_sharded, unwrapped
 from tangora.curvature.differentiable import custom_functions, readable
 from tangora.probes.losses import WeightedLoss
 from tangora.probes.stillness import RandomState

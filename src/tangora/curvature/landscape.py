@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora._types import Progress
-from tangora.adapters import LoraPair, base_weight, discover, offset_factors
+from tangora.adapters import LoraPair, discover
 from tangora.adapters.pair import as_matrix
 from tangora.curvature.operators import CurvatureOperator
 from tangora.curvature.products import seeded_generator
@@ -213,11 +213,9 @@ def _filter_normalized(space: Space, direction: Float[Tensor, " size"]) -> Float
 
 @torch.no_grad()
 def _adapted(pairs: list[LoraPair]) -> tuple[bool, Tensor]:
-    weight = base_weight(pairs[0])
+    weight = pairs[0].base_weight()
     for pair in pairs:
-        weight = weight + pair.delta_weight().to(weight)
-        if (offset := offset_factors(pair)) is not None:
-            weight = weight - pair.scaling * (offset[0] @ offset[1]).to(weight)
+        weight = pair.weight(weight)
     return pairs[0].transposed, weight
 
 
