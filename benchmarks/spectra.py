@@ -23,7 +23,7 @@ from tangora.curvature.density import spectral_density
 from tangora.curvature.eigenpairs import select
 from tangora.curvature.lanczos import lanczos_eigenpairs, tridiagonalize
 from tangora.curvature.power import power_eigenpairs
-from tangora.curvature.trace import Estimate, frobenius_norm, hutch_plus_plus, hutchinson
+from tangora.curvature.trace import TraceEstimate, frobenius_norm, hutch_plus_plus, hutchinson
 
 sys.path.append(str(ROOT))
 
@@ -35,6 +35,7 @@ from tests.curvature.spectra import (
     pooled,
     separated,
     smoothed_nodes,
+    true_residuals,
     wasserstein,
 )
 
@@ -59,13 +60,11 @@ def lanczos_products(operator: Rotated, k: int, seed: int) -> int:
     for products in range(k, 2000):
         found = lanczos_eigenpairs(
             operator,
-            operator.size,
             k,
             which="magnitude",
             tol=0.0,
             max_products=products,
             seed=seed,
-            dtype=operator.dtype,
         )
         if error(operator, found, k) <= ACCURACY:
             return products
@@ -82,12 +81,10 @@ def power_products(operator: Rotated, k: int, seed: int) -> tuple[int, bool]:
     while tol > 1e-8:
         found = power_eigenpairs(
             operator,
-            operator.size,
             k,
             tol=tol,
             max_products=MOST_POWER_PRODUCTS,
             seed=seed,
-            dtype=operator.dtype,
         )
         if error(operator, found, k) <= ACCURACY:
             return found.products, True
@@ -124,9 +121,8 @@ def outliers(dtype: torch.dtype, seeds: int) -> dict[str, Any]:
         operator = Rotated(spectrum(), dtype=dtype)
         counts, errors, kept = [], [], []
         for seed in range(seeds):
-            found = lanczos_eigenpairs(operator, operator.size, 10, tol=ACCURACY, seed=seed, dtype=dtype)
-            images = torch.stack([operator(vector.contiguous()) for vector in found.vectors.mT], 1)
-            residuals = (images.double() - found.vectors.double() * found.values).norm(dim=0)
+            found = lanczos_eigenpairs(operator, 10, tol=ACCURACY, seed=seed)
+            residuals = true_residuals(operator, found)
             counts.append(lanczos_products(operator, 10, seed))
             errors.append(error(operator, found, 10))
             kept.append(bool((residuals <= found.residuals).all()))
@@ -150,10 +146,7 @@ def traces(seeds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for method, truth in truths.items():
         for products in (15, 30, 60, 120):
-            found = [
-                method(operator, operator.size, products=products, seed=seed, dtype=operator.dtype).value
-                for seed in range(seeds)
-            ]
+            found = [method(operator, products=products, seed=seed).value for seed in range(seeds)]
             rms = math.sqrt(statistics.fmean((value / truth - 1) ** 2 for value in found))
             results.setdefault(method.__name__, {})[str(products)] = rms
     print(results, flush=True)
@@ -168,9 +161,7 @@ def densities(seeds: int) -> dict[str, Any]:
     for probes, steps in ((1, 40), (4, 40), (16, 40), (10, 80)):
         distances: dict[str, list[float]] = {}
         for seed in range(max(2, seeds * 4 // max(probes, 4))):
-            found = spectral_density(
-                operator, operator.size, probes=probes, steps=steps, seed=seed, dtype=operator.dtype
-            )
+            found = spectral_density(operator, probes=probes, steps=steps, seed=seed)
             widths = {"smoothed": None, "smoothed by range / steps": extent / steps}
             widths["smoothed by PyHessian's width"] = math.sqrt(1e-5 * max(1.0, extent))
             measures = {"raw": pooled(found)}
@@ -199,22 +190,20 @@ def coverage(repetitions: int) -> dict[str, Any]:
     }
     results: dict[str, float] = {}
 
-    def count(name: str, truth: float, estimate: Callable[[int], Estimate]) -> None:
+    def count(name: str, truth: float, estimate: Callable[[int], TraceEstimate]) -> None:
         intervals = [estimate(seed).interval(LEVEL) for seed in range(repetitions)]
         results[name] = sum(low <= truth <= high for low, high in intervals) / repetitions
 
     for method, truth in truths.items():
         for products in (20, 60):
 
-            def one(seed: int, method: Any = method, products: int = products) -> Estimate:
-                return method(operator, operator.size, products=products, seed=seed, dtype=operator.dtype)
+            def one(seed: int, method: Any = method, products: int = products) -> TraceEstimate:
+                return method(operator, products=products, seed=seed)
 
             count(f"{method.__name__}, {products} products", truth, one)
 
-    def mean_eigenvalue(seed: int) -> Estimate:
-        return spectral_density(
-            operator, operator.size, probes=8, steps=10, seed=seed, dtype=operator.dtype
-        ).moment(1)
+    def mean_eigenvalue(seed: int) -> TraceEstimate:
+        return spectral_density(operator, probes=8, steps=10, seed=seed).moment(1)
 
     count("density's mean, 8 probes", float(operator.values.mean()), mean_eigenvalue)
     print(results, flush=True)

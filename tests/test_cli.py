@@ -73,7 +73,7 @@ def test_compare_and_report(call, small, tmp_path):
 def test_curvature_of_a_run_and_report(call, small, tmp_path, monkeypatch):
     # pictures take most of the time
     monkeypatch.setattr(
-        "tangora.experiments.curvature.measure.save_curvature_pictures", lambda _record, _folder: []
+        "tangora.experiments.curvature.measurement.save_curvature_pictures", lambda _record, _folder: []
     )
     assert call("train", *flags(small), "--recipe", "lora", "--output", tmp_path / "run")[0] == 0
     few = ["--num-examples", 4, "--max-products", 4, "--top", 1, "--steps", 2, "--trace-products", 6]

@@ -168,13 +168,26 @@ def dense(operator: Any) -> Tensor:
     return torch.stack([operator.matvec(column) for column in identity], dim=1).double()
 
 
+def random_vector(operator: Any, seed: int = 0) -> Tensor:
+    """A seeded normal vector for an operator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(operator.size, dtype=torch.float64, generator=generator).to(operator.dtype)
+
+
 def random_vectors(operator: Any, count: int = 3) -> list[Tensor]:
-    """Seeded normal vectors for an operator."""
-    generator = torch.Generator().manual_seed(0)
-    size = operator.size
-    return [
-        torch.randn(size, dtype=torch.float64, generator=generator).to(operator.dtype) for _ in range(count)
-    ]
+    return [random_vector(operator, seed) for seed in range(count)]
+
+
+def displacements(space: Any) -> Tensor:
+    """What each coordinate moves the weights by: the columns are vec(P K + J Q) by rows, over all layers."""
+    columns = []
+    for direction in torch.eye(space.size, dtype=space.dtype):
+        leaves, parts = space.to_leaves(direction), []
+        for layer in space.layers:
+            P, Q = space.bases[layer.name]
+            parts.append((P @ leaves[f"{layer.name}.K"] + leaves[f"{layer.name}.J"] @ Q).flatten())
+        columns.append(torch.cat(parts))
+    return torch.stack(columns, dim=1)
 
 
 def assert_matrix(operator: Any, expected: Tensor, tolerance: float = 1e-10) -> None:

@@ -5,9 +5,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from tangora.curvature import CurvatureOperator, Eigenpairs
 
-class Quadratic:
+
+class Quadratic(CurvatureOperator):
     r"""$L(\delta) = \sum_b w_b (c_b + g_b^\top \delta + \tfrac12 \delta^\top H_b \delta)$ with normalised weights."""
+
+    size, dtype, device, space = 0, torch.float64, torch.device("cpu"), None
 
     def __init__(self, matrices, gradients=None, *, weights=None, layout=None, constant=0.5):
         self.matrices = [matrix.double() for matrix in matrices]
@@ -16,22 +20,28 @@ class Quadratic:
         self.gradients = [zero] * len(matrices) if gradients is None else gradients
         self.weights = [1.0] * len(matrices) if weights is None else weights
         self.constant = constant
-        self.dtype, self.device = torch.float64, torch.device("cpu")
-        self.products = 0
-        self.space = SimpleNamespace(layout=layout or {"all": slice(0, self.size)})
+        self.num_products = 0
+        self.space = SimpleNamespace(layout=layout or {"all": slice(0, self.size)}, kind="weights")
+
+    @property
+    def batches(self):
+        return self.matrices
 
     def dense(self) -> Tensor:
         return self._mean(self.matrices)
 
     def matvec(self, vector):
-        self.products += 1
-        return self.dense() @ vector
+        self.num_products += 1
+        return self._apply(vector)
+
+    def _apply(self, flat):
+        return self.dense() @ flat
 
     def top_eigenpairs(self, k=10, *, tol=1e-4, seed=0):
+        self.num_products += 1
         values, vectors = torch.linalg.eigh(self.dense())
-        self.products += 1
-        values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
-        return SimpleNamespace(values=values, vectors=vectors, residuals=torch.zeros(k), converged=True)
+        residuals = torch.zeros(k, dtype=torch.float64)
+        return Eigenpairs(values.flip(0)[:k], vectors.flip(1)[:, :k].contiguous(), residuals, 1, True)
 
     def block(self, layer):
         part = self.space.layout[layer]

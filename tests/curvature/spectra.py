@@ -16,22 +16,42 @@ class Rotated:
 
     def __init__(self, values, *, dtype=torch.float64, seed=0):
         self.values = torch.as_tensor(values, dtype=torch.float64).sort(descending=True).values
-        self.size, self.dtype = self.values.shape[0], dtype
+        self.size, self.dtype, self.device = self.values.shape[0], dtype, torch.device("cpu")
         generator = torch.Generator().manual_seed(31415926 + seed)  # not the seeds of probes
         self.signs = (2 * torch.randint(0, 2, (self.size,), generator=generator) - 1).to(dtype)
         self.order = torch.randperm(self.size, generator=generator)
         self.diagonal = self.values[self.order].to(dtype)
-        self.products = 0
+        self.num_products = 0
 
-    def __call__(self, vector):
+    @property
+    def shape(self):
+        return self.size, self.size
+
+    def __matmul__(self, vector):
         assert vector.shape == (self.size,)
         assert vector.dtype == self.dtype
-        self.products += 1
+        self.num_products += 1
         return self.signs * hartley(self.diagonal * hartley(self.signs * vector))
 
     def dense(self):
         eye = torch.eye(self.size, dtype=self.dtype)
-        return torch.stack([Rotated.__call__(self, row) for row in eye])
+        return torch.stack([Rotated.__matmul__(self, row) for row in eye])
+
+
+class Function:
+    """An operator that multiplies as it is told to."""
+
+    def __init__(self, matvec, size, dtype=torch.float32):
+        self.matvec, self.shape, self.dtype, self.device = matvec, (size, size), dtype, torch.device("cpu")
+
+    def __matmul__(self, vector):
+        return self.matvec(vector)
+
+
+def true_residuals(operator, pairs) -> Tensor:
+    """The norms of H v - λ v."""
+    images = torch.stack([operator @ vector.contiguous() for vector in pairs.vectors.mT], 1)
+    return (images.double() - pairs.vectors.double() * pairs.values).norm(dim=0)
 
 
 def hartley(vector):

@@ -12,16 +12,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tangora import InputError, find_pairs
-from tangora.curvature import Hessian
-from tests.curvature.models import problem, randomize, shared_problem
+from tangora.curvature import EmpiricalFisher, GaussNewton, Hessian
+from tests.curvature.models import problem, random_vector, randomize, shared_problem
 from tests.probes.models import adapted, batch_of, bert, llama
 from tests.tolerances import assert_close
 
 OVER = ["factors", "tangent", "weights"]
-
-
-def vector_of(operator, seed=0):
-    return torch.randn(operator.size, dtype=operator.dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def snapshot(model):
@@ -70,22 +66,31 @@ def in_training(name="gpt2", **options):
 
 
 @pytest.mark.messages
-@pytest.mark.parametrize("options", [{}, {"cache_graph": True}, {"differentiation": "finite_difference"}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Hessian, {}),
+        (Hessian, {"cache_graph": True}),
+        (Hessian, {"differentiation": "finite_difference"}),
+        (GaussNewton, {}),
+        (EmpiricalFisher, {}),
+    ],
+)
 @pytest.mark.parametrize("over", OVER)
-def test_the_model_is_left_as_it_was(over, options):
+def test_the_model_is_left_as_it_was(over, kind, options):
     model, batches = in_training("bert"), [batch_of("bert")]
     before = snapshot(model)
-    operator = Hessian(model, batches, over=over, **options)
+    operator = kind(model, batches, over=over, **options)
     with torch.no_grad():
-        product = operator.matvec(vector_of(operator))
+        product = operator.matvec(random_vector(operator))
     assert_same(snapshot(model), before)
     assert not product.requires_grad
-    operator.loss(), operator.gradient(), operator.loss_at(vector_of(operator))
-    next(iter(operator.per_batch()))[1].matvec(vector_of(operator))
+    operator.loss(), operator.gradient(), operator.loss_at(random_vector(operator))
+    next(iter(operator.per_batch()))[1].matvec(random_vector(operator))
     assert_same(snapshot(model), before)
     # as in evaluation mode without dropout
     model.eval()
-    assert torch.equal(operator.matvec(vector_of(operator)), product)
+    assert torch.equal(operator.matvec(random_vector(operator)), product)
 
 
 @pytest.mark.messages
@@ -103,10 +108,10 @@ def test_the_model_is_left_as_it_was_when_a_batch_raises(cache_graph):
     loss_fn.fails = True
     operator = Hessian(model, [batch, batch], loss_fn=loss_fn, cache_graph=cache_graph)
     with pytest.raises(RuntimeError, match="stop"):
-        operator.matvec(vector_of(operator))
+        operator.matvec(random_vector(operator))
     assert_same(snapshot(model), before)
     loss_fn.fails = False
-    assert operator.matvec(vector_of(operator)).isfinite().all()
+    assert operator.matvec(random_vector(operator)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -116,11 +121,11 @@ def test_attention_and_checkpointing_change_nothing(name):
     expected = {}
     for over in OVER:
         operator = Hessian(made.model, made.batches, over=over)
-        expected[over] = operator.matvec(vector_of(operator))
+        expected[over] = operator.matvec(random_vector(operator))
     made.model.set_attn_implementation("eager")
     for over in OVER:
         operator = Hessian(made.model, made.batches, over=over)
-        assert_close(operator.matvec(vector_of(operator)), expected[over])
+        assert_close(operator.matvec(random_vector(operator)), expected[over])
     made.model.set_attn_implementation("sdpa")
     made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made.model.train()
@@ -129,7 +134,7 @@ def test_attention_and_checkpointing_change_nothing(name):
             operator = Hessian(made.model, made.batches[:1], over=over, cache_graph=cache_graph)
             assert operator.caches_graph == bool(cache_graph)
             whole = Hessian(made.model.eval(), made.batches[:1], over=over, cache_graph=False)
-            v = vector_of(operator)
+            v = random_vector(operator)
             without = whole.matvec(v)
             made.model.train()
             for _ in range(2):
@@ -141,7 +146,7 @@ def test_attention_and_checkpointing_change_nothing(name):
 def test_reentrant_checkpointing_changes_no_product(name):
     made = problem(name)
     operator = Hessian(made.model, made.batches)
-    v = vector_of(operator)
+    v = random_vector(operator)
     expected = operator.matvec(v)
     made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     made.model.train()
@@ -160,7 +165,7 @@ def test_fused_attention_is_refused(kind):
     with pytest.raises(
         InputError, match=f"attention '{kind}' has no second derivative.*set_attn_implementation"
     ):
-        operator.matvec(vector_of(operator))
+        operator.matvec(random_vector(operator))
 
 
 def mlp_operator(loss_of_output, **options):
@@ -168,7 +173,7 @@ def mlp_operator(loss_of_output, **options):
     operator = Hessian(
         made.model, made.batches, loss_fn=lambda model, batch: loss_of_output(model(batch[0])), **options
     )
-    return operator, vector_of(operator)
+    return operator, random_vector(operator)
 
 
 class Quiet(torch.autograd.Function):
@@ -272,52 +277,52 @@ def test_a_model_loss_that_is_no_scalar_is_refused():
 
     inner.forward = forward
     with pytest.raises(InputError, match=r"the loss must be one number; got a tensor of shape \(3,\)"):
-        operator.matvec(vector_of(operator))
+        operator.matvec(random_vector(operator))
 
 
 @pytest.mark.messages
-def test_models_without_anything_to_move_are_refused():
-    plain = nn.Sequential(nn.Linear(3, 2))
-    for over in ("factors", "tangent"):
-        with pytest.raises(InputError, match=r"no trainable LoRA factors.*is_trainable=True"):
-            Hessian(plain, [torch.ones(1, 3)], over=over)
-    plain.requires_grad_(False)
-    with pytest.raises(InputError, match="no trainable weight matrices"):
-        Hessian(plain, [torch.ones(1, 3)], over="weights")
-    frozen = problem("bert").model.requires_grad_(False)
-    with pytest.raises(InputError, match="no trainable LoRA factors"):
-        Hessian(frozen, [batch_of("bert")])
-    with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module; got int"):
-        Hessian(3, [torch.ones(1, 3)])
+@pytest.mark.parametrize(
+    ("make", "over", "message"),
+    [
+        (lambda: nn.Linear(3, 2), "factors", "no trainable LoRA factors"),
+        (lambda: nn.Linear(3, 2), "tangent", "no trainable LoRA factors"),
+        (lambda: nn.Linear(3, 2).requires_grad_(False), "weights", "no trainable weight matrices"),
+        (lambda: problem("bert").model.requires_grad_(False), "factors", "no trainable LoRA factors"),
+        (lambda: 3, "factors", r"model must be a torch\.nn\.Module; got int"),
+    ],
+)
+def test_models_without_anything_to_move_are_refused(make, over, message):
+    with pytest.raises(InputError, match=message):
+        Hessian(make(), [torch.ones(1, 3)], over=over)
 
 
 @pytest.mark.messages
 def test_wrong_batches_vectors_and_choices_are_refused():
     made = shared_problem("bert")
-    with pytest.raises(InputError, match="put it into a list"):
-        Hessian(made.model, made.batches[0])
-    with pytest.raises(InputError, match="batches must be a list"):
-        Hessian(made.model, None)
-    with pytest.raises(InputError, match="over must be one of factors, tangent, weights"):
-        Hessian(made.model, made.batches, over="factor")
-    with pytest.raises(InputError, match="differentiation must be one of"):
-        Hessian(made.model, made.batches, differentiation="forward")
+    for batches, options, message in (
+        (made.batches[0], {}, "put it into a list"),
+        (None, {}, "batches must be a list"),
+        (made.batches, {"over": "factor"}, "over must be one of"),
+        (made.batches, {"over": int}, "over must be one of"),
+        (made.batches, {"differentiation": "forward"}, "differentiation must be one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Hessian(made.model, batches, **options)
     empty = Hessian(made.model, [])
-    with pytest.raises(InputError, match="at least one batch with at least one label"):
-        empty.matvec(vector_of(empty))
+    with pytest.raises(InputError, match="at least one batch"):
+        empty.matvec(random_vector(empty))
     operator = Hessian(made.model, made.batches)
-    with pytest.raises(InputError, match=r"must have shape \(200,\) or be a dict of its parts; got \(201,\)"):
-        operator.matvec(torch.ones(201))
-    with pytest.raises(InputError, match=r"must have shape \(200,\).*got ndarray"):
-        operator.matvec(np.ones(200))
-    parts = operator.space.to_dict(vector_of(operator))
+    parts = operator.space.to_dict(random_vector(operator))
     name = operator.space.names[0]
-    with pytest.raises(InputError, match=f"{name} is missing"):
-        operator.matvec({key: part for key, part in parts.items() if key != name})
-    with pytest.raises(InputError, match="other is not one of them"):
-        operator.matvec({**parts, "other": torch.ones(2)})
-    with pytest.raises(InputError, match=f"{name} must have shape"):
-        operator.matvec({**parts, name: torch.ones(2)})
+    for vector, message in (
+        (torch.ones(201), r"got \(201,\)"),
+        (np.ones(200), "got ndarray"),
+        ({key: part for key, part in parts.items() if key != name}, f"{name} is missing"),
+        ({**parts, "other": torch.ones(2)}, "other is not one of them"),
+        ({**parts, name: torch.ones(2)}, f"{name} must have shape"),
+    ):
+        with pytest.raises(InputError, match=message):
+            operator.matvec(vector)
     with pytest.raises(InputError, match="layer must be one of"):
         operator.block("none")
 
@@ -330,7 +335,7 @@ def test_half_precision_and_hidden_float32_are_told():
         rough = Hessian(half, [batch])
     assert rough.dtype == torch.float32
     exact = Hessian(half, [batch], dtype=torch.float64)
-    v = vector_of(exact)
+    v = random_vector(exact)
     expected = exact.matvec(v)
     assert float((rough.matvec(v).double() - expected).norm() / expected.norm()) < 0.6  # with these weights
     fine = Hessian(half, [batch], dtype=torch.float32)
@@ -339,10 +344,10 @@ def test_half_precision_and_hidden_float32_are_told():
     randomize(model)
     operator = Hessian(model, [batch_of("llama")], dtype=torch.float64)
     with pytest.warns(UserWarning, match="float32 inside although float64"):
-        operator.matvec(vector_of(operator))
+        operator.matvec(random_vector(operator))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        operator.matvec(vector_of(operator))
+        operator.matvec(random_vector(operator))
     assert operator.evaluation.rounds_to_float32
 
 
@@ -354,7 +359,7 @@ def test_dtype_converts_floating_inputs_too(differentiation):
     operator = Hessian(
         made.model, batches, loss_fn=made.loss_fn, dtype=torch.float64, differentiation=differentiation
     )
-    v = vector_of(operator)
+    v = random_vector(operator)
     single = Hessian(made.model, batches, loss_fn=made.loss_fn).matvec(v.float())
     assert_close(operator.matvec(v).float(), single, 1e-4)
 
@@ -363,7 +368,7 @@ def test_a_compiled_model_is_looked_through():
     made = problem("bert")
     operator = Hessian(made.model, made.batches)
     compiled = Hessian(torch.compile(made.model, backend="eager"), made.batches)
-    assert torch.equal(compiled.matvec(vector_of(operator)), operator.matvec(vector_of(operator)))
+    assert torch.equal(compiled.matvec(random_vector(operator)), operator.matvec(random_vector(operator)))
 
 
 @pytest.mark.parametrize("maker", [bert, llama])
@@ -374,13 +379,13 @@ def test_full_weights_of_a_model_without_adapters(maker):
     operator = Hessian(
         model, [batch], over="weights", layers=["*.q_proj.weight", "*.query.weight"][maker is bert :][:1]
     )
-    v, h = vector_of(operator) / operator.size**0.5, 1e-2
+    v, h = random_vector(operator) / operator.size**0.5, 1e-2
     central = (operator.gradient_at(h * v) - operator.gradient_at(-h * v)) / (2 * h)
     assert_close(operator.matvec(v), central, 3e-2)
     everything = Hessian(model, [batch], over="weights")
     tied = {id(p) for p in model.parameters() if p.dim() >= 2}
     assert len(everything.space.names) == len(tied)
-    assert everything.matvec(vector_of(everything)).isfinite().all()
+    assert everything.matvec(random_vector(everything)).isfinite().all()
 
 
 def test_pairs_that_are_none_are_told():

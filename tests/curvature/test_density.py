@@ -1,6 +1,5 @@
 """Stochastic Lanczos quadrature: exact moments, distances to the true spectrum, and what smoothing costs."""
 
-import json
 import math
 
 import numpy as np
@@ -21,10 +20,6 @@ from tests.curvature.spectra import (
 )
 
 
-def density(operator, **options):
-    return spectral_density(operator, operator.size, dtype=operator.dtype, **options)
-
-
 def distances(operator, found):
     extent = float(operator.values[0] - operator.values[-1])
     raw = wasserstein(*pooled(found), operator.values) / extent
@@ -33,7 +28,7 @@ def distances(operator, found):
 
 def test_moments_are_those_of_the_probes():
     operator = Rotated(indefinite(100))
-    found = density(operator, probes=3, steps=6)
+    found = spectral_density(operator, probes=3, steps=6)
     generator = torch.Generator().manual_seed(0)
     H = operator.dense()
     for power in range(1, 12):
@@ -51,23 +46,23 @@ def test_moments_are_those_of_the_probes():
 
 def test_all_steps_give_all_eigenvalues():
     operator = Rotated(neural_like(80))
-    found = density(operator, probes=1, steps=200)
+    found = spectral_density(operator, probes=1, steps=200)
     assert found.products == 80
     assert np.abs(np.array(found.nodes[0][::-1]) - operator.values.numpy()).max() < 1e-10
-    assert math.isnan(found.moment(1).standard_error)
+    assert found.moment(1).standard_error is None
 
 
 @pytest.mark.parametrize("steps", [10, 20, 40])
 def test_the_error_on_a_semicircle_falls_with_the_steps(steps):
     operator = Rotated(semicircle())
-    raw, smooth = distances(operator, density(operator, probes=4, steps=steps))
+    raw, smooth = distances(operator, spectral_density(operator, probes=4, steps=steps))
     assert raw < 0.35 / steps
     assert smooth < raw
 
 
 def test_smoothing_costs_nothing_on_a_neural_spectrum():
     operator = Rotated(neural_like())
-    found = [distances(operator, density(operator, seed=seed)) for seed in range(4)]
+    found = [distances(operator, spectral_density(operator, seed=seed)) for seed in range(4)]
     raw, smooth = np.mean(found, axis=0)
     assert raw < 5e-4
     assert smooth < raw
@@ -75,14 +70,17 @@ def test_smoothing_costs_nothing_on_a_neural_spectrum():
 
 def test_float32_is_as_good():
     accurate, single = (Rotated(neural_like(1000), dtype=dtype) for dtype in (torch.float64, torch.float32))
-    (one, _), (other, _) = distances(accurate, density(accurate)), distances(single, density(single))
+    (one, _), (other, _) = (
+        distances(accurate, spectral_density(accurate)),
+        distances(single, spectral_density(single)),
+    )
     assert other == pytest.approx(one, rel=0.02)
 
 
 @pytest.mark.parametrize("spectrum", [semicircle, neural_like, indefinite])
 def test_the_smoothed_density_is_a_density(spectrum):
     operator = Rotated(spectrum(500))
-    found = density(operator, probes=2, steps=30)
+    found = spectral_density(operator, probes=2, steps=30)
     for width in (None, 0.05):
         x = found.grid(4000, width)
         assert (x.diff() > 0).all()
@@ -104,18 +102,9 @@ def test_converged_nodes_stay_sharp_and_others_meet():
     assert found.widths() == (pytest.approx((0.3, 0.25, 0.25, 9e-4)),)
 
 
-def test_the_density_of_logarithms_holds_the_share_of_each_sign():
-    operator = Rotated(indefinite(400))
-    found = density(operator, probes=4, steps=60)
-    exponents = torch.linspace(-8, 1, 20001).double()
-    shares = [float(trapezoid(found.log_density(exponents, sign), exponents)) for sign in (1, -1)]
-    assert shares == pytest.approx([0.5, 0.5], abs=0.03)
-    assert sum(shares) == pytest.approx(1.0, abs=0.005)
-
-
 def test_the_distribution_function_and_its_bounds():
     operator = Rotated(indefinite(300))
-    found = density(operator, probes=6, steps=12)
+    found = spectral_density(operator, probes=6, steps=12)
     low, high = found.range
     x = torch.linspace(low - 1, high + 1, 500).double()
     share = found.cdf(x)
@@ -125,19 +114,19 @@ def test_the_distribution_function_and_its_bounds():
     assert (share.lower <= share.value).all()
     assert (share.value <= share.upper).all()
     # Chebyshev, Markov, Stieltjes: many more steps with the same probes stay within the bounds
-    more = density(operator, probes=6, steps=200).cdf(x).value
+    more = spectral_density(operator, probes=6, steps=200).cdf(x).value
     assert (share.lower <= more + 1e-9).all()
     assert (more <= share.upper + 1e-9).all()
     true = torch.tensor([(operator.values <= point).double().mean() for point in x])
     assert float((share.value - true).abs().mean()) < 0.03
     assert (share.lower - 0.06 <= true).all()
     assert (true <= share.upper + 0.06).all()
-    one = density(operator, probes=1, steps=5).cdf(x)
+    one = spectral_density(operator, probes=1, steps=5).cdf(x)
     assert one.standard_error.isnan().all()
 
 
 def test_zero_has_all_its_mass_at_zero():
-    found = density(Rotated(torch.zeros(30)), probes=2, steps=10)
+    found = spectral_density(Rotated(torch.zeros(30)), probes=2, steps=10)
     assert found.nodes == ((0.0,), (0.0,))
     assert found.products == 2
     assert found.moment(2).value == 0.0
@@ -145,33 +134,22 @@ def test_zero_has_all_its_mass_at_zero():
     assert found.cdf(torch.tensor([-1.0, 0.0])).value.tolist() == [0.0, 1.0]
 
 
-def test_it_is_json_and_the_same_for_the_same_seed():
-    operator = Rotated(neural_like(200))
-    first, second, other = (density(operator, probes=2, steps=8, seed=seed) for seed in (0, 0, 1))
+def test_the_same_seed_gives_the_same_and_progress_is_told_of_every_product():
+    operator, calls = Rotated(neural_like(200)), []
+    options = {"probes": 2, "steps": 8, "progress": lambda *call: calls.append(call)}
+    first, second, other = (spectral_density(operator, seed=seed, **options) for seed in (0, 0, 1))
     assert first == second != other
-    read = json.loads(json.dumps(first.to_dict()))
-    assert (
-        SpectralDensity(**{k: tuple(map(tuple, v)) if isinstance(v, list) else v for k, v in read.items()})
-        == first
-    )
-
-
-def test_progress_hears_of_every_product():
-    heard = []
-    density(Rotated(neural_like(100)), probes=2, steps=3, progress=lambda *counts: heard.append(counts))
-    assert heard == [(count, 6) for count in range(1, 7)]
+    assert calls[:16] == [("density", count, 16) for count in range(1, 17)]
 
 
 @pytest.mark.messages
 def test_bad_input():
-    with pytest.raises(InputError, match="probes must be a number in"):
-        spectral_density(lambda vector: vector, 5, probes=0)
-    found = spectral_density(lambda vector: vector, 5, steps=2)
-    with pytest.raises(InputError, match="width must be a number in"):
+    with pytest.raises(InputError, match="probes"):
+        spectral_density(torch.eye(5), probes=0)
+    found = spectral_density(torch.eye(5), steps=2)
+    with pytest.raises(InputError, match="width"):
         found.smoothed(torch.zeros(1), 0.0)
-    with pytest.raises(InputError, match="sign must be one of 1, -1; got 0"):
-        found.log_density(torch.zeros(1), sign=0)
     with pytest.raises(InputError, match="x must be finite"):
         found.cdf(torch.tensor([math.nan]))
-    with pytest.raises(InputError, match="power must be a number in"):
+    with pytest.raises(InputError, match="power"):
         found.moment(0)

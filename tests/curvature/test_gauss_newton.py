@@ -9,7 +9,7 @@ from torch import nn
 
 from tangora import InputError
 from tangora.curvature import EmpiricalFisher, GaussNewton, Hessian
-from tangora.curvature.sandwich import loss_curvature_product, sandwich_product
+from tangora.curvature.gauss_newton import loss_curvature_product, sandwich_product
 from tests.curvature.models import (
     FLOAT64,
     NAMES,
@@ -60,24 +60,15 @@ def empirical_fisher_of(it: Problem, **options) -> EmpiricalFisher:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_jacobian_times_the_curvature_of_the_loss(name):
-    it, reference = shared_problem(name), shared_reference(name)
-    expected = reference.gauss_newton("factors", outputs_of, cross_entropy_of)
-    assert_matrix(gauss_newton_of(it), expected, TOLERANCE.get(name, 1e-10))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_of_a_cross_entropy_is_the_fisher_matrix(name):
-    it, reference = shared_problem(name), shared_reference(name)
-    expected = reference.fisher("factors", label_logits)
-    assert_matrix(gauss_newton_of(it), expected, TOLERANCE.get(name, 1e-10))
-
-
-@pytest.mark.parametrize("name", FLOAT64)
-def test_over_factors_is_that_over_the_weights_pulled_back(name):
-    it, reference = shared_problem(name), shared_reference(name)
+def test_it_is_that_of_the_dense_definition_and_of_a_cross_entropy_the_fisher_matrix(name):
+    operator, reference = gauss_newton_of(shared_problem(name)), shared_reference(name)
     weights = reference.gauss_newton("weights", outputs_of, cross_entropy_of)
-    assert_matrix(gauss_newton_of(it), reference.jacobian.T @ weights @ reference.jacobian)
+    for expected in (
+        reference.gauss_newton("factors", outputs_of, cross_entropy_of),
+        reference.fisher("factors", label_logits),
+        reference.jacobian.T @ weights @ reference.jacobian,
+    ):
+        assert_matrix(operator, expected, TOLERANCE.get(name, 1e-10))
 
 
 @pytest.mark.parametrize("name", FLOAT64)
@@ -144,12 +135,7 @@ def test_the_loss_hessian_of_cross_entropy_has_its_closed_form():
     expected = (p * u - p * (p * u).sum(-1, keepdim=True)) / 6
     expected[3] = 0
     assert_close(loss_curvature_product(loss, outputs, u), expected, 1e-14)
-
-
-def test_a_loss_that_is_linear_in_the_outputs_has_none():
-    z = torch.ones(3, requires_grad=True)
-    outputs = z * 1
-    assert not loss_curvature_product(outputs.sum(), outputs, torch.ones(3)).any()
+    assert not loss_curvature_product(outputs.sum(), outputs, u).any()  # linear in the outputs
 
 
 def test_a_sandwich_with_unused_and_linear_leaves():
@@ -201,59 +187,23 @@ def test_batches_equal_the_full_batch(make):
     assert_close(make(it).matvec(v), make(Problem(it.model, [whole])).matvec(v))
 
 
-@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
-def test_regression_and_several_labels_of_a_classifier(kind):
-    for options, labels in (
-        ({"num_labels": 1}, torch.tensor([0.3, -1.0], dtype=torch.float64)),
-        (
-            {"num_labels": 3},
-            torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
-        ),
-    ):
-        it = problem("bert", batches=1, model_options=options)
-        batch = it.batches[0] | {"labels": labels}
-        several = options["num_labels"] == 3
+@pytest.mark.parametrize("several", [False, True], ids=["regression", "several labels"])
+def test_other_losses_of_a_classifier(several):
+    labels = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = labels if several else labels[:, 0]
+    it = problem("bert", batches=1, model_options={"num_labels": 3 if several else 1})
+    batches = [it.batches[0] | {"labels": labels}]
 
-        def losses_of(model, batch, several=several):
-            z = outputs_of(model, batch)
-            if several:
-                return F.binary_cross_entropy_with_logits(z, batch["labels"], reduction="none").mean(1)
-            return (z[:, 0] - batch["labels"]).square()
+    def each(z, batch):
+        if several:
+            return F.binary_cross_entropy_with_logits(z, batch["labels"], reduction="none").mean(1)
+        return (z[:, 0] - batch["labels"]).square()
 
-        reference = Problem(it.model, [batch]).reference()
-        if kind is GaussNewton:
-            expected = reference.gauss_newton(
-                "factors",
-                outputs_of,
-                lambda z, batch, several=several: (
-                    F.binary_cross_entropy_with_logits(z, batch["labels"])
-                    if several
-                    else (z[:, 0] - batch["labels"]).square().mean()
-                ),
-            )
-        else:
-            expected = reference.empirical_fisher("factors", losses_of)
-        assert_matrix(kind(it.model, [batch]), expected)
-
-
-@pytest.mark.parametrize("make", [gauss_newton_of, empirical_fisher_of])
-@pytest.mark.parametrize("name", ["mlp", "bert"])
-def test_the_model_is_left_as_it_was(name, make):
-    it = problem(name)
-    it.model.train()
-    for parameter in it.model.parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    state = {key: value.clone() for key, value in it.model.state_dict().items()}
-    random = torch.get_rng_state()
-    operator = make(it)
-    operator.matvec(torch.ones(operator.size, dtype=operator.dtype))
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, state[key]) for key, value in it.model.state_dict().items())
-    assert all(module.training for module in it.model.modules())
-    assert all(
-        torch.equal(p.grad, torch.ones_like(p)) if p.requires_grad else p.grad is None
-        for p in it.model.parameters()
-    )
+    reference = Problem(it.model, batches).reference()
+    expected = reference.gauss_newton("factors", outputs_of, lambda z, batch: each(z, batch).mean())
+    assert_matrix(GaussNewton(it.model, batches), expected)
+    losses = reference.empirical_fisher("factors", lambda model, batch: each(outputs_of(model, batch), batch))
+    assert_matrix(EmpiricalFisher(it.model, batches), losses)
 
 
 def test_loss_and_gradient_are_those_of_the_hessian():
@@ -276,27 +226,21 @@ def test_an_operation_without_second_derivative_is_named():
 
 
 @pytest.mark.messages
-def test_what_cannot_be_used_is_named():
+@pytest.mark.parametrize(
+    ("kind", "loss_fn", "options", "message"),
+    [
+        (GaussNewton, mlp_loss, {}, r"\(loss, outputs\)"),
+        (GaussNewton, lambda m, b: (mlp_loss(m, b), m(b[0])), {}, "does not depend on the outputs"),
+        (EmpiricalFisher, mlp_loss, {}, r"\(loss, losses\)"),
+        (EmpiricalFisher, lambda m, b: (mlp_loss(m, b), 2 * label_losses(m, b)), {}, "mean"),
+        (EmpiricalFisher, with_losses, {"per": "token"}, "per must be one of"),
+        (EmpiricalFisher, with_losses, {"per": "sequence"}, 'per="sequence"'),
+    ],
+)
+def test_what_cannot_be_used_is_named(kind, loss_fn, options, message):
     it = shared_problem("mlp")
-    vector = torch.ones(42, dtype=torch.float64)
-
-    def attempt(kind, loss_fn, **options):
-        return kind(it.model, it.batches, loss_fn=loss_fn, **options).matvec(vector)
-
-    with pytest.raises(InputError, match=r"loss_fn must return \(loss, outputs\)"):
-        attempt(GaussNewton, mlp_loss)
-    with pytest.raises(InputError, match="does not depend on the outputs"):
-        attempt(GaussNewton, lambda model, batch: (mlp_loss(model, batch), model(batch[0])))
-    with pytest.raises(InputError, match=r"loss_fn must return \(loss, losses\)"):
-        attempt(EmpiricalFisher, mlp_loss)
-    with pytest.raises(InputError, match="mean"):
-        attempt(
-            EmpiricalFisher, lambda model, batch: (mlp_loss(model, batch), 2 * label_losses(model, batch))
-        )
-    with pytest.raises(InputError, match="per must be one of"):
-        attempt(EmpiricalFisher, with_losses, per="token")
-    with pytest.raises(InputError, match='per="sequence"'):
-        attempt(EmpiricalFisher, with_losses, per="sequence")
+    with pytest.raises(InputError, match=message):
+        kind(it.model, it.batches, loss_fn=loss_fn, **options).matvec(torch.ones(42, dtype=torch.float64))
 
 
 class Detached(torch.autograd.Function):

@@ -14,46 +14,42 @@ from torch.utils.data import DataLoader
 import tangora
 from tangora import InputError, find_pairs
 from tangora.curvature import CouplingPart, Hessian
-from tests.curvature.models import FLOAT64, NAMES, problem, shared_problem
+from tests.curvature.models import (
+    FLOAT64,
+    NAMES,
+    dense,
+    problem,
+    random_vector,
+    shared_problem,
+    shared_reference,
+)
 from tests.probes.models import batch_of
-from tests.reference.curvature import DenseCurvature
 from tests.tolerances import assert_close
 
 TOLERANCE = {"llama": 2e-6}
 RANKS = 2
 
 
-def dense_of(name):
-    made = shared_problem(name)
-    return DenseCurvature(made.model, made.batches, made.loss_fn)
-
-
 def hessian_of(made, **options):
     return Hessian(made.model, made.batches, loss_fn=made.loss_fn, **options)
-
-
-def random_vector(operator, seed=0):
-    return torch.randn(operator.size, dtype=operator.dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def matrix_of(operator):
-    return torch.stack([operator.matvec(e) for e in torch.eye(operator.size, dtype=operator.dtype)], 1)
 
 
 @pytest.mark.parametrize("cache_graph", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_products_agree_with_the_dense_hessian(name, cache_graph):
-    operator, dense = hessian_of(shared_problem(name), cache_graph=cache_graph), dense_of(name)
+    operator, reference = hessian_of(shared_problem(name), cache_graph=cache_graph), shared_reference(name)
     assert tangora.curvature.Hessian is Hessian
     tolerance = TOLERANCE.get(name, 1e-10)
     for seed in range(2):
         v = random_vector(operator, seed)
-        assert_close(operator.matvec(v), dense.factor_hessian.to(v) @ v, tolerance)
-    assert operator.products == 2
-    assert_close(operator.gradient(), dense.factor_gradient.to(v), tolerance)
-    loss = float(dense.loss("factors", dense.factors))
+        assert_close(operator.matvec(v), reference.factor_hessian.to(v) @ v, tolerance)
+    assert operator.num_products == 2
+    assert torch.equal(operator @ v, operator.matvec(v))
+    assert operator.shape == (operator.size, operator.size)
+    assert_close(operator.gradient(), reference.factor_gradient.to(v), tolerance)
+    loss = float(reference.loss("factors", reference.factors))
     assert operator.loss() == pytest.approx(loss, rel=tolerance)
-    assert operator.products == 2
+    assert operator.num_products == 4
 
 
 @pytest.mark.parametrize("over", ["factors", "tangent", "weights"])
@@ -115,7 +111,7 @@ def test_each_batch_alone():
     mean = sum(weight * product for weight, product, _ in weighted) / 9
     assert_close(mean, operator.matvec(v), 1e-12)
     assert sum(weight * loss for weight, _, loss in weighted) / 9 == pytest.approx(operator.loss(), rel=1e-12)
-    assert operator.products == 1
+    assert operator.num_products == 1
     expected = Hessian(made.model, made.batches[1:2]).matvec(v)
     assert torch.equal(weighted[1][1], expected)
 
@@ -169,34 +165,12 @@ def test_an_optimizer_step_between_products_is_noticed():
     assert torch.equal(after, hessian_of(made).matvec(v))
 
 
-@pytest.mark.parametrize("name", FLOAT64)
-def test_identities_at_the_start_of_lora(name):
-    r"""At B = 0: H_AA = 0, and H_AB has the singular values s sigma_i(G), each r times."""
-    made = problem(name, batches=1, zero=True)
-    layers = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_fc"]}.get(name)
-    operator = hessian_of(made, layers=layers)
-    H = matrix_of(operator)
-    G = DenseCurvature(made.model, made.batches, made.loss_fn).G
-    scale = H.abs().max()
-    for pair, gradient in zip(find_pairs(made.model), G, strict=True):
-        if pair.name not in operator.space.layout:
-            continue
-        start, size = operator.space.layout[pair.name].start, pair.A.numel()
-        A, B = slice(start, start + size), slice(start + size, operator.space.layout[pair.name].stop)
-        assert H[A, A].abs().max() <= 1e-10 * scale
-        found = torch.linalg.svdvals(H[A, B])
-        expected = pair.scaling * torch.linalg.svdvals(gradient)
-        expected = expected.repeat_interleave(pair.shape[2])
-        assert (found[: len(expected)] - expected).abs().max() <= 1e-10 * scale
-        assert (found[len(expected) :] <= 1e-10 * scale).all()
-
-
 def test_every_copy_of_an_eigenvalue_is_found_on_request():
     """Those of the coupling are s sigma_i(G), each r times."""
     made = problem("bert", batches=1)
     (pair,) = (pair for pair in find_pairs(made.model) if pair.name.endswith("0.intermediate.dense"))
     where = [pair.name for pair in find_pairs(made.model)].index(pair.name)
-    gradient, r = DenseCurvature(made.model, made.batches, made.loss_fn).G[where], pair.shape[2]
+    gradient, r = made.reference().G[where], pair.shape[2]
     coupling = CouplingPart(made.model, made.batches, loss_fn=made.loss_fn, layers=[pair.name])
     found = coupling.top_eigenpairs(2 * r, tol=1e-10, copies=True)
     expected = pair.scaling * torch.linalg.svdvals(gradient)[:2].repeat_interleave(r)
@@ -228,7 +202,7 @@ def test_float64_on_copies_of_a_float32_model():
 
 def test_scipy_finds_the_eigenvalues():
     operator = hessian_of(problem("mlp", batches=1))
-    values = torch.linalg.eigvalsh(matrix_of(operator))
+    values = torch.linalg.eigvalsh(dense(operator))
     found = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
     assert_close(torch.from_numpy(np.sort(found)), values[-3:])
 
@@ -238,18 +212,18 @@ def test_scipy_finds_the_eigenvalues():
 )
 def test_the_whole_spectrum_and_its_sums_agree_with_the_dense_hessian(name):
     made = problem(name, batches=1)
-    operator, dense = hessian_of(made), DenseCurvature(made.model, made.batches, made.loss_fn).factor_hessian
-    values, n = torch.linalg.eigvalsh(dense).flip(0), operator.size
+    operator, matrix = hessian_of(made), made.reference().factor_hessian
+    values, n = torch.linalg.eigvalsh(matrix).flip(0), operator.size
     pairs = operator.top_eigenpairs(n, tol=1e-12)
     assert_close(pairs.values, values, 1e-8)
-    assert operator.products == pairs.products
+    assert operator.num_products == pairs.products
     for method, which in (("lanczos", "both"), ("power", "magnitude")):
         few = operator.top_eigenpairs(4, method=method, which=which, tol=1e-7, max_products=20_000)
         chosen = values[[0, 1, -2, -1]] if which == "both" else values[values.abs().argsort()[-4:]]
         assert_close(few.values, chosen.sort(descending=True).values, 1e-8)
-    assert operator.trace(products=3 * n).value == pytest.approx(float(dense.trace()), rel=1e-8)
+    assert operator.trace(products=3 * n).value == pytest.approx(float(matrix.trace()), rel=1e-8)
     norm = operator.frobenius_norm(products=100)
-    assert norm.value == pytest.approx(float(dense.norm()), rel=1e-12, abs=5 * norm.standard_error)
+    assert norm.value == pytest.approx(float(matrix.norm()), rel=1e-12, abs=5 * norm.standard_error)
     density = operator.spectral_density(probes=2, steps=n)
     assert density.products <= 2 * n  # fewer where eigenvalues coincide
     for nodes in torch.tensor([probe[:1] + probe[-1:] for probe in density.nodes], dtype=torch.float64):
@@ -259,29 +233,29 @@ def test_the_whole_spectrum_and_its_sums_agree_with_the_dense_hessian(name):
 @pytest.mark.messages
 def test_more_eigenpairs_than_dimensions_and_unknown_methods_are_refused():
     operator = hessian_of(problem("mlp", batches=1))
-    with pytest.raises(
-        InputError, match=f"k must be at most the dimension of the operator, {operator.size}; got 99"
-    ):
+    with pytest.raises(InputError, match=f"{operator.size}; got 99"):
         operator.top_eigenpairs(99)
-    with pytest.raises(
-        InputError, match=r"method must be one of lanczos, power; got 'lanczo' \(did you mean lanczos"
-    ):
+    with pytest.raises(InputError, match="did you mean lanczos"):
         operator.top_eigenpairs(1, method="lanczo")
     with pytest.raises(InputError, match="method must be one of"):
         operator.trace(method="xtrace")
-    assert operator.products == 0
+    assert operator.num_products == 0
 
 
-def test_sharpness_and_landscape_write_nothing():
-    made = problem("mlp", batches=1)
-    operator = hessian_of(made, over="tangent")
+@pytest.mark.parametrize("over", ["factors", "tangent", "weights"])
+def test_sharpness_and_landscape_write_nothing(over):
+    made = problem("bert", batches=1)
+    made.model.train()
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    operator, random = hessian_of(made, over=over), torch.get_rng_state()
     found = operator.sharpness(0.1, steps=2, krylov=5)
-    assert found.value > 0
-    assert operator.loss_at(found.displacement) == pytest.approx(operator.loss() + found.value, rel=1e-8)
-    plane = operator.landscape("gradient", span=0.1, points=3)
-    assert plane is not None
+    assert found.rise > 0
+    assert operator.loss_at(found.displacement) == pytest.approx(operator.loss() + found.rise, rel=1e-8)
+    assert operator.landscape("random", span=10.0, points=3, dimensions=2).losses.shape == (3, 3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+    assert made.model.training
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -297,7 +271,7 @@ def test_finite_differences_agree_and_say_how_well(name):
     # the error of the coarser step is that of the step, four times the other's, or rounding
     assert 0 < differences.discrepancy < (1e-3 if name == "llama" else 1e-6)
     scaled = differences.matvec(1e6 * v)
-    assert_close(scaled, 1e6 * differences.matvec(v), 1e-6)
+    assert_close(scaled, 1e6 * differences.matvec(v), 1e-5 if name == "llama" else 1e-6)
     assert float(differences.matvec(0 * v).norm()) == 0
 
 

@@ -10,9 +10,9 @@ from scipy.sparse.linalg import eigsh
 
 from tangora import InputError
 from tangora.curvature import Hessian
-from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.measured_model import load_measured
+from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.curvature.settings import CurvatureSettings
-from tangora.experiments.curvature.subject import load_subject
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated
@@ -32,7 +32,7 @@ def small(tmp_path_factory):
 def _no_pictures(monkeypatch):
     """Pictures take most of the time of a small measurement; `found` has some."""
     monkeypatch.setattr(
-        "tangora.experiments.curvature.measure.save_curvature_pictures", lambda _record, _folder: []
+        "tangora.experiments.curvature.measurement.save_curvature_pictures", lambda _record, _folder: []
     )
 
 
@@ -64,15 +64,15 @@ def measured(source, folder, **changes):
 
 @pytest.fixture(scope="module")
 def found(run, tmp_path_factory):
-    """An ordinary measurement of the LoRA run, and what it told of its progress."""
-    heard = []
+    """An ordinary measurement of the LoRA run, and its progress."""
+    calls = []
     files = measure_curvature(
         settings_of(run),
         tmp_path_factory.mktemp("found") / "out",
         command="tangora curvature …",
-        progress=lambda *seen: heard.append(seen),
+        progress=lambda *call: calls.append(call),
     )
-    return files, heard
+    return files, calls
 
 
 def test_the_files_say_the_same(found):
@@ -91,16 +91,18 @@ def test_the_files_say_the_same(found):
 
 
 def test_products_are_counted_and_promised(found):
-    files, heard = found
-    done, total = heard[-1]
+    files, calls = found
+    assert calls[0] == ("loading", 0, 0)
+    calls = [call[1:] for call in calls[1:]]
+    done, total = calls[-1]
     assert done == total == files.record.products == sum(one.products for one in files.record.spectra)
-    assert [before for before, _ in heard] == sorted(before for before, _ in heard)
-    assert all(before <= expected for before, expected in heard)
+    assert calls == sorted(calls, key=lambda call: call[0])
+    assert all(before <= expected for before, expected in calls)
 
 
 @pytest.mark.parametrize("space", ["tangent", "factors"])
 def test_eigenvalues_are_those_of_the_hessian(found, run, space):
-    subject = load_subject(str(run), None, {}, 0)
+    subject = load_measured(str(run), None, {}, 0)
     operator = Hessian(subject.model, subject.batches("train", 7, 4), over=space, dtype=torch.float64)
     expected = eigsh(operator.to_scipy(), k=2, which="LA", tol=1e-5, return_eigenvectors=False)[::-1]
     spectrum = found[0].record.of(space)

@@ -16,7 +16,7 @@ import torch
 from tangora import CompareSettings, InputError, RunSettings, compare, export, train
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import Limits, died
-from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.folders import LOG, SETTINGS, claimed, locked
 from tangora.experiments.run import execute as run_module

@@ -14,7 +14,7 @@ import tangora
 from tangora._checks import InputError
 from tangora.experiments.compare import compare_tasks
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings
-from tangora.experiments.curvature.measure import measure_curvature
+from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.curvature.settings import CurvatureSettings
 from tangora.experiments.diagnose.measure import diagnose_task
 from tangora.experiments.diagnose.settings import DiagnoseSettings

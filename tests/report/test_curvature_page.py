@@ -1,28 +1,27 @@
 """Page, sentences, tables and pictures of a measurement of curvature that is made up: every number is known."""
 
 import io
+import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tangora.curvature import BatchCurvature, BatchNoise, Eigenvalue, LayerCurvature, Spread, TraceEstimate
+from tangora.report import save_json
 from tangora.report.curvature import (
     FACTORS,
-    BatchCurvature,
-    BatchNoise,
     CurvatureRecord,
     Density,
-    Eigenvalue,
-    Estimated,
-    Landscape,
-    LayerCurvature,
+    LandscapeRecord,
     Line,
     Plane,
-    Scatter,
-    Sharpness,
+    SharpnessRecord,
     Spectrum,
     curvature_tables,
     findings,
+    load_curvature,
     render_curvature,
     save_curvature_pictures,
 )
@@ -32,12 +31,13 @@ from tangora.report.curvature.curvature_page import batch_table, eigenvalue_tabl
 from tests.report.pages import Page, texts
 from tests.report.synthetic import CREATED
 
+ROOT = Path(__file__).parents[2]
 NAMES = [f"bert.layer.{block}.{kind}" for block in range(3) for kind in ("query", "dense")] + ["pooler"]
 SIZE = 1000
 
 
 def estimated(value, error=None):
-    return Estimated(value=value, standard_error=error, products=12)
+    return TraceEstimate(value, error, products=12)
 
 
 def density(nodes=((-0.5, 0.001, 3.9), (-0.4, 0.002, 4.0)), weights=((0.01, 0.94, 0.05),) * 2):
@@ -89,8 +89,8 @@ def noise():
     return BatchNoise(
         space="tangent",
         batches=batches,
-        largest=Scatter(mean=5.5, deviation=1.29),
-        trace=Scatter(mean=12.5, deviation=1.3),
+        largest=Spread(mean=5.5, deviation=1.29),
+        trace=Spread(mean=12.5, deviation=1.3),
         whole=Eigenvalue(value=4.0, residual=0.01),
         variance=estimated(16.0, 1.0),
         batch_sharpness=2.5,
@@ -101,7 +101,7 @@ def noise():
 
 def landscape():
     steps = [-1.0, 0.0, 1.0]
-    return Landscape(
+    return LandscapeRecord(
         space="tangent",
         lines=[
             Line(direction=f"eigenvector {i}", steps=steps, losses=[1.0 + i, 0.5, math.inf]) for i in (1, 2)
@@ -144,7 +144,7 @@ def whole():
         [spectrum("factors", top=400.0), spectrum(), spectrum("tangent", "gauss-newton", top=3.0)],
         layers=layers(),
         batch_noise=noise(),
-        sharpness=[Sharpness(space="weights", radius=0.05, loss=0.5, rise=0.25, second_order=0.2)],
+        sharpness=[SharpnessRecord(space="weights", radius=0.05, loss=0.5, rise=0.25, second_order=0.2)],
         landscape=landscape(),
     )
 
@@ -275,6 +275,20 @@ def test_errors_are_written_without_exponents():
     assert with_error(145.3, 29.0) == "145 ± 30"
     assert with_error(1.5, 0.0123) == "1.5 ± 0.01"
     assert with_error(1.5, None) == with_error(1.5, 0.0) == "1.5"
+
+
+@pytest.mark.parametrize("name", ["curvature_minilm", "curvature_smollm2"])
+def test_old_records_are_read_with_their_keys(name, tmp_path):
+    path = ROOT / "benchmarks" / f"{name}.json"
+    again = json.loads(save_json(load_curvature(path), tmp_path / "again.json").read_text())
+
+    def without_samples(value):  # records of older versions do not tell from how many samples an error comes
+        if isinstance(value, dict):
+            return {key: without_samples(part) for key, part in value.items() if key != "samples"}
+        return [without_samples(part) for part in value] if isinstance(value, list) else value
+
+    old = json.loads(path.read_text())
+    assert without_samples(again) == {"model_description": None} | old
 
 
 def test_pictures_are_the_same_again(tmp_path):

@@ -1,5 +1,7 @@
 """What all pages have in common: nothing from outside, proper HTML, names that stay text, equal bytes."""
 
+from dataclasses import replace
+
 import pytest
 
 from tangora._checks import InputError
@@ -91,7 +93,7 @@ def hostile_pages():
     yield render_page(make_comparison([run, make_record()], **HOSTILE_FIELDS)), "results-table"
     skipped = diagnosis(names, skipped={HOSTILE: HOSTILE})
     yield render_diagnosis(diagnosis_record(skipped, **HOSTILE_FIELDS, **HOSTILE_ORIGIN)), "layers-table"
-    named = [layer.model_copy(update={"name": name}) for layer, name in zip(layers(), names, strict=False)]
+    named = [replace(layer, name=name) for layer, name in zip(layers(), names, strict=False)]
     yield (
         render_curvature(whole().model_copy(update={"layers": named} | HOSTILE_FIELDS | HOSTILE_ORIGIN)),
         "layer-numbers-table",

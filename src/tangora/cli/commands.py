@@ -251,7 +251,7 @@ def curvature_command(
     settings = validated(CurvatureSettings, given, str(config or ""))
     check_paths(settings)
     from tangora.cli.results import print_curvature
-    from tangora.experiments.curvature.measure import measure_curvature
+    from tangora.experiments.curvature.measurement import measure_curvature
 
     with interruptible(), progress_bars() as bars:
         bar = bars.add_task("products", total=None, note="")
@@ -259,7 +259,8 @@ def curvature_command(
             settings,
             output,
             command=shlex.join(["tangora", *sys.argv[1:]]),
-            phase=lambda name: bars.update(bar, note=name),
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            progress=lambda what, done, total: bars.update(
+                bar, note=what, completed=done, total=total or None
+            ),
         )
     print_curvature(files)

@@ -60,7 +60,7 @@ def _rewrite(folder: Path) -> None:
     # writes the pages of whatever the folder holds
     from tangora.cli.results import print_curvature, print_tasks
     from tangora.experiments.compare import write_report
-    from tangora.experiments.curvature.measure import CurvatureFiles, rewrite
+    from tangora.experiments.curvature.measurement import CurvatureFiles, rewrite
     from tangora.report import load_comparison, load_study, rich_table, summarize, write_study
     from tangora.report.comparison.end_points import has_flatness, rich_flatness
     from tangora.report.curvature import load_curvature

@@ -11,7 +11,7 @@ from tangora._checks import InputError
 from tangora.cli.output import console
 from tangora.experiments.compare import CompareWatcher, Outcome, StudyOutcome
 from tangora.experiments.comparison.sweep import Cell
-from tangora.experiments.curvature.measure import CurvatureFiles
+from tangora.experiments.curvature.measurement import CurvatureFiles
 from tangora.experiments.diagnose.measure import DiagnosisFiles
 from tangora.experiments.run.execute import Watcher
 from tangora.experiments.run.proof import Proof

@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_kind
-from tangora.adapters import LoraPair
-from tangora.adapters.discover import discover
+from tangora.adapters import LoraPair, discover
 from tangora.adapters.offset_layer import get_offset
 from tangora.adapters.pair import as_matrix
 from tangora.curvature.evaluation import Evaluation
@@ -43,49 +42,19 @@ class AdaptedLayer:
         return self.pair.shape
 
     def factors(self, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
-        """Return the factors as matrices in the dtype of vectors.
-
-        Returns:
-            A (r x n) and B (m x r), detached.
-        """
+        """Return A (r x n) and B (m x r) as matrices in the dtype of vectors, detached."""
         A, B = self.pair.factors()
         return A.to(evaluation.dtype), B.to(evaluation.dtype)
-
-    def with_factors(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """Let other factors, of any rank, stand in for the pair's.
-
-        Args:
-            A: ``R x n``.
-            B: ``m x R``.
-
-        Returns:
-            Overrides for `Evaluation.within`, in the shapes of the parameters and their tied twins.
-        """
-        pair = self.pair
-        overrides = self._named(pair.A, A.reshape(-1, *pair.A.shape[1:]))
-        overrides |= self._named(pair.B, B.reshape(*B.shape, *pair.B.shape[2:]))
-        for other_A, other_B in pair.tied:
-            overrides |= self._named(other_A, B.t()) | self._named(other_B, A.t())
-        return overrides
 
     def displaced_factor(
         self, letter: str, displacement: Tensor, evaluation: Evaluation
     ) -> dict[str, Tensor]:
-        """Move one of the factors.
-
-        Args:
-            letter: ``A`` or ``B``.
-            displacement: In the shape of the parameter.
-
-        Returns:
-            Overrides for `Evaluation.within`.
-        """
+        """Move the factor A or B; returns what stands in for the model's tensors, tied twins included."""
         held = evaluation.converted(getattr(self.pair, letter))
         moved = (held + displacement).to(held.dtype)
         overrides = self._named(getattr(self.pair, letter), moved)
         for other_A, other_B in self.pair.tied:
-            other = other_B if letter == "A" else other_A
-            overrides |= self._named(other, moved.t())
+            overrides |= self._named(other_B if letter == "A" else other_A, moved.t())
         return overrides
 
     def displaced(
@@ -94,22 +63,16 @@ class AdaptedLayer:
         right: tuple[Float[Tensor, "m q"], Float[Tensor, "q n"]],
         evaluation: Evaluation,
     ) -> dict[str, Tensor]:
-        r"""Move the layer's weight by $P K + J Q$.
-
-        Args:
-            left: $P$ and $K$.
-            right: $J$ and $Q$.
-
-        Returns:
-            Overrides for `Evaluation.within`.
-        """
+        r"""Move the layer's weight by $P K + J Q$; returns what stands in for the model's tensors."""
         (P, K), (J, Q), pair = left, right, self.pair
         A, B = as_matrix(evaluation.converted(pair.A)), as_matrix(evaluation.converted(pair.B))
         columns = torch.cat([P, J], 1) / pair.scaling
         extra = columns.shape[1]
-        overrides = self.with_factors(
-            torch.cat([A, K.to(A.dtype), Q.to(A.dtype)]), torch.cat([B, columns.to(B.dtype)], 1)
-        )
+        A, B = torch.cat([A, K.to(A.dtype), Q.to(A.dtype)]), torch.cat([B, columns.to(B.dtype)], 1)
+        overrides = self._named(pair.A, A.reshape(-1, *pair.A.shape[1:]))
+        overrides |= self._named(pair.B, B.reshape(*B.shape, *pair.B.shape[2:]))
+        for other_A, other_B in pair.tied:
+            overrides |= self._named(other_A, B.t()) | self._named(other_B, A.t())
         return overrides | self._padded_offset(extra, evaluation)
 
     def _padded_offset(self, extra: int, evaluation: Evaluation) -> dict[str, Tensor]:
@@ -128,17 +91,9 @@ class AdaptedLayer:
 def adapted_layers(
     evaluation: Evaluation, *, adapter_name: str | None = None, layers: Iterable[str] | None = None
 ) -> list[AdaptedLayer]:
-    """List the pairs whose curvature can be read.
+    """List the pairs whose curvature can be read, in the order of the model: trainable ones, or those of one adapter.
 
-    Args:
-        adapter_name: Only this adapter, trainable or not; default what is trainable.
-        layers: Only these, see `chosen`.
-
-    Returns:
-        The layers in the order of the model.
-
-    Raises:
-        InputError: If there is none, one of them uses DoRA, is merged or inactive, or two adapters share a layer.
+    Raises `InputError` if there is none, one of them uses DoRA, is merged or inactive, or two adapters share a layer.
     """
     found = discover(evaluation.model, adapter_name)
     pairs = found.pairs
@@ -156,7 +111,7 @@ def adapted_layers(
     kept = set(chosen(names, layers))
     if layers is None and found.skipped:
         odd = "; ".join(sorted({f"{reason} ({name})" for name, reason in found.skipped.items()})[:5])
-        warnings.warn(f"left out of the curvature, because they are no plain LoRA pairs: {odd}", stacklevel=4)
+        warnings.warn(f"left out of the curvature, because they are no plain LoRA pairs: {odd}", stacklevel=5)
     pairs = [pair for pair in pairs if pair.name in kept]
     for pair in pairs:
         _check(pair)
@@ -165,11 +120,7 @@ def adapted_layers(
 
 
 def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
-    """Find all names of each parameter and buffer; tied ones have several.
-
-    Returns:
-        Names by ``id`` of the tensor.
-    """
+    """Find all names of each parameter and buffer by its ``id``; tied ones have several."""
     paths: dict[int, list[str]] = {}
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
@@ -180,16 +131,9 @@ def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
 
 
 def chosen(names: Sequence[str], layers: Iterable[str] | None) -> list[str]:
-    """Pick names by what the user gave.
+    """Pick names in their order: by full names, endings after a dot (as ``target_modules``), or patterns with ``*``.
 
-    Args:
-        layers: Full names, endings after a dot (PEFT's ``target_modules``), or patterns with ``*``; default all.
-
-    Returns:
-        Those that match, in the order of ``names``.
-
-    Raises:
-        InputError: If an entry matches nothing.
+    Raises `InputError` if an entry matches nothing.
     """
     if layers is None:
         return list(names)
@@ -208,22 +152,20 @@ def _matches(name: str, wanted: str) -> bool:
 
 
 def _check(pair: LoraPair) -> None:
-    layer = pair.layer
-    if pair.adapter in (getattr(layer, "lora_magnitude_vector", None) or {}):
+    name, adapter = pair.name, pair.adapter
+    if pair.has_magnitudes:
         raise InputError(
-            f"{pair.name} uses DoRA, which takes its norm as a constant in the backward pass: what autograd gives is "
-            "not the Hessian of the loss; leave the layer out (layers=...) or merge it into a plain model"
+            f"{name} uses DoRA, which takes its norm as a constant in the backward pass: what autograd gives is not "
+            "the Hessian of the loss; leave the layer out (layers=...) or merge it into a plain model"
         )
-    if pair.adapter in layer.merged_adapters:  # pyright: ignore[reportOperatorIssue]
-        raise InputError(f"adapter {pair.adapter!r} is merged into {pair.name}: unmerge_adapter first")
-    if pair.adapter not in layer.active_adapters or layer.disable_adapters:  # pyright: ignore[reportOperatorIssue]
-        raise InputError(f"adapter {pair.adapter!r} is not active in {pair.name}: set_adapter first")
-    if isinstance(layer.get_base_layer(), _ATTENTION):  # pyright: ignore[reportCallIssue]
+    if not pair.active:
         raise InputError(
-            f"{pair.name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward pass: its "
+            f"adapter {adapter!r} is not active in {name}, or merged into it: set_adapter or unmerge_adapter first"
+        )
+    if isinstance(pair.base, _ATTENTION):
+        raise InputError(
+            f"{name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward pass: its "
             "curvature cannot be read, so leave the layer out (layers=...)"
         )
     if pair.scaling == 0:
-        raise InputError(
-            f"the scaling of {pair.name} must not be zero: nothing reaches the weight through it"
-        )
+        raise InputError(f"the scaling of {name} must not be zero: nothing reaches the weight through it")

@@ -17,7 +17,7 @@ width: this library.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -26,10 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tangora._checks import InputError, check_choice, check_number, check_whole, shown
+from tangora._checks import InputError, check_number, check_whole, shown
+from tangora._types import Progress
 from tangora.curvature.lanczos import Krylov
-from tangora.curvature.products import Device, Matvec, Products, Progress, seeded_generator
-from tangora.curvature.trace import Estimate, mean_of
+from tangora.curvature.products import Matrix, Products, seeded_generator, size_of
+from tangora.curvature.trace import TraceEstimate, mean_of
 
 # of the range of the spectrum: a single eigenvalue is drawn this wide
 _NARROWEST = 1e-4
@@ -100,7 +101,7 @@ class SpectralDensity:
             torch.as_tensor(np.mean(upper, 0)),
         )
 
-    def moment(self, power: int) -> Estimate:
+    def moment(self, power: int) -> TraceEstimate:
         r"""Return the mean of a power of the eigenvalues, $\operatorname{tr} H^p / n$.
 
         Exact for the probes while $p \le 2m - 1$: ``size * moment(1)`` is Hutchinson's estimate of the trace, and
@@ -141,31 +142,8 @@ class SpectralDensity:
                 density += weight / (deviation * math.sqrt(2 * math.pi)) * np.exp(-0.5 * away**2)
         return torch.as_tensor(density / len(self.nodes))
 
-    def log_density(
-        self, exponents: Points, sign: int = 1, width: float | None = None
-    ) -> Float[Tensor, "*s"]:
-        r"""Return the density of $\log_{10} |\lambda|$ over the eigenvalues of one sign.
-
-        It is `smoothed` in another variable, and integrates to the share of eigenvalues of that sign.
-
-        Args:
-            exponents: $\log_{10} |\lambda|$, as the points of `cdf`.
-            sign: 1 or -1.
-            width: As for `smoothed`.
-
-        Returns:
-            Shares of all eigenvalues per decade, float64 on the CPU.
-        """
-        check_choice("sign", sign, (1, -1))
-        sizes = 10.0 ** torch.as_tensor(_array("exponents", exponents))
-        return self.smoothed(sign * sizes, width) * sizes * math.log(10)
-
     def widths(self) -> tuple[tuple[float, ...], ...]:
-        """Return the standard deviation with which each node is smoothed by default.
-
-        Returns:
-            Of each probe and node, in units of the eigenvalues.
-        """
+        """Return the standard deviation with which each probe's nodes are smoothed by default."""
         low, high = self.range
         scale = high - low if high > low else max(abs(high), 1.0)
         found = []
@@ -177,15 +155,7 @@ class SpectralDensity:
         return tuple(found)
 
     def grid(self, points: int = 400, width: float | None = None) -> Float[Tensor, " p"]:
-        """Return points to draw the density at: evenly spread ones, and some across every node.
-
-        Args:
-            points: Number of evenly spread points, at least 2.
-            width: As for `smoothed`.
-
-        Returns:
-            Ascending, float64 on the CPU.
-        """
+        """Return points to draw the density at, ascending: evenly spread ones, and some across every node."""
         check_whole("points", points, low=2)
         nodes, widths = (np.concatenate([*map(np.asarray, parts)]) for parts in (self.nodes, self.widths()))
         if width is not None:
@@ -195,43 +165,29 @@ class SpectralDensity:
         even = np.linspace(around.min(), around.max(), points)
         return torch.from_numpy(np.unique(np.concatenate([even, around.ravel()])))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        lists = {name: [*map(list, getattr(self, name))] for name in ("nodes", "weights", "residuals")}
-        return asdict(self) | lists
-
 
 def spectral_density(
-    matvec: Matvec,
-    size: int,
-    *,
-    probes: int = 4,
-    steps: int = 40,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    progress: Progress | None = None,
+    operator: Matrix, *, probes: int = 4, steps: int = 40, seed: int = 0, progress: Progress | None = None
 ) -> SpectralDensity:
     """Measure the density of eigenvalues by stochastic Lanczos quadrature.
 
     Memory: ``steps + 1`` vectors.
 
     Args:
-        matvec: Product with the symmetric operator.
+        operator: See `tangora.curvature.lanczos_eigenpairs`.
         probes: Random vectors; at least 2 for error bars.
-        steps: Lanczos steps, and products, for each; at most ``size`` are made.
+        steps: Lanczos steps, and products, for each; no more than the operator's dimension are made.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
         progress: Called after each product.
 
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    for name, value in (("size", size), ("probes", probes), ("steps", steps)):
+    for name, value in (("probes", probes), ("steps", steps)):
         check_whole(name, value, low=1)
+    size = size_of(operator)
     steps = min(steps, size)
-    product = Products(matvec, size, probes * steps, dtype=dtype, device=device, progress=progress)
+    product = Products(operator, probes * steps, "density", progress)
     generator = seeded_generator(seed)
     nodes, weights, residuals = [], [], []
     for _ in range(probes):

@@ -24,14 +24,8 @@ def readable(model: nn.Module, batches: Any = None, *, twice: bool = True) -> It
 
     Weights are frozen, dropout and caches are off, the random state is preserved. For second derivatives
     ``scaled_dot_product_attention`` runs in its mathematical form, whose kernel alone has them; the choice stays on
-    during the backward passes too, where checkpointed layers run forward again.
-
-    Args:
-        batches: A DataLoader, whose own random state is preserved too.
-        twice: Whether second derivatives are wanted.
-
-    Raises:
-        InputError: If ``twice`` and the model is set to an attention kernel without second derivative.
+    during the backward passes too, where checkpointed layers run forward again. Raises `InputError` if they are wanted
+    (``twice``) and the model is set to an attention kernel without.
     """
     with contextlib.ExitStack() as stack:
         if twice:
@@ -45,14 +39,7 @@ def readable(model: nn.Module, batches: Any = None, *, twice: bool = True) -> It
 
 @contextlib.contextmanager
 def explained(cure: str = _CURE) -> Iterator[None]:
-    """Turn what torch says about a missing second derivative into one sentence with a cure.
-
-    Args:
-        cure: What the user can do.
-
-    Raises:
-        InputError: In place of torch's error; other errors pass unchanged.
-    """
+    """Turn what torch says about a missing second derivative into an `InputError` with a cure."""
     try:
         yield
     except RuntimeError as error:
@@ -62,16 +49,9 @@ def explained(cure: str = _CURE) -> Iterator[None]:
 
 
 def custom_functions(loss: Tensor) -> set[str]:
-    """Find the autograd functions in a graph that are not torch's own: their backward passes may hide anything.
+    """Name the autograd functions in a loss's graph that are not torch's own: their backward passes may hide anything.
 
-    Args:
-        loss: Where the graph starts.
-
-    Returns:
-        Names of the classes.
-
-    Raises:
-        InputError: If one of them is reentrant checkpointing, which hides the model's tensors altogether.
+    Reentrant checkpointing, which hides the model's tensors altogether, raises `InputError`.
     """
     waiting = [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(waiting)
@@ -89,15 +69,7 @@ def custom_functions(loss: Tensor) -> set[str]:
 
 
 def refuse_functions(names: Iterable[str], discrepancy: float) -> NoReturn:
-    """Say that a backward pass of someone's own is not differentiable.
-
-    Args:
-        names: Functions in the graph.
-        discrepancy: Relative difference of a product from finite differences.
-
-    Raises:
-        InputError: Always.
-    """
+    """Raise `InputError`: products differ so much from finite differences that one of these hides a derivative."""
     raise InputError(
         f"{', '.join(sorted(names))}: a function with a backward pass of its own has no second derivative, and "
         f"autograd does not notice (the product is off by {discrepancy:.0%} from finite differences): {_CURE}"

@@ -1,7 +1,7 @@
 """Some eigenvalues of a symmetric operator, with their vectors and with what they are worth."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,15 @@ from tangora._checks import InputError, check_choice, check_number, check_whole
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 """Largest or smallest values, half of them from each end (one more from the upper), or largest absolute values."""
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    r"""One eigenvalue, and how far its vector is from being an eigenvector."""
+
+    value: float
+    residual: float
+    r"""$\|H v - \lambda v\|$: the operator has an eigenvalue within this distance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,25 +41,15 @@ class Eigenpairs:
     products: int
     converged: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all but the vectors as JSON can hold it."""
-        return {
-            "values": self.values.tolist(),
-            "residuals": self.residuals.tolist(),
-            "products": self.products,
-            "converged": self.converged,
-        }
+    @property
+    def eigenvalues(self) -> list[Eigenvalue]:
+        """Every value with its residual, without vectors."""
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        return [Eigenvalue(value, residual) for value, residual in pairs]
 
 
 def select(values: Float[Tensor, " m"], count: int, which: Which) -> Tensor:
-    """Choose eigenvalues.
-
-    Args:
-        count: How many, at most as many as there are.
-
-    Returns:
-        Their indices, ascending: the chosen values are in descending order again.
-    """
+    """Return the indices of so many of the descending values, ascending."""
     total = values.shape[0]
     if which == "magnitude":
         return values.abs().argsort(descending=True, stable=True)[:count].sort().values
@@ -59,29 +58,13 @@ def select(values: Float[Tensor, " m"], count: int, which: Which) -> Tensor:
 
 
 def ends(count: int, which: Which) -> tuple[int, int]:
-    """Split a number of eigenvalues.
-
-    Args:
-        which: Not ``magnitude``.
-
-    Returns:
-        How many from the upper and from the lower end.
-    """
+    """Return how many of so many eigenvalues are from the upper and from the lower end; not for ``magnitude``."""
     high = {"largest": count, "smallest": 0, "both": (count + 1) // 2}[which]
     return high, count - high
 
 
 def check_request(size: int, k: int, which: Which, tol: float, max_products: int | None) -> None:
-    """Check what all eigenvalue algorithms are asked.
-
-    Args:
-        size: Dimension of the operator.
-        max_products: Budget, or ``None``.
-
-    Raises:
-        InputError: If something is out of range.
-    """
-    check_whole("size", size, low=1)
+    """Raise `InputError` if what an eigenvalue algorithm is asked for is out of range."""
     check_whole("k", k, low=1)
     if k > size:
         raise InputError(f"k must be at most the dimension of the operator, {size}; got {k}")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangora._checks import InputError, check_kind
 from tangora._types import LossFn
-from tangora.adapters import check_not_sharded, unwrapped
+from tangora.adapters import adapter_switches, check_not_sharded, unwrapped
 from tangora.curvature.differentiable import custom_functions, readable
 from tangora.probes.losses import WeightedLoss
 from tangora.probes.stillness import RandomState
@@ -67,32 +67,19 @@ class Evaluation:
         self.custom_functions: set[str] | None = None
         """Functions with a backward pass of their own that were met on the way to the loss."""
         self._checked = False
-        # PEFT changes these without touching a tensor
-        self._adapted: list[Any] = [
-            m for m in self.model.modules() if isinstance(getattr(m, "scaling", None), dict)
-        ]
         self._scope = _Scope(self.model)
         self._stand_ins: dict[str, Tensor] = {}
         self._stand_ins_of: tuple[Any, ...] | None = None
 
     def open(self, batches: Any = None) -> contextlib.AbstractContextManager[None]:
-        """Hold the model while losses are read, see `readable`.
-
-        Args:
-            batches: What will be read.
-        """
+        """Hold the model while losses of batches are read, see `readable`."""
         return readable(self.model, batches, twice=self.twice)
 
     def within(self, overrides: Mapping[str, Tensor], function: Callable[[], T]) -> T:
         """Call a function while tensors stand in for the model's.
 
-        Backward passes belong inside too: checkpointed layers run forward again there.
-
-        Args:
-            overrides: By the names of the model's parameters and buffers; shapes may differ.
-
-        Returns:
-            What the function returns.
+        Overrides are by the names of the model's parameters and buffers, and shapes may differ. Backward passes belong
+        inside too: checkpointed layers run forward again there.
         """
         tensors = {**self._copies(), **overrides}
         return functional_call(
@@ -103,17 +90,9 @@ class Evaluation:
         )
 
     def loss(self, batch: Any, *, finite: bool = True) -> tuple[float, Tensor]:
-        """Evaluate the loss of a batch; call it inside `open` and `within`.
+        """Return a batch's weight in the mean, 0 where no label counts, and its loss; inside `open` and `within`.
 
-        Args:
-            batch: What ``loss_fn`` takes, or keyword arguments of the model.
-            finite: Whether to refuse a loss that is not finite.
-
-        Returns:
-            Weight of the batch in the mean, and scalar loss. The weight is 0 where no label counts.
-
-        Raises:
-            InputError: If the loss is no scalar, not finite, or random.
+        Raises `InputError` if the loss is no scalar, random, or (unless ``finite=False``) not finite.
         """
         weight, loss = self._first_loss(batch) if not self._checked else self._loss(batch)
         if loss.numel() != 1:
@@ -126,28 +105,21 @@ class Evaluation:
         return weight, loss
 
     def weight(self, batch: Any) -> float:
-        """Return the weight of a batch in the mean; the model runs only where uneven batches are tried out.
+        """Return the weight of a batch in the mean: the number of its labels, or 1 with ``loss_fn``.
 
-        Returns:
-            Number of its labels; 1 with ``loss_fn``.
+        The model runs only where uneven batches are tried out.
         """
         with self.open():
             return self.within({}, lambda: self._weighted.weight(batch))
 
     def state(self) -> tuple[Any, ...]:
-        """Return what tells that a tensor of the model was replaced or changed in place.
+        """Return what tells that a tensor of the model was replaced or changed in place, or an adapter switched.
 
-        Returns:
-            Comparable; a change through ``.data`` that keeps the memory is not seen.
+        A change through ``.data`` that keeps the memory is not seen.
         """
         tensors = (*self.model.parameters(), *self.model.buffers())
-        return (
-            *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
-            *(
-                (*layer.scaling.values(), *layer.active_adapters, layer.disable_adapters)
-                for layer in self._adapted
-            ),
-        )
+        versions = ((each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
+        return (*versions, *adapter_switches(self.model))
 
     def converted(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the model in the dtype it is evaluated in."""

@@ -6,9 +6,10 @@ Never reverse over forward, which is silently wrong through LayerNorm in torch 2
 Source: Pearlmutter (1994), Fast exact multiplication by the Hessian.
 """
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from tangora._checks import InputError, check_choice
 from tangora._types import LossFn
 from tangora.curvature.differentiable import explained, refuse_functions
-from tangora.curvature.operators import CurvatureOperator, Over, first_derivatives, joined
+from tangora.curvature.displaced_loss import DisplacedLoss, Over, first_derivatives, joined
+from tangora.curvature.landscape import Directions, Landscape, landscape
+from tangora.curvature.operators import CurvatureOperator
+from tangora.curvature.sharpness import Sharpness, sharpness
 from tangora.curvature.spaces import Leaves, Space
 from tangora.probes.batches import num_batches
 
@@ -46,6 +50,15 @@ class Hessian(CurvatureOperator):
     r"""The Hessian of a model's mean loss as a symmetric operator.
 
     Args:
+        model: Any Hugging Face or torch model, with or without a PEFT adapter, also quantized.
+        batches: Model inputs with labels, or what ``loss_fn`` takes; read again for every product.
+        over: The coordinates: ``factors`` (trainable A and B), ``tangent`` (what these reach in the weight to first
+            order, in orthonormal coordinates, the same in every gauge), ``weights`` (full matrices), or a `Space`.
+        loss_fn: ``loss_fn(model, batch)`` -> scalar, batches weighing alike; default the model's own loss, weighted by
+            the number of labels, so that uneven batches add up to the whole.
+        layers: Only these: names, their endings, or patterns with ``*``.
+        adapter_name: Only this adapter; default what is trainable.
+        dtype: What to compute in, on copies; default the model's own dtypes.
         differentiation: ``exact``, by double backward; ``finite_difference`` for models with an operation that has no
             second derivative (fused attention): central differences of gradients, compared at two step sizes.
         cache_graph: Whether to keep the gradient's graph of every batch between products, which halves their cost and
@@ -71,7 +84,7 @@ class Hessian(CurvatureOperator):
         model: nn.Module,
         batches: Iterable[Any],
         *,
-        over: Over | Space = "factors",
+        over: Over | Space | type[Space] = "factors",
         loss_fn: LossFn | None = None,
         layers: Iterable[str] | None = None,
         adapter_name: str | None = None,
@@ -81,13 +94,12 @@ class Hessian(CurvatureOperator):
     ):
         check_choice("differentiation", differentiation, ("exact", "finite_difference"))
         self.differentiation: Differentiation = differentiation
-        self._twice = differentiation == "exact"
         self.discrepancy: float | None = None
         """Of finite differences: relative change of a product when the step is halved, the largest seen."""
         self._cache_graph = cache_graph
-        self._graphs: list[_Graph] | None = None
+        self._graphs: list[_Graph] = []
         self._verified = False
-        super().__init__(
+        displaced = DisplacedLoss.of(
             model,
             batches,
             over=over,
@@ -95,7 +107,9 @@ class Hessian(CurvatureOperator):
             layers=layers,
             adapter_name=adapter_name,
             dtype=dtype,
+            twice=differentiation == "exact",
         )
+        super().__init__(displaced)
 
     @property
     def caches_graph(self) -> bool:
@@ -109,14 +123,40 @@ class Hessian(CurvatureOperator):
 
     def release(self) -> None:
         """Free the memory of kept graphs; the next product makes them anew."""
-        self._graphs = None
+        self._graphs = []
 
     _forget = release
 
-    def _twin(self) -> Any:
-        twin = super()._twin()
-        twin._graphs = None
-        return twin
+    def sharpness(self, radius: float, **options: Any) -> Sharpness:
+        r"""Look for the largest loss in a ball around the weights.
+
+        Args:
+            radius: Of the ball, in the operator's coordinates.
+            **options: Of `tangora.curvature.sharpness.sharpness`.
+
+        Returns:
+            The best point found, and how it compares with the second order.
+
+        Raises:
+            InputError: If a number is out of range.
+        """
+        return sharpness(self, radius, **options)
+
+    def landscape(
+        self,
+        directions: Directions | Tensor | Sequence[Tensor] | Mapping[str, Tensor] = "eigenvectors",
+        **options: Any,
+    ) -> Landscape:
+        """Evaluate the loss on a line or a grid around the weights.
+
+        Args:
+            directions: ``eigenvectors``, ``gradient``, ``random``, ``filter``, or one or two vectors.
+            **options: Of `tangora.curvature.landscape.landscape`.
+
+        Raises:
+            InputError: If the directions do not fit the coordinates, or a number is out of range.
+        """
+        return landscape(self, directions, **options)
 
     def _apply(self, flat: Tensor) -> Tensor:
         if self.differentiation == "finite_difference":
@@ -128,53 +168,39 @@ class Hessian(CurvatureOperator):
 
     def _by_double_backward(self, flat: Tensor) -> Tensor:
         directions = list(self.space.to_leaves(flat).values())
-        size = sum(direction.numel() for direction in directions)
-        if self.caches_graph:
-            return self.space.from_leaves(self._from_graphs(directions, size))
+        kept = self._graphs if self.caches_graph else None
+        number = itertools.count()
 
         def product_of(batch: Any) -> tuple[float, Tensor]:
-            leaves = self.space.leaves()
+            if kept is None:
+                graph = self._graph(batch)
+            else:
+                if (index := next(number)) == len(kept):
+                    kept.append(self._graph(batch))
+                graph = kept[index]
 
-            def differentiated_twice() -> tuple[float, Tensor]:
-                weight, gradient = self._differentiated(batch, leaves)
+            def differentiated() -> Tensor:
                 with explained():
-                    return weight, joined(second_derivatives(gradient, leaves, directions))
+                    return joined(_second_derivatives(graph, directions, retain_graph=kept is not None))
 
-            return self.within(leaves, differentiated_twice)
+            return graph.weight, self.evaluation.within(graph.overrides, differentiated)
 
-        return self.space.from_leaves(self.average(product_of, size))
-
-    def _differentiated(self, batch: Any, leaves: Leaves) -> tuple[float, Sequence[Tensor]]:
-        weight, loss = self.evaluation.loss(batch)
-        if not weight:  # the loss may be no number, which would spoil nothing: the batch does not count
-            return 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
-        with explained():
-            return weight, first_derivatives(loss, leaves, create_graph=True)
-
-    def _from_graphs(self, directions: Sequence[Tensor], size: int) -> Tensor:
-        total = torch.zeros(size, dtype=self.dtype, device=self.device)
-        weights = 0.0
-        with self._together(), self.evaluation.open(self.batches):
-            if self._graphs is None:
-                self._graphs = [self._graph(batch) for batch in self.batches]
-            for graph in self._graphs:
-                if graph.weight:
-                    total.add_(self._product(graph, directions), alpha=graph.weight)
-                    weights += graph.weight
-        return self._normalized(total, weights)
+        size = sum(direction.numel() for direction in directions)
+        return self.space.from_leaves(self._displaced.average(product_of, size))
 
     def _graph(self, batch: Any) -> _Graph:
         leaves = self.space.leaves()
         overrides = self.space.overrides(leaves)
-        weight, gradient = self.evaluation.within(overrides, lambda: self._differentiated(batch, leaves))
-        return _Graph(weight, leaves, gradient, overrides)
 
-    def _product(self, graph: _Graph, directions: Sequence[Tensor]) -> Tensor:
-        def differentiated() -> Tensor:
+        def differentiated() -> tuple[float, Sequence[Tensor]]:
+            weight, loss = self.evaluation.loss(batch)
+            if not weight:  # the loss may be no number, which would spoil nothing: the batch does not count
+                return 0.0, [torch.zeros_like(leaf) for leaf in leaves.values()]
             with explained():
-                return joined(second_derivatives(graph.gradient, graph.leaves, directions, retain_graph=True))
+                return weight, first_derivatives(loss, leaves, create_graph=True)
 
-        return self.evaluation.within(graph.overrides, differentiated)
+        weight, gradient = self.evaluation.within(overrides, differentiated)
+        return _Graph(weight, leaves, gradient, overrides)
 
     def _verify(self, flat: Tensor, product: Tensor) -> None:
         # a backward pass of someone's own may treat as constant what it is not, without a word
@@ -193,14 +219,15 @@ class Hessian(CurvatureOperator):
         if norm == 0:
             return torch.zeros_like(flat)
         product = self._difference(flat, step := self._step() / norm)
-        if self.products % _CHECKED_EVERY == 0:
+        if self.num_products % _CHECKED_EVERY == 0:
             finer = self._difference(flat, step / 2)
             size = float(torch.linalg.vector_norm(finer))
             self._judge(float(torch.linalg.vector_norm(product - finer)) / size if size else 0.0)
         return product
 
     def _difference(self, flat: Tensor, step: float) -> Tensor:
-        return (self._gradient(step * flat) - self._gradient(-step * flat)) / (2 * step)
+        gradient_at = self._displaced.gradient_at
+        return (gradient_at(step * flat) - gradient_at(-step * flat)) / (2 * step)
 
     def _step(self) -> float:
         held = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
@@ -222,28 +249,16 @@ class Hessian(CurvatureOperator):
             )
 
 
-def second_derivatives(
-    gradient: Sequence[Tensor], leaves: Leaves, directions: Sequence[Tensor], **options: Any
+def _second_derivatives(
+    graph: _Graph, directions: Sequence[Tensor], *, retain_graph: bool
 ) -> Sequence[Tensor]:
-    r"""Differentiate $\langle g, v \rangle$.
-
-    Args:
-        gradient: With its graph; parts without one are constant.
-        leaves: With respect to what.
-        directions: $v$, one tensor for each part of the gradient.
-        **options: Of `torch.autograd.grad`.
-
-    Returns:
-        One tensor for each leaf.
-    """
-    varying = [(g, v) for g, v in zip(gradient, directions, strict=True) if g.requires_grad]
+    # of <g, v> with respect to leaves; parts of g without a graph are constant
+    pairs = zip(graph.gradient, directions, strict=True)
+    varying = [(g, v) for g, v in pairs if g.requires_grad]
+    leaves = list(graph.leaves.values())
     if not varying:
-        return [torch.zeros_like(leaf) for leaf in leaves.values()]
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    gradients, vectors = zip(*varying, strict=True)
     return torch.autograd.grad(
-        [g for g, _ in varying],
-        list(leaves.values()),
-        grad_outputs=[v for _, v in varying],
-        allow_unused=True,
-        materialize_grads=True,
-        **options,
+        gradients, leaves, vectors, allow_unused=True, materialize_grads=True, retain_graph=retain_graph
     )

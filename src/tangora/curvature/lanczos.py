@@ -13,6 +13,7 @@ Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; thick rest
 Anal. Appl. 22; reorthogonalisation: `tangora.curvature.products.orthogonalize`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,19 +23,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tangora._checks import check_whole
+from tangora._checks import InputError, check_whole
+from tangora._types import Progress
 from tangora.curvature.eigenpairs import Eigenpairs, Which, check_request, ends, select
 from tangora.curvature.products import (
     ROUNDING,
-    Device,
-    Matvec,
+    Matrix,
     Products,
-    Progress,
-    check_start,
     dot,
     norm,
     orthogonalize,
     seeded_generator,
+    size_of,
 )
 
 # a remainder of so many roundings is noise of the products: the Krylov space has ended
@@ -46,7 +46,7 @@ _CHUNK = 1 << 16
 
 
 class Tridiagonal(NamedTuple):
-    r"""$V H V^\top = T$ with orthonormal rows of $V$.
+    r"""$V H V^\top = T$ with orthonormal rows of $V$; $T$ in float64 on the CPU.
 
     ``remainder`` is $\beta_m$, the norm of what the basis lacks to be invariant; zero where the iteration ended early.
     """
@@ -57,29 +57,15 @@ class Tridiagonal(NamedTuple):
     remainder: float
 
 
-def tridiagonalize(matvec: Matvec, start: Float[Tensor, " n"], steps: int) -> Tridiagonal:
-    """Take a number of Lanczos steps.
-
-    Args:
-        matvec: Product with the symmetric operator, in dtype and on device of ``start``.
-        start: First vector, not zero; need not be normalised.
-        steps: Number of products, at least 1. Fewer are made if the Krylov space ends before.
-
-    Returns:
-        Diagonal and off-diagonal in float64 on the CPU, and the basis.
-
-    Raises:
-        InputError: If ``start`` is zero or not finite, or a product is not finite.
-    """
+def tridiagonalize(operator: Matrix, start: Float[Tensor, " n"], steps: int) -> Tridiagonal:
+    """Take a number of Lanczos steps, fewer if the Krylov space ends before, from a vector of any norm."""
     check_whole("steps", steps, low=1)
-    steps = min(steps, start.shape[0])
-    product = Products(matvec, start.shape[0], steps, dtype=start.dtype, device=start.device)
-    return Krylov(product, steps, start).tridiagonalize(steps)
+    steps = min(steps, size_of(operator))
+    return Krylov(Products(operator, steps), steps, start).tridiagonalize(steps)
 
 
 def lanczos_eigenpairs(
-    matvec: Matvec,
-    size: int,
+    operator: Matrix,
     k: int = 10,
     *,
     which: Which = "largest",
@@ -88,9 +74,6 @@ def lanczos_eigenpairs(
     max_basis: int | None = None,
     copies: bool = False,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    start: Float[Tensor, " n"] | None = None,
     progress: Progress | None = None,
 ) -> Eigenpairs:
     r"""Find extreme eigenpairs by thick-restart Lanczos.
@@ -98,19 +81,17 @@ def lanczos_eigenpairs(
     Memory: ``max_basis + 1`` vectors, and ``k`` for the result.
 
     Args:
-        matvec: Product with the symmetric operator.
-        k: Number of eigenpairs, at most ``size``.
+        operator: A symmetric matrix: anything with ``@``, ``shape``, ``dtype`` and ``device``.
+        k: Number of eigenpairs, at most the operator's dimension $n$.
+        which: See `tangora.curvature.eigenpairs.Which`.
         tol: Converged when all residuals are at most ``tol`` times the operator's norm; less than a few roundings is
             not asked.
-        max_products: Budget, at least ``k``; default ``size`` if the basis may grow as large, else 10 full bases.
+        max_products: Budget, at least ``k``; default $n$ if the basis may grow as large, else 10 full bases.
         max_basis: Vectors held before a restart, at least ``k + 2``; default ``2 k + 40``.
         copies: Also look for further copies of multiple eigenvalues, which one start vector cannot see unless the
             Krylov space ends: after convergence go on from random vectors until one adds nothing. Costs about as many
             products again.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
-        start: First vector; default a random one.
         progress: Called after each product with their number and ``max_products``.
 
     Returns:
@@ -119,17 +100,18 @@ def lanczos_eigenpairs(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
+    size = size_of(operator)
     check_request(size, k, which, tol, max_products)
     if max_basis is not None:
         check_whole("max_basis", max_basis, low=min(k + 2, size))
     rows = min(max_basis or 2 * k + 40, size)
     budget = max_products or (size if rows == size else 10 * rows)
     rows = min(rows, budget)
-    product = Products(matvec, size, budget, dtype=dtype, device=device, progress=progress)
+    product = Products(operator, budget, "eigenvalues", progress)
     generator = seeded_generator(seed)
-    krylov = Krylov(product, rows, product.normal(generator) if start is None else start)
+    krylov = Krylov(product, rows, product.normal(generator))
     search = _Search(k, which, max(tol, ROUNDING * torch.finfo(product.dtype).eps), copies)
-    return search.run(krylov, generator).to_operator(dtype)
+    return search.run(krylov, generator).in_dtype(operator.dtype)
 
 
 class Ritz(NamedTuple):
@@ -159,7 +141,8 @@ class Krylov:
     """
 
     def __init__(self, product: Products, rows: int, start: Float[Tensor, " n"]):
-        check_start(start, product.size)
+        if start.shape != (product.size,) or not 0 < norm(start) < math.inf:
+            raise InputError(f"start must be a finite vector of shape ({product.size},) that is not zero")
         self.product = product
         self.basis = torch.empty(rows + 1, product.size, dtype=product.dtype, device=product.device)
         self.basis[0] = start / norm(start)
@@ -193,14 +176,7 @@ class Krylov:
             self.projected[at, at + 1] = self.projected[at + 1, at] = self.remainder
 
     def tridiagonalize(self, steps: int) -> Tridiagonal:
-        """Step until the Krylov space ends or the number of steps is reached; for a new basis only.
-
-        Args:
-            steps: At most as many as there are rows.
-
-        Returns:
-            See `Tridiagonal`.
-        """
+        """Step until the Krylov space ends or the number of steps is reached; for a new basis only."""
         while self.count < steps and not self.broken:
             self.step()
         small = torch.from_numpy(self.projected[: self.count, : self.count])
@@ -212,8 +188,7 @@ class Krylov:
     def ritz(self) -> Ritz:
         """Diagonalise the projected operator, former sequences and the present one apart: they are not coupled.
 
-        Returns:
-            All Ritz pairs, with residuals as far as the present remainder tells.
+        Residuals are as far as the present remainder tells.
         """
         count, first = self.count, self.sequence
         values, vectors = np.empty(count), np.zeros((count, count))
@@ -237,22 +212,14 @@ class Krylov:
         return self._neglected + ROUNDING * (1 + self._restarts) * eps * self.scale
 
     def combine(self, coefficients: Float[Tensor, "m p"], into: Float[Tensor, "p n"]) -> None:
-        """Combine basis vectors.
-
-        Args:
-            into: Is overwritten; may be the first rows of the basis itself.
-        """
+        """Combine basis vectors into rows that may be the first ones of the basis itself."""
         turned = coefficients.mT.to(into)
         for left in range(0, into.shape[1], _CHUNK):
             part = slice(left, left + _CHUNK)
             into[:, part] = turned @ self.basis[: self.count, part]
 
     def restart(self, ritz: Ritz, keep: Tensor) -> None:
-        """Replace the basis by some Ritz vectors; the next vector stays.
-
-        Args:
-            keep: Indices of those to keep, fewer than rows.
-        """
+        """Replace the basis by some Ritz vectors, fewer than rows; the next vector stays."""
         keep = keep[ritz.own[keep].long().argsort(stable=True)]
         coupling = ritz.vectors[-1, keep] * (0.0 if self.broken else self.remainder)
         kept = keep.shape[0]
@@ -287,7 +254,7 @@ class _Found(NamedTuple):
     wanted: Tensor
     converged: bool
 
-    def to_operator(self, dtype: torch.dtype) -> Eigenpairs:
+    def in_dtype(self, dtype: torch.dtype) -> Eigenpairs:
         krylov, ritz, wanted, converged = self
         rows = torch.empty(
             wanted.shape[0], krylov.product.size, dtype=krylov.basis.dtype, device=krylov.basis.device

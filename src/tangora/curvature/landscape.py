@@ -2,28 +2,33 @@ r"""The loss along one or two directions from the current weights, which are not
 
 Directions: leading eigenvectors of the Hessian, the gradient, random ones, or vectors given, such as the way to another
 end point. Eigenvectors, gradient and random vectors are made orthonormal, so that a coordinate is a distance in the
-operator's coordinates. Filter-normalised random directions (`filters`) have the size of the weights in every row, so
-that a coordinate is a share of the weights.
+operator's coordinates. Filter-normalised random directions have the size of the weights in every row, so that a
+coordinate is a share of the weights: a layer whose weights are ten times larger feels a tenth of the same displacement,
+so that plain random directions do not compare models of different scales. A row of $W = W_0 + s B A$ is an output
+feature. The rows of $A$ and $B$ have no such meaning: they change under $(B R, R^{-1} A)$, which leaves $W$ alone.
 
-Source: Li et al. (2018), arXiv:1712.09913.
+Source: Li et al. (2018), arXiv:1712.09913. Differs in: filters of matrices only, not of biases or norms.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tangora._checks import InputError, check_choice, check_number, check_whole
-from tangora.curvature.filters import normalize_filters
+from tangora._types import Progress
+from tangora.adapters import LoraPair, discover
+from tangora.adapters.pair import as_matrix
+from tangora.curvature.operators import CurvatureOperator
 from tangora.curvature.products import seeded_generator
-from tangora.curvature.surface import LossSurface
-from tangora.curvature.weight_space import WeightSpace
+from tangora.curvature.spaces import Space
 
 Directions = Literal["eigenvectors", "gradient", "random", "filter"]
 _KINDS = ("eigenvectors", "gradient", "random", "filter")
@@ -53,16 +58,9 @@ class Landscape:
     curvatures: tuple[float, ...]
     non_finite: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as lists; losses that are not finite stay floats that are not."""
-        return vars(self) | {
-            "coordinates": [values.tolist() for values in self.coordinates],
-            "losses": self.losses.tolist(),
-        }
-
 
 def landscape(
-    operator: LossSurface,
+    operator: CurvatureOperator,
     directions: Directions | Tensor | Sequence[Tensor] | Mapping[str, Tensor] = "eigenvectors",
     *,
     span: float = 1.0,
@@ -70,7 +68,7 @@ def landscape(
     dimensions: int | None = None,
     tol: float = 1e-3,
     seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Landscape:
     """Evaluate the loss on a line or a grid around the current weights.
 
@@ -82,7 +80,7 @@ def landscape(
         span: Coordinates go from ``-span`` to ``span``, over 0.
         points: In each direction, odd and at least 3.
         dimensions: 1 or 2; default 1, or the number of vectors given.
-        progress: Called with the number of losses evaluated so far and of all.
+        progress: Called after each loss.
 
     Returns:
         The landscape. A warning tells of losses that are not finite.
@@ -110,7 +108,7 @@ def landscape(
             )
         )
         if progress is not None:
-            progress(count, losses.numel())
+            progress("landscape", count, losses.numel())
     non_finite = int((~losses.isfinite()).sum())
     if non_finite:
         warnings.warn(
@@ -125,27 +123,27 @@ def landscape(
         loss=operator.loss(),
         norms=tuple(float(vector.double().norm()) for vector in vectors),
         slopes=tuple(float(gradient @ vector.double()) for vector in vectors),
-        curvatures=tuple(float(vector.double() @ operator.matvec(vector).double()) for vector in vectors),
+        curvatures=tuple(float(vector.double() @ (operator @ vector).double()) for vector in vectors),
         non_finite=non_finite,
     )
 
 
 def _directions(
-    operator: LossSurface, directions: Any, dimensions: int | None, tol: float, seed: int
+    operator: CurvatureOperator, directions: Any, dimensions: int | None, tol: float, seed: int
 ) -> dict[str, Tensor]:
     if not isinstance(directions, str):
         return _given(operator, directions, dimensions)
     check_choice("directions", directions, _KINDS)
-    if directions == "filter" and not isinstance(operator.space, WeightSpace):
+    if directions == "filter" and operator.space.kind != "weights":
         raise InputError(
             "directions 'filter' need the coordinates of weights, over='weights': the rows of A and B change under "
             "(B R, R^-1 A), which leaves the model as it is, and so would the directions"
         )
     dimensions = 1 if dimensions is None else dimensions
     check_choice("dimensions", dimensions, (1, 2))
-    if dimensions > operator.size:
+    if dimensions > operator.shape[0]:
         raise InputError(
-            f"dimensions must be at most the number of coordinates, {operator.size}; got {dimensions}"
+            f"dimensions must be at most the number of coordinates, {operator.shape[0]}; got {dimensions}"
         )
     if directions == "eigenvectors":
         pairs = operator.top_eigenpairs(dimensions, tol=tol, seed=seed)
@@ -154,20 +152,20 @@ def _directions(
         return _along_gradient(operator, dimensions, tol, seed)
     generator = seeded_generator(seed)
     noise = [
-        torch.randn(operator.size, generator=generator, dtype=torch.float64).to(
+        torch.randn(operator.shape[0], generator=generator, dtype=torch.float64).to(
             operator.device, operator.dtype
         )
         for _ in range(dimensions)
     ]
     if directions == "filter":
         return {
-            f"filter {index}": normalize_filters(operator.space, draw) for index, draw in enumerate(noise, 1)
+            f"filter {index}": _filter_normalized(operator.space, draw) for index, draw in enumerate(noise, 1)
         }
     Q = torch.linalg.qr(torch.stack(noise, 1))[0]
     return {f"random {index + 1}": Q[:, index] for index in range(dimensions)}
 
 
-def _along_gradient(operator: LossSurface, dimensions: int, tol: float, seed: int) -> dict[str, Tensor]:
+def _along_gradient(operator: CurvatureOperator, dimensions: int, tol: float, seed: int) -> dict[str, Tensor]:
     gradient = operator.gradient()
     norm = float(gradient.norm())
     if not (norm > 0 and math.isfinite(norm)):
@@ -181,7 +179,7 @@ def _along_gradient(operator: LossSurface, dimensions: int, tol: float, seed: in
     return found
 
 
-def _given(operator: LossSurface, directions: Any, dimensions: int | None) -> dict[str, Tensor]:
+def _given(operator: CurvatureOperator, directions: Any, dimensions: int | None) -> dict[str, Tensor]:
     if isinstance(directions, Tensor):
         directions = [directions]
     if not isinstance(directions, Mapping):
@@ -190,8 +188,38 @@ def _given(operator: LossSurface, directions: Any, dimensions: int | None) -> di
         wanted = "1 or 2" if dimensions is None else dimensions
         raise InputError(f"directions must be {wanted} vectors; got {len(directions)}")
     for name, vector in directions.items():
-        if vector.shape != (operator.size,):
-            raise InputError(f"{name} must have shape ({operator.size},); got {tuple(vector.shape)}")
+        if vector.shape != (operator.shape[0],):
+            raise InputError(f"{name} must have shape ({operator.shape[0]},); got {tuple(vector.shape)}")
         if not (vector.isfinite().all() and vector.any()):
             raise InputError(f"{name} must be finite and not zero")
     return {name: vector.to(operator.device, operator.dtype) for name, vector in directions.items()}
+
+
+def _filter_normalized(space: Space, direction: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
+    # each row of a direction gets the norm of the same row of the weight
+    model = space.evaluation.model
+    pairs: dict[str, list[LoraPair]] = {}
+    for pair in discover(model).pairs:
+        if pair.active:
+            pairs.setdefault(pair.name, []).append(pair)
+    parts = {}
+    for name, part in space.to_dict(direction).items():
+        transposed, weight = _adapted(pairs[name]) if name in pairs else _plain(model, name)
+        rows = as_matrix(part).t() if transposed else as_matrix(part)
+        rows = rows * (weight.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)).to(rows)
+        parts[name] = (rows.t() if transposed else rows).reshape(part.shape)
+    return space.to_flat(parts)
+
+
+@torch.no_grad()
+def _adapted(pairs: list[LoraPair]) -> tuple[bool, Tensor]:
+    weight = pairs[0].base_weight()
+    for pair in pairs:
+        weight = pair.weight(weight)
+    return pairs[0].transposed, weight
+
+
+def _plain(model: nn.Module, name: str) -> tuple[bool, Tensor]:
+    transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), (Conv1D, nn.Embedding))
+    weight = as_matrix(model.get_parameter(name).detach())
+    return transposed, weight.t() if transposed else weight

@@ -1,77 +1,66 @@
 """Symmetric operators that a model's loss over batches defines, in chosen coordinates."""
 
-import contextlib
 import copy
-import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypedDict, overload
 
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_choice
-from tangora._types import LossFn
-from tangora.adapters.discover import discover
-from tangora.curvature.adapted import adapted_layers
+from tangora._types import Progress
+from tangora.curvature.density import SpectralDensity, spectral_density
+from tangora.curvature.displaced_loss import DisplacedLoss, Over, Vector
+from tangora.curvature.eigenpairs import Eigenpairs, Which
 from tangora.curvature.evaluation import Evaluation
-from tangora.curvature.landscape import Directions, Landscape, landscape
-from tangora.curvature.low_rank_space import TangentSpace
-from tangora.curvature.sharpness import Sharpness, sharpness
-from tangora.curvature.spaces import FactorSpace, Leaves, Space
-from tangora.curvature.symmetric import SymmetricOperator
-from tangora.curvature.weight_space import weight_space
-from tangora.probes.batches import as_batches
-from tangora.probes.collective import failing_together, sum_over_ranks
+from tangora.curvature.lanczos import lanczos_eigenpairs
+from tangora.curvature.power import power_eigenpairs
+from tangora.curvature.spaces import Space
+from tangora.curvature.trace import TraceEstimate, frobenius_norm, hutch_plus_plus, hutchinson
 
-Over = Literal["factors", "tangent", "weights"]
-Vector = Tensor | Mapping[str, Tensor]
-"""Flat, or named parts."""
+_TRACES = {"hutch++": hutch_plus_plus, "hutchinson": hutchinson}
 
 
-class CurvatureOperator(SymmetricOperator):
-    r"""A curvature matrix of a model's mean loss over batches, known by its products.
+class Adapter(TypedDict, total=False):
+    """Which of a model's parameters move, and in what precision; see `Hessian`."""
+
+    layers: Iterable[str] | None
+    adapter_name: str | None
+    dtype: torch.dtype | None
+
+
+class Coordinates(Adapter, total=False):
+    """The same, in chosen coordinates."""
+
+    over: Over | Space
+
+
+class CurvatureOperator(ABC):
+    r"""A curvature matrix of a model's mean loss over batches, known by its products, ``operator @ vector``.
 
     The model stays as it is: weights, gradients, training mode, attention and random state. With ``torch.distributed``
     running every rank reads its own batches and all get the mean over all of them.
-
-    Args:
-        model: Any Hugging Face or torch model, with or without a PEFT adapter, also quantized.
-        batches: Model inputs with labels, or what ``loss_fn`` takes; read again for every product.
-        over: The coordinates: ``factors`` (trainable A and B), ``tangent`` (what these reach in the weight to first
-            order, in orthonormal coordinates, the same in every gauge), ``weights`` (full matrices), or a `Space`.
-        loss_fn: ``loss_fn(model, batch)`` -> scalar, batches weighing alike; default the model's own loss, weighted by
-            the number of labels, so that uneven batches add up to the whole.
-        layers: Only these: names, their endings, or patterns with ``*``.
-        adapter_name: Only this adapter; default what is trainable.
-        dtype: What to compute in, on copies; default the model's own dtypes.
-
-    Raises:
-        InputError: If the model or the batches allow no curvature; one sentence says why.
     """
 
-    _twice = True
+    num_products: int
+    """Products with the matrix so far."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        *,
-        over: Over | Space = "factors",
-        loss_fn: LossFn | None = None,
-        layers: Iterable[str] | None = None,
-        adapter_name: str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        self.batches = as_batches(batches)
-        if isinstance(over, Space):
-            self.evaluation, self.space = over.evaluation, over
-        else:
-            self.evaluation = Evaluation(model, loss_fn=loss_fn, dtype=dtype, twice=self._twice)
-            self.space = make_space(self.evaluation, over, layers=layers, adapter_name=adapter_name)
-        self.products = 0
-        self._alone = False
-        self._state = self.evaluation.state()
+    def __init__(self, displaced: DisplacedLoss):
+        self._displaced = displaced
+        self.num_products = 0
+        self._state = displaced.evaluation.state()
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """How the loss is evaluated."""
+        return self._displaced.evaluation
+
+    @property
+    def space(self) -> Space:
+        """The coordinates."""
+        return self._displaced.space
 
     @property
     def model(self) -> nn.Module:
@@ -79,9 +68,19 @@ class CurvatureOperator(SymmetricOperator):
         return self.evaluation.model
 
     @property
+    def batches(self) -> Iterable[Any]:
+        """The batches that are averaged over."""
+        return self._displaced.batches
+
+    @property
     def size(self) -> int:
         """Dimension of the coordinates."""
         return self.space.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.size, self.size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +95,11 @@ class CurvatureOperator(SymmetricOperator):
     @property
     def batch_weights(self) -> list[float]:
         """Weight of each (of this rank's) batches in the mean: its number of labels, or 1."""
-        return [self.evaluation.weight(batch) for batch in self.batches]
+        return [self._weight(batch) for batch in self.batches]
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        """Multiply with a flat vector."""
+        return self.matvec(vector)
 
     @overload
     def matvec(self, vector: Tensor) -> Tensor: ...
@@ -117,9 +120,9 @@ class CurvatureOperator(SymmetricOperator):
             InputError: If sizes or names do not fit, or loss or product are not finite.
         """
         self._follow_changes()
-        flat = self._flat(vector)
+        flat = self._displaced.flat(vector)
         product = self._apply(flat)
-        self.products += 1
+        self.num_products += 1
         if not product.isfinite().all():
             raise InputError("the product with the curvature matrix is not finite: the loss overflows nearby")
         return product if isinstance(vector, Tensor) else self.space.to_dict(product)
@@ -130,155 +133,115 @@ class CurvatureOperator(SymmetricOperator):
 
     def loss(self) -> float:
         """Return the mean loss at the weights."""
-        return self.loss_at(torch.zeros(self.size, dtype=self.dtype, device=self.device))
+        return self.loss_at(self._displaced.zero())
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss at the weights."""
-        return self.gradient_at(torch.zeros(self.size, dtype=self.dtype, device=self.device))
+        return self.gradient_at(self._displaced.zero())
 
     def loss_at(self, displacement: Vector) -> float:
-        """Return the mean loss at displaced weights; nothing is written.
-
-        Returns:
-            The mean; not a number or infinite where it is.
-        """
+        """Return the mean loss at displaced weights, not a number or infinite where it is; nothing is written."""
         self._follow_changes()
-        leaves = self.space.to_leaves(self._flat(displacement))
-
-        def loss_of(batch: Any) -> tuple[float, Tensor]:
-            with torch.no_grad():
-                weight, loss = self.within(leaves, lambda: self.evaluation.loss(batch, finite=False))
-            return weight, loss.double().reshape(1)
-
-        return float(self.average(loss_of, 1, dtype=torch.float64))
+        return self._displaced.loss_at(self._displaced.flat(displacement))
 
     def gradient_at(self, displacement: Vector) -> Tensor:
         """Return the gradient of the mean loss at displaced weights; nothing is written."""
         self._follow_changes()
-        return self._gradient(self._flat(displacement))
-
-    def _gradient(self, displacement: Tensor) -> Tensor:
-        leaves = {
-            name: leaf.detach().requires_grad_() for name, leaf in self.space.to_leaves(displacement).items()
-        }
-
-        def gradient_of(batch: Any) -> tuple[float, Tensor]:
-            def differentiated() -> tuple[float, Tensor]:
-                weight, loss = self.evaluation.loss(batch, finite=False)
-                return weight, joined(first_derivatives(loss, leaves))
-
-            return self.within(leaves, differentiated)
-
-        return self.space.from_leaves(self.average(gradient_of, _leaf_size(self.space)))
+        return self._displaced.gradient_at(self._displaced.flat(displacement))
 
     def per_batch(self) -> Iterator[tuple[float, "CurvatureOperator"]]:
-        """Go through the (this rank's) batches.
-
-        Yields:
-            Weight of each batch, and the operator of that batch alone.
-        """
-        for batch in self.batches:
-            alone = self._twin()
-            alone.batches, alone._alone = [batch], True
-            yield self.evaluation.weight(batch), alone
+        """Yield the weight of each of (this rank's) batches, and the operator of that batch alone."""
+        for batch, alone in self._displaced.per_batch():
+            yield self._weight(batch), self._twin(alone)
 
     def block(self, layer: str) -> "CurvatureOperator":
-        """Return the diagonal block of one layer.
-
-        Args:
-            layer: Name from ``space.layout``.
-
-        Returns:
-            The operator in the coordinates of that layer.
-        """
+        """Return the diagonal block of one layer, by its name in ``space.layout``, in the coordinates of that layer."""
         check_choice("layer", layer, self.space.layout)
-        block = self._twin()
-        block.space = self.space.restricted([layer])
-        return block
+        return self._twin(self._displaced.on(self.space.restricted([layer])))
 
-    def sharpness(self, radius: float, **options: Any) -> Sharpness:
-        r"""Look for the largest loss in a ball around the weights.
+    def top_eigenpairs(
+        self,
+        k: int = 10,
+        *,
+        method: Literal["lanczos", "power"] = "lanczos",
+        which: Which = "largest",
+        tol: float = 1e-4,
+        max_products: int | None = None,
+        copies: bool = False,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Eigenpairs:
+        r"""Find extreme eigenvalues and their vectors.
 
         Args:
-            radius: Of the ball, in the operator's coordinates.
-            **options: Of `tangora.curvature.sharpness.sharpness`.
+            k: How many, at most ``size``.
+            method: ``lanczos``, with a fraction of the products, or ``power`` iteration with deflation.
+            which: ``largest``, ``smallest``, ``both`` ends, or largest by ``magnitude``.
+            tol: Converged when all residuals are at most ``tol`` times the largest absolute value.
+            max_products: Budget; default that of the method.
+            copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
+                power iteration always does. At LoRA's start, $B = 0$, those over the factors have multiplicity r.
+            seed: Of the random start.
+            progress: Called after every product.
 
         Returns:
-            The best point found, and how it compares with the second order.
+            The eigenpairs with residuals, and whether they converged.
 
         Raises:
             InputError: If a number is out of range.
         """
-        return sharpness(self, radius, **options)
+        check_choice("method", method, ("lanczos", "power"))
+        options: dict[str, Any] = {
+            "tol": tol,
+            "max_products": max_products,
+            "seed": seed,
+            "progress": progress,
+        }
+        if method == "power":
+            return power_eigenpairs(self, k, which=which, **options)
+        return lanczos_eigenpairs(self, k, which=which, copies=copies, **options)
 
-    def landscape(
+    def spectral_density(
+        self, *, probes: int = 4, steps: int = 40, seed: int = 0, progress: Progress | None = None
+    ) -> SpectralDensity:
+        """Estimate how the eigenvalues are distributed, see `tangora.curvature.spectral_density`."""
+        return spectral_density(self, probes=probes, steps=steps, seed=seed, progress=progress)
+
+    def trace(
         self,
-        directions: Directions | Tensor | Sequence[Tensor] | Mapping[str, Tensor] = "eigenvectors",
-        **options: Any,
-    ) -> Landscape:
-        """Evaluate the loss on a line or a grid around the weights.
+        *,
+        method: Literal["hutch++", "hutchinson"] = "hutch++",
+        products: int = 60,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> TraceEstimate:
+        """Estimate the trace, see `tangora.curvature.hutch_plus_plus` and `tangora.curvature.hutchinson`."""
+        check_choice("method", method, _TRACES)
+        return _TRACES[method](self, products=products, seed=seed, progress=progress)
 
-        Args:
-            directions: ``eigenvectors``, ``gradient``, ``random``, ``filter``, or one or two vectors.
-            **options: Of `tangora.curvature.landscape.landscape`.
+    def frobenius_norm(
+        self, *, products: int = 60, seed: int = 0, progress: Progress | None = None
+    ) -> TraceEstimate:
+        """Estimate the Frobenius norm, see `tangora.curvature.frobenius_norm`."""
+        return frobenius_norm(self, products=products, seed=seed, progress=progress)
 
-        Raises:
-            InputError: If the directions do not fit the coordinates, or a number is out of range.
-        """
-        return landscape(self, directions, **options)
+    def to_scipy(self) -> LinearOperator:
+        """View the operator as SciPy's, for `scipy.sparse.linalg.eigsh` and its like, in the operator's dtype."""
 
-    def within(self, leaves: Leaves, function: Callable[[], Any]) -> Any:
-        """Call a function while the model is displaced.
+        def matvec(array: Any) -> Any:
+            vector = torch.as_tensor(array.reshape(-1)).to(self.device, self.dtype)
+            return self.matvec(vector).cpu().numpy()
 
-        Args:
-            function: Without arguments; `evaluation.loss` inside gives the loss of a batch.
+        like = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=like)  # pyright: ignore[reportCallIssue]
 
-        Returns:
-            What the function returns.
-        """
-        return self.evaluation.within(self.space.overrides(leaves), function)
+    def _weight(self, batch: Any) -> float:
+        return self.evaluation.weight(batch)
 
-    def average(
-        self, of_batch: Callable[[Any], tuple[float, Tensor]], size: int, *, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Stream a weighted mean over the batches of all ranks.
-
-        Args:
-            of_batch: Weight and flat value of a batch; called with the model held still.
-            size: Length of the value.
-            dtype: Of the sum; default the operator's.
-
-        Returns:
-            The mean, equal on all ranks.
-
-        Raises:
-            InputError: If no batch has a label.
-        """
-        total = torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
-        weights = 0.0
-        with self._together(), self.evaluation.open(self.batches):
-            for batch in self.batches:
-                weight, value = of_batch(batch)
-                if weight:  # where no label counts the loss is not a number
-                    total.add_(value.detach(), alpha=weight)
-                    weights += weight
-        return self._normalized(total, weights)
-
-    def _together(self) -> Any:
-        # one batch alone is this rank's own business
-        return contextlib.nullcontext() if self._alone else failing_together(type(self).__name__, self.device)
-
-    def _normalized(self, total: Tensor, weights: float) -> Tensor:
-        sums = torch.tensor([weights], dtype=torch.float64, device=self.device)
-        if not self._alone:
-            sum_over_ranks(total, sums)
-        if (whole := float(sums)) == 0:
-            raise InputError("batches must hold at least one batch with at least one label; got none")
-        return total / whole
-
-    def _twin(self) -> Any:
+    def _twin(self, displaced: DisplacedLoss) -> Any:
         twin = copy.copy(self)
-        twin.products = 0
+        twin._displaced, twin.num_products = displaced, 0
+        twin._forget()
         return twin
 
     def _follow_changes(self) -> None:
@@ -287,59 +250,5 @@ class CurvatureOperator(SymmetricOperator):
             self._state = state
             self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self) -> None:  # noqa: B027 - most operators keep nothing
         """Drop what was kept of the weights before they changed."""
-
-    def _flat(self, vector: Any) -> Tensor:
-        if isinstance(vector, Mapping):
-            return self.space.to_flat(vector).detach()
-        if not isinstance(vector, Tensor) or vector.shape != (self.size,):
-            got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-            raise InputError(f"a vector must have shape ({self.size},) or be a dict of its parts; got {got}")
-        return vector.detach().to(self.device, self.dtype)
-
-
-def make_space(
-    evaluation: Evaluation,
-    over: Over = "factors",
-    *,
-    layers: Iterable[str] | None = None,
-    adapter_name: str | None = None,
-) -> Space:
-    """Make the coordinates of an operator.
-
-    Raises:
-        InputError: If nothing is left.
-    """
-    check_choice("over", over, ("factors", "tangent", "weights"))
-    if over == "weights":
-        adapted = bool(discover(evaluation.model, adapter_name).pairs)
-        return weight_space(evaluation, layers=layers, adapter_name=adapter_name, adapted=adapted)
-    found = adapted_layers(evaluation, adapter_name=adapter_name, layers=layers)
-    return FactorSpace(evaluation, found) if over == "factors" else TangentSpace(evaluation, found)
-
-
-def first_derivatives(loss: Tensor, leaves: Leaves, **options: Any) -> Sequence[Tensor]:
-    """Differentiate a loss; zeros for leaves that it does not depend on.
-
-    Args:
-        leaves: With respect to what.
-        **options: Of `torch.autograd.grad`.
-
-    Returns:
-        One tensor for each leaf.
-    """
-    if not loss.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves.values()]
-    return torch.autograd.grad(
-        loss, list(leaves.values()), allow_unused=True, materialize_grads=True, **options
-    )
-
-
-def joined(tensors: Iterable[Tensor]) -> Tensor:
-    """Flatten tensors one after the other."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _leaf_size(space: Space) -> int:
-    return sum(math.prod(shape) for shape in space.leaf_shapes().values())

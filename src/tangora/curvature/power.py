@@ -18,33 +18,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tangora._types import Progress
 from tangora.curvature.eigenpairs import Eigenpairs, Which, check_request, ends
 from tangora.curvature.products import (
     ROUNDING,
-    Device,
-    Matvec,
+    Matrix,
     Products,
-    Progress,
-    check_start,
     dot,
     norm,
     orthogonalize,
     seeded_generator,
+    size_of,
 )
 
 
 def power_eigenpairs(
-    matvec: Matvec,
-    size: int,
+    operator: Matrix,
     k: int = 10,
     *,
     which: Which = "magnitude",
     tol: float = 1e-4,
     max_products: int | None = None,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    start: Float[Tensor, " n"] | None = None,
     progress: Progress | None = None,
 ) -> Eigenpairs:
     r"""Find extreme eigenpairs by power iteration, one after the other.
@@ -52,16 +47,13 @@ def power_eigenpairs(
     Memory: ``2 k`` vectors, and a few.
 
     Args:
-        matvec: Product with the symmetric operator.
-        k: Number of eigenpairs, at most ``size``.
-        which: See `tangora.curvature.eigenpairs.Which`; ``magnitude`` is what the method finds by itself.
+        operator: See `tangora.curvature.lanczos_eigenpairs`, as for everything not listed here.
+        k: Number of eigenpairs.
+        which: ``magnitude`` is what the method finds by itself.
         tol: An eigenpair has converged when its residual, but for the part along vectors found before, is at most
             ``tol`` times the operator's norm; less than a few roundings is not asked.
         max_products: Budget, at least ``k``; default ``200 k``. What one pair leaves over, the others may use.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
-        start: First vector; default a random one.
         progress: Called after each product with their number and ``max_products``.
 
     Returns:
@@ -70,24 +62,22 @@ def power_eigenpairs(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    check_request(size, k, which, tol, max_products)
-    product = Products(matvec, size, max_products or 200 * k, dtype=dtype, device=device, progress=progress)
-    if start is not None:
-        check_start(start, size)
-    search = _Search(
+    check_request(size_of(operator), k, which, tol, max_products)
+    product = Products(operator, max_products or 200 * k, "eigenvalues", progress)
+    search = _Deflation(
         product=product,
-        found=torch.empty(k, size, dtype=product.dtype, device=product.device),
+        found=torch.empty(k, product.size, dtype=product.dtype, device=product.device),
         tol=max(tol, ROUNDING * torch.finfo(product.dtype).eps),
         generator=seeded_generator(seed),
     )
     high, low = (k, 0) if which == "magnitude" else ends(k, which)
     signs = [0 if which == "magnitude" else 1] * high + [-1] * low
-    pairs = [search.next(sign, k - index, None if index else start) for index, sign in enumerate(signs)]
+    pairs = [search.next(sign, k - index) for index, sign in enumerate(signs)]
     values, residuals = (torch.tensor(x, dtype=torch.float64) for x in list(zip(*pairs, strict=True))[:2])
     order = values.argsort(descending=True, stable=True)
     return Eigenpairs(
         values=values[order],
-        vectors=search.found[order.to(product.device)].to(dtype).mT,
+        vectors=search.found[order.to(product.device)].to(operator.dtype).mT,
         residuals=residuals[order],
         products=product.count,
         converged=all(pair.converged for pair in pairs),
@@ -101,7 +91,7 @@ class _Pair(NamedTuple):
 
 
 @dataclass
-class _Search:
+class _Deflation:
     """The vectors found so far, and how to find the next."""
 
     product: Products
@@ -112,13 +102,11 @@ class _Search:
     scale: float = 0.0
     shifts: dict[int, float] = field(default_factory=dict)
 
-    def next(self, sign: int, left: int, start: Tensor | None) -> _Pair:
+    def next(self, sign: int, left: int) -> _Pair:
         # of largest magnitude (0), or from the upper (1) or lower end (-1)
         # an equal share of what is left of the budget, and at least one product for each of the others
         last = self.product.count + max(1, (self.product.total - self.product.count) // left)
-        vector = self._deflated(
-            self.product.normal(self.generator) if start is None else start.to(self.found)
-        )
+        vector = self._deflated(self.product.normal(self.generator))
         while True:
             image = self.product(vector)
             value, size = dot(vector, image), norm(image)

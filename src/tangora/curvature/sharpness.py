@@ -13,78 +13,53 @@ for the ball. Differs in: several starts, line search, no division by the loss.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tangora import _names
 from tangora._checks import check_number, check_whole
+from tangora._types import Progress
 from tangora.curvature.eigenpairs import Eigenpairs
+from tangora.curvature.operators import CurvatureOperator
 from tangora.curvature.products import seeded_generator
-from tangora.curvature.surface import LossSurface
 from tangora.curvature.trust_region import maximize_in_krylov_space
 
 _SMALLEST_STEP = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sharpness:
     r"""What was found in one ball.
 
     Attributes:
+        space: Coordinates that the ball lies in.
         radius: $\rho$.
         loss: $L(\theta)$.
-        value: Largest rise that was found, a lower bound of $S(\rho)$; infinite if a loss in the ball is.
+        rise: Largest rise that was found, a lower bound of $S(\rho)$; infinite if a loss in the ball is.
         displacement: Where; flat, of norm at most $\rho$.
-        start: Name of the start that led there; ``none`` if the loss does not rise anywhere.
         starts: Rise that each start led to, by name.
         second_order: Maximum of the second-order expansion over a Krylov space, at most that over the ball.
         second_order_bound: $\rho \|g\| + \tfrac12 \rho^2 \max(\lambda_{\max}, 0)$, at least that over the ball as
             far as the eigenvalue is right.
-        gradients: Gradients that were taken.
-        losses: Losses without gradient.
         products: Products with the Hessian.
     """
 
+    space: _names.Space
     radius: float
     loss: float
-    value: float
+    rise: float
     displacement: Tensor
-    start: str
     starts: dict[str, float]
     second_order: float
     second_order_bound: float
-    gradients: int
-    losses: int
     products: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the displacement."""
-        return {key: value for key, value in vars(self).items() if key != "displacement"}
-
-
-class _Counted:
-    """Rises of the loss and their gradients, counted; a loss that is not a number counts as infinite."""
-
-    def __init__(self, operator: LossSurface):
-        self._operator = operator
-        self.base = operator.loss()
-        self.losses = self.gradients = 0
-
-    def rise(self, displacement: Tensor) -> float:
-        self.losses += 1
-        loss = self._operator.loss_at(displacement)
-        return loss - self.base if math.isfinite(loss) else math.inf
-
-    def gradient(self, displacement: Tensor) -> Tensor:
-        self.gradients += 1
-        return self._operator.gradient_at(displacement)
 
 
 def sharpness(
-    operator: LossSurface,
+    operator: CurvatureOperator,
     radius: float,
     *,
     steps: int = 10,
@@ -93,7 +68,7 @@ def sharpness(
     pairs: Eigenpairs | None = None,
     tol: float = 1e-3,
     seed: int = 0,
-    progress: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> Sharpness:
     r"""Look for the largest loss in a ball around the weights, which are not written.
 
@@ -107,7 +82,7 @@ def sharpness(
         pairs: Leading eigenpairs of the operator, where they are known already; only the first is used.
         tol: Of the leading eigenpair, where it is not known.
         seed: Of the random starts.
-        progress: Called with the name of each start that is done.
+        progress: Called after each start.
 
     Returns:
         The best point found and how it compares with the second order.
@@ -119,34 +94,32 @@ def sharpness(
     check_whole("steps", steps, low=0)
     check_whole("random_starts", random_starts, low=0)
     check_whole("krylov", krylov, low=2)
-    counted, before = _Counted(operator), operator.products
+    before, base = operator.num_products, operator.loss()
     gradient = operator.gradient()
-    counted.gradients += 1
-    leading: Eigenpairs = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
+    leading = operator.top_eigenpairs(1, tol=tol, seed=seed) if pairs is None else pairs
     vector = leading.vectors[:, 0]
-    second = maximize_in_krylov_space(operator.matvec, gradient, [gradient, vector], radius, krylov)
+    second = maximize_in_krylov_space(operator, gradient, [gradient, vector], radius, krylov)
     generator = seeded_generator(seed)
-    noise = [torch.randn(operator.size, generator=generator).to(vector) for _ in range(random_starts)]
-    best, value, origin, found = torch.zeros_like(vector), 0.0, "none", {}
-    for name, start in _starts(gradient, vector, second.step, noise, radius):
-        point, found[name] = _ascend(counted, start, radius, steps)
-        if found[name] > value:
-            best, value, origin = point, found[name], name
+    noise = [torch.randn(operator.shape[0], generator=generator).to(vector) for _ in range(random_starts)]
+    best, rise, rises = torch.zeros_like(vector), 0.0, {}
+    starts = dict(_starts(gradient, vector, second.step, noise, radius))
+    for name, start in starts.items():
+        point, rises[name] = _ascend(operator, base, start, radius, steps)
+        if rises[name] > rise:
+            best, rise = point, rises[name]
         if progress is not None:
-            progress(name)
+            progress(f"sharpness from {name}", len(rises), len(starts))
     norm, curvature = float(gradient.double().norm()), float(leading.values[0])
     return Sharpness(
+        space=operator.space.kind,
         radius=float(radius),
-        loss=counted.base,
-        value=value,
+        loss=base,
+        rise=rise,
         displacement=best,
-        start=origin,
-        starts=found,
+        starts=rises,
         second_order=second.value,
         second_order_bound=radius * norm + radius**2 * max(curvature, 0.0) / 2,
-        gradients=counted.gradients,
-        losses=counted.losses,
-        products=operator.products - before,
+        products=operator.num_products - before,
     )
 
 
@@ -170,23 +143,30 @@ def _into_ball(point: Tensor, radius: float) -> Tensor:
     return point if size <= radius else point * (radius / size)
 
 
-def _ascend(counted: _Counted, point: Tensor, radius: float, steps: int) -> tuple[Tensor, float]:
+def _ascend(
+    operator: CurvatureOperator, base: float, point: Tensor, radius: float, steps: int
+) -> tuple[Tensor, float]:
+    def rise_at(displacement: Tensor) -> float:
+        # a loss that is not a number counts as infinite
+        loss = operator.loss_at(displacement)
+        return loss - base if math.isfinite(loss) else math.inf
+
     # the step doubles after a success and shrinks after a failure
-    value, size = counted.rise(point), 1.0
+    best, size = rise_at(point), 1.0
     for _ in range(steps):
-        if math.isinf(value):
+        if math.isinf(best):
             break
-        gradient = counted.gradient(point)
+        gradient = operator.gradient_at(point)
         norm = float(gradient.norm())
         if not (norm > 0 and math.isfinite(norm)):
             break
         while size >= _SMALLEST_STEP:
             trial = _into_ball(point + gradient * (size * radius / norm), radius)
-            rise = counted.rise(trial)
-            if rise > value:
-                point, value, size = trial, rise, 2 * size
+            rise = rise_at(trial)
+            if rise > best:
+                point, best, size = trial, rise, 2 * size
                 break
             size /= 4
         else:
             break
-    return point, value
+    return point, best

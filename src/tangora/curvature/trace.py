@@ -10,43 +10,31 @@ the Krylov space of Chen and Hallman (2023), arXiv:2205.01736, in place of a ske
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
 from tangora._checks import check_number, check_whole
+from tangora._types import Progress
 from tangora.curvature.lanczos import Krylov
-from tangora.curvature.products import (
-    Device,
-    Matvec,
-    Products,
-    Progress,
-    dot,
-    norm,
-    orthogonalize,
-    seeded_generator,
-)
+from tangora.curvature.products import Matrix, Products, dot, norm, orthogonalize, seeded_generator
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number from random vectors.
-
-    Attributes:
-        value: The estimate.
-        standard_error: Standard deviation of the estimate, itself estimated; not a number for a single sample.
-        products: Products with the operator that were made.
-        samples: Independent samples that the standard error comes from.
-    """
+class TraceEstimate:
+    """A trace, or another mean over random vectors."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
+    """Standard deviation of the estimate, itself estimated; ``None`` for a single sample."""
     products: int
-    samples: int
+    """Products with the operator that were made."""
+    samples: int = 1
+    """Independent samples that the standard error comes from; 1 where a record does not tell."""
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return a confidence interval, by Student's distribution: with few samples the error is uncertain too.
@@ -56,52 +44,55 @@ class Estimate:
 
         Returns:
             Its two ends; infinite for a single sample.
+
+        Raises:
+            InputError: If ``level`` is out of range.
         """
         check_number("level", level, low=0, high=1, open_low=True, open_high=True)
-        if self.samples < 2:
+        if self.samples < 2 or self.standard_error is None:
             return -math.inf, math.inf
         half = float(stats.t.ppf((1 + level) / 2, self.samples - 1)) * self.standard_error
         return self.value - half, self.value + half
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it.
+    def scaled(self, factor: float) -> "TraceEstimate":
+        """Return the estimate of a multiple."""
+        error = self.standard_error
+        return TraceEstimate(
+            factor * self.value, None if error is None else factor * error, self.products, self.samples
+        )
 
-        Returns:
-            Numbers; the standard error is ``None`` where there is none.
-        """
-        known = math.isfinite(self.standard_error)
-        return asdict(self) | {"standard_error": self.standard_error if known else None}
+    def root(self) -> "TraceEstimate":
+        r"""Return the estimate of the root, with its error to first order, $\sigma / (2 \sqrt{x})$."""
+        root, error = math.sqrt(self.value), self.standard_error
+        if error is not None and root > 0:
+            error /= 2 * root
+        return TraceEstimate(root, error, self.products, self.samples)
 
 
-def mean_of(samples: list[float], products: int) -> Estimate:
-    """Average independent samples.
-
-    Returns:
-        The mean with its standard error.
-    """
+def mean_of(samples: Sequence[float], products: int) -> TraceEstimate:
+    """Average independent samples that took so many products."""
     values = torch.tensor(samples, dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-    return Estimate(float(values.mean()), error, products, len(samples))
+    error = float(values.std()) / math.sqrt(len(samples)) if len(samples) > 1 else None
+    return TraceEstimate(float(values.mean()), error, products, len(samples))
+
+
+def means_of(samples: Float[Tensor, "b p"], products: int) -> list[TraceEstimate]:
+    """Average the independent samples in each row, which all took so many products."""
+    samples = samples.double()
+    errors = (samples.std(-1) / samples.shape[-1] ** 0.5).tolist()
+    pairs = zip(samples.mean(-1).tolist(), errors, strict=True)
+    return [TraceEstimate(mean, error, products, samples.shape[-1]) for mean, error in pairs]
 
 
 def hutchinson(
-    matvec: Matvec,
-    size: int,
-    *,
-    products: int = 60,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    progress: Progress | None = None,
-) -> Estimate:
+    operator: Matrix, *, products: int = 60, seed: int = 0, progress: Progress | None = None
+) -> TraceEstimate:
     """Estimate a trace by Hutchinson's method.
 
     Args:
-        matvec: Product with the symmetric operator.
+        operator: See `tangora.curvature.lanczos_eigenpairs`.
         products: Number of random vectors, at least 2.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
         progress: Called after each product.
 
     Returns:
@@ -110,10 +101,8 @@ def hutchinson(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    check_whole("size", size, low=1)
     check_whole("products", products, low=2)
-    product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
-    generator = seeded_generator(seed)
+    product, generator = Products(operator, products, "trace", progress), seeded_generator(seed)
     samples = []
     for _ in range(products):
         signs = product.signs(generator)
@@ -122,15 +111,8 @@ def hutchinson(
 
 
 def hutch_plus_plus(
-    matvec: Matvec,
-    size: int,
-    *,
-    products: int = 60,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    progress: Progress | None = None,
-) -> Estimate:
+    operator: Matrix, *, products: int = 60, seed: int = 0, progress: Progress | None = None
+) -> TraceEstimate:
     r"""Estimate a trace by Hutch++ with a Krylov space.
 
     Half of the products build $Q$ by the Lanczos iteration, which gives $Q^\top H Q$ with it: a sketch of as many
@@ -138,11 +120,9 @@ def hutch_plus_plus(
     many vectors as there are products.
 
     Args:
-        matvec: Product with the symmetric operator.
-        products: Budget, at least 4; from ``2 size`` on the trace is exact, with ``size`` products.
+        operator: See `tangora.curvature.lanczos_eigenpairs`.
+        products: Budget, at least 4; from twice the operator's dimension $n$ on the trace is exact, with $n$ products.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
         progress: Called after each product.
 
     Returns:
@@ -151,31 +131,22 @@ def hutch_plus_plus(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    captured = _Captured(matvec, size, products, seed, dtype, device, progress)
+    captured = _Captured(operator, products, seed, "trace", progress)
     return captured.estimate(float(captured.krylov.diagonal.sum()), dot)
 
 
 def frobenius_norm(
-    matvec: Matvec,
-    size: int,
-    *,
-    products: int = 60,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: Device = "cpu",
-    progress: Progress | None = None,
-) -> Estimate:
+    operator: Matrix, *, products: int = 60, seed: int = 0, progress: Progress | None = None
+) -> TraceEstimate:
     r"""Estimate $\|H\|_F$ in the same way.
 
     $\|H\|_F^2 = \|H Q\|_F^2 + \mathbb{E}\,\|H (I - QQ^\top) z\|^2$, where the Lanczos iteration gives
     $\|H Q\|_F^2 = \|T\|_F^2 + \beta_m^2$.
 
     Args:
-        matvec: Product with the symmetric operator.
-        products: Budget, at least 4; from ``2 size`` on the norm is exact, with ``size`` products.
+        operator: See `tangora.curvature.lanczos_eigenpairs`.
+        products: Budget, at least 4; from $2n$ on the norm is exact, with $n$ products.
         seed: Of the random vectors.
-        dtype: Of the operator's vectors.
-        device: Of the operator's vectors.
         progress: Called after each product.
 
     Returns:
@@ -186,52 +157,31 @@ def frobenius_norm(
     Raises:
         InputError: If a number is out of range or a product is not finite.
     """
-    captured = _Captured(matvec, size, products, seed, dtype, device, progress)
+    captured = _Captured(operator, products, seed, "norm", progress)
     small = captured.krylov
     inside = float(small.diagonal.square().sum() + 2 * small.off_diagonal.square().sum()) + small.remainder**2
-    return square_root(captured.estimate(inside, lambda _, image: norm(image) ** 2))
+    return captured.estimate(inside, lambda _, image: norm(image) ** 2).root()
 
 
 class _Captured:
     """A Krylov space made with half of the products; the others are samples of what it leaves out."""
 
-    def __init__(
-        self,
-        matvec: Matvec,
-        size: int,
-        products: int,
-        seed: int,
-        dtype: torch.dtype,
-        device: Device,
-        progress: Progress | None,
-    ):
-        check_whole("size", size, low=1)
+    def __init__(self, operator: Matrix, products: int, seed: int, what: str, progress: Progress | None):
         check_whole("products", products, low=4)
-        self._product = Products(matvec, size, products, dtype=dtype, device=device, progress=progress)
+        self._product = Products(operator, products, what, progress)
         self._generator = seeded_generator(seed)
-        steps = min(products // 2, size)
+        steps = min(products // 2, self._product.size)
         start = self._product.signs(self._generator)
         self.krylov = Krylov(self._product, steps, start).tridiagonalize(steps)
 
-    def estimate(self, inside: float, sample: Callable[[Tensor, Tensor], float]) -> Estimate:
+    def estimate(self, inside: float, sample: Callable[[Tensor, Tensor], float]) -> TraceEstimate:
         product = self._product
         if product.count == product.size:
-            return Estimate(inside, 0.0, product.count, product.count)
+            return TraceEstimate(inside, 0.0, product.count, product.count)
         samples = []
         for _ in range(product.total - product.count):
             outside = product.signs(self._generator)
             orthogonalize(outside, self.krylov.basis)
             samples.append(sample(outside, product(outside)))
         rest = mean_of(samples, product.count)
-        return Estimate(inside + rest.value, rest.standard_error, product.count, rest.samples)
-
-
-def square_root(square: Estimate) -> Estimate:
-    r"""Turn an estimate of a square into one of its root.
-
-    Returns:
-        With the standard error to first order, $\sigma / (2 \sqrt{x})$.
-    """
-    root = math.sqrt(square.value)
-    error = square.standard_error / (2 * root) if root > 0 else square.standard_error
-    return Estimate(root, error, square.products, square.samples)
+        return TraceEstimate(inside + rest.value, rest.standard_error, product.count, rest.samples)

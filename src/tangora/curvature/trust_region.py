@@ -6,13 +6,15 @@ $\mu \ge \max(\lambda_{\max}, 0)$ and $\mu\,(\rho - \|x\|) = 0$: on the sphere, 
 Source: Conn, Gould and Toint, Trust Region Methods (2000), chapter 7; the restriction to a Krylov space is chapter 5.2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
+
+from tangora.curvature.products import Matrix
 
 
 class BallMaximum(NamedTuple):
@@ -25,16 +27,7 @@ class BallMaximum(NamedTuple):
 def maximize_quadratic(
     matrix: Float[Tensor, "n n"], gradient: Float[Tensor, " n"], radius: float
 ) -> BallMaximum:
-    r"""Maximise $g^\top x + \tfrac12 x^\top H x$ in the ball $\|x\| \le \rho$, the hard case included.
-
-    Args:
-        matrix: $H$, symmetric.
-        gradient: $g$.
-        radius: $\rho > 0$.
-
-    Returns:
-        A global maximum in float64; where there are several, one of them.
-    """
+    r"""Maximise $g^\top x + \tfrac12 x^\top H x$ in the ball $\|x\| \le \rho$, the hard case included, in float64."""
     values, vectors = torch.linalg.eigh(matrix.double())
     along = vectors.mT @ gradient.double()
     top, size = float(values[-1]), float(along.norm())
@@ -58,26 +51,17 @@ def maximize_quadratic(
 
 
 def maximize_in_krylov_space(
-    matvec: Callable[[Tensor], Tensor],
+    operator: Matrix,
     gradient: Float[Tensor, " n"],
     starts: Sequence[Float[Tensor, " n"]],
     radius: float,
     steps: int,
 ) -> BallMaximum:
-    r"""Maximise the quadratic over the part of the ball in a block Krylov space of $H$.
+    r"""Maximise the quadratic over the part of the ball in a block Krylov space of $H$ of so many dimensions.
 
     The space is spanned by the starts, the products with them, the products with those, and so on. It holds the
-    maximum itself once it holds all of $g$'s and, in the hard case, the leading eigenvector's.
-
-    Args:
-        matvec: Product with $H$.
-        gradient: $g$.
-        starts: Should hold $g$ and leading eigenvectors.
-        radius: $\rho > 0$.
-        steps: Largest dimension of the space, and of products.
-
-    Returns:
-        The step, whose value is at most that of the whole ball; zero for starts that are all zero.
+    maximum itself once it holds all of $g$'s and, in the hard case, the leading eigenvector's: starts should be these.
+    Starts that are all zero give the step zero.
     """
     pending, basis, images = [*starts], [], []
     while pending and len(basis) < steps:
@@ -85,7 +69,7 @@ def maximize_in_krylov_space(
         if vector is None:
             continue
         basis.append(vector)
-        images.append(matvec(vector))
+        images.append(operator @ vector)
         pending.append(images[-1])
     if not basis:
         return BallMaximum(torch.zeros_like(gradient), 0.0)

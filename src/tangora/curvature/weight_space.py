@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tangora._checks import InputError
-from tangora.curvature.adapted import AdaptedLayer, adapted_layers, chosen, tensor_paths
+from tangora.curvature.adapted import AdaptedLayer, chosen, tensor_paths
 from tangora.curvature.evaluation import Evaluation
 from tangora.curvature.spaces import Leaves, Space
 
@@ -57,38 +57,27 @@ class WeightSpace(Space):
     """Whole weight matrices; of a PEFT model those under the adapters, since dL/dW0 = dL/dW.
 
     Coordinates have the shape of the weight as the model stores it (``m x n`` where it is quantized).
-
-    Args:
-        weights: From `adapted_weights` or `plain_weights`.
     """
 
-    def __init__(self, evaluation: Evaluation, weights: Sequence[Any]):
-        super().__init__(evaluation)
-        self.weights = list(weights)
-        self._arrange((weight.name, weight.name, weight.shape) for weight in self.weights)
+    kind = "weights"
+
+    def __init__(self, evaluation: Evaluation, layers: Sequence[Any]):
+        super().__init__(evaluation, layers)
+        self._arrange((weight.name, weight.name, weight.shape) for weight in self.layers)
 
     def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
         """Displace the weights."""
         overrides: dict[str, Tensor] = {}
-        for weight in self.weights:
+        for weight in self.layers:
             overrides |= weight.overrides(leaves[weight.name], self.evaluation)
         return overrides
 
-    def restricted(self, layers: Sequence[str]) -> "WeightSpace":
-        """Return the space of some of the weights."""
-        return WeightSpace(self.evaluation, [weight for weight in self.weights if weight.name in layers])
-
 
 def adapted_weights(layers: Iterable[AdaptedLayer]) -> list[Any]:
-    """List the weights under adapters.
-
-    Returns:
-        What `WeightSpace` takes.
-    """
+    """List the weights under adapters, for a `WeightSpace`."""
     weights: list[Any] = []
     for layer in layers:
-        base = layer.pair.layer.get_base_layer()  # pyright: ignore[reportCallIssue]
-        held = getattr(base, "weight", None)
+        held = getattr(layer.pair.base, "weight", None)
         if isinstance(held, Tensor) and held.is_floating_point():
             # its own, also where the weight is tied: an adapter belongs to one layer
             own = [path for path in layer.paths[id(held)] if f".{path}".startswith(f".{layer.name}.")]
@@ -100,17 +89,9 @@ def adapted_weights(layers: Iterable[AdaptedLayer]) -> list[Any]:
 
 
 def plain_weights(evaluation: Evaluation, layers: Iterable[str] | None = None) -> list[Any]:
-    """List the matrices of a model without adapters.
+    """List matrices of a model without adapters, by names of parameters or of modules that hold them, or patterns.
 
-    Args:
-        layers: Names of parameters, or of modules that hold them, or patterns; default all trainable floating-point
-            parameters with at least two dimensions.
-
-    Returns:
-        What `WeightSpace` takes.
-
-    Raises:
-        InputError: If there are none.
+    Default are all trainable floating-point parameters with at least two dimensions; `InputError` if there are none.
     """
     paths = tensor_paths(evaluation.model)
     named = {name: p for name, p in evaluation.model.named_parameters() if p.is_floating_point()}
@@ -124,18 +105,3 @@ def plain_weights(evaluation: Evaluation, layers: Iterable[str] | None = None) -
     if not named:
         raise InputError("model has no trainable weight matrices: unfreeze some, or name them with layers")
     return [_Stored(name, p, paths[id(p)]) for name, p in named.items()]
-
-
-def weight_space(
-    evaluation: Evaluation, *, layers: Iterable[str] | None, adapter_name: str | None, adapted: bool
-) -> WeightSpace:
-    """Make the space of full weights.
-
-    Args:
-        adapted: Whether the model has adapters.
-    """
-    if not adapted:
-        return WeightSpace(evaluation, plain_weights(evaluation, layers))
-    return WeightSpace(
-        evaluation, adapted_weights(adapted_layers(evaluation, adapter_name=adapter_name, layers=layers))
-    )

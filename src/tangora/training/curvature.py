@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tangora._checks import InputError, check_choice, check_whole
 from tangora._types import LossFn
 from tangora.curvature import Hessian
-from tangora.curvature.operators import Over
+from tangora.curvature.displaced_loss import Over
 from tangora.probes import as_batches, gradient_norms, probed_layers
 from tangora.training.callbacks import DivergedError, read_history
 
@@ -113,8 +113,8 @@ def _of_space(operator: Hessian, trace_products: int, seed: int) -> SpaceCurvatu
         top_eigenvalue=float(pairs.values[0]),
         residual=float(pairs.residuals[0]),
         trace=trace.value,
-        trace_error=trace.standard_error,
-        products=operator.products,
+        trace_error=trace.standard_error or 0.0,
+        products=operator.num_products,
     )
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 from tangora.curvature import Eigenpairs, Hessian
 from tangora.curvature.adapted import chosen
-from tangora.curvature.sharpness import sharpness
 from tangora.experiments.run.batches import encoded, encoded_batches
 from tangora.experiments.run.trajectory import target_layers
 from tangora.experiments.settings import RunSettings
@@ -65,7 +64,7 @@ def _curvature(
         layers = chosen(target_layers(loaded, task, settings), layers)
     weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
     found, pairs = _space(weights)
-    ball = sharpness(weights, RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
+    ball = weights.sharpness(RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
     weights.release()
     spaces = {"weights": found}
     for space in ("tangent", "factors") if adapted else ():
@@ -74,7 +73,7 @@ def _curvature(
         "spaces": spaces,
         "weight_layers": settings.curvature_layers,
         "radius": RADIUS,
-        "rise": ball.value,
+        "rise": ball.rise,
         "products": sum(found.products for found in spaces.values()) + ball.products,
     }
 
@@ -88,6 +87,6 @@ def _space(operator: Hessian) -> tuple[SpaceFlatness, Eigenpairs]:
         residual=float(pairs.residuals[0]),
         trace=trace.value,
         trace_error=trace.standard_error,
-        products=operator.products,
+        products=operator.num_products,
     )
     return flatness, pairs

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tangora.curvature import BatchNoise, LayerCurvature
 from tangora.report.curvature.curvature_findings import FACTORS, OPERATOR_NAMES, SPACE_NAMES
 from tangora.report.curvature.record import (
-    BatchNoise,
     CurvatureRecord,
     Density,
-    Landscape,
-    LayerCurvature,
+    LandscapeRecord,
     Plane,
     Spectrum,
     in_order,
@@ -223,7 +222,7 @@ def _batches(noise: BatchNoise) -> Figure:
     )
 
 
-def _landscape(landscape: Landscape) -> list[Figure]:
+def _landscape(landscape: LandscapeRecord) -> list[Figure]:
     found = []
     if landscape.lines:
         series = [Series(line.direction, line.steps, line.losses) for line in landscape.lines]

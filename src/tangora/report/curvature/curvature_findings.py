@@ -2,8 +2,9 @@
 
 import math
 
+from tangora.curvature import TraceEstimate
 from tangora.report import formats
-from tangora.report.curvature.record import CurvatureRecord, Estimated, Operator, Sharpness, Space, Spectrum
+from tangora.report.curvature.record import CurvatureRecord, Operator, SharpnessRecord, Space, Spectrum
 
 SPACE_NAMES: dict[Space, str] = {
     "tangent": "tangent space",
@@ -92,7 +93,7 @@ def _of_sharpness(record: CurvatureRecord) -> list[str]:
     return [_rise(one) for one in record.sharpness if one.space != "factors"]
 
 
-def _rise(sharpness: Sharpness) -> str:
+def _rise(sharpness: SharpnessRecord) -> str:
     return (
         f"Within a distance of {formats.significant(sharpness.radius)} {_WHERE[sharpness.space]} the loss can rise "
         f"from {formats.metric(sharpness.loss)} to {formats.metric(sharpness.loss + sharpness.rise)} at least; "
@@ -133,7 +134,7 @@ def _of_factors(record: CurvatureRecord) -> list[str]:
     ]
 
 
-def estimated_text(estimated: Estimated) -> str:
+def estimated_text(estimated: TraceEstimate) -> str:
     """Write an estimate with its standard error."""
     return with_error(estimated.value, estimated.standard_error)
 

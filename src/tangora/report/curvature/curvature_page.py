@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
+from tangora.curvature import Eigenvalue, LayerCurvature
 from tangora.report import formats
 from tangora.report.curvature.curvature_figures import figures
 from tangora.report.curvature.curvature_findings import (
@@ -16,7 +17,7 @@ from tangora.report.curvature.curvature_findings import (
     spectrum_name,
     with_error,
 )
-from tangora.report.curvature.record import CurvatureRecord, Eigenvalue, LayerCurvature, in_order
+from tangora.report.curvature.record import CurvatureRecord, in_order
 from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.layout import Section, render, repeat, subject_facts

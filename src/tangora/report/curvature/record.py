@@ -7,27 +7,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tangora._names import SPACES, Space
+from tangora.curvature import BatchNoise, Eigenvalue, LayerCurvature, TraceEstimate
 from tangora.report.record_files import FrozenModel, Recorded, read_record
 from tangora.report.run_records import Count, Seconds
 
 Operator = Literal["hessian", "gauss-newton"]
-
-
-class Eigenvalue(FrozenModel):
-    """One eigenvalue, and how far its vector is from being an eigenvector."""
-
-    value: float
-    residual: float = Field(ge=0, description="Norm of H v - value v: an eigenvalue lies within it.")
-
-
-class Estimated(FrozenModel):
-    """A number from random probes."""
-
-    value: float
-    standard_error: float | None = Field(
-        default=None, ge=0, description="None where there are too few probes."
-    )
-    products: Count = Field(description="Matrix products that it took.")
 
 
 class Density(FrozenModel):
@@ -56,8 +40,8 @@ class Spectrum(FrozenModel):
     gradient_norm: float = Field(ge=0)
     eigenvalues: list[Eigenvalue] = Field(min_length=1, description="The largest, in descending order.")
     converged: bool = Field(description="Whether all of them reached the tolerance within the budget.")
-    trace: Estimated
-    frobenius_norm: Estimated
+    trace: TraceEstimate
+    frobenius_norm: TraceEstimate
     density: Density
     products: Count = Field(description="Matrix products in all.")
     seconds: Seconds
@@ -73,50 +57,7 @@ class Spectrum(FrozenModel):
         return min(node for nodes in self.density.nodes for node in nodes)
 
 
-class LayerCurvature(FrozenModel):
-    """The diagonal block of one layer."""
-
-    name: str
-    space: Space
-    size: Count
-    largest: Eigenvalue | None = Field(default=None, description="None if it was not asked for.")
-    trace: Estimated
-    eigenvector_share: float = Field(
-        ge=0, description="Share of the layer in the leading eigenvector of the whole, squared length."
-    )
-
-
-class BatchCurvature(FrozenModel):
-    """The curvature of one mini-batch alone."""
-
-    weight: float = Field(gt=0, description="Its share in the mean over all batches.")
-    largest: Eigenvalue
-    trace: Estimated
-    directional: float | None = Field(default=None, description="g'Hg / g'g with the batch's own gradient.")
-
-
-class Scatter(FrozenModel):
-    """A number over mini-batches."""
-
-    mean: float
-    deviation: float = Field(ge=0, description="Standard deviation.")
-
-
-class BatchNoise(FrozenModel):
-    """How much the curvature of mini-batches scatters."""
-
-    space: Space
-    batches: list[BatchCurvature] = Field(min_length=2)
-    largest: Scatter
-    trace: Scatter
-    whole: Eigenvalue = Field(description="The largest eigenvalue of the mean over the batches.")
-    variance: Estimated = Field(description="Mean of |H_b - H|² in Frobenius norm.")
-    batch_sharpness: float | None = Field(default=None, description="Mean of g'Hg / g'g over the batches.")
-    overlap: float = Field(description="Of the batches' leading eigenspaces, in [0, 1]: 1 if they agree.")
-    chance_overlap: float = Field(description="The same for random directions.")
-
-
-class Sharpness(FrozenModel):
+class SharpnessRecord(FrozenModel):
     """How far the loss can rise within a ball, as far as an ascent found."""
 
     space: Space
@@ -143,7 +84,7 @@ class Plane(FrozenModel):
     losses: list[list[float]] = Field(description="One row for each of y.")
 
 
-class Landscape(FrozenModel):
+class LandscapeRecord(FrozenModel):
     """The loss around the point."""
 
     space: Space
@@ -169,8 +110,8 @@ class CurvatureRecord(Recorded):
     spectra: list[Spectrum] = Field(min_length=1)
     layers: list[LayerCurvature] = Field(default_factory=list)
     batch_noise: BatchNoise | None = None
-    sharpness: list[Sharpness] = Field(default_factory=list)
-    landscape: Landscape | None = None
+    sharpness: list[SharpnessRecord] = Field(default_factory=list)
+    landscape: LandscapeRecord | None = None
     products: Count
     seconds: Seconds
 

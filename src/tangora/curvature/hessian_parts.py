@@ -9,87 +9,38 @@ Everything in $G$ comes from a chart: with $W + P K + J Q$ the gradients in $K$ 
 Q^\top$, from one backward pass and without a matrix of the weight's size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from tangora._checks import InputError
 from tangora._types import LossFn
-from tangora.adapters.pair import as_matrix
-from tangora.curvature.adapted import AdaptedLayer, adapted_layers
-from tangora.curvature.evaluation import Evaluation
+from tangora.curvature.adapted import AdaptedLayer
+from tangora.curvature.displaced_loss import DisplacedLoss, joined
 from tangora.curvature.hessian import Differentiation, Hessian
-from tangora.curvature.low_rank_space import LowRankSpace, TangentSpace
-from tangora.curvature.operators import CurvatureOperator, joined
-from tangora.curvature.spaces import FactorSpace, Leaves
-
-Bases = Mapping[str, tuple[Tensor, Tensor]]
+from tangora.curvature.operators import Adapter, CurvatureOperator
+from tangora.curvature.spaces import Bases, LowRankSpace, PulledBackSpace, TangentSpace, factor_changes
 
 
-class PulledBackSpace(FactorSpace):
-    r"""Changes of the factors as the weight takes them to first order: $(dA, dB)$ stands for $s (B\, dA + dB\, A)$.
+class HessianOptions(Adapter, total=False):
+    """What all of these take; see `Hessian`."""
 
-    Coordinates as in `FactorSpace`. The Hessian over it is $J^\top H_W J$, positive semi-definite where $H_W$ is.
-    """
-
-    def overrides(self, leaves: Leaves) -> dict[str, Tensor]:
-        """Lengthen the factors."""
-        overrides: dict[str, Tensor] = {}
-        for layer in self.layers:
-            s, (A, B) = layer.pair.scaling, layer.factors(self.evaluation)
-            dA, dB = _changes(layer, leaves)
-            nothing = B[:, :0], A[:0]
-            left = nothing if dA is None else (s * B, dA)
-            right = nothing if dB is None else (dB, s * A)
-            overrides |= layer.displaced(left, right, self.evaluation)
-        return overrides
-
-    def restricted(self, layers: Sequence[str]) -> "PulledBackSpace":
-        """Return the space of some layers' factors."""
-        return PulledBackSpace(self.evaluation, [x for x in self.layers if x.name in layers], self.factors)
+    loss_fn: LossFn | None
+    differentiation: Differentiation
+    cache_graph: bool | None
 
 
 class WeightPart(Hessian):
     r"""$J^\top H_W J$: what the factors' Hessian takes from the curvature of the loss in the weights.
 
     Coordinates are those of ``Hessian(over="factors")``; `loss_at` and `gradient_at` move the weight by $J$ times the
-    displacement.
-
-    Args:
-        model: See `Hessian`, as for everything not listed here.
-        batches: As for `Hessian`.
-        loss_fn: As for `Hessian`.
-        layers: As for `Hessian`.
-        adapter_name: As for `Hessian`.
-        dtype: As for `Hessian`.
-        differentiation: As for `Hessian`.
-        cache_graph: As for `Hessian`.
+    displacement. Arguments are those of `Hessian`, but for ``over``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        *,
-        loss_fn: LossFn | None = None,
-        layers: Iterable[str] | None = None,
-        adapter_name: str | None = None,
-        dtype: torch.dtype | None = None,
-        differentiation: Differentiation = "exact",
-        cache_graph: bool | None = None,
-    ):
-        twice = differentiation == "exact"
-        evaluation = Evaluation(model, loss_fn=loss_fn, dtype=dtype, twice=twice)
-        found = adapted_layers(evaluation, adapter_name=adapter_name, layers=layers)
-        super().__init__(
-            model,
-            batches,
-            over=PulledBackSpace(evaluation, found),
-            differentiation=differentiation,
-            cache_graph=cache_graph,
-        )
+    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[HessianOptions]):
+        super().__init__(model, batches, over=PulledBackSpace, **options)
 
 
 class CouplingPart(CurvatureOperator):
@@ -97,14 +48,8 @@ class CouplingPart(CurvatureOperator):
 
     $(dA, dB) \mapsto (s\, dB^\top G,\; s\, G\, dA^\top)$. Its eigenvalues come in pairs $\pm s\, \sigma_i(G)$, each $r$
     times for a layer's gradient $G$, whatever the factors are. At $B = 0$ it is all there is beside the block of $B$.
-    A product takes one gradient.
-
-    Args:
-        model: See `CurvatureOperator`, as for everything not listed here.
+    A product takes one gradient. Arguments are those of `Hessian`, but for ``over`` and how it differentiates.
     """
-
-    _twice = False
-    space: FactorSpace
 
     def __init__(
         self,
@@ -112,25 +57,21 @@ class CouplingPart(CurvatureOperator):
         batches: Iterable[Any],
         *,
         loss_fn: LossFn | None = None,
-        layers: Iterable[str] | None = None,
-        adapter_name: str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Adapter],
     ):
-        super().__init__(
-            model, batches, loss_fn=loss_fn, layers=layers, adapter_name=adapter_name, dtype=dtype
-        )
+        super().__init__(DisplacedLoss.of(model, batches, loss_fn=loss_fn, twice=False, **options))
 
     def _apply(self, flat: Tensor) -> Tensor:
         directions = self.space.to_leaves(flat)
         bases = {}
         for layer in self.space.layers:
             s, (A, B) = layer.pair.scaling, layer.factors(self.evaluation)
-            dA, dB = _changes(layer, directions)
+            dA, dB = factor_changes(layer, directions)
             bases[layer.name] = (
                 B[:, :0] if dB is None or dA is None else s * dB,
                 A[:0] if dA is None or dB is None else s * dA,
             )
-        seen = _seen_of_gradient(self, self.space.layers, bases)
+        seen = _seen_of_gradient(self._displaced, self.space.layers, bases)
         parts = {}
         for layer in self.space.layers:
             for letter, slot in (("A", "K"), ("B", "J")):
@@ -156,15 +97,7 @@ class RiemannianHessian(Hessian):
     A product takes one gradient more than a Hessian's. `loss_at` and `gradient_at` move straight ahead in the tangent
     space.
 
-    Args:
-        model: See `Hessian`, as for everything not listed here.
-        batches: As for `Hessian`.
-        loss_fn: As for `Hessian`.
-        layers: As for `Hessian`.
-        adapter_name: As for `Hessian`.
-        dtype: As for `Hessian`.
-        differentiation: As for `Hessian`; the second term is exact in any case.
-        cache_graph: As for `Hessian`.
+    Arguments are those of `Hessian`, but for ``over``; the second term is exact with ``finite_difference`` too.
 
     Raises:
         InputError: If a factor has not full rank, as at LoRA's start, $B = 0$: there is no manifold there.
@@ -174,31 +107,8 @@ class RiemannianHessian(Hessian):
         arXiv:1209.3834, section 2.3 (for one quadratic loss).
     """
 
-    space: TangentSpace
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        *,
-        loss_fn: LossFn | None = None,
-        layers: Iterable[str] | None = None,
-        adapter_name: str | None = None,
-        dtype: torch.dtype | None = None,
-        differentiation: Differentiation = "exact",
-        cache_graph: bool | None = None,
-    ):
-        super().__init__(
-            model,
-            batches,
-            over="tangent",
-            loss_fn=loss_fn,
-            layers=layers,
-            adapter_name=adapter_name,
-            dtype=dtype,
-            differentiation=differentiation,
-            cache_graph=cache_graph,
-        )
+    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[HessianOptions]):
+        super().__init__(model, batches, over="tangent", **options)
         self._check_ranks()
 
     def _follow_changes(self) -> None:
@@ -206,8 +116,9 @@ class RiemannianHessian(Hessian):
         self._check_ranks()
 
     def _check_ranks(self) -> None:
-        for layer in self.space.layers:
-            (m, n, r), (U, V) = layer.shape, self.space.bases[layer.name]
+        space = cast("TangentSpace", self.space)
+        for layer in space.layers:
+            (m, n, r), (U, V) = layer.shape, space.bases[layer.name]
             for letter, rank, full in (("B", U.shape[1], min(r, m)), ("A", V.shape[0], min(r, n))):
                 if rank < full:
                     raise InputError(
@@ -220,47 +131,37 @@ class RiemannianHessian(Hessian):
 
     def _bending(self, flat: Tensor) -> Tensor:
         # the form's gradient is (S^-T U_p^T G) (I - V^T V) for K and (I - U U^T) (G V_p S^-T) for J
-        leaves, bases, bent = self.space.to_leaves(flat), {}, []
-        for layer in self.space.layers:
+        space = cast("TangentSpace", self.space)
+        leaves, bases, bent = space.to_leaves(flat), {}, []
+        for layer in space.layers:
             if layer.shape[2] >= min(layer.shape[:2]):
                 continue
-            (A, B), (U, V) = layer.factors(self.evaluation), self.space.bases[layer.name]
+            (A, B), (U, V) = layer.factors(self.evaluation), space.bases[layer.name]
             S = layer.pair.scaling * (U.T @ B) @ (A @ V.T)
             K, U_p = leaves[f"{layer.name}.K"], leaves[f"{layer.name}.J"]
             V_p = K - (K @ V.T) @ V
             bases[layer.name] = torch.linalg.solve(S, U_p, left=False), torch.linalg.solve(S, V_p)
             bent.append(layer)
-        seen = _seen_of_gradient(self, bent, bases) if bent else {}
+        seen = _seen_of_gradient(self._displaced, bent, bases) if bent else {}
         for layer in bent:
-            V, K = self.space.bases[layer.name][1], seen[f"{layer.name}.K"]
+            V, K = space.bases[layer.name][1], seen[f"{layer.name}.K"]
             seen[f"{layer.name}.K"] = K - (K @ V.T) @ V
         # the isometry's adjoint takes the part of J along U away
-        return self.space.from_leaves(joined(seen.get(name, 0 * leaf) for name, leaf in leaves.items()))
-
-
-def _changes(layer: AdaptedLayer, parts: Leaves) -> tuple[Tensor | None, Tensor | None]:
-    # dA (r x n) and dB (m x r) as matrices; one of them may not be among the coordinates
-    found = (parts.get(f"{layer.name}.lora_{letter}") for letter in "AB")
-    dA, dB = (None if part is None else as_matrix(part) for part in found)
-    return dA, dB
+        return space.from_leaves(joined(seen.get(name, 0 * leaf) for name, leaf in leaves.items()))
 
 
 def _seen_of_gradient(
-    operator: CurvatureOperator, layers: Sequence[AdaptedLayer], bases: Bases
+    displaced: DisplacedLoss, layers: Sequence[AdaptedLayer], bases: Bases
 ) -> dict[str, Tensor]:
     # P^T G under the name of each layer's K, G Q^T under that of its J
-    chart = operator._twin()
     bases = {layer.name: (bases[layer.name][0], _unpadded(layer, bases[layer.name][1])) for layer in layers}
-    chart.space = LowRankSpace(operator.evaluation, layers, bases)
-    return chart.space.to_dict(
-        chart._gradient(torch.zeros(chart.size, dtype=chart.dtype, device=chart.device))
-    )
+    chart = displaced.on(LowRankSpace(displaced.evaluation, layers, bases))
+    return chart.space.to_dict(chart.gradient_at(chart.zero()))
 
 
 def _unpadded(layer: AdaptedLayer, Q: Tensor) -> Tensor:
     # an embedding's padding token gets no gradient, as if G had zeros in its column
-    base = layer.pair.layer.get_base_layer()  # pyright: ignore[reportCallIssue]
-    if (padding := getattr(base, "padding_idx", None)) is None:
+    if (padding := getattr(layer.pair.base, "padding_idx", None)) is None:
         return Q
     Q = Q.clone()
     Q[:, padding] = 0

@@ -41,17 +41,8 @@ _NOT_KEPT = (
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-        model: With the adapter, if there is one; in evaluation mode, on the GPU if there is one.
-        loaded: The base model and its tokenizer.
-        task: The data.
-        settings: Of the data.
-        title: Model and data by name.
-        ranks: Distinct ranks of the adapter's layers, ascending; empty without an adapter.
-    """
+class MeasuredModel:
+    """A model with its adapter, if there is one, in evaluation mode and on its device, and the data."""
 
     model: nn.Module
     loaded: LoadedModel
@@ -59,6 +50,7 @@ class Subject:
     settings: TaskSettings
     title: str
     ranks: tuple[int, ...]
+    """Distinct ranks of the adapter's layers, ascending; empty without an adapter."""
 
     def batches(self, split: str, num_examples: int, batch_size: int) -> list[dict[str, Tensor]]:
         """Make padded batches of the first examples of a split."""
@@ -70,33 +62,33 @@ class Subject:
         )
 
 
-def is_run(source: str) -> bool:
+def _is_run(source: str) -> bool:
     """Tell whether something is a run's folder rather than a model."""
     folder = Path(source)
     record = folder.parent.parent / "records" / f"{folder.name}.json"
     return folder.is_dir() and ((folder / "settings.json").is_file() or record.is_file())
 
 
-def load_subject(source: str, adapter: str | None, changes: dict[str, Any], seed: int) -> Subject:
+def load_measured(source: str, adapter: str | None, changes: dict[str, Any], seed: int) -> MeasuredModel:
     """Load what is to be measured."""
     changes = {key: value for key, value in changes.items() if key in _DATA_KEYS and value is not None}
     if "data" in changes:
         changes.setdefault("test_data", None)  # the run's belongs to the run's data
-    if not is_run(source):
+    if not _is_run(source):
         return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
     if adapter is not None:
         raise InputError(f"adapter is for models; {source} is a run, which has its own: got {adapter}")
     return _from_run(Path(source), run_settings(Path(source)), changes)
 
 
-def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> Subject:
+def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> MeasuredModel:
     task = load_run_task(settings)
     loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
-    return _subject(model, loaded, task, settings, Path(source).name)
+    return _measured(model, loaded, task, settings, Path(source).name)
 
 
-def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Subject:
+def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> MeasuredModel:
     settings = trained.model_copy(update=changes)
     task = load_run_task(settings)
     if not changes.keys() - {"max_length"}:
@@ -109,12 +101,14 @@ def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Su
         model = loaded.model
     else:
         raise InputError(_NOT_KEPT.format(folder=folder))
-    return _subject(model, loaded, task, settings, f"{Path(settings.model).name} after {settings.recipe}")
+    return _measured(model, loaded, task, settings, f"{Path(settings.model).name} after {settings.recipe}")
 
 
-def _subject(model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str) -> Subject:
+def _measured(
+    model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str
+) -> MeasuredModel:
     model.to(device_named(settings.device))
     pairs = find_pairs(model) if isinstance(model, PeftModel) else []
     ranks = tuple(sorted({pair.shape[2] for pair in pairs}))
     title = f"{name} on {Path(settings.data).name}"
-    return Subject(model, loaded, task, settings, title, ranks)
+    return MeasuredModel(model, loaded, task, settings, title, ranks)

@@ -1,0 +1,315 @@
+"""`tangora curvature`: the spectrum of the Hessian where a run ended, or of a model by name."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tangora._checks import InputError
+from tangora._names import SPACES, Space
+from tangora._types import Progress
+from tangora.curvature import (
+    CurvatureOperator,
+    Eigenpairs,
+    GaussNewton,
+    Hessian,
+    LayerCurvature,
+    SpectralDensity,
+    batch_statistics,
+    layer_curvatures,
+)
+from tangora.experiments.curvature.measured_model import MeasuredModel, load_measured
+from tangora.experiments.curvature.settings import RECORD, CurvatureSettings
+from tangora.experiments.folders import LOG, check_output, claimed
+from tangora.experiments.launcher import check_one_process
+from tangora.experiments.logs import log_to
+from tangora.experiments.provenance import provenance
+from tangora.report import save_json
+from tangora.report.curvature import (
+    CurvatureRecord,
+    Density,
+    LandscapeRecord,
+    Line,
+    Plane,
+    SharpnessRecord,
+    Spectrum,
+    save_curvature_pictures,
+    write_curvature,
+)
+from tangora.report.curvature.record import Operator
+from tangora.training.devices import check_device
+
+PAGE, PICTURES = "curvature.html", "pictures"
+_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+_PEFT = "base_model.model."
+# products that one largest eigenvalue is expected to take
+_ITERATIONS = 12
+# of the search for the largest loss in a ball: dimension of its Krylov space, and gradients from each start
+_KRYLOV, _ASCENT = 4, 3
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class CurvatureFiles:
+    """What a measurement leaves in its output folder."""
+
+    record: CurvatureRecord
+    record_path: Path
+    page: Path
+    pictures: list[Path]
+
+
+def measure_curvature(
+    settings: CurvatureSettings, output: str | Path, *, command: str = "", progress: Progress | None = None
+) -> CurvatureFiles:
+    """Measure the curvature of a loss where a run ended, or of a model by name.
+
+    The output folder holds ``settings.json``, ``curvature.json`` (everything), ``curvature.html`` and ``pictures/``.
+    Called again it writes them anew.
+    """
+    check_one_process("curvature")
+    folder = Path(output)
+    check_output(folder)
+    check_device(settings.device)
+    if progress is not None:
+        progress("loading", 0, 0)
+    measured = load_measured(settings.source, settings.adapter, settings.model_dump(), settings.seed)
+    spaces = _chosen_spaces(settings, measured)
+    _check_sizes(settings, measured)
+    with claimed(folder, settings), log_to(folder / LOG):
+        record = _measure(settings, measured, spaces, command, progress)
+        return CurvatureFiles(record, save_json(record, folder / RECORD), *rewrite(folder, record))
+
+
+def rewrite(folder: Path, record: CurvatureRecord) -> tuple[Path, list[Path]]:
+    """Write page and pictures of a record again."""
+    return write_curvature(record, folder / PAGE), save_curvature_pictures(record, folder / PICTURES)
+
+
+def _check_sizes(settings: CurvatureSettings, measured: MeasuredModel) -> None:
+    # the default shrinks to what there is; what was asked for does not
+    there = len(getattr(measured.task, settings.split))
+    if "num_examples" in settings.model_fields_set and settings.num_examples > there:
+        raise InputError(
+            f"num_examples must be at most {there}, the number of {_SPLITS[settings.split]} examples; got "
+            f"{settings.num_examples}"
+        )
+    if settings.per_batch and there <= settings.batch_size:
+        raise InputError(
+            f"per_batch compares mini-batches, and {there} {_SPLITS[settings.split]} examples with batch_size = "
+            f"{settings.batch_size} give one; give a smaller batch_size"
+        )
+
+
+def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list[Space]:
+    # those that do not depend on the choice of factors first
+    if settings.over is None:
+        return ["tangent", "factors"] if measured.ranks else ["weights"]
+    if not measured.ranks and (wrong := [space for space in settings.over if space != "weights"]):
+        raise InputError(
+            f"over {wrong[0]} needs a LoRA adapter, and {settings.source} has none: give a run with one, --adapter, or "
+            "--over weights"
+        )
+    wanted = set(settings.over)
+    if wanted == {"factors"}:
+        wanted.add("tangent")
+    return [space for space in SPACES if space in wanted]
+
+
+def _measure(
+    settings: CurvatureSettings,
+    measured: MeasuredModel,
+    spaces: list[Space],
+    command: str,
+    progress: Progress | None,
+) -> CurvatureRecord:
+    began = time.perf_counter()
+    batches = measured.batches(settings.split, settings.num_examples, settings.batch_size)
+    main = _operator(Hessian, spaces[0], settings, measured, batches)
+    planned = _planned(settings, spaces, len(main.space.layout))
+    meter = _Meter(sum(planned.values()), progress)
+    spectra, pairs = [], None
+    for operator, space, kind in _operators(main, settings, measured, spaces, batches):
+        what = f"{space}, {kind}"
+        with meter.stage(what, operator, planned[what]) as counted:
+            spectrum, found = _spectrum(operator, space, kind, settings, counted)
+        if isinstance(operator, Hessian):
+            operator.release()  # the graphs of two spaces need not be held at once
+        spectra.append(spectrum)
+        pairs = pairs or found
+    assert pairs is not None
+    more: dict[str, Any] = {}
+    if "layers" in planned:
+        with meter.stage("layers", main, planned["layers"]) as counted:
+            more["layers"] = _layers(main, settings, counted)
+    if "mini-batches" in planned:
+        with meter.stage("mini-batches", main, planned["mini-batches"]) as counted:
+            options = {"probes": max(2, settings.trace_products), "tol": settings.tolerance}
+            more["batch_noise"] = batch_statistics(main, seed=settings.seed, progress=counted, **options)
+    if "sharpness" in planned:
+        with meter.stage("sharpness", main, planned["sharpness"]) as counted:
+            options = {"steps": _ASCENT, "random_starts": 0, "krylov": _KRYLOV, "pairs": pairs}
+            ball = main.sharpness(settings.radius, seed=settings.seed, progress=counted, **options)
+            more["sharpness"] = [SharpnessRecord.model_validate(ball, from_attributes=True)]
+    if settings.landscape:
+        more["landscape"] = _landscape(main, pairs, settings.landscape_points, meter)
+    return CurvatureRecord(
+        title=measured.title,
+        command=command,
+        settings=settings.model_dump(mode="json") | {"data_fingerprint": measured.task.fingerprint},
+        ranks=list(measured.ranks),
+        loss=main.loss(),
+        num_examples=sum(len(batch["labels"]) for batch in batches),
+        num_batches=len(batches),
+        split=_SPLITS[settings.split],
+        differentiation=main.differentiation,
+        dtype=str(main.dtype).removeprefix("torch."),
+        spectra=spectra,
+        **more,
+        products=meter.done,
+        seconds=time.perf_counter() - began,
+        **provenance(measured.loaded.name),
+    )
+
+
+def _planned(settings: CurvatureSettings, spaces: list[Space], num_layers: int) -> dict[str, int]:
+    # products that each part is expected to take; those of all mini-batches together are counted as one
+    probes = max(2, settings.trace_products)
+    spectrum = settings.max_products + settings.probes * settings.steps + settings.trace_products
+    planned = {f"{space}, hessian": spectrum for space in spaces}
+    if settings.gauss_newton:
+        planned[f"{spaces[0]}, gauss-newton"] = spectrum
+    if settings.per_layer or settings.layer_eigenvalues:
+        planned["layers"] = _ITERATIONS * (1 + num_layers * settings.layer_eigenvalues) + probes
+    if settings.per_batch:
+        planned["mini-batches"] = 2 * _ITERATIONS + probes + 1
+    if settings.radius:
+        planned["sharpness"] = _KRYLOV
+    return planned
+
+
+class _Meter:
+    """Counts products with the Hessian as they are made."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self._progress = 0, total, progress
+
+    @contextlib.contextmanager
+    def stage(self, what: str, operator: CurvatureOperator, planned: int) -> Iterator[Progress]:
+        """Follow an operator through a part of the work; what it did not need of its plan is expected no more."""
+        before = operator.num_products
+        yield lambda *_: self.tell(what, operator.num_products - before)
+        used = operator.num_products - before
+        self.done, self.total = self.done + used, max(self.total + used - planned, self.done + used)
+        self.tell(what)
+
+    def tell(self, what: str, more: int = 0) -> None:
+        """Say how many products are done, those of the present part included."""
+        if self._progress is not None:
+            self._progress(what, self.done + more, self.total)
+
+
+def _operators(
+    main: Hessian,
+    settings: CurvatureSettings,
+    measured: MeasuredModel,
+    spaces: list[Space],
+    batches: Batches,
+) -> Iterator[tuple[CurvatureOperator, Space, Operator]]:
+    yield main, spaces[0], "hessian"
+    if settings.gauss_newton:
+        yield _operator(GaussNewton, spaces[0], settings, measured, batches), spaces[0], "gauss-newton"
+    for space in spaces[1:]:
+        yield _operator(Hessian, space, settings, measured, batches), space, "hessian"
+
+
+def _operator(
+    kind: Any, space: Space, settings: CurvatureSettings, measured: MeasuredModel, batches: Batches
+) -> Any:
+    options: dict[str, Any] = {"cache_graph": settings.cache_graph} if kind is Hessian else {}
+    dtype = torch.float64 if settings.float64 else None
+    return kind(measured.model, batches, over=space, layers=settings.layers, dtype=dtype, **options)
+
+
+def _spectrum(
+    operator: CurvatureOperator, space: Space, kind: Operator, settings: CurvatureSettings, progress: Progress
+) -> tuple[Spectrum, Eigenpairs]:
+    began, before, size = time.perf_counter(), operator.num_products, operator.shape[0]
+    options: dict[str, Any] = {"seed": settings.seed, "progress": progress}
+    gradient_norm = float(operator.gradient().double().norm())
+    pairs = operator.top_eigenpairs(
+        min(settings.top, size), tol=settings.tolerance, max_products=settings.max_products, **options
+    )
+    density = operator.spectral_density(probes=settings.probes, steps=min(settings.steps, size), **options)
+    trace = operator.trace(products=settings.trace_products, **options)
+    spectrum = Spectrum(
+        space=space,
+        operator=kind,
+        size=size,
+        num_layers=len(operator.space.layout),
+        gradient_norm=gradient_norm,
+        eigenvalues=pairs.eigenvalues,
+        converged=pairs.converged,
+        trace=trace,
+        frobenius_norm=density.moment(2).scaled(size).root(),  # its probes have seen |H|^2 = n E[λ^2]
+        density=_drawn(density),
+        products=operator.num_products - before,
+        seconds=time.perf_counter() - began,
+    )
+    return spectrum, pairs
+
+
+def _drawn(density: SpectralDensity) -> Density:
+    x = density.grid()
+    return Density(
+        nodes=[list(nodes) for nodes in density.nodes],
+        weights=[list(weights) for weights in density.weights],
+        x=x.tolist(),
+        smoothed=density.smoothed(x).tolist(),
+    )
+
+
+def _layers(
+    operator: CurvatureOperator, settings: CurvatureSettings, progress: Progress
+) -> list[LayerCurvature]:
+    found = layer_curvatures(
+        operator,
+        probes=max(2, settings.trace_products),
+        eigenvalues=settings.layer_eigenvalues,
+        tol=settings.tolerance,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return [replace(layer, name=layer.name.removeprefix(_PEFT)) for layer in found]
+
+
+def _landscape(operator: Hessian, pairs: Eigenpairs, points: int, meter: _Meter) -> LandscapeRecord:
+    # along the leading eigenvectors and the gradient, and over the plane of the former; all go as far as the parabola
+    # of the largest eigenvalue needs to double the loss
+    loss, top = operator.loss(), float(pairs.values[0])
+    options: dict[str, Any] = {
+        "span": math.sqrt(2 * loss / top) if loss > 0 and top > 0 else 1.0,
+        "points": points,
+        "progress": lambda what, done, total: meter.tell(f"{what}, {done} of {total}"),
+    }
+    vectors = {f"eigenvector {index + 1}": vector for index, vector in enumerate(pairs.vectors.mT[:2])}
+    gradient = operator.gradient()
+    directions = vectors | ({"gradient": gradient / gradient.norm()} if gradient.any() else {})
+    lines = []
+    for name, vector in directions.items():
+        found = operator.landscape({name: vector}, **options)
+        lines.append(Line(direction=name, steps=found.coordinates[0].tolist(), losses=found.losses.tolist()))
+    plane = None
+    if len(vectors) == 2:
+        found = operator.landscape(vectors, **options)
+        across, along = found.names
+        x, y = (values.tolist() for values in found.coordinates)
+        plane = Plane(directions=(across, along), x=x, y=y, losses=found.losses.mT.tolist())
+    return LandscapeRecord(space=operator.space.kind, lines=lines, plane=plane)
