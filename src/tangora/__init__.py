@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
     from tangora.experiments.compare import compare
     from tangora.experiments.comparison.plan import CompareSettings
-    from tangora.experiments.export import export
+    from tangora.experiments.export_run import export
     from tangora.experiments.settings import RunSettings
     from tangora.experiments.train import train
     from tangora.init import Start, initialize
@@ -97,7 +97,7 @@ _MODULES = {
     "tangora.diagnostics": "Diagnosis RankPlan diagnose plan_ranks",
     "tangora.experiments.compare": "compare",
     "tangora.experiments.comparison.plan": "CompareSettings",
-    "tangora.experiments.export": "export",
+    "tangora.experiments.export_run": "export",
     "tangora.experiments.settings": "RunSettings",
     "tangora.experiments.train": "train",
     "tangora.init": "Start initialize",

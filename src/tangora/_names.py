@@ -15,6 +15,11 @@ Space: TypeAlias = Literal["tangent", "weights", "factors"]
 
 SPACES: tuple[Space, ...] = get_args(Space)
 
+Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
+"""How a run ended."""
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+
 STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 """Initializations that a diagnosis can compare."""
 
@@ -32,3 +37,6 @@ DATA: dict[str, str] = {
     "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
 }
 """Data that needs no hub, and what it is."""
+
+USER_LOG = "tangora.notes"
+"""Logger of what a user should read while a command goes on; the command line prints it."""

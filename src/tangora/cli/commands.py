@@ -10,17 +10,27 @@ import typer
 from rich.markup import escape
 
 from tangora._checks import InputError
+from tangora._folders import RunFolder
 from tangora.cli.app import RESOURCES, Command, ConfigFile, Output, app
-from tangora.cli.flags import check_paths, names_for, option, takes, with_file
-from tangora.cli.output import console, interruptible, progress_bars
-from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, chosen_tasks, read_plan
-from tangora.experiments.comparison.resources import Resources
-from tangora.experiments.curvature.settings import CurvatureSettings
-from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.presets import PRESETS, preset
+from tangora.cli.flags import check_paths, from_flags, given_for, names_for, option, takes
+from tangora.cli.output import (
+    ComparisonBars,
+    bar_of,
+    console,
+    interruptible,
+    notes_printed,
+    progress_bars,
+)
+from tangora.experiments.comparison.plan import (
+    CompareSettings,
+    PlanSettings,
+    Resources,
+    chosen_tasks,
+    read_plan,
+)
+from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.settings import RunSettings
-from tangora.experiments.stored import adapter_settings
-from tangora.experiments.values import read_yaml, validated
+from tangora.experiments.settings_files import PRESETS, adapter_settings, preset, read_yaml
 
 # what needs torch is imported in the commands, once their arguments are known to be good: help and errors come at once
 
@@ -37,26 +47,24 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
       tangora train --model ./my-model --data data.jsonl --epochs 3 \
         --recipe lora-pro --learning-rate 1e-4 --output out
     """
-    settings = validated(RunSettings, with_file(RunSettings, values, config), str(config or ""))
-    check_paths(settings)
-    from tangora.cli.results import print_run, watcher_of
-    from tangora.experiments.train import RECORD, last_step, train
+    settings = from_flags(RunSettings, values, config)
+    from tangora.cli.results import print_run
+    from tangora.experiments.train import last_step, train
 
     def next_time() -> str:
         step = last_step(output)
         return f"goes on from step {step}" if step else "begins again; --save-every keeps checkpoints"
 
-    there = os.path.isfile(output / RECORD)
-    with interruptible(next_time), progress_bars() as bars:
-        bar = bars.add_task(settings.recipe, total=settings.steps, note="", visible=not there)
-        record = train(settings, output, watcher=watcher_of(bars, bar))
+    there = os.path.isfile(RunFolder(output).record)  # False for what is no name of a file, too
+    with interruptible(next_time), notes_printed(), progress_bars() as bars:
+        record = train(settings, output, progress=bar_of(bars, settings.recipe, visible=not there))
     if there:
         console.print(f"already {record.status}: nothing was run; choose another --output to run it again")
     print_run(record, output)
 
 
 @app.command("compare", cls=Command)
-@takes(CompareSettings)
+@takes(CompareSettings, Resources)
 def compare_command(
     output: Output,
     plan: Annotated[
@@ -78,21 +86,6 @@ def compare_command(
         str | None,
         option("Model and data", "<list>", "Tasks of the plan to run, separated by commas. Default: all."),
     ] = None,
-    jobs: Annotated[int, option(RESOURCES, "<int>", "Parallel runs; they share the cores.", min=1)] = 1,
-    max_hours: Annotated[
-        float | None,
-        option(
-            RESOURCES,
-            "<float>",
-            "Time limit in hours: do not start a run that is expected to exceed it.",
-            min=0,
-        ),
-    ] = None,
-    max_memory: Annotated[
-        float | None,
-        option(RESOURCES, "<float>", "Memory limit of each run in gigabytes, on a CPU under Linux."),
-    ] = None,
-    retry: Annotated[bool, option(RESOURCES, "", "Repeat failed runs.", "--retry")] = False,
     **values: Any,
 ) -> None:
     r"""Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
@@ -110,33 +103,39 @@ def compare_command(
     source = plan or config
     base = preset(preset_name) if preset_name else {}
     given = CompareSettings.overridden(base, read_yaml(source) if source is not None else {})
-    settings = chosen_tasks(read_plan(given, values, str(source or "")), tasks)
-    resources = Resources(jobs, max_hours, max_memory, retry)
+    planned = read_plan(given, given_for(CompareSettings, values), str(source or ""))
+    settings = chosen_tasks(planned, tasks)
+    resources = from_flags(Resources, values)
     check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
-    from tangora.cli.results import ComparisonBars, print_outcome, print_study
-    from tangora.experiments.compare import StudyOutcome, compare, compare_tasks
+    from tangora.cli.results import print_outcome, print_tasks
+    from tangora.experiments.compare import compare, compare_tasks
 
-    told = shlex.join(["tangora", *sys.argv[1:]])
-    with interruptible(lambda: watcher.next_time), progress_bars() as bars:
-        watcher = ComparisonBars(bars)
+    with interruptible(lambda: shown.next_time), notes_printed(), progress_bars() as bars:
+        shown = ComparisonBars(bars)
         options: dict[str, Any] = {
-            "command": told,
-            "watcher": watcher,
+            "command": _as_given(),
+            "progress": shown,
             "resources": resources,
         }
         if isinstance(settings, PlanSettings):
             study = compare_tasks(settings, output, **options)
+            outcomes = study.outcomes
         else:
-            study = compare(settings, output, **options)
-    if not watcher.begun:
+            study = None
+            outcomes = {"": compare(settings, output, **options)}
+    if not shown.has_run:
         console.print("already finished: nothing was run")
-    if isinstance(study, StudyOutcome):
-        print_study(study)
+    if study is None:
+        print_outcome(*outcomes.values())
     else:
-        print_outcome(study)
-    outcomes = study.outcomes.values() if isinstance(study, StudyOutcome) else [study]
-    if any(each.failed or not each.proven for each in outcomes):
+        print_tasks({name: outcome.comparison for name, outcome in outcomes.items()}, study.report)
+    if any(each.failed or not each.proven for each in outcomes.values()):
         raise typer.Exit(1)
+
+
+def _as_given() -> str:
+    # the command line, for whoever wants to repeat it
+    return shlex.join(["tangora", *sys.argv[1:]])
 
 
 @app.command("export", cls=Command)
@@ -183,7 +182,7 @@ def export_command(
     if uniform and merge:
         raise InputError("--uniform is for adapters, and --merge writes a whole model; give one of them")
     settings = adapter_settings(run)
-    from tangora.experiments.export import export
+    from tangora.experiments.export_run import export
 
     with interruptible():
         exported = export(run, output, rank=rank, merge=merge, uniform=uniform)
@@ -208,20 +207,12 @@ def diagnose_command(output: Output, config: ConfigFile = None, **values: Any) -
       tangora diagnose --model ./my-model --data data.jsonl \
         --adapter out/adapter --output after
     """
-    settings = validated(DiagnoseSettings, with_file(DiagnoseSettings, values, config), str(config or ""))
-    check_paths(settings)
+    settings = from_flags(DiagnoseSettings, values, config)
     from tangora.cli.results import print_diagnosis
-    from tangora.experiments.diagnose.measure import diagnose_task
+    from tangora.experiments.diagnose_task import diagnose_task
 
     with interruptible(), progress_bars() as bars:
-        bar = bars.add_task("diagnose", total=None, note="")
-        files = diagnose_task(
-            settings,
-            output,
-            command=shlex.join(["tangora", *sys.argv[1:]]),
-            phase=lambda name: bars.update(bar, note=name),
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
+        files = diagnose_task(settings, output, command=_as_given(), progress=bar_of(bars, "diagnose"))
     print_diagnosis(files)
 
 
@@ -241,26 +232,18 @@ def curvature_command(
 ) -> None:
     r"""Measure the Hessian of the loss: largest eigenvalues, spectral density, trace; writes curvature.html.
 
+    Of a run, data settings that are not given are its own.
+
     [dim]Examples:[/dim]
       tangora curvature out --output out/curvature
       tangora curvature smollm2-135m --data reasoning-gym:chain_sum \
         --adapter out/adapter --output after
       tangora curvature out --per-layer --per-batch --landscape --output all
     """
-    given = with_file(CurvatureSettings, values, config) | {"source": source}
-    settings = validated(CurvatureSettings, given, str(config or ""))
-    check_paths(settings)
+    settings = from_flags(CurvatureSettings, values, config, source=source)
     from tangora.cli.results import print_curvature
     from tangora.experiments.curvature.measurement import measure_curvature
 
     with interruptible(), progress_bars() as bars:
-        bar = bars.add_task("products", total=None, note="")
-        files = measure_curvature(
-            settings,
-            output,
-            command=shlex.join(["tangora", *sys.argv[1:]]),
-            progress=lambda what, done, total: bars.update(
-                bar, note=what, completed=done, total=total or None
-            ),
-        )
+        files = measure_curvature(settings, output, command=_as_given(), progress=bar_of(bars, "products"))
     print_curvature(files)

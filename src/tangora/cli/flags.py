@@ -7,7 +7,7 @@ from glob import escape as escape_glob
 from glob import glob
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -15,12 +15,14 @@ from rich.markup import escape
 
 from tangora._checks import InputError
 from tangora._names import DATA, MODELS, SPACES, STARTS
-from tangora.experiments.presets import PRESETS
-from tangora.experiments.values import Settings, read_yaml
+from tangora.experiments.settings_files import PRESETS, read_yaml
+from tangora.experiments.values import Settings, validated
 from tangora.recipes import recipes
 from tangora.training.paths import is_data_path, is_model_path, local_path
 
-PANELS = (
+_SettingsT = TypeVar("_SettingsT", bound=Settings)
+
+_PANELS = (
     "Method",
     "Sweep and seeds",
     "Model and data",
@@ -62,15 +64,11 @@ _INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference"
 """What a folder that they name must hold."""
 
 
-def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(*settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each setting, described by it, and hidden ones for other names and for ``--no-``.
 
-    Args:
-        settings: Where names, types, descriptions and defaults come from.
-
-    Returns:
-        A decorator of a function with ``**values``, which receives the settings that were given. A setting that the
-        function takes by its own name gets no flag.
+    The function's ``**values`` are the settings that were given, as `given_for` divides them among their classes. A
+    setting that it takes by its own name gets no flag.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,12 +76,12 @@ def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[
         own = {
             key: p for key, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD
         }
-        flags = {key: flag for key, flag in _flags(settings).items() if key not in own}
+        flags = {key: flag for each in settings for key, flag in _flags(each).items() if key not in own}
 
         @functools.wraps(command)
         def call(**arguments: Any) -> None:
             given = {key: arguments[key] for key in flags if arguments[key] is not None}
-            command(**{key: arguments[key] for key in own}, **settings.spelled(_switched(given)))
+            command(**{key: arguments[key] for key in own}, **_switched(given))
 
         made = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
@@ -98,31 +96,29 @@ def takes(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[
     return decorate
 
 
+def given_for(settings: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the given settings that belong to a class, by their own names."""
+    names = settings.model_fields.keys() | settings.aliases.keys()
+    return settings.spelled({key: value for key, value in values.items() if key in names})
+
+
+def from_flags(
+    settings: type[_SettingsT], values: Mapping[str, Any], config: Path | None = None, **own: Any
+) -> _SettingsT:
+    """Make the settings of a command from its flags, which win, and a YAML file; check the files they name."""
+    given = settings.overridden(read_yaml(config) if config is not None else {}, given_for(settings, values))
+    made = validated(settings, given | own, str(config or ""))
+    check_paths(made)
+    return made
+
+
 def option(panel: str, metavar: str, text: str, *names: str, **more: Any) -> Any:
-    """Return a flag that a command declares itself.
-
-    Args:
-        panel: Heading in the help.
-        metavar: Its value in the help; empty for a switch.
-        text: What it means.
-        *names: Its names; default: the parameter's.
-        **more: Further options of `typer.Option`.
-
-    Returns:
-        The option.
-    """
+    """Return a flag that a command declares itself; the metavar of a switch is empty."""
     return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, **more)
 
 
 def names_for(key: str) -> Callable[[str], list[str]]:
-    """Return what completes the names of a setting, the last one of a list separated by commas.
-
-    Args:
-        key: The setting.
-
-    Returns:
-        Completions of what has been typed.
-    """
+    """Return what completes the names of a setting, the last one of a list separated by commas."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
@@ -136,7 +132,7 @@ def _place(annotation: Any) -> int:
     # the heading under which a flag stands; arguments come first
     option = next((part for part in get_args(annotation) if hasattr(part, "rich_help_panel")), None)
     panel = getattr(option, "rich_help_panel", None)
-    return PANELS.index(panel) if panel in PANELS else -1
+    return _PANELS.index(panel) if panel in _PANELS else -1
 
 
 def _flags(settings: type[Settings]) -> dict[str, Any]:
@@ -227,32 +223,8 @@ def _switched(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def with_file(settings: type[Settings], flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
-    """Add the settings of a file.
-
-    Args:
-        settings: Whose names and aliases are meant.
-        flags: Settings from the command line, which win.
-        config: YAML file.
-
-    Returns:
-        All settings.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
-    return settings.overridden(read_yaml(config) if config is not None else {}, flags)
-
-
 def check_paths(*settings: Settings) -> None:
-    """Check that files and folders exist and hold what they must, before anything slow is imported to read them.
-
-    Args:
-        *settings: What names them.
-
-    Raises:
-        InputError: Naming the first that does not.
-    """
+    """Check that files and folders exist and hold what they must, before anything slow is imported to read them."""
     for each in settings:
         for key, is_path in _PATHS.items():
             name = getattr(each, key, None)

@@ -1,12 +1,17 @@
 """What the terminal shows before anything is loaded: the console, and bars."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from tangora._names import STATUSES, USER_LOG
 
 console = Console()
 
@@ -15,11 +20,7 @@ console = Console()
 def interruptible(next_time: Callable[[], str] = lambda: "begins again") -> Iterator[None]:
     """End the program with one line when the user (exit code 130) or a scheduler (143) interrupts a command.
 
-    Args:
-        next_time: Says what the same command does next.
-
-    Raises:
-        SystemExit: Then.
+    ``next_time`` returns what the same command does next.
     """
     alone = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if alone else None
@@ -39,9 +40,9 @@ def _interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def progress_bars() -> Progress:
+def progress_bars() -> Bars:
     """Return bars with room for a note, drawn on the console."""
-    return Progress(
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -49,3 +50,54 @@ def progress_bars() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def bar_of(bars: Bars, name: str, *, visible: bool = True) -> Callable[[str, int, int], object]:
+    """Add a bar that follows a command; its note is what goes on."""
+    bar = bars.add_task(name, total=None, note="", visible=visible)
+    return lambda what, done, total: bars.update(bar, note=what, completed=done, total=total or None)
+
+
+class ComparisonBars:
+    """One bar for all runs of a comparison, and one for each run that is going on."""
+
+    def __init__(self, bars: Bars):
+        self._bars = bars
+        self._runs = bars.add_task("runs", total=None, note="")
+        self._steps: dict[str, TaskID] = {}
+        self._ended = self._total = 0
+        self.has_run = False
+
+    @property
+    def next_time(self) -> str:
+        """What the same command does after an interruption."""
+        return f"goes on: {self._ended} of {self._total} runs are done" if self._ended else "begins again"
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show the progress of a comparison or of one of its runs."""
+        if what == "runs":
+            self._ended, self._total = done, total
+            self._bars.update(self._runs, completed=done, total=total)
+            return
+        self.has_run = True
+        run, _, note = what.partition(": ")
+        if run not in self._steps:
+            self._steps[run] = self._bars.add_task(run, total=None, note="")
+        self._bars.update(self._steps[run], note=note, completed=done, total=total or None)
+        if note in STATUSES:
+            self._bars.remove_task(self._steps.pop(run))
+
+
+@contextlib.contextmanager
+def notes_printed() -> Iterator[None]:
+    """Print what a command says of its data and its failed runs."""
+    logger, handler = logging.getLogger(USER_LOG), logging.Handler()
+    handler.emit = lambda record: console.print(escape(record.getMessage()), soft_wrap=True)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tangora._checks import InputError
+from tangora._folders import RunFolder
 from tangora.diagnostics.motion import Track, WeightTrack, fingerprint
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
@@ -39,7 +40,7 @@ class Reference:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = ((_NAME.fullmatch(path.name), path) for path in (folder / "snapshots").glob("step-*"))
+        files = ((_NAME.fullmatch(path.name), path) for path in RunFolder(folder).snapshots.glob("step-*"))
         self._files = {int(match[1]): path for match, path in files if match}
         if not self._files:
             raise InputError(

@@ -12,16 +12,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tangora._checks import InputError
-from tangora.experiments.stored import run_file
-from tangora.experiments.values import Settings, read_settings
+from tangora._folders import OutputFolder
+from tangora.experiments.settings_files import read_settings, run_file
+from tangora.experiments.values import Settings
 from tangora.report.record_files import write_atomic
 
-SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.txt", "checkpoints"
-_LOCK = ".lock"
-_IDLE = {SETTINGS, LOG, CHECKPOINTS, _LOCK}
-"""What a command leaves before its first result."""
-
-ORIGIN = {"data_fingerprint": "data", "model_fingerprint": "model"}
+_ORIGIN = {"data_fingerprint": "data", "model_fingerprint": "model"}
 """Keys of what a result was made from, and the settings that name it."""
 
 _MAKERS = {
@@ -43,11 +39,12 @@ def check_output(folder: Path) -> None:
     """Check that a folder can be made or belongs to a command, before anything slow; writes nothing."""
     with one_line_errors(folder):
         if folder.is_dir():
-            names = {entry.name for entry in folder.iterdir()} - {_LOCK}
-            if names and SETTINGS not in names:
+            output = OutputFolder(folder)
+            held = {*folder.iterdir()} - {output.lock}
+            if held and output.settings not in held:
                 raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
-            if names:
-                read_settings(folder / SETTINGS)
+            if held:
+                read_settings(output.settings)
         elif os.path.lexists(folder):
             raise InputError(f"{folder} exists and is no folder; choose another --output")
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -73,8 +70,8 @@ def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None =
     """Hold an output folder for a command, alone; if nothing was done, leave it as it was found."""
     check_output(folder)
     _check_outside(folder, settings)
-    path = folder / SETTINGS
-    with one_line_errors(folder), _made(folder), locked(folder, folder / _LOCK):
+    path = OutputFolder(folder).settings
+    with one_line_errors(folder), _made(folder), locked(folder):
         if path.exists():
             _check_same(folder, settings, origin or {})
         wanted = json.loads(settings.model_dump_json()) | dict(origin or {})
@@ -86,7 +83,7 @@ def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None =
 @contextlib.contextmanager
 def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
     """Keep other processes out of a folder; the system frees it, however this process ends."""
-    held = FileLock(path := lock or folder / _LOCK)
+    held = FileLock(path := lock or OutputFolder(folder).lock)
     with one_line_errors(folder):
         path.touch()  # says why where nothing can be written
         try:
@@ -132,7 +129,7 @@ def check_origin(
     folder: Path, found: Mapping[str, Any], origin: Mapping[str, str], mend: str = "choose another --output"
 ) -> None:
     """Check that data and model are still those that results were made from."""
-    for key, name in ORIGIN.items():
+    for key, name in _ORIGIN.items():
         before, now = found.get(key), origin.get(key)
         if before and now and before != now:
             raise InputError(
@@ -144,7 +141,7 @@ def check_origin(
 def kept_origin(folder: Path) -> dict[str, Any]:
     """Return what is kept of the origin of a run, which `check_origin` takes."""
     found = run_file(folder)
-    return {key: found[key] for key in (*ORIGIN, *ORIGIN.values()) if key in found}
+    return {key: found[key] for key in (*_ORIGIN, *_ORIGIN.values()) if key in found}
 
 
 def _check_outside(folder: Path, settings: Settings) -> None:
@@ -157,7 +154,8 @@ def _check_outside(folder: Path, settings: Settings) -> None:
 
 def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> None:
     # what was refused before its first step left nothing to protect
-    found = read_settings(folder / SETTINGS)
+    path = OutputFolder(folder).settings
+    found = read_settings(path)
     fields = type(settings).model_fields
     for key, command in _MAKERS.items():
         if key in found and key not in fields:
@@ -176,9 +174,9 @@ def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> 
         grown = settings.grown_from(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder / SETTINGS} is damaged (recipes, seeds or learning_rates); choose another --output"
+            f"{path} is damaged (recipes, seeds or learning_rates); choose another --output"
         ) from error
-    for key in sorted((wanted.keys() | found.keys()) - _NO_PART - ORIGIN.keys() - grown):
+    for key in sorted((wanted.keys() | found.keys()) - _NO_PART - _ORIGIN.keys() - grown):
         if wanted.get(key) != found.get(key):
             raise InputError(
                 f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
@@ -188,7 +186,9 @@ def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> 
 
 
 def _holds_work(folder: Path) -> bool:
-    held = (entry for entry in folder.iterdir() if entry.name not in _IDLE)
+    output = OutputFolder(folder)
+    idle = {output.settings, output.log, output.checkpoints, output.lock}  # left before the first result
+    held = (entry for entry in folder.iterdir() if entry not in idle)
     files = (path for entry in held for path in ([entry] if entry.is_file() else entry.rglob("*")))
     return any(path.is_file() and path.stat().st_size for path in files)
 
@@ -207,15 +207,16 @@ def _made(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undone_without_work(folder: Path) -> Iterator[None]:
-    before = {path.name: path.read_bytes() for path in (folder / SETTINGS, folder / LOG) if path.exists()}
-    names = {entry.name for entry in folder.iterdir()}
+    output = OutputFolder(folder)
+    before = {path: path.read_bytes() for path in (output.settings, output.log) if path.exists()}
+    entries = {*folder.iterdir()}
     try:
         yield
     except BaseException:
         if not _holds_work(folder):
             for entry in folder.iterdir():
-                if entry.name not in names:
+                if entry not in entries:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            for name, content in before.items():
-                (folder / name).write_bytes(content)
+            for path, content in before.items():
+                path.write_bytes(content)
         raise

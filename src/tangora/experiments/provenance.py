@@ -1,6 +1,6 @@
-"""Where a number comes from: versions, machine and commit."""
+"""Where a number comes from: data and model, versions, machine and commit."""
 
-import os
+import hashlib
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -12,9 +12,16 @@ from typing import Any
 import torch
 
 from tangora._names import MODELS
-from tangora.report.run_records import MachineLoad
+from tangora.experiments.settings import TaskSettings
+from tangora.training.data import Task
+from tangora.training.models.base_model import PACKAGED_MODELS
+from tangora.training.paths import local_path
 
 _PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
+
+_SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt"}
+_CHUNK, _NUM_CHUNKS = 2**16, 64
+"""Training changes nearly every weight: of large files, bytes at regular places are enough."""
 
 
 def provenance(model: str = "") -> dict[str, Any]:
@@ -22,8 +29,8 @@ def provenance(model: str = "") -> dict[str, Any]:
     return {
         "model_description": MODELS.get(model),
         "versions": versions(),
-        "machine": machine(),
-        "commit": commit(),
+        "machine": _machine(),
+        "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -33,30 +40,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
 
 
-def machine() -> str:
+def _machine() -> str:
     """Return processor architecture, number of threads and accelerator; nothing that names a host."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}"
 
 
-def load_average() -> float | None:
-    """Return how many processes ran or wanted to, mean over the last minute; ``None`` on Windows."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
-
-
-def machine_load(before: float | None) -> MachineLoad | None:
-    """Return the load before and after a run, and the number of processors."""
-    after = load_average()
-    if before is None or after is None:
-        return None
-    return MachineLoad(before=before, after=after, processors=os.cpu_count() or 1)
-
-
 @cache
-def commit() -> str | None:
+def _commit() -> str | None:
     """Return the commit of the checkout that this package runs from, or ``None`` for an installed package."""
     folder = Path(__file__).resolve().parent
     try:
@@ -73,3 +64,32 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip()
+
+
+def origin_of(settings: TaskSettings, task: Task | None = None) -> dict[str, str]:
+    """Return the fingerprints of data, where it is known, and of a model whose files are the user's and may change."""
+    found = {
+        "data_fingerprint": task.fingerprint if task else None,
+        "model_fingerprint": model_fingerprint(settings.model),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def model_fingerprint(name: str) -> str | None:
+    """Hash the sizes and a part of the bytes of a model's files, in a fraction of a second for any size."""
+    path = local_path(name)
+    if name in PACKAGED_MODELS or path is None:
+        return None
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    seen = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        seen.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
+        step = max(_CHUNK, size // _NUM_CHUNKS)
+        with file.open("rb") as content:
+            for start in range(0, size, step):
+                content.seek(start)
+                seen.update(content.read(_CHUNK))
+    return seen.hexdigest()

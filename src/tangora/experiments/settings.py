@@ -4,60 +4,33 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
-from tangora.experiments.values import Device, Seed, Settings, Targets
-from tangora.recipes import recipe
+from tangora.experiments.values import Device, Seed, Separated, Settings, Targets
+from tangora.recipes import Recipe, recipe
 
 
-class TaskSettings(Settings):
-    """Model, data and training budget: what all methods of a comparison share."""
-
-    groups: ClassVar[Mapping[str, str]] = {
-        "model": "Model and data",
-        "rank": "Adapter",
-        "steps": "Optimization",
-        "exact_match": "Evaluation",
-        "measure_every": "Measurements",
-        "save_every": "Output and resources",
-    }
-    aliases: ClassVar[Mapping[str, str]] = {
-        "r": "rank",
-        "lora_r": "rank",
-        "lora_alpha": "alpha",
-        "dropout": "lora_dropout",
-        "max_steps": "steps",
-        "num_train_epochs": "epochs",
-        "per_device_train_batch_size": "batch_size",
-        "gradient_accumulation_steps": "accumulate",
-        "lr_scheduler_type": "schedule",
-        "warmup_ratio": "warmup",
-        "max_grad_norm": "clip",
-        "max_seq_length": "max_length",
-        "torch_dtype": "dtype",
-        "eval_steps": "evaluate_every",
-        "save_steps": "save_every",
-    }
+class ModelSettings(Settings):
+    """A model by name."""
 
     model: str = Field(
         default="minilm-l6", description="Base model: packaged name, local folder, GGUF file or hub name."
     )
+
+
+class DataSettings(Settings):
+    """Data by name, how they are read, and where."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"max_seq_length": "max_length"}
+
     data: str = Field(
         default="bbc-news",
         description="Data set: packaged name, reasoning-gym:NAME, local file (.jsonl .json .csv .tsv .parquet), folder "
         "of LABEL/*.txt, or hub name: owner/name or owner/name/config.",
-    )
-    test_data: str | None = Field(
-        default=None,
-        description="Separate test data: its test split, or all of it. Default: examples set aside from data.",
     )
     kind: Kind | None = Field(
         default=None, description="Type of task. Default: recognised from the columns of the data."
@@ -97,6 +70,44 @@ class TaskSettings(Settings):
         ge=2,
         description="Maximum tokens per example (max_seq_length); longer ones are cut, and counted.",
     )
+    device: Device = None
+
+
+class TaskSettings(DataSettings, ModelSettings):
+    """Model, data and training budget: what all methods of a comparison share."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "model": "Model and data",
+        "device": "Output and resources",
+        "test_data": "Model and data",
+        "rank": "Adapter",
+        "steps": "Optimization",
+        "exact_match": "Evaluation",
+        "measure_every": "Measurements",
+        "save_every": "Output and resources",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        **DataSettings.aliases,
+        "r": "rank",
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+        "dropout": "lora_dropout",
+        "max_steps": "steps",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "accumulate",
+        "lr_scheduler_type": "schedule",
+        "warmup_ratio": "warmup",
+        "max_grad_norm": "clip",
+        "torch_dtype": "dtype",
+        "eval_steps": "evaluate_every",
+        "save_steps": "save_every",
+    }
+
+    test_data: str | None = Field(
+        default=None,
+        description="Separate test data: its test split, or all of it. Default: examples set aside from data.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Dtype of the frozen base weights; trainable parameters are always float32.",
@@ -110,10 +121,7 @@ class TaskSettings(Settings):
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout probability of the adapter's input (lora_dropout)."
     )
-    target_modules: Targets = Field(
-        default="all-linear",
-        description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules).",
-    )
+    target_modules: Targets = "all-linear"
     start_examples: int = Field(
         default=32,
         ge=1,
@@ -198,18 +206,10 @@ class TaskSettings(Settings):
         ge=1,
         description="Steps between checkpoints (save_steps); an interrupted run resumes from the last. Default: none.",
     )
-    report_to: list[Tracker] | None = Field(
+    report_to: Annotated[list[Tracker] | None, Separated] = Field(
         default=None,
         description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
     )
-    device: Device = Field(
-        default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
-    )
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _listed(cls, names: Any) -> Any:
-        return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
 
     @model_validator(mode="before")
     @classmethod
@@ -232,16 +232,6 @@ class TaskSettings(Settings):
         }
         return own | values | {"rank_plan": plan}
 
-    @model_validator(mode="after")
-    def _one_duration(self) -> "TaskSettings":
-        if self.steps is None and self.epochs is None:
-            raise ValueError("steps must be a number where no epochs are given; got None")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"steps and epochs exclude each other; got steps = {self.steps} and epochs = {self.epochs:g}"
-            )
-        return self
-
     @field_validator("load_in_4bit")
     @classmethod
     def _quantizable(cls, wanted: bool) -> bool:
@@ -250,17 +240,18 @@ class TaskSettings(Settings):
         return wanted
 
     @model_validator(mode="after")
-    def _measured_first(self) -> "TaskSettings":
+    def _consistent(self) -> "TaskSettings":
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps must be a number where no epochs are given; got None")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps and epochs exclude each other; got steps = {self.steps} and epochs = {self.epochs:g}"
+            )
         if self.measure_gradient is not None and self.measure_every is None:
             raise ValueError(
                 f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _curved(self) -> "TaskSettings":
-        measured = self.curvature or self.curvature_every
-        if self.curvature_examples is not None and not measured:
+        if self.curvature_examples is not None and not (self.curvature or self.curvature_every):
             raise ValueError(
                 f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
             )
@@ -311,40 +302,37 @@ class RunSettings(TaskSettings):
         return recipe(name).name
 
     @model_validator(mode="after")
-    def _referred(self) -> "RunSettings":
+    def _fits_the_recipe(self) -> "RunSettings":
         if self.reference is not None and self.measure_every is None:
             raise ValueError(f"reference needs measure_every; got reference = {self.reference!r} alone")
-        return self
-
-    @model_validator(mode="after")
-    def _precise(self) -> "RunSettings":
-        if self.dtype != "float32" and recipe(self.recipe).adapter is None:
+        if self.dtype != "float32" and self.method.adapter is None:
             raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _adapted(self) -> "RunSettings":
-        check_adapted(self, self.recipe)
+        check_adapted(self, self.method)
         return self
 
     @property
-    def peak(self) -> float:
+    def method(self) -> Recipe:
+        """The recipe that is named."""
+        return recipe(self.recipe)
+
+    @property
+    def peak_learning_rate(self) -> float:
         """The learning rate, with the recipe's default filled in."""
-        given = self.learning_rate
-        return given if given is not None else recipe(self.recipe).default_learning_rate
+        return self.learning_rate or self.method.default_learning_rate
 
 
-def check_adapted(settings: TaskSettings, name: str) -> None:
+def check_adapted(settings: TaskSettings, method: Recipe) -> None:
     """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
-    if recipe(name).adapter is not None:
+    if method.adapter is not None:
         return
     if settings.load_in_4bit:
         raise InputError(
-            f"load_in_4bit cannot be used with recipe {name}: quantized weights cannot be trained; leave one out"
+            f"load_in_4bit cannot be used with recipe {method.name}: quantized weights cannot be trained; leave one out"
         )
     if settings.lora_dropout:
         raise InputError(
-            f"lora_dropout cannot be used with recipe {name}, which has no adapter; got {settings.lora_dropout:g}"
+            f"lora_dropout cannot be used with recipe {method.name}, which has no adapter; got "
+            f"{settings.lora_dropout:g}"
         )
 
 

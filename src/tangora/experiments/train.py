@@ -4,23 +4,20 @@ import shutil
 from pathlib import Path
 
 from tangora._checks import check_kind, check_path
-from tangora.experiments.folders import CHECKPOINTS, LOG, check_origin, check_output, claimed
-from tangora.experiments.launcher import check_one_process
-from tangora.experiments.logs import log_to
-from tangora.experiments.run.checks import check_options
-from tangora.experiments.run.execute import Watcher, execute
-from tangora.experiments.run.loading import load_run_task, with_recorded_sizes, with_sizes
-from tangora.experiments.run.origin import origin_of
-from tangora.experiments.run.trajectory import check_reference
+from tangora._folders import RunFolder
+from tangora._types import Progress
+from tangora.experiments.folders import check_origin, claimed
+from tangora.experiments.process import check_one_process, log_to
+from tangora.experiments.provenance import origin_of
+from tangora.experiments.run.execute import execute
+from tangora.experiments.run.measurements import check_reference
+from tangora.experiments.run.preparing import check_options, sized
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
 from tangora.training.callbacks import check_trackers, last_checkpoint
-from tangora.training.devices import check_device
-
-RECORD = "record.json"
 
 
-def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None = None) -> Record:
+def train(settings: RunSettings, output: str | Path, *, progress: Progress | None = None) -> Record:
     """Train one model.
 
     The output folder holds ``settings.json``, ``metrics.jsonl`` (a line per step), ``adapter/`` (full
@@ -29,7 +26,9 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
 
     Args:
-        watcher: Called with the progress.
+        progress: Called as ``progress(what, done, total)`` with optimizer steps: ``what`` is ``start``, ``training``,
+            ``loss 0.123`` after every step, ``evaluation`` or ``curvature``. Sentences about the data are logged by
+            ``tangora.notes``.
 
     Returns:
         The record of the run.
@@ -42,37 +41,33 @@ def train(settings: RunSettings, output: str | Path, *, watcher: Watcher | None 
     """
     check_one_process("train")
     check_kind("settings", settings, RunSettings, "a RunSettings")
-    folder = check_path("output", output)
-    check_output(folder)
+    folder = RunFolder(check_path("output", output))
     check_trackers(settings.report_to or ())
-    check_device(settings.device)
-    settings = with_recorded_sizes(settings, folder)
-    task = load_run_task(settings)
-    settings = with_sizes(settings, task)
+    settings, task = sized(settings, folder.path)
     check_reference(settings, task)
     check_options(settings, task)
     origin = origin_of(settings, task)
-    with claimed(folder, settings, origin):
-        if (folder / RECORD).exists():
-            record = load_record(folder / RECORD)
-            check_origin(folder, record.settings, origin)
+    with claimed(folder.path, settings, origin):
+        if folder.record.exists():
+            record = load_record(folder.record)
+            check_origin(folder.path, record.settings, origin)
             return record
-        with log_to(folder / LOG):
+        with log_to(folder.log):
             record = execute(
                 settings,
                 task,
-                folder,
+                folder.path,
                 run_id="run",
                 before=True,
                 keep_model=True,
-                watcher=watcher or Watcher(),
+                progress=progress,
             )
-        save_json(record, folder / RECORD)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        save_json(record, folder.record)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return record
 
 
 def last_step(output: str | Path) -> int:
     """Return the step from which a run that was cut off goes on; 0 where there is no checkpoint."""
-    checkpoint = last_checkpoint(Path(output) / CHECKPOINTS)
+    checkpoint = last_checkpoint(RunFolder(Path(output)).checkpoints)
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0

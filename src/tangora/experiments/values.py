@@ -1,16 +1,14 @@
 """What all settings have in common: names, numbers, and one line for what is wrong with them."""
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -97,26 +95,42 @@ def _parts(value: Any) -> list[Any]:
     return [part for each in value for part in _parts(each)] if isinstance(value, (list, tuple)) else [value]
 
 
+def separated(value: Any) -> Any:
+    """Split a text at its commas: lists come so from the command line."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Separated = BeforeValidator(separated)
+"""Of a list that may be given as a text with commas."""
+
+
 def _target_names(targets: str | list[str]) -> str | list[str]:
-    """Return names as PEFT takes them: it reads a single string as a pattern, and a name alone is none."""
+    # PEFT reads a single string as a pattern, and a name alone is none
     if not isinstance(targets, str) or targets == "all-linear":
         return targets
-    names = [name.strip() for name in targets.split(",")]
+    names = separated(targets)
     return names if len(names) > 1 or re.fullmatch(r"[\w.-]+", targets) else targets
 
 
 def _device_name(name: str | None) -> str | None:
-    """Return the name of a device, or raise if it is none; whether it is there is found out where it is used."""
+    # whether it is there is found out where it is used
     if name is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise InputError(f"device must be cpu, cuda, cuda:N or mps; got {name!r}")
     return name
 
 
-Device = Annotated[str | None, AfterValidator(_device_name)]
-"""Name of a device; ``None`` for a GPU if there is one."""
-
-Targets = Annotated[str | list[str], AfterValidator(_target_names)]
-"""Layers to adapt, as PEFT takes them."""
+Device = Annotated[
+    str | None,
+    AfterValidator(_device_name),
+    Field(description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."),
+]
+Targets = Annotated[
+    str | list[str],
+    AfterValidator(_target_names),
+    Field(
+        description="Layers to adapt: names separated by commas, a pattern, or all-linear (target_modules)."
+    ),
+]
 
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
 
@@ -147,52 +161,3 @@ def _first_problem(kind: type[Settings], error: ValidationError, source: str) ->
     if first["type"] == "value_error":
         return f"{source}{message}"
     return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which the last would win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", error)).split())
-        raise InputError(f"{path}{place} is not valid YAML: {problem}") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist, brackets without end
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold keys and values; got {type(values).__name__}")
-    return values
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read the settings in an output folder."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or give another folder") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged (no keys and values); restore it, or give another folder")
-    return values

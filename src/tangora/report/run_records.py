@@ -12,21 +12,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError
+from tangora._folders import ComparisonFolder
+from tangora._names import Status
 from tangora.report.record_files import FrozenModel, IsoTime, Recorded, read_json, validated
 
 _SCHEMA_VERSION = 3
 """Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
 
 _READ = (1, 2, 3)
-COMPARISON_FILE = "comparison.json"
-RECORDS_FOLDER = "records"
 
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Metrics = dict[str, float]
 Stage = Literal["trial", "sweep", "final"]
-Status = Literal["finished", "diverged", "out_of_memory", "failed"]
 
 
 class StepRecord(FrozenModel):
@@ -267,10 +266,10 @@ def load_comparison(folder: str | Path) -> Comparison:
 
     A record that ``comparison.json`` holds as well is taken from its own file, which is the newer one.
     """
-    folder = Path(folder)
-    path = folder / COMPARISON_FILE
+    output = ComparisonFolder(Path(folder))
+    path = output.comparison
     shared = validated(Comparison, _read(path), path, "Comparison")
-    files = sorted((folder / RECORDS_FOLDER).glob("*.json"))
+    files = sorted(output.records.glob("*.json"))
     by_id = {record.id: record for record in shared.records}
     loaded: dict[str, Path] = {}
     for file in files:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora._folders import RunFolder
 from tangora._types import LossFn
 from tangora.curvature import Hessian
 from tangora.curvature.displaced_loss import Over
@@ -19,7 +20,6 @@ from tangora.probes import as_batches, gradient_norms, probed_layers
 from tangora.training.callbacks import DivergedError, read_history
 
 _SPACES = ("tangent", "factors", "weights")
-_FILE = "curvature.jsonl"
 # the error of an eigenvalue is of the order of the square of its residual
 _TOLERANCE = 1e-2
 _MAX_PRODUCTS = 40
@@ -168,7 +168,7 @@ class CurvatureCallback(TrainerCallback):
         **kwargs: Any,
     ):
         """Measure the start, or go on from a checkpoint."""
-        path = self._path = self._path or Path(str(args.output_dir)) / _FILE
+        path = self._path = self._path or RunFolder(Path(str(args.output_dir))).curvature
         step = state.global_step
         if state.is_world_process_zero:
             lines = [line for line in read_history(path) if line["step"] <= step] if step else []

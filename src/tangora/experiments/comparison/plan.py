@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError, check_choice
 from tangora._names import Kind
 from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
-from tangora.experiments.values import Seed, Settings, validated
-from tangora.recipes import recipe
+from tangora.experiments.values import Seed, Settings, separated, validated
+from tangora.recipes import Recipe, recipe
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "loss"),
@@ -122,34 +122,19 @@ class CompareSettings(TaskSettings):
         return {recipe(name).name: sorted(grid) for name, grid in grids.items()}
 
     @model_validator(mode="after")
-    def _enough_seeds(self) -> "CompareSettings":
+    def _comparable(self) -> "CompareSettings":
         if self.sweep_seeds > len(self.seeds):
             raise ValueError(
                 f"sweep_seeds must be at most {len(self.seeds)}, all seeds; got {self.sweep_seeds}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapted(self) -> "CompareSettings":
-        for name in self.recipes:
-            check_adapted(self, name)
-        return self
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "CompareSettings":
+        for method in self.methods.values():
+            check_adapted(self, method)
         if self.halving is not None and (self.extend or self.refine):
             raise ValueError("`halving` cannot be combined with `extend` or `refine`; leave one of them out")
         return self
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
-        """Tell in which keys this comparison asks for more: further recipes with grids of their own, further seeds.
-
-        Args:
-            found: Settings of what was compared before, as JSON holds them.
-
-        Returns:
-            Which of ``recipes``, ``learning_rates`` and ``seeds`` keep everything that was there.
-        """
+        """Tell in which keys this comparison asks for more: further recipes with grids of their own, further seeds."""
         recipes, seeds, grids = found["recipes"], found["seeds"], found["learning_rates"]
         same_grids = all(grids.get(name) == self.learning_rates.get(name) for name in recipes)
         kept = {
@@ -159,9 +144,14 @@ class CompareSettings(TaskSettings):
         }
         return {key for key, holds in kept.items() if holds}
 
+    @property
+    def methods(self) -> dict[str, Recipe]:
+        """The recipes that are named."""
+        return {name: recipe(name) for name in self.recipes}
+
     def grid(self, name: str) -> list[float]:
         """Return the learning rates of a recipe."""
-        return self.learning_rates.get(name) or list(recipe(name).learning_rates)
+        return self.learning_rates.get(name) or list(self.methods[name].learning_rates)
 
     @property
     def heading(self) -> str:
@@ -180,11 +170,7 @@ class CompareSettings(TaskSettings):
         return self.metric != "loss"
 
     def run(self, name: str, rate: float, seed: int, cut: int = 1) -> RunSettings:
-        """Return the settings of one run.
-
-        Args:
-            cut: Of how many steps one is made, in a trial.
-        """
+        """Return the settings of one run, of as many steps or of one in ``cut`` of them."""
         own = {
             "recipe": name,
             "learning_rate": rate,
@@ -194,18 +180,33 @@ class CompareSettings(TaskSettings):
         }
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
-        if (
-            recipe(name).adapter is None
-        ):  # nothing to be aligned, whole models as snapshots, steps below bfloat16's
+        if self.methods[name].adapter is None:
+            # nothing to be aligned, whole models as snapshots, steps below bfloat16's
             shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
         return validated(RunSettings, shared | own)
 
 
+class Resources(Settings):
+    """What a comparison may use; no part of what it is."""
+
+    groups: ClassVar[Mapping[str, str]] = {"jobs": "Output and resources"}
+
+    jobs: int = Field(default=1, ge=1, description="Parallel runs; they share the cores.")
+    max_hours: float | None = Field(
+        default=None,
+        ge=0,
+        description="Time limit in hours: do not start a run that is expected to exceed it.",
+    )
+    max_memory: float | None = Field(
+        default=None, gt=0, description="Memory limit of each run in gigabytes, on a CPU under Linux."
+    )
+    retry: bool = Field(default=False, description="Repeat failed runs.")
+
+
 def _listed(key: str, value: Any, kind: type) -> Any:
     # names and numbers come separated by commas from the command line
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    value = separated(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = [value]
     if kind is str or not isinstance(value, list):
         return value
@@ -271,7 +272,7 @@ def chosen_tasks(
         return settings
     if isinstance(settings, CompareSettings):
         raise InputError(f"tasks chooses from a plan with several tasks; got {names!r} for one without")
-    wanted = [name.strip() for name in names.split(",")]
+    wanted = separated(names)
     for name in wanted:
         check_choice("tasks", name, tuple(settings.tasks))
     return settings.model_copy(update={"tasks": {name: settings.tasks[name] for name in wanted}})

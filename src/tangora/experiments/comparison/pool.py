@@ -12,35 +12,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tangora.experiments.comparison.sweep import Cell
-from tangora.experiments.comparison.worker import DiskFullError, Limits, died, record_path, work
-from tangora.experiments.run.execute import Watcher
+from tangora._folders import ComparisonFolder
+from tangora._types import Progress
+from tangora.experiments.comparison.sweep import Trial
+from tangora.experiments.comparison.worker import DiskFullError, Limits, died, work
 from tangora.report import Record, load_record, save_json
 from tangora.training.data import Task
 
 
 @dataclass
 class _Running:
-    cell: Cell
+    trial: Trial
     task: Task
-    folder: Path
+    folder: ComparisonFolder
     process: BaseProcess
     told: Connection
-    watcher: Watcher
 
 
 class Pool:
-    """Makes runs side by side."""
+    """Makes runs side by side, ``progress("ID: what", done, total)`` for each."""
 
-    def __init__(self, jobs: int = 1, limits: Limits | None = None):
-        limits = limits or Limits()
-        self._jobs = jobs
-        threads = limits.threads or (max(1, _num_cores() // jobs) if jobs > 1 else None)
-        self._limits = Limits(threads, limits.gigabytes)
+    def __init__(self, jobs: int = 1, gigabytes: float | None = None, progress: Progress | None = None):
+        self._jobs, self._progress = jobs, progress
+        self._limits = Limits(max(1, _num_cores() // jobs) if jobs > 1 else None, gigabytes)
         self._running: dict[str, _Running] = {}
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context: Any = multiprocessing.get_context(method)
@@ -63,26 +60,26 @@ class Pool:
         """Whether another run can be started."""
         return len(self._running) < self._jobs
 
-    def start(self, cell: Cell, task: Task, folder: Path, watcher: Watcher) -> None:
+    def start(self, trial: Trial, task: Task, folder: ComparisonFolder) -> None:
         """Start a run."""
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=work, args=(cell, task, folder, self._limits, theirs), name=cell.id, daemon=True
+            target=work, args=(trial, task, folder, self._limits, theirs), name=trial.id, daemon=True
         )
         with _without_main():
             process.start()
         theirs.close()
-        self._running[cell.id] = _Running(cell, task, folder, process, ours, watcher)
+        self._running[trial.id] = _Running(trial, task, folder, process, ours)
 
-    def wait(self) -> list[tuple[Cell, Record]]:
-        """Wait until a run ends, and pass on what all of them tell until then."""
-        ended: list[tuple[Cell, Record]] = []
+    def wait(self) -> list[tuple[Trial, Record]]:
+        """Wait until a run ends, and report the progress of all of them until then."""
+        ended: list[tuple[Trial, Record]] = []
         while not ended:
             wait([run.told for run in self._running.values()])
             for name, run in list(self._running.items()):
-                if self._hear(run):
+                if self._has_ended(run):
                     del self._running[name]
-                    ended.append((run.cell, self._record(run)))
+                    ended.append((run.trial, self._record(run)))
         return ended
 
     def stop(self) -> None:
@@ -94,33 +91,28 @@ class Pool:
             run.told.close()
         self._running.clear()
 
-    def _hear(self, run: _Running) -> bool:
-        # passes on all that a run has told, and tells whether it has ended
+    def _has_ended(self, run: _Running) -> bool:
+        # reads all messages that a run has sent
         while run.told.poll():
             try:
                 kind, *what = run.told.recv()
             except EOFError:  # it has ended without a word
                 return True
-            if kind == "phase":
-                run.watcher.phase(what[0])
-            elif kind == "note":
-                run.watcher.note(what[0])
-            elif kind == "length":
-                run.watcher.length(what[0])
-            elif kind == "step":
-                run.watcher.step(*what)
-            elif kind == "full":
+            if kind == "full":
                 raise DiskFullError(what[0])
-            else:
+            if kind == "done":
                 return True
+            if self._progress is not None:
+                words, done, total = what
+                self._progress(f"{run.trial.id}: {words}", done, total)
         return False
 
     def _record(self, run: _Running) -> Record:
         run.process.join()
         run.told.close()
-        path = record_path(run.folder, run.cell)
+        path = run.folder.record_of(run.trial.id)
         if not path.exists():
-            save_json(died(run.cell, run.task, run.folder, run.process.exitcode, self._limits), path)
+            save_json(died(run.trial, run.task, run.folder, run.process.exitcode, self._limits), path)
         return load_record(path)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from tangora.experiments.comparison.plan import CompareSettings
 from tangora.experiments.settings import RunSettings
-from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
 from tangora.report.run_records import Stage
 from tangora.report.statistics.selection import Edge, grid_edge, trial_points
@@ -23,8 +22,8 @@ _LARGEST_RATIO = 10.0
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a comparison."""
+class Trial:
+    """One run that a comparison plans."""
 
     settings: RunSettings
     stage: Stage
@@ -35,17 +34,17 @@ class Cell:
         settings = self.settings
         length = f"steps{settings.steps}" if settings.epochs is None else f"epochs{settings.epochs:g}"
         short = f"-{length}" if self.stage == "trial" else ""
-        return f"{self.settings.recipe}-lr{self.settings.peak:g}-seed{self.settings.seed}{short}"
+        return f"{settings.recipe}-lr{settings.peak_learning_rate:g}-seed{settings.seed}{short}"
 
 
-def due(settings: CompareSettings, records: Sequence[Record]) -> list[Cell]:
+def due(settings: CompareSettings, records: Sequence[Record]) -> list[Trial]:
     """List the runs that have to be made now."""
     known = {record.id: record for record in records}
     return [
-        cell
+        trial
         for name in settings.recipes
-        for cell in _wanted(_Sweep(settings, name, known))
-        if cell.id not in known
+        for trial in _wanted(_Sweep(settings, name, known))
+        if trial.id not in known
     ]
 
 
@@ -55,9 +54,9 @@ def planned(settings: CompareSettings, records: Sequence[Record]) -> int:
     total = 0
     for name in settings.recipes:
         sweep = _Sweep(settings, name, known)
-        cells = list(_wanted(sweep))
-        undecided = any(cell.stage != "final" and cell.id not in known for cell in cells)
-        total += len(cells) + (len(settings.seeds) - settings.sweep_seeds if undecided else 0)
+        trials = list(_wanted(sweep))
+        undecided = any(trial.stage != "final" and trial.id not in known for trial in trials)
+        total += len(trials) + (len(settings.seeds) - settings.sweep_seeds if undecided else 0)
     return total
 
 
@@ -67,15 +66,15 @@ class _Sweep:
     def __init__(self, settings: CompareSettings, name: str, known: dict[str, Record]):
         self.settings, self.name, self.known = settings, name, known
 
-    def cells(self, rates: Sequence[float], stage: Stage = "sweep", cut: int = 1) -> list[Cell]:
+    def trials(self, rates: Sequence[float], stage: Stage = "sweep", cut: int = 1) -> list[Trial]:
         seeds = self.settings.seeds[: self.settings.sweep_seeds]
         return [
-            Cell(self.settings.run(self.name, rate, seed, cut), stage) for rate in rates for seed in seeds
+            Trial(self.settings.run(self.name, rate, seed, cut), stage) for rate in rates for seed in seeds
         ]
 
-    def records(self, cells: Sequence[Cell]) -> list[Record] | None:
+    def records(self, trials: Sequence[Trial]) -> list[Record] | None:
         # None if one of the runs has not ended
-        found = [self.known.get(cell.id) for cell in cells]
+        found = [self.known.get(trial.id) for trial in trials]
         return None if None in found else [record for record in found if record is not None]
 
     def best(self, records: Sequence[Record]) -> float | None:
@@ -91,39 +90,39 @@ class _Sweep:
         return grid_edge(sweep_points(records, self.settings.metric), self.best(records))
 
 
-def _wanted(sweep: _Sweep) -> Iterator[Cell]:
+def _wanted(sweep: _Sweep) -> Iterator[Trial]:
     # all runs of a recipe as far as the records tell them, those that have ended included
     settings = sweep.settings
     if settings.halving is None:
-        trials, rates = [], _adapted(sweep)
+        shorter, rates = [], _adapted(sweep)
     else:
-        trials, rates = _halved(sweep)
-    yield from trials
+        shorter, rates = _halved(sweep)
+    yield from shorter
     if rates is None:
         return
-    cells = sweep.cells(rates)
-    yield from cells
-    records = sweep.records(cells)
+    trials = sweep.trials(rates)
+    yield from trials
+    records = sweep.records(trials)
     best = sweep.best(records) if records is not None else None
     if best is not None:
         for seed in settings.seeds[settings.sweep_seeds :]:
-            yield Cell(settings.run(sweep.name, best, seed), "final")
+            yield Trial(settings.run(sweep.name, best, seed), "final")
 
 
 def _adapted(sweep: _Sweep) -> list[float]:
     # the grid, with what has been found to be worth adding
     settings = sweep.settings
     rates = settings.grid(sweep.name)
-    if not recipe(sweep.name).trains:  # the rate does nothing
+    if not settings.methods[sweep.name].trains:  # the rate does nothing
         return rates
     for _ in range(settings.extend):
-        if (records := sweep.records(sweep.cells(rates))) is None:
+        if (records := sweep.records(sweep.trials(rates))) is None:
             return rates
         if (edge := sweep.edge(rates, records)) is None:
             break
         rates = _extended(rates, edge)
     for _ in range(settings.refine):
-        if (records := sweep.records(sweep.cells(rates))) is None:
+        if (records := sweep.records(sweep.trials(rates))) is None:
             return rates
         if (best := sweep.best(records)) is None:
             break
@@ -145,23 +144,23 @@ def _refined(rates: list[float], best: float) -> list[float]:
     return sorted({*rates, *(_rounded(math.sqrt(best * other)) for other in beside)})
 
 
-def _halved(sweep: _Sweep) -> tuple[list[Cell], list[float] | None]:
-    # the trials so far, and the rates that go on to the full number of steps once the trials have ended
+def _halved(sweep: _Sweep) -> tuple[list[Trial], list[float] | None]:
+    # the shorter trials so far, and the rates that go on to the full number of steps once these have ended
     settings, eta = sweep.settings, sweep.settings.halving or 2
     rates = settings.grid(sweep.name)
     rounds = math.floor(math.log(len(rates), eta) + 1e-9)
-    if not recipe(sweep.name).trains:
+    if not settings.methods[sweep.name].trains:
         rounds = 0
-    trials: list[Cell] = []
+    shorter: list[Trial] = []
     for left in range(rounds, 0, -1):
-        cells = sweep.cells(rates, "trial", eta**left)
-        trials += cells
-        if (records := sweep.records(cells)) is None:
-            return trials, None
+        trials = sweep.trials(rates, "trial", eta**left)
+        shorter += trials
+        if (records := sweep.records(trials)) is None:
+            return shorter, None
         rates = _leading(records, settings.metric, math.ceil(len(rates) / eta), settings.higher_is_better)
         if not rates:
-            return trials, []
-    return trials, rates
+            return shorter, []
+    return shorter, rates
 
 
 def _leading(records: Sequence[Record], metric: str, count: int, higher_is_better: bool) -> list[float]:

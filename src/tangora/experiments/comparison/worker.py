@@ -17,17 +17,16 @@ from typing import Any
 import torch
 
 from tangora._checks import InputError
-from tangora.experiments.comparison.sweep import Cell
-from tangora.experiments.folders import CHECKPOINTS, LOG, NO_SPACE, is_disk_full
-from tangora.experiments.logs import log_to
-from tangora.experiments.provenance import provenance
-from tangora.experiments.run.execute import Watcher, execute, read_evaluations, read_steps
-from tangora.experiments.run.origin import origin_of
+from tangora._folders import ComparisonFolder
+from tangora._types import Progress
+from tangora.experiments.comparison.sweep import Trial
+from tangora.experiments.folders import NO_SPACE, is_disk_full
+from tangora.experiments.process import log_to
+from tangora.experiments.provenance import origin_of, provenance
+from tangora.experiments.run.execute import execute, read_evaluations, read_steps
 from tangora.report import MemoryUse, Record, TimeSplit, save_json
-from tangora.report.run_records import RECORDS_FOLDER, Status
+from tangora.report.run_records import Status
 from tangora.training.data import Task
-
-RUNS_FOLDER = "runs"
 
 _NO_MEMORY = (
     "can't allocate memory",
@@ -48,81 +47,65 @@ class DiskFullError(OSError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run's process may use.
-
-    Attributes:
-        threads: Threads of torch; ``None`` leaves the default.
-        gigabytes: What a run may allocate, on a CPU under Linux; ``None`` for no limit.
-    """
+    """What a run's process may use: threads of torch, and on a CPU under Linux memory; ``None`` for no limit."""
 
     threads: int | None = None
     gigabytes: float | None = None
 
 
-def record_path(folder: Path, cell: Cell) -> Path:
-    """Return where the record of a run is."""
-    return folder / RECORDS_FOLDER / f"{cell.id}.json"
-
-
-def run_cell(cell: Cell, task: Task, folder: Path, watcher: Watcher) -> Record:
+def run_trial(trial: Trial, task: Task, folder: ComparisonFolder, progress: Progress | None = None) -> Record:
     """Make a run, and write its record."""
-    run_folder = folder / RUNS_FOLDER / cell.id
+    run = folder.run(trial.id)
     try:
-        if not cell.settings.save_every:  # a run without a record was cut off
-            shutil.rmtree(run_folder, ignore_errors=True)
-        with log_to(folder / LOG):
+        if not trial.settings.save_every:  # a run without a record was cut off
+            shutil.rmtree(run.path, ignore_errors=True)
+        with log_to(folder.log):
             try:
                 record = execute(
-                    cell.settings,
+                    trial.settings,
                     task,
-                    run_folder,
-                    run_id=cell.id,
-                    stage=cell.stage,
+                    run.path,
+                    run_id=trial.id,
+                    stage=trial.stage,
                     is_checked=True,
-                    watcher=watcher,
+                    progress=progress,
                 )
             except Exception as problem:
-                _raise_if_disk_is_full(problem, folder)
-                logger.exception("%s failed", cell.id)
-                record = unfinished(cell, task, folder, *_cause(problem))
-        save_json(record, record_path(folder, cell))
-        shutil.rmtree(run_folder / CHECKPOINTS, ignore_errors=True)
+                _raise_if_disk_is_full(problem, folder.path)
+                logger.exception("%s failed", trial.id)
+                record = _unfinished(trial, task, folder, *_cause(problem))
+        save_json(record, folder.record_of(trial.id))
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     except (OSError, InputError) as problem:
-        _raise_if_disk_is_full(problem, folder)
+        _raise_if_disk_is_full(problem, folder.path)
         raise
     return record
 
 
-def unfinished(cell: Cell, task: Task, folder: Path, status: Status, error: str) -> Record:
-    """Make the record of a run that did not get to its end."""
-    run_folder = folder / RUNS_FOLDER / cell.id
+def _unfinished(trial: Trial, task: Task, folder: ComparisonFolder, status: Status, error: str) -> Record:
+    settings, run = trial.settings, folder.run(trial.id)
     return Record(
-        id=cell.id,
-        recipe=cell.settings.recipe,
-        learning_rate=cell.settings.peak,
-        seed=cell.settings.seed,
-        stage=cell.stage,
+        id=trial.id,
+        recipe=settings.recipe,
+        learning_rate=settings.peak_learning_rate,
+        seed=settings.seed,
+        stage=trial.stage,
         status=status,
         error=error,
-        settings=cell.settings.model_dump(mode="json") | origin_of(cell.settings, task),
+        settings=settings.model_dump(mode="json") | origin_of(settings, task),
         metrics={},
-        history=read_steps(run_folder),
-        evaluations=read_evaluations(run_folder),
+        history=read_steps(run),
+        evaluations=read_evaluations(run),
         time=TimeSplit(start=0.0, forward_backward=0.0, optimizer=0.0, evaluation=0.0),
         memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
         trainable_parameters=0,
-        **provenance(cell.settings.model),
+        **provenance(settings.model),
     )
 
 
-def printed_path(folder: Path, cell: Cell) -> Path:
-    """Return where what a run's process printed is."""
-    return folder / RUNS_FOLDER / f"{cell.id}.txt"
-
-
-def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits) -> Record:
+def died(trial: Trial, task: Task, folder: ComparisonFolder, code: int | None, limits: Limits) -> Record:
     """Make the record of a run whose process ended without one."""
-    path = printed_path(folder, cell)
+    path = folder.printed_by(trial.id)
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     last = next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
     # allocators abort, and libraries without memory crash
@@ -130,9 +113,8 @@ def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits)
         limits.gigabytes is not None and code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
     )
     if no_memory and limits.gigabytes is not None:
-        return unfinished(
-            cell, task, folder, "out_of_memory", f"out of memory: max_memory allows {limits.gigabytes:g} GB"
-        )
+        error = f"out of memory: max_memory allows {limits.gigabytes:g} GB"
+        return _unfinished(trial, task, folder, "out_of_memory", error)
     status: Status = "out_of_memory" if no_memory else "failed"
     if code == -signal.SIGKILL:
         how = "was killed (signal 9), most likely by the system because memory ran out"
@@ -140,27 +122,21 @@ def died(cell: Cell, task: Task, folder: Path, code: int | None, limits: Limits)
         how = f"died of signal {-code}"
     else:
         how = f"ended with exit code {code}"
-    return unfinished(cell, task, folder, status, f"its process {how}{f': {last}' if last else ''}")
+    return _unfinished(trial, task, folder, status, f"its process {how}{f': {last}' if last else ''}")
 
 
-def work(cell: Cell, task: Task, folder: Path, limits: Limits, told: Connection) -> None:
+def work(trial: Trial, task: Task, folder: ComparisonFolder, limits: Limits, told: Connection) -> None:
     """Make a run in the process that this is called in, which is given to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison hears it, too, and ends its runs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison gets it, too, and ends its runs
     _end_with_parent()
     os.environ.pop("LOCAL_RANK", None)  # a launcher with one process: runs side by side cannot share its port
-    with _printing_to(folder / RUNS_FOLDER / f"{cell.id}.txt"):
+    with _printing_to(folder.printed_by(trial.id)):
         if limits.threads is not None:
             torch.set_num_threads(limits.threads)
         if limits.gigabytes is not None:
             _limit_memory(limits.gigabytes)
-        watcher = Watcher(
-            phase=lambda name: told.send(("phase", name)),
-            note=lambda sentence: told.send(("note", sentence)),
-            length=lambda steps: told.send(("length", steps)),
-            step=lambda number, loss: told.send(("step", number, loss)),
-        )
         try:
-            run_cell(cell, task, folder, watcher)
+            run_trial(trial, task, folder, lambda *progress: told.send(("progress", *progress)))
             told.send(("done", None))
         except DiskFullError as problem:
             told.send(("full", str(problem)))

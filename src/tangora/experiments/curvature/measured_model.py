@@ -8,32 +8,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tangora._checks import InputError
+from tangora._folders import RunFolder
 from tangora.adapters import find_pairs, load_adapter
 from tangora.experiments.folders import check_origin, kept_origin
-from tangora.experiments.run.batches import encoded_batches
-from tangora.experiments.run.loading import load_base, load_run_task
-from tangora.experiments.run.origin import origin_of
-from tangora.experiments.settings import RunSettings, TaskSettings
-from tangora.experiments.stored import run_settings
+from tangora.experiments.provenance import origin_of
+from tangora.experiments.run.preparing import encoded_batches, load_base, load_run_task
+from tangora.experiments.settings import DataSettings, RunSettings, TaskSettings
+from tangora.experiments.settings_files import run_settings
 from tangora.training.data import Task
 from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
-_DATA_KEYS = (
-    "data",
-    "test_data",
-    "kind",
-    "text_column",
-    "label_column",
-    "prompt_column",
-    "completion_column",
-    "chat_template",
-    "num_train",
-    "num_validation",
-    "num_test",
-    "max_length",
-    "device",
-)
 _NOT_KEPT = (
     "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
     "which it does not keep; tangora train keeps them, and tangora compare --curvature measures before they go"
@@ -57,21 +42,20 @@ class MeasuredModel:
         examples = getattr(self.task, split)[:num_examples]
         if not examples:
             raise InputError(f"split {split!r} of {self.task.name} holds no examples")
-        return encoded_batches(
-            examples, self.loaded, self.settings.model_copy(update={"batch_size": batch_size})
-        )
+        return encoded_batches(self.settings, self.loaded, examples, batch_size)
 
 
 def _is_run(source: str) -> bool:
     """Tell whether something is a run's folder rather than a model."""
-    folder = Path(source)
-    record = folder.parent.parent / "records" / f"{folder.name}.json"
-    return folder.is_dir() and ((folder / "settings.json").is_file() or record.is_file())
+    run = RunFolder(Path(source))
+    return run.path.is_dir() and (run.settings.is_file() or run.trial_record.is_file())
 
 
 def load_measured(source: str, adapter: str | None, changes: dict[str, Any], seed: int) -> MeasuredModel:
     """Load what is to be measured."""
-    changes = {key: value for key, value in changes.items() if key in _DATA_KEYS and value is not None}
+    changes = {
+        key: value for key, value in changes.items() if key in DataSettings.model_fields and value is not None
+    }
     if "data" in changes:
         changes.setdefault("test_data", None)  # the run's belongs to the run's data
     if not _is_run(source):
@@ -93,11 +77,12 @@ def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Me
     task = load_run_task(settings)
     if not changes.keys() - {"max_length"}:
         check_origin(folder, kept_origin(folder), origin_of(settings, task), "bring the original back")
-    if (folder / "adapter").is_dir():
+    run = RunFolder(folder)
+    if run.adapter.is_dir():
         loaded = load_base(settings, task)
-        model: nn.Module = load_adapter(loaded.model, folder / "adapter", is_trainable=True)
-    elif (folder / "model").is_dir():
-        loaded = load_model(str(folder / "model"), kind=task.kind, labels=task.labels or None)
+        model: nn.Module = load_adapter(loaded.model, run.adapter, is_trainable=True)
+    elif run.model.is_dir():
+        loaded = load_model(str(run.model), kind=task.kind, labels=task.labels or None)
         model = loaded.model
     else:
         raise InputError(_NOT_KEPT.format(folder=folder))

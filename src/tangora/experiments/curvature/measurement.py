@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tangora._checks import InputError
+from tangora._folders import OutputFolder
 from tangora._names import SPACES, Space
 from tangora._types import Progress
 from tangora.curvature import (
@@ -25,10 +26,9 @@ from tangora.curvature import (
     layer_curvatures,
 )
 from tangora.experiments.curvature.measured_model import MeasuredModel, load_measured
-from tangora.experiments.curvature.settings import RECORD, CurvatureSettings
-from tangora.experiments.folders import LOG, check_output, claimed
-from tangora.experiments.launcher import check_one_process
-from tangora.experiments.logs import log_to
+from tangora.experiments.folders import check_output, claimed
+from tangora.experiments.measurement_settings import CURVATURE_RECORD, CurvatureSettings
+from tangora.experiments.process import check_one_process, log_to
 from tangora.experiments.provenance import provenance
 from tangora.report import save_json
 from tangora.report.curvature import (
@@ -83,9 +83,9 @@ def measure_curvature(
     measured = load_measured(settings.source, settings.adapter, settings.model_dump(), settings.seed)
     spaces = _chosen_spaces(settings, measured)
     _check_sizes(settings, measured)
-    with claimed(folder, settings), log_to(folder / LOG):
+    with claimed(folder, settings), log_to(OutputFolder(folder).log):
         record = _measure(settings, measured, spaces, command, progress)
-        return CurvatureFiles(record, save_json(record, folder / RECORD), *rewrite(folder, record))
+        return CurvatureFiles(record, save_json(record, folder / CURVATURE_RECORD), *rewrite(folder, record))
 
 
 def rewrite(folder: Path, record: CurvatureRecord) -> tuple[Path, list[Path]]:

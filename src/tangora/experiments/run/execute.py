@@ -5,7 +5,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,16 +14,34 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from tangora.experiments.folders import CHECKPOINTS
-from tangora.experiments.provenance import load_average, machine_load, provenance
-from tangora.experiments.run.batches import encoded, encoded_batches
-from tangora.experiments.run.checks import checked
-from tangora.experiments.run.flatness import measure_flatness
-from tangora.experiments.run.loading import load_base, prepare
-from tangora.experiments.run.memory import memory_use, peak_bytes, reset_peak, unwrapped
-from tangora.experiments.run.origin import origin_of
-from tangora.experiments.run.proof import data_format, save_with_logits
-from tangora.experiments.run.saving import check_space, read_whole, rescued, save_weights
+from tangora._folders import RunFolder
+from tangora._types import Progress
+from tangora.experiments.process import tell_user
+from tangora.experiments.provenance import origin_of, provenance
+from tangora.experiments.run.machine import (
+    bare_optimizer,
+    load_average,
+    machine_load,
+    memory_use,
+    peak_bytes,
+    reset_peak,
+)
+from tangora.experiments.run.measurements import (
+    curvature_callback,
+    curvature_points,
+    measure_flatness,
+    trajectory_points,
+    trajectory_recorder,
+)
+from tangora.experiments.run.preparing import Run, check_recipes, load_base, prepare
+from tangora.experiments.run.saving import (
+    check_space,
+    data_format,
+    read_whole,
+    rescued,
+    save_weights,
+    save_with_logits,
+)
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
     shares,
@@ -32,14 +49,7 @@ from tangora.experiments.run.scoring import (
     unrelated_loss,
     validation_metrics,
 )
-from tangora.experiments.run.trajectory import (
-    curvature_callback,
-    curvature_points,
-    trajectory_points,
-    trajectory_recorder,
-)
 from tangora.experiments.settings import RunSettings
-from tangora.recipes import Recipe, recipe
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
 from tangora.report.run_records import Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
@@ -55,30 +65,9 @@ from tangora.training.callbacks import (
 )
 from tangora.training.data import Task
 from tangora.training.devices import keep_to
-from tangora.training.models import LoadedModel
 from tangora.training.trainer import Trainer
 
-EVALUATIONS = "evaluations.jsonl"
-"""Name of the file in a run's folder."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """What a run tells about its progress; does nothing by default.
-
-    Attributes:
-        phase: Called with the name of what begins: ``start``, ``training``, ``evaluation``, ``curvature``.
-        note: Called with a sentence about the data: its columns and sizes, and what is cut off.
-        length: Called with the number of optimizer steps that there will be.
-        step: Called with the number of optimizer steps done and the loss.
-    """
-
-    phase: Callable[[str], None] = lambda _: None
-    note: Callable[[str], None] = lambda _: None
-    length: Callable[[int], None] = lambda _: None
-    step: Callable[[int, float], None] = lambda _step, _loss: None
 
 
 @dataclass
@@ -106,7 +95,7 @@ def execute(
     before: bool = False,
     keep_model: bool = False,
     is_checked: bool = False,
-    watcher: Watcher = Watcher(),
+    progress: Progress | None = None,
 ) -> Record:
     """Train and evaluate one method, in a folder of its own.
 
@@ -116,76 +105,62 @@ def execute(
     """
     folder.mkdir(parents=True, exist_ok=True)
     load = load_average()
-    watcher.phase("start")
+    if progress is not None:
+        progress("start", 0, settings.num_steps(len(task.train)))
     loaded = load_base(settings, task)
-    task = task if is_checked else checked([settings], task, loaded)
-    for note in task.notes:
-        logger.info("%s", note)
-        watcher.note(note)
-    result = _Result(
-        metrics={"before": test_metrics(loaded, loaded.model, task, settings)[0]} if before else {}
-    )
-    known = unrelated_loss(loaded, loaded.model, task, settings) if settings.forgetting else None
+    task = task if is_checked else check_recipes([settings], task, loaded)
+    tell_user(*task.notes)
+    run = Run(settings, task, loaded, RunFolder(folder), progress)
+    result = _Result(metrics={"before": test_metrics(run, loaded.model)[0]} if before else {})
+    known = unrelated_loss(run, loaded.model) if settings.forgetting else None
     began = time.perf_counter()
-    method = recipe(settings.recipe)
-    model = _prepare(method, loaded, task, settings)
+    model = _prepared(run)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
-    observers = [
-        observer(
-            settings, task, loaded, model, folder, lambda chosen: encoded_batches(chosen, loaded, settings)
-        )
-        for observer in (trajectory_recorder, curvature_callback)
-    ]
+    observers = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
     durations = Durations(lambda: _spent(timer, trainer, evaluations))
-    callbacks: list[transformers.TrainerCallback] = [
-        timer,
-        durations,
-        *(each for each in observers if each is not None),
-    ]
-    trainer = _trainer(settings, loaded, model, task, folder, callbacks, watcher)
-    evaluations = _evaluations(loaded, model, task, settings, folder, trainer)
+    trainer = _trainer(run, model, [timer, durations, *(each for each in observers if each is not None)])
+    evaluations = _evaluations(run, model, trainer)
     check_space(folder, model, keeps_model=keep_model, checkpoints=settings.save_every is not None)
     try:
-        with rescued(folder, loaded, model) if keep_model else contextlib.nullcontext():
-            watcher.phase("training")
-            watcher.length(settings.num_steps(len(task.train)))
-            result.peak_bytes = _train(trainer, folder / CHECKPOINTS) if method.trains else None
+        with rescued(run, model) if keep_model else contextlib.nullcontext():
+            run.tell("training", 0)
+            result.peak_bytes = _train(run, trainer) if settings.method.trains else None
             _check_finite(model)
             # first of all, what nothing could bring back
             if isinstance(model, PeftModel):
-                save_with_logits(model, folder, loaded, task, settings)
+                save_with_logits(run, model)
             elif keep_model:
-                save_weights(folder, loaded, model)
-        watcher.phase("evaluation")
-        _evaluate(result, loaded, model, task, settings)
+                save_weights(run, model, run.folder)
+        run.tell("evaluation", run.num_steps)
+        _evaluate(run, model, result)
         if known is not None:
-            after = unrelated_loss(loaded, model, task, settings)
+            after = unrelated_loss(run, model)
             assert after is not None
             result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
         if settings.curvature:
-            watcher.phase("curvature")
-            result.flatness = measure_flatness(settings, task, loaded, model, result.metrics["test"]["loss"])
+            run.tell("curvature", run.num_steps)
+            result.flatness = measure_flatness(run, model, result.metrics["test"]["loss"])
     except (DivergedError, FloatingPointError) as problem:
         result.status, result.error = "diverged", str(problem)
     spent = durations.total()
     logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
-    history = read_steps(folder)
+    history = read_steps(run.folder)
     return Record(
         id=run_id,
         recipe=settings.recipe,
-        learning_rate=settings.peak,
+        learning_rate=settings.peak_learning_rate,
         seed=settings.seed,
         stage=stage,
         status=result.status,
         error=result.error,
         settings=settings.model_dump(mode="json")
         | origin_of(settings, task)
-        | {"data_format": data_format(task, settings)},
+        | {"data_format": data_format(run)},
         notes=list(task.notes),
         num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
         history=history,
-        evaluations=[*read_evaluations(folder), *_last(history, result.metrics)],
+        evaluations=[*read_evaluations(run.folder), *_last(history, result.metrics)],
         time=TimeSplit(
             start=start_seconds,
             forward_backward=spent["forward_backward"],
@@ -194,9 +169,9 @@ def execute(
         ),
         load=machine_load(load),
         memory=memory_use(trainer.optimizer, model, result.peak_bytes),
-        gradient_evaluations=getattr(unwrapped(trainer.optimizer), "evaluations", len(history)),
-        trajectory=trajectory_points(folder),
-        curvature=curvature_points(folder),
+        gradient_evaluations=getattr(bare_optimizer(trainer.optimizer), "evaluations", len(history)),
+        trajectory=trajectory_points(run.folder),
+        curvature=curvature_points(run.folder),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         scores=result.scores,
@@ -206,14 +181,14 @@ def execute(
     )
 
 
-def read_steps(folder: Path) -> list[StepRecord]:
+def read_steps(folder: RunFolder) -> list[StepRecord]:
     """Read the training steps of a run, ended or cut off."""
-    return [StepRecord(**line) for line in read_history(folder / "metrics.jsonl")]
+    return [StepRecord(**line) for line in read_history(folder.metrics)]
 
 
-def read_evaluations(folder: Path) -> list[EvaluationRecord]:
+def read_evaluations(folder: RunFolder) -> list[EvaluationRecord]:
     """Read the evaluations during a run, ended or cut off."""
-    return [EvaluationRecord(**line) for line in read_history(folder / EVALUATIONS)]
+    return [EvaluationRecord(**line) for line in read_history(folder.evaluations)]
 
 
 def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> list[EvaluationRecord]:
@@ -221,32 +196,24 @@ def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> li
     return [EvaluationRecord(step=len(history), metrics=found)] if found else []
 
 
-def _prepare(method: Recipe, loaded: LoadedModel, task: Task, settings: RunSettings) -> nn.Module:
-    model = prepare(method.name, loaded.model, task, settings)
+def _prepared(run: Run) -> nn.Module:
+    settings, task = run.settings, run.task
+    model = prepare(settings, task, run.loaded.model)
     batches = held_out = None
-    if method.reads_gradients:
-        chosen = random.Random(settings.seed).sample(
-            range(len(task.train)), min(settings.start_examples, len(task.train))
-        )
-        batches = encoded_batches([task.train[index] for index in chosen], loaded, settings)
-        held_out = encoded_batches(task.validation, loaded, settings)
-    method.initialize(model, batches, held_out=held_out, seed=settings.seed)
+    if settings.method.reads_gradients:
+        count = min(settings.start_examples, len(task.train))
+        chosen = random.Random(settings.seed).sample(range(len(task.train)), count)
+        batches = run.batches([task.train[index] for index in chosen])
+        held_out = run.batches(task.validation)
+    settings.method.initialize(model, batches, held_out=held_out, seed=settings.seed)
     return model
 
 
-def _trainer(
-    settings: RunSettings,
-    loaded: LoadedModel,
-    model: nn.Module,
-    task: Task,
-    folder: Path,
-    callbacks: list[transformers.TrainerCallback],
-    watcher: Watcher,
-) -> Trainer:
-    data, collate = encoded(task.train, loaded, settings)
-    steps = settings.num_steps(len(task.train))
+def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCallback]) -> Trainer:
+    settings, steps = run.settings, run.num_steps
+    data, collate = run.encoded(run.task.train)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+        output_dir=str(run.folder.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
@@ -268,7 +235,7 @@ def _trainer(
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=[],  # trackers are ours to make: their files belong into the run's folder
-        run_name=folder.name,
+        run_name=run.folder.path.name,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -280,17 +247,17 @@ def _trainer(
         args=arguments,
         train_dataset=data,
         data_collator=collate,
-        recipe=recipe(settings.recipe),
-        learning_rate=settings.peak,
+        recipe=settings.method,
+        learning_rate=settings.peak_learning_rate,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[
             *callbacks,
-            *trackers(settings.report_to or (), folder),
-            History(folder / "metrics.jsonl", watcher.step),
+            *trackers(settings.report_to or (), run.folder.path),
+            History(run.folder.metrics, lambda step, loss: run.tell(f"loss {loss:.3f}", step)),
             SealedCheckpoints(),
         ],
     )
-    if task.kind == "classification":
+    if run.task.kind == "classification":
         # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
         # mean of each micro-batch: their losses and gradients would be added up, not averaged
         trainer.model_accepts_loss_kwargs = False
@@ -299,15 +266,13 @@ def _trainer(
     return trainer
 
 
-def _evaluations(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, folder: Path, trainer: Trainer
-) -> Evaluations | None:
-    if settings.evaluate_every is None:
+def _evaluations(run: Run, model: nn.Module, trainer: Trainer) -> Evaluations | None:
+    if run.settings.evaluate_every is None:
         return None
     evaluations = Evaluations(
-        folder / EVALUATIONS,
-        settings.evaluate_every,
-        lambda: validation_metrics(loaded, model, task, settings),
+        run.folder.evaluations,
+        run.settings.evaluate_every,
+        lambda: validation_metrics(run, model),
         trainer.log,
     )
     trainer.add_callback(evaluations)
@@ -323,9 +288,9 @@ def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) 
     }
 
 
-def _train(trainer: Trainer, checkpoints: Path) -> int | None:
+def _train(run: Run, trainer: Trainer) -> int | None:
     watched = reset_peak()
-    checkpoint = last_checkpoint(checkpoints)
+    checkpoint = last_checkpoint(run.folder.checkpoints)
     with read_whole(checkpoint, lambda: trainer.state.global_step):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return peak_bytes() if watched else None
@@ -336,12 +301,10 @@ def _check_finite(model: nn.Module) -> None:
         raise DivergedError("the last step left weights that are not finite")
 
 
-def _evaluate(
-    result: _Result, loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
-) -> None:
+def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:
     began = time.perf_counter()
-    result.metrics["validation"] = validation_metrics(loaded, model, task, settings, answers=True)
-    result.metrics["test"], each = test_metrics(loaded, model, task, settings)
+    result.metrics["validation"] = validation_metrics(run, model, answers=True)
+    result.metrics["test"], each = test_metrics(run, model)
     result.scores = shares(each)
     if "right" in each:
         result.correct = each["right"].tolist()

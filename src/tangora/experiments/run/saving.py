@@ -1,26 +1,116 @@
-"""What a run leaves behind: where the disk is full, in another place rather than nowhere."""
+"""What a run leaves behind, and the proof of it: plain PEFT computes with the saved adapter what the model did.
+
+Where the disk is full, the weights go to another place rather than nowhere.
+"""
 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from tangora._checks import InputError, on_one_line
-from tangora.adapters import save_adapter
+from tangora._folders import RunFolder
+from tangora.adapters import load_adapter, save_adapter
 from tangora.adapters.folder import replace_folder, scratch_beside
-from tangora.experiments.folders import CHECKPOINTS, NO_SPACE, is_disk_full
+from tangora.experiments.folders import NO_SPACE, is_disk_full
+from tangora.experiments.provenance import versions
+from tangora.experiments.run.preparing import Run, load_base
+from tangora.experiments.settings import RunSettings
 from tangora.training.callbacks import last_checkpoint
-from tangora.training.models import LoadedModel
+from tangora.training.data import Task
+
+_NUM_EXAMPLES = 8
+_ROUNDING = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest difference that rounding explains, as a share of the largest logit: the frozen weights' dtype decides."""
 
 _MOMENTS = 2
 _CHECKPOINTS_AT_ONCE = 3
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far plain PEFT's logits with a saved adapter are from the trained model's.
+
+    Attributes:
+        difference: Largest absolute difference.
+        allowed: The most that rounding explains.
+    """
+
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether plain PEFT computes what the trained model did."""
+        return self.difference <= self.allowed  # not so for NaN
+
+
+def save_with_logits(run: Run, model: PeftModel) -> None:
+    """Save the adapter of a run, and what it computes on a few test examples, which `verify_adapter` compares with."""
+    facts = model_card_facts(run.settings, run.task.fingerprint, data_format(run))
+    save_adapter(model, run.folder.adapter, card=facts, tokenizer=run.loaded.tokenizer)
+    torch.save(_logits(run, model), run.folder.logits)
+
+
+def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
+    """Load the saved adapter with plain PEFT on a fresh base, and compare its logits with the trained model's."""
+    run = Run(settings, task, load_base(settings, task), RunFolder(folder))
+    model = load_adapter(run.loaded.model, run.folder.adapter)
+    try:
+        expected = torch.load(run.folder.logits, weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise InputError(f"{run.folder.logits} cannot be read, so that nothing can be proven") from error
+    difference = float((_logits(run, model) - expected).abs().max())
+    return Proof(difference, _ROUNDING[settings.dtype] * max(1.0, float(expected.abs().max())))
+
+
+def data_format(run: Run) -> str:
+    """Name the form in which the examples of a run are written for a model; model cards have code for each."""
+    if run.settings.chat_template:
+        return "chat template"
+    first = run.task.train[0]
+    if run.task.kind == "causal":
+        return "prompt + newline + completion + eos" if first["prompt"] else "plain text"
+    if "pixels" in first:
+        return "images"
+    return "pair of texts" if "text_pair" in first else "text"
+
+
+def model_card_facts(settings: RunSettings, fingerprint: str, form: str) -> dict[str, Any]:
+    """Return what a model card should tell of a run."""
+    length = {"steps": settings.steps} if settings.epochs is None else {"epochs": settings.epochs}
+    return {
+        "base model": settings.model,
+        "recipe": settings.recipe,
+        "learning rate": settings.peak_learning_rate,
+        "seed": settings.seed,
+        **length,
+        "batch size": settings.batch_size * settings.accumulate,
+        "data": settings.data,
+        "data fingerprint": fingerprint,
+        "format": form,
+        "max length": settings.max_length,
+    } | versions()
+
+
+@torch.no_grad()
+def _logits(run: Run, model: nn.Module) -> Float[Tensor, "..."]:
+    data, collate = run.encoded(run.task.test[:_NUM_EXAMPLES])
+    batch = collate([data[index] for index in range(len(data))])
+    batch.pop("labels", None)
+    model.eval()
+    device = next(model.parameters()).device
+    return model(**{key: value.to(device) for key, value in batch.items()}).logits.float().cpu()
 
 
 def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoints: bool) -> None:
@@ -38,23 +128,23 @@ def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoint
 
 
 @contextmanager
-def rescued(folder: Path, loaded: LoadedModel, model: nn.Module) -> Iterator[None]:
+def rescued(run: Run, model: nn.Module) -> Iterator[None]:
     """If nothing can be written while a run trains or is saved, keep its weights in the system's temporary folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as problem:
         if not is_disk_full(problem):
             raise
-        sealed = last_checkpoint(folder / CHECKPOINTS)  # the one that was cut off goes, and frees its space
+        sealed = last_checkpoint(run.folder.checkpoints)  # the one that was cut off goes, and frees its space
         step = f"goes on from step {sealed.name.split('-')[1]}" if sealed else "begins again"
         place = Path(tempfile.mkdtemp(prefix="tangora-"))
         try:
-            kept = f"the weights so far are in {save_weights(place, loaded, model)}"
+            kept = f"the weights so far are in {save_weights(run, model, RunFolder(place))}"
         except (OSError, SafetensorError, RuntimeError):
             shutil.rmtree(place, ignore_errors=True)
             kept = f"{place.parent} is full, too"
         raise InputError(
-            f"{folder}: {NO_SPACE}; {kept}; free some space, and the same command {step}"
+            f"{run.folder.path}: {NO_SPACE}; {kept}; free some space, and the same command {step}"
         ) from problem
 
 
@@ -83,16 +173,15 @@ def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[Non
         ) from problem
 
 
-def save_weights(folder: Path, loaded: LoadedModel, model: nn.Module) -> Path:
+def save_weights(run: Run, model: nn.Module, folder: RunFolder) -> Path:
     """Write the adapter of a run, or its whole model with the tokenizer, whole or not at all."""
     if isinstance(model, PeftModel):
-        return save_adapter(model, folder / "adapter").path
-    target = folder / "model"
-    with scratch_beside(target) as scratch:
-        loaded.model.save_pretrained(scratch)
-        loaded.tokenizer.save_pretrained(scratch)
-        replace_folder(scratch, target)
-    return target
+        return save_adapter(model, folder.adapter).path
+    with scratch_beside(folder.model) as scratch:
+        run.loaded.model.save_pretrained(scratch)
+        run.loaded.tokenizer.save_pretrained(scratch)
+        replace_folder(scratch, folder.model)
+    return folder.model
 
 
 def _bytes(parameters: Iterator[nn.Parameter]) -> int:

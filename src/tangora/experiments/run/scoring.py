@@ -1,37 +1,32 @@
 """A run's model on the validation and test examples of its task."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from tangora.experiments.run.batches import encoded
-from tangora.experiments.settings import RunSettings
+from tangora.experiments.run.preparing import Run
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
-from tangora.training.data import Example, Task
+from tangora.training.data import Example
 from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
-from tangora.training.models import LoadedModel
 
 NUM_UNRELATED = 32
 """Texts that forgetting is measured on."""
 
 
-def validation_metrics(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings, *, answers: bool = False
-) -> dict[str, float]:
+def validation_metrics(run: Run, model: nn.Module, *, answers: bool = False) -> dict[str, float]:
     """Evaluate on the examples that choose the learning rate."""
-    metrics = evaluate(model, *encoded(task.validation, loaded, settings), **_how(task, settings))
-    return metrics | (_answers(loaded, model, task.validation, settings)[0] if answers else {})
+    examples = run.task.validation
+    metrics = evaluate(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+    return metrics | (_answers(run, model, examples)[0] if answers else {})
 
 
-def test_metrics(
-    loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Evaluate on the examples that are reported."""
-    each = predictions(model, *encoded(task.test, loaded, settings), **_how(task, settings))
-    if task.kind == "classification":
+def test_metrics(run: Run, model: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Evaluate on the examples that are reported: the mean metrics, and each example's values."""
+    examples = run.task.test
+    each = predictions(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+    if run.task.kind == "classification":
         return metrics_of(each), each | {"right": each["correct"].bool()}
-    answered, right = _answers(loaded, model, task.test, settings)
+    answered, right = _answers(run, model, examples)
     return metrics_of(each) | answered, each | right
 
 
@@ -41,34 +36,32 @@ def shares(each: dict[str, Tensor]) -> list[float]:
     return (loss * len(loss) / each["tokens"].sum() if "tokens" in each else loss).tolist()
 
 
-def unrelated_loss(loaded: LoadedModel, model: nn.Module, task: Task, settings: RunSettings) -> float | None:
+def unrelated_loss(run: Run, model: nn.Module) -> float | None:
     """Evaluate on text that has nothing to do with the task."""
-    if task.kind == "classification":
-        return None
     return forgetting_loss(
         model,
-        loaded.tokenizer,
-        unrelated_texts(task.name, NUM_UNRELATED),
-        max_length=settings.max_length,
-        batch_size=2 * settings.batch_size,
+        run.loaded.tokenizer,
+        unrelated_texts(run.task.name, NUM_UNRELATED),
+        max_length=run.settings.max_length,
+        batch_size=_batch_size(run),
     )
 
 
 def _answers(
-    loaded: LoadedModel, model: nn.Module, examples: Sequence[Example], settings: RunSettings
+    run: Run, model: nn.Module, examples: Sequence[Example]
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    if not settings.exact_match or loaded.kind == "classification":
+    if not run.settings.exact_match or run.loaded.kind == "classification":
         return {}, {}
     texts = generate_completions(
         model,
-        loaded.tokenizer,
+        run.loaded.tokenizer,
         examples,
-        batch_size=2 * settings.batch_size,
-        chat_template=bool(settings.chat_template),
+        batch_size=_batch_size(run),
+        chat_template=bool(run.settings.chat_template),
     )
     right = answers_match(texts, examples)
     return summarize_answers(texts, right), {"right": right}
 
 
-def _how(task: Task, settings: RunSettings) -> dict[str, Any]:
-    return {"kind": task.kind, "batch_size": 2 * settings.batch_size}
+def _batch_size(run: Run) -> int:
+    return 2 * run.settings.batch_size  # no gradients are kept

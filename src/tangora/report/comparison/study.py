@@ -7,6 +7,7 @@ from statistics import fmean
 from urllib.parse import quote
 
 from tangora._checks import InputError
+from tangora._folders import ComparisonFolder
 from tangora.report import formats
 from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
@@ -17,7 +18,7 @@ from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Link, Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
-from tangora.report.run_records import COMPARISON_FILE, Comparison, load_comparison
+from tangora.report.run_records import Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, Row, summarize
 from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
@@ -49,9 +50,9 @@ def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
     """Read the comparisons of a study from its folder."""
     folder = Path(folder)
     path = folder / _STUDY_FILE
-    found = sorted(file.parent.name for file in folder.glob(f"*/{COMPARISON_FILE}"))
+    found = [task.path.name for task in ComparisonFolder(folder).tasks]
     if not found:
-        raise InputError(f"{folder} holds no {COMPARISON_FILE}, nor does a folder in it")
+        raise InputError(f"{folder} holds no comparison.json, nor does a folder in it")
     shared = (
         read_record(_StudyFile, path, "study") if path.is_file() else _StudyFile(title=folder.resolve().name)
     )

@@ -1,5 +1,6 @@
-"""The memory that training holds. Its peak is what is allocated on a GPU, or resident in the process on a CPU."""
+"""What a run takes of its machine: memory, and a share of a load that others put on it, too."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tangora.report import MemoryUse
+from tangora.report.run_records import MachineLoad
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _PEAK = "VmHWM:"
 
 
+def load_average() -> float | None:
+    """Return how many processes ran or wanted to, mean over the last minute; ``None`` on Windows."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def machine_load(before: float | None) -> MachineLoad | None:
+    """Return the load before and after a run, and the number of processors."""
+    after = load_average()
+    if before is None or after is None:
+        return None
+    return MachineLoad(before=before, after=after, processors=os.cpu_count() or 1)
+
+
 def reset_peak() -> bool:
-    """Forget the peak so far."""
+    """Forget the peak of memory so far: allocated on a GPU, or resident in the process on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -40,7 +58,7 @@ def peak_bytes() -> int | None:
 
 def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) -> MemoryUse:
     """Count what a run holds."""
-    states = unwrapped(optimizer)
+    states = bare_optimizer(optimizer)
     tensors = [
         v for s in (states.state.values() if states else ()) for v in s.values() if isinstance(v, Tensor)
     ]
@@ -51,6 +69,6 @@ def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) 
     )
 
 
-def unwrapped(optimizer: Any) -> Any:
+def bare_optimizer(optimizer: Any) -> Any:
     """Look through Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -5,26 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tangora._checks import check_path
+from tangora._folders import RunFolder
 from tangora.adapters import load_adapter, save_adapter, save_merged
 from tangora.experiments.folders import check_origin, kept_origin, new_folder
-from tangora.experiments.launcher import check_one_process
-from tangora.experiments.run.loading import load_run_base
-from tangora.experiments.run.origin import origin_of
-from tangora.experiments.run.proof import model_card_facts
-from tangora.experiments.stored import adapter_settings
+from tangora.experiments.process import check_one_process
+from tangora.experiments.provenance import origin_of
+from tangora.experiments.run.preparing import load_run_base
+from tangora.experiments.run.saving import model_card_facts
+from tangora.experiments.settings_files import adapter_settings
 from tangora.report import load_record
-from tangora.report.run_records import RECORDS_FOLDER
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
-
-    Attributes:
-        path: The folder.
-        merged: Whether it holds a whole model; an adapter otherwise.
-        relative_error: Share of the update lost by cutting its rank, in Frobenius norm; 0 for an exact export.
-    """
+    """An exported folder: whether it holds a whole model, and the share of the update lost, in Frobenius norm."""
 
     path: Path
     merged: bool
@@ -67,27 +61,28 @@ def _exported(folder: Path, output: Path, rank: int | None, merge: bool, uniform
     if merge:  # into the weights as they were before they were quantized
         settings = settings.model_copy(update={"load_in_4bit": False})
     check_origin(folder, kept_origin(folder), origin_of(settings), "bring the original back")
-    loaded = load_run_base(settings, folder / "adapter")
-    model = load_adapter(loaded.model, folder / "adapter")
+    run = RunFolder(folder)
+    loaded = load_run_base(settings, run.adapter)
+    model = load_adapter(loaded.model, run.adapter)
     if not merge:
-        facts = model_card_facts(settings, *_told(folder))
+        facts = model_card_facts(settings, *_data_facts(run))
         saved = save_adapter(
             model, output, rank=rank, uniform=uniform, card=facts, tokenizer=loaded.tokenizer
         )
-        return Exported(Path(output), False, saved.relative_error)
+        return Exported(output, False, saved.relative_error)
     error = 0.0
     if rank is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            error = save_adapter(model, Path(scratch) / "adapter", rank=rank).relative_error
-            model = load_adapter(load_run_base(settings, folder / "adapter").model, Path(scratch) / "adapter")
+            cut = Path(scratch) / "adapter"
+            error = save_adapter(model, cut, rank=rank).relative_error
+            model = load_adapter(load_run_base(settings, run.adapter).model, cut)
     path = save_merged(model, output)
     loaded.tokenizer.save_pretrained(path)
     return Exported(path, True, error)
 
 
-def _told(run: Path) -> tuple[str, str]:
-    """Return what the record of a run tells of its data: fingerprint and format."""
-    own, beside = run / "record.json", run.parent.parent / RECORDS_FOLDER / f"{run.name}.json"
-    path = own if own.is_file() else beside
+def _data_facts(run: RunFolder) -> tuple[str, str]:
+    # fingerprint and format of the data, as the record of the run has them
+    path = run.record if run.record.is_file() else run.trial_record
     settings = load_record(path).settings if path.is_file() else {}
     return str(settings.get("data_fingerprint", "unknown")), str(settings.get("data_format", "unknown"))

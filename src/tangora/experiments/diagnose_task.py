@@ -1,32 +1,27 @@
-"""A diagnosis of a model on data, both by name, and what it leaves in a folder."""
+"""`tangora diagnose`: how much of the full gradient LoRA captures, for a model and data by name."""
 
 import json
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from tangora._checks import InputError
+from tangora._folders import OutputFolder
+from tangora._types import Progress
 from tangora.adapters import load_adapter
 from tangora.diagnostics import DEFAULT_RANK, diagnose
-from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.folders import LOG, check_output, claimed
-from tangora.experiments.launcher import check_one_process
-from tangora.experiments.logs import log_to
+from tangora.experiments.folders import claimed
+from tangora.experiments.measurement_settings import DiagnoseSettings
+from tangora.experiments.process import check_one_process, log_to, tell_user
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.loading import fitted, load_run_task, with_recorded_sizes, with_sizes
+from tangora.experiments.run.preparing import encoded_batches, fitted, sized
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.record_files import write_atomic
-from tangora.training.data import Task, collator, encode
-from tangora.training.devices import check_device, device_named
+from tangora.training.data import Task
+from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
-
-logger = logging.getLogger(__name__)
-
-RECORD, PLAN, PAGE = "diagnosis.json", "rank_plan.json", "diagnosis.html"
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,7 @@ def diagnose_task(
     output: str | Path,
     *,
     command: str = "",
-    phase: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int | None], None] = lambda _done, _total: None,
+    progress: Progress | None = None,
 ) -> DiagnosisFiles:
     """Diagnose a model on data, both by name.
 
@@ -54,24 +48,20 @@ def diagnose_task(
     """
     check_one_process("diagnose")
     folder = Path(output)
-    check_output(folder)
-    phase("loading")
-    check_device(settings.device)
-    settings = with_recorded_sizes(settings, folder)
-    task = load_run_task(settings)
+    if progress is not None:
+        progress("loading", 0, 0)
+    settings, task = sized(settings, folder)
     _check_sizes(settings, task)
-    settings = with_sizes(settings, task)
-    with claimed(folder, settings), log_to(folder / LOG):
+    with claimed(folder, settings), log_to(OutputFolder(folder).log):
         loaded, model = _load_model(settings, task)
-        task = fitted(task, loaded, max_length=settings.max_length, chat_template=settings.chat_template)
-        for note in task.notes:
-            logger.info("%s", note)
-        phase("gradients")
-        batches, held_out = _batches(settings, task, loaded)
+        task = fitted(settings, task, loaded)
+        tell_user(*task.notes)
+        end, size = settings.num_examples, settings.batch_size
+        first, next_ones = task.train[:end], task.train[end : end + settings.num_held_out]
         found = diagnose(
             model,
-            batches,
-            held_out=held_out or None,
+            encoded_batches(settings, loaded, first, size),
+            held_out=encoded_batches(settings, loaded, next_ones, size) or None,
             rank=settings.rank,
             budget_rank=settings.budget_rank,
             alpha=settings.alpha,
@@ -79,7 +69,7 @@ def diagnose_task(
             exact_norms=settings.exact_norms,
             power_iterations=settings.power_iterations,
             seed=settings.seed,
-            progress=lambda _, done, total: progress(done, total or None),
+            progress=progress,
         )
         record = DiagnosisRecord(
             title=f"{Path(settings.model).name} on {Path(settings.data).name}",
@@ -91,9 +81,9 @@ def diagnose_task(
         plan = json.dumps(found.plan.config(), indent=1, allow_nan=False)
         return DiagnosisFiles(
             record,
-            save_json(record, folder / RECORD),
-            write_atomic(folder / PLAN, plan + "\n"),
-            write_diagnosis(record, folder / PAGE),
+            save_json(record, folder / "diagnosis.json"),
+            write_atomic(folder / "rank_plan.json", plan + "\n"),
+            write_diagnosis(record, folder / "diagnosis.html"),
         )
 
 
@@ -123,20 +113,3 @@ def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn
         seed=settings.seed,
         target_modules=settings.target_modules,
     )
-
-
-def _batches(
-    settings: DiagnoseSettings, task: Task, loaded: LoadedModel
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    # of the first training examples, and of the next ones
-    collate, size, end = collator(loaded.tokenizer, task.kind), settings.batch_size, settings.num_examples
-    batches = []
-    for examples in (task.train[:end], task.train[end : end + settings.num_held_out]):
-        how = {"kind": task.kind, "max_length": settings.max_length}
-        data = (
-            encode(examples, loaded.tokenizer, **how, chat_template=bool(settings.chat_template))
-            if examples
-            else []
-        )
-        batches.append([dict(collate(data[first : first + size])) for first in range(0, len(data), size)])
-    return batches[0], batches[1]

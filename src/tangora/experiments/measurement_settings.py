@@ -1,67 +1,119 @@
-"""What `tangora curvature` measures."""
+"""What `tangora diagnose` and `tangora curvature` measure, of which model, on what data."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
-from tangora._names import SPACES, Kind, Space
-from tangora.experiments.values import Device, Seed, Settings
+from tangora._names import STARTS, Space
+from tangora.experiments.settings import DataSettings, ModelSettings
+from tangora.experiments.values import Seed, Separated, Targets
 
-RECORD = "curvature.json"
-"""Name of the file in an output folder."""
+CURVATURE_RECORD = "curvature.json"
+"""Name of the file in an output folder of `tangora curvature`."""
 
 
-class CurvatureSettings(Settings):
+class DiagnoseSettings(DataSettings, ModelSettings):
+    """Model, data, and what to look at."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "model": "Model and data",
+        "device": "Accuracy and cost",
+        "adapter": "Model and data",
+        "rank": "Adapter",
+        "starts": "Measurements",
+        "num_examples": "Accuracy and cost",
+    }
+    aliases: ClassVar[Mapping[str, str]] = {
+        **DataSettings.aliases,
+        "r": "rank",
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+    }
+
+    adapter: str | None = Field(
+        default=None, description="Folder of a saved adapter. Default: a new LoRA adapter."
+    )
+    rank: int | None = Field(
+        default=None, ge=1, description="Rank (r) of the initializations. Default: the adapter's, or 8."
+    )
+    budget_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Uniform rank whose number of parameters the rank plan may use. Default: rank.",
+    )
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="LoRA alpha (lora_alpha) at budget_rank, for the rank plan. Default: scaling unchanged.",
+    )
+    target_modules: Targets = "all-linear"
+    starts: Annotated[list[str], Separated] = Field(
+        default=list(STARTS), description="Initializations to compare, separated by commas."
+    )
+    num_examples: int = Field(default=32, ge=1, description="Training examples for the gradient.")
+    num_held_out: int = Field(
+        default=32,
+        ge=0,
+        description="Further training examples, held out to evaluate the initializations.",
+    )
+    batch_size: int = Field(default=4, ge=1, description="Examples per batch.")
+    exact_norms: bool | None = Field(
+        default=None,
+        description="Form the gradients to get exact norms. Default: where they fit into memory.",
+    )
+    power_iterations: int = Field(
+        default=1,
+        ge=0,
+        description="Power iterations that sharpen the singular values, two passes over the data each.",
+    )
+    seed: Seed = Field(default=0, description="Seed of random vectors, initializations and a new head.")
+
+    @field_validator("starts")
+    @classmethod
+    def _known(cls, starts: list[str]) -> list[str]:
+        for start in starts:
+            check_choice("starts", start, STARTS)
+        return starts
+
+
+class CurvatureSettings(DataSettings):
     """Whose curvature, on what data, and how much of it; what is not given is the run's own."""
 
     groups: ClassVar[Mapping[str, str]] = {
+        "data": "Model and data",
+        "device": "Accuracy and cost",
         "source": "Model and data",
         "over": "Measurements",
         "num_examples": "Accuracy and cost",
     }
-    aliases: ClassVar[Mapping[str, str]] = {"max_seq_length": "max_length"}
 
-    source: str = Field(
-        default="minilm-l6",
-        description="Run folder, or a model: packaged name, local folder, GGUF file or hub name.",
-    )
-    data: str | None = Field(
+    data: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         description="Data set: packaged name, reasoning-gym:NAME, local file or folder, or hub name. Default: the "
         "run's, or bbc-news.",
     )
-    kind: Kind | None = Field(
-        default=None, description="Type of task. Default: recognised from the columns of the data."
-    )
-    text_column: str | None = Field(default=None, description="Column of the text.")
-    label_column: str | None = Field(default=None, description="Column of the label.")
-    prompt_column: str | None = Field(default=None, description="Column of the prompt.")
-    completion_column: str | None = Field(default=None, description="Column of the completion.")
-    chat_template: bool | None = Field(
-        default=None,
-        description="Write causal examples with the tokenizer's chat template. Default: as the run.",
-    )
-    num_train: int | None = Field(default=None, ge=1, description="Training examples, as in train.")
-    num_validation: int | None = Field(default=None, ge=1, description="Validation examples, as in train.")
-    num_test: int | None = Field(default=None, ge=1, description="Test examples, as in train.")
-    max_length: int | None = Field(
+    max_length: int | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         ge=2,
         description="Maximum tokens per example (max_seq_length). Default: the run's, or 128.",
+    )
+    source: str = Field(
+        default="minilm-l6",
+        description="Run folder, or a model: packaged name, local folder, GGUF file or hub name.",
     )
     adapter: str | None = Field(default=None, description="Folder of a saved adapter, for a model.")
     split: Literal["train", "validation", "test"] = Field(
         default="train", description="Split whose loss is measured."
     )
-    over: list[Space] | None = Field(
+    over: Annotated[list[Space] | None, Separated] = Field(
         default=None,
         min_length=1,
         description="Parameter spaces, separated by commas: tangent, factors, weights. Default: tangent,factors with "
         "an adapter, weights without.",
     )
-    layers: list[str] | None = Field(
+    layers: Annotated[list[str] | None, Separated] = Field(
         default=None,
         min_length=1,
         description="Names or patterns of layers, separated by commas. Default: all.",
@@ -103,22 +155,6 @@ class CurvatureSettings(Settings):
     )
     float64: bool = Field(default=False, description="Compute in float64.")
     seed: Seed = Field(default=0, description="Seed of the random vectors and of a new head.")
-    device: Device = Field(
-        default=None, description="Device: cpu, cuda, cuda:N or mps. Default: a GPU if there is one."
-    )
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layer_names(cls, value: object) -> object:
-        return _separated(value)
-
-    @field_validator("over", mode="before")
-    @classmethod
-    def _space_names(cls, value: object) -> object:
-        names = _separated(value)
-        for name in names if isinstance(names, list) else ():
-            check_choice("over", name, SPACES)
-        return names
 
     @field_validator("landscape_points")
     @classmethod
@@ -137,8 +173,3 @@ class CurvatureSettings(Settings):
                 f"{self.batch_size} gives one; give more examples or a smaller batch_size"
             )
         return self
-
-
-def _separated(value: object) -> object:
-    # names come separated by commas from the command line
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value

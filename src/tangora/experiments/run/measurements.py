@@ -1,0 +1,185 @@
+"""What is measured of a run: its trajectory and curvature on the way, and how flat the loss is where it ended."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from tangora._checks import InputError
+from tangora._folders import RunFolder
+from tangora.curvature import Eigenpairs, Hessian
+from tangora.curvature.adapted import chosen
+from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
+from tangora.experiments.run.preparing import Run, target_layers
+from tangora.experiments.settings import RunSettings
+from tangora.report import load_record
+from tangora.report.run_records import Flatness, SpaceFlatness
+from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
+from tangora.training.curvature import CurvatureCallback, read_curvature
+from tangora.training.data import Task
+from tangora.training.metrics import evaluate
+
+_NUM_DURING, _NUM_AT_THE_END = 16, 32
+"""Examples for the Hessian: during training one batch by default, whose graph is kept from product to product."""
+
+_SHARED = ("seed", "batch_size", "accumulate", "max_length")
+"""What makes two runs see the same examples in the same order."""
+
+_RADIUS = 0.05
+"""Of the ball, the radius that Foret et al. (2021, arXiv:2010.01412) use."""
+
+_TOLERANCE = 1e-2
+_TOP_PRODUCTS, _TRACE_PRODUCTS = 20, 12
+_ASCENT, _KRYLOV = 3, 4
+
+
+def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None:
+    """Make the callback that measures where training leads; ``None`` if that is not asked for."""
+    settings, task = run.settings, run.task
+    if settings.measure_every is None or not settings.method.trains:
+        return None
+    whole = not isinstance(model, PeftModel)
+    if whole and settings.measure_gradient:
+        raise InputError(
+            f"measure_gradient needs an adapter, and recipe {settings.recipe} has none; "
+            f"got {settings.measure_gradient}"
+        )
+    tracks = find_tracks(model, target_layers(settings, task, run.loaded) if whole else None)
+    reference = check_reference(settings, task)
+    if reference is not None:
+        reference.check_layers(tracks)
+    batches = None
+    if settings.measure_gradient:
+        count = min(settings.measure_gradient, len(task.train))
+        chosen_ones = random.Random(settings.seed).sample(range(len(task.train)), count)
+        batches = run.batches([task.train[index] for index in chosen_ones])
+    followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
+    weights = [track for track in tracks if isinstance(track, WeightTrack)]
+    base = fingerprint(weights) if weights else ""
+
+    def save(step: int) -> None:
+        write_snapshot(run.folder.snapshots, step, weights, base)
+
+    return TrajectoryRecorder(
+        run.folder.trajectory, followed, settings.measure_every, save if weights else None
+    )
+
+
+def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
+    """Make the callback that measures the curvature during training; ``None`` if that is not asked for."""
+    settings = run.settings
+    if settings.curvature_every is None or not settings.method.trains:
+        return None
+    whole = not isinstance(model, PeftModel)
+    return CurvatureCallback(
+        # the first ones, so that all methods and seeds are measured on the same
+        run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING]),
+        every=settings.curvature_every,
+        path=run.folder.curvature,
+        over=("weights",) if whole else ("tangent", "factors"),
+        layers=target_layers(settings, run.task, run.loaded) if whole else None,
+        seed=settings.seed,
+    )
+
+
+def check_reference(settings: RunSettings, task: Task) -> Reference | None:
+    """Check that the reference of a run is full fine-tuning on the same examples in the same order."""
+    if settings.reference is None:
+        return None
+    folder = Path(settings.reference)
+    path = RunFolder(folder).record
+    if not path.is_file():
+        raise InputError(f"reference {folder} is no finished run: record.json is missing")
+    record = load_record(path)
+    if record.recipe != "full" or record.status != "finished":
+        raise InputError(
+            f"reference must be a finished run of recipe full; {folder} holds one of {record.recipe}, {record.status}"
+        )
+    ours = settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint}
+    if record.settings.get("data_fingerprint") != task.fingerprint:
+        raise InputError(
+            f"reference {folder} was trained on other examples: data is {record.settings.get('data')!r} there and "
+            f"{settings.data!r} here, num_train {record.settings.get('num_train')} and {settings.num_train}"
+        )
+    for key in _SHARED:
+        if record.settings.get(key) != ours[key]:
+            raise InputError(
+                f"reference {folder} is of another run: {key} is {record.settings.get(key)!r} there and "
+                f"{ours[key]!r} here"
+            )
+    reference = Reference(folder)
+    assert settings.measure_every is not None
+    reference.check_steps(measured_steps(settings.num_steps(len(task.train)), settings.measure_every))
+    return reference
+
+
+def trajectory_points(folder: RunFolder) -> list[dict[str, float]]:
+    """Return the totals of a run's measured points."""
+    return [{"step": point.step} | point.totals.known() for point in read_trajectory(folder.trajectory)]
+
+
+def curvature_points(folder: RunFolder) -> list[dict[str, float]]:
+    """Return the curvature at a run's measured points."""
+    return [{"step": point.step} | point.known() for point in read_curvature(folder.curvature)]
+
+
+def measure_flatness(run: Run, model: nn.Module, test_loss: float) -> Flatness:
+    """Measure how flat the loss is where a run ended, and how far the test loss lies above it.
+
+    The examples are the first of the task, so that all methods and seeds are measured on the same.
+    """
+    began = time.perf_counter()
+    settings, task = run.settings, run.task
+    examples = task.train[: settings.curvature_examples or _NUM_AT_THE_END]
+    seen = run.encoded(task.train[: len(task.test)])
+    train = evaluate(model, *seen, kind=task.kind, batch_size=2 * settings.batch_size)
+    values: dict[str, Any] = {
+        "train_loss": train["loss"],
+        "test_loss": test_loss,
+        "num_examples": len(examples),
+        "spaces": {},
+        "products": 0,
+    }
+    try:
+        values |= _curvature(run, model, run.batches(examples))
+    except InputError as problem:  # a method without second derivatives must not end the comparison
+        values["missing"] = f"{settings.recipe}: {problem}"
+    return Flatness(**values, seconds=time.perf_counter() - began)
+
+
+def _curvature(run: Run, model: nn.Module, batches: list[Any]) -> dict[str, Any]:
+    adapted = isinstance(model, PeftModel)
+    layers: Any = run.settings.curvature_layers
+    if not adapted:  # looked at in the layers that an adapter would have
+        layers = chosen(target_layers(run.settings, run.task, run.loaded), layers)
+    weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
+    found, pairs = _space(weights)
+    ball = weights.sharpness(_RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
+    weights.release()
+    spaces = {"weights": found}
+    for space in ("tangent", "factors") if adapted else ():
+        spaces[space], _ = _space(Hessian(model, batches, over=space, cache_graph=True))
+    return {
+        "spaces": spaces,
+        "weight_layers": run.settings.curvature_layers,
+        "radius": _RADIUS,
+        "rise": ball.rise,
+        "products": sum(found.products for found in spaces.values()) + ball.products,
+    }
+
+
+def _space(operator: Hessian) -> tuple[SpaceFlatness, Eigenpairs]:
+    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_TOP_PRODUCTS)
+    trace = operator.trace(products=_TRACE_PRODUCTS)
+    flatness = SpaceFlatness(
+        size=operator.size,
+        largest=float(pairs.values[0]),
+        residual=float(pairs.residuals[0]),
+        trace=trace.value,
+        trace_error=trace.standard_error,
+        products=operator.num_products,
+    )
+    return flatness, pairs
