@@ -1,6 +1,7 @@
 import functools
 import gc
 import importlib.util
+import sys
 
 import huggingface_hub.constants
 import jinja2
@@ -40,3 +41,22 @@ def _no_hub(monkeypatch):
     """Switch the hub off, also where it was imported before this folder's tests."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line in this process; return exit code, output and errors."""
+    from tangora import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])
+        capsys.readouterr()  # what was shown while a model was written
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -18,12 +18,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tangora import cli
-from tangora.experiments.diagnose.measure import diagnose_task
-from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.run.execute import Watcher
+from tangora.experiments.diagnose_task import diagnose_task
+from tangora.experiments.measurement_settings import DiagnoseSettings
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
-from tests.experiments.small import write_classifier, write_generator
+from tests.experiments.small import after_step, ctrl_c, write_classifier, write_generator
 from tests.training.tiny import tiny_bert, tiny_tokenizer
 
 pytestmark = [
@@ -34,17 +33,10 @@ pytestmark = [
 SIZES = ["--num-train=40", "--num-validation=10", "--num-test=10"]
 QUICK = ["--steps=2", "--batch-size=4", "--rank=2"]
 DATA = ["--model={model}", "--data={data}"]
+SWEEP = ["--recipes=lora,tangent", "--learning-rates=1e-3", "--seeds=0"]
 COMMANDS = {
     "train": ["train", *DATA, *SIZES, *QUICK],
-    "compare": [
-        "compare",
-        *DATA,
-        *SIZES,
-        *QUICK,
-        "--recipes=lora,tangent",
-        "--learning-rates=1e-3",
-        "--seeds=0",
-    ],
+    "compare": ["compare", *DATA, *SIZES, *QUICK, *SWEEP],
     "diagnose": ["diagnose", *DATA, *SIZES, "--num-examples=4", "--num-held-out=4", "--rank=2"],
     "curvature": ["curvature", "{model}", "--data={data}", *SIZES, "--num-examples=4"],
 }
@@ -57,30 +49,18 @@ def numbers():
     real = ["-1", "nan", "inf", "-inf", "1e300", "lots"]
     flags = {
         "train": (
-            ["steps", "batch-size", "accumulate", "rank", "num-train", "num-validation", "save-every"],
-            [
-                "learning-rate",
-                "alpha",
-                "weight-decay",
-                "clip",
-                "head-learning-rate",
-                "warmup",
-                "epochs",
-                "lora-dropout",
-            ],
+            "steps batch-size accumulate rank num-train num-validation save-every",
+            "learning-rate alpha weight-decay clip head-learning-rate warmup epochs lora-dropout",
         ),
-        "compare": (
-            ["steps", "rank", "sweep-seeds", "halving", "jobs"],
-            ["alpha", "clip", "max-hours", "max-memory"],
-        ),
-        "diagnose": (["num-examples", "rank", "budget-rank", "batch-size"], ["alpha"]),
-        "curvature": (
-            ["num-examples", "batch-size", "top", "probes", "landscape-points"],
-            ["radius", "tolerance"],
-        ),
+        "compare": ("steps rank sweep-seeds halving jobs", "alpha clip max-hours max-memory"),
+        "diagnose": ("num-examples rank budget-rank batch-size", "alpha"),
+        "curvature": ("num-examples batch-size top probes landscape-points", "radius tolerance"),
     }
     for command, (wholes, reals) in flags.items():
-        for flag, value in [*itertools.product(wholes, whole), *itertools.product(reals, real)]:
+        for flag, value in [
+            *itertools.product(wholes.split(), whole),
+            *itertools.product(reals.split(), real),
+        ]:
             if (flag, value) in {("jobs", whole[-1]), ("save-every", whole[-1])}:
                 continue
             yield command, [f"--{flag}={value}"]
@@ -100,19 +80,8 @@ def lists():
         yield "compare", [f"--seeds={value}"]
     for value in ("1e-3,1e-3", "1e-3,0.001", "nan", "1e-3,inf", "0", "-1e-3", "", "a,b", "1e-3,1.0000001e-3"):
         yield "compare", [f"--learning-rates={value}"]
-    for value in (
-        "nothing",
-        "q_proj,v_proj",
-        "query,q_proj",
-        "",
-        "query,",
-        "[",
-        "(",
-        "LayerNorm",
-        "encoder",
-        ".*",
-        "classifier",
-    ):
+    targets = "nothing q_proj,v_proj query,q_proj query, [ ( LayerNorm encoder .* classifier"
+    for value in (*targets.split(), ""):
         for command in ("train", "compare", "diagnose"):
             yield command, [f"--target-modules={value}"]
     for value in ("orthogonl", "", "pissa,pissb"):
@@ -123,114 +92,90 @@ def lists():
         yield "curvature", [f"--layers={value}"]
 
 
+EITHER = """
+--rank=1000
+--exact-match
+--forgetting
+--curvature --curvature-layers=nothing
+--curvature-layers=*
+--start-examples=100000
+--measure-every=1 --measure-gradient=100000
+--measure-gradient=4
+--curvature --curvature-examples=100000
+--num-test=100000
+--num-train=100000
+--text-column=nowhere
+--label-column=nowhere
+--kind=causal
+--kind=regression
+--dtype=float8
+--schedule=stairs
+--report-to=nobody
+--device=tpu
+--stepz=3
+--steps
+--curvature=3
+more
+--epochs=1 --steps=2
+--rank-plan={nowhere}
+--rank-plan={data}
+--rank-plan={broken_plan}
+"""
+OTHERS = """
+train --recipe=full --dtype=bfloat16
+train --recipe=full --rank-plan={plan}
+train --recipe=full --measure-every=1 --measure-gradient=4
+train --reference={run}
+train --measure-every=1 --reference={run}
+train --measure-every=1 --reference={nowhere}
+compare --judge-by=exact_match
+compare --sweep-seeds=5
+compare --halving=2 --extend=1
+compare --tasks=one
+compare --preset=nothing
+diagnose --num-examples=1000
+diagnose --num-held-out=1000
+diagnose --rank=1000
+curvature --num-examples=100000
+curvature --per-batch --num-examples=4 --batch-size=8
+curvature --split=all
+"""
+
+
 def what_cannot_work():
     """What could be found out only after the work, or would have no effect."""
+    for command, line in itertools.product(("train", "compare"), EITHER.strip().splitlines()):
+        yield command, line.split()
     for command in ("train", "compare"):
-        yield command, ["--rank=1000"]
-        yield command, ["--exact-match"]
-        yield command, ["--forgetting"]
-        yield command, ["--curvature", "--curvature-layers=nothing"]
-        yield command, ["--curvature-layers=*"]
-        yield command, ["--start-examples=100000"]
-        yield command, ["--measure-every=1", "--measure-gradient=100000"]
-        yield command, ["--measure-gradient=4"]
-        yield command, ["--curvature", "--curvature-examples=100000"]
-        yield command, ["--num-test=100000"]
-        yield command, ["--num-train=100000"]
-        yield command, ["--text-column=nowhere"]
-        yield command, ["--label-column=nowhere"]
-        yield command, ["--kind=causal"]
-        yield command, ["--kind=regression"]
-        yield command, ["--dtype=float8"]
-        yield command, ["--schedule=stairs"]
-        yield command, ["--report-to=nobody"]
-        yield command, ["--device=tpu"]
-        yield command, ["--stepz=3"]
-        yield command, ["--steps"]
-        yield command, ["--curvature=3"]
-        yield command, ["more"]
-        yield command, ["--epochs=1", "--steps=2"]
-        yield command, ["--rank-plan={nowhere}"]
-        yield command, ["--rank-plan={data}"]
-        yield command, ["--rank-plan={broken_plan}"]
         yield command, [*CAUSAL, "--head-learning-rate=1e-3"]
-    yield "train", ["--recipe=full", "--dtype=bfloat16"]
-    yield "train", ["--recipe=full", "--rank-plan={plan}"]
-    yield "train", ["--recipe=full", "--measure-every=1", "--measure-gradient=4"]
-    yield "train", ["--reference={run}"]
-    yield "train", ["--measure-every=1", "--reference={run}"]
-    yield "train", ["--measure-every=1", "--reference={nowhere}"]
-    yield "compare", ["--judge-by=exact_match"]
-    yield "compare", ["--sweep-seeds=5"]
-    yield "compare", ["--halving=2", "--extend=1"]
-    yield "compare", ["--tasks=one"]
-    yield "compare", ["--preset=nothing"]
-    yield "diagnose", ["--num-examples=1000"]
-    yield "diagnose", ["--num-held-out=1000"]
-    yield "diagnose", ["--rank=1000"]
-    yield "curvature", ["--num-examples=100000"]
-    yield "curvature", ["--per-batch", "--num-examples=4", "--batch-size=8"]
-    yield "curvature", ["--split=all"]
+    for line in OTHERS.strip().splitlines():
+        command, *arguments = line.split()
+        yield command, arguments
 
 
 def files():
     """Models, adapters, data and settings that are not there, damaged, or something else."""
-    for command, model in itertools.product(
-        ("train", "compare", "diagnose"),
-        (
-            "{nowhere}",
-            "{data}",
-            "{empty_folder}",
-            "{no_weights}",
-            "{cut_weights}",
-            "{bad_config}",
-            "{adapter}",
-            "{pipe}",
-            "a/b/c",
-            "~no-such-user/model",
-            "x" * 5000,
-            "",
-        ),
-    ):
+    places = "{nowhere} {data} {empty_folder} {no_weights} {cut_weights} {bad_config} {adapter} {pipe} a/b/c"
+    models = [*places.split(), "~no-such-user/model", "x" * 5000, ""]
+    for command, model in itertools.product(("train", "compare", "diagnose"), models):
         yield command, [f"--model={model}"]
     for name in (*CONFIGS, "folder_weights", "loop_weights", "pickled_junk"):
         yield "train", [f"--model={{{name}}}"]
+    places = (
+        "{nowhere} {empty} {header} {broken_json} {binary} {one_class} {empty_folder} {pipe} {texts_pipe}"
+    )
+    more = "{texts_folder} {texts_dangling} {empty_first_line} ~no-such-user/x.csv ./x.parquet"
     for command, data in itertools.product(
-        COMMANDS,
-        (
-            "{nowhere}",
-            "{empty}",
-            "{header}",
-            "{broken_json}",
-            "{binary}",
-            "{one_class}",
-            "{empty_folder}",
-            "{pipe}",
-            "{texts_pipe}",
-            "{texts_folder}",
-            "{texts_dangling}",
-            "{empty_first_line}",
-            "~no-such-user/x.csv",
-            "x" * 5000 + ".csv",
-            "./x.parquet",
-            "",
-        ),
+        COMMANDS, [*places.split(), *more.split(), "x" * 5000 + ".csv", ""]
     ):
         yield command, [f"--data={data}"]
     for command in ("train", "compare"):
-        yield command, ["--test-data={nowhere}"]
-        yield command, ["--test-data={broken_json}"]
-    for adapter in (
-        "nowhere",
-        "empty_folder",
-        "no_adapter_weights",
-        "cut_adapter",
-        "bad_adapter",
-        "wide_adapter",
-        "other_base",
-        "huge_adapter",
-        "pattern_adapter",
-    ):
+        for data in ("nowhere", "broken_json"):
+            yield command, [f"--test-data={{{data}}}"]
+    adapters = (
+        "nowhere empty_folder no_adapter_weights cut_adapter bad_adapter wide_adapter other_base huge_adapter"
+    )
+    for adapter in [*adapters.split(), "pattern_adapter"]:
         yield "diagnose", [f"--adapter={{{adapter}}}"]
         yield "curvature", [f"--adapter={{{adapter}}}"]
     for command, name in itertools.product(COMMANDS, YAML):
@@ -274,27 +219,9 @@ YAML = {
 }
 
 
-OUTPUTS = [
-    "{data}",
-    "{data}/x",
-    "/proc/nothing/x",
-    "/proc/x",
-    "/sys/x",
-    "/dev/null",
-    "/dev/null/x",
-    "{foreign}",
-]
-OUTPUTS += [
-    "{dangling}",
-    "{link_to_file}",
-    "{long_name}",
-    "{bad_settings}",
-    "{empty_settings}",
-    "{list_settings}",
-    "",
-    ".",
-]
-OUTPUTS += ["{model}"]
+_PLACES = """{data} {data}/x /proc/nothing/x /proc/x /sys/x /dev/null /dev/null/x {foreign} {dangling} {link_to_file}
+{long_name} {bad_settings} {empty_settings} {list_settings} . {model}"""
+OUTPUTS = [*_PLACES.split(), ""]
 OF = {"train": "run", "compare": "comparison", "diagnose": "diagnosis"}
 
 
@@ -312,27 +239,9 @@ def outputs():
 
 def other_commands():
     """Runs, folders and experiments of the commands that take few settings."""
-    runs = [
-        "nowhere",
-        "data",
-        "empty_folder",
-        "foreign",
-        "comparison",
-        "diagnosis",
-        "full_run",
-        "bad_settings",
-    ]
-    runs += [
-        "run_bad_config",
-        "run_cut",
-        "run_no_weights",
-        "run_bad_settings",
-        "run_list_settings",
-        "run_other_base",
-        "run_not_finite",
-        "run_bad_tokenizer",
-        "run_pipe",
-    ]
+    whole = "nowhere data empty_folder foreign comparison diagnosis full_run bad_settings"
+    damaged = "bad_config cut no_weights bad_settings list_settings other_base not_finite bad_tokenizer pipe"
+    runs = [*whole.split(), *(f"run_{how}" for how in damaged.split())]
     for run in runs:
         yield "export", [f"{{{run}}}", "--output={out}"]
         yield "export", [f"{{{run}}}", "--merge", "--output={out}"]
@@ -344,17 +253,8 @@ def other_commands():
         yield "export", ["{run}", "--rank=1", f"--output={output}"]
     for rank in ("0", "-1", "x", "1.5"):
         yield "export", ["{run}", f"--rank={rank}", "--output={out}"]
-    for folder in (
-        "nowhere",
-        "data",
-        "empty_folder",
-        "foreign",
-        "run",
-        "bad_comparison",
-        "mixed",
-        "bad_records",
-        "diagnosis",
-    ):
+    folders = "nowhere data empty_folder foreign run bad_comparison mixed bad_records diagnosis"
+    for folder in folders.split():
         yield "report", [f"{{{folder}}}"]
 
 
@@ -437,12 +337,8 @@ def world(tmp_path_factory):
 
 
 def train_in_part(settings, folder):
-    def stop(step, _loss):
-        if step == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(settings, folder, watcher=Watcher(step=stop))
+        train(settings, folder, progress=after_step(2, ctrl_c))
 
 
 def _write_comparison(root, settings):
@@ -484,15 +380,8 @@ def _write_damaged(root):
     }.items():
         shutil.copytree(root / "part", root / name)
         (root / name / path).write_text("{\n{\n")
-    for name in (
-        "run_bad_config",
-        "run_cut",
-        "run_no_weights",
-        "run_bad_settings",
-        "run_list_settings",
-        "run_other_base",
-    ):
-        shutil.copytree(root / "run", root / name)
+    for how in ("bad_config", "cut", "no_weights", "bad_settings", "list_settings", "other_base"):
+        shutil.copytree(root / "run", root / f"run_{how}")
     for name, run in (
         ("bad_adapter", "run_bad_config"),
         ("cut_adapter", "run_cut"),

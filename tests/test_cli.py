@@ -13,10 +13,9 @@ import pytest
 from tangora import recipes
 from tangora._names import DATA, MODELS
 from tangora.experiments.comparison.plan import CompareSettings
-from tangora.experiments.curvature.settings import CurvatureSettings
-from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.presets import PRESETS, preset
+from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.settings import RunSettings
+from tangora.experiments.settings_files import PRESETS, preset
 from tests.experiments.small import write_classifier
 
 pytestmark = pytest.mark.messages
@@ -25,24 +24,6 @@ pytestmark = pytest.mark.messages
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return write_classifier(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command line in this process; return exit code, output and errors."""
-    from tangora import cli
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def flags(small, **changes):
@@ -90,18 +71,6 @@ def test_curvature_of_a_run_and_report(call, small, tmp_path, monkeypatch):
     assert "tangent space" in again
 
 
-def test_curvature_names_what_is_wrong(call, small, tmp_path):
-    code, _, err = call(
-        "curvature", small["model"], "--data", small["data"], "--over", "tangnt", "--output", tmp_path
-    )
-    assert code == 2
-    assert "over must be one of" in err
-    assert err.count("\n") == 1
-    code, _, err = call("curvature", tmp_path / "nowhere", "--output", tmp_path / "out")
-    assert code == 2
-    assert "nowhere" in err
-
-
 def test_a_comparison_with_curvature_prints_the_end_points(call, small, tmp_path):
     arguments = ["--recipes", "lora", "--learning-rates", "1e-3", "--seeds", "0", "--curvature"]
     few = ["--curvature-examples", 4]
@@ -140,7 +109,7 @@ def test_list_names_everything_in_eighty_columns(call, monkeypatch):
 
 
 def test_every_recipe_is_listed_by_what_it_changes():
-    from tangora.cli.listing import group_of
+    from tangora.cli.pages import group_of
 
     groups = {}
     for entry in recipes():
@@ -162,23 +131,12 @@ def test_models_and_data_are_those_that_can_be_loaded():
     assert set(DATA) == {*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX}
 
 
+TENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 WORDS = [
-    *(
-        "no",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+    "no",
+    *["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    *TENS.split(),
+    "twenty",
 ]
 WORDS += [f"twenty-{word}" for word in WORDS[1:10]] + ["thirty"]
 
@@ -532,59 +490,3 @@ def test_bad_flags_end_with_one_line_and_code_2(call, small, tmp_path, case):
     assert code == 2
     assert err.count("\n") == 1
     assert all(text in err for text in expected), err
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "is empty"),
-        ('{"text": "the cat", "label": 1}\n{"text": \n', ":2"),
-        ('{"text": "the cat", "label": 1}\n[1, 2]\n', ":2"),
-        ('{"text": "the cat", "label": 1}\n{"text": "no label"}\n', ":2"),
-    ],
-)
-def test_malformed_data_names_file_and_line(call, small, tmp_path, content, expected):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    code, _, err = call("train", *flags(small, data=path), "--output", tmp_path / "out")
-    assert code == 2
-    assert "bad.jsonl" in err
-    assert expected in err
-    assert err.count("\n") == 1
-
-
-def test_bad_yaml(call, tmp_path):
-    (tmp_path / "a.yaml").write_text("stepz: 3\n")
-    code, _, err = call("train", "--config", tmp_path / "a.yaml", "--output", tmp_path / "out")
-    assert code == 2
-    assert "unknown key 'stepz'" in err
-    assert "steps" in err
-    (tmp_path / "b.yaml").write_text("steps: [1\n")
-    code, _, err = call("train", "--config", tmp_path / "b.yaml", "--output", tmp_path / "out")
-    assert code == 2
-    assert "b.yaml:" in err
-
-
-def test_output_folder_of_another_configuration(call, small, tmp_path):
-    assert call("train", *flags(small), "--output", tmp_path / "out")[0] == 0
-    code, _, err = call("train", *flags(small, steps=3), "--output", tmp_path / "out")
-    assert code == 2
-    assert "belongs to another configuration: steps is 2 there and 3 here" in err
-
-
-def test_a_comparison_with_an_unknown_recipe(call, small, tmp_path):
-    code, _, err = call("compare", *flags(small), "--recipes", "lora,lorra", "--output", tmp_path / "out")
-    assert code == 2
-    assert "lorra" in err
-
-
-@pytest.mark.slow
-def test_the_module_prints_no_traceback(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "tangora.cli", "train", "--recipe", "none", "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import sys
 
 import pytest
 
 from tangora.experiments.comparison import pool
-from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.proof import Proof
-from tests.experiments.small import write_classifier
+from tangora.experiments.run.saving import Proof
+from tests.experiments.small import after_step, ctrl_c, write_classifier
 
 pytestmark = pytest.mark.messages
 
@@ -20,20 +18,12 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command line in this process; return exit code, output and errors."""
-    from tangora import cli
+def call(call):
+    """Call the command line; return exit code, output on one line, and errors."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tangora", *map(str, arguments)])
-        capsys.readouterr()  # what was shown while the model was written
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, " ".join(captured.out.split()), captured.err
+        code, out, err = call(*arguments)
+        return code, " ".join(out.split()), err
 
     return run
 
@@ -45,16 +35,7 @@ def flags(small, output, **changes):
 
 def interrupted_at(monkeypatch, step, how):
     """Let a signal, or Ctrl-C, arrive after a step of training."""
-
-    def heard(number, _loss):
-        if number == step:
-            how()
-
-    monkeypatch.setattr("tangora.cli.results.watcher_of", lambda _bars, _bar: Watcher(step=heard))
-
-
-def ctrl_c():
-    raise KeyboardInterrupt
+    monkeypatch.setattr("tangora.cli.commands.bar_of", lambda *_, **__: after_step(step, how))
 
 
 def terminate():
@@ -123,8 +104,8 @@ def test_a_comparison_with_failed_runs_names_retry(call, small, tmp_path, monkey
     arguments.append("--recipes=lora,tangent")
 
     def record(self, run):
-        if run.cell.settings.recipe == "tangent":
-            (run.folder / "records" / f"{run.cell.id}.json").unlink(missing_ok=True)
+        if run.trial.settings.recipe == "tangent":
+            run.folder.record_of(run.trial.id).unlink(missing_ok=True)
             run.process.kill()
         return recorded(self, run)
 

@@ -1,7 +1,11 @@
 """A model and data small enough to train in a test, on the disk as a user would have them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from tests.training.tiny import WORDS, tiny_bert, tiny_llama, tiny_tokenizer
 
@@ -41,3 +45,23 @@ def write_generator(folder: Path) -> dict:
         "max_length": 16,
         "rank": 2,
     }
+
+
+def after_step(number: int, act: Callable[[], object]) -> Callable[[str, int, int], None]:
+    """Return a ``progress`` that acts once so many optimizer steps of a run are done."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if "loss" in what and done == number:
+            act()
+
+    return progress
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def have_same_weights(one: Path, other: Path, file: str = "adapter/adapter_model.safetensors") -> bool:
+    """Tell whether the weights in the folders of two runs are the same, bit by bit."""
+    ours, theirs = (load_file(folder / file) for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

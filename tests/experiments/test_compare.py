@@ -6,12 +6,13 @@ import shutil
 import pytest
 
 from tangora import CompareSettings, InputError, compare
+from tangora._folders import ComparisonFolder
 from tangora._names import MODELS
-from tangora.experiments.compare import CompareWatcher, write_report
+from tangora.experiments.compare import write_report
 from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.folders import claimed
-from tangora.experiments.presets import PRESETS, preset
 from tangora.experiments.provenance import provenance
+from tangora.experiments.settings_files import PRESETS, preset
 from tangora.report import load_comparison, summarize
 from tangora.training.data import load_task
 from tangora.training.models import PACKAGED_MODELS
@@ -33,28 +34,29 @@ def settings(tmp_path_factory):
     )
 
 
-class Log(CompareWatcher):
+class Log:
+    """Progress of a comparison: the runs that were made, with their status, and the number of all."""
+
     def __init__(self):
-        super().__init__()
-        self.began, self.ended = [], []
+        self.made, self.done, self.total = {}, 0, 0
 
-    def begin(self, cell):
-        self.began.append(cell.id)
-        return super().begin(cell)
-
-    def end(self, cell, record):
-        self.ended.append((cell.id, record.status))
+    def __call__(self, what, done, total):
+        if what == "runs":
+            self.done, self.total = done, total
+        else:
+            name, _, self.made[name] = what.partition(": ")
 
 
 @pytest.fixture(scope="module")
 def done(settings, tmp_path_factory):
     folder, log = tmp_path_factory.mktemp("compare") / "out", Log()
-    return settings, folder, compare(settings, folder, command="test", watcher=log), log
+    return settings, folder, compare(settings, folder, command="test", progress=log), log
 
 
 def test_every_method_is_swept_and_repeated(done):
     _, _, outcome, log = done
-    assert log.total == 6 + 3
+    assert log.done == log.total == 6 + 3
+    assert log.made == {record.id: record.status for record in outcome.comparison.records}
     assert len(outcome.comparison.records) == 9
     stages = [(r.recipe, r.stage, r.seed) for r in outcome.comparison.records]
     assert stages.count(("tangent", "sweep", 0)) == 2
@@ -107,8 +109,8 @@ def test_the_default_title_says_what_was_compared(done):
     assert CompareSettings(recipes=["lora"], title="Mine").heading == "Mine"
     # the same comparison under another title
     log = Log()
-    again = compare(settings.model_copy(update={"title": "Other"}), folder, command="test", watcher=log)
-    assert (again.comparison.title, log.began) == ("Other", [])
+    again = compare(settings.model_copy(update={"title": "Other"}), folder, command="test", progress=log)
+    assert (again.comparison.title, log.made) == ("Other", {})
     assert again.recommendation == outcome.recommendation
     compare(settings, folder, command="test")
 
@@ -124,8 +126,8 @@ def test_a_second_call_repeats_nothing_and_a_missing_run_is_made_up(done):
     victim = folder / "records" / f"{outcome.comparison.records[2].id}.json"
     victim.unlink()
     log = Log()
-    again = compare(settings, folder, command="test", watcher=log)
-    assert log.began == [victim.stem]
+    again = compare(settings, folder, command="test", progress=log)
+    assert log.made == {victim.stem: "finished"}
     losses = [[[s.loss for s in r.history] for r in o.comparison.records] for o in (outcome, again)]
     assert losses[0] == losses[1]
 
@@ -137,10 +139,10 @@ def test_a_comparison_grows_by_recipes_and_seeds(done, tmp_path):
     grids = settings.learning_rates | {"pissa": [1e-3, 3e-3]}
     more = {"recipes": ["pissa", *settings.recipes], "learning_rates": grids, "seeds": [0, 1, 2]}
     grown = settings.model_copy(update=more)
-    records = compare(grown, grown_folder, watcher=log).comparison.records
+    records = compare(grown, grown_folder, progress=log).comparison.records
     before = {record.id for record in outcome.comparison.records}
-    assert set(log.began).isdisjoint(before)
-    assert {record.id for record in records} == before | set(log.began)
+    assert set(log.made).isdisjoint(before)
+    assert {record.id for record in records} == before | set(log.made)
     assert {(r.recipe, r.seed) for r in records} == {(n, k) for n in grown.recipes for k in (0, 1, 2)}
 
 
@@ -184,7 +186,7 @@ def test_the_report_can_be_written_again(done, tmp_path):
     _, folder, outcome, _ = done
     loaded = load_comparison(folder)
     assert {r.id for r in loaded.records} == {r.id for r in outcome.comparison.records}
-    assert write_report(loaded, tmp_path).exists()
+    assert write_report(loaded, ComparisonFolder(tmp_path)).exists()
 
 
 @pytest.mark.parametrize("name", PRESETS)

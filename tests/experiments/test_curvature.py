@@ -12,7 +12,7 @@ from tangora import InputError
 from tangora.curvature import Hessian
 from tangora.experiments.curvature.measured_model import load_measured
 from tangora.experiments.curvature.measurement import measure_curvature
-from tangora.experiments.curvature.settings import CurvatureSettings
+from tangora.experiments.measurement_settings import CurvatureSettings
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated

@@ -3,24 +3,21 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tangora import InputError, RunSettings, train
 from tangora.experiments.values import validated
-from tangora.training.callbacks import History, read_history
+from tangora.training.callbacks import read_history
 from tangora.training.curvature import read_curvature
-from tests.experiments.small import write_classifier
+from tests.experiments.small import after_step, ctrl_c, have_same_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:step .* changes A of")
 
 BUDGET = {"steps": 5, "batch_size": 8, "curvature_examples": 6}
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    settings = write_classifier(tmp_path_factory.mktemp("classifier"))
-    return settings | {"target_modules": "query,value"}
+@pytest.fixture
+def classifier(classifier):
+    return classifier | {"target_modules": "query,value"}
 
 
 @pytest.mark.parametrize("name", ["full", "tangent", "lora-pro"])
@@ -31,8 +28,7 @@ def test_measuring_changes_no_bit_of_training(classifier, tmp_path, name):
     assert measured.metrics == plain.metrics
     assert [step.loss for step in measured.history] == [step.loss for step in plain.history]
     file = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
-    one, other = load_file(tmp_path / "plain" / file), load_file(tmp_path / "measured" / file)
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert have_same_weights(tmp_path / "plain", tmp_path / "measured", file)
     assert plain.curvature == []
     assert not (tmp_path / "plain" / "curvature.jsonl").exists()
     points = read_curvature(tmp_path / "measured" / "curvature.jsonl")
@@ -47,22 +43,13 @@ def test_measuring_changes_no_bit_of_training(classifier, tmp_path, name):
         assert all(0 < point.captured_energy <= 1 for point in points)
 
 
-def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path, monkeypatch):
+def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path):
     settings = RunSettings(
         **{**classifier, **BUDGET, "recipe": "lora", "curvature_every": 2, "save_every": 2}
     )
     whole = train(settings, tmp_path / "whole")
-    original = History.on_log
-
-    def killed(self, args, state, control, logs=None, **kwargs):
-        original(self, args, state, control, logs, **kwargs)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(History, "on_log", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "cut", progress=after_step(3, ctrl_c))
     with (tmp_path / "cut" / "curvature.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3}) + "\n")  # of the part that is taken again
     record = train(settings, tmp_path / "cut")

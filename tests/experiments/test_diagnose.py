@@ -1,34 +1,22 @@
 """`tangora diagnose` on models and data from the disk: files, numbers, and errors that name what is wrong."""
 
 import json
-import sys
 
 import pytest
 from peft import LoraConfig
 
 from tangora import InputError, find_pairs, load_adapter, recipe, save_adapter
 from tangora.diagnostics import Diagnosis
-from tangora.experiments.diagnose.measure import diagnose_task
-from tangora.experiments.diagnose.settings import DiagnoseSettings
+from tangora.experiments.diagnose_task import diagnose_task
+from tangora.experiments.measurement_settings import DiagnoseSettings
 from tangora.experiments.values import validated
 from tangora.report import load_diagnosis
 from tangora.training.models import load_model
-from tests.experiments.small import write_classifier, write_generator
 
 
 def of(small, **changes):
     keep = ("model", "data", "num_validation", "num_test", "max_length", "rank")
     return {key: small[key] for key in keep} | {"num_examples": 10} | changes
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("classifier"))
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory):
-    return write_generator(tmp_path_factory.mktemp("generator"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +44,7 @@ def test_the_files_say_the_same(classifier, tmp_path):
     assert isinstance(found, Diagnosis)
     assert found.plain_start
     assert found.num_batches == 3
-    assert heard[-1] == (23, 23)  # 5 passes over 3 batches, and 8 more of other examples
+    assert heard[-1] == ("gradients", 23, 23)  # 5 passes over 3 batches, and 8 more of other examples
     assert json.loads(done.plan.read_text()) == found.plan.config()
     assert found.totals.held_out["lora-ga"] < found.totals.starts["lora-ga"]
     assert found.totals.adapter == found.totals.starts["lora"] < found.totals.starts["lora-ga"]
@@ -114,49 +102,16 @@ def test_errors(classifier, tmp_path, changes, message):
         diagnose_task(validated(DiagnoseSettings, of(classifier, **changes)), tmp_path / "out")
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Call the command line in this process; return exit code, output and errors."""
-    from tangora import cli
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tangora", "diagnose", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def flags(values):
     return [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def test_command(call, classifier, tmp_path):
-    code, out, err = call(*flags(of(classifier)), "--output", tmp_path / "out")
+def test_command(call, classifier, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, err = call("diagnose", *flags(of(classifier)), "--output", tmp_path / "out")
     assert code == 0, err
     assert "Plain LoRA of rank 2 captures" in out
     assert "all layers" in out
     assert "query" in out
     assert "rank_plan.json" in out.replace("\n", "")
     assert (tmp_path / "out" / "diagnosis.html").stat().st_size > 1e6
-
-
-def test_command_help(call):
-    code, out, _ = call("--help")
-    assert code == 0
-    assert "Examples" in out
-    assert "--budget-rank" in out
-
-
-@pytest.mark.messages
-def test_command_errors(call, classifier, tmp_path):
-    code, _, err = call(*flags(of(classifier, budget_rank=0)), "--output", tmp_path / "out")
-    assert code == 2
-    assert err.count("\n") == 1
-    assert "budget_rank" in err

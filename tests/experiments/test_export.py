@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from tangora import InputError, RunSettings, export, load_adapter, train
-from tangora.experiments.run.loading import load_base, load_run_task
+from tangora.experiments.run.preparing import load_base, load_run_task
 from tangora.report import load_record
 from tests.experiments.small import write_classifier, write_generator
 from tests.training.tiny import tiny_tokenizer

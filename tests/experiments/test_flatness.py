@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from safetensors.torch import load_file
 
 from tangora import InputError
 from tangora.experiments.compare import CompareSettings, compare
@@ -11,23 +10,18 @@ from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated
 from tangora.report import load_comparison, load_record
-from tests.experiments.small import write_classifier
+from tests.experiments.small import have_same_weights
 
 BUDGET = {"steps": 2, "batch_size": 8, "curvature": True, "curvature_examples": 8}
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("classifier"))
-
-
-@pytest.fixture(scope="module")
-def compared(small, tmp_path_factory):
+def compared(classifier, tmp_path_factory):
     """A comparison of three methods, measured at their ends."""
     methods = {"recipes": ["full", "lora", "lora-ga"], "seeds": [0]}
     rates = {"learning_rates": {name: [1e-3] for name in methods["recipes"]}}
     folder = tmp_path_factory.mktemp("compared") / "out"
-    settings = validated(CompareSettings, small | BUDGET | methods | rates)
+    settings = validated(CompareSettings, classifier | BUDGET | methods | rates)
     return folder, settings, compare(settings, folder)
 
 
@@ -71,23 +65,20 @@ def test_records_without_it_are_continued(compared):
     assert 'id="flatness-table"' not in (folder / "report.html").read_text()
 
 
-def test_nothing_else_changes(small, tmp_path):
-    run = small | {"steps": 3, "batch_size": 8, "recipe": "lora", "seed": 1}
+def test_nothing_else_changes(classifier, tmp_path):
+    run = classifier | {"steps": 3, "batch_size": 8, "recipe": "lora", "seed": 1}
     plain = train(validated(RunSettings, run), tmp_path / "plain")
     measured = train(validated(RunSettings, run | BUDGET | {"steps": 3}), tmp_path / "measured")
     assert plain.flatness is None
     assert measured.flatness is not None
     assert measured.metrics == plain.metrics
     assert measured.history == plain.history
-    ours, theirs = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "measured")
-    )
-    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert have_same_weights(tmp_path / "plain", tmp_path / "measured")
     assert load_record(tmp_path / "measured" / "record.json") == measured
 
 
-def test_what_has_no_hessian_says_why(small, tmp_path):
-    record = train(validated(RunSettings, small | BUDGET | {"recipe": "dora"}), tmp_path / "out")
+def test_what_has_no_hessian_says_why(classifier, tmp_path):
+    record = train(validated(RunSettings, classifier | BUDGET | {"recipe": "dora"}), tmp_path / "out")
     assert record.status == "finished"
     assert record.flatness.spaces == {}
     assert "dora" in record.flatness.missing.lower()
@@ -95,16 +86,16 @@ def test_what_has_no_hessian_says_why(small, tmp_path):
 
 
 @pytest.mark.messages
-def test_examples_need_the_measurement(small):
+def test_examples_need_the_measurement(classifier):
     with pytest.raises(
         InputError, match="curvature_examples needs curvature or curvature_every; got 8 alone"
     ):
-        validated(RunSettings, small | {"curvature_examples": 8})
+        validated(RunSettings, classifier | {"curvature_examples": 8})
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora"])
-def test_the_weights_of_some_layers_alone(small, tmp_path, recipe):
-    one = small | BUDGET | {"recipe": recipe, "seed": 1}
+def test_the_weights_of_some_layers_alone(classifier, tmp_path, recipe):
+    one = classifier | BUDGET | {"recipe": recipe, "seed": 1}
     whole = train(validated(RunSettings, one), tmp_path / "whole").flatness
     part = train(
         validated(RunSettings, one | {"curvature_layers": "*.layer.0.*"}), tmp_path / "part"

@@ -14,20 +14,20 @@ import safetensors.torch
 import torch
 
 from tangora import CompareSettings, InputError, RunSettings, compare, export, train
+from tangora._folders import ComparisonFolder
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import Limits, died
 from tangora.experiments.curvature.measurement import measure_curvature
-from tangora.experiments.curvature.settings import CurvatureSettings
-from tangora.experiments.folders import LOG, SETTINGS, claimed, locked
+from tangora.experiments.folders import claimed, locked
+from tangora.experiments.measurement_settings import CurvatureSettings
+from tangora.experiments.provenance import model_fingerprint
 from tangora.experiments.run import execute as run_module
-from tangora.experiments.run.loading import load_base, load_run_task
-from tangora.experiments.run.origin import model_fingerprint
-from tangora.experiments.run.proof import Proof, verify_adapter
-from tangora.experiments.run.saving import check_space
+from tangora.experiments.run.preparing import load_base, load_run_task
+from tangora.experiments.run.saving import Proof, check_space, verify_adapter
 from tangora.experiments.train import last_step
 from tangora.report import load_comparison
 from tangora.training.callbacks import last_checkpoint, read_history
-from tests.experiments.small import write_classifier
+from tests.experiments.small import after_step, ctrl_c, write_classifier
 
 
 @pytest.fixture
@@ -55,16 +55,6 @@ def change_model(small):
     safetensors.torch.save_file({key: 1.01 * each for key, each in tensors.items()}, path, {"format": "pt"})
 
 
-def interrupt(after):
-    from tangora.experiments.run.execute import Watcher
-
-    def step(number, _loss):
-        if number == after:
-            raise KeyboardInterrupt
-
-    return Watcher(step=step)
-
-
 # --- whose a folder is
 
 
@@ -77,9 +67,9 @@ def test_a_finished_run_is_not_told_again_for_other_data_or_another_model(small,
     change(small)
     with pytest.raises(InputError, match=f"the {name} changed since .*out was begun"):
         train(settings, tmp_path / "out")
-    kept = json.loads((tmp_path / "out" / SETTINGS).read_text())
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
     del kept[f"{name}_fingerprint"]  # an older version kept the data's in the record alone
-    (tmp_path / "out" / SETTINGS).write_text(json.dumps(kept))
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(kept))
     with pytest.raises(InputError, match=f"the {name} changed since"):
         train(settings, tmp_path / "out")
 
@@ -89,7 +79,7 @@ def test_a_finished_run_is_not_told_again_for_other_data_or_another_model(small,
 def test_a_run_does_not_go_on_with_other_data_or_another_model(small, tmp_path, change):
     settings = settings_of(small, save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, tmp_path / "out", watcher=interrupt(3))
+        train(settings, tmp_path / "out", progress=after_step(3, ctrl_c))
     assert last_step(tmp_path / "out") == 2
     change(small)
     with pytest.raises(InputError, match="changed since"):
@@ -105,8 +95,10 @@ def test_a_comparison_never_mixes_data(small, tmp_path):
     compare(settings, tmp_path / "out")
     older = tmp_path / "older"
     shutil.copytree(tmp_path / "out", older)
-    kept = json.loads((older / SETTINGS).read_text())
-    (older / SETTINGS).write_text(json.dumps({key: kept[key] for key in kept if "fingerprint" not in key}))
+    kept = json.loads((older / "settings.json").read_text())
+    (older / "settings.json").write_text(
+        json.dumps({key: kept[key] for key in kept if "fingerprint" not in key})
+    )
     change_data(small)
     for folder in (tmp_path / "out", older):
         with pytest.raises(InputError, match="the data changed since"):
@@ -184,9 +176,9 @@ def test_a_second_process_stops_at_once_and_a_killed_one_holds_nothing(tmp_path)
         holder.wait()
         holder.stdout.close()
     with claimed(tmp_path / "out", RunSettings(steps=3)):
-        assert json.loads((tmp_path / "out" / SETTINGS).read_text())["steps"] == 3
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["steps"] == 3
         (tmp_path / "out" / "result").write_text("something")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {SETTINGS, "result"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "result"}
 
 
 # --- nothing left by what did nothing
@@ -209,13 +201,13 @@ def refuse(folder, settings, *write):
 
 
 def test_a_folder_in_which_nothing_was_done_is_as_it_was(tmp_path):
-    idle = [(LOG, "a warning"), ("metrics.jsonl", ""), ("checkpoints/checkpoint-1", "half")]
+    idle = [("log.txt", "a warning"), ("metrics.jsonl", ""), ("checkpoints/checkpoint-1", "half")]
     refuse(tmp_path / "a" / "b" / "c", RunSettings(), *idle)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
     refuse(tmp_path / "there", RunSettings(), *idle)
     assert list((tmp_path / "there").iterdir()) == []
-    before = {SETTINGS: json.dumps({"steps": 9}), LOG: "earlier\n"}
+    before = {"settings.json": json.dumps({"steps": 9}), "log.txt": "earlier\n"}
     for name, content in before.items():
         (tmp_path / "there" / name).write_text(content)
     refuse(tmp_path / "there", RunSettings(), *idle)
@@ -224,7 +216,7 @@ def test_a_folder_in_which_nothing_was_done_is_as_it_was(tmp_path):
 
 def test_a_folder_in_which_something_was_done_stays(tmp_path):
     refuse(tmp_path / "out", RunSettings(), ("metrics.jsonl", "{}\n"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {SETTINGS, "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "metrics.jsonl"}
 
 
 # --- the disk is full
@@ -318,16 +310,6 @@ def test_export_to_another_base_is_refused(small, tmp_path):
         export(tmp_path / "out", tmp_path / "merged", merge=True)
 
 
-@pytest.mark.messages
-def test_export_overwrites_nothing(small, tmp_path):
-    train(settings_of(small), tmp_path / "out")
-    weights = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
-    for merge in (False, True):
-        with pytest.raises(InputError, match="exists already; choose another --output"):
-            export(tmp_path / "out", tmp_path / "out" / "adapter", rank=1, merge=merge)
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
-
-
 # --- what cannot work, and what came out
 
 
@@ -359,14 +341,14 @@ def test_the_proof_fails_for_another_base(small, tmp_path):
 
 def test_an_abort_under_a_limit_is_a_lack_of_memory(small, tmp_path):
     settings = CompareSettings(**small, recipes=["lora"], kind="classification")
-    cell = due(settings, [])[0]
-    task = load_run_task(cell.settings)
-    (tmp_path / "runs").mkdir()
+    trial = due(settings, [])[0]
+    task = load_run_task(trial.settings)
+    folder = ComparisonFolder(tmp_path)
     limited = Limits(gigabytes=0.01)
-    assert died(cell, task, tmp_path, -signal.SIGABRT, limited).status == "out_of_memory"
-    assert "max_memory" in died(cell, task, tmp_path, -signal.SIGABRT, limited).error
-    assert died(cell, task, tmp_path, -signal.SIGABRT, Limits()).status == "failed"
-    assert died(cell, task, tmp_path, -signal.SIGKILL, limited).status == "failed"
+    assert died(trial, task, folder, -signal.SIGABRT, limited).status == "out_of_memory"
+    assert "max_memory" in died(trial, task, folder, -signal.SIGABRT, limited).error
+    assert died(trial, task, folder, -signal.SIGABRT, Limits()).status == "failed"
+    assert died(trial, task, folder, -signal.SIGKILL, limited).status == "failed"
 
 
 @pytest.mark.messages
@@ -378,14 +360,14 @@ def test_a_rank_plan_of_another_model_is_refused(small, tmp_path):
 
 
 def test_checks_leave_the_model_alone(small):
-    from tangora.experiments.run.checks import checked
+    from tangora.experiments.run.preparing import check_recipes
 
     settings = settings_of(small)
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     before = {name: each.clone() for name, each in loaded.model.state_dict().items()}
     state = torch.get_rng_state()
-    checked([settings, settings.model_copy(update={"recipe": "dora"})], task, loaded)
+    check_recipes([settings, settings.model_copy(update={"recipe": "dora"})], task, loaded)
     assert torch.equal(state, torch.get_rng_state())
     after = loaded.model.state_dict()
     assert after.keys() == before.keys()

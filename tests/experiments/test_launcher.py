@@ -15,10 +15,9 @@ from tangora._checks import InputError
 from tangora.experiments.compare import compare_tasks
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings
 from tangora.experiments.curvature.measurement import measure_curvature
-from tangora.experiments.curvature.settings import CurvatureSettings
-from tangora.experiments.diagnose.measure import diagnose_task
-from tangora.experiments.diagnose.settings import DiagnoseSettings
-from tangora.experiments.launcher import check_one_process
+from tangora.experiments.diagnose_task import diagnose_task
+from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
+from tangora.experiments.process import check_one_process
 from tangora.experiments.settings import RunSettings
 from tangora.report import load_comparison
 from tests.experiments.small import write_classifier
@@ -82,17 +81,13 @@ def test_a_process_group_that_a_script_has_made_is_refused():
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_the_command_line_ends_with_code_2(arguments, tmp_path, monkeypatch, capsys):
-    from tangora import cli
-
+def test_the_command_line_ends_with_code_2(arguments, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["tangora", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert "WORLD_SIZE" in (told := capsys.readouterr().err)
-    assert told.count("\n") == 1
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "WORLD_SIZE" in err
+    assert err.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 

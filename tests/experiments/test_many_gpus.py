@@ -5,19 +5,13 @@ import torch
 
 import tangora
 from tangora.experiments.settings import RunSettings
-from tests.experiments.small import write_classifier
 
 pytestmark = pytest.mark.messages
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("gpus"))
-
-
 @pytest.mark.parametrize("recipe", ["full", "lora", "tangent"])
-def test_a_run_is_the_same_as_with_one(small, tmp_path, monkeypatch, recipe):
-    settings = RunSettings(**small, recipe=recipe, steps=3, batch_size=4, evaluate_every=2)
+def test_a_run_is_the_same_as_with_one(classifier, tmp_path, monkeypatch, recipe):
+    settings = RunSettings(**classifier, recipe=recipe, steps=3, batch_size=4, evaluate_every=2)
     one = tangora.train(settings, tmp_path / "one")
     # they are counted, but none can be used here: the run stays on the CPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

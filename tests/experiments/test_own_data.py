@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from tangora import CompareSettings, InputError, RunSettings, compare, train
-from tangora.experiments.run.loading import check_chat, load_run_task, with_sizes
+from tangora.experiments.run.preparing import check_chat, load_run_task, sized
 from tangora.report import load_record
 from tests.experiments.small import write_classifier, write_generator
 from tests.training.tiny import WORDS
@@ -44,10 +44,9 @@ def test_folders_with_other_sizes_go_on_with_those(small, tmp_path):
     assert train(RunSettings(**small), tmp_path / "out") == record
 
 
-def test_the_default_task_has_its_published_sizes():
-    settings = RunSettings()
-    sized = with_sizes(settings, load_run_task(settings))
-    assert (sized.num_train, sized.num_validation, sized.num_test) == (None, 200, 500)
+def test_the_default_task_has_its_published_sizes(tmp_path):
+    settings, _ = sized(RunSettings(), tmp_path / "out")
+    assert (settings.num_train, settings.num_validation, settings.num_test) == (None, 200, 500)
 
 
 def test_what_is_cut_off_is_told_logged_and_recorded(small, tmp_path, caplog):

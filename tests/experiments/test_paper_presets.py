@@ -9,9 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tangora.experiments.comparison.plan import PlanSettings, read_plan
-from tangora.experiments.presets import preset
 from tangora.experiments.run.execute import execute
-from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.run.preparing import load_run_task
+from tangora.experiments.settings_files import preset
 from tests.training.tiny import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
 
 SMALL = {

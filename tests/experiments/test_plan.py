@@ -17,17 +17,17 @@ def settings(**values):
     return CompareSettings(**given | values)
 
 
-def ended(cell, loss):
+def ended(trial, loss):
     """Make the record of a run with a validation loss; None stands for divergence."""
     metrics = {} if loss is None else {"validation": {"loss": loss}, "test": {"loss": loss}}
     return Record(
-        id=cell.id,
-        recipe=cell.settings.recipe,
-        learning_rate=cell.settings.peak,
-        seed=cell.settings.seed,
-        stage=cell.stage,
+        id=trial.id,
+        recipe=trial.settings.recipe,
+        learning_rate=trial.settings.peak_learning_rate,
+        seed=trial.settings.seed,
+        stage=trial.stage,
         status="finished" if metrics else "diverged",
-        settings=cell.settings.model_dump(mode="json"),
+        settings=trial.settings.model_dump(mode="json"),
         metrics=metrics,
         history=[],
         evaluations=[],
@@ -43,9 +43,9 @@ def ended(cell, loss):
 def played(plan, loss_of):
     """Run a plan with losses given as a function of the learning rate; return all records."""
     records = []
-    while cells := due(plan, records):
-        assert planned(plan, records) >= len(records) + len(cells)
-        records += [ended(cell, loss_of(cell.settings.peak)) for cell in cells]
+    while trials := due(plan, records):
+        assert planned(plan, records) >= len(records) + len(trials)
+        records += [ended(trial, loss_of(trial.settings.peak_learning_rate)) for trial in trials]
     assert planned(plan, records) == len(records)
     return records
 
@@ -110,7 +110,7 @@ def test_what_has_ended_is_never_due_again_and_the_order_of_ending_does_not_matt
     for cut in range(len(whole)):
         part = whole[cut:] if cut % 2 else whole[:cut]
         left = due(plan, part)
-        assert {cell.id for cell in left} <= ids - {record.id for record in part}
+        assert {trial.id for trial in left} <= ids - {record.id for record in part}
         assert left or len(part) == len(whole)
     assert not due(plan, whole[::-1])
 
@@ -119,13 +119,13 @@ def test_more_seeds_choose_with_less_noise():
     plan = settings(sweep_seeds=2)
     # the first seed alone would choose 1e-4
     losses = {(1e-4, 0): 0.1, (1e-4, 1): 0.9, (1e-3, 0): 0.3, (1e-3, 1): 0.3, (1e-2, 0): 0.5, (1e-2, 1): 0.5}
-    records, cells = [], due(plan, [])
-    assert [(cell.settings.peak, cell.settings.seed) for cell in cells] == list(losses)
-    for cell in cells:
+    records, trials = [], due(plan, [])
+    assert [(trial.settings.peak_learning_rate, trial.settings.seed) for trial in trials] == list(losses)
+    for trial in trials:
         assert planned(plan, records) == 7
-        records.append(ended(cell, losses[cell.settings.peak, cell.settings.seed]))
+        records.append(ended(trial, losses[trial.settings.peak_learning_rate, trial.settings.seed]))
     (last,) = due(plan, records)
-    assert (last.settings.peak, last.settings.seed, last.stage) == (1e-3, 2, "final")
+    assert (last.settings.peak_learning_rate, last.settings.seed, last.stage) == (1e-3, 2, "final")
     assert not due(settings(sweep_seeds=3), played(settings(sweep_seeds=3), parabola(1e-3)))
 
 
@@ -133,9 +133,11 @@ def test_trials_of_several_seeds_choose_by_their_mean():
     plan = settings(learning_rates={"lora": [1e-4, 1e-3]}, halving=2, steps=40, sweep_seeds=2)
     losses = {(1e-4, 0): 0.5, (1e-4, 1): 0.1, (1e-3, 0): 0.2, (1e-3, 1): 0.2}
     trials = due(plan, [])
-    assert {cell.stage for cell in trials} == {"trial"}
-    records = [ended(cell, losses[cell.settings.peak, cell.settings.seed]) for cell in trials]
-    assert {cell.settings.peak for cell in due(plan, records)} == {1e-3}
+    assert {trial.stage for trial in trials} == {"trial"}
+    records = [
+        ended(trial, losses[trial.settings.peak_learning_rate, trial.settings.seed]) for trial in trials
+    ]
+    assert {trial.settings.peak_learning_rate for trial in due(plan, records)} == {1e-3}
 
 
 def test_halving_spends_full_budgets_on_survivors_only():

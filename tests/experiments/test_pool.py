@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,26 +15,20 @@ import pytest
 import torch
 
 from tangora import CompareSettings, InputError, compare
-from tangora.experiments.compare import CompareWatcher
+from tangora._folders import ComparisonFolder
 from tangora.experiments.comparison import worker
-from tangora.experiments.comparison.resources import Resources
+from tangora.experiments.comparison.plan import Resources
 from tangora.experiments.comparison.sweep import due
-from tangora.experiments.comparison.worker import DiskFullError, record_path, run_cell
-from tangora.experiments.run.execute import Watcher
-from tangora.experiments.run.loading import load_run_task
+from tangora.experiments.comparison.worker import DiskFullError, run_trial
+from tangora.experiments.run.preparing import load_run_task
 from tangora.report import load_comparison, load_record
-from tests.experiments.small import write_classifier
+from tests.experiments.small import after_step
 from tests.training.tiny import tiny_bert, tiny_tokenizer
 
 RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("data"))
-
-
-def plan(small, **values):
+def plan(classifier, **values):
     given = {
         "recipes": ["lora", "tangent"],
         "learning_rates": RATES,
@@ -41,7 +36,7 @@ def plan(small, **values):
         "steps": 4,
         "batch_size": 8,
     }
-    return CompareSettings(**small | given | values, kind="classification")
+    return CompareSettings(**classifier | given | values, kind="classification")
 
 
 def content_of(record):
@@ -55,50 +50,46 @@ def what_was_found(folder):
     return {record.id: content_of(record) for record in load_comparison(folder).records}
 
 
-class Killer(CompareWatcher):
+class Killer:
     """Kills the process of the first run at its second step."""
 
-    def __init__(self):
-        super().__init__()
-        self.pool, self.began = None, []
+    victim = None
 
-    def begin(self, cell):
-        self.began.append(cell.id)
-        first = len(self.began) == 1
-        return Watcher(step=lambda number, _: self.kill() if first and number == 2 else None)
-
-    def kill(self):
-        import multiprocessing
-
-        os.kill(
-            next(p.pid for p in multiprocessing.active_children() if p.name == self.began[0]), signal.SIGKILL
-        )
+    def __call__(self, what, done, total):
+        name, _, note = what.partition(": ")
+        if note:
+            self.victim = self.victim or name
+        if name == self.victim and note.startswith("loss") and done == 2:
+            (number,) = (p.pid for p in multiprocessing.active_children() if p.name == name)
+            os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_recorded_and_the_others_go_on(small, tmp_path):
+def test_a_killed_run_is_recorded_and_the_others_go_on(classifier, tmp_path):
     killer = Killer()
-    outcome = compare(plan(small, steps=30), tmp_path / "out", watcher=killer)
+    outcome = compare(plan(classifier, steps=30), tmp_path / "out", progress=killer)
     records = {record.id: record for record in outcome.comparison.records}
-    dead = records[killer.began[0]]
+    dead = records[killer.victim]
     assert dead.status == "failed"
     assert "signal 9" in dead.error
     assert 2 <= len(dead.history) < 30
     assert sum(record.status == "finished" for record in records.values()) == len(records) - 1
 
-    again = compare(plan(small, steps=30), tmp_path / "out")
+    again = compare(plan(classifier, steps=30), tmp_path / "out")
     assert {r.id: r.status for r in again.comparison.records} == {i: r.status for i, r in records.items()}
-    healed = compare(plan(small, steps=30), tmp_path / "out", resources=Resources(retry=True))
+    healed = compare(plan(classifier, steps=30), tmp_path / "out", resources=Resources(retry=True))
     assert {record.status for record in healed.comparison.records} == {"finished"}
 
 
-def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(small, tmp_path):
-    wide = plan(small, recipes=["lora", "full"], learning_rates={"lora": [1e-3], "full": [1e-3]}, seeds=[0])
+def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(classifier, tmp_path):
+    wide = plan(
+        classifier, recipes=["lora", "full"], learning_rates={"lora": [1e-3], "full": [1e-3]}, seeds=[0]
+    )
     # 51 MB of position vectors: frozen they fit, with their gradient and moments they need 200
     tiny_bert(num_hidden_layers=1, max_position_embeddings=400_000).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     wide = wide.model_copy(update={"model": str(tmp_path / "wide")})
-    outcome = compare(wide, tmp_path / "out", resources=Resources(gigabytes=0.17))
+    outcome = compare(wide, tmp_path / "out", resources=Resources(max_memory=0.17))
     found = {record.recipe: record for record in outcome.comparison.records}
     assert found["lora"].status == "finished"
     assert found["full"].status == "out_of_memory"
@@ -107,8 +98,8 @@ def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(sm
 
 
 @pytest.mark.slow
-def test_side_by_side_gives_what_one_after_the_other_does(small, tmp_path):
-    one = plan(small)
+def test_side_by_side_gives_what_one_after_the_other_does(classifier, tmp_path):
+    one = plan(classifier)
     compare(one, tmp_path / "one", resources=Resources(jobs=1))
     compare(one, tmp_path / "two", resources=Resources(jobs=2))
     alone, beside = what_was_found(tmp_path / "one"), what_was_found(tmp_path / "two")
@@ -130,8 +121,8 @@ compare(CompareSettings(**json.loads(sys.argv[1])), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_loses_and_repeats_nothing(small, tmp_path):
-    wanted, folder = plan(small, steps=8), tmp_path / "cut"
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(classifier, tmp_path):
+    wanted, folder = plan(classifier, steps=8), tmp_path / "cut"
     compare(wanted, tmp_path / "whole")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), wanted.model_dump_json(), str(folder)]
     kept = {}
@@ -159,73 +150,75 @@ class CutOff(BaseException):
     """What no run survives."""
 
 
-def cut_off(step, _loss):
-    if step == 5:
-        raise CutOff
+def cut_off():
+    raise CutOff
 
 
-def test_a_run_with_checkpoints_goes_on_from_the_last_and_counts_all_its_time(small, tmp_path):
+def test_a_run_with_checkpoints_goes_on_from_the_last_and_counts_all_its_time(classifier, tmp_path):
     grid = {"recipes": ["tangent"], "learning_rates": {"tangent": [1e-3]}, "seeds": [0]}
-    (cell,) = due(plan(small, **grid, steps=8, save_every=3, evaluate_every=2), [])
-    task = load_run_task(cell.settings)
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    whole = run_cell(cell, task, tmp_path / "whole", Watcher())
+    (trial,) = due(plan(classifier, **grid, steps=8, save_every=3, evaluate_every=2), [])
+    task = load_run_task(trial.settings)
+    folders = {name: ComparisonFolder(tmp_path / name) for name in ("whole", "cut")}
+    for folder in folders.values():
+        folder.path.mkdir()
+    whole = run_trial(trial, task, folders["whole"])
 
     with pytest.raises(CutOff):
-        run_cell(cell, task, tmp_path / "cut", Watcher(step=cut_off))
-    kept = tmp_path / "cut" / "runs" / cell.id / "checkpoints" / "checkpoint-3" / "seconds.json"
+        run_trial(trial, task, folders["cut"], after_step(5, cut_off))
+    kept = tmp_path / "cut" / "runs" / trial.id / "checkpoints" / "checkpoint-3" / "seconds.json"
     assert min(json.loads(kept.read_text()).values()) > 0
     kept.write_text(json.dumps({"forward_backward": 1000.0, "optimizer": 2000.0, "evaluation": 3000.0}))
-    heard = []
-    rest = run_cell(cell, task, tmp_path / "cut", Watcher(step=lambda step, _: heard.append(step)))
-    assert heard == [4, 5, 6, 7, 8]
+    steps = []
+    rest = run_trial(
+        trial, task, folders["cut"], lambda what, done, _: steps.append(done) if "loss" in what else None
+    )
+    assert steps == [4, 5, 6, 7, 8]
     assert content_of(rest) == content_of(whole)
     spent = rest.time
     assert [s // 1000 for s in (spent.forward_backward, spent.optimizer, spent.evaluation)] == [1, 2, 3]
 
 
-def test_a_full_disk_stops_the_comparison_and_is_no_fault_of_the_run(small, tmp_path, monkeypatch):
-    wanted = plan(small)
-    cell, *_ = due(wanted, [])
-    task = load_run_task(cell.settings)
+def test_a_full_disk_stops_the_comparison_and_is_no_fault_of_the_run(classifier, tmp_path, monkeypatch):
+    wanted = plan(classifier)
+    trial, *_ = due(wanted, [])
+    task, folder = load_run_task(trial.settings), ComparisonFolder(tmp_path)
 
     def full(*args, **kwargs):
         raise RuntimeError("serializing failed") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(worker, "execute", full)
     with pytest.raises(DiskFullError, match="no space left"):
-        run_cell(cell, task, tmp_path, Watcher())
-    assert not record_path(tmp_path, cell).exists()
+        run_trial(trial, task, folder)
+    assert not folder.record_of(trial.id).exists()
 
     def broken(*args, **kwargs):
         raise KeyError("lost")
 
     monkeypatch.setattr(worker, "execute", broken)
-    record = run_cell(cell, task, tmp_path, Watcher())
+    record = run_trial(trial, task, folder)
     assert (record.status, record.error) == ("failed", "KeyError: 'lost'")
 
 
-def test_what_torch_says_of_memory_is_understood(small, tmp_path, monkeypatch):
-    cell, *_ = due(plan(small), [])
+def test_what_torch_says_of_memory_is_understood(classifier, tmp_path, monkeypatch):
+    trial, *_ = due(plan(classifier), [])
 
     def large(*args, **kwargs):
         torch.empty(2**60, dtype=torch.int8)
 
     monkeypatch.setattr(worker, "execute", large)
-    record = run_cell(cell, load_run_task(cell.settings), tmp_path, Watcher())
+    record = run_trial(trial, load_run_task(trial.settings), ComparisonFolder(tmp_path))
     assert record.status == "out_of_memory"
     assert "allocate" in record.error
 
 
-def test_no_run_begins_when_the_time_is_over(small, tmp_path, monkeypatch):
+def test_no_run_begins_when_the_time_is_over(classifier, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the time was over before a run had begun"):
-        compare(plan(small), tmp_path / "out", resources=Resources(hours=0.0))
+        compare(plan(classifier), tmp_path / "out", resources=Resources(max_hours=0.0))
 
     looks = iter(range(10**6))  # the first at the beginning, then one before every run
-    module = sys.modules[CompareWatcher.__module__]  # the package has a function of that name
+    module = sys.modules[compare.__module__]  # the package has a function of that name
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 1000.0 * next(looks)))
-    outcome = compare(plan(small), tmp_path / "out", resources=Resources(hours=2500 / 3600))
+    outcome = compare(plan(classifier), tmp_path / "out", resources=Resources(max_hours=2500 / 3600))
     assert len(outcome.comparison.records) == 2
     assert len(outcome.comparison.missing) == 3  # the chosen rate has been found to need another seed
     assert outcome.report.exists()
@@ -233,12 +226,8 @@ def test_no_run_begins_when_the_time_is_over(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.messages
-def test_a_comparison_in_which_nothing_works_says_why(small, tmp_path):
-    wrong = plan(small, target_modules=["nothing"], seeds=[0])
+def test_a_comparison_in_which_nothing_works_says_why(classifier, tmp_path):
+    wrong = plan(classifier, target_modules=["nothing"], seeds=[0])
     with pytest.raises(InputError, match=r"target_modules must name .* dense, key, .*; got 'nothing'"):
         compare(wrong, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="jobs must be"):
-        Resources(jobs=0)
-    with pytest.raises(InputError, match="gigabytes must be"):
-        Resources(gigabytes=0.0)

@@ -9,26 +9,20 @@ import sys
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tangora import InputError, RunSettings, recipe, recipes, train
 from tangora.experiments.run.execute import execute
-from tangora.experiments.run.loading import load_run_task
-from tangora.experiments.run.proof import verify_adapter
+from tangora.experiments.run.preparing import load_run_task
+from tangora.experiments.run.saving import verify_adapter
 from tangora.training.callbacks import last_checkpoint, read_history
-from tests.experiments.small import write_classifier, write_generator
+from tests.experiments.small import have_same_weights, write_generator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:step .* changes A of",
     "ignore:The following rank_pattern keys did not match",  # PEFT, loading an AdaLoRA adapter
     "ignore:Adapter .default.. \\d+ LoRA tensor",  # AdaLoRA takes some layers their whole rank
 )
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
 @pytest.mark.slow
@@ -205,9 +199,7 @@ def test_resume_after_kill_equals_an_uninterrupted_run(classifier, tmp_path, nam
     assert last_checkpoint(killed / "checkpoints").name == "checkpoint-4"
     for folder in (killed, whole):  # in this process, which knows nothing of the killed one
         train(RunSettings(**settings), folder)
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, killed))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert have_same_weights(whole, killed)
     assert read_history(whole / "metrics.jsonl") == read_history(killed / "metrics.jsonl")
 
 
@@ -229,17 +221,3 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
             (folder / "complete").touch()
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert not (tmp_path / "checkpoint-8").exists()
-
-
-@pytest.mark.messages
-def test_bad_input_is_named(classifier, tmp_path):
-    with pytest.raises(InputError, match=r"rank must be at most \d+, the smaller side of layer .*; got 999"):
-        train(RunSettings(**{**classifier, "rank": 999}), tmp_path / "a")
-    settings = RunSettings(**classifier, steps=1, batch_size=4)
-    train(settings, tmp_path / "b")
-    with pytest.raises(InputError, match="belongs to another configuration: steps is 1 there and 2 here"):
-        train(settings.model_copy(update={"steps": 2}), tmp_path / "b")
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is no tangora output folder"):
-        train(settings, tmp_path / "c")

@@ -10,27 +10,16 @@ from tangora import InputError
 from tangora.experiments.compare import compare
 from tangora.experiments.comparison.plan import CompareSettings, read_plan
 from tangora.experiments.comparison.sweep import due
-from tangora.experiments.export import export
-from tangora.experiments.run.execute import Watcher
+from tangora.experiments.export_run import export
 from tangora.experiments.settings import RunSettings
-from tangora.experiments.stored import run_settings
+from tangora.experiments.settings_files import run_settings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated
-from tests.experiments.small import write_classifier, write_generator
+from tests.experiments.small import after_step, ctrl_c
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
 )
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_generator(tmp_path_factory.mktemp("sums"))
 
 
 def run(task, folder, **changes):
@@ -62,22 +51,22 @@ def test_epochs_are_as_many_steps_as_they_take(epochs, num_train, batch_size, ac
     assert settings.num_steps(num_train) == steps
 
 
-def test_an_epoch_sees_every_example_once(texts, tmp_path):
+def test_an_epoch_sees_every_example_once(classifier, tmp_path):
     settings = {"accumulate": 3, "num_train": 61, "warmup": 0.5}
-    lengths = []
+    lengths = set()
     record = train(
-        RunSettings(**{**texts, **settings}, recipe="lora", batch_size=8, learning_rate=1e-3, epochs=2),
+        RunSettings(**{**classifier, **settings}, recipe="lora", batch_size=8, learning_rate=1e-3, epochs=2),
         tmp_path / "epochs",
-        watcher=Watcher(length=lengths.append),
+        progress=lambda _what, _done, total: lengths.add(total),
     )
-    assert lengths == [6]
+    assert lengths == {6}
     assert len(record.history) == 2 * 3  # eight batches in steps of three
     assert record.settings["epochs"] == 2
     assert record.settings["steps"] is None
     # the schedule, too, is that of so many steps
     same = train(
         RunSettings(
-            **{**texts, **settings},
+            **{**classifier, **settings},
             recipe="lora",
             batch_size=8,
             learning_rate=1e-3,
@@ -88,7 +77,7 @@ def test_an_epoch_sees_every_example_once(texts, tmp_path):
     assert losses(same) == losses(record)
     # and the folder is its own afterwards
     assert run_settings(tmp_path / "epochs").epochs == 2
-    assert losses(run({**texts, **settings}, tmp_path / "epochs", epochs=2)) == losses(record)
+    assert losses(run({**classifier, **settings}, tmp_path / "epochs", epochs=2)) == losses(record)
 
 
 def test_steps_and_epochs_exclude_each_other():
@@ -114,15 +103,15 @@ def test_trials_of_a_halving_are_parts_of_the_epochs():
         recipes=["lora"], learning_rates=[1e-4, 1e-3], epochs=2, halving=2, kind="classification"
     )
     trials = due(settings, [])
-    assert [cell.settings.epochs for cell in trials] == [1.0, 1.0]
-    assert [cell.id for cell in trials] == ["lora-lr0.0001-seed0-epochs1", "lora-lr0.001-seed0-epochs1"]
+    assert [trial.settings.epochs for trial in trials] == [1.0, 1.0]
+    assert [trial.id for trial in trials] == ["lora-lr0.0001-seed0-epochs1", "lora-lr0.001-seed0-epochs1"]
 
 
 # --- dropout ---
 
 
-def test_dropout_is_the_adapters(texts, tmp_path):
-    plain, dropped = run(texts, tmp_path / "a"), run(texts, tmp_path / "b", lora_dropout=0.4)
+def test_dropout_is_the_adapters(classifier, tmp_path):
+    plain, dropped = run(classifier, tmp_path / "a"), run(classifier, tmp_path / "b", lora_dropout=0.4)
     config = json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())
     assert config["lora_dropout"] == 0.4
     assert losses(plain) != losses(dropped)
@@ -140,15 +129,15 @@ def test_dropout_is_a_probability(bad):
 
 
 @pytest.mark.parametrize("recipe", ["tangent", "orthogonal+tangent", "full"])
-def test_checkpointing_changes_no_loss(texts, tmp_path, recipe):
+def test_checkpointing_changes_no_loss(classifier, tmp_path, recipe):
     # the base has dropout of its own, which must be drawn alike when activations are computed again
-    task = {**texts, "recipe": recipe, "batch_size": 8, "learning_rate": 1e-3, "steps": 3}
+    task = {**classifier, "recipe": recipe, "batch_size": 8, "learning_rate": 1e-3, "steps": 3}
     plain = train(RunSettings(**task), tmp_path / "a")
     again = train(RunSettings(**task, gradient_checkpointing=True), tmp_path / "b")
     assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
 
 
-def test_checkpointing_is_switched_on(sums, tmp_path, monkeypatch):
+def test_checkpointing_is_switched_on(generator, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
     asked = []
@@ -159,9 +148,9 @@ def test_checkpointing_is_switched_on(sums, tmp_path, monkeypatch):
         lambda model, *options, **more: (asked.append(options or more), enable(model, *options, **more))[1],
     )
     measured = {"measure_every": 1, "measure_gradient": 8, "curvature_every": 2}
-    plain = run(sums, tmp_path / "a", **measured)
+    plain = run(generator, tmp_path / "a", **measured)
     assert not asked
-    again = run(sums, tmp_path / "b", gradient_checkpointing=True, **measured)
+    again = run(generator, tmp_path / "b", gradient_checkpointing=True, **measured)
     assert asked
     assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
     for ours, theirs in ((again.trajectory, plain.trajectory), (again.curvature, plain.curvature)):
@@ -169,25 +158,25 @@ def test_checkpointing_is_switched_on(sums, tmp_path, monkeypatch):
             assert here == pytest.approx(there, rel=1e-3, nan_ok=True)
 
 
-def test_a_model_without_checkpointing_is_refused(texts, tmp_path, monkeypatch):
+def test_a_model_without_checkpointing_is_refused(classifier, tmp_path, monkeypatch):
     from transformers import BertForSequenceClassification
 
     monkeypatch.setattr(BertForSequenceClassification, "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match="gradient_checkpointing cannot be used with model"):
-        run(texts, tmp_path / "out", gradient_checkpointing=True)
+        run(classifier, tmp_path / "out", gradient_checkpointing=True)
 
 
 # --- 4 bits ---
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("task", ["texts", "sums"])
+@pytest.mark.parametrize("task", ["classifier", "generator"])
 @pytest.mark.parametrize("recipe", ["lora", "lora-ga+tangent"])
 def test_the_base_is_quantized_and_the_head_is_not(task, recipe, tmp_path, request):
     from bitsandbytes.nn import Linear4bit
 
-    from tangora.experiments.run.loading import load_base, load_run_task
-    from tangora.experiments.run.proof import verify_adapter
+    from tangora.experiments.run.preparing import load_base, load_run_task
+    from tangora.experiments.run.saving import verify_adapter
 
     task = request.getfixturevalue(task)
     settings = RunSettings(
@@ -209,9 +198,9 @@ def test_the_base_is_quantized_and_the_head_is_not(task, recipe, tmp_path, reque
 
 
 @needs_bitsandbytes
-def test_a_comparison_on_a_quantized_base_that_goes_on(sums, tmp_path):
+def test_a_comparison_on_a_quantized_base_that_goes_on(generator, tmp_path):
     options = {"epochs": 0.5, "lora_dropout": 0.1, "load_in_4bit": True, "gradient_checkpointing": True}
-    common = {**sums, **options, "recipes": "lora,tangent", "learning_rates": "1e-3", "batch_size": 8}
+    common = {**generator, **options, "recipes": "lora,tangent", "learning_rates": "1e-3", "batch_size": 8}
     compare(CompareSettings(**common, seeds="0"), tmp_path / "out")
     outcome = compare(CompareSettings(**common, seeds="0,1"), tmp_path / "out")
     records = outcome.comparison.records
@@ -247,15 +236,11 @@ def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch):
         pytest.param({"epochs": 1, "load_in_4bit": True, "lora_dropout": 0.3}, marks=needs_bitsandbytes),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(sums, tmp_path, options):
-    settings = RunSettings(**sums, **options, recipe="tangent", batch_size=8, save_every=3)
-
-    def stop(step, _):
-        if step == 5:
-            raise KeyboardInterrupt
+def test_a_resumed_run_is_the_uninterrupted_one(generator, tmp_path, options):
+    settings = RunSettings(**generator, **options, recipe="tangent", batch_size=8, save_every=3)
 
     with pytest.raises(KeyboardInterrupt):
-        train(settings, tmp_path / "cut", watcher=Watcher(step=stop))
+        train(settings, tmp_path / "cut", progress=after_step(5, ctrl_c))
     resumed, whole = (train(settings, tmp_path / name) for name in ("cut", "whole"))
     assert len(whole.history) == settings.num_steps(80)
     assert losses(resumed) == losses(whole)
@@ -272,9 +257,11 @@ def test_devices_have_names(bad):
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(name, texts, tmp_path, monkeypatch):
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    name, classifier, tmp_path, monkeypatch
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    nowhere = {**texts, "data": "./nowhere.jsonl"}
+    nowhere = {**classifier, "data": "./nowhere.jsonl"}
     with pytest.raises(InputError, match=f"device '{name}' is not available: no GPU is visible"):
         run(nowhere, tmp_path / "out", device=name)
     with pytest.raises(InputError, match=f"device '{name}' is not available"):
@@ -292,11 +279,11 @@ def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
         check_device("cuda:2")
 
 
-def test_a_run_stays_on_the_cpu_and_may_go_on_elsewhere(texts, tmp_path):
-    record = run(texts, tmp_path / "out", device="cpu")
+def test_a_run_stays_on_the_cpu_and_may_go_on_elsewhere(classifier, tmp_path):
+    record = run(classifier, tmp_path / "out", device="cpu")
     assert record.settings["device"] == "cpu"
     # where a run was computed is no part of what it is
-    assert losses(run(texts, tmp_path / "out")) == losses(record)
+    assert losses(run(classifier, tmp_path / "out")) == losses(record)
     assert run_settings(tmp_path / "out").device is None
 
 

@@ -8,19 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from tangora import InputError, RunSettings, train
 from tangora.diagnostics import Trajectory, find_tracks
-from tangora.experiments.run.loading import load_base, load_run_task
-from tangora.experiments.run.trajectory import target_layers
+from tangora.experiments.run.preparing import load_base, load_run_task, target_layers
 from tangora.experiments.values import validated
 from tangora.recipes import recipe
-from tangora.training.callbacks import History, measured_steps, read_history, read_trajectory
-from tests.experiments.small import write_classifier
+from tangora.training.callbacks import measured_steps, read_history, read_trajectory
+from tests.experiments.small import after_step, ctrl_c, have_same_weights, write_classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:step .* changes A of")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +40,7 @@ def test_measuring_changes_no_bit_of_training(classifier, reference, tmp_path, n
     measured = train(RunSettings(**settings, **measuring), tmp_path / "measured")
     assert losses(measured) == losses(plain)
     file = "model/model.safetensors" if name == "full" else "adapter/adapter_model.safetensors"
-    one, other = load_file(tmp_path / "plain" / file), load_file(tmp_path / "measured" / file)
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert have_same_weights(tmp_path / "plain", tmp_path / "measured", file)
     assert plain.trajectory == []
     assert not (tmp_path / "plain" / "trajectory.jsonl").exists()
     points = read_trajectory(tmp_path / "measured" / "trajectory.jsonl")
@@ -87,7 +80,7 @@ def test_the_layers_of_full_fine_tuning_are_those_of_an_adapter(classifier, targ
     task = load_run_task(settings)
     loaded = load_base(settings, task)
     before = torch.get_rng_state()
-    names = target_layers(loaded, task, settings)
+    names = target_layers(settings, task, loaded)
     assert torch.equal(torch.get_rng_state(), before)
     adapted = recipe("lora").prepare(
         loaded.model, r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1, target_modules=targets
@@ -96,20 +89,11 @@ def test_the_layers_of_full_fine_tuning_are_those_of_an_adapter(classifier, targ
 
 
 @pytest.mark.parametrize("name", ["full", "tangent"])
-def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path, monkeypatch, name):
+def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path, name):
     settings = RunSettings(**classifier, recipe=name, steps=8, batch_size=4, save_every=4, measure_every=3)
     whole = train(settings, tmp_path / "whole")
-    original = History.on_log
-
-    def killed(self, args, state, control, logs=None, **kwargs):
-        original(self, args, state, control, logs, **kwargs)
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(History, "on_log", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "cut", progress=after_step(7, ctrl_c))
     lines = (tmp_path / "cut" / "trajectory.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 3, 6]
     with (tmp_path / "cut" / "trajectory.jsonl").open("a") as file:
@@ -122,16 +106,10 @@ def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path, monke
     assert record.trajectory == whole.trajectory
 
 
-def test_an_early_interruption_begins_anew(classifier, tmp_path, monkeypatch):
+def test_an_early_interruption_begins_anew(classifier, tmp_path):
     settings = RunSettings(**classifier, recipe="lora", steps=4, batch_size=4, measure_every=2)
-
-    def killed(self, args, state, control, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(History, "on_log", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path, progress=after_step(1, ctrl_c))
     assert [line["step"] for line in read_history(tmp_path / "trajectory.jsonl")] == [0]
     train(settings, tmp_path)
     assert [line["step"] for line in read_history(tmp_path / "trajectory.jsonl")] == [0, 2, 4]
