@@ -44,7 +44,7 @@ def test_the_files_say_the_same(classifier, tmp_path):
     assert isinstance(found, Diagnosis)
     assert found.plain_start
     assert found.num_batches == 3
-    assert heard[-1] == ("gradients", 23, 23)  # 5 passes over 3 batches, and 8 more of other examples
+    assert heard[-1] == ("gradient", 23, 23)  # 5 passes over 3 batches, and 8 more of other examples
     assert json.loads(done.plan.read_text()) == found.plan.config()
     assert found.totals.held_out["lora-ga"] < found.totals.starts["lora-ga"]
     assert found.totals.adapter == found.totals.starts["lora"] < found.totals.starts["lora-ga"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tangora._folders import ComparisonFolder
 from tangora.report import (
     Comparison,
     EvaluationRecord,
@@ -19,7 +20,6 @@ from tangora.report import (
     save_json,
     summarize,
 )
-from tangora.report.run_records import COMPARISON_FILE, RECORDS_FOLDER
 
 CREATED = "2026-01-02T03:04:05+00:00"
 HOSTILE = '<script>alert("x")</script> & %{y} $x$ [bold]'
@@ -109,8 +109,8 @@ def make_comparison(records: Sequence[Record], **changes: Any) -> Comparison:
 def save_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write a comparison as `load_comparison` reads it: one file for what is shared, one per run."""
     for record in comparison.records:
-        save_json(record, folder / RECORDS_FOLDER / f"{record.id}.json")
-    save_json(comparison.model_copy(update={"records": []}), folder / COMPARISON_FILE)
+        save_json(record, ComparisonFolder(folder).record_of(record.id))
+    save_json(comparison.model_copy(update={"records": []}), ComparisonFolder(folder).comparison)
     return folder
 
 

@@ -69,7 +69,7 @@ def diagnose_task(
             exact_norms=settings.exact_norms,
             power_iterations=settings.power_iterations,
             seed=settings.seed,
-            progress=progress,
+            progress=progress or False,
         )
         record = DiagnosisRecord(
             title=f"{Path(settings.model).name} on {Path(settings.data).name}",
