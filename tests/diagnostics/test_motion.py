@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tangora.diagnostics import motion
 from tangora.diagnostics.motion import (
     Overlap,
-    Place,
     Update,
+    WeightState,
+    change_between,
     change_rows,
-    difference,
-    norm,
     overlap,
     principal_angles,
+    product_norm,
     step_norm,
     update_from,
 )
@@ -40,10 +40,12 @@ def test_norm_and_difference(case, seed):
     A, B, _, s = case
     new_A, new_B = moved(A, B, 1.0, seed)
     old, new = update_from(A, B, scaling=s), update_from(new_A, new_B, scaling=s)
-    assert float(norm(old)) == pytest.approx(s * float((B @ A).norm()), rel=1e-10)
+    assert float(product_norm(old)) == pytest.approx(s * float((B @ A).norm()), rel=1e-10)
     step = s * (new_B @ new_A - B @ A)
-    assert torch.allclose(difference(new, old).B @ difference(new, old).A, step, atol=1e-12)
-    assert float(step_norm(Place(new), Place(old))) == pytest.approx(float(step.norm()), rel=1e-9, abs=1e-13)
+    assert torch.allclose(change_between(new, old).B @ change_between(new, old).A, step, atol=1e-12)
+    assert float(step_norm(WeightState(new), WeightState(old))) == pytest.approx(
+        float(step.norm()), rel=1e-9, abs=1e-13
+    )
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-7, 1e-10])
@@ -53,7 +55,7 @@ def test_a_tiny_step_is_accurate_where_gram_matrices_are_not(size):
     new_A, new_B = moved(A, B, size, 1)
     dA, dB = new_A - A, new_B - B  # exact in float64, as the two are close
     exact = float((dB @ A + B @ dA + dB @ dA).norm())
-    found = float(step_norm(Place(Update(new_A, new_B)), Place(Update(A, B))))
+    found = float(step_norm(WeightState(Update(new_A, new_B)), WeightState(Update(A, B))))
     assert found == pytest.approx(exact, rel=1e-12)
     # the negative control: trace of a product of Gram matrices, in the same precision
     stack_A, stack_B = torch.cat([new_A, A]), torch.cat([new_B, -B], 1)
@@ -64,13 +66,13 @@ def test_a_tiny_step_is_accurate_where_gram_matrices_are_not(size):
 def test_a_change_of_gauge_is_no_motion():
     case = random_case(25, 20, 3, 2)
     A, B = gauge_transform(case.A, case.B, 100.0, 3)
-    assert float(step_norm(Place(Update(A, B)), Place(Update(case.A, case.B)))) < 1e-12
+    assert float(step_norm(WeightState(Update(A, B)), WeightState(Update(case.A, case.B)))) < 1e-12
 
 
 def test_stacks_of_layers():
     layers = [random_case(9, 7, 2, seed) for seed in range(3)]
     stack = Update(torch.stack([c.A for c in layers]), torch.stack([c.B for c in layers]))
-    assert norm(stack).tolist() == pytest.approx([float((c.B @ c.A).norm()) for c in layers])
+    assert product_norm(stack).tolist() == pytest.approx([float((c.B @ c.A).norm()) for c in layers])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,12 +80,12 @@ def test_an_offset_is_subtracted_exactly(dtype):
     case = random_case(12, 10, 3, 4)
     A0, B0 = case.A.to(dtype), case.B.to(dtype)
     start = update_from(A0, B0, scaling=2.0, start=(B0, A0))
-    assert float(norm(start)) == 0.0
+    assert float(product_norm(start)) == 0.0
     A, B = A0.clone(), B0.clone()
     A[0, 0] += 2.0**-6
     B[1, 2] += 2.0**-6
     exact = dense.weight(torch.zeros(12, 10), A, B, 2.0, start=(B0, A0))
-    assert float(norm(update_from(A, B, scaling=2.0, start=(B0, A0)))) == pytest.approx(
+    assert float(product_norm(update_from(A, B, scaling=2.0, start=(B0, A0)))) == pytest.approx(
         float(exact.norm()), rel=1e-12
     )
 
@@ -96,7 +98,7 @@ def test_dora_moves_by_its_scale_too(monkeypatch, block, size):
     new_A, new_B = moved(case.A, case.B, size, 7)
     scale = drawn(13, seed=8).abs() + 0.5
     new_scale = scale + size * drawn(13, seed=9)
-    old, new = Place(Update(case.A, case.B), scale), Place(Update(new_A, new_B), new_scale)
+    old, new = WeightState(Update(case.A, case.B), scale), WeightState(Update(new_A, new_B), new_scale)
     change, grown = new_B @ new_A - case.B @ case.A, (new_scale - scale)[:, None]
     exact = new_scale[:, None] * change + grown * (W0 + case.B @ case.A)
     assert float(step_norm(new, old, W0)) == pytest.approx(float(exact.norm()), rel=1e-8)

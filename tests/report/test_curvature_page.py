@@ -19,15 +19,20 @@ from tangora.report.curvature import (
     Plane,
     SharpnessRecord,
     Spectrum,
+    curvature_sentences,
     curvature_tables,
-    findings,
     load_curvature,
     render_curvature,
     save_curvature_pictures,
 )
 from tangora.report.curvature.curvature_figures import figures
 from tangora.report.curvature.curvature_findings import with_error
-from tangora.report.curvature.curvature_page import batch_table, eigenvalue_table, layer_table, space_table
+from tangora.report.curvature.curvature_page import (
+    batch_table,
+    eigenvalue_table,
+    layer_curvature_table,
+    space_table,
+)
 from tests.report.pages import Page, texts
 from tests.report.synthetic import CREATED
 
@@ -170,7 +175,7 @@ def test_the_tables_hold_the_numbers(page):
     for name, table in (
         ("spaces", space_table(found)),
         ("eigenvalue-numbers", eigenvalue_table(found)),
-        ("layer-numbers", layer_table(found)),
+        ("layer-numbers", layer_curvature_table(found)),
         ("batch-numbers", batch_table(found)),
     ):
         assert page.tables[f"{name}-table"] == texts(table)
@@ -188,14 +193,14 @@ def test_the_factors_come_last_and_with_their_sentence(page):
         "tangent space, Gauss–Newton",
         "factors A, B",
     ]
-    assert findings(whole())[0].startswith("In the tangent space")
-    assert sum(FACTORS in sentence for sentence in findings(whole())) == 1
+    assert curvature_sentences(whole())[0].startswith("In the tangent space")
+    assert sum(FACTORS in sentence for sentence in curvature_sentences(whole())) == 1
     assert "".join(page.text).count("must not be compared") >= 2
     for figure in figures(whole()):
         if len(figure.panels) > 1 and figure.panels[-1].title == "factors A, B":
             assert FACTORS in figure.caption
     without = record([spectrum()])
-    assert all(FACTORS not in sentence for sentence in findings(without))
+    assert all(FACTORS not in sentence for sentence in curvature_sentences(without))
     assert "must not be compared" not in render_curvature(without)
 
 
@@ -207,7 +212,7 @@ def test_factors_alone_are_no_record():
 
 
 def test_findings():
-    sentences = findings(whole())
+    sentences = curvature_sentences(whole())
     assert sentences[0] == (
         "In the tangent space (1.0 k directions) the largest curvature is 4 and the trace 10 ± 0.5; the 3 largest "
         "eigenvalues make up 70 % of it."
@@ -228,8 +233,8 @@ def test_findings():
 
 
 def test_what_did_not_converge_is_said():
-    assert any("Not all" in sentence for sentence in findings(record([spectrum(converged=False)])))
-    assert all("Not all" not in sentence for sentence in findings(record([spectrum()])))
+    assert any("Not all" in sentence for sentence in curvature_sentences(record([spectrum(converged=False)])))
+    assert all("Not all" not in sentence for sentence in curvature_sentences(record([spectrum()])))
     finite = render_curvature(record([spectrum()], differentiation="finite_difference"))
     assert "finite differences" in finite
     assert "finite differences" not in render_curvature(record([spectrum()]))

@@ -20,8 +20,8 @@ from tangora.diagnostics import (
 from tangora.diagnostics.rank_plan import required_rank
 from tangora.report import (
     DiagnosisRecord,
+    diagnosis_sentences,
     diagnosis_tables,
-    findings,
     render_diagnosis,
 )
 from tangora.report.diagnosis.diagnosis_findings import kind_rows
@@ -157,22 +157,22 @@ def test_every_view_can_be_chosen(page):
 
 
 def test_findings():
-    plain = findings(diagnosis())
+    plain = diagnosis_sentences(diagnosis())
     assert plain[0] == "Plain LoRA of rank 2 captures 2.0 % of the full gradient's energy at its start."
     assert plain[1] == (
         "LoRA-GA would capture 80 %, LoRA-One 70 %, PiSSA 10 %, a random orthogonal initialization 5.0 %; no adapter "
         "of this rank can capture more than 85 %."
     )
-    trained = findings(diagnosis(adapter=0.4, plain=False))
+    trained = diagnosis_sentences(diagnosis(adapter=0.4, plain=False))
     assert trained[0].startswith("The adapter, of rank 2, captures 40 %")
     assert trained[1] == "Plain LoRA of rank 2 on the base model captures 2.0 %."
-    assert findings(diagnosis(adapter=None))[0] == plain[0]
+    assert diagnosis_sentences(diagnosis(adapter=None))[0] == plain[0]
     assert all("None" not in sentence for sentence in plain + trained)
 
 
 def test_other_examples():
     found = diagnosis(held_out=True)
-    assert findings(found)[2] == (
+    assert diagnosis_sentences(found)[2] == (
         "On examples that were not used for the initialization, captured energy is 40 % for LoRA-GA and 60 % for "
         "LoRA-One."
     )
@@ -190,12 +190,12 @@ def test_other_examples():
 
 def test_shares_of_one_rank_are_merged():
     assert "80 % of the energy from rank 1 on and 90 % of the energy only beyond rank 2." in " ".join(
-        findings(diagnosis(NAMES[:1]))
+        diagnosis_sentences(diagnosis(NAMES[:1]))
     )
     (sharp,) = diagnosis(NAMES[:1]).layers
     sharp = replace(sharp, gradient=LayerGradient(16, 24, (9.9, 1.0), 99.0, 0.0))
     (sentence,) = [
-        s for s in findings(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
+        s for s in diagnosis_sentences(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
     ]
     assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1 on."
 

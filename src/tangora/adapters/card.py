@@ -94,7 +94,7 @@ def model_card(
 ) -> str:
     """Write the card."""
     path = str(config.get("base_model_name_or_path") or "")
-    base = without_paths(path)
+    base = _without_paths(path)
     is_name = base == path  # not a folder of this machine
     # PEFT's tags name the base, whatever it is; that of a base without a name ends in a colon
     tags = {tag for tag in front.get("tags") or [] if not tag.endswith(":") and (is_name or path not in tag)}
@@ -104,7 +104,7 @@ def model_card(
     else:
         data.pop("base_model", None)  # PEFT writes an empty one, or a folder of this machine
     told = str(facts.get("base model") or path)
-    title = without_paths(told)
+    title = _without_paths(told)
     if title != told:
         title = f"{architecture} ({title})" if architecture else title
     shown = dict(facts) | ({"classes": {str(n): name for n, name in classes.items()}} if classes else {})
@@ -119,11 +119,11 @@ def model_card(
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def without_paths(text: str) -> str:
+def _without_paths(text: str) -> str:
     """Shorten absolute paths to their last part, so that no card tells of the machine it was written on.
 
     Example:
-        >>> without_paths("/home/me/data/train.jsonl, see https://example.org/a/b")
+        >>> _without_paths("/home/me/data/train.jsonl, see https://example.org/a/b")
         'train.jsonl, see https://example.org/a/b'
     """
     return _PATH.sub(lambda match: _last(match[0]), text)
@@ -142,7 +142,7 @@ def _usage(
     loader = (
         f"AutoModelFor{kind[task]}" if (task := str(config.get("task_type") or "")) in kind else "AutoModel"
     )
-    source = path if path and path == without_paths(path) else "path or name of the base model"
+    source = path if path and path == _without_paths(path) else "path or name of the base model"
     inputs = None if images else _INPUTS.get(str(facts.get("format")))
     return _USAGE.render(
         classified=classified,
@@ -201,7 +201,7 @@ def _text(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(without_paths(text).replace("|", "\\|").split())
+    return " ".join(_without_paths(text).replace("|", "\\|").split())
 
 
 def is_served_by(name: str, *, classifier: bool, tokenizer: Any) -> bool:

@@ -41,7 +41,7 @@ _METHODS_WITHOUT_OFFSET = {
 }
 
 
-class Offset(nn.Module):
+class _Offset(nn.Module):
     """The frozen pair of one adapter in one layer.
 
     Buffers: nothing unfreezes them, no optimizer sees them, and they move with the model. They are not persistent,
@@ -143,7 +143,7 @@ def inner_variant(variant: LoraVariant | None) -> LoraVariant | None:
     return variant.inner if isinstance(variant, OffsetVariant) else variant
 
 
-def get_offset(layer: nn.Module, adapter: str) -> Offset | None:
+def get_offset(layer: nn.Module, adapter: str) -> _Offset | None:
     """Look up the frozen pair."""
     held: Any = getattr(layer, "lora_offset", {})
     return held[adapter] if adapter in held else None  # noqa: SIM401 (a ModuleDict has no get)
@@ -162,7 +162,7 @@ def put_offset(layer: Any, adapter: str, A0: Tensor, B0: Tensor) -> None:
             setattr(layer, method, partial(_call_unless_offset, layer, method))
         if type(layer).__name__ in _DEAF_TO_VARIANTS_IN_MIXED_BATCHES:
             layer.register_forward_hook(_subtract_in_mixed_batch, with_kwargs=True)
-    layer.lora_offset[adapter] = Offset(A0, B0)
+    layer.lora_offset[adapter] = _Offset(A0, B0)
     layer.lora_variant[adapter] = OffsetVariant(inner_variant(layer.lora_variant.get(adapter)))
 
 

@@ -17,8 +17,8 @@ from tangora.report import (
     Comparison,
     Record,
     Row,
+    diagnosis_sentences,
     diagnosis_tables,
-    findings,
     missing_sentence,
     recommendation_sentence,
     rich_table,
@@ -27,8 +27,7 @@ from tangora.report import (
     verdict,
 )
 from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
-from tangora.report.curvature import curvature_tables
-from tangora.report.curvature import findings as curvature_findings
+from tangora.report.curvature import curvature_sentences, curvature_tables
 
 
 def print_run(record: Record, output: Path) -> None:
@@ -114,7 +113,7 @@ def print_curvature(files: CurvatureFiles) -> None:
     record = files.record
     for table in curvature_tables(record):
         console.print(table)
-    for sentence in curvature_findings(record):
+    for sentence in curvature_sentences(record):
         console.print(escape(sentence))
     console.print(f"{record.products} products with the matrix over {record.num_examples} examples")
     console.print(f"report   {escape(str(files.page))}")
@@ -129,7 +128,7 @@ def print_diagnosis(files: DiagnosisFiles) -> None:
     diagnosis = files.record.diagnosis
     for table in diagnosis_tables(diagnosis):
         console.print(table)
-    for sentence in findings(diagnosis):
+    for sentence in diagnosis_sentences(diagnosis):
         console.print(escape(sentence))
     console.print(f"report   {escape(str(files.page))}")
     console.print(f"plan     {escape(str(files.plan))}")

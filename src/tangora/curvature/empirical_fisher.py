@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangora._checks import InputError, check_choice
 from tangora.curvature.displaced_loss import DisplacedLoss
 from tangora.curvature.gauss_newton import Recorder, Sandwich, SandwichOperator, loss_with_parts
-from tangora.curvature.operators import Coordinates
+from tangora.curvature.operators import HessianArguments
 from tangora.probes.losses import predicts_next_token
 
 Per = Literal["label", "sequence"]
@@ -54,7 +54,7 @@ class EmpiricalFisher(SandwichOperator):
         *,
         loss_fn: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None,
         per: Per = "label",
-        **options: Unpack[Coordinates],
+        **options: Unpack[HessianArguments],
     ):
         check_choice("per", per, ("label", "sequence"))
         if loss_fn is not None and per == "sequence":

@@ -23,7 +23,7 @@ from tangora._checks import InputError
 from tangora.curvature.differentiable import custom_functions, explained
 from tangora.curvature.displaced_loss import DisplacedLoss, joined
 from tangora.curvature.evaluation import Evaluation
-from tangora.curvature.operators import Coordinates, CurvatureOperator
+from tangora.curvature.operators import CurvatureOperator, HessianArguments
 
 _CURE = "replace it with torch's own operations"
 _HALF = (torch.bfloat16, torch.float16)
@@ -252,7 +252,7 @@ class GaussNewton(SandwichOperator):
         batches: Iterable[Any],
         *,
         loss_fn: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None,
-        **options: Unpack[Coordinates],
+        **options: Unpack[HessianArguments],
     ):
         recorder = None if loss_fn is None else Recorder(loss_fn, "outputs")
         super().__init__(DisplacedLoss.of(model, batches, loss_fn=recorder, **options))

@@ -24,7 +24,7 @@ from tangora.curvature.operators import Adapter, CurvatureOperator
 from tangora.curvature.spaces import Bases, LowRankSpace, PulledBackSpace, TangentSpace, factor_changes
 
 
-class HessianOptions(Adapter, total=False):
+class _HessianOptions(Adapter, total=False):
     """What all of these take; see `Hessian`."""
 
     loss_fn: LossFn | None
@@ -39,7 +39,7 @@ class WeightPart(Hessian):
     displacement. Arguments are those of `Hessian`, but for ``over``.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[HessianOptions]):
+    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[_HessianOptions]):
         super().__init__(model, batches, over=PulledBackSpace, **options)
 
 
@@ -107,7 +107,7 @@ class RiemannianHessian(Hessian):
         arXiv:1209.3834, section 2.3 (for one quadratic loss).
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[HessianOptions]):
+    def __init__(self, model: nn.Module, batches: Iterable[Any], **options: Unpack[_HessianOptions]):
         super().__init__(model, batches, over="tangent", **options)
         self._check_ranks()
 

@@ -31,7 +31,7 @@ class Adapter(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class Coordinates(Adapter, total=False):
+class HessianArguments(Adapter, total=False):
     """The same, in chosen coordinates."""
 
     over: Over | Space

@@ -30,7 +30,7 @@ from tangora.probes import (
     gradient_svds,
     probed_layers,
 )
-from tangora.probes.singular_values import grouped
+from tangora.probes.singular_values import within_memory
 
 ADAPTER = "adapter"
 """Label of a model's own adapter."""
@@ -65,7 +65,7 @@ class How:
 
     def groups(self, layers: Sequence[ProbedLayer]) -> list[Sequence[ProbedLayer]]:
         """Return the layers that are read together in the last passes."""
-        return [*grouped(layers, _MEMORY)] if self.exact_norms else [layers]
+        return [*within_memory(layers, _MEMORY)] if self.exact_norms else [layers]
 
 
 def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:

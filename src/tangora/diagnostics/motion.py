@@ -39,7 +39,7 @@ class Update(NamedTuple):
     B: FactorB
 
 
-class Place(NamedTuple):
+class WeightState(NamedTuple):
     r"""Where a weight stands: $D\,(W_0 + Y)$, with the diagonal $D$ of a DoRA layer."""
 
     update: Update
@@ -60,7 +60,7 @@ def update_from(
     return Update(torch.cat([A, A - A0], -2), torch.cat([B - B0, B0], -1))
 
 
-def difference(new: Update, old: Update) -> Update:
+def change_between(new: Update, old: Update) -> Update:
     r"""Return $Y_1 - Y_0 = [B_1 - B_0,\; B_0]\,[A_1;\; A_1 - A_0]$.
 
     The stack $[B_1,\; -B_0]\,[A_1;\; A_0]$ is the same matrix, but there a small step is the difference of two large
@@ -69,7 +69,7 @@ def difference(new: Update, old: Update) -> Update:
     return Update(torch.cat([new.A, new.A - old.A], -2), torch.cat([new.B - old.B, old.B], -1))
 
 
-def norm(update: Update) -> Float[Tensor, "*b"]:
+def product_norm(update: Update) -> Float[Tensor, "*b"]:
     r"""Return $\|B A\|_F = \|R A\|_F$ with $B = Q R$.
 
     By Gram matrices, $\mathrm{tr}(B^\top B\, A A^\top)$, the square of a small difference would drown in the rounding
@@ -79,14 +79,14 @@ def norm(update: Update) -> Float[Tensor, "*b"]:
     return torch.linalg.matrix_norm(root @ update.A.double())
 
 
-def step_norm(new: Place, old: Place, base: Weight | None = None) -> Float[Tensor, ""]:
+def step_norm(new: WeightState, old: WeightState, base: Weight | None = None) -> Float[Tensor, ""]:
     r"""Return $\|W_1 - W_0\|_F$ of two places of one weight.
 
     Nothing $m \times n$ is formed: factors alone do without $D$, and blocks of rows of the base weight with it.
     """
-    moved = difference(new.update, old.update)
+    moved = change_between(new.update, old.update)
     if new.scale is None or old.scale is None:
-        return norm(moved)
+        return product_norm(moved)
     assert base is not None
     total = moved.A.new_zeros(())
     stretch = new.scale.double() - old.scale.double()
@@ -98,7 +98,7 @@ def step_norm(new: Place, old: Place, base: Weight | None = None) -> Float[Tenso
     return total.sqrt()
 
 
-def change_rows(place: Place, base: Rows) -> Rows:
+def change_rows(place: WeightState, base: Rows) -> Rows:
     r"""Return rows of what has been added to the base weight, $(D - 1) W_0 + D Y$."""
 
     def rows_of(rows: slice) -> Weight:
@@ -214,12 +214,12 @@ class AdapterTrack(Track):
 
     def __init__(self, pair: LoraPair):
         self.pair, self.name, self.shape = pair, pair.path, pair.shape[:2]
-        self._last: Place | None = None
+        self._last: WeightState | None = None
 
-    def place(self) -> Place:
+    def place(self) -> WeightState:
         """Return where the weight stands, in tensors of its own."""
         A, B = self.pair.factors()
-        return Place(
+        return WeightState(
             update_from(A, B, scaling=self.pair.scaling, start=self.pair.offset()), self.pair.row_scale()
         )
 
@@ -237,7 +237,7 @@ class AdapterTrack(Track):
     def change_norm(self) -> Tensor:
         r"""Return $\|W - W_0\|_F$, from the factors alone where there is no $D$."""
         place = self.place()
-        return super().change_norm() if place.scale is not None else norm(place.update)
+        return super().change_norm() if place.scale is not None else product_norm(place.update)
 
     def change(self) -> Rows:
         r"""Return rows of $W - W_0$."""

@@ -25,7 +25,7 @@ from tangora.experiments.comparison.worker import DiskFullError
 from tangora.experiments.folders import check_origin, claimed, one_line_errors
 from tangora.experiments.process import check_one_process, log_to, tell_user
 from tangora.experiments.provenance import origin_of
-from tangora.experiments.run.preparing import check_options, check_recipes, load_base, sized
+from tangora.experiments.run.preparing import check_against_data, check_recipes, load_base, sized
 from tangora.experiments.run.saving import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
 from tangora.report import (
@@ -180,7 +180,7 @@ class _Runner:
         if settings.judge_by is not None:
             check_choice("judge_by", settings.judge_by, JUDGES[task.kind])
         for run in each:
-            check_options(run, task)
+            check_against_data(run, task)
         origin = origin_of(settings, task)
         self._held.enter_context(claimed(folder.path, settings, origin))
         known = []

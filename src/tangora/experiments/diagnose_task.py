@@ -15,7 +15,7 @@ from tangora.experiments.folders import claimed
 from tangora.experiments.measurement_settings import DiagnoseSettings
 from tangora.experiments.process import check_one_process, log_to, tell_user
 from tangora.experiments.provenance import provenance
-from tangora.experiments.run.preparing import encoded_batches, fitted, sized
+from tangora.experiments.run.preparing import encoded_batches, sized, with_notes_on_cuts
 from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.record_files import write_atomic
@@ -54,7 +54,7 @@ def diagnose_task(
     _check_sizes(settings, task)
     with claimed(folder, settings), log_to(OutputFolder(folder).log):
         loaded, model = _load_model(settings, task)
-        task = fitted(settings, task, loaded)
+        task = with_notes_on_cuts(settings, task, loaded)
         tell_user(*task.notes)
         end, size = settings.num_examples, settings.batch_size
         first, next_ones = task.train[:end], task.train[end : end + settings.num_held_out]

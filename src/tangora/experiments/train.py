@@ -11,7 +11,7 @@ from tangora.experiments.process import check_one_process, log_to
 from tangora.experiments.provenance import origin_of
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.measurements import check_reference
-from tangora.experiments.run.preparing import check_options, sized
+from tangora.experiments.run.preparing import check_against_data, sized
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
 from tangora.training.callbacks import check_trackers, last_checkpoint
@@ -45,7 +45,7 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
     check_trackers(settings.report_to or ())
     settings, task = sized(settings, folder.path)
     check_reference(settings, task)
-    check_options(settings, task)
+    check_against_data(settings, task)
     origin = origin_of(settings, task)
     with claimed(folder.path, settings, origin):
         if folder.record.exists():

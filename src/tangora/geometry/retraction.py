@@ -19,7 +19,7 @@ Retraction = Literal["auto", "orthographic", "svd"]
 RETRACTIONS: tuple[Retraction, ...] = get_args(Retraction)
 
 # `orthographic` is trusted while the core it inverts has at most this condition number (METHODS, section 2).
-MAX_CONDITION = 10.0
+_MAX_CONDITION = 10.0
 # Factors may have this many times the least sum of squares before they are balanced again.
 MAX_IMBALANCE = 2.0
 # A direction of Y weaker than this share of the strongest keeps factors of at least this size (squared), so that the
@@ -161,12 +161,12 @@ def well_conditioned(core: Core) -> Bool[Tensor, "*b"]:
     """
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     # cond(I - E) <= (1 + |E|) / (1 - |E|): most matrices pass this cheap test and need no singular values
-    near = (MAX_CONDITION - 1) / (MAX_CONDITION + 1)
+    near = (_MAX_CONDITION - 1) / (_MAX_CONDITION + 1)
     good = torch.linalg.matrix_norm(core - identity) <= near
     if good.all():
         return good
     values = torch.linalg.svdvals(core.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-    return good | (values[..., 0] <= MAX_CONDITION * values[..., -1])
+    return good | (values[..., 0] <= _MAX_CONDITION * values[..., -1])
 
 
 def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:

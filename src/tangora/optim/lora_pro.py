@@ -23,8 +23,8 @@ from tangora.optim.groups import Params
 from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 Moments = Literal["weight", "factor"] | None
-MOMENTS = ("weight", "factor", None)
-LORA_PRO_RETRACTIONS = ("factors", *get_args(Retraction))
+_MOMENTS = ("weight", "factor", None)
+_LORA_PRO_RETRACTIONS = ("factors", *get_args(Retraction))
 
 # m x n temporaries are made for a few layers at a time: the memory of a few layers, and little call overhead
 _CHUNK_NUMBERS = 2**22
@@ -91,9 +91,9 @@ class LoRAPro(LayerwiseOptimizer):
         super().__init__(params, lr, own=own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_choice("moments", group["moments"], MOMENTS)
+        check_choice("moments", group["moments"], _MOMENTS)
         check_choice("gauge", group["gauge"], GAUGES)
-        check_choice("retraction", group["retraction"], LORA_PRO_RETRACTIONS)
+        check_choice("retraction", group["retraction"], _LORA_PRO_RETRACTIONS)
         if group["moments"] == "factor" and group["retraction"] in RETRACTIONS:
             raise InputError(
                 "moments='factor' needs retraction='factors': a retraction changes the basis in which factor moments "

@@ -17,7 +17,7 @@ from tangora.geometry.tangent import Cotangent
 Factor = Literal["A", "B"]
 StateShapes: TypeAlias = Mapping[Factor, Mapping[str, tuple[int, ...]]]
 """Shape of each state of a pair by its name, under the factor that it is kept with."""
-StateOf = Callable[[nn.Parameter], dict[str, Any]]
+_StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
 # On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels.
 _CPU_STACK_NUMBERS = 2**20
@@ -49,7 +49,7 @@ class PairStack:
     parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside.
     """
 
-    def __init__(self, pairs: Sequence[LoraPair], state: StateOf):
+    def __init__(self, pairs: Sequence[LoraPair], state: _StateOf):
         self.pairs = list(pairs)
         self._parameters: dict[Factor, list[nn.Parameter]] = {
             "A": [pair.A for pair in pairs],
@@ -190,7 +190,7 @@ class StackCache:
     def create_states(
         self,
         pairs: Iterable[LoraPair],
-        state: StateOf,
+        state: _StateOf,
         options: Mapping[str, Any],
         shapes: Callable[[LoraPair], StateShapes],
     ) -> None:
@@ -198,7 +198,7 @@ class StackCache:
         for stack in self._stacked(pairs, state, options):
             stack.create(shapes(stack.pairs[0]))
 
-    def gather(self, pairs: Iterable[LoraPair], state: StateOf, options: dict[str, Any]) -> list[Gathered]:
+    def gather(self, pairs: Iterable[LoraPair], state: _StateOf, options: dict[str, Any]) -> list[Gathered]:
         """Group the pairs that have gradients and can be stepped together."""
         found = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
         gradients = {id(pair): given for pair, given in found if given is not None}
@@ -206,7 +206,7 @@ class StackCache:
         return [Gathered(stack, [gradients[id(pair)] for pair in stack.pairs], options) for stack in stacks]
 
     def _stacked(
-        self, pairs: Iterable[LoraPair], state: StateOf, options: Mapping[str, Any]
+        self, pairs: Iterable[LoraPair], state: _StateOf, options: Mapping[str, Any]
     ) -> list[PairStack]:
         alike: dict[tuple, list[LoraPair]] = defaultdict(list)
         for pair in pairs:

@@ -46,7 +46,7 @@ class WeightedLoss:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise InputError(f"loss_fn must return a tensor with one number; got {_described(loss)}")
             return 1.0, loss
-        loss = model_loss(self.model, batch := on_device(batch, self.model))
+        loss = _model_loss(self.model, batch := _on_device(batch, self.model))
         return self.weight(batch), loss
 
     def weight(self, batch: Any) -> float:
@@ -64,7 +64,7 @@ class WeightedLoss:
         same_size = num_rows(self.model, batch) == num_rows(self.model, first_batch)
         if self._rule is None:
             self._rule = _right_count(
-                self.model, *(on_device(each, self.model) for each in (first_batch, batch))
+                self.model, *(_on_device(each, self.model) for each in (first_batch, batch))
             )
             if self._rule < 0 and same_size:
                 warnings.warn(f"{self._odd()}: those of equal size weigh alike here", stacklevel=2)
@@ -81,7 +81,7 @@ class WeightedLoss:
         return f"the loss of {name} on a large batch is no weighted mean of its losses on small batches"
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return the loss that a Hugging Face model gives for a batch with labels."""
     if not isinstance(batch, Mapping):
         raise InputError(
@@ -95,7 +95,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def on_device(batch: Any, model: nn.Module) -> Any:
+def _on_device(batch: Any, model: nn.Module) -> Any:
     """Move the tensors of a batch to the device of the model's first parameter."""
     if not isinstance(batch, Mapping):
         return batch
@@ -238,7 +238,7 @@ def _errors(model: nn.Module, one: Mapping[str, Any], other: Mapping[str, Any]) 
     with preserved_randomness():
         try:
             together, first, second = (
-                model_loss(model, batch) for batch in (_joined(one, other), one, other)
+                _model_loss(model, batch) for batch in (_joined(one, other), one, other)
             )
         except Exception:  # rows of other lengths, or a label that must not be left out
             return []

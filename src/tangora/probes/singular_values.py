@@ -140,7 +140,7 @@ def gradient_norms(
     """
     batches = as_batches(batches)
     layers = probed_layers(model) if layers is None else layers
-    groups = list(grouped(layers, memory))
+    groups = list(within_memory(layers, memory))
     norms: dict[str, float] = {}
     with (
         reporting(progress, batches, len(groups)) as counted,
@@ -313,7 +313,7 @@ class _Gaussian:
         return drawn.to(self._probe.device)
 
 
-def grouped(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedLayer]]:
+def within_memory(layers: Sequence[ProbedLayer], memory: int) -> Iterator[list[ProbedLayer]]:
     """Split layers into groups whose dense gradients fit into memory together."""
     group: list[ProbedLayer] = []
     held = 0

@@ -11,8 +11,8 @@ from tangora.report.comparison.study import load_study, study_verdict, write_stu
 from tangora.report.comparison.verdict import recommendation_sentence, verdict
 from tangora.report.diagnosis import (
     DiagnosisRecord,
+    diagnosis_sentences,
     diagnosis_tables,
-    findings,
     load_diagnosis,
     render_diagnosis,
     write_diagnosis,
@@ -44,7 +44,7 @@ __all__ = [
     "TimeSplit",
     "best_learning_rate",
     "diagnosis_tables",
-    "findings",
+    "diagnosis_sentences",
     "load_comparison",
     "load_diagnosis",
     "load_record",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """Row and column of a layer in a heat map."""
 
     block: str
@@ -14,7 +14,7 @@ class Place(NamedTuple):
     """``q_proj``: as short as tells it from the other kinds."""
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
+def places(names: Iterable[str]) -> dict[str, LayerPlace]:
     """Arrange layers by block and kind.
 
     A block ends with the first number of a name (with the last one, where the first leaves two layers in one place);
@@ -24,10 +24,10 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     rest = {name: _after_first_number(name) for name in names}
     kinds = _shortest(set(rest.values()))
     for split in (_first_block, _last_block):
-        found = {name: Place(split(name), kinds[rest[name]]) for name in names}
+        found = {name: LayerPlace(split(name), kinds[rest[name]]) for name in names}
         if len(set(found.values())) == len(names):
             return found
-    return {name: Place("", name) for name in names}
+    return {name: LayerPlace("", name) for name in names}
 
 
 def _parts(name: str) -> list[str]:

@@ -52,7 +52,7 @@ _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 def read_record(kind: type[_ModelT], path: str | Path, what: str) -> _ModelT:
     """Read one record from a file."""
-    return validated(kind, read_json(path), path, what)
+    return checked_content(kind, read_json(path), path, what)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def validated(kind: type[_ModelT], content: dict[str, Any], path: str | Path, what: str) -> _ModelT:
+def checked_content(kind: type[_ModelT], content: dict[str, Any], path: str | Path, what: str) -> _ModelT:
     """Check what a file holds."""
     try:
         return kind.model_validate(content)

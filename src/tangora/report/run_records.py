@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._names import Status
-from tangora.report.record_files import FrozenModel, IsoTime, Recorded, read_json, validated
+from tangora.report.record_files import FrozenModel, IsoTime, Recorded, checked_content, read_json
 
 _SCHEMA_VERSION = 3
 """Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
@@ -258,7 +258,7 @@ class Comparison(FrozenModel):
 
 def load_record(path: str | Path) -> Record:
     """Read one run."""
-    return validated(Record, _read(Path(path)), path, "Record")
+    return checked_content(Record, _read(Path(path)), path, "Record")
 
 
 def load_comparison(folder: str | Path) -> Comparison:
@@ -268,7 +268,7 @@ def load_comparison(folder: str | Path) -> Comparison:
     """
     output = ComparisonFolder(Path(folder))
     path = output.comparison
-    shared = validated(Comparison, _read(path), path, "Comparison")
+    shared = checked_content(Comparison, _read(path), path, "Comparison")
     files = sorted(output.records.glob("*.json"))
     by_id = {record.id: record for record in shared.records}
     loaded: dict[str, Path] = {}
@@ -280,7 +280,7 @@ def load_comparison(folder: str | Path) -> Comparison:
         by_id[record.id] = record
     records = [by_id[key] for key in sorted(by_id)]
     # Rebuilt rather than copied, so that the check for repeated runs sees all of them.
-    return validated(Comparison, dict(shared) | {"records": records}, path, "Comparison")
+    return checked_content(Comparison, dict(shared) | {"records": records}, path, "Comparison")
 
 
 def _read(path: Path) -> dict[str, Any]:

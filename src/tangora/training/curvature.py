@@ -1,6 +1,5 @@
 r"""The curvature of the loss while a model trains: $\lambda_{\max}$, trace and $\kappa$ every few steps."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from tangora._types import LossFn
 from tangora.curvature import Hessian
 from tangora.curvature.displaced_loss import Over
 from tangora.probes import as_batches, gradient_norms, probed_layers
-from tangora.training.callbacks import DivergedError, read_history
+from tangora.training.callbacks import DivergedError, JsonLines, read_history
 
 _SPACES = ("tangent", "factors", "weights")
 # the error of an eigenvalue is of the order of the square of its residual
@@ -168,13 +167,10 @@ class CurvatureCallback(TrainerCallback):
         **kwargs: Any,
     ):
         """Measure the start, or go on from a checkpoint."""
-        path = self._path = self._path or RunFolder(Path(str(args.output_dir))).curvature
-        step = state.global_step
+        self._lines = JsonLines(self._path or RunFolder(Path(str(args.output_dir))).curvature)
         if state.is_world_process_zero:
-            lines = [line for line in read_history(path) if line["step"] <= step] if step else []
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        if not step:
+            self._lines.begin(state.global_step)
+        if not state.global_step:
             self._append(model, state)
 
     def on_step_end(
@@ -197,9 +193,7 @@ class CurvatureCallback(TrainerCallback):
     def _append(self, model: nn.Module, state: TrainerState) -> None:
         point = curvature_point(model, self._batches, state.global_step, **self._how)
         if state.is_world_process_zero:
-            assert self._path is not None
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(point)) + "\n")
+            self._lines.append(asdict(point))
         if self._on_point is not None:
             self._on_point(point)
 

@@ -33,7 +33,7 @@ from tangora.experiments.run.measurements import (
     trajectory_points,
     trajectory_recorder,
 )
-from tangora.experiments.run.preparing import Run, check_recipes, load_base, prepare
+from tangora.experiments.run.preparing import Run, check_recipes, load_base, prepare_run
 from tangora.experiments.run.saving import (
     check_space,
     data_format,
@@ -44,7 +44,7 @@ from tangora.experiments.run.saving import (
 )
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
-    shares,
+    example_losses,
     test_metrics,
     unrelated_loss,
     validation_metrics,
@@ -198,7 +198,7 @@ def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> li
 
 def _prepared(run: Run) -> nn.Module:
     settings, task = run.settings, run.task
-    model = prepare(settings, task, run.loaded.model)
+    model = prepare_run(settings, task, run.loaded.model)
     batches = held_out = None
     if settings.method.reads_gradients:
         count = min(settings.start_examples, len(task.train))
@@ -305,7 +305,7 @@ def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:
     began = time.perf_counter()
     result.metrics["validation"] = validation_metrics(run, model, answers=True)
     result.metrics["test"], each = test_metrics(run, model)
-    result.scores = shares(each)
+    result.scores = example_losses(each)
     if "right" in each:
         result.correct = each["right"].tolist()
     result.evaluation_seconds += time.perf_counter() - began

@@ -132,7 +132,7 @@ def sized(settings: _SettingsT, folder: Path) -> tuple[_SettingsT, Task]:
     return settings.model_copy(update=sizes), task
 
 
-def fitted(settings: DataSettings, task: Task, loaded: LoadedModel) -> Task:
+def with_notes_on_cuts(settings: DataSettings, task: Task, loaded: LoadedModel) -> Task:
     """Check that the model can read the data, and note what of it is cut off."""
     if settings.chat_template:
         check_chat_template(loaded.tokenizer)
@@ -198,7 +198,7 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
     return loaded
 
 
-def prepare(settings: RunSettings, task: Task, model: Any) -> nn.Module:
+def prepare_run(settings: RunSettings, task: Task, model: Any) -> nn.Module:
     """Make a base model ready for training as the settings want it."""
     return settings.method.prepare(
         model,
@@ -217,7 +217,7 @@ def _prepared_twin(settings: RunSettings, task: Task, loaded: LoadedModel) -> nn
     # the same with a twin of the model that holds no weights
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = type(loaded.model)(loaded.model.config)  # pyright: ignore[reportCallIssue]
-        return prepare(settings, task, twin)
+        return prepare_run(settings, task, twin)
 
 
 def target_layers(settings: RunSettings, task: Task, loaded: LoadedModel) -> list[str]:
@@ -252,7 +252,7 @@ def _json(path: Path) -> dict[str, Any]:
 # --- what cannot work, said before the work
 
 
-def check_options(settings: RunSettings, task: Task) -> None:
+def check_against_data(settings: RunSettings, task: Task) -> None:
     """Check the settings against the data, before a model is loaded."""
     if task.kind == "classification":
         for key, what in (("exact_match", "generated answers"), ("forgetting", "the loss on unrelated text")):
@@ -282,4 +282,4 @@ def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) 
                 chosen(target_layers(settings, task, loaded), settings.curvature_layers)
             except InputError as problem:
                 raise InputError(f"curvature_{problem}") from None
-    return fitted(runs[0], task, loaded)
+    return with_notes_on_cuts(runs[0], task, loaded)

@@ -30,7 +30,7 @@ def test_metrics(run: Run, model: nn.Module) -> tuple[dict[str, float], dict[str
     return metrics_of(each) | answered, each | right
 
 
-def shares(each: dict[str, Tensor]) -> list[float]:
+def example_losses(each: dict[str, Tensor]) -> list[float]:
     """Divide a loss among the examples."""
     loss = each["loss"]
     return (loss * len(loss) / each["tokens"].sum() if "tokens" in each else loss).tolist()

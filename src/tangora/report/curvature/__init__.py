@@ -1,6 +1,6 @@
 """From a measurement of curvature to sentences, terminal tables, pictures and one self-contained page."""
 
-from tangora.report.curvature.curvature_findings import FACTORS, findings
+from tangora.report.curvature.curvature_findings import FACTORS, curvature_sentences
 from tangora.report.curvature.curvature_page import (
     curvature_tables,
     render_curvature,
@@ -28,7 +28,7 @@ __all__ = [
     "SharpnessRecord",
     "Spectrum",
     "curvature_tables",
-    "findings",
+    "curvature_sentences",
     "load_curvature",
     "render_curvature",
     "save_curvature_pictures",

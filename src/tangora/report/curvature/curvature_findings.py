@@ -24,7 +24,7 @@ FACTORS = (
 )
 
 
-def findings(record: CurvatureRecord) -> list[str]:
+def curvature_sentences(record: CurvatureRecord) -> list[str]:
     """Say in words what was found, the most important first."""
     return [
         *_of_top(record.main),

@@ -12,8 +12,8 @@ from tangora.report.curvature.curvature_figures import figures
 from tangora.report.curvature.curvature_findings import (
     FACTORS,
     SPACE_NAMES,
+    curvature_sentences,
     estimated_text,
-    findings,
     spectrum_name,
     with_error,
 )
@@ -60,7 +60,7 @@ def render_curvature(record: CurvatureRecord) -> str:
     tables = {
         "All eigenvalues": eigenvalue_table(record),
         "Sharpness in a ball": _sharpness_table(record),
-        "All layers": layer_table(record),
+        "All layers": layer_curvature_table(record),
         "All mini-batches": batch_table(record),
     }
     note = f"Hessian products: {record.differentiation}, in {record.dtype}."
@@ -74,7 +74,7 @@ def render_curvature(record: CurvatureRecord) -> str:
             f"{record.products} products in {formats.seconds(record.seconds)}",
         ],
         record.created,
-        findings(record),
+        curvature_sentences(record),
         [
             Section("spaces", "Spaces", table=space_table(record), notes=_notes(record)),
             *map(figure_section, figures(record)),
@@ -143,7 +143,7 @@ def eigenvalue_table(record: CurvatureRecord) -> Table:
     return Table.texts("eigenvalue-numbers", "In descending order.", headers, rows, sortable=False)
 
 
-def layer_table(record: CurvatureRecord) -> Table:
+def layer_curvature_table(record: CurvatureRecord) -> Table:
     """Make the table of layers."""
     total = sum(layer.trace.value for layer in record.layers)
     columns: dict[str, Callable[[LayerCurvature], str]] = {
@@ -206,7 +206,7 @@ def _sharpness_table(record: CurvatureRecord) -> Table:
 
 def curvature_tables(record: CurvatureRecord) -> list[RichTable]:
     """Make the tables for a terminal."""
-    layers, table = record.layers, layer_table(record)
+    layers, table = record.layers, layer_curvature_table(record)
     top = sorted(range(len(layers)), key=lambda index: -layers[index].eigenvector_share)[:_MAX_LAYERS]
     found = {
         "Curvature of the loss": space_table(record).only(dict(zip(_NARROW, _NARROW, strict=True))),

@@ -1,6 +1,6 @@
 """From a diagnosis to sentences, a terminal table and one self-contained page."""
 
-from tangora.report.diagnosis.diagnosis_findings import findings
+from tangora.report.diagnosis.diagnosis_findings import diagnosis_sentences
 from tangora.report.diagnosis.diagnosis_page import (
     DiagnosisRecord,
     load_diagnosis,
@@ -12,7 +12,7 @@ from tangora.report.diagnosis.diagnosis_tables import diagnosis_tables
 __all__ = [
     "DiagnosisRecord",
     "diagnosis_tables",
-    "findings",
+    "diagnosis_sentences",
     "load_diagnosis",
     "render_diagnosis",
     "write_diagnosis",

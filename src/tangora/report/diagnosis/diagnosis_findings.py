@@ -79,7 +79,8 @@ def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
             for start in layers[0].starts
         },
         held_out={
-            start: mean_share([other.starts[start] for other in others], others) for start in fitted(layers)
+            start: mean_share([other.starts[start] for other in others], others)
+            for start in gradient_starts(layers)
         },
         reachable=mean_share([layer.reachable for layer in layers], gradients),
         ranks_needed={share: _common_rank(gradients, share / 100) for share in SHARES},
@@ -87,7 +88,7 @@ def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
     )
 
 
-def fitted(layers: Sequence[LayerDiagnosis]) -> list[str]:
+def gradient_starts(layers: Sequence[LayerDiagnosis]) -> list[str]:
     """List the starts that were made from the gradient, and looked at on other examples too."""
     other = layers[0].held_out
     return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
@@ -123,7 +124,7 @@ def needed(rank: int | None, known: int) -> str:
     return f"> {known}" if rank is None else str(rank)
 
 
-def findings(diagnosis: Diagnosis) -> list[str]:
+def diagnosis_sentences(diagnosis: Diagnosis) -> list[str]:
     """Say in words what was found, the most important first."""
     return [
         *_of_adapter(diagnosis),
@@ -164,7 +165,7 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
         parts.insert(0, ", ".join(seen))
     text = "; ".join(parts)
     sentences = [f"{text[0].upper()}{text[1:]}."]
-    if totals.held_out and (starts := fitted(diagnosis.layers)):
+    if totals.held_out and (starts := gradient_starts(diagnosis.layers)):
         shares = [
             f"{formats.small_share(totals.held_out[start])} for {_IN_SENTENCES[start]}" for start in starts
         ]

@@ -13,8 +13,8 @@ from tangora.report import formats
 from tangora.report.diagnosis.diagnosis_findings import (
     ALL,
     START_NAMES,
-    findings,
-    fitted,
+    diagnosis_sentences,
+    gradient_starts,
     group_by_kind,
     known_rank,
     reachable_shares,
@@ -23,7 +23,7 @@ from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import GREY, Style, recipe_styles
-from tangora.report.layer_places import Place, natural, places
+from tangora.report.layer_places import LayerPlace, natural, places
 from tangora.report.layout import Chart, Section, render, repeat, subject_facts
 from tangora.report.record_files import Recorded, read_record, write_atomic
 
@@ -89,7 +89,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         record.title,
         ["tangora diagnosis", formats.plural(len(diagnosis.layers), "layer")],
         record.created,
-        findings(diagnosis),
+        diagnosis_sentences(diagnosis),
         [
             Section("kinds", "By kind of layer", table=kind_table(diagnosis), notes=_notes(diagnosis)),
             Section("captured-title", captured.title, charts=[captured], views=view_names(diagnosis)),
@@ -135,7 +135,10 @@ def view_names(diagnosis: Diagnosis) -> dict[str, str]:
     """List what the heat map of captured energy can show."""
     names = {"adapter": "the adapter as it stands"} if diagnosis.totals.adapter is not None else {}
     names |= {start: f"{START_NAMES[start]} start" for start in diagnosis.starts}
-    names |= {f"{start}{_OTHERS}": f"{names[start]}, on other examples" for start in fitted(diagnosis.layers)}
+    names |= {
+        f"{start}{_OTHERS}": f"{names[start]}, on other examples"
+        for start in gradient_starts(diagnosis.layers)
+    }
     return names | {"reachable": "the best possible at this rank"}
 
 
@@ -224,7 +227,7 @@ def _heat(
     where = places(layer.name for layer in diagnosis.layers)
     blocks, kinds, common = _axes(where)
     at = {where[layer.name]: layer for layer in diagnosis.layers}
-    cells = [[at.get(Place(block, kind)) for kind in kinds] for block in blocks]
+    cells = [[at.get(LayerPlace(block, kind)) for kind in kinds] for block in blocks]
     return go.Heatmap(
         x=[label_text(kind) for kind in kinds],
         y=[label_text(block.removeprefix(common).lstrip(".")) or "–" for block in blocks],
@@ -240,7 +243,7 @@ def _heat(
     )
 
 
-def _axes(where: Mapping[str, Place]) -> tuple[list[str], list[str], str]:
+def _axes(where: Mapping[str, LayerPlace]) -> tuple[list[str], list[str], str]:
     # rows, columns, and what all rows' names begin with
     blocks = sorted({place.block for place in where.values()}, key=natural)
     kinds = list(dict.fromkeys(place.kind for place in where.values()))

@@ -10,7 +10,7 @@ from tangora.report import formats
 from tangora.report.diagnosis.diagnosis_findings import (
     START_NAMES,
     KindRow,
-    fitted,
+    gradient_starts,
     kind_rows,
     needed,
     ranks_text,
@@ -31,7 +31,7 @@ _SHORT = {
 
 def kind_table(diagnosis: Diagnosis) -> Table:
     """Make the table of kinds of layers."""
-    with_adapter, made = _has_own_adapter(diagnosis), fitted(diagnosis.layers)
+    with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
     headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
     for start in diagnosis.starts:
         headers += [START_NAMES[start], *([_OTHERS] if start in made else [])]
@@ -78,7 +78,7 @@ def layer_table(diagnosis: Diagnosis) -> Table:
         columns[f"{START_NAMES[start]} start"] = lambda layer, start=start: formats.small_share(
             layer.starts[start]
         )
-        if start in fitted(diagnosis.layers):
+        if start in gradient_starts(diagnosis.layers):
             columns[f"{START_NAMES[start]} {_OTHERS}"] = lambda layer, start=start: formats.small_share(
                 layer.held_out and layer.held_out.starts[start]
             )
@@ -144,7 +144,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
 
 def _short_kinds(diagnosis: Diagnosis) -> tuple[list[str], list[list[str]]]:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
-    with_adapter, made = _has_own_adapter(diagnosis), fitted(diagnosis.layers)
+    with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
     headers = ["layers", "ener-\ngy", *(["adap-\nter"] if with_adapter else [])]
     headers += [_SHORT[start] + ("\nown|new" if start in made else "") for start in diagnosis.starts]
     headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from tangora._checks import InputError
 from tangora.report.run_records import Comparison, Record, TimeSplit
 from tangora.report.statistics.intervals import ALPHA, Interval, Over, holm
-from tangora.report.statistics.samples import Sample, contrast, difference, gap_closed, sample
+from tangora.report.statistics.samples import Sample, compare_samples, contrast, gap_closed, sample
 from tangora.report.statistics.selection import (
     Edge,
     best_learning_rate,
@@ -185,10 +185,10 @@ def _with_test(row: Row, found: Sample | None) -> Row:
 
 def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
     if row.recipe in samples and row.recipe != BASELINE and BASELINE in samples:
-        value, interval, p_value = difference(samples[row.recipe], samples[BASELINE])
+        value, interval, p_value = compare_samples(samples[row.recipe], samples[BASELINE])
         row = replace(row, difference=value, difference_interval=interval, p_value=p_value)
     if row.recipe in samples and row.recipe != CEILING and CEILING in samples:
-        value, interval, _ = difference(samples[row.recipe], samples[CEILING])
+        value, interval, _ = compare_samples(samples[row.recipe], samples[CEILING])
         row = replace(row, versus_full=value, versus_full_interval=interval)
     return row
 
@@ -288,7 +288,7 @@ def recommend(
     if not tested:
         return _by_validation(known)
     best, *others = tested
-    differences = {row.recipe: difference(samples[row.recipe], samples[best.recipe]) for row in others}
+    differences = {row.recipe: compare_samples(samples[row.recipe], samples[best.recipe]) for row in others}
     p_values = {name: found.p_value for name, found in differences.items() if found.p_value is not None}
     corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
     candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])

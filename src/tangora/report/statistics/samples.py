@@ -90,7 +90,7 @@ class Difference(NamedTuple):
     p_value: float | None
 
 
-def difference(ours: Sample, theirs: Sample) -> Difference:
+def compare_samples(ours: Sample, theirs: Sample) -> Difference:
     """Compare two recipes, paired where seeds or test examples agree."""
     found = contrast((1.0, ours), (-1.0, theirs))
     noise = (found.interval, found.p_value) if found else (None, None)

@@ -12,7 +12,7 @@ from tangora._checks import InputError
 from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval, holm
 from tangora.report.statistics.judgement import BASELINE, judge, side_of
-from tangora.report.statistics.samples import Sample, difference
+from tangora.report.statistics.samples import Sample, compare_samples
 
 Outcome = Literal["win", "tie", "loss"]
 
@@ -158,5 +158,5 @@ def _duels(
 
 
 def _duel(comparison: Comparison, ours: str, theirs: str, samples: dict[str, Sample]) -> Duel:
-    value, interval, p_value = difference(samples[ours], samples[theirs])
+    value, interval, p_value = compare_samples(samples[ours], samples[theirs])
     return Duel(comparison.title, ours, theirs, value, interval, p_value, None, comparison.higher_is_better)

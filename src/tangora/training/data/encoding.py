@@ -21,7 +21,7 @@ Collator: TypeAlias = Callable[[Any], Mapping[str, Tensor]]
 """Makes a padded batch of a list of encodings."""
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """A part of a text, and whether the loss counts it."""
 
     tokens: list[int]
@@ -84,7 +84,7 @@ def _encode_labelled(
     ]
 
 
-def _join(pieces: Sequence[Piece], max_length: int) -> Encoding:
+def _join(pieces: Sequence[_Piece], max_length: int) -> Encoding:
     """Return prompts and completions within ``max_length`` tokens."""
     completion = pieces[-1].tokens[:max_length]
     tokens = [token for piece in pieces[:-1] for token in piece.tokens]
@@ -96,18 +96,18 @@ def _join(pieces: Sequence[Piece], max_length: int) -> Encoding:
 
 def encode_turns(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, chat_template: bool
-) -> list[list[Piece]]:
+) -> list[list[_Piece]]:
     """Turn examples into token numbers of prompts and completions in turn; the last piece is a completion."""
     if chat_template:
         texts = [_rendered(example, tokenizer) for example in examples]
         flat = iter(_tokenize([text for pieces in texts for text, _ in pieces], tokenizer))
-        return [[Piece(next(flat), trained) for _, trained in pieces] for pieces in texts]
+        return [[_Piece(next(flat), trained) for _, trained in pieces] for pieces in texts]
     eos: Any = tokenizer.eos_token_id
     ending = [] if eos is None else [eos]
     prompts = encode_prompts(examples, tokenizer, chat_template=False)
     completions = _tokenize([example["completion"] for example in examples], tokenizer)
     return [
-        [Piece(prompt, False), Piece(completion + ending, True)]
+        [_Piece(prompt, False), _Piece(completion + ending, True)]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
