@@ -26,6 +26,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pyright
 	$(BIN)/pytest -n 2 --dist loadscope
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,$(CHECKER)" $(SHAPED)
