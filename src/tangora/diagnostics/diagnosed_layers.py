@@ -14,7 +14,8 @@ from tangora._names import STARTS
 from tangora.adapters import LoraPair, check_unmerged, discover, linear_layers, module_weight, mutates_base
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import needs_batches
-from tangora.init.starts import Factors, LayerToStart, start_method
+from tangora.init.start_method import Factors, LayerToStart
+from tangora.init.starts import start_method
 from tangora.probes import ProbedLayer, probed_layers, why_unread
 from tangora.probes.layers import unreadable_layers
 
@@ -22,9 +23,8 @@ DEFAULT_RANK = 8
 GRADIENT_STARTS = tuple(start for start in STARTS if needs_batches(start))
 """Starts that are made from the gradient, and fit the examples it was read on."""
 
-# above this smaller side the weight's principal directions come from randomized iteration
+# above this smaller side starts are made by their approximations
 _EXACT_SIDE = 256
-_PISSA_ITERATIONS = 16  # as PEFT users take it, "pissa_niter_16"
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def start_factors(
         drawn=lambda: _drawn(layer, rank, generator),
         generator=generator,
     )
-    approximate = start == "pissa" and min(layer.m, layer.n) > _EXACT_SIDE
-    return method.factors(to_start, **({"niter": _PISSA_ITERATIONS} if approximate else {}))
+    options = method.approximation if min(layer.m, layer.n) > _EXACT_SIDE else {}
+    return method.factors(to_start, **options)
 
 
 def _drawn(layer: ProbedLayer, rank: int, generator: torch.Generator) -> Factors:

@@ -7,7 +7,7 @@ from tangora.init.marks import is_trained, mark_started, started_by
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
-from tangora.init.starts import carries_offset, needs_batches, start_options, starts
+from tangora.init.starts import carries_offset, needs_batches, searches_step, start_options, starts
 
 __all__ = [
     "Start",
@@ -22,6 +22,7 @@ __all__ = [
     "one_step",
     "orthogonal",
     "pissa",
+    "searches_step",
     "start_options",
     "started_by",
     "starts",

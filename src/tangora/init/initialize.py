@@ -27,8 +27,8 @@ from tangora.adapters import (
     unwrapped,
 )
 from tangora.init.marks import is_trained, mark_started
-from tangora.init.one_step import STEP_SIZES
-from tangora.init.starts import PROBE_OPTIONS, LayerToStart, StartMethod, check_options
+from tangora.init.start_method import LayerToStart, StartMethod
+from tangora.init.starts import PROBE_OPTIONS, check_options
 from tangora.probes import (
     GradientSVD,
     as_batches,
@@ -127,7 +127,7 @@ def initialize(
     check_seed(seed)
     inner: PeftModel = unwrapped(model)
     adapter, pairs, odd = _adapter(inner, adapter_name)
-    _check_whole(method, options, pairs)
+    _check_whole(method, chosen, options, pairs)
     if is_trained(inner, adapter):
         warnings.warn(
             f"adapter {adapter!r} is trained, or initialized in another way (B A is not zero): initialization "
@@ -157,7 +157,7 @@ def initialize(
         layers, skipped = _layers(pairs, spectra, chosen, seed)
         skipped |= odd
         losses: Mapping[float, float] = {}
-        if method == "one-step" and (held_out := options.pop("held_out", None)) is not None:
+        if chosen.step_sizes and (held_out := options.pop("held_out", None)) is not None:
             losses = _line_search(inner, adapter, chosen, layers, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
         _write(inner, adapter, chosen, layers, options)
@@ -183,9 +183,9 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[Lora
     return adapter, found.pairs, found.skipped
 
 
-def _check_whole(method: str, options: Mapping[str, Any], pairs: list[LoraPair]) -> None:
-    reads_weight = method == "pissa" or options.get("scale") == "weight_svd"
-    for pair in pairs if method != "lora" else ():
+def _check_whole(method: str, chosen: StartMethod, options: Mapping[str, Any], pairs: list[LoraPair]) -> None:
+    reads_weight = chosen.reads_weight(options)
+    for pair in () if chosen.any_sharding else pairs:
         own = pair.layer.named_parameters(prefix=pair.name) if reads_weight else pair.named_parameters()
         check_not_sharded(own, f"initialization {method!r}")
 
@@ -311,7 +311,7 @@ def _line_search(
 ) -> dict[float, float]:
     losses = {}
     held_out = as_batches(held_out, "held_out")
-    for step in STEP_SIZES:
+    for step in chosen.step_sizes:
         _write(model, adapter, chosen, layers, {"step": step})
         losses[step] = mean_loss(model, held_out, loss_fn=loss_fn)
     if not any(math.isfinite(loss) for loss in losses.values()):

@@ -5,7 +5,8 @@ $\|s^2 (B_0 B_0^\top G + G A_0^\top A_0) - \zeta G\|$. The base weight must be $
 starts where it was.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from tangora._checks import InputError, check_choice, check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
+from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
 
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scale = Literal["stable", "gd", "unit", "weight_svd"]
@@ -82,3 +84,27 @@ def _size(m: int, r: int, s: float, scale: Scale, gamma: float, weight_values: T
             if weight_values is None:
                 raise InputError("scale='weight_svd' needs weight_singular_values")
             return float((weight_values[:r] / s).sqrt().mean())
+
+
+def _reads_weight(options: Mapping[str, Any]) -> bool:
+    return options.get("scale") == "weight_svd"
+
+
+def _start(layer: LayerToStart, **options: Any) -> Factors:
+    return lora_ga(
+        layer.known_gradient,
+        layer.shape[2],
+        layer.scaling,
+        weight_singular_values=torch.linalg.svdvals(layer.weight()) if _reads_weight(options) else None,
+        generator=layer.generator,
+        **options,
+    )
+
+
+LORA_GA = StartMethod(
+    _start,
+    option_types(lora_ga, "direction", "scale", "stable_gamma"),
+    directions=2,
+    offset=True,
+    reads_weight=_reads_weight,
+)

@@ -4,9 +4,12 @@ The final version leaves the base weight alone, so that $W_0 + s B_0 A_0$ is tha
 takes the directions only and compensates in the base weight.
 """
 
+from typing import Any
+
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
+from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
 
 
 def lora_one(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[FactorA, FactorB]:
@@ -49,3 +52,15 @@ def lora_one_v1(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[
     check_number("gamma", gamma, low=0, open_low=True)
     U, _, Vh = gradient.truncate(r)
     return Vh / gamma**0.5, -U / gamma**0.5
+
+
+def _start(layer: LayerToStart, **options: Any) -> Factors:
+    return lora_one(layer.known_gradient, layer.shape[2], **options)
+
+
+def _start_v1(layer: LayerToStart, **options: Any) -> Factors:
+    return lora_one_v1(layer.known_gradient, layer.shape[2], **options)
+
+
+LORA_ONE = StartMethod(_start, option_types(lora_one, "gamma"), directions=1, values=True)
+LORA_ONE_V1 = StartMethod(_start_v1, option_types(lora_one_v1, "gamma"), directions=1, offset=True)

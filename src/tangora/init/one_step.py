@@ -1,8 +1,11 @@
 r"""One step of full gradient descent, cut to rank $r$, and no training after it: a baseline for nothing."""
 
+from typing import Any
+
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
+from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
 
 STEP_SIZES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 """What the line search tries, large to small."""
@@ -26,3 +29,16 @@ def one_step(gradient: LowRankSVD, r: int, scaling: float, *, step: float) -> tu
     U, S, Vh = gradient.truncate(r)
     root = (S * (step / scaling)).sqrt()
     return root[:, None] * Vh, -U * root
+
+
+def _start(layer: LayerToStart, **options: Any) -> Factors:
+    return one_step(layer.known_gradient, layer.shape[2], layer.scaling, **options)
+
+
+ONE_STEP = StartMethod(
+    _start,
+    option_types(one_step, "step", "held_out"),
+    directions=1,
+    values=True,
+    step_sizes=STEP_SIZES,
+)

@@ -1,9 +1,12 @@
 """Random orthogonal factors: the start that needs nothing and gives both factors a full-rank Gram matrix."""
 
+from typing import Any
+
 import torch
 
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
+from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
 
 
 def orthogonal(
@@ -28,3 +31,10 @@ def orthogonal(
     rows = torch.linalg.qr(torch.randn(n, r, generator=generator)).Q.T
     columns = torch.linalg.qr(torch.randn(m, r, generator=generator)).Q
     return size * rows, size * columns
+
+
+def _start(layer: LayerToStart, **options: Any) -> Factors:
+    return orthogonal(*layer.shape, generator=layer.generator, **options)
+
+
+ORTHOGONAL = StartMethod(_start, option_types(orthogonal, "size"), offset=True)

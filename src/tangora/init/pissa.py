@@ -1,10 +1,15 @@
 """PiSSA: train the weight's own principal directions."""
 
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tangora._checks import check_whole
 from tangora._types import FactorA, FactorB
+from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.probes.stillness import seeded
 
 
 def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -> tuple[FactorA, FactorB]:
@@ -31,3 +36,17 @@ def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -
         Vh = V.T
     root = (S[:r] / scaling).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def _start(layer: LayerToStart, **options: Any) -> Factors:
+    with seeded(layer.generator.initial_seed()):  # the randomized decomposition knows the global state only
+        return pissa(layer.weight(), layer.shape[2], layer.scaling, **options)
+
+
+PISSA = StartMethod(
+    _start,
+    option_types(pissa, "niter"),
+    offset=True,
+    reads_weight=lambda _: True,
+    approximation=MappingProxyType({"niter": 16}),  # as PEFT users take it, "pissa_niter_16"
+)

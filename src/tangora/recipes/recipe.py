@@ -71,6 +71,13 @@ class Recipe:
         return self.start is not None and needs_batches(self.start)
 
     @property
+    def searches_step(self) -> bool:
+        """Whether the start has a step size that is searched on held-out batches."""
+        from tangora.init import searches_step
+
+        return self.start is not None and searches_step(self.start)
+
+    @property
     def default_learning_rate(self) -> float:
         """The second smallest of the grid: safe, and seldom far from the best."""
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
@@ -193,7 +200,7 @@ class Recipe:
         from tangora.init import initialize
 
         options: dict[str, Any] = dict(self.start_options) | (
-            {"held_out": held_out} if self.start == "one-step" else {}
+            {"held_out": held_out} if self.searches_step else {}
         )
         peft_model: Any = model  # `initialize` checks it
         return initialize(

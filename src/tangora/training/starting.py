@@ -35,7 +35,7 @@ def start(trainer: transformers.Trainer, recipe: Recipe) -> None:
         if recipe.reads_gradients:
             loss_fn = _loss_fn(trainer)
             batches = _batches(trainer, whole=loss_fn is not None)
-        if recipe.start == "one-step":
+        if recipe.searches_step:
             held_out = _held_out(trainer, recipe, whole=loss_fn is not None)
         seed = trainer.args.seed
         recipe.initialize(model, batches, held_out=held_out, loss_fn=loss_fn, seed=seed)

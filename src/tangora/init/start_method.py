@@ -1,0 +1,73 @@
+"""One row of the table of starts: what a start takes and reads, and the factors that it makes of one layer.
+
+Models stay outside: nothing here writes a parameter. `initialize` carries out what the row says, and a diagnosis looks
+at the gradient through the same factors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+import torch
+
+from tangora._types import FactorA, FactorB, Weight
+from tangora.geometry.sketch import LowRankSVD
+
+Factors = tuple[FactorA, FactorB]
+
+
+@dataclass(frozen=True)
+class LayerToStart:
+    """What a start may be made of."""
+
+    shape: tuple[int, int, int]
+    """``(m, n, r)``."""
+    scaling: float
+    gradient: LowRankSVD | None
+    weight: Callable[[], Weight]
+    drawn: Callable[[], Factors]
+    """PEFT's own start."""
+    generator: torch.Generator
+
+    @property
+    def known_gradient(self) -> LowRankSVD:
+        """The gradient, for a start whose row asks for directions of it."""
+        assert self.gradient is not None
+        return self.gradient
+
+
+def _never(options: Mapping[str, Any]) -> bool:  # noqa: ARG001
+    return False
+
+
+@dataclass(frozen=True)
+class StartMethod:
+    """One start."""
+
+    factors: Callable[..., Factors]
+    """``(layer, **options)`` -> $(A_0, B_0)$."""
+    options: Mapping[str, Any]
+    """Types of its options, by name."""
+    directions: int = 0
+    """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
+    values: bool = False
+    """Whether it weighs directions by singular values, which few passes tell too roughly."""
+    offset: bool = False
+    """Whether $-s B_0 A_0$ is carried along, so that the model starts from the base."""
+    any_rank: bool = False
+    """Whether the rank may exceed the smaller side of the layer."""
+    any_sharding: bool = False
+    """Whether the factors may be parts of larger ones on other devices."""
+    reads_weight: Callable[[Mapping[str, Any]], bool] = _never
+    """Whether it is made from the base weight, by its options."""
+    step_sizes: Sequence[float] = ()
+    """What is tried for its option ``step`` on the batches of its option ``held_out``, one of which it needs."""
+    approximation: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Options that make it in less time from a large weight, for a diagnosis."""
+
+
+def option_types(function: Callable[..., Factors], *names: str) -> dict[str, Any]:
+    """Return the types of some parameters of a start's function."""
+    hints = get_type_hints(function)
+    return {name: hints.get(name, Any) for name in names}
