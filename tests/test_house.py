@@ -30,5 +30,3 @@ def test_public_classes_have_one_meaning():
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, number in defined.items() if number > 1] == []
-
-

@@ -20,7 +20,7 @@ Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
-STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
+DIAGNOSED_STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 """Initializations that a diagnosis can compare."""
 
 MODELS: dict[str, str] = {

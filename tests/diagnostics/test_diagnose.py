@@ -10,7 +10,7 @@ from torch import nn
 
 from tangora import InputError, find_pairs
 from tangora.adapters import has_offset
-from tangora.diagnostics import STARTS, Diagnosis, diagnose
+from tangora.diagnostics import DIAGNOSED_STARTS, Diagnosis, diagnose
 from tangora.init import initialize
 from tests.adapters.models import adapted as adapted_layer
 from tests.adapters.models import dense_gradient, inputs_of, loss_of, quantized
@@ -114,7 +114,7 @@ def test_starts_see_what_their_theory_says():
         U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
         principal = energy(dense.project(Vh[:2], U[:, :2], G)) / energy(G)
         assert layer.starts["pissa"] == pytest.approx(principal, rel=1e-6)
-    assert found.starts == STARTS
+    assert found.starts == DIAGNOSED_STARTS
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -122,7 +122,7 @@ def test_starts_on_other_examples(exact):
     batches, others, model = classifier_batches(), classifier_batches((5, 2), seed=1), adapted(bert())
     own, new = dense_gradients(model, batches), dense_gradients(model, others)
     found = look(model, batches, held_out=others, power_iterations=4, exact_norms=exact)
-    captured = dict.fromkeys(STARTS, 0.0)
+    captured = dict.fromkeys(DIAGNOSED_STARTS, 0.0)
     for layer in found.layers:
         G, H = own[layer.name], new[layer.name]
         U, _, Vh = torch.linalg.svd(G, full_matrices=False)
@@ -133,7 +133,7 @@ def test_starts_on_other_examples(exact):
         assert held.starts["lora-ga"] == pytest.approx(ga, rel=1e-3, abs=1e-4)
         one = energy(dense.project(Vh[:2], U[:, :2], H)) / held.energy
         assert held.starts["lora-one"] == pytest.approx(one, rel=1e-3, abs=1e-4)
-        for start in STARTS:
+        for start in DIAGNOSED_STARTS:
             captured[start] += held.starts[start] * held.energy
     whole = sum(layer.held_out.energy for layer in found.layers)
     assert found.totals.held_out == pytest.approx({start: each / whole for start, each in captured.items()})

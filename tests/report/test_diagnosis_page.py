@@ -26,7 +26,7 @@ from tangora.report import (
 )
 from tangora.report.diagnosis.diagnosis_findings import kind_rows
 from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, view_names
-from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
+from tangora.report.diagnosis.diagnosis_tables import diagnosis_tables, kind_table, layer_table
 from tangora.report.drawing.charts import panel_figure
 from tangora.report.layer_places import natural, places
 from tests.report.pages import Page, texts
@@ -168,6 +168,17 @@ def test_findings():
     assert trained[1] == "Plain LoRA of rank 2 on the base model captures 2.0 %."
     assert diagnosis_sentences(diagnosis(adapter=None))[0] == plain[0]
     assert all("None" not in sentence for sentence in plain + trained)
+
+
+def test_a_start_that_pages_have_no_name_for_is_written_by_its_own():
+    found = diagnosis()
+    layers = tuple(replace(each, starts=each.starts | {"new": 0.75}) for each in found.layers)
+    totals = replace(found.totals, starts=found.totals.starts | {"new": 0.75})
+    found = replace(found, layers=layers, totals=totals)
+    assert "new 75 %" in diagnosis_sentences(found)[1]
+    assert "new" in kind_table(found).headers
+    assert view_names(found)["new"] == "new start"
+    assert len(diagnosis_tables(found)) == 2
 
 
 def test_other_examples():

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from tangora._checks import InputError
-from tangora._names import DATA, MODELS, SPACES, STARTS
+from tangora._names import DATA, MODELS, SPACES, DIAGNOSED_STARTS
 from tangora.experiments.settings_files import PRESETS, read_yaml
 from tangora.experiments.values import Settings, validated
 from tangora.recipes import recipes
@@ -40,7 +40,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "recipes": tuple(entry.name for entry in recipes()),
     "model": MODELS,
     "data": DATA,
-    "starts": STARTS,
+    "starts": DIAGNOSED_STARTS,
     "over": SPACES,
     "preset": PRESETS,
     "device": ("cpu", "cuda", "mps"),

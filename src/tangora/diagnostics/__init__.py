@@ -1,6 +1,6 @@
 """Read-only measures of how well LoRA adapters can follow the full gradient."""
 
-from tangora._names import STARTS
+from tangora._names import DIAGNOSED_STARTS
 from tangora.diagnostics.diagnose import diagnose
 from tangora.diagnostics.diagnosed_layers import DEFAULT_RANK, GRADIENT_STARTS
 from tangora.diagnostics.motion import Track, WeightTrack, find_tracks, fingerprint
@@ -19,7 +19,7 @@ __all__ = [
     "Measures",
     "RankPlan",
     "Reference",
-    "STARTS",
+    "DIAGNOSED_STARTS",
     "LayerGradient",
     "Totals",
     "Track",

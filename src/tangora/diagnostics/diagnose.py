@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tangora._checks import InputError, check_choice, check_kind, check_seed, check_whole
-from tangora._names import STARTS
+from tangora._names import DIAGNOSED_STARTS
 from tangora._types import FactorA, FactorB, LossFn, Progress
 from tangora.adapters import LoraPair, adapters_off, check_not_sharded, unwrapped
 from tangora.diagnostics.alignment import (
@@ -48,7 +48,7 @@ def diagnose(
     rank: int | None = None,
     budget_rank: int | None = None,
     alpha: float | int | None = None,
-    starts: Sequence[str] = STARTS,
+    starts: Sequence[str] = DIAGNOSED_STARTS,
     target_modules: Sequence[str] | None = None,
     num_values: int | None = None,
     exact_norms: bool | None = None,
@@ -100,7 +100,7 @@ def diagnose(
     began = time.perf_counter()
     check_kind("starts", starts, (list, tuple), "a list of names")
     for start in starts:
-        check_choice("starts", start, STARTS)
+        check_choice("starts", start, DIAGNOSED_STARTS)
     check_seed(seed)
     model = unwrapped(model)
     check_kind("model", model, nn.Module, "a model")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tangora._checks import InputError, check_whole
-from tangora._names import STARTS
+from tangora._names import DIAGNOSED_STARTS
 from tangora.adapters import LoraPair, check_unmerged, discover, linear_layers, module_weight, mutates_base
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import needs_batches
@@ -20,7 +20,7 @@ from tangora.probes import ProbedLayer, probed_layers, why_unread
 from tangora.probes.layers import unreadable_layers
 
 DEFAULT_RANK = 8
-GRADIENT_STARTS = tuple(start for start in STARTS if needs_batches(start))
+GRADIENT_STARTS = tuple(start for start in DIAGNOSED_STARTS if needs_batches(start))
 """Starts that are made from the gradient, and fit the examples it was read on."""
 
 # above this smaller side starts are made by their approximations

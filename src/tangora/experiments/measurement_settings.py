@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import check_choice
-from tangora._names import STARTS, Space
+from tangora._names import DIAGNOSED_STARTS, Space
 from tangora.experiments.settings import DataSettings, ModelSettings
 from tangora.experiments.values import Seed, Separated, Targets
 
@@ -50,7 +50,7 @@ class DiagnoseSettings(DataSettings, ModelSettings):
     )
     target_modules: Targets = "all-linear"
     starts: Annotated[list[str], Separated] = Field(
-        default=list(STARTS), description="Initializations to compare, separated by commas."
+        default=list(DIAGNOSED_STARTS), description="Initializations to compare, separated by commas."
     )
     num_examples: int = Field(default=32, ge=1, description="Training examples for the gradient.")
     num_held_out: int = Field(
@@ -74,7 +74,7 @@ class DiagnoseSettings(DataSettings, ModelSettings):
     @classmethod
     def _known(cls, starts: list[str]) -> list[str]:
         for start in starts:
-            check_choice("starts", start, STARTS)
+            check_choice("starts", start, DIAGNOSED_STARTS)
         return starts
 
 

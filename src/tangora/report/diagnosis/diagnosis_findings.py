@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, LayerGradient
 from tangora.diagnostics.records import SHARES, mean_share
@@ -9,20 +10,29 @@ from tangora.report import formats
 from tangora.report.layer_places import places
 
 ALL = "all layers"
-START_NAMES = {
-    "lora": "plain LoRA",
-    "orthogonal": "orthogonal",
-    "pissa": "PiSSA",
-    "lora-ga": "LoRA-GA",
-    "lora-one": "LoRA-One",
-}
 _WORTH_IT = 0.01  # what a rank plan must promise more, as a share of the gradient's energy
-_IN_SENTENCES = {
-    "orthogonal": "a random orthogonal initialization",
-    "pissa": "PiSSA",
-    "lora-ga": "LoRA-GA",
-    "lora-one": "LoRA-One",
+
+
+class StartName(NamedTuple):
+    """How pages write a start: in full, inside a sentence, and in a narrow column's two lines."""
+
+    full: str
+    in_sentence: str
+    short: str
+
+
+_START_NAMES = {
+    "lora": StartName("plain LoRA", "plain LoRA", "plain\nLoRA"),
+    "orthogonal": StartName("orthogonal", "a random orthogonal initialization", "ortho-\ngonal"),
+    "pissa": StartName("PiSSA", "PiSSA", "PiSSA"),
+    "lora-ga": StartName("LoRA-GA", "LoRA-GA", "LoRA-GA"),
+    "lora-one": StartName("LoRA-One", "LoRA-One", "LoRA-One"),
 }
+
+
+def start_name(start: str) -> StartName:
+    """Look up how pages write a start; by its own name where there is no other."""
+    return _START_NAMES.get(start, StartName(start, start, start))
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
     parts = [f"no adapter of this rank can capture more than {formats.small_share(totals.reachable)}"]
     if others:
         seen = [
-            f"{_IN_SENTENCES[start]} {'' if index else 'would capture '}{formats.small_share(totals.starts[start])}"
+            f"{start_name(start).in_sentence} {'' if index else 'would capture '}{formats.small_share(totals.starts[start])}"
             for index, start in enumerate(others)
         ]
         parts.insert(0, ", ".join(seen))
@@ -167,7 +177,8 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
     sentences = [f"{text[0].upper()}{text[1:]}."]
     if totals.held_out and (starts := gradient_starts(diagnosis.layers)):
         shares = [
-            f"{formats.small_share(totals.held_out[start])} for {_IN_SENTENCES[start]}" for start in starts
+            f"{formats.small_share(totals.held_out[start])} for {start_name(start).in_sentence}"
+            for start in starts
         ]
         sentences.append(
             f"On examples that were not used for the initialization, captured energy is {formats.listing(shares)}."

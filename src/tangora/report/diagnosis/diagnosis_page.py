@@ -12,7 +12,6 @@ from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.report import formats
 from tangora.report.diagnosis.diagnosis_findings import (
     ALL,
-    START_NAMES,
     diagnosis_sentences,
     gradient_starts,
     group_by_kind,
@@ -134,7 +133,7 @@ def _notes(diagnosis: Diagnosis) -> list[str]:
 def view_names(diagnosis: Diagnosis) -> dict[str, str]:
     """List what the heat map of captured energy can show."""
     names = {"adapter": "the adapter as it stands"} if diagnosis.totals.adapter is not None else {}
-    names |= {start: f"{START_NAMES[start]} start" for start in diagnosis.starts}
+    names |= {start: f"{start_name(start).full} start" for start in diagnosis.starts}
     names |= {
         f"{start}{_OTHERS}": f"{names[start]}, on other examples"
         for start in gradient_starts(diagnosis.layers)

@@ -8,25 +8,18 @@ from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.diagnostics.records import SHARES
 from tangora.report import formats
 from tangora.report.diagnosis.diagnosis_findings import (
-    START_NAMES,
     KindRow,
     gradient_starts,
     kind_rows,
     needed,
     ranks_text,
+    start_name,
 )
 from tangora.report.report_table import Table, terminal_table
 
 _MAX_WORST = 5
 _OTHERS = "on other examples"
 _SAYS_NOTHING_AT_START = ("cond BᵀB", "imbalance", "effective rank")
-_SHORT = {
-    "lora": "plain\nLoRA",
-    "orthogonal": "ortho-\ngonal",
-    "pissa": "PiSSA",
-    "lora-ga": "LoRA-GA",
-    "lora-one": "LoRA-One",
-}
 
 
 def kind_table(diagnosis: Diagnosis) -> Table:
@@ -34,7 +27,7 @@ def kind_table(diagnosis: Diagnosis) -> Table:
     with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
     headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
     for start in diagnosis.starts:
-        headers += [START_NAMES[start], *([_OTHERS] if start in made else [])]
+        headers += [start_name(start).full, *([_OTHERS] if start in made else [])]
     headers += ["best", *(f"rank for {share} %" for share in SHARES)]
     rows = [
         [
@@ -75,11 +68,11 @@ def layer_table(diagnosis: Diagnosis) -> Table:
     if diagnosis.totals.adapter is not None:
         columns |= _adapter_columns(plain=diagnosis.plain_start)
     for start in diagnosis.starts:
-        columns[f"{START_NAMES[start]} start"] = lambda layer, start=start: formats.small_share(
+        columns[f"{start_name(start).full} start"] = lambda layer, start=start: formats.small_share(
             layer.starts[start]
         )
         if start in gradient_starts(diagnosis.layers):
-            columns[f"{START_NAMES[start]} {_OTHERS}"] = lambda layer, start=start: formats.small_share(
+            columns[f"{start_name(start).full} {_OTHERS}"] = lambda layer, start=start: formats.small_share(
                 layer.held_out and layer.held_out.starts[start]
             )
     columns["best"] = lambda layer: formats.small_share(layer.reachable)
@@ -146,7 +139,9 @@ def _short_kinds(diagnosis: Diagnosis) -> tuple[list[str], list[list[str]]]:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
     with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
     headers = ["layers", "ener-\ngy", *(["adap-\nter"] if with_adapter else [])]
-    headers += [_SHORT[start] + ("\nown|new" if start in made else "") for start in diagnosis.starts]
+    headers += [
+        start_name(start).short + ("\nown|new" if start in made else "") for start in diagnosis.starts
+    ]
     headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]
     return headers, [
         [
