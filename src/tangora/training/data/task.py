@@ -13,7 +13,7 @@ from tangora.training.data.examples import Example, class_notes, repeats, to_exa
 from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
 from tangora.training.data.readers import listed
 from tangora.training.data.recognise import Columns, recognise
-from tangora.training.data.sources import PACKAGED_CORPORA, PACKAGED_IMAGES, read_data
+from tangora.training.data.sources import BUILT_IN_DATA, read_data
 from tangora.training.data.splits import Counts, Splits, check_disjoint, make_splits
 from tangora.training.models import KINDS, Kind
 
@@ -113,7 +113,7 @@ def load_task(
                 f"{PREFIX} tasks are causal and have no columns to choose; leave kind and columns out"
             )
         return Task(spec, "causal", *generate_splits(spec.removeprefix(PREFIX), counts, seed))
-    data, packaged = read_data(spec), spec in PACKAGED_CORPORA or spec in PACKAGED_IMAGES
+    data, packaged = read_data(spec), spec in BUILT_IN_DATA
     layout = recognise(data, columns, kind)
     pools, labels = to_examples(data, layout)
     notes = [layout.sentence(data.columns)]
