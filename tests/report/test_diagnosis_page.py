@@ -26,7 +26,7 @@ from tangora.report import (
 )
 from tangora.report.diagnosis.diagnosis_findings import kind_rows
 from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, view_names
-from tangora.report.diagnosis.diagnosis_tables import diagnosis_tables, kind_table, layer_table
+from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
 from tangora.report.drawing.charts import panel_figure
 from tangora.report.layer_places import natural, places
 from tests.report.pages import Page, texts

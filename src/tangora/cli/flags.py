@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from tangora._checks import InputError
-from tangora._names import DATA, MODELS, SPACES, DIAGNOSED_STARTS
+from tangora._names import DATA, DIAGNOSED_STARTS, MODELS, SPACES
 from tangora.experiments.settings_files import PRESETS, read_yaml
 from tangora.experiments.values import Settings, validated
 from tangora.recipes import recipes

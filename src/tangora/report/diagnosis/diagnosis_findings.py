@@ -168,9 +168,11 @@ def _of_starts(diagnosis: Diagnosis) -> list[str]:
     others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
     parts = [f"no adapter of this rank can capture more than {formats.small_share(totals.reachable)}"]
     if others:
+        names = [start_name(start).in_sentence for start in others]
+        names[0] += " would capture"
         seen = [
-            f"{start_name(start).in_sentence} {'' if index else 'would capture '}{formats.small_share(totals.starts[start])}"
-            for index, start in enumerate(others)
+            f"{name} {formats.small_share(totals.starts[start])}"
+            for name, start in zip(names, others, strict=True)
         ]
         parts.insert(0, ", ".join(seen))
     text = "; ".join(parts)

@@ -17,6 +17,7 @@ from tangora.report.diagnosis.diagnosis_findings import (
     group_by_kind,
     known_rank,
     reachable_shares,
+    start_name,
 )
 from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
