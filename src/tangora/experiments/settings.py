@@ -305,33 +305,33 @@ class RunSettings(TaskSettings):
     def _fits_the_recipe(self) -> "RunSettings":
         if self.reference is not None and self.measure_every is None:
             raise ValueError(f"reference needs measure_every; got reference = {self.reference!r} alone")
-        if self.dtype != "float32" and self.method.adapter is None:
+        if self.dtype != "float32" and self.chosen_recipe.adapter is None:
             raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
-        check_adapted(self, self.method)
+        check_adapted(self, self.chosen_recipe)
         return self
 
     @property
-    def method(self) -> Recipe:
+    def chosen_recipe(self) -> Recipe:
         """The recipe that is named."""
         return recipe(self.recipe)
 
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate, with the recipe's default filled in."""
-        return self.learning_rate or self.method.default_learning_rate
+        return self.learning_rate or self.chosen_recipe.default_learning_rate
 
 
-def check_adapted(settings: TaskSettings, method: Recipe) -> None:
+def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
     """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
-    if method.adapter is not None:
+    if chosen.adapter is not None:
         return
     if settings.load_in_4bit:
         raise InputError(
-            f"load_in_4bit cannot be used with recipe {method.name}: quantized weights cannot be trained; leave one out"
+            f"load_in_4bit cannot be used with recipe {chosen.name}: quantized weights cannot be trained; leave one out"
         )
     if settings.lora_dropout:
         raise InputError(
-            f"lora_dropout cannot be used with recipe {method.name}, which has no adapter; got "
+            f"lora_dropout cannot be used with recipe {chosen.name}, which has no adapter; got "
             f"{settings.lora_dropout:g}"
         )
 

@@ -124,7 +124,7 @@ def execute(
     try:
         with rescued(run, model) if keep_model else contextlib.nullcontext():
             run.tell("training", 0)
-            result.peak_bytes = _train(run, trainer) if settings.method.trains else None
+            result.peak_bytes = _train(run, trainer) if settings.chosen_recipe.trains else None
             _check_finite(model)
             # first of all, what nothing could bring back
             if isinstance(model, PeftModel):
@@ -200,12 +200,12 @@ def _prepared(run: Run) -> nn.Module:
     settings, task = run.settings, run.task
     model = prepare_run(settings, task, run.loaded.model)
     batches = held_out = None
-    if settings.method.reads_gradients:
+    if settings.chosen_recipe.reads_gradients:
         count = min(settings.start_examples, len(task.train))
         chosen = random.Random(settings.seed).sample(range(len(task.train)), count)
         batches = run.batches([task.train[index] for index in chosen])
         held_out = run.batches(task.validation)
-    settings.method.initialize(model, batches, held_out=held_out, seed=settings.seed)
+    settings.chosen_recipe.initialize(model, batches, held_out=held_out, seed=settings.seed)
     return model
 
 
@@ -247,7 +247,7 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         args=arguments,
         train_dataset=data,
         data_collator=collate,
-        recipe=settings.method,
+        recipe=settings.chosen_recipe,
         learning_rate=settings.peak_learning_rate,
         head_learning_rate=settings.head_learning_rate,
         callbacks=[

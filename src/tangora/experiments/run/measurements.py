@@ -39,7 +39,7 @@ _ASCENT, _KRYLOV = 3, 4
 def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None:
     """Make the callback that measures where training leads; ``None`` if that is not asked for."""
     settings, task = run.settings, run.task
-    if settings.measure_every is None or not settings.method.trains:
+    if settings.measure_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
     if whole and settings.measure_gradient:
@@ -71,7 +71,7 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
 def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
     """Make the callback that measures the curvature during training; ``None`` if that is not asked for."""
     settings = run.settings
-    if settings.curvature_every is None or not settings.method.trains:
+    if settings.curvature_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
     return CurvatureCallback(

@@ -200,7 +200,7 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
 
 def prepare_run(settings: RunSettings, task: Task, model: Any) -> nn.Module:
     """Make a base model ready for training as the settings want it."""
-    return settings.method.prepare(
+    return settings.chosen_recipe.prepare(
         model,
         r=settings.rank,
         lora_alpha=settings.alpha,
