@@ -1,6 +1,7 @@
 """The table of methods."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -190,6 +191,24 @@ def test_options_that_a_recipe_fixes_can_be_changed():
     model = recipe("lora").prepare(tiny_bert(), r=2, lora_alpha=4, task_type="SEQ_CLS", total_steps=1)
     optimizer = recipe("odelora-euler@scheme=heun").create_optimizer(model, 1e-1)
     assert getattr(optimizer, "scheme") == "heun"  # noqa: B009
+
+
+def plain_descent(
+    model, lr: float, *, momentum: float = 0.0, nesterov=False, weight_decay: float = 0.0, **rest
+):
+    kept = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(kept, lr, momentum, nesterov=nesterov, weight_decay=weight_decay, **rest)
+
+
+def test_an_optimizer_that_a_function_makes_has_the_options_that_it_names():
+    own = dataclasses.replace(recipe("lora"), name="own", make_optimizer=plain_descent)
+    method = own.with_options(momentum="0.5", nesterov=True)
+    assert method.name == "own@momentum=0.5@nesterov=True"
+    optimizer = method.create_optimizer(torch.nn.Linear(2, 2), 1e-3, weight_decay=0.1)
+    assert [optimizer.defaults[key] for key in ("momentum", "nesterov", "weight_decay")] == [0.5, True, 0.1]
+    for option in ("lr", "weight_decay", "rest"):
+        with pytest.raises(InputError, match="must be one of momentum, nesterov"):
+            own.with_options(**{option: 1})
 
 
 def test_options_of_the_start_follow_the_name_too():

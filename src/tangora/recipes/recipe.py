@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 from tangora._checks import InputError, check_choice, check_kind, check_number
 
@@ -22,7 +22,7 @@ Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 # options of every optimizer, which belong to a run and not to a method
-_COMMON = {"params", "lr", "common"}
+_OF_A_RUN = {"lr", "weight_decay", "betas", "eps"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Recipe:
     learning_rates: tuple[float, ...]
     """Default grid for a sweep, ascending, in units of the method's own optimizer."""
     make_optimizer: MakeOptimizer
-    """``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer."""
+    """``(model, lr=, weight_decay=, betas=, eps=)`` -> optimizer; what else it names are options for `with_options`."""
     adapter: Adapter = "lora"
     """PEFT's method, or ``None`` for full fine-tuning."""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -121,10 +121,12 @@ class Recipe:
         make = self.make_optimizer
         maker: Any = make.func if isinstance(make, partial) else make
         maker = maker.maker if isinstance(maker, Later) else maker
-        if not inspect.isclass(maker):
-            return {}
-        hints = get_type_hints(maker.__init__)
-        return {name: hints[name] for name in inspect.signature(maker).parameters if name not in _COMMON}
+        _, *others = inspect.signature(maker, eval_str=True).parameters.values()  # after the model
+        return {
+            each.name: Any if each.annotation is each.empty else each.annotation
+            for each in others
+            if each.kind is not each.VAR_KEYWORD and each.name not in _OF_A_RUN
+        }
 
     def prepare(
         self,
