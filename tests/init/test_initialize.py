@@ -13,6 +13,7 @@ from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, has_offset
 from tangora.init import initialize, is_trained, needs_batches, started_by, starts
 from tangora.init.one_step import STEP_SIZES
+from tangora.init.start_method import StartMethod
 from tests.adapters.models import quantized
 from tests.cases import combinations
 from tests.init.test_starts import assert_same_up_to_signs
@@ -105,6 +106,22 @@ def randomize(model, seed=9):
             if "lora_" in name and "magnitude" not in name:
                 noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
                 parameter.copy_(0.2 * noise)
+
+
+def test_a_row_of_the_table_is_all_that_a_start_needs(monkeypatch):
+    def factors(layer, *, step):
+        m, n, r = layer.shape
+        return step * torch.ones(r, n), torch.ones(m, r)
+
+    row = StartMethod(factors, {"step": float, "held_out": object}, step_sizes=(5.0, 1e-3))
+    monkeypatch.setitem(importlib.import_module("tangora.init.starts")._STARTS, "ones", row)
+    model = net()
+    done = start(model, "ones", held_out=data())
+    assert done.step == min(done.line_search, key=done.line_search.__getitem__)
+    assert set(done.line_search) == set(row.step_sizes)
+    assert all(torch.all(pair.A.eq(done.step)) for pair in find_pairs(model))
+    with pytest.raises(InputError, match="'ones' needs either"):
+        start(model, "ones")
 
 
 # --- the factors ---
