@@ -3,13 +3,13 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tangora._checks import InputError
 from tangora._folders import OutputFolder
@@ -18,9 +18,7 @@ from tangora._types import Progress
 from tangora.curvature import (
     CurvatureOperator,
     Eigenpairs,
-    GaussNewton,
     Hessian,
-    LayerCurvature,
     SpectralDensity,
     batch_statistics,
     layer_curvatures,
@@ -42,7 +40,7 @@ from tangora.report.curvature import (
     save_curvature_pictures,
     write_curvature,
 )
-from tangora.report.curvature.record import Operator
+from tangora.report.curvature.record import OPERATORS, Operator
 from tangora.training.devices import check_device
 
 PAGE, PICTURES = "curvature.html", "pictures"
@@ -52,8 +50,6 @@ _PEFT = "base_model.model."
 _ITERATIONS = 12
 # of the search for the largest loss in a ball: dimension of its Krylov space, and gradients from each start
 _KRYLOV, _ASCENT = 4, 3
-
-Batches = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -131,68 +127,156 @@ def _measure(
     progress: Progress | None,
 ) -> CurvatureRecord:
     began = time.perf_counter()
-    batches = measured.batches(settings.split, settings.num_examples, settings.batch_size)
-    main = _operator(Hessian, spaces[0], settings, measured, batches)
-    planned = _planned(settings, spaces, len(main.space.layout))
-    meter = _Meter(sum(planned.values()), progress)
-    spectra, pairs = [], None
-    for operator, space, kind in _operators(main, settings, measured, spaces, batches):
-        what = f"{space}, {kind}"
-        with meter.stage(what, operator, planned[what]) as counted:
-            spectrum, found = _spectrum(operator, space, kind, settings, counted)
-        if isinstance(operator, Hessian):
-            operator.release()  # the graphs of two spaces need not be held at once
-        spectra.append(spectrum)
-        pairs = pairs or found
-    assert pairs is not None
-    more: dict[str, Any] = {}
-    if "layers" in planned:
-        with meter.stage("layers", main, planned["layers"]) as counted:
-            more["layers"] = _layers(main, settings, counted)
-    if "mini-batches" in planned:
-        with meter.stage("mini-batches", main, planned["mini-batches"]) as counted:
-            options = {"probes": max(2, settings.trace_products), "tol": settings.tolerance}
-            more["batch_noise"] = batch_statistics(main, seed=settings.seed, progress=counted, **options)
-    if "sharpness" in planned:
-        with meter.stage("sharpness", main, planned["sharpness"]) as counted:
-            options = {"steps": _ASCENT, "random_starts": 0, "krylov": _KRYLOV, "pairs": pairs}
-            ball = main.sharpness(settings.radius, seed=settings.seed, progress=counted, **options)
-            more["sharpness"] = [SharpnessRecord.model_validate(ball, from_attributes=True)]
+    found = _Measurement(settings, measured, spaces)
+    main, parts = found.main, found.parts()
+    meter = _Meter(sum(part.products for part in parts), progress)
+    for part in parts:
+        operator = part.operator()
+        with meter.stage(part.name, operator, part.products) as counted:
+            part.measure(operator, counted)
     if settings.landscape:
-        more["landscape"] = _landscape(main, pairs, settings.landscape_points, meter)
+        found.more["landscape"] = _landscape(main, found.pairs, settings.landscape_points, meter)
     return CurvatureRecord(
         title=measured.title,
         command=command,
         settings=settings.model_dump(mode="json") | {"data_fingerprint": measured.task.fingerprint},
         ranks=list(measured.ranks),
         loss=main.loss(),
-        num_examples=sum(len(batch["labels"]) for batch in batches),
-        num_batches=len(batches),
+        num_examples=sum(len(batch["labels"]) for batch in found.batches),
+        num_batches=len(found.batches),
         split=_SPLITS[settings.split],
         differentiation=main.differentiation,
         dtype=str(main.dtype).removeprefix("torch."),
-        spectra=spectra,
-        **more,
+        spectra=found.spectra,
+        **found.more,
         products=meter.done,
         seconds=time.perf_counter() - began,
         **provenance(measured.loaded.name),
     )
 
 
-def _planned(settings: CurvatureSettings, spaces: list[Space], num_layers: int) -> dict[str, int]:
-    # products that each part is expected to take; those of all mini-batches together are counted as one
-    probes = max(2, settings.trace_products)
-    spectrum = settings.max_products + settings.probes * settings.steps + settings.trace_products
-    planned = {f"{space}, hessian": spectrum for space in spaces}
-    if settings.gauss_newton:
-        planned[f"{spaces[0]}, gauss-newton"] = spectrum
-    if settings.per_layer or settings.layer_eigenvalues:
-        planned["layers"] = _ITERATIONS * (1 + num_layers * settings.layer_eigenvalues) + probes
-    if settings.per_batch:
-        planned["mini-batches"] = 2 * _ITERATIONS + probes + 1
-    if settings.radius:
-        planned["sharpness"] = _KRYLOV
-    return planned
+@dataclass(frozen=True)
+class _Part:
+    """A part of the work: how many products it is expected to take, with what, and what makes them."""
+
+    name: str
+    products: int
+    operator: Callable[[], CurvatureOperator]
+    measure: Callable[[Any, Progress], None]
+
+
+class _Measurement:
+    """What is to be measured at a point, part by part, and what was found."""
+
+    pairs: Eigenpairs
+    """Of the main operator, whose spectrum is the first part."""
+
+    def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[Space]):
+        self._settings, self._model, self._spaces = settings, measured.model, spaces
+        self.batches = measured.batches(settings.split, settings.num_examples, settings.batch_size)
+        self.main: Hessian = self._operator("hessian", spaces[0])
+        self.spectra: list[Spectrum] = []
+        self.more: dict[str, Any] = {}
+
+    def parts(self) -> list[_Part]:
+        """List what the settings ask for; what needs the eigenpairs stands behind the spectra."""
+        settings, main = self._settings, self.main
+        first, *others = self._spaces
+        probes = max(2, settings.trace_products)
+        each = settings.max_products + settings.probes * settings.steps + settings.trace_products
+        beside: list[Operator] = [
+            name for name, kind in OPERATORS.items() if kind.flag and getattr(settings, kind.flag)
+        ]
+        spectra: list[tuple[Operator, Space]] = [
+            *((name, first) for name in beside),
+            *(("hessian", space) for space in others),
+        ]
+        parts = [_Part(f"{first}, hessian", each, lambda: main, partial(self._spectrum, "hessian", first))]
+        for name, space in spectra:
+            make, measure = partial(self._operator, name, space), partial(self._spectrum, name, space)
+            parts.append(_Part(f"{space}, {name}", each, make, measure))
+        per_layer = _ITERATIONS * (1 + len(main.space.layout) * settings.layer_eigenvalues) + probes
+        # the products of all mini-batches together are counted as one
+        per_batch = 2 * _ITERATIONS + probes + 1
+        of_main = [
+            (settings.per_layer or settings.layer_eigenvalues, "layers", per_layer, self._layers),
+            (settings.per_batch, "mini-batches", per_batch, self._batch_noise),
+            (settings.radius > 0, "sharpness", _KRYLOV, self._sharpness),
+        ]
+        parts += [
+            _Part(name, products, lambda: main, measure)
+            for wanted, name, products, measure in of_main
+            if wanted
+        ]
+        return parts
+
+    def _operator(self, name: Operator, space: Space) -> Any:
+        settings = self._settings
+        options: dict[str, Any] = {"cache_graph": settings.cache_graph} if name == "hessian" else {}
+        dtype = torch.float64 if settings.float64 else None
+        return OPERATORS[name].make(
+            self._model, self.batches, over=space, layers=settings.layers, dtype=dtype, **options
+        )
+
+    def _spectrum(
+        self, name: Operator, space: Space, operator: CurvatureOperator, progress: Progress
+    ) -> None:
+        settings, size = self._settings, operator.shape[0]
+        began, before = time.perf_counter(), operator.num_products
+        options: dict[str, Any] = {"seed": settings.seed, "progress": progress}
+        gradient_norm = float(operator.gradient().double().norm())
+        pairs = operator.top_eigenpairs(
+            min(settings.top, size), tol=settings.tolerance, max_products=settings.max_products, **options
+        )
+        density = operator.spectral_density(
+            probes=settings.probes, steps=min(settings.steps, size), **options
+        )
+        trace = operator.trace(products=settings.trace_products, **options)
+        self.spectra.append(
+            Spectrum(
+                space=space,
+                operator=name,
+                size=size,
+                num_layers=len(operator.space.layout),
+                gradient_norm=gradient_norm,
+                eigenvalues=pairs.eigenvalues,
+                converged=pairs.converged,
+                trace=trace,
+                frobenius_norm=density.moment(2).scaled(size).root(),  # its probes have seen |H|^2 = n E[λ^2]
+                density=_drawn(density),
+                products=operator.num_products - before,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        if operator is self.main:
+            self.pairs = pairs
+        if isinstance(operator, Hessian):
+            operator.release()  # the graphs of two spaces need not be held at once
+
+    def _layers(self, operator: CurvatureOperator, progress: Progress) -> None:
+        settings = self._settings
+        layers = layer_curvatures(
+            operator,
+            probes=max(2, settings.trace_products),
+            eigenvalues=settings.layer_eigenvalues,
+            tol=settings.tolerance,
+            seed=settings.seed,
+            progress=progress,
+        )
+        self.more["layers"] = [replace(layer, name=layer.name.removeprefix(_PEFT)) for layer in layers]
+
+    def _batch_noise(self, operator: CurvatureOperator, progress: Progress) -> None:
+        settings = self._settings
+        options = {"probes": max(2, settings.trace_products), "tol": settings.tolerance}
+        self.more["batch_noise"] = batch_statistics(
+            operator, seed=settings.seed, progress=progress, **options
+        )
+
+    def _sharpness(self, operator: Hessian, progress: Progress) -> None:
+        settings = self._settings
+        options = {"steps": _ASCENT, "random_starts": 0, "krylov": _KRYLOV, "pairs": self.pairs}
+        ball = operator.sharpness(settings.radius, seed=settings.seed, progress=progress, **options)
+        self.more["sharpness"] = [SharpnessRecord.model_validate(ball, from_attributes=True)]
 
 
 class _Meter:
@@ -216,56 +300,6 @@ class _Meter:
             self._progress(what, self.done + more, self.total)
 
 
-def _operators(
-    main: Hessian,
-    settings: CurvatureSettings,
-    measured: MeasuredModel,
-    spaces: list[Space],
-    batches: Batches,
-) -> Iterator[tuple[CurvatureOperator, Space, Operator]]:
-    yield main, spaces[0], "hessian"
-    if settings.gauss_newton:
-        yield _operator(GaussNewton, spaces[0], settings, measured, batches), spaces[0], "gauss-newton"
-    for space in spaces[1:]:
-        yield _operator(Hessian, space, settings, measured, batches), space, "hessian"
-
-
-def _operator(
-    kind: Any, space: Space, settings: CurvatureSettings, measured: MeasuredModel, batches: Batches
-) -> Any:
-    options: dict[str, Any] = {"cache_graph": settings.cache_graph} if kind is Hessian else {}
-    dtype = torch.float64 if settings.float64 else None
-    return kind(measured.model, batches, over=space, layers=settings.layers, dtype=dtype, **options)
-
-
-def _spectrum(
-    operator: CurvatureOperator, space: Space, kind: Operator, settings: CurvatureSettings, progress: Progress
-) -> tuple[Spectrum, Eigenpairs]:
-    began, before, size = time.perf_counter(), operator.num_products, operator.shape[0]
-    options: dict[str, Any] = {"seed": settings.seed, "progress": progress}
-    gradient_norm = float(operator.gradient().double().norm())
-    pairs = operator.top_eigenpairs(
-        min(settings.top, size), tol=settings.tolerance, max_products=settings.max_products, **options
-    )
-    density = operator.spectral_density(probes=settings.probes, steps=min(settings.steps, size), **options)
-    trace = operator.trace(products=settings.trace_products, **options)
-    spectrum = Spectrum(
-        space=space,
-        operator=kind,
-        size=size,
-        num_layers=len(operator.space.layout),
-        gradient_norm=gradient_norm,
-        eigenvalues=pairs.eigenvalues,
-        converged=pairs.converged,
-        trace=trace,
-        frobenius_norm=density.moment(2).scaled(size).root(),  # its probes have seen |H|^2 = n E[λ^2]
-        density=_drawn(density),
-        products=operator.num_products - before,
-        seconds=time.perf_counter() - began,
-    )
-    return spectrum, pairs
-
-
 def _drawn(density: SpectralDensity) -> Density:
     x = density.grid()
     return Density(
@@ -274,20 +308,6 @@ def _drawn(density: SpectralDensity) -> Density:
         x=x.tolist(),
         smoothed=density.smoothed(x).tolist(),
     )
-
-
-def _layers(
-    operator: CurvatureOperator, settings: CurvatureSettings, progress: Progress
-) -> list[LayerCurvature]:
-    found = layer_curvatures(
-        operator,
-        probes=max(2, settings.trace_products),
-        eigenvalues=settings.layer_eigenvalues,
-        tol=settings.tolerance,
-        seed=settings.seed,
-        progress=progress,
-    )
-    return [replace(layer, name=layer.name.removeprefix(_PEFT)) for layer in found]
 
 
 def _landscape(operator: Hessian, pairs: Eigenpairs, points: int, meter: _Meter) -> LandscapeRecord:

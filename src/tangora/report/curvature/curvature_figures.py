@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tangora.curvature import BatchNoise, LayerCurvature
-from tangora.report.curvature.curvature_findings import FACTORS, OPERATOR_NAMES, SPACE_NAMES
+from tangora.report.curvature.curvature_findings import FACTORS, SPACE_NAMES, operator_suffix
 from tangora.report.curvature.record import (
+    OPERATORS,
     CurvatureRecord,
     Density,
     LandscapeRecord,
@@ -62,7 +63,7 @@ def _eigenvalues(record: CurvatureRecord) -> Figure:
         found = spectrum.eigenvalues
         return [
             Series(
-                OPERATOR_NAMES[spectrum.operator],
+                OPERATORS[spectrum.operator].title,
                 range(1, len(found) + 1),
                 [one.value for one in found],
                 low=[one.value - one.residual for one in found],
@@ -88,7 +89,7 @@ def _scale(series: Sequence[Series]) -> Scale:
 
 def _counts(record: CurvatureRecord) -> Figure:
     def draw(spectrum: Spectrum) -> list[Series]:
-        suffix = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
+        suffix = operator_suffix(spectrum)
         found = [
             _counted(f"{name}{suffix}", spectrum, sign)
             for name, sign in (("upwards", 1.0), ("downwards", -1.0))
@@ -144,7 +145,7 @@ def _density(record: CurvatureRecord) -> Figure:
         floor = max(density.smoothed, default=0.0) * 10.0**-_DECADES
         # gaps, where a line would tell of directions that nothing was seen of
         shown = [value if value > floor else None for value in density.smoothed]
-        return [Series(OPERATOR_NAMES[spectrum.operator], density.x, shown)]
+        return [Series(OPERATORS[spectrum.operator].title, density.x, shown)]
 
     return _over_spaces(
         record,

@@ -4,7 +4,7 @@ import math
 
 from tangora.curvature import TraceEstimate
 from tangora.report import formats
-from tangora.report.curvature.record import CurvatureRecord, Operator, SharpnessRecord, Space, Spectrum
+from tangora.report.curvature.record import OPERATORS, CurvatureRecord, SharpnessRecord, Space, Spectrum
 
 SPACE_NAMES: dict[Space, str] = {
     "tangent": "tangent space",
@@ -16,7 +16,6 @@ _WHERE: dict[Space, str] = {
     "weights": "over the full weights of the chosen layers",
     "factors": "over the factors A and B",
 }
-OPERATOR_NAMES: dict[Operator, str] = {"hessian": "Hessian", "gauss-newton": "Gauss–Newton"}
 FACTORS = (
     "Figures over the factors A and B belong to this pair of factors, not to the model: they change under "
     "(B, A) → (BR, R⁻¹A), which leaves every weight, every output and the figures over the tangent space as they are. "
@@ -29,7 +28,7 @@ def curvature_sentences(record: CurvatureRecord) -> list[str]:
     return [
         *_of_top(record.main),
         *_of_low_end(record.main),
-        *_of_gauss_newton(record),
+        *_of_other_operators(record),
         *_of_sharpness(record),
         *_of_batches(record),
         *_of_layers(record),
@@ -40,8 +39,12 @@ def curvature_sentences(record: CurvatureRecord) -> list[str]:
 
 def spectrum_name(spectrum: Spectrum) -> str:
     """Name a spectrum in a table or a legend."""
-    operator = "" if spectrum.operator == "hessian" else f", {OPERATOR_NAMES[spectrum.operator]}"
-    return SPACE_NAMES[spectrum.space] + operator
+    return SPACE_NAMES[spectrum.space] + operator_suffix(spectrum)
+
+
+def operator_suffix(spectrum: Spectrum) -> str:
+    """Name an operator behind something else, unless it is the Hessian."""
+    return "" if spectrum.operator == "hessian" else f", {OPERATORS[spectrum.operator].title}"
 
 
 def _of_top(spectrum: Spectrum) -> list[str]:
@@ -75,18 +78,13 @@ def _of_low_end(spectrum: Spectrum) -> list[str]:
     ]
 
 
-def _of_gauss_newton(record: CurvatureRecord) -> list[str]:
-    sentences = []
-    for spectrum in record.spectra:
-        other = record.of(spectrum.space, "gauss-newton")
-        if spectrum.operator != "hessian" or spectrum.space == "factors" or other is None:
-            continue
-        sentences.append(
-            f"{_WHERE[spectrum.space].capitalize()} the Gauss–Newton part alone has largest eigenvalue "
-            f"{formats.significant(other.largest)} and trace "
-            f"{estimated_text(other.trace)}."
-        )
-    return sentences
+def _of_other_operators(record: CurvatureRecord) -> list[str]:
+    return [
+        f"{_WHERE[one.space].capitalize()} {OPERATORS[one.operator].subject} has largest eigenvalue "
+        f"{formats.significant(one.largest)} and trace {estimated_text(one.trace)}."
+        for one in record.spectra
+        if one.operator != "hessian" and one.space != "factors" and record.of(one.space) is not None
+    ]
 
 
 def _of_sharpness(record: CurvatureRecord) -> list[str]:

@@ -1,17 +1,45 @@
 """The file that a measurement of curvature leaves behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from tangora._names import SPACES, Space
-from tangora.curvature import BatchNoise, Eigenvalue, LayerCurvature, TraceEstimate
+from tangora.curvature import (
+    BatchNoise,
+    CurvatureOperator,
+    Eigenvalue,
+    GaussNewton,
+    Hessian,
+    LayerCurvature,
+    TraceEstimate,
+)
 from tangora.report.record_files import FrozenModel, Recorded, read_record
 from tangora.report.run_records import Count, Seconds
 
 Operator = Literal["hessian", "gauss-newton"]
+
+
+@dataclass(frozen=True)
+class OperatorKind:
+    """A matrix whose spectrum is measured, and what it is called."""
+
+    make: Callable[..., CurvatureOperator]
+    title: str
+    flag: str | None
+    """The setting that asks for it; the Hessian is always measured."""
+    subject: str
+    """How a sentence about it begins."""
+
+
+OPERATORS: dict[Operator, OperatorKind] = {
+    "hessian": OperatorKind(Hessian, "Hessian", None, "the Hessian"),
+    "gauss-newton": OperatorKind(GaussNewton, "Gauss–Newton", "gauss_newton", "the Gauss–Newton part alone"),
+}
+"""The Hessian, and what can be measured beside it over the first space."""
 
 
 class Density(FrozenModel):
