@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import eigsh
 
 from tangora import InputError
-from tangora.curvature import Hessian
+from tangora.curvature import EmpiricalFisher, Hessian
 from tangora.experiments.curvature.measured_model import load_measured
 from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.measurement_settings import CurvatureSettings
@@ -137,13 +137,14 @@ def test_everything_at_once(run, tmp_path):
         "landscape": True,
         "landscape_points": 3,
         "gauss_newton": True,
+        "empirical_fisher": True,
         "radius": 0.1,
         "over": "factors,weights,tangent",
     }
     record = measured(run, tmp_path / "out", **QUICK | everything | {"top": 2}).record
     keys = [(spectrum.space, spectrum.operator) for spectrum in record.spectra]
     hessians = [(space, "hessian") for space in ("tangent", "weights", "factors")]
-    assert keys == [hessians[0], ("tangent", "gauss-newton"), *hessians[1:]]
+    assert keys == [hessians[0], ("tangent", "gauss-newton"), ("tangent", "empirical-fisher"), *hessians[1:]]
     assert sum(layer.size for layer in record.layers) == record.of("tangent").size
     assert sum(layer.eigenvector_share for layer in record.layers) == pytest.approx(1.0, rel=1e-4)
     assert all("base_model" not in layer.name and layer.largest is not None for layer in record.layers)
@@ -158,6 +159,25 @@ def test_everything_at_once(run, tmp_path):
     assert record.landscape.plane.losses[1][1] == pytest.approx(record.loss, rel=1e-5)
     html = (tmp_path / "out" / "curvature.html").read_text()
     assert all(f'id="{name}-title"' in html for name in ("layers", "batches", "lines", "plane"))
+
+
+def test_the_empirical_fisher_matrix(run, found, tmp_path):
+    record = measured(run, tmp_path / "out", **QUICK | {"max_products": 40}, empirical_fisher=True).record
+    assert load_curvature(tmp_path / "out" / "curvature.json") == record
+    subject = load_measured(str(run), None, {}, 0)
+    batches = subject.batches("train", 7, 4)
+    operator = EmpiricalFisher(subject.model, batches, over="tangent", dtype=torch.float64)
+    (expected,) = eigsh(operator.to_scipy(), k=1, which="LA", tol=1e-5, return_eigenvectors=False)
+    fisher = record.of("tangent", "empirical-fisher")
+    assert fisher.largest == pytest.approx(expected, rel=1e-4)
+    assert record.main == record.of("tangent")  # the Hessian's
+    assert record.settings["empirical_fisher"] is True
+    # files without it are as they were before there was such a setting, and mean that it is off
+    assert "empirical_fisher" not in found[0].record.settings
+    assert "empirical_fisher" not in json.loads((found[0].page.parent / "settings.json").read_text())
+    again = {**QUICK, "max_products": 40}
+    with pytest.raises(InputError, match="empirical_fisher is True there and False here"):
+        measured(run, tmp_path / "out", **again)
 
 
 def test_full_fine_tuning_has_weights_only(whole, tmp_path):

@@ -146,7 +146,12 @@ def record(spectra=None, **changes):
 def whole():
     """Everything that can be measured."""
     return record(
-        [spectrum("factors", top=400.0), spectrum(), spectrum("tangent", "gauss-newton", top=3.0)],
+        [
+            spectrum("factors", top=400.0),
+            spectrum(),
+            spectrum("tangent", "gauss-newton", top=3.0),
+            spectrum("tangent", "empirical-fisher", top=2.0),
+        ],
         layers=layers(),
         batch_noise=noise(),
         sharpness=[SharpnessRecord(space="weights", radius=0.05, loss=0.5, rise=0.25, second_order=0.2)],
@@ -191,6 +196,7 @@ def test_the_factors_come_last_and_with_their_sentence(page):
     assert [row[0] for row in texts(space_table(whole()))[1:]] == [
         "tangent space",
         "tangent space, Gauss–Newton",
+        "tangent space, empirical Fisher",
         "factors A, B",
     ]
     assert curvature_sentences(whole())[0].startswith("In the tangent space")
@@ -224,6 +230,8 @@ def test_findings():
     for words in (
         "the loss can rise from 0.5000 to 0.7500 at least",
         "predict 0.7000",
+        "In the tangent space the Gauss–Newton part alone has largest eigenvalue 3 and trace 10 ± 0.5.",
+        "In the tangent space the empirical Fisher matrix has largest eigenvalue 2 and trace 10 ± 0.5.",
         "Over 4 mini-batches the largest curvature is 5.5 on average, with a standard deviation of 1.29",
         "mainly in pooler (25 %), bert.layer.2.dense (21 %) and bert.layer.2.query (18 %)",
         "All numbers are for the 32 training examples that were read.",

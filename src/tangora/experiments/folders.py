@@ -169,7 +169,7 @@ def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> 
         for key, field in fields.items()
         if not field.is_required()
     }
-    found = usual | found
+    wanted, found = usual | wanted, usual | found
     try:
         grown = settings.grown_from(found)
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,9 +1,15 @@
 """What `tangora diagnose` and `tangora curvature` measure, of which model, on what data."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from tangora._checks import check_choice
 from tangora._names import DIAGNOSED_STARTS, Space
@@ -120,6 +126,10 @@ class CurvatureSettings(DataSettings):
     )
     top: int = Field(default=5, ge=1, description="Number of largest eigenvalues.")
     gauss_newton: bool = Field(default=False, description="Measure the Gauss-Newton matrix too.")
+    empirical_fisher: bool = Field(
+        default=False,
+        description="Measure the empirical Fisher matrix too: second moment of the labels' gradients.",
+    )
     per_layer: bool = Field(
         default=False, description="Trace of every layer, and its share of the top eigenvector."
     )
@@ -164,6 +174,11 @@ class CurvatureSettings(DataSettings):
                 f"landscape_points must be odd, so that the point itself is one of them; got {points}"
             )
         return points
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # files that were written without it stay as they are
+        return {key: value for key, value in handler(self).items() if value or key != "empirical_fisher"}
 
     @model_validator(mode="after")
     def _several_batches(self) -> "CurvatureSettings":

@@ -12,6 +12,7 @@ from tangora.curvature import (
     BatchNoise,
     CurvatureOperator,
     Eigenvalue,
+    EmpiricalFisher,
     GaussNewton,
     Hessian,
     LayerCurvature,
@@ -20,7 +21,7 @@ from tangora.curvature import (
 from tangora.report.record_files import FrozenModel, Recorded, read_record
 from tangora.report.run_records import Count, Seconds
 
-Operator = Literal["hessian", "gauss-newton"]
+Operator = Literal["hessian", "gauss-newton", "empirical-fisher"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class OperatorKind:
 OPERATORS: dict[Operator, OperatorKind] = {
     "hessian": OperatorKind(Hessian, "Hessian", None, "the Hessian"),
     "gauss-newton": OperatorKind(GaussNewton, "Gauss–Newton", "gauss_newton", "the Gauss–Newton part alone"),
+    "empirical-fisher": OperatorKind(
+        EmpiricalFisher, "empirical Fisher", "empirical_fisher", "the empirical Fisher matrix"
+    ),
 }
 """The Hessian, and what can be measured beside it over the first space."""
 
