@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 
@@ -354,6 +355,18 @@ def test_grad_scaler_skips_the_step_and_raises_nothing(name):
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(InputError, match=message):
         Training(name, **options)
+
+
+@every
+@pytest.mark.messages
+def test_options_are_those_of_the_signature(name):
+    run = Training(name)
+    kind = type(run.optimizer)
+    known = inspect.signature(kind).parameters
+    assert {"betas", "eps", "weight_decay", "maximize", "foreach", "on_nonfinite"} <= known.keys()
+    for unknown in {"bogus", "own", "adamw_lr"} - known.keys():
+        with pytest.raises(TypeError, match=f"{kind.__name__}.*{unknown}"):
+            kind(run.model, lr=1e-3, **{unknown: 0.1})
 
 
 @every

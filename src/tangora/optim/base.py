@@ -1,5 +1,6 @@
 """What every pair optimizer shares: groups, states, safety against wrong or missing gradients, AdamW for the rest."""
 
+import inspect
 import math
 import weakref
 from abc import ABC, abstractmethod
@@ -69,16 +70,20 @@ class PairOptimizer(Optimizer, ABC):
         self,
         params: Params,
         lr: float | Tensor,
-        *,
         own: Mapping[str, Any] = MappingProxyType({}),
         adamw_lr: float | Tensor | None = None,
+        /,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        **unknown: Any,
     ):
+        for name in unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._on_nonfinite = on_nonfinite
         self._rest = {} if adamw_lr is None else {"lr": adamw_lr}
@@ -96,6 +101,10 @@ class PairOptimizer(Optimizer, ABC):
         super().__init__(grouped(params, type(self).__name__), defaults)
         if isinstance(params, nn.Module):
             self._watch = Watch(weakref.ref(params))
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _signature(cls)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group.
@@ -312,6 +321,16 @@ class PairOptimizer(Optimizer, ABC):
         if broken is not None:
             where = broken if isinstance(broken, str) else f"layer {broken.name} (adapter {broken.adapter})"
             raise FloatingPointError(f"non-finite gradient in {where}; no step was taken")
+
+
+def _signature(optimizer: type[PairOptimizer]) -> inspect.Signature:
+    """Name the common options in the signature, for help and editors, instead of ``**common``."""
+    _, *own = inspect.signature(optimizer.__init__).parameters.values()
+    common = inspect.signature(PairOptimizer.__init__).parameters
+    named = {each.name: each for each in own if each.kind is not each.VAR_KEYWORD}
+    return inspect.Signature(
+        [*named.values(), *(common[name] for name in CommonOptions.__annotations__ if name not in named)]
+    )
 
 
 class LayerwiseOptimizer(PairOptimizer):

@@ -25,7 +25,7 @@ class FactorMomentumOptimizer(LayerwiseOptimizer):
         **common: Unpack[CommonOptions],
     ):
         own = {"momentum": momentum}
-        super().__init__(params, lr, own=own, adamw_lr=adamw_lr, **common)
+        super().__init__(params, lr, own, adamw_lr, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("momentum", group["momentum"], low=0, high=1, open_high=True)

@@ -70,7 +70,9 @@ class LoRAPro(LayerwiseOptimizer):
             with ``zero`` and ``symmetric`` it drifts, and so does the gradients' norm, which clipping looks at.
         retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
-        **common: See `PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else of $B A$.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else that of
+            $B A$.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class LoRAPro(LayerwiseOptimizer):
             "gauge": gauge,
             "retraction": retraction,
         }
-        super().__init__(params, lr, own=own, **common)
+        super().__init__(params, lr, own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("moments", group["moments"], _MOMENTS)

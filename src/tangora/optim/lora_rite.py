@@ -72,7 +72,8 @@ class LoRARITE(LayerwiseOptimizer):
 
     Args:
         lr: Learning rate of the factors; the weight changes by alpha / r times as much.
-        **common: See `PairOptimizer`; the decay is that of the factors.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of the factors.
 
     """
 

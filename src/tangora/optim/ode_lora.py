@@ -68,8 +68,9 @@ class ODELoRA(PairOptimizer):
             all of them there.
         adamw_lr: AdamW's learning rate for the parameters outside pairs of a model, such as a new head: steps of
             descent are often a hundred times larger than what AdamW stands. Default ``lr``.
-        **common: See `PairOptimizer`; the decay is that of $B A$, and a step that fails in any of its stages leaves the
-            parameters as they were.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of $B A$, and a step that fails in any of its stages
+            leaves the parameters as they were.
 
     Attributes:
         replay: Evaluates loss and gradients again when `step` gets no closure; set by `tangora.Trainer`.
@@ -116,7 +117,7 @@ class ODELoRA(PairOptimizer):
             "guard": guard,
             "evaluations": 0,
         }
-        super().__init__(params, lr, own=own, adamw_lr=adamw_lr, **common)
+        super().__init__(params, lr, own, adamw_lr, **common)
 
     @property
     def evaluations(self) -> int:

@@ -32,7 +32,8 @@ class PreconditionedAdamW(LayerwiseOptimizer):
         lr: Learning rate, as for LoRA.
         damping: $\lambda$ added to the Gram matrices. Default 1e-6, LoRA-One's; PEFT's ``create_riemannian_optimizer``
             uses 1e-2.
-        **common: See `PairOptimizer`; the decay is that of the factors.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of the factors.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class PreconditionedAdamW(LayerwiseOptimizer):
         **common: Unpack[CommonOptions],
     ):
         own = {"damping": damping}
-        super().__init__(params, lr, own=own, **common)
+        super().__init__(params, lr, own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("damping", group["damping"], low=0, open_low=True)

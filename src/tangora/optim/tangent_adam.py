@@ -97,7 +97,8 @@ class TangentAdam(LayerwiseOptimizer):
     Args:
         lr: Learning rate in units of full fine-tuning's.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
-        **common: See `PairOptimizer`; the decay is that of $B A$.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of $B A$.
 
     Example:
         >>> import torch
@@ -119,7 +120,7 @@ class TangentAdam(LayerwiseOptimizer):
         **common: Unpack[CommonOptions],
     ):
         own = {"retraction": retraction}
-        super().__init__(params, lr, own=own, **common)
+        super().__init__(params, lr, own, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("retraction", group["retraction"], RETRACTIONS)

@@ -79,7 +79,8 @@ class TangentMuon(LayerwiseOptimizer):
         iterations: Alternating projections between the spectral ball and the tangent space.
         retraction: ``"auto"``: orthographic while well-conditioned, else SVD, layer by layer; or one of them always.
         adamw_lr: Learning rate of AdamW for all parameters outside pairs, such as a new head.
-        **common: See `PairOptimizer`; the decay is that of $B A$.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`; the decay is that of $B A$.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class TangentMuon(LayerwiseOptimizer):
             "iterations": iterations,
             "retraction": retraction,
         }
-        super().__init__(params, lr, own=own, adamw_lr=adamw_lr, **common)
+        super().__init__(params, lr, own, adamw_lr, **common)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("momentum", group["momentum"], low=0, high=1, open_high=True)

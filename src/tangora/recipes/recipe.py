@@ -22,7 +22,7 @@ Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 # options of every optimizer, which belong to a run and not to a method
-_OF_A_RUN = {"lr", "weight_decay", "betas", "eps"}
+_OF_A_RUN = {"lr", "weight_decay", "betas", "eps", "maximize", "foreach", "on_nonfinite"}
 
 
 @dataclass(frozen=True)
