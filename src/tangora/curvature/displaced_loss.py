@@ -37,6 +37,8 @@ class DisplacedLoss:
     batches: Iterable[Any]
     alone: bool = False
     """Whether this is one batch of many: this rank's own business."""
+    reader: str = "curvature"
+    """What errors say is read, such as ``Hessian``."""
 
     @classmethod
     def of(
@@ -121,7 +123,7 @@ class DisplacedLoss:
         """
         total = torch.zeros(size, dtype=dtype or self.space.dtype, device=self.space.device)
         weights = 0.0
-        together = contextlib.nullcontext() if self.alone else failing_together("curvature", total.device)
+        together = contextlib.nullcontext() if self.alone else failing_together(self.reader, total.device)
         with together, self.evaluation.open(self.batches):
             for batch in self.batches:
                 weight, value = of_batch(batch)

@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -48,7 +49,7 @@ class CurvatureOperator(ABC):
     """Products with the matrix so far."""
 
     def __init__(self, displaced: DisplacedLoss):
-        self._displaced = displaced
+        self._displaced = replace(displaced, reader=type(self).__name__)
         self.num_products = 0
         self._state = displaced.evaluation.state()
 
