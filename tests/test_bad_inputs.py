@@ -23,7 +23,7 @@ from tangora.experiments.measurement_settings import DiagnoseSettings
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tests.experiments.small import after_step, ctrl_c, write_classifier, write_generator
-from tests.training.tiny import tiny_bert, tiny_tokenizer
+from tests.models import tiny_bert, tiny_tokenizer
 
 pytestmark = [
     pytest.mark.messages,

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import tangora
 from tangora import InputError
-from tests.training.tiny import tiny_llama
+from tests.models import tiny_llama
 
 pytestmark = [pytest.mark.messages, pytest.mark.filterwarnings("ignore")]
 

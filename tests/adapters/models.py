@@ -1,40 +1,16 @@
-"""One adapted layer of every kind, and the dense gradient that its factors' gradients must agree with."""
+"""What an adapted layer must agree with, and further layers: banks of experts, quantized ones."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import LlamaForCausalLM
 
 from tangora import LoraPair, find_pairs
-
-LAYERS = {
-    "linear": lambda: nn.Linear(7, 5),
-    "gpt2-conv1d": lambda: Conv1D(5, 7),
-    "embedding": lambda: nn.Embedding(11, 6),
-    "embedding-padding": lambda: nn.Embedding(11, 6, padding_idx=1),
-    "conv1d": lambda: nn.Conv1d(3, 5, 3, stride=2, padding=1),
-    "conv2d": lambda: nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=1),
-    "conv2d-pointwise": lambda: nn.Conv2d(3, 5, 1),
-    "conv3d": lambda: nn.Conv3d(2, 5, 2, padding=1),
-    "attention": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
-}
-"""Makers of base layers, by name."""
-
-
-class Holder(nn.Module):
-    """A model whose only layer is ``it``."""
-
-    def __init__(self, it: nn.Module):
-        super().__init__()
-        self.it = it
-
-    def forward(self, *inputs):
-        return self.it(*inputs)
+from tests.models import Holder, loss_of, transformer
 
 
 class Experts(nn.Module):
@@ -59,45 +35,6 @@ class LinearAndExperts(nn.Module):
         return self.experts(self.linear(x))
 
 
-def inputs_of(name: str) -> tuple[Tensor, ...]:
-    """What the layer of that name is called with."""
-    torch.manual_seed(1)
-    if name.startswith("embedding"):
-        return (torch.tensor([[0, 1, 2, 10], [4, 4, 1, 6]]),)
-    if name == "attention":
-        return (torch.randn(2, 4, 6, dtype=torch.float64),) * 3
-    shape = {"conv1d": (2, 3, 8), "conv3d": (2, 2, 4, 3, 4)}.get(
-        name, (2, 3, 6, 5) if "conv2d" in name else (2, 4, 7)
-    )
-    return (torch.randn(shape, dtype=torch.float64),)
-
-
-def adapted(name: str, **config) -> PeftModel:
-    """The layer with an adapter whose factors are both random, in float64."""
-    torch.manual_seed(0)
-    options = {"r": 2, "lora_alpha": 6, "target_modules": ["it"], "fan_in_fan_out": name == "gpt2-conv1d"}
-    model = get_peft_model(Holder(LAYERS[name]().double()), LoraConfig(**options | config))
-    return randomize(model, name)
-
-
-def randomize(model: PeftModel, name: str = "") -> PeftModel:
-    """Draw every adapter parameter, so that no factor is zero."""
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            noise = 0.5 * torch.randn(parameter.shape, dtype=torch.float64)
-            parameter.data.copy_(noise.abs() + 0.5 if "magnitude" in key else noise)
-            if "embedding_A" in key and name == "embedding-padding":
-                parameter.data[:, 1] = 0  # as PEFT starts it: the padding row of the table gets no gradient
-    return model
-
-
-def loss_of(output: Tensor | tuple) -> Tensor:
-    """A loss that is linear in nothing."""
-    output = output[0] if isinstance(output, tuple) else output
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    return (weights * (output + 0.3 * output.square())).sum()
-
-
 def dense_gradient(pair: LoraPair, inputs: tuple[Tensor, ...], magnitude: Tensor | None = None):
     """Loss and gradient with respect to V = W0 + s B A of an equivalent plain layer, out x in.
 
@@ -114,18 +51,11 @@ def dense_gradient(pair: LoraPair, inputs: tuple[Tensor, ...], magnitude: Tensor
     return loss.detach(), V.grad
 
 
-def tiny_llama(**options) -> LlamaForCausalLM:
-    """One random decoder layer."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes | options))
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
+    """One random decoder layer, in training mode."""
+    return transformer(
+        "llama", seed=0, **{"num_hidden_layers": 1, "num_key_value_heads": 2} | options
+    ).train()
 
 
 def quantized(kind: str, *, bias: bool = False) -> Holder:

@@ -10,18 +10,8 @@ from torch import nn
 
 from tangora import InputError, TangentAdam, find_pairs
 from tangora.adapters import discover
-from tests.adapters.models import (
-    LAYERS,
-    Experts,
-    Holder,
-    adapted,
-    dense_gradient,
-    inputs_of,
-    loss_of,
-    quantized,
-    randomize,
-    tiny_llama,
-)
+from tests.adapters.models import Experts, dense_gradient, quantized, tiny_llama
+from tests.models import LAYERS, Holder, adapted_layer, inputs_of, loss_of, randomize
 from tests.tolerances import assert_close
 
 TRANSPOSED = {"gpt2-conv1d", "embedding", "embedding-padding"}
@@ -51,7 +41,7 @@ def only_pair(model):
 @pytest.mark.parametrize("name", sorted(LAYERS.keys() - {"attention"}))
 @pytest.mark.parametrize("rslora", [False, True])
 def test_gradients_are_the_dense_gradient_seen_through_the_factors(name, rslora):
-    model, inputs = adapted(name, use_rslora=rslora), inputs_of(name)
+    model, inputs = adapted_layer(name, use_rslora=rslora), inputs_of(name)
     pair = only_pair(model)
     assert pair.transposed == (name in TRANSPOSED)
     assert pair.scaling == pytest.approx(6 / 2**0.5 if rslora else 3)
@@ -64,7 +54,7 @@ def test_gradients_are_the_dense_gradient_seen_through_the_factors(name, rslora)
 
 @pytest.mark.parametrize("name", DORA_LAYERS)
 def test_dora_gradients_are_those_of_the_direction(name):
-    model, inputs = adapted(name, use_dora=True), inputs_of(name)
+    model, inputs = adapted_layer(name, use_dora=True), inputs_of(name)
     pair = only_pair(model)
     vector = pair.layer.lora_magnitude_vector["default"].weight
     assert all(vector is not parameter for parameter in pair.parameters)
@@ -74,7 +64,7 @@ def test_dora_gradients_are_those_of_the_direction(name):
 
 
 def test_a_bias_of_lora_is_no_part_of_the_pair():
-    model, inputs = adapted("linear", lora_bias=True), inputs_of("linear")
+    model, inputs = adapted_layer("linear", lora_bias=True), inputs_of("linear")
     pair = only_pair(model)
     bias = pair.layer.lora_B["default"].bias
     with torch.no_grad():
@@ -86,7 +76,7 @@ def test_a_bias_of_lora_is_no_part_of_the_pair():
 
 
 def test_attention_has_pairs_for_both_projections():
-    model, inputs = adapted("attention"), inputs_of("attention")
+    model, inputs = adapted_layer("attention"), inputs_of("attention")
     inner, outer = find_pairs(model)
     assert (inner.shape, outer.shape) == ((18, 6, 2), (6, 6, 2))
     with (
@@ -107,7 +97,7 @@ def test_attention_has_pairs_for_both_projections():
 
 
 def test_no_gradients_unless_both_factors_have_one():
-    model = adapted("linear")
+    model = adapted_layer("linear")
     pair = only_pair(model)
     assert pair.gradients() is None
     loss_of(model(*inputs_of("linear"))).backward()
@@ -116,7 +106,7 @@ def test_no_gradients_unless_both_factors_have_one():
 
 
 def test_sparse_gradients_are_made_dense():
-    model = adapted("embedding")
+    model = adapted_layer("embedding")
     loss_of(model(*inputs_of("embedding"))).backward()
     pair = only_pair(model)
     dense = pair.gradients()

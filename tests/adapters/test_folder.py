@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tangora import InputError
 from tangora.adapters import load_adapter, merged_model, save_adapter, save_merged
-from tests.adapters.models import logits, randomize, tiny_llama
+from tests.adapters.models import logits, tiny_llama
+from tests.models import randomize
 from tests.tolerances import assert_close
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from tangora import InputError, find_pairs
 from tangora.adapters import load_adapter, save_adapter
-from tests.adapters.models import randomize, tiny_llama
+from tests.adapters.models import tiny_llama
 from tests.adapters.test_merge import TOKENS, logits, lora, made, trained
+from tests.models import randomize
 from tests.tolerances import assert_close
 
 pytestmark = [

@@ -19,7 +19,8 @@ from torch import nn
 
 from tangora import InputError
 from tangora.adapters import merged_model, save_merged
-from tests.adapters.models import randomize, tiny_llama
+from tests.adapters.models import tiny_llama
+from tests.models import randomize
 from tests.sizes import AUDIO_MODEL, BART, CLIP, GPT2, IMAGE_MODEL, SEGFORMER, T5, TEXT_MODEL
 from tests.tolerances import assert_close
 

@@ -22,20 +22,9 @@ from tangora.adapters import (
     offset_layer,
     save_adapter,
 )
-from tests.adapters.models import (
-    IDS,
-    LAYERS,
-    Experts,
-    Holder,
-    adapted,
-    inputs_of,
-    loss_of,
-    quantized,
-    tiny_llama,
-    train,
-    updates,
-)
+from tests.adapters.models import IDS, Experts, quantized, tiny_llama, train, updates
 from tests.cases import combinations
+from tests.models import LAYERS, Holder, adapted_layer, inputs_of, loss_of
 from tests.tolerances import assert_close
 
 QUANTIZED = {"nf4", "nf4-dora", "int8"}
@@ -242,7 +231,7 @@ def test_layers_without_factors_get_zeros_and_the_same_rank(tmp_path):
 
 def beside_mutated(name, **config):
     """A layer with an offset, and PEFT's layer on the changed base weight."""
-    model = adapted(name, **config).train()
+    model = adapted_layer(name, **config).train()
     mutated = copy.deepcopy(model)
     (pair,) = find_pairs(mutated)
     generator = torch.Generator().manual_seed(5)
@@ -578,7 +567,7 @@ def test_a_compiled_model(name):
 
 @pytest.mark.parametrize("name", ["linear", "gpt2-conv1d", "conv2d", "embedding"])
 def test_magnitudes_follow_the_whole_weight(name):
-    model = adapted(name, use_dora=True).eval()
+    model = adapted_layer(name, use_dora=True).eval()
     (pair,) = find_pairs(model)
     attach_offset(model, "default", {pair.name: tuple(1.5 * factor for factor in pair.factors()[::-1])})
     (A, B), (B0, A0) = pair.factors(), pair.offset()
@@ -725,7 +714,7 @@ def test_factors_must_fit():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: adapted("attention"), r"MultiheadAttention, whose forward pass has no place"),
+        (lambda: adapted_layer("attention"), r"MultiheadAttention, whose forward pass has no place"),
         (lambda: plain("float32", init_lora_weights="olora"), "changed the base weights"),
         (
             lambda: plain(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),

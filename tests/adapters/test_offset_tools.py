@@ -18,8 +18,9 @@ from peft.utils.hotswap import (
 
 from tangora import InputError, find_pairs, load_adapter, save_adapter
 from tangora.adapters import attach_offset, detach_offset, has_offset
-from tests.adapters.models import IDS, Holder, adapted, inputs_of, train
+from tests.adapters.models import IDS, train
 from tests.adapters.test_offset import MODELS, QUANTIZED, base_of, plain, run, start
+from tests.models import Holder, adapted_layer, inputs_of
 from tests.tolerances import assert_close
 
 KINDS = ["linear", "gpt2", "embedding", "dora", "dora-embedding", "rslora", "patterns-rslora", "nf4", "vit"]
@@ -361,7 +362,7 @@ def test_batches_may_mix_an_offset_its_copy_and_the_base(name):
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "gpt2-conv1d", "embedding", "linear"])
 def test_every_kind_of_layer_gives_its_copy_the_offset(name):
-    model = adapted(name).eval()
+    model = adapted_layer(name).eval()
     attach_offset(model, "default", {p.name: p.factors()[::-1] for p in find_pairs(model)})
     expected = Holder(model.base_model.model.it.get_base_layer())(*inputs_of(name))
     copied_like_trl(model)

@@ -9,7 +9,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from tangora import InputError
 from tangora.adapters import initial_factors, load_adapter, merged_model, save_adapter, save_merged
-from tests.adapters.models import randomize, tiny_llama
+from tests.adapters.models import tiny_llama
+from tests.models import randomize
 from tests.tolerances import assert_close
 
 pytestmark = [

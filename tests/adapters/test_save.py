@@ -24,10 +24,10 @@ from tangora.adapters import (
     save_merged,
 )
 from tangora.adapters.saved_factors import truncate
-from tests.adapters.models import IDS, Holder, LinearAndExperts, logits, randomize, tiny_llama, train, updates
+from tests.adapters.models import IDS, LinearAndExperts, logits, tiny_llama, train, updates
 from tests.cases import combinations
+from tests.models import Holder, randomize, tiny_tokenizer
 from tests.tolerances import assert_close
-from tests.training.tiny import tiny_tokenizer
 
 # PEFT says so whenever an embedding is adapted
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tangora import find_pairs
 from tangora.adapters import module_weight
 from tangora.adapters.stored_weight import keep_layout
-from tests.adapters.models import Holder
+from tests.models import Holder
 from tests.tolerances import assert_close
 
 bnb = pytest.importorskip("bitsandbytes")

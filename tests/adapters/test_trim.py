@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from tangora import ODELoRA, find_pairs, save_adapter
 from tangora.adapters import attach_offset
-from tests.adapters.models import IDS, logits, randomize, tiny_llama
+from tests.adapters.models import IDS, logits, tiny_llama
+from tests.models import randomize
 from tests.tolerances import assert_close
 
 CONFIGS = {

@@ -11,7 +11,8 @@ from torch import nn
 from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, initial_factors, save_adapter
 from tangora.adapters.saved_factors import AdapterFiles, uniform
-from tests.adapters.models import Holder, logits, randomize, tiny_llama
+from tests.adapters.models import logits, tiny_llama
+from tests.models import Holder, randomize
 from tests.tolerances import assert_close
 
 pytestmark = [

@@ -10,8 +10,6 @@ from tangora import InputError
 from tangora.adapters.discover import discover
 from tangora.adapters.offset import attach_offset
 from tangora.curvature import CouplingPart, GaussNewton, Hessian, RiemannianHessian, WeightPart
-from tests.adapters.models import LAYERS, inputs_of, loss_of
-from tests.adapters.models import adapted as adapted_layer
 from tests.curvature.models import (
     FLOAT64,
     NAMES,
@@ -27,6 +25,7 @@ from tests.curvature.models import (
     shared_reference,
     small_problem,
 )
+from tests.models import LAYERS, adapted_layer, inputs_of, loss_of
 from tests.tolerances import assert_close
 
 TOLERANCE = {"llama": 2e-5}

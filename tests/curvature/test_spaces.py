@@ -12,7 +12,7 @@ from torch.func import functional_call, hessian
 from tangora import InputError, find_pairs
 from tangora.adapters.offset import attach_offset
 from tangora.curvature import Hessian, LowRankSpace, TangentSpace, WeightSpace
-from tests.adapters.models import LAYERS, Holder, adapted, inputs_of, loss_of, tiny_llama
+from tests.adapters.models import tiny_llama
 from tests.curvature.models import (
     FLOAT64,
     dense,
@@ -21,6 +21,7 @@ from tests.curvature.models import (
     shared_problem,
     shared_reference,
 )
+from tests.models import LAYERS, Holder, adapted_layer, inputs_of, loss_of
 from tests.tolerances import assert_close
 
 KINDS = sorted(LAYERS.keys() - {"attention", "embedding-padding"})
@@ -50,7 +51,7 @@ def weight_hessian(pair, inputs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tangent_and_weights_agree_with_a_plain_layer(kind):
-    model = adapted(kind)
+    model = adapted_layer(kind)
     (pair,) = find_pairs(model)
     expected = weight_hessian(pair, inputs_of(kind))
     tangent = operator_of(model, kind, over="tangent")
@@ -68,7 +69,7 @@ def test_tangent_and_weights_agree_with_a_plain_layer(kind):
 @pytest.mark.parametrize("over", ["factors", "tangent", "weights"])
 def test_an_offset_is_one_more_constant(kind, over):
     """The layer's weight is W0 + s (B A - B0 A0): the same Hessians as on that base without an offset."""
-    plain, carrying = adapted(kind), adapted(kind)
+    plain, carrying = adapted_layer(kind), adapted_layer(kind)
     (pair,) = find_pairs(carrying)
     B0, A0 = torch.randn_like(pair.factors()[1]), torch.randn_like(pair.factors()[0])
     attach_offset(carrying, "default", {pair.name: (B0, A0)})
@@ -95,7 +96,7 @@ def test_tangent_coordinates_are_an_isometry_onto_the_tangent_space(name):
 
 
 def test_directions_in_which_a_factor_vanishes_are_left_out():
-    model = adapted("linear")
+    model = adapted_layer("linear")
     (pair,) = find_pairs(model)
     m, n, r = pair.shape
     with torch.no_grad():
@@ -217,7 +218,7 @@ def test_blocks_are_the_diagonal_blocks(over):
 
 
 def test_one_factor_alone():
-    model = adapted("linear")
+    model = adapted_layer("linear")
     (pair,) = find_pairs(model)
     whole = dense(operator_of(model, "linear"))
     pair.A.requires_grad_(False)
@@ -286,12 +287,12 @@ def test_quantized_base_weights(wide):
 
 def test_dora_merged_inactive_and_ambiguous_adapters_are_refused():
     with pytest.raises(InputError, match="DoRA, which takes its norm as a constant"):
-        operator_of(adapted("linear", use_dora=True), "linear")
-    merged = adapted("linear")
+        operator_of(adapted_layer("linear", use_dora=True), "linear")
+    merged = adapted_layer("linear")
     merged.merge_adapter()
     with pytest.raises(InputError, match="unmerge_adapter first"):
         operator_of(merged, "linear")
-    two = adapted("linear")
+    two = adapted_layer("linear")
     two.add_adapter("other", LoraConfig(r=1, target_modules=["it"]))
     with pytest.raises(InputError, match="not active"):
         operator_of(two, "linear", adapter_name="other")
@@ -301,11 +302,11 @@ def test_dora_merged_inactive_and_ambiguous_adapters_are_refused():
     with pytest.raises(InputError, match="adapter_name must be one of"):
         operator_of(two, "linear", adapter_name="third")
     with pytest.raises(InputError, match="must name layers of the model"):
-        operator_of(adapted("linear"), "linear", layers=["that"])
+        operator_of(adapted_layer("linear"), "linear", layers=["that"])
 
 
 def test_a_tangent_space_follows_the_weights():
-    model = adapted("linear")
+    model = adapted_layer("linear")
     (pair,) = find_pairs(model)
     operator = operator_of(model, "linear", over="tangent")
     old = displacements(operator.space)

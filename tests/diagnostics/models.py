@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from tangora import find_pairs
-from tests.training.tiny import tiny_bert
+from tests.models import tiny_bert
 
 
 def classifier_batches(sizes=(4, 3, 1), seed=0) -> list[dict[str, Tensor]]:

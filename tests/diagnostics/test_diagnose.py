@@ -12,8 +12,7 @@ from tangora import InputError, find_pairs
 from tangora.adapters import has_offset
 from tangora.diagnostics import DIAGNOSED_STARTS, Diagnosis, diagnose
 from tangora.init import initialize
-from tests.adapters.models import adapted as adapted_layer
-from tests.adapters.models import dense_gradient, inputs_of, loss_of, quantized
+from tests.adapters.models import dense_gradient, quantized
 from tests.cases import combinations
 from tests.diagnostics.models import (
     adapted,
@@ -24,8 +23,8 @@ from tests.diagnostics.models import (
     gpt2,
     moved,
 )
+from tests.models import adapted_layer, inputs_of, loss_of, tiny_llama
 from tests.reference import dense
-from tests.training.tiny import tiny_llama
 
 
 def look(model, batches, **options):

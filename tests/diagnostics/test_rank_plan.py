@@ -11,7 +11,7 @@ from torch import nn
 
 from tangora import InputError, find_pairs
 from tangora.diagnostics import LayerGradient, plan_ranks, required_rank
-from tests.training.tiny import tiny_llama
+from tests.models import tiny_llama
 
 
 def spectrum(m, n, values, energy=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.training.tiny import WORDS, tiny_bert, tiny_llama, tiny_tokenizer
+from tests.models import WORDS, tiny_bert, tiny_llama, tiny_tokenizer
 
 
 def write_classifier(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from tangora import InputError, RunSettings, export, load_adapter, train
 from tangora.experiments.run.preparing import load_base, load_run_task
 from tangora.report import load_record
 from tests.experiments.small import write_classifier, write_generator
-from tests.training.tiny import tiny_tokenizer
+from tests.models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tangora import CompareSettings, InputError, RunSettings, compare, train
 from tangora.experiments.run.preparing import check_chat, load_run_task, sized
 from tangora.report import load_record
 from tests.experiments.small import write_classifier, write_generator
-from tests.training.tiny import WORDS
+from tests.models import WORDS
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_run_task
 from tangora.experiments.settings_files import preset
-from tests.training.tiny import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
+from tests.models import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
 
 SMALL = {
     "num_train": 40,

@@ -23,7 +23,7 @@ from tangora.experiments.comparison.worker import DiskFullError, run_trial
 from tangora.experiments.run.preparing import load_run_task
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import after_step
-from tests.training.tiny import tiny_bert, tiny_tokenizer
+from tests.models import tiny_bert, tiny_tokenizer
 
 RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tangora import InputError
 from tangora.probes import GradientProbe, Request, as_batches, mean_loss, probed_layers
-from tests.adapters.models import Holder, inputs_of, loss_of
+from tests.models import Holder, inputs_of, loss_of
 from tests.probes.models import OWN_LOSS_TOLERANCE, batch_of, dense_gradients, model_of
 from tests.tolerances import assert_close
 

@@ -8,7 +8,7 @@ from torch import nn
 from tangora import find_pairs, initialize
 from tangora.geometry.tangent import dense_captured_energy, frame
 from tangora.probes import gradient_svds
-from tests.adapters.models import Holder
+from tests.models import Holder
 
 M, N, RANK = 400, 500, 8
 

@@ -12,7 +12,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from tangora import InputError
 from tangora.adapters import module_weight
 from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, mean_loss, probed_layers
-from tests.adapters.models import LAYERS, Holder, inputs_of, loss_of, quantized
+from tests.adapters.models import quantized
+from tests.models import LAYERS, Holder, inputs_of, loss_of
 from tests.probes.models import (
     OWN_LOSS_TOLERANCE,
     TOLERANCE,

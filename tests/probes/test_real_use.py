@@ -14,7 +14,7 @@ import tangora
 from tangora import InputError, find_pairs
 from tangora.curvature import Hessian
 from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, mean_loss, probed_layers
-from tests.adapters.models import Holder, inputs_of, loss_of
+from tests.models import Holder, inputs_of, loss_of
 from tests.probes.models import adapted, batches_of, dense_gradients, model_of
 from tests.probes.test_losses import CLASSES, IMAGES, SOUNDS, made
 from tests.sizes import AUDIO_MODEL, CLIP, IMAGE_MODEL, SEGFORMER

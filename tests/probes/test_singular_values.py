@@ -6,8 +6,8 @@ from torch import nn
 
 from tangora import InputError
 from tangora.probes import gradient_norms, gradient_svds, probed_layers
-from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.cases import combinations
+from tests.models import Holder, inputs_of, loss_of
 from tests.probes.models import (
     OWN_LOSS_TOLERANCE,
     TOLERANCE,

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tangora.probes import GradientProbe, Request, gradient_norms, gradient_svds, probed_layers
-from tests.adapters.models import Holder, inputs_of, loss_of
 from tests.cases import combinations
+from tests.models import Holder, inputs_of, loss_of
 from tests.probes.models import adapted, batch_of, batches_of, dense_gradients, exact_loss, model_of
 from tests.tolerances import assert_close
 

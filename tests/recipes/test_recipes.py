@@ -15,7 +15,7 @@ from transformers import (
 
 from tangora import InputError, find_pairs, recipe, recipes
 from tangora.adapters import head_names, head_parameters, load_adapter, save_adapter
-from tests.training.tiny import tiny_bert, tiny_llama
+from tests.models import tiny_bert, tiny_llama
 
 EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",

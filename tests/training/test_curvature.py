@@ -15,8 +15,9 @@ from tangora.training.callbacks import DivergedError
 from tangora.training.curvature import CurvatureCallback, CurvaturePoint, curvature_point, read_curvature
 from tangora.training.data import collator, encode
 from tests.curvature.models import change_gauge, problem
+from tests.models import tiny_bert, tiny_tokenizer
 from tests.reference.curvature import DenseCurvature
-from tests.training.tiny import labelled_examples, tiny_bert, tiny_tokenizer
+from tests.training.tiny import labelled_examples
 
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -12,7 +12,7 @@ from torch import nn
 import tangora
 from tangora import InputError, LoRAPro, TangentAdam
 from tangora.training.devices import check_kept
-from tests.training.tiny import tiny_bert
+from tests.models import tiny_bert
 from tests.training.trainers import RATE, assert_equal, parts, weights
 
 NUM_GPUS = 4

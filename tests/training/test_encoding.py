@@ -9,7 +9,8 @@ from tangora._checks import InputError
 from tangora.training.answers import generate_completions
 from tangora.training.data import collator, encode
 from tangora.training.data.encoding import encode_prompts, encode_turns
-from tests.training.tiny import causal_examples, labelled_examples, tiny_llama, tiny_tokenizer
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.training.tiny import causal_examples, labelled_examples
 
 # turns begin with a colour and end with </s>; an answer begins after "green"
 TEMPLATE = (

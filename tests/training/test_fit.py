@@ -5,7 +5,7 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.data import Task
 from tangora.training.data.fit import check_fit
-from tests.training.tiny import WORDS, tiny_tokenizer
+from tests.models import WORDS, tiny_tokenizer
 
 VOCABULARY = 4 + len(WORDS)
 

@@ -16,7 +16,8 @@ from tangora.training.models import ImageScaler, load_model
 from tangora.training.models import digits as vit
 from tangora.training.models.digits import PRETRAINING_DIGITS, TASK_DIGITS, read_digits
 from tangora.training.paths import PackagedFiles, install_command
-from tests.training.tiny import labelled_examples, rng_state_unchanged, tiny_tokenizer
+from tests.models import tiny_tokenizer
+from tests.training.tiny import labelled_examples, rng_state_unchanged
 
 
 @pytest.fixture(scope="module")

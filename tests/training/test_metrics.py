@@ -10,15 +10,8 @@ from tangora._checks import InputError
 from tangora.training.answers import answers_match, final_answer, generate_completions, summarize_answers
 from tangora.training.data import collator, encode, load_task
 from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
-from tests.training.tiny import (
-    WORDS,
-    causal_examples,
-    labelled_examples,
-    rng_state_unchanged,
-    tiny_bert,
-    tiny_llama,
-    tiny_tokenizer,
-)
+from tests.models import WORDS, tiny_bert, tiny_llama, tiny_tokenizer
+from tests.training.tiny import causal_examples, labelled_examples, rng_state_unchanged
 
 
 @pytest.fixture(params=["classification", "causal"])

@@ -16,7 +16,8 @@ from tangora.training.data import load_task
 from tangora.training.models import PACKAGED_MODELS, cached, load_model
 from tangora.training.models.cached import cache_folder, dequantized
 from tangora.training.paths import PackagedFiles, install_command
-from tests.training.tiny import rng_state_unchanged, tiny_bert, tiny_llama, tiny_tokenizer
+from tests.models import tiny_bert, tiny_llama, tiny_tokenizer
+from tests.training.tiny import rng_state_unchanged
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from tangora.experiments.settings import RunSettings
 from tangora.init import started_by
 from tangora.training.data import encode
 from tangora.training.starting import NUM_EXAMPLES, NUM_HELD_OUT
+from tests.models import tiny_bert, tiny_llama, tiny_tokenizer
 from tests.training import trainers
-from tests.training.tiny import labelled_examples, tiny_bert, tiny_llama, tiny_tokenizer
+from tests.training.tiny import labelled_examples
 from tests.training.trainers import COLLATE, RATE, assert_equal, in_two_processes, weights
 
 # LoRA-Pro says so of a model as small as this

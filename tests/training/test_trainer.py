@@ -8,7 +8,7 @@ import transformers
 
 import tangora
 from tangora import InputError, TangentAdam
-from tests.training.tiny import tiny_bert
+from tests.models import tiny_bert
 from tests.training.trainers import RATE, assert_equal, in_two_processes, parts, weights
 
 

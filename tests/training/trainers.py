@@ -10,7 +10,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from tangora.training.data import collator, encode
-from tests.training.tiny import labelled_examples, tiny_bert, tiny_tokenizer
+from tests.models import tiny_bert, tiny_tokenizer
+from tests.training.tiny import labelled_examples
 
 RATE = 1e-3
 COLLATE = collator(tiny_tokenizer(), "classification")
