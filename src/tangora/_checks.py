@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line and says what would be allowed."""
 
 
+def near_hint(name: str, allowed: Iterable[str]) -> str:
+    """Return `` (did you mean ...?)`` if ``name`` is nearly one of ``allowed``, else nothing."""
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise `InputError` unless ``value`` is one of ``allowed``."""
     if any(_equal(value, option) for option in allowed):
         return
     options = ", ".join(repr(option) if option is None else str(option) for option in allowed)
-    near = difflib.get_close_matches(str(value)[:80], [str(option) for option in allowed], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = near_hint(str(value)[:80], [str(option) for option in allowed])
     raise InputError(f"{name} must be one of {options}; got {shown(value)}{hint}")
 
 

@@ -4,7 +4,7 @@ Shape letters: ``m`` out features, ``n`` in features, ``r`` rank. ``*b`` stands 
 dimensions; layers of equal shape are stacked along them. The annotations are checked in the second test pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from jaxtyping import Float
@@ -21,9 +21,6 @@ Core: TypeAlias = Float[Tensor, "*b r r"]
 
 Weight: TypeAlias = Float[Tensor, "*b m n"]
 """A matrix of the size of the adapted weight, ``out_features x in_features``."""
-
-Batch: TypeAlias = Mapping[str, Any]
-"""Keyword arguments of a model."""
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(model, batch)`` -> scalar loss."""

@@ -113,9 +113,7 @@ def _merged(model: PeftModel) -> nn.Module:
     # Every parameter of the copy is a new one in the same memory. PEFT's MultiheadAttention makes new parameters at
     # every walk: these must live until the copy is made, or their ids would come to mean others.
     parameters = list(model.parameters())
-    shared: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in parameters
-    }
+    shared: dict[int, Any] = {id(parameter): _again(parameter) for parameter in parameters}
     twin: Any = copy.deepcopy(model, shared | {id(view): view.detach() for view in views})
     _separate_bases(twin)
     flags = _tie_flags(twin)

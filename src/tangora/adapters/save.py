@@ -1,7 +1,7 @@
 r"""Write adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
 A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
-of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolve`). That holds for an
+of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolved`). That holds for an
 offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA and its like, which change the base
 weight.
 """

@@ -1,6 +1,5 @@
 """The program: what all commands share, and how it ends."""
 
-import difflib
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-from tangora._checks import InputError
+from tangora._checks import InputError, near_hint
 from tangora.cli.flags import option
 from tangora.cli.output import console
 
@@ -136,7 +135,7 @@ def _one_line(error: TyperException) -> str:
     if message.startswith("No such command"):
         name = message.split("'")[1]
         known = [each for each, found in context.command.commands.items() if not found.hidden]
-        return f"{command} has no command {name!r}{_near(name, known)}; it has {', '.join(known)}"
+        return f"{command} has no command {name!r}{near_hint(name, known)}; it has {', '.join(known)}"
     if hasattr(told, "param_type"):
         return f"{command} needs {_shown(told.param)}: {_first_sentence(told.param.help)}"
     if hasattr(told, "param") and told.param is not None:
@@ -152,12 +151,7 @@ def _one_line(error: TyperException) -> str:
 
 def _unknown_flag(name: str, context: Any, command: str) -> str:
     flags = [flag for param in context.command.get_params(context) for flag in param.opts]
-    return f"{command} has no option {name}{_near(name, flags)}; {command} --help lists all"
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f"{command} has no option {name}{near_hint(name, flags)}; {command} --help lists all"
 
 
 def _shown(param: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB, LossFn, Progress
 from tangora.adapters import LoraPair
-from tangora.diagnostics.alignment import bases, captured, captured_share
+from tangora.diagnostics.alignment import bases, captured
 from tangora.diagnostics.motion import Angles, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
@@ -170,11 +170,6 @@ class GradientView:
     r"""Between the columns of $B$ and the $r$ leading left singular vectors of $G$; ``None`` at $B = 0$."""
     right: Angles | None
     r"""Between the rows of $A$ and the $r$ leading right singular vectors."""
-
-    @property
-    def captured_energy(self) -> float:
-        r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$."""
-        return captured_share(self.captured, self.energy)
 
     @property
     def alignment_error(self) -> float:

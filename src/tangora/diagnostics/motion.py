@@ -273,7 +273,7 @@ class WeightTrack(Track):
         total = torch.zeros((), dtype=torch.float64, device=now.device)
         for rows in _blocks(now.shape[0]):
             total += (now[rows].double() - last[rows].to(now.device).double()).square().sum()
-        self.remember()
+        self._last = now.clone()
         return total.sqrt()
 
     def change(self) -> Rows:

@@ -14,7 +14,7 @@ from tangora.experiments.run.measurements import check_reference
 from tangora.experiments.run.preparing import check_against_data, sized
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
-from tangora.training.callbacks import check_trackers, last_checkpoint
+from tangora.training.callbacks import check_trackers, last_checkpoint, step_of
 
 
 def train(settings: RunSettings, output: str | Path, *, progress: Progress | None = None) -> Record:
@@ -70,4 +70,4 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
 def last_step(output: str | Path) -> int:
     """Return the step from which a run that was cut off goes on; 0 where there is no checkpoint."""
     checkpoint = last_checkpoint(RunFolder(Path(output)).checkpoints)
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    return step_of(checkpoint) if checkpoint else 0

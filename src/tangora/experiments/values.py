@@ -1,6 +1,5 @@
 """What all settings have in common: names, numbers, and one line for what is wrong with them."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -16,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from tangora._checks import InputError
+from tangora._checks import InputError, near_hint
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """What every random generator takes, NumPy's too."""
@@ -147,16 +146,14 @@ def _first_problem(kind: type[Settings], error: ValidationError, source: str) ->
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else "settings"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [*kind.model_fields, *kind.aliases], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = near_hint(key, [*kind.model_fields, *kind.aliases])
         return f"{source}unknown key {key!r}{hint}; allowed: {', '.join(kind.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{source}{key} must be given: {kind.model_fields[key].description}".rstrip(".")
     if first["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", message)
-        near = difflib.get_close_matches(str(first["input"]), allowed, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = near_hint(str(first["input"]), allowed)
         return f"{source}{key} must be one of {', '.join(allowed)}; got {first['input']!r}{hint}"
     if first["type"] == "value_error":
         return f"{source}{message}"

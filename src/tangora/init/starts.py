@@ -38,22 +38,22 @@ def start_method(name: str) -> StartMethod:
 
 def start_options(method: str) -> Mapping[str, Any]:
     """Return the types of a start's options, by name."""
-    return _STARTS[method].options
+    return start_method(method).options
 
 
 def needs_batches(method: str) -> bool:
     """Tell whether a start reads gradients, so that `initialize` needs batches for it."""
-    return _STARTS[method].directions > 0
+    return start_method(method).directions > 0
 
 
 def searches_step(method: str) -> bool:
     """Tell whether a start has a step size, which `initialize` can search on held-out batches."""
-    return len(_STARTS[method].step_sizes) > 0
+    return len(start_method(method).step_sizes) > 0
 
 
 def carries_offset(method: str) -> bool:
     """Tell whether a start subtracts its product, so that layers started so have an offset."""
-    return _STARTS[method].offset
+    return start_method(method).offset
 
 
 def check_options(method: str, options: Mapping[str, Any], *, has_batches: bool) -> StartMethod:

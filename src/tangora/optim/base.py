@@ -310,9 +310,9 @@ class PairOptimizer(Optimizer, ABC):
                 if parameter.grad is not None
             ),
         ]
+        # those of pairs are dense already, `LoraPair.gradients` makes them so
         if sparse := [name for name, gradient in named if gradient.is_sparse]:
-            where = sparse[0] if isinstance(sparse[0], str) else sparse[0].name
-            raise InputError(f"the gradient of {where} is sparse: make its embedding with sparse=False")
+            raise InputError(f"the gradient of {sparse[0]} is sparse: make its embedding with sparse=False")
         # A norm is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
         # only its verdict "finite" is final. One device synchronisation for the whole model.
         if _norm_is_finite([gradient for _, gradient in named]):

@@ -13,7 +13,15 @@ from tangora.optim.stack import PairStack, StateShapes, shaped_like_factors
 
 
 class FactorMomentumOptimizer(LayerwiseOptimizer):
-    r"""A layerwise optimizer with an average of the gradients of each factor."""
+    """A layerwise optimizer with an average of the gradients of each factor.
+
+    Args:
+        lr: Bound on the spectral norm of a step of the weight; it must decay towards the end of training.
+        momentum: Decay rate of the averages.
+        adamw_lr: Learning rate of AdamW for all parameters outside pairs.
+        **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
+            `tangora.optim.PairOptimizer`.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """Models made ready for training with a recipe: a base model, or one that has its adapter already."""
 
 import copy
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from tangora._checks import (
     check_number,
     check_seed,
     check_whole,
+    near_hint,
     on_one_line,
     shown,
 )
@@ -299,8 +299,7 @@ def _unknown(target: str, model: nn.Module) -> str:
     head = head_names(model)
     paths = [path.split(".") for path, module in model.named_modules() if isinstance(module, _USUAL)]
     names = sorted({path[-1] for path in paths if path[0] not in head and not path[-1].isdecimal()})
-    near = difflib.get_close_matches(target, names, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    hint = near_hint(target, names)
     return f"target_modules must name layers of the model, such as {', '.join(names)}; got {target!r}{hint}"
 
 

@@ -4,8 +4,6 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from tangora._checks import InputError, check_choice, check_kind
 from tangora.recipes.recipe import Later, Recipe
 
@@ -325,6 +323,8 @@ def _looked_up(name: str) -> Recipe:
 
 
 def _option(change: str) -> tuple[str, Any]:
+    import yaml
+
     name, equals, text = change.partition("=")
     if not equals:
         raise InputError(f"options of a recipe are @name=value; got @{change}")

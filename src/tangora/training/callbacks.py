@@ -296,9 +296,14 @@ class SealedCheckpoints(TrainerCallback):
         (_checkpoint(args, state) / _SEAL).touch()
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Find the newest whole checkpoint, and remove those that were cut off."""
-    found = {int(path.name.split("-")[1]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = {step_of(path): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     for step, path in list(found.items()):
         if not (path / _SEAL).exists():
             shutil.rmtree(path)

@@ -1,9 +1,7 @@
 """Where models and data lie: which names are files or folders, and the files inside installed packages."""
 
-import difflib
 import importlib.util
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +54,3 @@ def locate(name: str, files: PackagedFiles) -> Path:
         if path.exists():
             return path
     raise InputError(f"{name!r} comes with a package that is not installed; run: {install_command(files)}")
-
-
-def near_hint(name: str, allowed: Iterable[str]) -> str:
-    """Return `` (did you mean ...?)`` if ``name`` is nearly one of ``allowed``, else nothing."""
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

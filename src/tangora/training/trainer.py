@@ -198,13 +198,13 @@ class Trainer(transformers.Trainer):
                 **own,
             )
             check_steppable(optimizer)
-        if not isinstance(_unwrapped(optimizer), PairOptimizer):  # which say it themselves
+        if not isinstance(bare_optimizer(optimizer), PairOptimizer):  # which say it themselves
             warn_if_base_changed(self.model)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step."""
-        optimizer = _unwrapped(self.optimizer)
+        optimizer = bare_optimizer(self.optimizer)
         if getattr(optimizer, "multistage", False):
             self._check_multistage()
             optimizer.replay = self._evaluate_again
@@ -262,8 +262,9 @@ def _copied(inputs: Any) -> Any:
     return dict(inputs) if isinstance(inputs, Mapping) else inputs  # the loss may take labels out of them
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+def bare_optimizer(optimizer: Any) -> Any:
+    """Look through Accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tuple[type, dict[str, Any]]:

@@ -11,7 +11,7 @@ from tangora._checks import InputError, check_choice
 from tangora._names import Kind
 from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
 from tangora.experiments.values import Seed, Settings, separated, validated
-from tangora.recipes import Recipe, recipe
+from tangora.recipes import recipe
 
 JUDGES: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "loss"),
@@ -127,8 +127,8 @@ class CompareSettings(TaskSettings):
             raise ValueError(
                 f"sweep_seeds must be at most {len(self.seeds)}, all seeds; got {self.sweep_seeds}"
             )
-        for chosen in self.chosen_recipes.values():
-            check_adapted(self, chosen)
+        for name in self.recipes:
+            check_adapted(self, recipe(name))
         if self.halving is not None and (self.extend or self.refine):
             raise ValueError("`halving` cannot be combined with `extend` or `refine`; leave one of them out")
         return self
@@ -144,14 +144,9 @@ class CompareSettings(TaskSettings):
         }
         return {key for key, holds in kept.items() if holds}
 
-    @property
-    def chosen_recipes(self) -> dict[str, Recipe]:
-        """The recipes that are named."""
-        return {name: recipe(name) for name in self.recipes}
-
     def grid(self, name: str) -> list[float]:
         """Return the learning rates of a recipe."""
-        return self.learning_rates.get(name) or list(self.chosen_recipes[name].learning_rates)
+        return self.learning_rates.get(name) or list(recipe(name).learning_rates)
 
     @property
     def heading(self) -> str:
@@ -180,7 +175,7 @@ class CompareSettings(TaskSettings):
         }
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
-        if self.chosen_recipes[name].adapter is None:
+        if recipe(name).adapter is None:
             # nothing to be aligned, whole models as snapshots, steps below bfloat16's
             shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
         return validated(RunSettings, shared | own)

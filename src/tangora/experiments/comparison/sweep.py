@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tangora.experiments.comparison.plan import CompareSettings
 from tangora.experiments.settings import RunSettings
+from tangora.recipes import recipe
 from tangora.report import Record, best_learning_rate, sweep_points
 from tangora.report.run_records import Stage
 from tangora.report.statistics.selection import Edge, grid_edge, trial_points
@@ -113,7 +114,7 @@ def _adapted(sweep: _Sweep) -> list[float]:
     # the grid, with what has been found to be worth adding
     settings = sweep.settings
     rates = settings.grid(sweep.name)
-    if not settings.chosen_recipes[sweep.name].trains:  # the rate does nothing
+    if not recipe(sweep.name).trains:  # the rate does nothing
         return rates
     for _ in range(settings.extend):
         if (records := sweep.records(sweep.trials(rates))) is None:
@@ -149,7 +150,7 @@ def _halved(sweep: _Sweep) -> tuple[list[Trial], list[float] | None]:
     settings, eta = sweep.settings, sweep.settings.halving or 2
     rates = settings.grid(sweep.name)
     rounds = math.floor(math.log(len(rates), eta) + 1e-9)
-    if not settings.chosen_recipes[sweep.name].trains:
+    if not recipe(sweep.name).trains:
         rounds = 0
     shorter: list[Trial] = []
     for left in range(rounds, 0, -1):

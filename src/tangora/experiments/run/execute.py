@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from tangora._types import Progress
 from tangora.experiments.process import tell_user
 from tangora.experiments.provenance import origin_of, provenance
 from tangora.experiments.run.machine import (
-    bare_optimizer,
     load_average,
     machine_load,
     memory_use,
@@ -65,7 +63,7 @@ from tangora.training.callbacks import (
 )
 from tangora.training.data import Task
 from tangora.training.devices import keep_to
-from tangora.training.trainer import Trainer
+from tangora.training.trainer import Trainer, bare_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -201,9 +199,7 @@ def _prepared(run: Run) -> nn.Module:
     model = prepare_run(settings, task, run.loaded.model)
     batches = held_out = None
     if settings.chosen_recipe.reads_gradients:
-        count = min(settings.start_examples, len(task.train))
-        chosen = random.Random(settings.seed).sample(range(len(task.train)), count)
-        batches = run.batches([task.train[index] for index in chosen])
+        batches = run.sampled(settings.start_examples)
         held_out = run.batches(task.validation)
     settings.chosen_recipe.initialize(model, batches, held_out=held_out, seed=settings.seed)
     return model

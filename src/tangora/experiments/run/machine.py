@@ -1,8 +1,7 @@
-"""What a run takes of its machine: memory, and a share of a load that others put on it, too."""
+"""The memory that a run takes, and how busy its machine is."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from tangora.report import MemoryUse
 from tangora.report.run_records import MachineLoad
+from tangora.training.trainer import bare_optimizer
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -67,8 +67,3 @@ def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) 
         optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
         adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
     )
-
-
-def bare_optimizer(optimizer: Any) -> Any:
-    """Look through Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

