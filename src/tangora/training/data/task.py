@@ -52,7 +52,7 @@ class Task:
 
 
 def load_task(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     kind: Kind | None = None,
     num_train: int | None = None,

@@ -73,7 +73,7 @@ class _Source(NamedTuple):
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     kind: Kind,
     num_labels: int | None = None,
