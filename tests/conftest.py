@@ -2,6 +2,7 @@ import functools
 import gc
 import importlib.util
 import sys
+from pathlib import Path
 
 import huggingface_hub.constants
 import jinja2
@@ -9,6 +10,21 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # also where torch was there before this package
+
+SHAPED = {
+    *("geometry", "integrate", "optim", "init", "adapters", "probes", "curvature", "diagnostics", "training"),
+    "reproductions",
+}
+"""Folders of tests of functions whose annotations have shapes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Mark what runs with jaxtyping's checks."""
+    for item in items:
+        unchecked = item.get_closest_marker("slow") or item.get_closest_marker("messages")
+        if not unchecked and item.path.relative_to(Path(__file__).parent).parts[0] in SHAPED:
+            item.add_marker("shaped")
 
 
 def pytest_collection_finish():

@@ -11,7 +11,7 @@ from torch import nn
 
 from tangora import InputError, find_pairs
 from tangora.adapters import attach_offset, has_offset
-from tangora.init import initialize, is_trained, needs_batches, started_by, starts
+from tangora.init import initialize, is_trained, start_method, started_by, starts
 from tangora.init.one_step import STEP_SIZES
 from tangora.init.start_method import StartMethod
 from tests.adapters.models import quantized
@@ -205,7 +205,7 @@ def test_starts_with_an_offset_change_no_bit(name, method):
     weights = base_weights(model)
     with torch.no_grad():
         expected = model_of(name)(**batch_of(name)).logits
-    options = {"batches": batches, "power_iterations": 0} if needs_batches(method) else {}
+    options = {"batches": batches, "power_iterations": 0} if start_method(method).reads_gradients else {}
     done = initialize(model.train(), method, **options)
     assert model.training
     assert_equal(weights, base_weights(model))

@@ -8,7 +8,7 @@ from tangora._names import DIAGNOSED_STARTS
 from tangora.diagnostics import GRADIENT_STARTS
 from tangora.geometry.sketch import LowRankSVD
 from tangora.geometry.tangent import dense_captured_energy, frame
-from tangora.init import lora_ga, lora_one, lora_one_v1, needs_batches, one_step, orthogonal, pissa, starts
+from tangora.init import lora_ga, lora_one, lora_one_v1, one_step, orthogonal, pissa, start_method, starts
 from tangora.init.lora_ga import DIRECTIONS, SCALES
 from tests.reference import starts as reference
 from tests.tolerances import assert_close
@@ -45,7 +45,9 @@ def shares(G):
 
 def test_the_names_that_settings_know_without_torch_are_rows_of_the_table():
     assert set(DIAGNOSED_STARTS) <= set(starts())
-    assert [start for start in DIAGNOSED_STARTS if needs_batches(start)] == list(GRADIENT_STARTS)
+    assert [start for start in DIAGNOSED_STARTS if start_method(start).reads_gradients] == list(
+        GRADIENT_STARTS
+    )
 
 
 # --- LoRA-GA ---

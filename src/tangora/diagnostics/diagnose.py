@@ -117,7 +117,7 @@ def diagnose(
     )
     batches = as_batches(batches)
     held_out = None if held_out is None else as_batches(held_out, "held_out")
-    read = partial(read_gradients, model, layers, batches, how=how, keep=ADAPTER)
+    read = partial(read_gradients, model, layers, batches, how=how)
     with reporting(progress, _all_batches(subject, batches, held_out, how), 1) as counted:
         # at B = 0 both models have one gradient, everything is seen in the same passes, and the adapter only takes time
         with adapters_off(model, keep_heads=subject.plain_start):
@@ -201,7 +201,8 @@ def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Prop
 
 
 def _state(pair: LoraPair, measured: ReadLayer) -> tuple[AdapterState, EquivalentGradient]:
-    gradient, view = measured.spectrum, measured.views[ADAPTER]
+    gradient, view = measured.spectrum, measured.own
+    assert view is not None
     energy = view.captured
     A, B = (factor.cpu() for factor in pair.factors())
     moving_A, moving_B, scale = pair.moving_factors()

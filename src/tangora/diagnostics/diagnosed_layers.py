@@ -13,14 +13,13 @@ from tangora._checks import InputError, check_whole
 from tangora._names import DIAGNOSED_STARTS
 from tangora.adapters import LoraPair, check_unmerged, discover, linear_layers, module_weight, mutates_base
 from tangora.geometry.sketch import LowRankSVD
-from tangora.init import needs_batches
+from tangora.init import start_method
 from tangora.init.start_method import Factors, LayerToStart
-from tangora.init.starts import start_method
 from tangora.probes import ProbedLayer, probed_layers, why_unread
 from tangora.probes.layers import unreadable_layers
 
 DEFAULT_RANK = 8
-GRADIENT_STARTS = tuple(start for start in DIAGNOSED_STARTS if needs_batches(start))
+GRADIENT_STARTS = tuple(start for start in DIAGNOSED_STARTS if start_method(start).reads_gradients)
 """Starts that are made from the gradient, and fit the examples it was read on."""
 
 # above this smaller side starts are made by their approximations
@@ -98,7 +97,7 @@ def start_factors(
 ) -> Factors | None:
     """Make the factors of a start, up to their size, which does not matter to what they capture."""
     method = start_method(start)
-    if method.directions and not gradient.S[0] > 0:
+    if method.reads_gradients and not gradient.S[0] > 0:
         return None
     generator = torch.Generator().manual_seed(seed)
     to_start = LayerToStart(

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tangora._types import FactorA, FactorB, LossFn, Progress
+from tangora._types import LossFn, Progress
 from tangora.adapters import LoraPair
 from tangora.diagnostics.alignment import bases, captured
 from tangora.diagnostics.motion import Angles, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
+from tangora.init.start_method import Factors
 from tangora.probes import (
     GradientProbe,
     GradientSVD,
@@ -42,7 +43,6 @@ _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
 _VIEW_ITERATIONS = 2  # for a view the leading subspace itself is wanted, and not only its energy
 
-Factors = tuple[FactorA, FactorB]
 Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
 """``(layer, leading part of its gradient)`` -> adapters by label."""
 
@@ -92,8 +92,8 @@ class ReadLayer:
     spectrum: LayerGradient
     captured: dict[str, float] = field(default_factory=dict)
     """Energy by label."""
-    views: dict[str, _View] = field(default_factory=dict)
-    """Of the labels that were to be kept."""
+    own: _View | None = None
+    """Through the model's own adapter, if it has one."""
     held_out: "HeldOutEnergy | None" = None
 
 
@@ -112,7 +112,6 @@ def read_gradients(
     propose: Propose,
     how: How,
     *,
-    keep: str,
     progress: Progress | None = None,
     held_out: Iterable[Any] | None = None,
 ) -> tuple[dict[str, ReadLayer], float]:
@@ -144,7 +143,7 @@ def read_gradients(
                 found[layer.name] = ReadLayer(
                     _spectrum(layer, spectra[layer.name], reading, how),
                     {label: view.captured for label, view in views.items()},
-                    {label: view for label, view in views.items() if label == keep},
+                    views.get(ADAPTER),
                 )
         loss = probe.loss
         assert loss is not None
@@ -188,7 +187,7 @@ def gradient_views(
     layers = probed_layers(model, adapter_name=pairs[0].adapter)
     angles: dict[str, tuple[Angles | None, Angles | None]] = {}
 
-    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, tuple[FactorA, FactorB]]:
+    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, Factors]:
         assert layer.pair is not None
         A, B, _ = layer.pair.moving_factors()
         leading = gradient.truncate(layer.pair.shape[2])
@@ -201,7 +200,7 @@ def gradient_views(
         power_iterations=_VIEW_ITERATIONS,
         seed=seed,
     )
-    found, loss = read_gradients(model, layers, as_batches(batches), propose, how, keep=ADAPTER)
+    found, loss = read_gradients(model, layers, as_batches(batches), propose, how)
     views = {
         name: GradientView(measured.spectrum.energy, measured.captured[ADAPTER], *angles[name])
         for name, measured in found.items()

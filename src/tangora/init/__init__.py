@@ -7,23 +7,20 @@ from tangora.init.marks import is_trained, mark_started, started_by
 from tangora.init.one_step import one_step
 from tangora.init.orthogonal import orthogonal
 from tangora.init.pissa import pissa
-from tangora.init.starts import carries_offset, needs_batches, searches_step, start_options, starts
+from tangora.init.starts import start_method, starts
 
 __all__ = [
     "Start",
-    "carries_offset",
     "initialize",
     "is_trained",
     "lora_ga",
     "lora_one",
     "lora_one_v1",
     "mark_started",
-    "needs_batches",
     "one_step",
     "orthogonal",
     "pissa",
-    "searches_step",
-    "start_options",
+    "start_method",
     "started_by",
     "starts",
 ]

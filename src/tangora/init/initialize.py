@@ -140,7 +140,7 @@ def initialize(
             attach_offset(inner, adapter, {})
             detach_offset(inner, adapter)
         spectra: Mapping[str, GradientSVD] = {}
-        if chosen.directions:
+        if chosen.reads_gradients:
             probing = {"power_iterations": 1 if chosen.values else None}
             probing |= {key: options.pop(key) for key in PROBE_OPTIONS if key in options}
             spectra = _spectra(
@@ -157,7 +157,7 @@ def initialize(
         layers, skipped = _layers(pairs, spectra, chosen, seed)
         skipped |= odd
         losses: Mapping[float, float] = {}
-        if chosen.step_sizes and (held_out := options.pop("held_out", None)) is not None:
+        if chosen.searches_step and (held_out := options.pop("held_out", None)) is not None:
             losses = _line_search(inner, adapter, chosen, layers, held_out, loss_fn)
             options["step"] = min(losses, key=losses.__getitem__)
         _write(inner, adapter, chosen, layers, options)
@@ -268,7 +268,7 @@ def _layers(
         spectrum = spectra.get(pair.name)
         if r > min(m, n) and not chosen.any_rank:
             skipped[pair.name] = f"rank {r} is above its smaller side {min(m, n)}"
-        elif chosen.directions and spectrum is None:
+        elif chosen.reads_gradients and spectrum is None:
             skipped[pair.name] = why_unread(pair.layer)
         elif spectrum is not None and not spectrum.svd.S[0] > 0:
             skipped[pair.name] = "its gradient is zero on these batches"
@@ -290,7 +290,7 @@ def _write(
     for pair, layer in layers:
         for parameter, factor in zip((pair.A, pair.B), chosen.factors(layer, **options), strict=True):
             parameter.copy_(factor.reshape(parameter.shape))
-            if chosen.directions and several_ranks():
+            if chosen.reads_gradients and several_ranks():
                 dist.broadcast(parameter.data, src=0)  # to the last bit the same on all ranks
         if chosen.offset:
             A, B = pair.factors()  # as rounded to the adapter's dtype, so that they cancel exactly

@@ -66,6 +66,16 @@ class StartMethod:
     approximation: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Options that make it in less time from a large weight, for a diagnosis."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether `initialize` needs batches for it."""
+        return self.directions > 0
+
+    @property
+    def searches_step(self) -> bool:
+        """Whether it has a step size that `initialize` can search on held-out batches."""
+        return len(self.step_sizes) > 0
+
 
 def option_types(function: Callable[..., Factors], *names: str) -> dict[str, Any]:
     """Return the types of some parameters of a start's function."""

@@ -36,37 +36,17 @@ def start_method(name: str) -> StartMethod:
     return _STARTS[name]
 
 
-def start_options(method: str) -> Mapping[str, Any]:
-    """Return the types of a start's options, by name."""
-    return start_method(method).options
-
-
-def needs_batches(method: str) -> bool:
-    """Tell whether a start reads gradients, so that `initialize` needs batches for it."""
-    return start_method(method).directions > 0
-
-
-def searches_step(method: str) -> bool:
-    """Tell whether a start has a step size, which `initialize` can search on held-out batches."""
-    return len(start_method(method).step_sizes) > 0
-
-
-def carries_offset(method: str) -> bool:
-    """Tell whether a start subtracts its product, so that layers started so have an offset."""
-    return start_method(method).offset
-
-
 def check_options(method: str, options: Mapping[str, Any], *, has_batches: bool) -> StartMethod:
     """Look up a start and check what it is given."""
     chosen = start_method(method)
-    allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.directions else ()))
+    allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.reads_gradients else ()))
     for key in options:
         if key not in allowed:
             raise InputError(f"start {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}")
-    if chosen.directions and not has_batches:
+    if chosen.reads_gradients and not has_batches:
         raise InputError(
             f"start {method!r} reads gradients: give batches, a list of model inputs with labels"
         )
-    if chosen.step_sizes and ("step" in options) == (options.get("held_out") is not None):
+    if chosen.searches_step and ("step" in options) == (options.get("held_out") is not None):
         raise InputError(f"start {method!r} needs either step=... or held_out=batches to search the step on")
     return chosen

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 Adapter = Literal["lora", "adalora"] | None
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
-# options of every optimizer, which belong to a run and not to a method
-_OF_A_RUN = {"lr", "weight_decay", "betas", "eps", "maximize", "foreach", "on_nonfinite"}
-
 
 @dataclass(frozen=True)
 class Later:
@@ -66,16 +63,16 @@ class Recipe:
     @property
     def reads_gradients(self) -> bool:
         """Whether the start needs batches."""
-        from tangora.init import needs_batches
+        from tangora.init import start_method
 
-        return self.start is not None and needs_batches(self.start)
+        return self.start is not None and start_method(self.start).reads_gradients
 
     @property
     def searches_step(self) -> bool:
         """Whether the start has a step size that is searched on held-out batches."""
-        from tangora.init import searches_step
+        from tangora.init import start_method
 
-        return self.start is not None and searches_step(self.start)
+        return self.start is not None and start_method(self.start).searches_step
 
     @property
     def default_learning_rate(self) -> float:
@@ -94,10 +91,10 @@ class Recipe:
         Raises:
             InputError: If the method has no such option, or a value is of another type.
         """
-        from tangora.init import start_options
+        from tangora.init import start_method
 
         of_optimizer = self._optimizer_options()
-        of_start = dict(start_options(self.start)) if self.start is not None else {}
+        of_start = dict(start_method(self.start).options) if self.start is not None else {}
         known = of_optimizer | of_start
         if not known:
             given = "@".join(f"{name}={value}" for name, value in options.items())
@@ -117,7 +114,9 @@ class Recipe:
         )
 
     def _optimizer_options(self) -> dict[str, Any]:
-        # types by name of what makes the optimizer this method's own
+        # types by name of what makes the optimizer this method's own: what all optimizers take belongs to a run
+        from tangora.optim.base import CommonOptions
+
         make = self.make_optimizer
         maker: Any = make.func if isinstance(make, partial) else make
         maker = maker.maker if isinstance(maker, Later) else maker
@@ -125,7 +124,7 @@ class Recipe:
         return {
             each.name: Any if each.annotation is each.empty else each.annotation
             for each in others
-            if each.kind is not each.VAR_KEYWORD and each.name not in _OF_A_RUN
+            if each.kind is not each.VAR_KEYWORD and each.name not in {"lr", *CommonOptions.__annotations__}
         }
 
     def prepare(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 from tangora._types import LossFn
 from tangora.adapters import active_adapter, attach_offset, has_offset, unwrapped
-from tangora.init import carries_offset, mark_started, started_by
+from tangora.init import mark_started, start_method, started_by
 from tangora.probes.stillness import preserved_randomness
 from tangora.recipes import Recipe
 
@@ -47,7 +47,7 @@ def expect_started(model: nn.Module, recipe: Recipe) -> None:
     if recipe.start is None or not isinstance(bare, PeftModel):
         return
     adapter = active_adapter(bare)
-    if carries_offset(recipe.start) and not has_offset(bare, adapter):
+    if start_method(recipe.start).offset and not has_offset(bare, adapter):
         attach_offset(bare, adapter, {})
     mark_started(bare, adapter, recipe.start)
 

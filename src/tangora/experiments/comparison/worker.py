@@ -22,8 +22,7 @@ from tangora._types import Progress
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.folders import NO_SPACE, is_disk_full
 from tangora.experiments.process import log_to
-from tangora.experiments.provenance import origin_of, provenance
-from tangora.experiments.run.execute import execute, read_evaluations, read_steps
+from tangora.experiments.run.execute import execute, identity, read_evaluations, read_steps
 from tangora.report import MemoryUse, Record, TimeSplit, save_json
 from tangora.report.run_records import Status
 from tangora.training.data import Task
@@ -83,23 +82,17 @@ def run_trial(trial: Trial, task: Task, folder: ComparisonFolder, progress: Prog
 
 
 def _unfinished(trial: Trial, task: Task, folder: ComparisonFolder, status: Status, error: str) -> Record:
-    settings, run = trial.settings, folder.run(trial.id)
+    run = folder.run(trial.id)
     return Record(
-        id=trial.id,
-        recipe=settings.recipe,
-        learning_rate=settings.peak_learning_rate,
-        seed=settings.seed,
-        stage=trial.stage,
+        **identity(trial.settings, task, trial.id, trial.stage),
         status=status,
         error=error,
-        settings=settings.model_dump(mode="json") | origin_of(settings, task),
         metrics={},
         history=read_steps(run),
         evaluations=read_evaluations(run),
         time=TimeSplit(start=0.0, forward_backward=0.0, optimizer=0.0, evaluation=0.0),
         memory=MemoryUse(optimizer_state_bytes=0, adapter_bytes=0),
         trainable_parameters=0,
-        **provenance(settings.model),
     )
 
 

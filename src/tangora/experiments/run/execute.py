@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -144,16 +144,9 @@ def execute(
     logger.info("%s: %s in %.0f s", run_id, result.status, time.perf_counter() - began)
     history = read_steps(run.folder)
     return Record(
-        id=run_id,
-        recipe=settings.recipe,
-        learning_rate=settings.peak_learning_rate,
-        seed=settings.seed,
-        stage=stage,
+        **identity(settings, task, run_id, stage, data_format=data_format(run)),
         status=result.status,
         error=result.error,
-        settings=settings.model_dump(mode="json")
-        | origin_of(settings, task)
-        | {"data_format": data_format(run)},
         notes=list(task.notes),
         num_examples={name: len(getattr(task, name)) for name in ("train", "validation", "test")},
         metrics=result.metrics,
@@ -175,8 +168,20 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
-        **provenance(settings.model),
     )
+
+
+def identity(settings: RunSettings, task: Task, run_id: str, stage: Stage, **facts: str) -> dict[str, Any]:
+    """Say of which run a record is, where it was made and of what; the facts go among its settings."""
+    return {
+        "id": run_id,
+        "recipe": settings.recipe,
+        "learning_rate": settings.peak_learning_rate,
+        "seed": settings.seed,
+        "stage": stage,
+        "settings": settings.model_dump(mode="json") | origin_of(settings, task) | facts,
+        **provenance(settings.model),
+    }
 
 
 def read_steps(folder: RunFolder) -> list[StepRecord]:

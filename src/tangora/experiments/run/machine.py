@@ -1,6 +1,7 @@
 """The memory that a run takes, and how busy its machine is."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -64,6 +65,11 @@ def memory_use(optimizer: Optimizer | None, model: nn.Module, peak: int | None) 
     ]
     return MemoryUse(
         peak_bytes=peak,
-        optimizer_state_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        optimizer_state_bytes=num_bytes(tensors),
+        adapter_bytes=num_bytes(p for p in model.parameters() if p.requires_grad),
     )
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count what tensors take."""
+    return sum(each.numel() * each.element_size() for each in tensors)

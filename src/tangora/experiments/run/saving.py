@@ -24,6 +24,7 @@ from tangora.adapters import load_adapter, save_adapter
 from tangora.adapters.folder import replace_folder, scratch_beside
 from tangora.experiments.folders import NO_SPACE, is_disk_full
 from tangora.experiments.provenance import versions
+from tangora.experiments.run.machine import num_bytes
 from tangora.experiments.run.preparing import Run, load_base
 from tangora.experiments.settings import RunSettings
 from tangora.training.callbacks import last_checkpoint, step_of
@@ -115,9 +116,11 @@ def _logits(run: Run, model: nn.Module) -> Float[Tensor, "..."]:
 
 def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoints: bool) -> None:
     """Check, before training, that what it leaves will fit on the disk."""
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    trained = num_bytes(p for p in model.parameters() if p.requires_grad)
     # an adapter may be saved at twice its rank
-    last = 2 * trained if isinstance(model, PeftModel) else _bytes(model.parameters()) if keeps_model else 0
+    last = (
+        2 * trained if isinstance(model, PeftModel) else num_bytes(model.parameters()) if keeps_model else 0
+    )
     needed = last + (_CHECKPOINTS_AT_ONCE * (1 + _MOMENTS) * trained if checkpoints else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -182,7 +185,3 @@ def save_weights(run: Run, model: nn.Module, folder: RunFolder) -> Path:
         run.loaded.tokenizer.save_pretrained(scratch)
         replace_folder(scratch, folder.model)
     return folder.model
-
-
-def _bytes(parameters: Iterator[nn.Parameter]) -> int:
-    return sum(each.numel() * each.element_size() for each in parameters)
