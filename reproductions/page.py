@@ -39,7 +39,7 @@ def render_page(record: Record) -> str:
             ),
             stand_ins if record.stand_ins else None,
         ],
-        repeat(record, record.command, record.settings),
+        repeat(record),
         look="wide-panels",
     )
 

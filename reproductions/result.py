@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import Field
 
 from tangora._checks import InputError
 from tangora.report.drawing.panels import Figure, make_plain, plain_values
-from tangora.report.record_files import Recorded, read_record, write_atomic
+from tangora.report.record_files import Measurement, read_record, write_atomic
 
 Cell: TypeAlias = str | float | int | None
 Progress: TypeAlias = Callable[[int, int], None]
@@ -150,17 +150,13 @@ class Result:
         return all(check.passed for check in self.checks)
 
 
-class Record(Recorded):
+class Record(Measurement):
     """What an experiment found, and where it comes from: ``reproduction.json``."""
 
-    schema_version: Literal[1] = 1
     name: str = Field(description="As on the command line.")
-    title: str
     source: str = Field(description="Paper and place in it.")
     stand_ins: tuple[str, ...] = Field(description="What the source leaves open, and what was taken.")
     quick: bool = Field(description="Whether the small settings were asked for.")
-    command: str = Field(description="The command line that repeats it.")
-    settings: dict[str, Any]
     result: Result
     seconds: float = Field(ge=0, description="How long it took.")
 

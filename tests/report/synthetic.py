@@ -18,8 +18,8 @@ from tangora.report import (
     StepRecord,
     TimeSplit,
     save_json,
-    summarize,
 )
+from tangora.report.statistics.judgement import Judgement, judge
 
 CREATED = "2026-01-02T03:04:05+00:00"
 HOSTILE = '<script>alert("x")</script> & %{y} $x$ [bold]'
@@ -137,9 +137,14 @@ def realistic() -> Comparison:
 
 
 @cache
+def realistic_judged() -> Judgement:
+    """`realistic`, judged."""
+    return judge(realistic())
+
+
 def realistic_rows() -> list[Row]:
     """The summary of `realistic`."""
-    return summarize(realistic())
+    return realistic_judged().rows
 
 
 def _run(

@@ -13,20 +13,26 @@ from tangora.report import (
     recommendation,
     recommendation_sentence,
     render_page,
-    summarize,
     verdict,
     write_csv,
     write_page,
 )
-from tangora.report.comparison.learning_rates import rate_verdict
-from tangora.report.comparison.setup import busy_sentences, setup_facts
-from tangora.report.comparison.speed_section import speed_verdict
+from tangora.report.comparison.costs import busy_sentences
+from tangora.report.comparison.learning_rates import rate_verdict, robustness
+from tangora.report.comparison.results_table import setup_facts
+from tangora.report.comparison.speed import speed_verdict, speeds
 from tangora.report.layout import packed_plotly
 from tangora.report.run_records import Forgetting, MachineLoad
-from tangora.report.statistics.robustness import robustness
-from tangora.report.statistics.speed import speeds
+from tangora.report.statistics.judgement import judge
 from tests.report.pages import Page
-from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
+from tests.report.synthetic import (
+    diverged,
+    make_comparison,
+    make_record,
+    realistic,
+    realistic_judged,
+    realistic_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +74,19 @@ def test_costs_have_a_table_of_their_own(page):
 
 
 def test_speed_and_robustness(page):
-    comparison, rows = realistic(), realistic_rows()
+    judged = realistic_judged()
     header, *lines = page.tables["speed-table"]
-    for line, item in zip(lines, speeds(comparison, rows).values(), strict=True):
+    for line, item in zip(lines, speeds(judged).values(), strict=True):
         cells = dict(zip(header, line, strict=True))
         assert cells["optimizer steps"] == ("–" if item.steps is None else f"{item.steps:.0f}")
         assert cells["time"] == formats.seconds(item.seconds)
         assert cells["seeds that reach it"] == f"{item.num_reached} of {item.num_seeds}"
     _, *lines = page.tables["robustness-table"]
-    found = robustness(comparison, rows)
+    found = robustness(judged)
     assert [line[0] for line in lines] == list(found)
     assert {line[0]: line[-1].split("\n")[0] for line in lines} == {r: i.tripled for r, i in found.items()}
     shown = "".join(page.text)
-    for sentence in [*speed_verdict(speeds(comparison, rows)), *rate_verdict(found)]:
+    for sentence in [*speed_verdict(speeds(judged)), *rate_verdict(found)]:
         assert sentence in shown
 
 
@@ -185,8 +191,7 @@ def loaded(before, after, processors=2, seed=0):
 
 
 def warnings(*records):
-    comparison = make_comparison(records)
-    return busy_sentences(comparison, summarize(comparison))
+    return busy_sentences(judge(make_comparison(records)).runs)
 
 
 def test_a_busy_machine_is_said():

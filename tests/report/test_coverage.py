@@ -6,6 +6,7 @@ from scipy.special import ndtri
 
 from tangora.report import summarize
 from tangora.report.statistics.intervals import estimate, holm, mixture, tail
+from tangora.report.statistics.judgement import judge
 from tangora.report.statistics.samples import Sample, contrast, gap_closed
 from tangora.report.statistics.tasks import matrix
 from tests.report.synthetic import make_comparison, make_record
@@ -197,7 +198,7 @@ def test_no_effect_on_several_tasks_is_no_win_anywhere():
     wins = []
     for _ in range(60):
         tasks = [comparison(rng, dict.fromkeys("abc", 0.8) | {"lora": 0.8}, title) for title in "xy"]
-        found = matrix(tasks)
+        found = matrix([judge(task) for task in tasks])
         wins.append(
             [
                 any(duel.outcome in ("win", "loss") for duel in family)

@@ -16,19 +16,28 @@ from tangora.report.comparison.curves import evaluation_curves, loss_curves, los
 from tangora.report.comparison.learning_rates import rate_ticks, sweep_panel
 from tangora.report.drawing.charts import panel_figure
 from tangora.report.drawing.styles import recipe_styles
-from tests.report.synthetic import HOSTILE, diverged, make_comparison, make_record, realistic, realistic_rows
+from tangora.report.statistics.judgement import judge
+from tests.report.synthetic import (
+    HOSTILE,
+    diverged,
+    make_comparison,
+    make_record,
+    realistic,
+    realistic_judged,
+    realistic_rows,
+)
 
 
 def history(losses, start=1):
     return [StepRecord(step=start + i, loss=loss, learning_rate=1e-4) for i, loss in enumerate(losses)]
 
 
-def loss_figure(comparison, rows):
-    return panel_figure(loss_panel("", loss_curves(comparison, rows)), {})
+def loss_figure(judged):
+    return panel_figure(loss_panel("", loss_curves(judged)), {})
 
 
-def sweep_figure(comparison, rows):
-    return panel_figure(sweep_panel(comparison, rows), {})
+def sweep_figure(judged):
+    return panel_figure(sweep_panel(judged), {})
 
 
 def pareto_figure(rows, cost):
@@ -36,8 +45,7 @@ def pareto_figure(rows, cost):
 
 
 def curves(records):
-    comparison = make_comparison(records)
-    return loss_curves(comparison, summarize(comparison))
+    return loss_curves(judge(make_comparison(records)))
 
 
 def test_every_recipe_looks_different():
@@ -47,9 +55,9 @@ def test_every_recipe_looks_different():
 
 
 def test_one_colour_per_recipe_in_every_figure():
-    comparison, rows = realistic(), realistic_rows()
+    judged, rows = realistic_judged(), realistic_rows()
     styles = recipe_styles(row.recipe for row in rows)
-    for figure in (loss_figure(comparison, rows), sweep_figure(comparison, rows)):
+    for figure in (loss_figure(judged), sweep_figure(judged)):
         named = {trace.name: trace.line for trace in figure.data if trace.name}
         assert {name: line.color for name, line in named.items()} == {n: s.color for n, s in styles.items()}
         assert {name: line.dash for name, line in named.items()} == {n: s.dash for n, s in styles.items()}
@@ -88,9 +96,9 @@ def test_smoothing_keeps_lines_and_their_length():
 
 
 def test_raw_losses_are_on_hover():
-    comparison, rows = realistic(), realistic_rows()
-    curve = loss_curves(comparison, rows)[0]
-    line = next(trace for trace in loss_figure(comparison, rows).data if trace.name == curve.name)
+    judged = realistic_judged()
+    curve = loss_curves(judged)[0]
+    line = next(trace for trace in loss_figure(judged).data if trace.name == curve.name)
     assert list(line.customdata) == pytest.approx(curve.data, rel=1e-4)
     assert list(line.y) == pytest.approx(curve.y, rel=1e-4) != curve.data
 
@@ -108,12 +116,11 @@ def test_evaluations_need_two_points():
         entries = [EvaluationRecord(step=10 * i, metrics={"loss": loss}) for i, loss in enumerate(losses)]
         return make_record(seed=seed, evaluations=entries)
 
-    comparison = make_comparison([evaluated(0, [3.0, 1.0]), evaluated(1, [5.0, 2.0])])
-    (curve,) = evaluation_curves(comparison, summarize(comparison), "loss")
+    judged = judge(make_comparison([evaluated(0, [3.0, 1.0]), evaluated(1, [5.0, 2.0])]))
+    (curve,) = evaluation_curves(judged, "loss")
     assert (curve.y, curve.high) == ((4.0, 1.5), (5.0, 2.0))
-    assert evaluation_curves(comparison, summarize(comparison), "accuracy") == []
-    once = make_comparison([evaluated(0, [3.0])])
-    assert evaluation_curves(once, summarize(once), "loss") == []
+    assert evaluation_curves(judged, "accuracy") == []
+    assert evaluation_curves(judge(make_comparison([evaluated(0, [3.0])])), "loss") == []
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
@@ -147,7 +154,7 @@ def test_nothing_beats_the_front(higher_is_better):
 
 def test_sweep_marks_chosen_and_diverged():
     comparison, rows = realistic(), realistic_rows()
-    figure = sweep_figure(comparison, rows)
+    figure = sweep_figure(realistic_judged())
     assert figure.layout.xaxis.type == "log"
     rings = {trace.legendgroup: trace.x[0] for trace in figure.data if trace.marker.symbol == "circle-open"}
     assert rings == {row.recipe: row.learning_rate for row in rows}
@@ -172,11 +179,8 @@ def test_time_bars_add_up():
 
 
 def test_hostile_names_are_text():
-    comparison = make_comparison([make_record(HOSTILE)])
-    for figure in (
-        loss_figure(comparison, summarize(comparison)),
-        sweep_figure(comparison, summarize(comparison)),
-    ):
+    judged = judge(make_comparison([make_record(HOSTILE)]))
+    for figure in (loss_figure(judged), sweep_figure(judged)):
         (name,) = {trace.name for trace in figure.data if trace.name}
         assert "<script" not in name
         assert html.unescape(name).replace("\N{ZERO WIDTH SPACE}", "") == HOSTILE
@@ -196,10 +200,10 @@ def test_pictures_of_odd_comparisons(tmp_path, records):
     comparison = make_comparison(records, title="costs $5 and $6")
     first = save_picture(comparison, tmp_path / "a.png").read_bytes()
     assert first.startswith(b"\x89PNG")
-    rows = summarize(comparison)
-    assert loss_figure(comparison, rows).to_json()
-    assert sweep_figure(comparison, rows).to_json()
-    assert time_figure(rows).to_json()
+    judged = judge(comparison)
+    assert loss_figure(judged).to_json()
+    assert sweep_figure(judged).to_json()
+    assert time_figure(judged.rows).to_json()
 
 
 def test_the_same_picture_twice(tmp_path):

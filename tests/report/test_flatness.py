@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from tangora.report import load_record, render_page, save_json, summarize
+from tangora.report import load_record, render_page, save_json
 from tangora.report.comparison.end_points import (
     flatness_section,
     flatness_sentences,
@@ -15,6 +15,7 @@ from tangora.report.comparison.end_points import (
     rich_flatness,
 )
 from tangora.report.run_records import Flatness, SpaceFlatness
+from tangora.report.statistics.judgement import judge
 from tests.report.pages import Page
 from tests.report.synthetic import make_comparison, make_record, realistic
 
@@ -51,13 +52,13 @@ def comparison():
 
 
 def cells_of(found):
-    table = flatness_table(found, summarize(found))
+    table = flatness_table(judge(found))
     rows = [[list(cell.lines) for cell in row] for row in table.rows]
     return {row[0][0]: dict(zip(table.headers, row, strict=True)) for row in rows}
 
 
 def section(found):
-    return flatness_section(found, summarize(found))
+    return flatness_section(judge(found))
 
 
 def test_the_gap_is_test_minus_train():
@@ -121,7 +122,7 @@ def test_one_mark_for_each_judged_run():
 
 def test_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(rich_flatness(comparison(), summarize(comparison())))
+    console.print(rich_flatness(judge(comparison())))
     shown = console.export_text()
     assert "factors" not in shown
     assert "0.11" in shown

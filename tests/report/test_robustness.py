@@ -1,7 +1,7 @@
 import pytest
 
-from tangora.report import summarize
-from tangora.report.statistics.robustness import robustness
+from tangora.report.comparison.learning_rates import robustness
+from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import diverged, make_comparison, make_record
 
 
@@ -10,8 +10,7 @@ def sweep(recipe, values, **changes):
 
 
 def measured(records, **changes):
-    comparison = make_comparison(records, **changes)
-    return robustness(comparison, summarize(comparison))
+    return robustness(judge(make_comparison(records, **changes)))
 
 
 def test_width_is_the_unbroken_range_within_two_percent():

@@ -2,8 +2,9 @@ import math
 
 import pytest
 
-from tangora.report import EvaluationRecord, StepRecord, TimeSplit, summarize
-from tangora.report.statistics.speed import speeds
+from tangora.report import EvaluationRecord, StepRecord, TimeSplit
+from tangora.report.comparison.speed import speeds
+from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import make_comparison, make_record
 
 TIME = TimeSplit(start=10.0, forward_backward=60.0, optimizer=40.0, evaluation=1000.0)
@@ -23,8 +24,7 @@ def validated(recipe, losses, seed=0, every=25):
 
 
 def measured(*records):
-    comparison = make_comparison(records)
-    return speeds(comparison, summarize(comparison))
+    return speeds(judge(make_comparison(records)))
 
 
 def falling(slope, start=2.0):

@@ -9,6 +9,7 @@ from tangora.report import formats, load_study, summarize, write_study
 from tangora.report.comparison.differences import differences_figure
 from tangora.report.comparison.study import tasks_verdict
 from tangora.report.drawing.pictures import draw_picture
+from tangora.report.statistics.judgement import judge
 from tangora.report.statistics.tasks import matrix
 from tests.report.pages import Page
 from tests.report.synthetic import HOSTILE, make_comparison, make_record, realistic, save_comparison
@@ -173,7 +174,7 @@ def test_differences_are_drawn_as_they_are(tmp_path):
     comparison = realistic()
     text = write_study({"a": comparison}, tmp_path / "report.html", "One", "").read_text()
     drawn = {trace["meta"]: trace for trace in chart_data(text, "differences-1")["data"]}
-    duels = matrix([comparison]).against_lora
+    duels = matrix([judge(comparison)]).against_lora
     assert drawn.keys() == {duel.ours for duel in duels}
     for duel in duels:
         trace = drawn[duel.ours]

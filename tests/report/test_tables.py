@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from tangora.report import TimeSplit, formats, rich_table, summarize, write_csv
-from tangora.report.comparison.results_table import costs_table
+from tangora.report.comparison.costs import costs_table
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 

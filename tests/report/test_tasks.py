@@ -5,7 +5,8 @@ from statsmodels.stats.multitest import multipletests
 
 from tangora._checks import InputError
 from tangora.report.comparison.study import tasks_verdict
-from tangora.report.statistics.tasks import matrix
+from tangora.report.statistics import tasks as over_tasks
+from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import diverged, make_comparison, make_record
 
 SEEDS = 4
@@ -19,6 +20,10 @@ def task(title, means, noise=0.01, num_seeds=SEEDS, **changes):
         for seed in range(num_seeds)
     ]
     return make_comparison(records, title=title, **changes)
+
+
+def matrix(comparisons):
+    return over_tasks.matrix([judge(comparison) for comparison in comparisons])
 
 
 MEANS = {"lora": 0.5, "good": 0.9, "bad": 0.1, "same": 0.5}

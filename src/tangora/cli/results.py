@@ -28,6 +28,7 @@ from tangora.report import (
 )
 from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_sentences, curvature_tables
+from tangora.report.statistics.judgement import judge
 
 
 def print_run(record: Record, output: Path) -> None:
@@ -73,11 +74,11 @@ def print_outcome(outcome: Outcome) -> None:
 
 def print_tables(comparison: Comparison) -> list[Row]:
     """Print the table of a comparison, and that of the flatness where it was measured; return the rows."""
-    rows = summarize(comparison)
-    console.print(rich_table(rows, comparison))
+    judged = judge(comparison)
+    console.print(rich_table(judged.rows, comparison))
     if has_flatness(comparison):
-        console.print(rich_flatness(comparison, rows))
-    return rows
+        console.print(rich_flatness(judged))
+    return judged.rows
 
 
 def _proof_line(proof: Proof) -> str:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from tangora._names import MODELS
 from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
-from tangora.report.record_files import Recorded
+from tangora.report.record_files import Measurement
 from tangora.report.report_table import Table
 
 _Facts = Sequence[tuple[str, str]]
@@ -30,17 +30,6 @@ class Chart:
     figure: dict[str, Any]
     says: str = ""
     """What it shows, for those who cannot see it."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """A line of a list: a name that may be a link, and what is said of it."""
-
-    name: str
-    address: str | None
-    title: str
-    state: str
-    beneath: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,8 @@ class Section:
     """Names of the traces of the only figure, of which one is shown at a time."""
     details: tuple[str, str] | None = None
     """A longer text that is shown on demand, after its name."""
-    links: Sequence[Link] = ()
+    links: Sequence[Mapping[str, str | None]] = ()
+    """A list of `name`, which is a link where there is an `address`, with `title`, `state` and what is `beneath`."""
     downloads: Mapping[str, str] | None = None
     """CSV by the name of the file."""
 
@@ -83,10 +73,10 @@ class Repeat:
     """Settings of one run of each recipe."""
 
 
-def repeat(record: Recorded, command: str, settings: Mapping[str, Any], note: str = "") -> Repeat:
-    """Say how to repeat what is in a single record."""
-    commits = [record.commit] if record.commit else []
-    return Repeat(command, settings, sorted(record.versions.items()), [record.machine], commits, note)
+def repeat(record: Measurement, note: str = "") -> Repeat:
+    """Say how to repeat a measurement."""
+    commits, versions = [record.commit] if record.commit else [], sorted(record.versions.items())
+    return Repeat(record.command, record.settings, versions, [record.machine], commits, note)
 
 
 def render(
@@ -165,10 +155,11 @@ def model_name(settings: Mapping[str, Any], described: str | None = None) -> str
     return f"{name} ({what})" if name and what else name
 
 
-def subject_facts(settings: Mapping[str, Any], described: str | None = None) -> list[tuple[str, str]]:
+def subject_facts(record: Measurement) -> list[tuple[str, str]]:
     """List what a measurement was made on."""
+    settings = record.settings
     facts = {
-        "model": model_name(settings, described),
+        "model": model_name(settings, record.model_description),
         "adapter": settings.get("adapter"),
         "run": settings.get("source") if not settings.get("model") else None,
         "data": settings.get("data"),

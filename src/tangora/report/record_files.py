@@ -5,7 +5,7 @@ import os
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,15 @@ class Recorded(FrozenModel):
         default=None, description="What the packaged model is; None for another one, or in older records."
     )
     created: IsoTime = Field(description="When it ended, ISO 8601.")
+
+
+class Measurement(Recorded):
+    """What one command found, and wrote on a page of its own."""
+
+    schema_version: Literal[1] = 1
+    title: str
+    command: str = Field(description="The command line that repeats it.")
+    settings: dict[str, Any]
 
 
 def save_json(model: BaseModel, path: str | Path) -> Path:

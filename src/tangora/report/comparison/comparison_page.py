@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tangora.report import formats
@@ -10,19 +9,17 @@ from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
 from tangora.report.comparison.end_points import flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
-from tangora.report.comparison.results_table import results_section
+from tangora.report.comparison.results_table import results_section, setup_facts
 from tangora.report.comparison.runs_table import runs_section, trouble_section
-from tangora.report.comparison.setup import setup_facts
-from tangora.report.comparison.speed_section import speed_section
+from tangora.report.comparison.speed import speed_section
 from tangora.report.comparison.verdict import recommendation_sentence, verdict
 from tangora.report.drawing.panels import Figure
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Repeat, render
 from tangora.report.record_files import write_atomic
-from tangora.report.run_records import Comparison, Record
-from tangora.report.statistics.judgement import Row, has_comparable_times, judge, recommend, summarize
-from tangora.report.statistics.selection import group_by_recipe, judged_runs
+from tangora.report.run_records import Comparison
+from tangora.report.statistics.judgement import Judgement, judge, recommend
 
 _PANEL_SIZE = (5.5, 4.0)
 
@@ -34,32 +31,28 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
 
 def render_page(comparison: Comparison) -> str:
     """Make the report of a comparison; the same comparison gives the same text."""
-    rows, samples = judge(comparison)
-    advice = recommendation_sentence(recommend(rows, samples, timed=has_comparable_times(comparison)))
-    styles = recipe_styles(row.recipe for row in rows)
+    judged = judge(comparison)
+    rows, advice = judged.rows, recommendation_sentence(recommend(judged))
+    styles = recipe_styles(judged.recorded)
     return render(
         comparison.title,
-        [
-            "tangora comparison",
-            f"{len(rows)} recipes",
-            f"{len(comparison.records)} runs",
-        ],
+        ["tangora comparison", f"{len(rows)} recipes", f"{len(comparison.records)} runs"],
         comparison.created,
         [*verdict(rows), *([advice] if advice else [])],
         [
-            results_section(comparison, rows),
-            costs_section(comparison, rows),
-            *curve_sections(comparison, rows),
-            sweep_section(comparison, rows),
-            speed_section(comparison, rows),
-            *measured_sections(comparison, rows),
-            flatness_section(comparison, rows),
-            forgetting_section(comparison, rows),
+            results_section(judged),
+            costs_section(judged),
+            *curve_sections(judged),
+            sweep_section(judged),
+            speed_section(judged),
+            *measured_sections(judged),
+            flatness_section(judged),
+            forgetting_section(judged),
             time_section(rows),
-            trouble_section(comparison, rows),
-            runs_section(comparison, rows),
+            trouble_section(judged),
+            runs_section(judged),
         ],
-        _repeat(comparison, rows),
+        _repeat(judged),
         heading="Verdict",
         setup=setup_facts(comparison),
         notice=missing_sentence(comparison),
@@ -69,9 +62,9 @@ def render_page(comparison: Comparison) -> str:
 
 def save_picture(comparison: Comparison, path: str | Path) -> Path:
     """Draw training losses and the learning-rate sweep side by side, and write them as PNG."""
-    rows, path = summarize(comparison), Path(path)
-    losses = loss_panel("Training at the best learning rate", loss_curves(comparison, rows))
-    sweep = sweep_panel(comparison, rows, "learning rate (ring: chosen, cross: diverged)")
+    judged, path = judge(comparison), Path(path)
+    losses = loss_panel("Training at the best learning rate", loss_curves(judged))
+    sweep = sweep_panel(judged, "learning rate (ring: chosen, cross: diverged)")
     figure = Figure(path.stem, comparison.title, "", [losses, sweep])
     return save_pictures([figure], path.parent, size=_PANEL_SIZE)[0]
 
@@ -85,28 +78,24 @@ def missing_sentence(comparison: Comparison) -> str | None:
     return f"{formats.plural(done, 'run')} {are} done, {left} or more are left: the same command continues."
 
 
-def _repeat(comparison: Comparison, rows: Sequence[Row]) -> Repeat:
-    records, groups = comparison.records, group_by_recipe(comparison)
+def _repeat(judged: Judgement) -> Repeat:
+    comparison, records = judged.comparison, judged.comparison.records
+    # every version that some run used: more than one is worth knowing
+    versions: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for package, version in record.versions.items():
+            versions[package].add(version)
     return Repeat(
         comparison.command,
         comparison.settings,
-        _versions(records),
+        [(package, ", ".join(sorted(versions[package]))) for package in sorted(versions)],
         sorted({record.machine for record in records}),
         sorted({record.commit for record in records if record.commit}),
-        by_recipe=[(row.recipe, _example_settings(groups[row.recipe], row)) for row in rows],
+        by_recipe=[(row.recipe, _example_settings(judged, row.recipe)) for row in judged.rows],
     )
 
 
-def _example_settings(records: Sequence[Record], row: Row) -> str:
-    run = next(iter(judged_runs(records, row.learning_rate)), records[0])
+def _example_settings(judged: Judgement, recipe: str) -> str:
+    run = judged.runs.get(recipe, judged.recorded[recipe])[0]
     given = {key: value for key, value in run.settings.items() if value is not None}
     return json.dumps({"id": run.id} | given, indent=2, default=str, ensure_ascii=False)
-
-
-def _versions(records: Iterable[Record]) -> list[tuple[str, str]]:
-    # List every version that some run used: more than one is worth knowing.
-    found: dict[str, set[str]] = defaultdict(set)
-    for record in records:
-        for package, version in record.versions.items():
-            found[package].add(version)
-    return [(package, ", ".join(sorted(found[package]))) for package in sorted(found)]

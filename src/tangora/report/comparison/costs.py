@@ -1,21 +1,22 @@
-"""What each recipe costs: time and memory, and which recipes no other one beats in quality and cost."""
+"""What each recipe costs: time, if the machine was free, and memory; and what no other recipe gives for less."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import plotly.graph_objects as go
 
 from tangora.report import formats
-from tangora.report.comparison.results_table import costs_table
-from tangora.report.comparison.setup import busy_sentences
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import GREY, Style, recipe_styles
 from tangora.report.layout import Chart, Section
-from tangora.report.run_records import Comparison
-from tangora.report.statistics.judgement import Row
+from tangora.report.report_table import Cell, Table, number
+from tangora.report.run_records import Record
+from tangora.report.statistics.judgement import Judgement, Row
 
+_UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the machine is a likely cause of
 _LOG_FROM = 20  # ratio of the largest cost to the smallest
 _FRONT = Style(GREY, "dot", "circle", 1.5)
 _PARTS = {
@@ -51,8 +52,34 @@ COSTS = (
 )
 
 
-def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
+_COSTS: dict[str, Callable[[Row], Cell | str]] = {
+    "recipe": lambda row: row.recipe,
+    "time per run": lambda row: number(
+        row.seconds, formats.seconds, formats.span(row.seconds_range, formats.seconds)
+    ),
+    "optimizer step": lambda row: number(
+        row.step_milliseconds,
+        formats.milliseconds,
+        formats.span(row.step_milliseconds_range, formats.milliseconds),
+    ),
+    "optimizer state": lambda row: number(row.optimizer_state_bytes, formats.size),
+    "peak memory": lambda row: number(row.peak_bytes, formats.size),
+    "trained": lambda row: number(row.trainable_parameters, formats.count),
+}
+
+
+def costs_table(rows: Sequence[Row]) -> Table:
+    """Make the table of what each recipe costs."""
+    caption = (
+        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. "
+        "Memory: the largest."
+    )
+    return Table.of("costs", caption, rows, _COSTS).filled()
+
+
+def costs_section(judged: Judgement) -> Section:
     """Show what each recipe costs, and what is bought with it."""
+    rows = judged.rows
     charts = [
         panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=_says(best))
         for cost in COSTS
@@ -66,7 +93,7 @@ def costs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
     return Section(
         "costs",
         "Quality and cost",
-        sentences=busy_sentences(comparison, rows),
+        sentences=busy_sentences(judged.runs),
         table=costs_table(rows),
         notes=[f"{dotted}Bars: 95 % intervals."] if charts else [],
         charts=charts,
@@ -191,3 +218,39 @@ def _bar(recipe: str, length: float | None, part: str, color: str, pattern: str)
         showlegend=length is None,
         hovertemplate=f"%{{y}}<br>{part}: %{{x:.2f}} s<extra></extra>",
     )
+
+
+def busy_sentences(judged: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Warn where times of the runs behind the results may be too long because something else used the machine."""
+    return [*_loaded([run for runs in judged.values() for run in runs]), *_unequal(judged)]
+
+
+def _loaded(runs: Sequence[Record]) -> list[str]:
+    busy = [run.load for run in runs if run.load is not None and run.load.busy]
+    if not busy:
+        return []
+    worst = max(busy, key=lambda load: max(load.before, load.after) / load.processors)
+    return [
+        (
+            f"The machine was busy during {len(busy)} of {formats.plural(len(runs), 'run')} behind the results (load "
+            f"average up to {max(worst.before, worst.after):.1f} on {formats.plural(worst.processors, 'processor')}): "
+            "times are too long, and not comparable between recipes."
+        )
+    ]
+
+
+def _unequal(judged: Mapping[str, Sequence[Record]]) -> list[str]:
+    # records of older versions do not know the load
+    parts = []
+    for recipe, runs in judged.items():
+        seconds = [run.time.total for run in runs]
+        if len(seconds) > 1 and max(seconds) > _UNEQUAL * max(median(seconds), min(seconds)):
+            parts.append(f"{recipe} ({formats.seconds(min(seconds))} to {formats.seconds(max(seconds))})")
+    if not parts:
+        return []
+    return [
+        (
+            f"Equal runs of {formats.listing(parts)} took very different times: the machine was probably busy with "
+            "other work, so compare times with care."
+        )
+    ]

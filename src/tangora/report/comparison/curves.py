@@ -1,6 +1,8 @@
 """How the runs went: training losses, evaluations, and what was measured on the way of the optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +12,8 @@ from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Chart, Section
-from tangora.report.run_records import Comparison, Record
-from tangora.report.statistics.judgement import Row, runs_behind
+from tangora.report.run_records import Record
+from tangora.report.statistics.judgement import Judgement
 
 Values = NDArray[np.float64]
 
@@ -20,53 +22,54 @@ _WINDOWS_PER_CURVE = 25
 _MAX_POINTS = 300
 _MEAN = "Mean over the seeds at each recipe's best learning rate"
 _BAND = "the band reaches from the smallest to the largest"
-_ALIGNMENT = {
-    "captured_energy": "share of the gradient’s energy that the adapter can follow",
-    "cosine": "cosine with full fine-tuning’s change",
-    "relative_distance": "distance to full fine-tuning, relative to its change",
-    "mean_left_angle": "mean angle of B to the gradient’s left singular vectors, °",
-    "mean_right_angle": "mean angle of A to the gradient’s right singular vectors, °",
-    "effective_rank": "effective rank of the change",
-    "relative_imbalance": "imbalance of A and B",
-}
-_CURVATURE = {
-    "weights_top_eigenvalue": "largest eigenvalue over the weights",
-    "tangent_top_eigenvalue": "largest eigenvalue in the tangent space",
-    "weights_trace": "trace over the weights",
-    "tangent_trace": "trace in the tangent space",
-}
-
-
-def loss_curves(comparison: Comparison, rows: Sequence[Row]) -> list[Series]:
-    """Average the training losses of each recipe at its best learning rate over its seeds, and smooth them."""
-    runs = runs_behind(comparison, rows)
-    return _curves(runs, rows, lambda run: {entry.step: entry.loss for entry in run.history}, smoothed=True)
-
-
-def evaluation_curves(comparison: Comparison, rows: Sequence[Row], metric: str) -> list[Series]:
-    """Average the evaluations during training of each recipe over its seeds."""
-    found = _curves(
-        runs_behind(comparison, rows),
-        rows,
-        lambda run: {
-            entry.step: entry.metrics[metric] for entry in run.evaluations if metric in entry.metrics
+_MEASURED = {
+    "alignment": (
+        "Alignment over time",
+        {
+            "captured_energy": "Share of the gradient’s energy that the adapter can follow",
+            "cosine": "Cosine with full fine-tuning’s change",
+            "relative_distance": "Distance to full fine-tuning, relative to its change",
+            "mean_left_angle": "Mean angle of B to the gradient’s left singular vectors, °",
+            "mean_right_angle": "Mean angle of A to the gradient’s right singular vectors, °",
+            "effective_rank": "Effective rank of the change",
+            "relative_imbalance": "Imbalance of A and B",
         },
-    )
-    return [curve for curve in found if len(curve.x) > 1]
+    ),
+    "curvature": (
+        "Curvature over time",
+        {
+            "weights_top_eigenvalue": "Largest eigenvalue over the weights",
+            "tangent_top_eigenvalue": "Largest eigenvalue in the tangent space",
+            "weights_trace": "Trace over the weights",
+            "tangent_trace": "Trace in the tangent space",
+        },
+    ),
+}
+"""Sections by name: title, and titles of the figures by what they show."""
+
+
+def loss_curves(judged: Judgement) -> list[Series]:
+    """Average the training losses of each recipe at its best learning rate over its seeds, and smooth them."""
+    return _curves(judged, lambda run: {entry.step: entry.loss for entry in run.history}, smoothed=True)
+
+
+def evaluation_curves(judged: Judgement, metric: str) -> list[Series]:
+    """Average the evaluations during training of each recipe over its seeds."""
+
+    def values(run: Record) -> dict[int, float]:
+        return {entry.step: entry.metrics[metric] for entry in run.evaluations if metric in entry.metrics}
+
+    return [curve for curve in _curves(judged, values) if len(curve.x) > 1]
 
 
 def _curves(
-    runs: Mapping[str, Sequence[Record]],
-    rows: Sequence[Row],
-    values: Callable[[Record], Mapping[int, float]],
-    *,
-    smoothed: bool = False,
+    judged: Judgement, values: Callable[[Record], Mapping[int, float]], *, smoothed: bool = False
 ) -> list[Series]:
-    looks = recipe_styles(row.recipe for row in rows)
-    curves = [
-        _curve(recipe, [values(run) for run in records], looks[recipe], smoothed=smoothed)
-        for recipe, records in runs.items()
-    ]
+    looks = recipe_styles(judged.recorded)
+    curves = []
+    for recipe, runs in judged.runs.items():
+        measured = [values(run) for run in runs]
+        curves.append(_curve(recipe, measured, looks[recipe], smoothed=smoothed))
     return [curve for curve in curves if curve.x]
 
 
@@ -106,14 +109,14 @@ def loss_panel(title: str, losses: Sequence[Series]) -> Panel:
     return Panel(title, "optimizer step", "training loss", losses, layout={"height": 440})
 
 
-def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
+def curve_sections(judged: Judgement) -> list[Section]:
     """Show how the runs went."""
     charts = []
-    for metric in dict.fromkeys(("loss", comparison.metric)):
-        if curves := evaluation_curves(comparison, rows, metric):
+    for metric in dict.fromkeys(("loss", judged.comparison.metric)):
+        if curves := evaluation_curves(judged, metric):
             charts.append(_chart(f"evaluation-{len(charts)}", metric, curves))
     sections = []
-    if losses := loss_curves(comparison, rows):
+    if losses := loss_curves(judged):
         panel = loss_panel("Training loss", losses)
         caption = f"{_MEAN}, lightly smoothed; {_BAND} seed. Point at a line for the raw value."
         chart = panel_chart("loss", panel, caption, _last_values(losses))
@@ -126,23 +129,19 @@ def curve_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]
     return sections
 
 
-def measured_sections(comparison: Comparison, rows: Sequence[Row]) -> list[Section]:
+def measured_sections(judged: Judgement) -> list[Section]:
     """Draw what was measured on the way: alignment with the gradient and with full fine-tuning, and curvature."""
     runs = {
         recipe: measured
-        for recipe, records in runs_behind(comparison, rows).items()
+        for recipe, records in judged.runs.items()
         if (measured := [run for run in records if run.trajectory or run.curvature])
     }
     sections = []
-    for name, title, wanted in (
-        ("alignment", "Alignment over time", _ALIGNMENT),
-        ("curvature", "Curvature over time", _CURVATURE),
-    ):
-        found = {key: _curves(runs, rows, lambda run, key=key: _points(run, key)) for key in wanted}
+    for name, (title, wanted) in _MEASURED.items():
         charts = [
-            _chart(f"{name}-{key}", wanted[key][0].upper() + wanted[key][1:], curves)
-            for key, curves in found.items()
-            if curves
+            _chart(f"{name}-{key}", what, curves)
+            for key, what in wanted.items()
+            if (curves := _curves(replace(judged, runs=runs), partial(_points, key=key)))
         ]
         if charts:
             sections.append(Section(name, title, charts=charts, notes=[f"{_MEAN}; {_BAND}."], keyed=True))

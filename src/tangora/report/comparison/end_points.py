@@ -1,7 +1,9 @@
 """Where the runs ended: how flat the loss is there, next to the generalisation gap, and what was forgotten."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 from rich.table import Table as RichTable
@@ -12,9 +14,11 @@ from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Section
 from tangora.report.report_table import Cell, Table, cell, number
-from tangora.report.run_records import Comparison, Flatness, Forgetting
-from tangora.report.statistics.intervals import Interval, estimate
-from tangora.report.statistics.judgement import Row, runs_behind
+from tangora.report.run_records import Comparison, Flatness, Forgetting, Record
+from tangora.report.statistics.intervals import estimate
+from tangora.report.statistics.judgement import Judgement
+
+_Item = TypeVar("_Item")
 
 _MEASURES: dict[str, Callable[[Flatness], float | None]] = {
     "train loss": lambda flat: flat.train_loss,
@@ -76,62 +80,66 @@ def flatness_sentences(flat: Flatness) -> list[str]:
     ]
 
 
-def flatness_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
+def flatness_section(judged: Judgement) -> Section | None:
     """Show how flat the loss is where the runs ended."""
-    if not has_flatness(comparison):
+    if not has_flatness(judged.comparison):
         return None
     chart = panel_chart(
         "flatness-gap",
-        _gap_panel(comparison, rows),
+        _gap_panel(judged),
         "Each run behind the results. Runs of one recipe differ only in their seeds; a trend over so few recipes "
         "proves no cause.",
     )
-    table, notes = flatness_table(comparison, rows), _flatness_notes(comparison)
+    notes = _flatness_notes([run.flatness for run in judged.comparison.records if run.flatness is not None])
+    table = flatness_table(judged)
     return Section("flatness", "End points", table=table, notes=notes, charts=[chart], keyed=True)
 
 
-def rich_flatness(comparison: Comparison, rows: Sequence[Row]) -> RichTable:
+def rich_flatness(judged: Judgement) -> RichTable:
     """Make the table of end points for a terminal."""
-    return flatness_table(comparison, rows).only(_SHORT).rich("End points", tight=True)
+    return flatness_table(judged).only(_SHORT).rich("End points", tight=True)
 
 
-def flatness_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
+def flatness_table(judged: Judgement) -> Table:
     """Make the table of end points."""
-    measured = {
-        recipe: flats
-        for recipe, runs in runs_behind(comparison, rows).items()
-        if (flats := [run.flatness for run in runs if run.flatness is not None])
-    }
+    measured = _by_recipe(judged, lambda run: run.flatness)
     shown = {
         header: value
         for header, value in _MEASURES.items()
         if any(value(flat) is not None for flats in measured.values() for flat in flats)
     }
-    columns = {
-        header: lambda item, value=value: _flatness_cell(item[1], value) for header, value in shown.items()
-    }
     caption = (
         "How flat the loss is at the end of the runs behind the results, next to the generalisation gap."
     )
-    return Table.of("flatness", caption, measured.items(), {"recipe": lambda item: item[0], **columns})
+    columns = {"recipe": lambda item: item[0], **_means(shown, formats.significant)}
+    return Table.of("flatness", caption, measured.items(), columns)
 
 
-def _flatness_cell(flats: Sequence[Flatness], value: Callable[[Flatness], float | None]) -> Cell:
-    values = [found for flat in flats if (found := value(flat)) is not None]
-    if not values:
-        return cell(formats.MISSING)
-    mean, noise = _mean(values)
-    ends = [formats.significant(end) for end in noise or ()]
-    return number(mean, formats.significant, " to ".join(ends) or formats.MISSING)
+def _by_recipe(judged: Judgement, read: Callable[[Record], _Item | None]) -> dict[str, list[_Item]]:
+    # what was measured at the ends of the runs behind the results
+    found = {
+        recipe: [item for run in runs if (item := read(run)) is not None]
+        for recipe, runs in judged.runs.items()
+    }
+    return {recipe: items for recipe, items in found.items() if items}
 
 
-def _mean(values: Sequence[float]) -> tuple[float, Interval | None]:
-    estimated = estimate(np.array(values)[:, None])
-    return fmean(values), estimated.interval if estimated else None
+def _means(
+    measures: Mapping[str, Callable[[_Item], float | None]], write: Callable[[float], str]
+) -> dict[str, Callable[[tuple[str, list[_Item]]], Cell]]:
+    # columns of means, with their intervals beneath
+    def mean(row: tuple[str, list[_Item]], measure: Callable[[_Item], float | None]) -> Cell:
+        values = [value for item in row[1] if (value := measure(item)) is not None]
+        if not values:
+            return cell(formats.MISSING)
+        estimated = estimate(np.array(values)[:, None])
+        beneath = " to ".join(map(write, estimated.interval)) if estimated else formats.MISSING
+        return number(fmean(values), write, beneath)
+
+    return {header: partial(mean, measure=measure) for header, measure in measures.items()}
 
 
-def _flatness_notes(comparison: Comparison) -> list[str]:
-    flats = [record.flatness for record in comparison.records if record.flatness is not None]
+def _flatness_notes(flats: Sequence[Flatness]) -> list[str]:
     examples = sorted({formats.plural(flat.num_examples, "example") for flat in flats})
     radii = sorted({formats.significant(flat.radius) for flat in flats if flat.radius is not None})
     read = (
@@ -153,10 +161,10 @@ def _flatness_notes(comparison: Comparison) -> list[str]:
     return [*notes, *(f"Not measured: {reason}." for reason in reasons)]
 
 
-def _gap_panel(comparison: Comparison, rows: Sequence[Row]) -> Panel:
-    styles = recipe_styles(row.recipe for row in rows)
+def _gap_panel(judged: Judgement) -> Panel:
+    styles = recipe_styles(judged.recorded)
     series = []
-    for recipe, runs in runs_behind(comparison, rows).items():
+    for recipe, runs in judged.runs.items():
         points = [
             (top, run.flatness.gap, run.seed)
             for run in runs
@@ -174,31 +182,23 @@ def _gap_panel(comparison: Comparison, rows: Sequence[Row]) -> Panel:
     )
 
 
-def forgetting_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
+def forgetting_section(judged: Judgement) -> Section | None:
     """Show what training did to unrelated text."""
-    found = {
-        recipe: items
-        for recipe, runs in runs_behind(comparison, rows).items()
-        if (items := [run.forgetting for run in runs if run.forgetting])
-    }
+    found = _by_recipe(judged, lambda run: run.forgetting)
     if not found:
         return None
-    means = {
-        header: lambda item, part=part: _forgetting_cell(item[1], part) for header, part in _FORGOTTEN.items()
-    }
     table = Table.of(
         "forgetting",
         "Loss per token, in nats, on text unrelated to the task.",
         found.items(),
-        {"recipe": lambda item: item[0], **means, "seeds": lambda item: number(len(item[1]), str)},
+        {
+            "recipe": lambda item: item[0],
+            **_means(_FORGOTTEN, formats.metric),
+            "seeds": lambda item: number(len(item[1]), str),
+        },
     )
     texts = sorted({formats.plural(item.num_texts, "text") for items in found.values() for item in items})
     notes = [
         f"Over {formats.listing(texts)}. Beneath a number: 95 % interval of the mean, Student's over the seeds."
     ]
     return Section("forgetting", "Forgetting", table=table, notes=notes)
-
-
-def _forgetting_cell(items: Sequence[Forgetting], part: Callable[[Forgetting], float]) -> Cell:
-    mean, noise = _mean([part(item) for item in items])
-    return number(mean, formats.metric, formats.interval(noise))

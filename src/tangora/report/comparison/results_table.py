@@ -1,6 +1,6 @@
-"""The rows of a comparison as the table of results: on the page, in a terminal and as CSV."""
+"""What was compared, and how good each recipe is: on the page, in a terminal and as CSV."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,71 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from tangora.report import formats
-from tangora.report.comparison.setup import busy_sentences, setup_line
-from tangora.report.layout import Section
+from tangora.report.comparison.costs import busy_sentences
+from tangora.report.layout import Section, model_name
 from tangora.report.record_files import write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number, terminal_table
-from tangora.report.run_records import Comparison
-from tangora.report.statistics.judgement import BASELINE, CEILING, Row
+from tangora.report.run_records import Comparison, Record
+from tangora.report.statistics.judgement import BASELINE, CEILING, Judgement, Row, runs_behind
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
+_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """List what all runs of a comparison share."""
+    settings, records = _settings(comparison), comparison.records
+    described = next((record.model_description for record in records if record.model_description), None)
+    tested = f", tested on {settings['test_data']}" if settings.get("test_data") else ""
+    size, accumulate = settings.get("batch_size"), settings.get("accumulate") or 1
+    seeds = {record.seed for record in records}
+    facts = {
+        "model": model_name(settings, described),
+        "data": f"{settings.get('data') or ''}{tested}",
+        "examples": _examples(settings, records),
+        "steps": _number(settings.get("steps")),
+        "batch size": f"{size}{f' × {accumulate}' if accumulate != 1 else ''}" if size else "",
+        "rank": _number(settings.get("rank")),
+        "alpha": _number(settings.get("alpha")),
+        "seeds": str(len(seeds)) if seeds else "",
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def setup_line(comparison: Comparison) -> str:
+    """Say in one line what all runs share but for model and data, which the title names."""
+    facts = dict(setup_facts(comparison))
+    write = {
+        "examples": "{} examples",
+        "steps": "{} steps",
+        "batch size": "batch size {}",
+        "rank": "rank {}",
+        "alpha": "alpha {}",
+        "seeds": "seeds: {}",
+    }
+    return " · ".join(text.format(facts[name]) for name, text in write.items() if name in facts)
+
+
+def _examples(settings: Mapping[str, Any], records: Sequence[Record]) -> str:
+    counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in _SPLITS}
+    for record in records:
+        if tested := len(record.correct or record.scores or ()):
+            counts["test"] = tested
+        if record.num_examples:
+            counts = {**counts, **record.num_examples}
+            break
+    return ", ".join(f"{counts[name]} {what}" for name, what in _SPLITS.items() if counts.get(name))
+
+
+def _settings(comparison: Comparison) -> dict[str, Any]:
+    # a run's own settings know what the comparison's left to defaults
+    longest = max(comparison.records, key=lambda record: len(record.history), default=None)
+    own = longest.settings if longest is not None else {}
+    return {**own, **{key: value for key, value in comparison.settings.items() if value is not None}}
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else ""
 
 
 def _quality(metric: str) -> dict[str, Callable[[Row], Cell | str]]:
@@ -48,39 +105,11 @@ def _rate(row: Row) -> str:
     return formats.learning_rate(row.learning_rate) + _EDGE_MARKS[row.edge]
 
 
-_COSTS: dict[str, Callable[[Row], Cell | str]] = {
-    "recipe": lambda row: row.recipe,
-    "time per run": lambda row: number(
-        row.seconds, formats.seconds, formats.span(row.seconds_range, formats.seconds)
-    ),
-    "optimizer step": lambda row: number(
-        row.step_milliseconds,
-        formats.milliseconds,
-        formats.span(row.step_milliseconds_range, formats.milliseconds),
-    ),
-    "optimizer state": lambda row: number(row.optimizer_state_bytes, formats.size),
-    "peak memory": lambda row: number(row.peak_bytes, formats.size),
-    "trained": lambda row: number(row.trainable_parameters, formats.count),
-}
-
-
-def costs_table(rows: Sequence[Row]) -> Table:
-    """Make the table of what each recipe costs."""
-    caption = (
-        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. "
-        "Memory: the largest."
-    )
-    return Table.of("costs", caption, rows, _COSTS).filled()
-
-
-def results_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
+def results_section(judged: Judgement) -> Section:
     """Show how good each recipe is."""
+    comparison, rows = judged.comparison, judged.rows
     caption = "Each recipe at the learning rate that is best on validation data."
     table = Table.of("results", caption, rows, _quality(comparison.metric)).filled()
-    return Section("results", "Results", table=table, notes=_notes(rows, comparison))
-
-
-def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     resampled = sorted({row.interval_over for row in rows if row.interval_over})
     direction = "Higher" if comparison.higher_is_better else "Lower"
     notes = [
@@ -101,7 +130,7 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
             "few seeds make them wide. Significant means p below 0.05 after Holm's correction for the number of "
             "recipes; with a single seed no difference is called significant."
         )
-    return notes
+    return Section("results", "Results", table=table, notes=notes)
 
 
 def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
@@ -134,7 +163,7 @@ def _legend(comparison: Comparison, rows: Sequence[Row]) -> str | None:
         lines.append("↑ ↓: the learning rate lies at the high or low end of its grid")
     if any(row.seconds is not None and row.num_seeds > 1 for row in rows):
         lines.append("time, opt. step: medians over the runs")
-    return "\n".join([*lines, *busy_sentences(comparison, rows)]) or None
+    return "\n".join([*lines, *busy_sentences(runs_behind(comparison, rows))]) or None
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> Path:

@@ -8,29 +8,22 @@ from tangora.report import formats
 from tangora.report.comparison.results_table import flat_row
 from tangora.report.layout import Section, flat
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
-from tangora.report.run_records import Comparison, Record
-from tangora.report.statistics.judgement import Row, runs_behind
-from tangora.report.statistics.selection import group_by_recipe, num_steps
+from tangora.report.run_records import Record
+from tangora.report.statistics.judgement import Judgement
+from tangora.report.statistics.selection import num_steps
 
 _ERROR_CHARACTERS = 120
 
 
-def runs_section(comparison: Comparison, rows: Sequence[Row]) -> Section:
+def runs_section(judged: Judgement) -> Section:
     """Show every run, in a table that can be filtered."""
-    downloads = {
-        "summary.csv": csv_text([flat_row(row) for row in rows]),
-        "runs.csv": _runs_csv(comparison, rows),
-    }
-    return Section("runs", "Runs", table=_runs_table(comparison, rows), downloads=downloads)
-
-
-def _runs_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    metric, result = comparison.metric, _in_result(comparison, rows)
-    shared = _shared_settings(comparison.records)
-    return Table.of(
+    runs, metric = _ordered(judged), judged.comparison.metric
+    shared = _shared_settings(judged.comparison.records)
+    result = {run.id for behind in judged.runs.values() for run in behind}
+    table = Table.of(
         "runs",
         "Every run, also those that went wrong. “In result” marks the runs behind the test numbers above.",
-        _ordered(comparison, rows),
+        runs,
         {
             "recipe": lambda run: run.recipe,
             "learning rate": lambda run: number(run.learning_rate, formats.learning_rate),
@@ -46,6 +39,11 @@ def _runs_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
         words=("stage", "status", "details"),
         filters=("recipe", "status", "stage"),
     )
+    downloads = {
+        "summary.csv": csv_text([flat_row(row) for row in judged.rows]),
+        "runs.csv": csv_text([_flat_run(run, in_result=run.id in result) for run in runs]),
+    }
+    return Section("runs", "Runs", table=table, downloads=downloads)
 
 
 def _status_cell(run: Record) -> Cell:
@@ -56,17 +54,14 @@ def _metric_cell(run: Record, split: str, metric: str) -> Cell:
     return number(run.metrics.get(split, {}).get(metric), formats.metric)
 
 
-def _ordered(comparison: Comparison, rows: Sequence[Row]) -> list[Record]:
-    groups = group_by_recipe(comparison)
+def _ordered(judged: Judgement) -> list[Record]:
     return [
         run
-        for row in rows
-        for run in sorted(groups[row.recipe], key=lambda run: (run.learning_rate, run.seed, run.stage))
+        for row in judged.rows
+        for run in sorted(
+            judged.recorded[row.recipe], key=lambda run: (run.learning_rate, run.seed, run.stage)
+        )
     ]
-
-
-def _in_result(comparison: Comparison, rows: Sequence[Row]) -> set[str]:
-    return {run.id for runs in runs_behind(comparison, rows).values() for run in runs}
 
 
 def _error_head(run: Record) -> str:
@@ -108,10 +103,10 @@ def _shared_settings(records: Sequence[Record]) -> dict[str, str]:
     return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
-def trouble_section(comparison: Comparison, rows: Sequence[Row]) -> Section | None:
+def trouble_section(judged: Judgement) -> Section | None:
     """List the runs that did not finish."""
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for run in _ordered(comparison, rows):
+    for run in _ordered(judged):
         if run.status != "finished":
             groups[run.recipe, run.status, _error_head(run)].append(run)
     if not groups:
@@ -133,11 +128,6 @@ def trouble_section(comparison: Comparison, rows: Sequence[Row]) -> Section | No
         words=("status", "learning rates", "seeds", "reason"),
     )
     return Section("trouble", "Runs that went wrong", table=table)
-
-
-def _runs_csv(comparison: Comparison, rows: Sequence[Row]) -> str:
-    result = _in_result(comparison, rows)
-    return csv_text([_flat_run(run, in_result=run.id in result) for run in _ordered(comparison, rows)])
 
 
 def _flat_run(run: Record, *, in_result: bool) -> dict[str, Any]:

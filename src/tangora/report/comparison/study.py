@@ -12,15 +12,14 @@ from tangora.report import formats
 from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
 from tangora.report.comparison.differences import differences_section, save_differences
-from tangora.report.comparison.results_table import flat_row
-from tangora.report.comparison.setup import setup_facts
+from tangora.report.comparison.results_table import flat_row, setup_facts
 from tangora.report.drawing.styles import recipe_styles
-from tangora.report.layout import Link, Repeat, Section, render
+from tangora.report.layout import Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
-from tangora.report.statistics.judgement import BASELINE, Row, summarize
+from tangora.report.statistics.judgement import BASELINE, Row, judge
 from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
 
 _STUDY_FILE = "study.json"
@@ -80,8 +79,9 @@ class _Study:
         self.comparisons = comparisons
         # by name: titles may be the same
         ready = [c.model_copy(update={"title": name}) for name, c in comparisons.items() if c.records]
-        self.rows: Rows = {each.title: summarize(each) for each in ready}
-        self.matrix = matrix(ready) if ready else TaskMatrix((), (), (), (), {}, None)
+        judged = [judge(each) for each in ready]
+        self.rows: Rows = {each.comparison.title: each.rows for each in judged}
+        self.matrix = matrix(judged) if judged else TaskMatrix((), (), (), (), {}, None)
         self.against_lora = {(duel.task, duel.ours): duel for duel in self.matrix.against_lora}
 
     def verdict(self) -> list[str]:
@@ -126,17 +126,17 @@ class _Study:
         return Section("tasks", "Tasks", links=links, downloads={"study.csv": self.csv()})
 
 
-def _link(name: str, comparison: Comparison) -> Link:
+def _link(name: str, comparison: Comparison) -> dict[str, str | None]:
     count = formats.plural(len(comparison.records), "run")
     better = "higher" if comparison.higher_is_better else "lower"
     state = missing_sentence(comparison) or (f"{count}." if comparison.records else "No records yet.")
-    return Link(
-        name,
-        f"{quote(name)}/report.html" if comparison.records else None,
-        comparison.title,
-        f"test {comparison.metric}, {better} is better · {state}",
-        ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
-    )
+    return {
+        "name": name,
+        "address": f"{quote(name)}/report.html" if comparison.records else None,
+        "title": comparison.title,
+        "state": f"test {comparison.metric}, {better} is better · {state}",
+        "beneath": ", ".join(f"{key} {value}" for key, value in setup_facts(comparison)),
+    }
 
 
 def _results(study: _Study) -> Section:
@@ -236,13 +236,13 @@ def _ratio_text(ratio: float) -> str:
 
 def tasks_verdict(found: TaskMatrix) -> list[str]:
     """Say what several tasks say together."""
-    return [*_against_lora(found), *_pairs_verdict(found), *_ranks(found)]
+    return [_against_lora(found), *_pairs_verdict(found), *_ranks(found)]
 
 
-def _against_lora(found: TaskMatrix) -> list[str]:
+def _against_lora(found: TaskMatrix) -> str:
     tested = [duel for duel in found.against_lora if duel.p_value is not None]
     if not tested:
-        return [f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."]
+        return f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."
     counts = {name: found.count_against_lora(name) for name in found.recipes if name != BASELINE}
     parts = [
         f"{name} {' and '.join(said)}"
@@ -252,7 +252,7 @@ def _against_lora(found: TaskMatrix) -> list[str]:
     ties = sum(count["tie"] for count in counts.values())
     result = "; ".join(parts) if parts else "no recipe wins or loses"
     correction = f"corrected for {formats.plural(len(tested), 'comparison')} (Holm)"
-    return [f"Against {BASELINE}, {correction}: {result}; {formats.plural(ties, 'tie')}."]
+    return f"Against {BASELINE}, {correction}: {result}; {formats.plural(ties, 'tie')}."
 
 
 def _on(number: int) -> str:

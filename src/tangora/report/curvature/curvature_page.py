@@ -80,9 +80,9 @@ def render_curvature(record: CurvatureRecord) -> str:
             *map(figure_section, figures(record)),
             *(Section(table.name, title, table=table) for title, table in tables.items() if table.rows),
         ],
-        repeat(record, record.command, record.settings, note),
+        repeat(record, note),
         look="measured wide-panels",
-        setup=subject_facts(record.settings, record.model_description),
+        setup=subject_facts(record),
     )
 
 

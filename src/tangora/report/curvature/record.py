@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ from tangora.curvature import (
     LayerCurvature,
     TraceEstimate,
 )
-from tangora.report.record_files import FrozenModel, Recorded, read_record
+from tangora.report.record_files import FrozenModel, Measurement, read_record
 from tangora.report.run_records import Count, Seconds
 
 Operator = Literal["hessian", "gauss-newton", "empirical-fisher"]
@@ -124,14 +124,10 @@ class LandscapeRecord(FrozenModel):
     plane: Plane | None = None
 
 
-class CurvatureRecord(Recorded):
+class CurvatureRecord(Measurement):
     """The curvature of the loss at one point, and where it comes from."""
 
-    schema_version: Literal[1] = 1
     measured: Literal["curvature"] = "curvature"
-    title: str
-    command: str = Field(description="The command line that repeats it.")
-    settings: dict[str, Any]
     ranks: list[int] = Field(description="Of the adapter's layers, distinct; empty without an adapter.")
     loss: float
     num_examples: Count

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import plotly.graph_objects as go
-from pydantic import Field
 
 from tangora.diagnostics import Diagnosis, LayerDiagnosis
 from tangora.report import formats
@@ -25,7 +24,7 @@ from tangora.report.drawing.panels import Panel, Series
 from tangora.report.drawing.styles import GREY, Style, recipe_styles
 from tangora.report.layer_places import LayerPlace, natural, places
 from tangora.report.layout import Chart, Section, render, repeat, subject_facts
-from tangora.report.record_files import Recorded, read_record, write_atomic
+from tangora.report.record_files import Measurement, read_record, write_atomic
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12
@@ -47,13 +46,9 @@ _SAMPLE = (
 )
 
 
-class DiagnosisRecord(Recorded):
+class DiagnosisRecord(Measurement):
     """A diagnosis, and where it comes from."""
 
-    schema_version: Literal[1] = 1
-    title: str
-    command: str = Field(description="The command line that repeats it.")
-    settings: dict[str, Any]
     diagnosis: Diagnosis
 
 
@@ -97,9 +92,9 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
             Section("plan-title", plan.title, charts=[plan], details=("the plan for PEFT", config)),
             Section("layers", "All layers", table=layer_table(diagnosis)),
         ],
-        repeat(record, record.command, record.settings),
+        repeat(record),
         look="measured",
-        setup=subject_facts(record.settings, record.model_description),
+        setup=subject_facts(record),
     )
 
 

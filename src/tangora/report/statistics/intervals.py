@@ -1,10 +1,10 @@
 """Intervals and p-values for means over seeds and test examples, and for differences of such means."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ _PerSimulation = Scores | np.float64
 Interval = tuple[float, float]
 
 Over = Literal["seeds and examples", "examples", "seeds"]
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 ALPHA = 0.05
 """One minus the level of every interval, and the corrected p-value below which a difference is significant."""
@@ -208,3 +210,9 @@ def holm(p_values: list[float]) -> list[float]:
     corrected = np.empty(len(p_values))
     corrected[order] = np.minimum(np.maximum.accumulate(factors * np.array(p_values)[order]), 1.0)
     return corrected.tolist()
+
+
+def corrected_p_values(p_values: Mapping[_Key, float | None]) -> dict[_Key, float]:
+    """Correct p-values by their keys; those that are not known take no part."""
+    known = {key: p_value for key, p_value in p_values.items() if p_value is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
+from typing import Any
 
 from tangora._checks import InputError
 from tangora.report.run_records import Comparison, Record, TimeSplit
-from tangora.report.statistics.intervals import ALPHA, Interval, Over, holm
+from tangora.report.statistics.intervals import ALPHA, Interval, Over, corrected_p_values
 from tangora.report.statistics.samples import Sample, compare_samples, contrast, gap_closed, sample
 from tangora.report.statistics.selection import (
     Edge,
@@ -89,24 +90,42 @@ class Row:
         return side_of(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """A comparison, what it says of each recipe, and what that is computed from."""
+
+    comparison: Comparison
+    rows: list[Row]
+    """The best recipe first."""
+    samples: dict[str, Sample]
+    """Test scores of the recipes that have any."""
+    recorded: dict[str, list[Record]]
+    """All runs of each recipe."""
+    runs: dict[str, list[Record]]
+    """Those behind the results, of the recipes that have any."""
+
+
 def summarize(comparison: Comparison) -> list[Row]:
     """Choose each recipe's learning rate on validation data, and judge it on test data."""
-    return judge(comparison)[0]
+    return judge(comparison).rows
 
 
-def judge(comparison: Comparison) -> tuple[list[Row], dict[str, Sample]]:
-    """Summarize, and keep the test scores for further comparisons."""
-    by_recipe = group_by_recipe(comparison)
+def judge(comparison: Comparison) -> Judgement:
+    """Summarize, and keep what is needed for further comparisons."""
+    recorded = group_by_recipe(comparison)
     _check_metric(comparison)
-    rows = [_row(records, comparison) for records in by_recipe.values()]
+    # Nothing of the test metric, which must not take part in the choice of the learning rate.
+    rows = [_choose(records, comparison) for records in recorded.values()]
+    runs = {row.recipe: judged_runs(recorded[row.recipe], row.learning_rate) for row in rows}
     samples = {
-        row.recipe: found
-        for row in rows
-        if (found := sample(judged_runs(by_recipe[row.recipe], row.learning_rate), comparison.metric))
+        recipe: found for recipe, judged in runs.items() if (found := sample(judged, comparison.metric))
     }
-    rows = [_with_test(row, samples.get(row.recipe)) for row in rows]
-    rows = _with_correction([_with_differences(row, samples) for row in rows])
-    return sorted(_with_gap(rows, samples), key=_rank), samples
+    rows = [
+        replace(row, **_costs(runs[row.recipe], row.metric), **_test_results(row.recipe, samples))
+        for row in rows
+    ]
+    rows = sorted(_with_gap(_with_correction(rows), samples), key=_rank)
+    return Judgement(comparison, rows, samples, recorded, runs_behind(comparison, rows))
 
 
 def runs_behind(comparison: Comparison, rows: Sequence[Row]) -> dict[str, list[Record]]:
@@ -126,11 +145,10 @@ def _check_metric(comparison: Comparison) -> None:
         )
 
 
-def _row(records: Sequence[Record], comparison: Comparison) -> Row:
-    # Everything but the test metric, which must not take part in the choice of the learning rate.
+def _choose(records: Sequence[Record], comparison: Comparison) -> Row:
     points = sweep_points(records, comparison.metric)
     chosen = best_learning_rate(points, higher_is_better=comparison.higher_is_better)
-    row = Row(
+    return Row(
         recipe=records[0].recipe,
         metric=comparison.metric,
         higher_is_better=comparison.higher_is_better,
@@ -142,29 +160,28 @@ def _row(records: Sequence[Record], comparison: Comparison) -> Row:
         learning_rate=chosen,
         edge=grid_edge(points, chosen),
     )
-    runs = judged_runs(records, chosen)
-    return _with_costs(row, runs) if runs else row
 
 
-def _with_costs(row: Row, runs: Sequence[Record]) -> Row:
+def _costs(runs: Sequence[Record], metric: str) -> dict[str, Any]:
+    if not runs:
+        return {}
     seconds = [run.time.total for run in runs]
     steps = [1000 * run.time.optimizer / num for run in runs if (num := num_steps(run))]
     peaks = [run.memory.peak_bytes for run in runs if run.memory.peak_bytes is not None]
     parts = TimeSplit.model_fields
-    return replace(
-        row,
-        validation=_mean_metric(runs, row.metric),
-        validation_loss=_mean_metric(runs, "loss"),
+    return {
+        "validation": _mean_metric(runs, metric),
+        "validation_loss": _mean_metric(runs, "loss"),
         # medians: one run on a busy machine must not decide
-        time=TimeSplit(**{part: median(getattr(run.time, part) for run in runs) for part in parts}),
-        seconds=median(seconds),
-        seconds_range=(min(seconds), max(seconds)),
-        step_milliseconds=median(steps) if steps else None,
-        step_milliseconds_range=(min(steps), max(steps)) if steps else None,
-        optimizer_state_bytes=max(run.memory.optimizer_state_bytes for run in runs),
-        peak_bytes=max(peaks, default=None),
-        trainable_parameters=max(run.trainable_parameters for run in runs),
-    )
+        "time": TimeSplit(**{part: median(getattr(run.time, part) for run in runs) for part in parts}),
+        "seconds": median(seconds),
+        "seconds_range": (min(seconds), max(seconds)),
+        "step_milliseconds": median(steps) if steps else None,
+        "step_milliseconds_range": (min(steps), max(steps)) if steps else None,
+        "optimizer_state_bytes": max(run.memory.optimizer_state_bytes for run in runs),
+        "peak_bytes": max(peaks, default=None),
+        "trainable_parameters": max(run.trainable_parameters for run in runs),
+    }
 
 
 def _mean_metric(runs: Sequence[Record], metric: str) -> float | None:
@@ -173,40 +190,34 @@ def _mean_metric(runs: Sequence[Record], metric: str) -> float | None:
     return fmean(known) if known else None
 
 
-def _with_test(row: Row, found: Sample | None) -> Row:
-    if found is None:
-        return row
-    estimated = contrast((1.0, found))
-    row = replace(row, test=found.mean, num_seeds=len(found.seeds))
-    if estimated is None:
-        return row
-    return replace(row, interval=estimated.interval, interval_over=estimated.over)
-
-
-def _with_differences(row: Row, samples: dict[str, Sample]) -> Row:
-    if row.recipe in samples and row.recipe != BASELINE and BASELINE in samples:
-        value, interval, p_value = compare_samples(samples[row.recipe], samples[BASELINE])
-        row = replace(row, difference=value, difference_interval=interval, p_value=p_value)
-    if row.recipe in samples and row.recipe != CEILING and CEILING in samples:
-        value, interval, _ = compare_samples(samples[row.recipe], samples[CEILING])
-        row = replace(row, versus_full=value, versus_full_interval=interval)
-    return row
+def _test_results(recipe: str, samples: Mapping[str, Sample]) -> dict[str, Any]:
+    if recipe not in samples:
+        return {}
+    ours = samples[recipe]
+    found: dict[str, Any] = {"test": ours.mean, "num_seeds": len(ours.seeds)}
+    if estimated := contrast((1.0, ours)):
+        found |= {"interval": estimated.interval, "interval_over": estimated.over}
+    if recipe != BASELINE and BASELINE in samples:
+        value, interval, p_value = compare_samples(ours, samples[BASELINE])
+        found |= {"difference": value, "difference_interval": interval, "p_value": p_value}
+    if recipe != CEILING and CEILING in samples:
+        value, interval, _ = compare_samples(ours, samples[CEILING])
+        found |= {"versus_full": value, "versus_full_interval": interval}
+    return found
 
 
 def _with_correction(rows: Sequence[Row]) -> list[Row]:
-    p_values = {row.recipe: row.p_value for row in rows if row.p_value is not None}
-    family = [recipe for recipe in p_values if recipe != CEILING]
-    corrected = p_values | dict(zip(family, holm([p_values[recipe] for recipe in family]), strict=True))
-    return [replace(row, p_corrected=corrected.get(row.recipe)) for row in rows]
+    corrected = corrected_p_values({row.recipe: row.p_value for row in rows if row.recipe != CEILING})
+    return [replace(row, p_corrected=corrected.get(row.recipe, row.p_value)) for row in rows]
 
 
-def _with_gap(rows: Sequence[Row], samples: dict[str, Sample]) -> list[Row]:
+def _with_gap(rows: Sequence[Row], samples: Mapping[str, Sample]) -> list[Row]:
     by_name = {row.recipe: row for row in rows}
     reason = _no_gap(by_name.get(CEILING), by_name.get(BASELINE))
     return [_with_share(row, samples, reason) if row.difference is not None else row for row in rows]
 
 
-def _with_share(row: Row, samples: dict[str, Sample], reason: str | None) -> Row:
+def _with_share(row: Row, samples: Mapping[str, Sample], reason: str | None) -> Row:
     if reason is not None:
         return replace(row, gap_closed_missing=reason)
     if row.recipe == CEILING:
@@ -265,44 +276,41 @@ class Recommendation:
 
 def recommendation(comparison: Comparison) -> Recommendation | None:
     """Choose a recipe from the records of a comparison."""
-    return recommend(*judge(comparison), timed=has_comparable_times(comparison))
+    return recommend(judge(comparison))
 
 
-def has_comparable_times(comparison: Comparison) -> bool:
-    """Return whether no run of a comparison shared its machine with other work, as far as is known."""
-    return not any(record.load is not None and record.load.busy for record in comparison.records)
-
-
-def recommend(
-    rows: Sequence[Row], samples: Mapping[str, Sample], *, timed: bool = True
-) -> Recommendation | None:
+def recommend(found: Judgement) -> Recommendation | None:
     """Choose the cheapest recipe that is not significantly worse than the best.
 
     Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
     examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
     The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
-    smallest memory; of those within 5 % of that, the best test result.
+    smallest memory; of those within 5 % of that, the best test result. Times do not count where a run shared its
+    machine with other work.
     """
-    known = [row if timed else replace(row, seconds=None) for row in rows if row.learning_rate is not None]
+    samples = found.samples
+    busy = any(record.load is not None and record.load.busy for record in found.comparison.records)
+    known = [
+        replace(row, seconds=None) if busy else row for row in found.rows if row.learning_rate is not None
+    ]
     tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]
     if not tested:
         return _by_validation(known)
     best, *others = tested
     differences = {row.recipe: compare_samples(samples[row.recipe], samples[best.recipe]) for row in others}
-    p_values = {name: found.p_value for name, found in differences.items() if found.p_value is not None}
-    corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    corrected = corrected_p_values({name: each.p_value for name, each in differences.items()})
     candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
     chosen = candidates[0]
     assert chosen.learning_rate is not None
-    found = differences.get(chosen.recipe)
+    difference = differences.get(chosen.recipe)
     return Recommendation(
         recipe=chosen.recipe,
         learning_rate=chosen.learning_rate,
         decided=True,
         best=best.recipe,
         candidates=tuple(row.recipe for row in candidates),
-        difference=found and found.value,
-        difference_interval=found and found.interval,
+        difference=difference and difference.value,
+        difference_interval=difference and difference.interval,
         swept=all(row.num_learning_rates > 1 for row in tested),
         seconds=chosen.seconds,
         least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),

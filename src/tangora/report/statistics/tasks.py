@@ -9,10 +9,9 @@ import numpy as np
 from scipy import stats
 
 from tangora._checks import InputError
-from tangora.report.run_records import Comparison
-from tangora.report.statistics.intervals import Interval, holm
-from tangora.report.statistics.judgement import BASELINE, judge, side_of
-from tangora.report.statistics.samples import Sample, compare_samples
+from tangora.report.statistics.intervals import Interval, corrected_p_values
+from tangora.report.statistics.judgement import BASELINE, Judgement, side_of
+from tangora.report.statistics.samples import compare_samples
 
 Outcome = Literal["win", "tie", "loss"]
 
@@ -92,71 +91,64 @@ def _count(duels: Sequence[Duel | None]) -> dict[Outcome, int]:
     return {outcome: outcomes.count(outcome) for outcome in _OUTCOMES.values()}
 
 
-def matrix(comparisons: Sequence[Comparison]) -> TaskMatrix:
+def matrix(tasks: Sequence[Judgement]) -> TaskMatrix:
     """Compare all recipes with LoRA and with each other, on every task.
 
-    Learning rates are chosen and runs judged as in `summarize`. Two questions make two families of tests, each
+    Two questions make two families of tests, each
     corrected over all its recipes and tasks: which recipe differs from LoRA, and which from which. The second has so
     many tests that few seeds decide little of it.
     """
-    if not comparisons:
+    if not tasks:
         raise InputError("there are no comparisons")
-    titles = tuple(comparison.title for comparison in comparisons)
+    titles = tuple(task.comparison.title for task in tasks)
     if len(set(titles)) < len(titles):
         raise InputError(f"comparisons must have different titles; got {', '.join(titles)}")
-    found = [judge(comparison)[1] for comparison in comparisons]
-    mean_ranks, rank_p_value = _ranking(comparisons, found)
-    names = {recipe for samples in found for recipe in samples}
+    mean_ranks, rank_p_value = _ranking(tasks)
+    names = {recipe for task in tasks for recipe in task.samples}
     ordered = sorted(names, key=lambda name: (name not in mean_ranks, mean_ranks.get(name, 0.0), name))
     others = [name for name in ordered if name != BASELINE]
     return TaskMatrix(
         tasks=titles,
         recipes=tuple(ordered),
-        against_lora=_duels(comparisons, found, [(name, BASELINE) for name in others]),
-        pairs=_duels(comparisons, found, list(combinations(ordered, 2))),
+        against_lora=_duels(tasks, [(name, BASELINE) for name in others]),
+        pairs=_duels(tasks, list(combinations(ordered, 2))),
         mean_ranks={name: mean_ranks[name] for name in ordered if name in mean_ranks},
         rank_p_value=rank_p_value,
     )
 
 
-def _ranking(
-    comparisons: Sequence[Comparison], found: Sequence[dict[str, Sample]]
-) -> tuple[dict[str, float], float | None]:
-    names = sorted(set.intersection(*(set(samples) for samples in found)))
+def _ranking(tasks: Sequence[Judgement]) -> tuple[dict[str, float], float | None]:
+    names = sorted(set.intersection(*(set(task.samples) for task in tasks)))
     if len(names) < 2:
         return {}, None
     # Smaller is better, as in ranks.
     costs = np.array(
         [
-            [-samples[name].mean if comparison.higher_is_better else samples[name].mean for name in names]
-            for comparison, samples in zip(comparisons, found, strict=True)
+            [(-1.0 if task.comparison.higher_is_better else 1.0) * task.samples[name].mean for name in names]
+            for task in tasks
         ]
     )
     ranks = stats.rankdata(costs, axis=1)
     mean_ranks = dict(zip(names, ranks.mean(axis=0).tolist(), strict=True))
-    if len(names) < 3 or len(comparisons) < MIN_TASKS:
+    if len(names) < 3 or len(tasks) < MIN_TASKS:
         return mean_ranks, None
     if np.ptp(ranks) == 0:  # all tied on every task
         return mean_ranks, 1.0
     return mean_ranks, float(stats.friedmanchisquare(*costs.T).pvalue)
 
 
-def _duels(
-    comparisons: Sequence[Comparison], found: Sequence[dict[str, Sample]], pairs: Sequence[tuple[str, str]]
-) -> tuple[Duel, ...]:
+def _duels(tasks: Sequence[Judgement], pairs: Sequence[tuple[str, str]]) -> tuple[Duel, ...]:
     duels = [
-        _duel(comparison, ours, theirs, samples)
-        for comparison, samples in zip(comparisons, found, strict=True)
+        _duel(task, ours, theirs)
+        for task in tasks
         for ours, theirs in pairs
-        if ours in samples and theirs in samples
+        if ours in task.samples and theirs in task.samples
     ]
-    tested = [index for index, duel in enumerate(duels) if duel.p_value is not None]
-    corrected = holm([p for duel in duels if (p := duel.p_value) is not None])
-    for index, p_corrected in zip(tested, corrected, strict=True):
-        duels[index] = replace(duels[index], p_corrected=p_corrected)
-    return tuple(duels)
+    corrected = corrected_p_values({index: duel.p_value for index, duel in enumerate(duels)})
+    return tuple(replace(duel, p_corrected=corrected.get(index)) for index, duel in enumerate(duels))
 
 
-def _duel(comparison: Comparison, ours: str, theirs: str, samples: dict[str, Sample]) -> Duel:
-    value, interval, p_value = compare_samples(samples[ours], samples[theirs])
-    return Duel(comparison.title, ours, theirs, value, interval, p_value, None, comparison.higher_is_better)
+def _duel(judged: Judgement, ours: str, theirs: str) -> Duel:
+    value, interval, p_value = compare_samples(judged.samples[ours], judged.samples[theirs])
+    task, better = judged.comparison.title, judged.comparison.higher_is_better
+    return Duel(task, ours, theirs, value, interval, p_value, None, better)
