@@ -26,12 +26,12 @@ from tangora.report.curvature import (
     save_curvature_pictures,
 )
 from tangora.report.curvature.curvature_figures import figures
-from tangora.report.curvature.curvature_findings import with_error
 from tangora.report.curvature.curvature_page import (
     batch_table,
     eigenvalue_table,
     layer_curvature_table,
     space_table,
+    with_error,
 )
 from tests.report.pages import Page, texts
 from tests.report.synthetic import CREATED

@@ -24,9 +24,8 @@ from tangora.report import (
     diagnosis_tables,
     render_diagnosis,
 )
-from tangora.report.diagnosis.diagnosis_findings import kind_rows
-from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, view_names
-from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
+from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure, reach_panel, views
+from tangora.report.diagnosis.diagnosis_tables import kind_rows, kind_table, layer_table
 from tangora.report.drawing.charts import panel_figure
 from tangora.report.layer_places import natural, places
 from tests.report.pages import Page, texts
@@ -149,11 +148,11 @@ def test_the_plan_is_there(text):
 
 def test_every_view_can_be_chosen(page):
     options = [attrs["value"] for tag, attrs in page.tags if tag == "option"]
-    assert options == list(view_names(diagnosis())) == ["adapter", *STARTS, "reachable"]
+    assert options == list(views(diagnosis())) == ["adapter", *STARTS, "reachable"]
     figure = captured_figure(diagnosis())
     assert len(figure.data) == len(options)
     assert [trace.visible for trace in figure.data] == [True] + [False] * 6
-    assert "adapter" not in view_names(diagnosis(adapter=None))
+    assert "adapter" not in views(diagnosis(adapter=None))
 
 
 def test_findings():
@@ -177,7 +176,7 @@ def test_a_start_that_pages_have_no_name_for_is_written_by_its_own():
     found = replace(found, layers=layers, totals=totals)
     assert "new 75 %" in diagnosis_sentences(found)[1]
     assert "new" in kind_table(found).headers
-    assert view_names(found)["new"] == "new start"
+    assert views(found)["new"][0] == "new start"
     assert len(diagnosis_tables(found)) == 2
 
 
@@ -187,7 +186,7 @@ def test_other_examples():
         "On examples that were not used for the initialization, captured energy is 40 % for LoRA-GA and 60 % for "
         "LoRA-One."
     )
-    assert list(view_names(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
+    assert list(views(found))[-3:] == ["lora-ga/others", "lora-one/others", "reachable"]
     header, *rows = texts(kind_table(found))
     assert rows[0][header.index("LoRA-GA") : header.index("LoRA-GA") + 4] == ["80 %", "40 %", "70 %", "60 %"]
     header, *rows = texts(layer_table(found))

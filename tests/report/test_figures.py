@@ -15,7 +15,7 @@ from tangora.report.comparison.costs import COSTS, front, pareto_panel, time_fig
 from tangora.report.comparison.curves import evaluation_curves, loss_curves, loss_panel, smooth
 from tangora.report.comparison.learning_rates import rate_ticks, sweep_panel
 from tangora.report.drawing.charts import panel_figure
-from tangora.report.drawing.styles import recipe_styles
+from tangora.report.drawing.panels import recipe_styles
 from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import (
     HOSTILE,

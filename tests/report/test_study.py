@@ -67,7 +67,7 @@ def test_the_verdict_and_the_links(text, study):
     page = Page(text)
     named = [comparison.model_copy(update={"title": name}) for name, comparison in study.items()]
     shown = "".join(page.text)
-    assert all(sentence in shown for sentence in tasks_verdict(matrix(named)))
+    assert all(sentence in shown for sentence in tasks_verdict(matrix([judge(task) for task in named])))
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "download" not in attrs]
     assert links == [f"{name}/report.html" for name in study]
     assert page.open == []
@@ -92,7 +92,7 @@ def test_picture_has_better_at_the_right(study):
     loss = task("Loss", 0.9, metric="loss").model_copy(update={"higher_is_better": False})
     tasks = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")} | study
     named = [comparison.model_copy(update={"title": name}) for name, comparison in tasks.items()]
-    axes = draw_picture(differences_figure(tasks, matrix(named))).get_axes()
+    axes = draw_picture(differences_figure(tasks, matrix([judge(task) for task in named]))).get_axes()
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["tangent"]
     falling = {ax.get_title(): ax.get_xlim()[0] > ax.get_xlim()[1] for ax in axes}
     assert falling == {

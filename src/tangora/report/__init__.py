@@ -9,14 +9,14 @@ from tangora.report.comparison.comparison_page import (
 from tangora.report.comparison.results_table import rich_table, write_csv
 from tangora.report.comparison.study import load_study, study_verdict, write_study
 from tangora.report.comparison.verdict import recommendation_sentence, verdict
-from tangora.report.diagnosis import (
+from tangora.report.diagnosis.diagnosis_page import (
     DiagnosisRecord,
     diagnosis_sentences,
-    diagnosis_tables,
     load_diagnosis,
     render_diagnosis,
     write_diagnosis,
 )
+from tangora.report.diagnosis.diagnosis_tables import diagnosis_tables
 from tangora.report.record_files import save_json
 from tangora.report.run_records import (
     Comparison,

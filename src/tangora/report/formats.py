@@ -134,6 +134,11 @@ def significant(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS)
 
 
+def sentences(*said: str | None) -> list[str]:
+    """Leave out what is not to be said."""
+    return [sentence for sentence in said if sentence]
+
+
 def plural(number: int, noun: str) -> str:
     """Write a number of things."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -143,3 +148,9 @@ def listing(names: Iterable[str]) -> str:
     """Write a list of names as in a sentence."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def ranks(values: Iterable[int]) -> str:
+    """Write the rank of an adapter, or the range of its ranks."""
+    low, *_, high = sorted(values) * 2
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tangora._names import MODELS
-from tangora.report.drawing.styles import MARKS, SVG_DASHES, Style
+from tangora.report.drawing.panels import DASHES, MARKERS, Style
 from tangora.report.record_files import Measurement
 from tangora.report.report_table import Table
 
@@ -106,7 +106,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["csv"] = _data_address
-    environment.globals.update(svg_dashes=SVG_DASHES, marks=MARKS, styles=styles or {})
+    environment.globals.update(dashes=DASHES, markers=MARKERS, styles=styles or {})
     shown = [section for section in sections if section is not None]
     return environment.get_template("page.html.j2").render(
         title=title,

@@ -13,9 +13,8 @@ from tangora.report.comparison.results_table import results_section, setup_facts
 from tangora.report.comparison.runs_table import runs_section, trouble_section
 from tangora.report.comparison.speed import speed_section
 from tangora.report.comparison.verdict import recommendation_sentence, verdict
-from tangora.report.drawing.panels import Figure
+from tangora.report.drawing.panels import Figure, recipe_styles
 from tangora.report.drawing.pictures import save_pictures
-from tangora.report.drawing.styles import recipe_styles
 from tangora.report.layout import Repeat, render
 from tangora.report.record_files import write_atomic
 from tangora.report.run_records import Comparison

@@ -9,8 +9,7 @@ import plotly.graph_objects as go
 
 from tangora.report import formats
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
-from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import GREY, Style, recipe_styles
+from tangora.report.drawing.panels import GREY, Panel, Series, Style, recipe_styles
 from tangora.report.layout import Chart, Section
 from tangora.report.report_table import Cell, Table, number
 from tangora.report.run_records import Record
@@ -50,8 +49,6 @@ COSTS = (
     Cost("trained", "trainable parameters", "trainable_parameters", formats.count),
     Cost("state", "optimizer state", "optimizer_state_bytes", formats.size, "B"),
 )
-
-
 _COSTS: dict[str, Callable[[Row], Cell | str]] = {
     "recipe": lambda row: row.recipe,
     "time per run": lambda row: number(
@@ -222,35 +219,31 @@ def _bar(recipe: str, length: float | None, part: str, color: str, pattern: str)
 
 def busy_sentences(judged: Mapping[str, Sequence[Record]]) -> list[str]:
     """Warn where times of the runs behind the results may be too long because something else used the machine."""
-    return [*_loaded([run for runs in judged.values() for run in runs]), *_unequal(judged)]
+    return formats.sentences(_loaded([run for runs in judged.values() for run in runs]), _unequal(judged))
 
 
-def _loaded(runs: Sequence[Record]) -> list[str]:
+def _loaded(runs: Sequence[Record]) -> str | None:
     busy = [run.load for run in runs if run.load is not None and run.load.busy]
     if not busy:
-        return []
+        return None
     worst = max(busy, key=lambda load: max(load.before, load.after) / load.processors)
-    return [
-        (
-            f"The machine was busy during {len(busy)} of {formats.plural(len(runs), 'run')} behind the results (load "
-            f"average up to {max(worst.before, worst.after):.1f} on {formats.plural(worst.processors, 'processor')}): "
-            "times are too long, and not comparable between recipes."
-        )
-    ]
+    return (
+        f"The machine was busy during {len(busy)} of {formats.plural(len(runs), 'run')} behind the results (load "
+        f"average up to {max(worst.before, worst.after):.1f} on {formats.plural(worst.processors, 'processor')}): "
+        "times are too long, and not comparable between recipes."
+    )
 
 
-def _unequal(judged: Mapping[str, Sequence[Record]]) -> list[str]:
+def _unequal(judged: Mapping[str, Sequence[Record]]) -> str | None:
     # records of older versions do not know the load
     parts = []
     for recipe, runs in judged.items():
         seconds = [run.time.total for run in runs]
         if len(seconds) > 1 and max(seconds) > _UNEQUAL * max(median(seconds), min(seconds)):
-            parts.append(f"{recipe} ({formats.seconds(min(seconds))} to {formats.seconds(max(seconds))})")
+            parts.append(f"{recipe} ({formats.span((min(seconds), max(seconds)), formats.seconds)})")
     if not parts:
-        return []
-    return [
-        (
-            f"Equal runs of {formats.listing(parts)} took very different times: the machine was probably busy with "
-            "other work, so compare times with care."
-        )
-    ]
+        return None
+    return (
+        f"Equal runs of {formats.listing(parts)} took very different times: the machine was probably busy with other "
+        "work, so compare times with care."
+    )

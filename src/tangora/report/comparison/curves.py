@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
-from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import Style, recipe_styles
+from tangora.report.drawing.panels import Panel, Series, Style, recipe_styles
 from tangora.report.layout import Chart, Section
 from tangora.report.run_records import Record
 from tangora.report.statistics.judgement import Judgement

@@ -8,9 +8,8 @@ from statistics import median
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
-from tangora.report.drawing.panels import Figure, Panel, Series
+from tangora.report.drawing.panels import Figure, Panel, Series, Style, recipe_styles
 from tangora.report.drawing.pictures import save_pictures
-from tangora.report.drawing.styles import Style, recipe_styles
 from tangora.report.layout import Section
 from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval

@@ -10,8 +10,7 @@ from rich.table import Table as RichTable
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
-from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import recipe_styles
+from tangora.report.drawing.panels import Panel, Series, recipe_styles
 from tangora.report.layout import Section
 from tangora.report.report_table import Cell, Table, cell, number
 from tangora.report.run_records import Comparison, Flatness, Forgetting, Record

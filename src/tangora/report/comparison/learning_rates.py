@@ -7,8 +7,7 @@ from typing import Literal
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
-from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import Style, recipe_styles
+from tangora.report.drawing.panels import Panel, Series, Style, recipe_styles
 from tangora.report.layout import Section
 from tangora.report.report_table import Table, cell, number
 from tangora.report.run_records import Record
@@ -286,21 +285,22 @@ def _good_rates(item: Robustness) -> str:
 
 def rate_verdict(found: Mapping[str, Robustness]) -> list[str]:
     """Say how much the recipes depend on their learning rates."""
-    return [*_widths(found), *_carried(found), *_tripled(found)]
+    items = list(found.values())
+    return formats.sentences(_widths(items), _carried(items), _tripled(items))
 
 
-def _widths(found: Mapping[str, Robustness]) -> list[str]:
+def _widths(found: Sequence[Robustness]) -> str | None:
     # A range that ends with the grid may go on: it is a lower bound, and said to be one.
-    swept = [item for item in found.values() if not item.single]
+    swept = [item for item in found if not item.single]
     if not swept:
-        return []
+        return None
     widest = max(swept, key=lambda item: item.width)
     if widest.width == 1:
-        return ["No recipe is within 2 % of its best result at any other learning rate that was tried."]
-    lora = found.get(BASELINE)
-    beside = "" if lora is None or lora is widest or lora.single else f"; {BASELINE}: {_width(lora)}"
+        return "No recipe is within 2 % of its best result at any other learning rate that was tried."
+    beside = [item for item in swept if item.recipe == BASELINE and item is not widest]
+    lora = f"; {BASELINE}: {_width(beside[0])}" if beside else ""
     what = f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"
-    return [f"{what}: {_width(widest)}{beside}."]
+    return f"{what}: {_width(widest)}{lora}."
 
 
 def _width(item: Robustness) -> str:
@@ -310,22 +310,22 @@ def _width(item: Robustness) -> str:
     return f"{bound}a factor of {item.width:.3g}"
 
 
-def _carried(found: Mapping[str, Robustness]) -> list[str]:
+def _carried(found: Sequence[Robustness]) -> str | None:
     parts = [
         f"{formats.listing(names)} {'is' if len(names) == 1 else 'are'} {how}"
         for how, wanted in (("within 2 % of the best result", True), ("worse than that", False))
-        if (names := [item.recipe for item in found.values() if item.full_carries_over is wanted])
+        if (names := [item.recipe for item in found if item.full_carries_over is wanted])
     ]
-    return [f"At the best learning rate of {CEILING}, {' and '.join(parts)}."] if parts else []
+    return f"At the best learning rate of {CEILING}, {' and '.join(parts)}." if parts else None
 
 
-def _tripled(found: Mapping[str, Robustness]) -> list[str]:
-    diverged = [item.recipe for item in found.values() if item.tripled == "diverged"]
-    tried = sum(item.tripled != "not tried" for item in found.values())
+def _tripled(found: Sequence[Robustness]) -> str | None:
+    diverged = [item.recipe for item in found if item.tripled == "diverged"]
+    tried = sum(item.tripled != "not tried" for item in found)
     if not tried:
-        return []
+        return None
     names = formats.listing(diverged) if diverged else "none"
     verb = "diverge" if len(diverged) > 1 else "diverges"
-    return [
+    return (
         f"At about 3 times the best learning rate, {names} of {formats.plural(tried, 'recipe')} tried {verb}."
-    ]
+    )

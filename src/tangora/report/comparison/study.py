@@ -13,7 +13,7 @@ from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
 from tangora.report.comparison.differences import differences_section, save_differences
 from tangora.report.comparison.results_table import flat_row, setup_facts
-from tangora.report.drawing.styles import recipe_styles
+from tangora.report.drawing.panels import recipe_styles
 from tangora.report.layout import Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
@@ -236,7 +236,7 @@ def _ratio_text(ratio: float) -> str:
 
 def tasks_verdict(found: TaskMatrix) -> list[str]:
     """Say what several tasks say together."""
-    return [_against_lora(found), *_pairs_verdict(found), *_ranks(found)]
+    return formats.sentences(_against_lora(found), _pairs_verdict(found), _ranks(found))
 
 
 def _against_lora(found: TaskMatrix) -> str:
@@ -259,32 +259,32 @@ def _on(number: int) -> str:
     return f"on {formats.plural(number, 'task')}"
 
 
-def _pairs_verdict(found: TaskMatrix) -> list[str]:
+def _pairs_verdict(found: TaskMatrix) -> str | None:
     tested = [duel for duel in found.pairs if duel.p_value is not None]
     if not tested:
-        return []
+        return None
     apart = sum(duel.outcome != "tie" for duel in tested)
     number = formats.plural(len(tested), "pair")
     differ = "differs" if apart == 1 else "differ"
-    return [
+    return (
         f"Of {number} of recipes on a task, {apart} {differ} significantly after correction for all of them."
-    ]
+    )
 
 
-def _ranks(found: TaskMatrix) -> list[str]:
+def _ranks(found: TaskMatrix) -> str | None:
     if not found.mean_ranks:
-        return []
+        return None
     listed = formats.listing(f"{name} {rank:.1f}" for name, rank in found.mean_ranks.items())
-    return [f"Mean ranks over {formats.plural(len(found.tasks), 'task')}: {listed}; {_chance(found)}."]
+    return f"Mean ranks over {formats.plural(len(found.tasks), 'task')}: {listed}; {_chance(found)}."
 
 
 def _chance(found: TaskMatrix) -> str:
     p = found.rank_p_value
     if p is None:
-        few: Sequence[str] = [
-            *([f"fewer than {MIN_TASKS} tasks"] if len(found.tasks) < MIN_TASKS else []),
-            *(["fewer than 3 recipes"] if len(found.mean_ranks) < 3 else []),
-        ]
+        few = formats.sentences(
+            f"fewer than {MIN_TASKS} tasks" if len(found.tasks) < MIN_TASKS else None,
+            "fewer than 3 recipes" if len(found.mean_ranks) < 3 else None,
+        )
         return f"{formats.listing(few)} cannot tell such ranks from chance"
     how = "more than chance explains" if p < ALPHA else "no more than chance explains"
     return f"they differ by {how} (Friedman, {formats.p_value(p)})"

@@ -1,7 +1,7 @@
 """The result of a comparison in a few sentences that say no more than the data supports."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tangora.report import formats
 from tangora.report.statistics.intervals import ALPHA
@@ -11,11 +11,9 @@ from tangora.report.statistics.judgement import BASELINE, CEILING, Recommendatio
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Say in plain English what a comparison found."""
     judged = [row for row in rows if row.test is not None]
-    if judged:
-        sentences = [_against_lora(judged), _best(judged), _gap(judged), _caution(rows)]
-    else:
-        sentences = ["No recipe has a test result, so nothing can be compared.", _caution(rows)]
-    return [sentence for sentence in sentences if sentence]
+    if not judged:
+        return ["No recipe has a test result, so nothing can be compared.", _caution(rows)]
+    return formats.sentences(_against_lora(judged), _best(judged), _gap(judged), _caution(rows))
 
 
 def _cost(found: Recommendation) -> str:
@@ -205,24 +203,17 @@ def _closest(judged: Sequence[Row]) -> str:
 
 
 def _caution(rows: Sequence[Row]) -> str:
-    concerns = [concern for concern in (_narrow_grids(rows), _trouble(rows)) if concern]
-    if concerns:
+    if concerns := formats.sentences(*_narrow_grids(rows), _trouble(rows)):
         return f"Note: {'; '.join(concerns)}."
     return "Every chosen learning rate lies inside its grid, and no run diverged or failed."
 
 
-def _narrow_grids(rows: Sequence[Row]) -> str | None:
-    at_edge = [f"{row.recipe} ({row.edge} end)" for row in rows if row.edge]
-    single = [row.recipe for row in rows if row.num_learning_rates == 1]
-    parts = []
-    if at_edge:
+def _narrow_grids(rows: Sequence[Row]) -> Iterator[str]:
+    if at_edge := [f"{row.recipe} ({row.edge} end)" for row in rows if row.edge]:
         names = formats.listing(at_edge)
-        parts.append(
-            f"a wider grid may change the result of {names}, whose best learning rate lies at its edge"
-        )
-    if single:
-        parts.append(f"only one learning rate was tried for {formats.listing(single)}")
-    return "; ".join(parts) or None
+        yield f"a wider grid may change the result of {names}, whose best learning rate lies at its edge"
+    if single := [row.recipe for row in rows if row.num_learning_rates == 1]:
+        yield f"only one learning rate was tried for {formats.listing(single)}"
 
 
 def _trouble(rows: Sequence[Row]) -> str | None:

@@ -1,7 +1,8 @@
 """From a measurement of curvature to sentences, terminal tables, pictures and one self-contained page."""
 
-from tangora.report.curvature.curvature_findings import FACTORS, curvature_sentences
+from tangora.report.curvature.curvature_figures import FACTORS
 from tangora.report.curvature.curvature_page import (
+    curvature_sentences,
     curvature_tables,
     render_curvature,
     save_curvature_pictures,

@@ -7,14 +7,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tangora._names import Space
 from tangora.curvature import BatchNoise, LayerCurvature
-from tangora.report.curvature.curvature_findings import FACTORS, SPACE_NAMES, operator_suffix
 from tangora.report.curvature.record import (
     OPERATORS,
     CurvatureRecord,
     Density,
     LandscapeRecord,
-    Plane,
     Spectrum,
     in_order,
 )
@@ -23,18 +22,66 @@ from tangora.report.layer_places import natural, places
 
 _DECADES = 7
 _LOG_RANGE = 30.0
+SPACE_NAMES: dict[Space, str] = {
+    "tangent": "tangent space",
+    "weights": "full weights",
+    "factors": "factors A, B",
+}
+FACTORS = (
+    "Figures over the factors A and B belong to this pair of factors, not to the model: they change under "
+    "(B, A) → (BR, R⁻¹A), which leaves every weight, every output and the figures over the tangent space as they are. "
+    "They must not be compared across methods, ranks, scalings or initializations."
+)
+
+
+def spectrum_name(spectrum: Spectrum) -> str:
+    """Name a spectrum in a table or a legend."""
+    return SPACE_NAMES[spectrum.space] + _operator_suffix(spectrum)
+
+
+def _operator_suffix(spectrum: Spectrum) -> str:
+    return "" if spectrum.operator == "hessian" else f", {OPERATORS[spectrum.operator].title}"
 
 
 def figures(record: CurvatureRecord) -> list[Figure]:
     """List the figures of a measurement."""
-    found = [_eigenvalues(record), _counts(record), _density(record)]
+    found = [
+        _over_spaces(
+            record,
+            "eigenvalues",
+            "Largest eigenvalues",
+            "In descending order; the band is the residual, within which an eigenvalue lies for certain.",
+            ("number", "eigenvalue"),
+            _eigenvalues,
+        ),
+        _over_spaces(
+            record,
+            "counts",
+            "How many directions curve how much",
+            "Number of directions whose curvature is at least so large, upwards and downwards, from stochastic Lanczos "
+            "quadrature without smoothing; the band reaches from the smallest to the largest probe. Small numbers of "
+            "directions are the less certain.",
+            ("curvature at least", "directions"),
+            _counts,
+            xscale="log",
+            yscale="log",
+        ),
+        _over_spaces(
+            record,
+            "density",
+            "Spectral density",
+            "The same, smoothed: share of directions for each unit of curvature. The width of the peaks is that of the "
+            "smoothing.",
+            ("eigenvalue", "density"),
+            _density,
+            yscale="log",
+        ),
+    ]
     if any(layer.space != "factors" for layer in record.layers):
-        found.append(_layers(record.layers))
+        found.append(_layers([layer for layer in record.layers if layer.space != "factors"]))
     if record.batch_noise is not None:
         found.append(_batches(record.batch_noise))
-    if record.landscape is not None:
-        found += _landscape(record.landscape)
-    return found
+    return found + (_landscape(record.landscape) if record.landscape is not None else [])
 
 
 def _over_spaces(
@@ -44,42 +91,20 @@ def _over_spaces(
     caption: str,
     labels: tuple[str, str],
     draw: Callable[[Spectrum], Sequence[Series]],
-    scales: Callable[[Sequence[Series]], tuple[Scale, Scale]],
+    *,
+    xscale: Scale = "linear",
+    yscale: Scale | None = None,
 ) -> Figure:
     # the factors get axes of their own: nobody shall compare them with the rest
     by_space: dict[str, list[Series]] = {}
     for spectrum in in_order(record.spectra):
         by_space.setdefault(SPACE_NAMES[spectrum.space], []).extend(draw(spectrum))
-    panels = []
-    for space, series in by_space.items():
-        xscale, yscale = scales(series)
-        panels.append(Panel(space, *labels, series, xscale=xscale, yscale=yscale))
+    panels = [
+        Panel(space, *labels, series, xscale=xscale, yscale=yscale or _scale(series))
+        for space, series in by_space.items()
+    ]
     about_factors = f" {FACTORS}" if record.of("factors") is not None else ""
     return Figure(name, title, caption + about_factors, panels)
-
-
-def _eigenvalues(record: CurvatureRecord) -> Figure:
-    def draw(spectrum: Spectrum) -> list[Series]:
-        found = spectrum.eigenvalues
-        return [
-            Series(
-                OPERATORS[spectrum.operator].title,
-                range(1, len(found) + 1),
-                [one.value for one in found],
-                low=[one.value - one.residual for one in found],
-                high=[one.value + one.residual for one in found],
-            )
-        ]
-
-    return _over_spaces(
-        record,
-        "eigenvalues",
-        "Largest eigenvalues",
-        "In descending order; the band is the residual, within which an eigenvalue lies for certain.",
-        ("number", "eigenvalue"),
-        draw,
-        lambda series: ("linear", _scale(series)),
-    )
 
 
 def _scale(series: Sequence[Series]) -> Scale:
@@ -87,26 +112,19 @@ def _scale(series: Sequence[Series]) -> Scale:
     return "log" if min(values) > 0 and max(values) > _LOG_RANGE * min(values) else "linear"
 
 
-def _counts(record: CurvatureRecord) -> Figure:
-    def draw(spectrum: Spectrum) -> list[Series]:
-        suffix = operator_suffix(spectrum)
-        found = [
-            _counted(f"{name}{suffix}", spectrum, sign)
-            for name, sign in (("upwards", 1.0), ("downwards", -1.0))
-        ]
-        return [series for series in found if series is not None]
+def _eigenvalues(spectrum: Spectrum) -> list[Series]:
+    found = spectrum.eigenvalues
+    low, high = ([one.value + sign * one.residual for one in found] for sign in (-1, 1))
+    numbers, values = range(1, len(found) + 1), [one.value for one in found]
+    return [Series(OPERATORS[spectrum.operator].title, numbers, values, low=low, high=high)]
 
-    return _over_spaces(
-        record,
-        "counts",
-        "How many directions curve how much",
-        "Number of directions whose curvature is at least so large, upwards and downwards, from stochastic Lanczos "
-        "quadrature without smoothing; the band reaches from the smallest to the largest probe. Small numbers of "
-        "directions are the less certain.",
-        ("curvature at least", "directions"),
-        draw,
-        lambda _: ("log", "log"),
+
+def _counts(spectrum: Spectrum) -> list[Series]:
+    suffix = _operator_suffix(spectrum)
+    upwards, downwards = (
+        _counted(f"{name}{suffix}", spectrum, sign) for name, sign in (("upwards", 1.0), ("downwards", -1.0))
     )
+    return [series for series in (upwards, downwards) if series is not None]
 
 
 def _counted(name: str, spectrum: Spectrum, sign: float) -> Series | None:
@@ -139,28 +157,15 @@ def _tails(density: Density, sign: float, x: NDArray[np.float64]) -> NDArray[np.
     return np.array(rows)
 
 
-def _density(record: CurvatureRecord) -> Figure:
-    def draw(spectrum: Spectrum) -> list[Series]:
-        density = spectrum.density
-        floor = max(density.smoothed, default=0.0) * 10.0**-_DECADES
-        # gaps, where a line would tell of directions that nothing was seen of
-        shown = [value if value > floor else None for value in density.smoothed]
-        return [Series(OPERATORS[spectrum.operator].title, density.x, shown)]
-
-    return _over_spaces(
-        record,
-        "density",
-        "Spectral density",
-        "The same, smoothed: share of directions for each unit of curvature. The width of the peaks is that of the "
-        "smoothing.",
-        ("eigenvalue", "density"),
-        draw,
-        lambda _: ("linear", "log"),
-    )
+def _density(spectrum: Spectrum) -> list[Series]:
+    density = spectrum.density
+    floor = max(density.smoothed, default=0.0) * 10.0**-_DECADES
+    # gaps, where a line would tell of directions that nothing was seen of
+    shown = [value if value > floor else None for value in density.smoothed]
+    return [Series(OPERATORS[spectrum.operator].title, density.x, shown)]
 
 
-def _layers(layers: Sequence[LayerCurvature]) -> Figure:
-    shown = [layer for layer in layers if layer.space != "factors"]
+def _layers(shown: Sequence[LayerCurvature]) -> Figure:
     where = places(layer.name for layer in shown)
     blocks = sorted({place.block for place in where.values() if place.block}, key=natural)
     # layers outside of any block stand before the first one
@@ -176,13 +181,9 @@ def _layers(layers: Sequence[LayerCurvature]) -> Figure:
             for kind, found in points.items()
         ]
 
+    shares = series(lambda layer: layer.eigenvector_share)
     panels = [
-        Panel(
-            "top eigenvector",
-            "block",
-            "share of the eigenvector",
-            series(lambda layer: layer.eigenvector_share),
-        ),
+        Panel("top eigenvector", "block", "share of the eigenvector", shares),
         Panel("trace", "block", "trace", series(lambda layer: layer.trace.value)),
     ]
     if all(layer.largest is not None for layer in shown):
@@ -224,28 +225,25 @@ def _batches(noise: BatchNoise) -> Figure:
 
 
 def _landscape(landscape: LandscapeRecord) -> list[Figure]:
-    found = []
+    space, found = SPACE_NAMES[landscape.space], []
     if landscape.lines:
         series = [Series(line.direction, line.steps, line.losses) for line in landscape.lines]
         found.append(
             Figure(
                 "lines",
                 "The loss along single directions",
-                f"Displacements of the point, {SPACE_NAMES[landscape.space]}; their length in Frobenius norm.",
+                f"Displacements of the point, {space}; their length in Frobenius norm.",
                 [Panel("loss", "distance", "loss", series)],
             )
         )
-    if landscape.plane is not None:
-        found.append(_plane(landscape.plane, SPACE_NAMES[landscape.space]))
+    if (plane := landscape.plane) is not None:
+        heat = Heatmap(plane.x, plane.y, plane.losses, "loss")
+        found.append(
+            Figure(
+                "plane",
+                "The loss over two directions",
+                f"Displacements of the point in the middle, {space}; their length in Frobenius norm.",
+                [Panel("loss", *plane.directions, heatmap=heat)],
+            )
+        )
     return found
-
-
-def _plane(plane: Plane, space: str) -> Figure:
-    across, along = plane.directions
-    heat = Heatmap(plane.x, plane.y, plane.losses, "loss")
-    return Figure(
-        "plane",
-        "The loss over two directions",
-        f"Displacements of the point in the middle, {space}; their length in Frobenius norm.",
-        [Panel("loss", across, along, heatmap=heat)],
-    )

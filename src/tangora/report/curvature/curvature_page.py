@@ -1,23 +1,24 @@
-"""A measurement of curvature as one page, as tables for a terminal, and as pictures."""
+"""A measurement of curvature in words, as one page, as tables for a terminal, and as pictures."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from tangora.curvature import Eigenvalue, LayerCurvature
+from tangora.curvature import BatchNoise, Eigenvalue, LayerCurvature, TraceEstimate
 from tangora.report import formats
-from tangora.report.curvature.curvature_figures import figures
-from tangora.report.curvature.curvature_findings import (
-    FACTORS,
-    SPACE_NAMES,
-    curvature_sentences,
-    estimated_text,
-    spectrum_name,
-    with_error,
+from tangora.report.curvature.curvature_figures import FACTORS, SPACE_NAMES, figures, spectrum_name
+from tangora.report.curvature.record import (
+    OPERATORS,
+    CurvatureRecord,
+    SharpnessRecord,
+    Space,
+    Spectrum,
+    in_order,
 )
-from tangora.report.curvature.record import CurvatureRecord, in_order
 from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.layout import Section, render, repeat, subject_facts
@@ -42,6 +43,12 @@ _NUMBERS = (
     "probes, at best a rough one where there are few of them. ‖H‖: Frobenius norm. ‖g‖: the gradient's norm in the "
     "same coordinates. Products: with the matrix, over all examples."
 )
+_WHERE: dict[Space, str] = {
+    "tangent": "in the tangent space",
+    "weights": "over the full weights of the chosen layers",
+    "factors": "over the factors A and B",
+}
+_FLAT = 1e-3  # curvature downwards, relative to the largest, below which the point passes for a minimum
 _FINITE = "Products were made by finite differences of gradients: they carry their error."
 
 
@@ -63,42 +70,131 @@ def render_curvature(record: CurvatureRecord) -> str:
         "All layers": layer_curvature_table(record),
         "All mini-batches": batch_table(record),
     }
-    note = f"Hessian products: {record.differentiation}, in {record.dtype}."
+    notes = formats.sentences(
+        _SPACES,
+        _NUMBERS,
+        FACTORS if record.of("factors") is not None else None,
+        _FINITE if record.differentiation != "exact" else None,
+    )
     examples = formats.plural(record.num_examples, f"{record.split} example")
     return render(
         record.title,
         [
             "tangora curvature",
-            _adapter(record.ranks),
+            f"adapter of {formats.ranks(record.ranks)}" if record.ranks else "no adapter",
             f"loss {formats.metric(record.loss)} on {examples}",
             f"{record.products} products in {formats.seconds(record.seconds)}",
         ],
         record.created,
         curvature_sentences(record),
         [
-            Section("spaces", "Spaces", table=space_table(record), notes=_notes(record)),
+            Section("spaces", "Spaces", table=space_table(record), notes=notes),
             *map(figure_section, figures(record)),
             *(Section(table.name, title, table=table) for title, table in tables.items() if table.rows),
         ],
-        repeat(record, note),
+        repeat(record, f"Hessian products: {record.differentiation}, in {record.dtype}."),
         look="measured wide-panels",
         setup=subject_facts(record),
     )
 
 
-def _adapter(ranks: list[int]) -> str:
-    if not ranks:
-        return "no adapter"
-    return f"adapter of rank {ranks[0]}" if len(ranks) == 1 else f"adapter of ranks {ranks[0]} to {ranks[-1]}"
+def curvature_sentences(record: CurvatureRecord) -> list[str]:
+    """Say in words what was found, the most important first."""
+    main = record.main
+    unsure = "Not all of these eigenvalues converged within the budget; the residuals bound their errors."
+    return formats.sentences(
+        _of_top(main),
+        None if main.converged else unsure,
+        _of_low_end(main),
+        *(_of_operator(one) for one in record.spectra if record.of(one.space) is not None),
+        *(_of_ball(one) for one in record.sharpness),
+        _of_batches(record.batch_noise),
+        _of_layers(record.layers),
+        _of_factors(record.of("factors")),
+        f"All numbers are for the {formats.plural(record.num_examples, f'{record.split} example')} that were read.",
+    )
 
 
-def _notes(record: CurvatureRecord) -> list[str]:
-    notes = [_SPACES, _NUMBERS]
-    if record.of("factors") is not None:
-        notes.append(FACTORS)
-    if record.differentiation != "exact":
-        notes.append(_FINITE)
-    return notes
+def _of_top(spectrum: Spectrum) -> str:
+    values, trace = [eigenvalue.value for eigenvalue in spectrum.eigenvalues], spectrum.trace
+    text = (
+        f"{_WHERE[spectrum.space].capitalize()} ({formats.count(spectrum.size)} directions) the largest curvature is "
+        f"{formats.significant(values[0])} and the trace {estimated_text(trace)}"
+    )
+    share = sum(values) / trace.value if trace.value > 0 else math.inf
+    if len(values) == 1 or not 0 < share <= 1:
+        return f"{text}."
+    return f"{text}; the {len(values)} largest eigenvalues make up {formats.small_share(share)} of it."
+
+
+def _of_low_end(spectrum: Spectrum) -> str | None:
+    down = -spectrum.lowest_node
+    ratio = down / spectrum.largest if spectrum.largest > 0 else math.inf
+    if spectrum.operator != "hessian" or down <= 0 or ratio < _FLAT:
+        return None
+    text = f"The point is no minimum: some direction curves down by {formats.significant(down)} or more"
+    if math.isinf(ratio):
+        return f"{text}."
+    return f"{text}, {formats.small_share(ratio)} of the largest curvature."
+
+
+def _of_operator(spectrum: Spectrum) -> str | None:
+    if spectrum.operator == "hessian" or spectrum.space == "factors":
+        return None
+    return (
+        f"{_WHERE[spectrum.space].capitalize()} {OPERATORS[spectrum.operator].subject} has largest eigenvalue "
+        f"{formats.significant(spectrum.largest)} and trace {estimated_text(spectrum.trace)}."
+    )
+
+
+def _of_ball(ball: SharpnessRecord) -> str | None:
+    if ball.space == "factors":
+        return None
+    return (
+        f"Within a distance of {formats.significant(ball.radius)} {_WHERE[ball.space]} the loss can rise from "
+        f"{formats.metric(ball.loss)} to {formats.metric(ball.loss + ball.rise)} at least; gradient and Hessian alone "
+        f"predict {formats.metric(ball.loss + ball.second_order)}."
+    )
+
+
+def _of_batches(noise: BatchNoise | None) -> str | None:
+    if noise is None or noise.space == "factors":
+        return None
+    return (
+        f"Over {len(noise.batches)} mini-batches the largest curvature is {formats.significant(noise.largest.mean)} "
+        f"on average, with a standard deviation of {formats.significant(noise.largest.deviation)}; that of the mean "
+        f"loss is {formats.significant(noise.whole.value)}."
+    )
+
+
+def _of_layers(layers: Sequence[LayerCurvature]) -> str | None:
+    shown = [layer for layer in layers if layer.space != "factors"]
+    if len(shown) < 2:
+        return None
+    top = sorted(shown, key=lambda layer: -layer.eigenvector_share)[:3]
+    parts = [f"{layer.name} ({formats.small_share(layer.eigenvector_share)})" for layer in top]
+    return f"The direction of the largest curvature lies mainly in {formats.listing(parts)}."
+
+
+def _of_factors(factors: Spectrum | None) -> str | None:
+    if factors is None:
+        return None
+    return (
+        f"Over the factors A and B the largest eigenvalue is {formats.significant(factors.largest)} and the trace "
+        f"{estimated_text(factors.trace)}. {FACTORS}"
+    )
+
+
+def estimated_text(estimated: TraceEstimate) -> str:
+    """Write an estimate with its standard error."""
+    return with_error(estimated.value, estimated.standard_error)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Write a number with its error."""
+    text = formats.significant(value)
+    # one figure, without an exponent where it is large
+    return text if not error else f"{text} ± {float(f'{error:.1g}'):g}"
 
 
 def space_table(record: CurvatureRecord) -> Table:
@@ -122,24 +218,20 @@ def space_table(record: CurvatureRecord) -> Table:
     )
 
 
-def _residual(found: Eigenvalue) -> str:
-    return f"{found.residual:.1g}"
+def _residual(found: Eigenvalue | None) -> str:
+    return formats.MISSING if found is None else f"{found.residual:.1g}"
 
 
 def eigenvalue_table(record: CurvatureRecord) -> Table:
     """Make the table of the largest eigenvalues."""
     spectra = in_order(record.spectra)
-    headers = ["number", *(text for one in spectra for text in (spectrum_name(one), "residual"))]
     rows = []
-    for index in range(max(len(spectrum.eigenvalues) for spectrum in spectra)):
-        row = [str(index + 1)]
-        for one in spectra:
-            if index < len(one.eigenvalues):
-                found = one.eigenvalues[index]
-                row += [formats.significant(found.value), _residual(found)]
-            else:
-                row += [formats.MISSING, formats.MISSING]
+    for number, found in enumerate(zip_longest(*(one.eigenvalues for one in spectra)), start=1):
+        row = [str(number)]
+        for one in found:
+            row += [formats.significant(one and one.value), _residual(one)]
         rows.append(row)
+    headers = ["number", *(text for one in spectra for text in (spectrum_name(one), "residual"))]
     return Table.texts("eigenvalue-numbers", "In descending order.", headers, rows, sortable=False)
 
 

@@ -1,34 +1,37 @@
-"""A diagnosis: the file that it leaves behind, and its page."""
+"""A diagnosis: the file that it leaves behind, its findings in words, and its page."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import plotly.graph_objects as go
 
-from tangora.diagnostics import Diagnosis, LayerDiagnosis
+from tangora.diagnostics import Diagnosis, LayerDiagnosis, RankPlan
+from tangora.diagnostics.records import SHARES
 from tangora.report import formats
-from tangora.report.diagnosis.diagnosis_findings import (
+from tangora.report.diagnosis.diagnosis_tables import (
     ALL,
-    diagnosis_sentences,
+    KindRow,
     gradient_starts,
     group_by_kind,
+    kind_rows,
+    kind_table,
     known_rank,
+    layer_table,
     reachable_shares,
     start_name,
 )
-from tangora.report.diagnosis.diagnosis_tables import kind_table, layer_table
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
-from tangora.report.drawing.panels import Panel, Series
-from tangora.report.drawing.styles import GREY, Style, recipe_styles
+from tangora.report.drawing.panels import GREY, Panel, Series, Style, recipe_styles
 from tangora.report.layer_places import LayerPlace, natural, places
 from tangora.report.layout import Chart, Section, render, repeat, subject_facts
 from tangora.report.record_files import Measurement, read_record, write_atomic
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12
-_OTHERS = "/others"
+_WORTH_IT = 0.01  # what a rank plan must promise more, as a share of the gradient's energy
 _ROW, _MARGIN = 24, 150
 _CAPTURED = (
     "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move "
@@ -44,6 +47,8 @@ _SAMPLE = (
     "LoRA-One), the best and the rank plan fit these examples and capture less of the gradient on others, the less the "
     "fewer were read. Columns “on other examples” show how much."
 )
+
+_Read: TypeAlias = Callable[[LayerDiagnosis], Any]
 
 
 class DiagnosisRecord(Measurement):
@@ -78,8 +83,16 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         "Share of the gradient's energy that the best adapters of one rank could capture: the first 2 × rank "
         "singular values of each gradient, squared.",
     )
-    plan = Chart("plan", "Rank plan", _plan_caption(diagnosis), figure_json(plan_figure(diagnosis)))
-    config = json.dumps(diagnosis.plan.config(), indent=1)
+    ranks = diagnosis.plan
+    plan_caption = (
+        f"Ranks that cost {formats.count(ranks.parameters)} adapter parameters, within the "
+        f"{formats.count(ranks.budget)} of rank {ranks.r} everywhere, and could capture "
+        f"{formats.tenths(ranks.captured_energy)} of the gradient instead of "
+        f"{formats.tenths(ranks.uniform_captured_energy)}."
+    )
+    plan = Chart("plan", "Rank plan", plan_caption, figure_json(plan_figure(diagnosis)))
+    shown = {key: name for key, (name, _) in views(diagnosis).items()}
+    config = json.dumps(ranks.config(), indent=1)
     return render(
         record.title,
         ["tangora diagnosis", formats.plural(len(diagnosis.layers), "layer")],
@@ -87,7 +100,12 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         diagnosis_sentences(diagnosis),
         [
             Section("kinds", "By kind of layer", table=kind_table(diagnosis), notes=_notes(diagnosis)),
-            Section("captured-title", captured.title, charts=[captured], views=view_names(diagnosis)),
+            Section(
+                "captured-title",
+                captured.title,
+                charts=[captured],
+                views=shown,
+            ),
             Section("reach-title", reach.title, charts=[reach]),
             Section("plan-title", plan.title, charts=[plan], details=("the plan for PEFT", config)),
             Section("layers", "All layers", table=layer_table(diagnosis)),
@@ -98,86 +116,202 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
     )
 
 
-def _plan_caption(diagnosis: Diagnosis) -> str:
-    plan = diagnosis.plan
-    return (
-        f"Ranks that cost {formats.count(plan.parameters)} adapter parameters, within the {formats.count(plan.budget)} "
-        f"of rank {plan.r} everywhere, and could capture {formats.tenths(plan.captured_energy)} of the gradient "
-        f"instead of {formats.tenths(plan.uniform_captured_energy)}."
+def diagnosis_sentences(diagnosis: Diagnosis) -> list[str]:
+    """Say in words what was found, the most important first."""
+    return formats.sentences(
+        *_of_adapter(diagnosis),
+        _of_starts(diagnosis),
+        _of_other_examples(diagnosis),
+        _of_ranks(kind_rows(diagnosis)[-1]),
+        _of_plan(diagnosis.plan),
+        _of_missed(diagnosis),
+        "These shares are about the first step of training on this data; they do not predict the final result.",
     )
 
 
+def _of_adapter(diagnosis: Diagnosis) -> list[str]:
+    totals, ranks = diagnosis.totals, formats.ranks(layer.rank for layer in diagnosis.layers)
+    lora = formats.small_share(totals.starts.get("lora"))
+    if diagnosis.plain_start and "lora" in totals.starts:
+        return [f"Plain LoRA of {ranks} captures {lora} of the full gradient's energy at its start."]
+    if totals.adapter is None:
+        return []
+    own = formats.ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
+    seen = formats.small_share(totals.adapter)
+    return formats.sentences(
+        f"The adapter, of {own}, captures {seen} of the full gradient's energy at its own weights.",
+        f"Plain LoRA of {ranks} on the base model captures {lora}." if "lora" in totals.starts else None,
+    )
+
+
+def _of_starts(diagnosis: Diagnosis) -> str:
+    totals = diagnosis.totals
+    most = f"no adapter of this rank can capture more than {formats.small_share(totals.reachable)}."
+    others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
+    verbs = ["would capture ", *[""] * len(others)]
+    seen = [
+        f"{start_name(start).in_sentence} {verb}{formats.small_share(totals.starts[start])}"
+        for start, verb in zip(others, verbs, strict=False)
+    ]
+    text = "; ".join([", ".join(seen), most] if seen else [most])
+    return text[0].upper() + text[1:]
+
+
+def _of_other_examples(diagnosis: Diagnosis) -> str | None:
+    captured, starts = diagnosis.totals.held_out, gradient_starts(diagnosis.layers)
+    if not captured or not starts:
+        return None
+    shares = [
+        f"{formats.small_share(captured[start])} for {start_name(start).in_sentence}" for start in starts
+    ]
+    return f"On examples that were not used for the initialization, captured energy is {formats.listing(shares)}."
+
+
+def _of_ranks(row: KindRow) -> str:
+    # one rank may reach several shares: the largest says it all
+    largest = {row.ranks_needed[share]: share for share in SHARES}
+    parts = [
+        f"{share} % of the energy "
+        + (f"only beyond rank {row.known_rank}" if rank is None else f"from rank {rank} on")
+        for rank, share in largest.items()
+    ]
+    return f"With one rank for all layers, adapters can capture {formats.listing(parts)}."
+
+
+def _of_plan(plan: RankPlan) -> str:
+    parameters = formats.count(plan.budget)
+    if not plan.rank_pattern:
+        return (
+            f"No other distribution of rank {plan.r}'s {parameters} parameters over layers is expected to capture "
+            "more."
+        )
+    spread = f"the rank plan (ranks {min(plan.ranks.values())} to {max(plan.ranks.values())})"
+    shares = (
+        f"{formats.tenths(plan.captured_energy)} instead of {formats.tenths(plan.uniform_captured_energy)}"
+    )
+    if plan.gain < _WORTH_IT:
+        return (
+            f"Distributing rank {plan.r}'s {parameters} parameters differently gains little: {spread} could capture "
+            f"{shares}."
+        )
+    text = f"With the {parameters} parameters of rank {plan.r} everywhere, {spread} could capture {shares}."
+    if not plan.at_limit:
+        return text
+    return (
+        f"{text} {formats.plural(len(plan.at_limit), 'layer')} got the largest rank that was examined; a larger "
+        "num_values may find more."
+    )
+
+
+def _of_missed(diagnosis: Diagnosis) -> str:
+    parts = [
+        f"{layer.name} ({formats.small_share(diagnosis.missed_share(layer))})"
+        for layer in diagnosis.starving(3)
+    ]
+    whom = "the adapter" if diagnosis.totals.adapter is not None else "the first initialization"
+    return f"What {whom} misses is largest in {formats.listing(parts)}, as shares of the whole gradient's energy."
+
+
 def _notes(diagnosis: Diagnosis) -> list[str]:
-    notes = [_CAPTURED, _BEST, _SAMPLE]
-    if not diagnosis.exact_norms:
-        notes.append(
-            "Norms are estimates from random probes; relative standard error of the whole gradient's energy: "
-            f"{formats.small_share(diagnosis.totals.energy_error)}."
-        )
-    if diagnosis.totals.cosine is not None:
-        notes.append(
-            "Cosine: between the gradient and the step that plain LoRA gradients make of it; over all layers "
-            f"{formats.significant(diagnosis.totals.cosine)}. The square root of the captured energy is the best "
-            "possible."
-        )
-    if diagnosis.skipped:
-        names = ", ".join(f"{name} ({reason})" for name, reason in list(diagnosis.skipped.items())[:5])
-        notes.append(f"Not examined: {formats.plural(len(diagnosis.skipped), 'layer')}: {names}.")
-    return notes
+    totals, skipped = diagnosis.totals, diagnosis.skipped
+    examples = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:5])
+    estimated = (
+        "Norms are estimates from random probes; relative standard error of the whole gradient's energy: "
+        f"{formats.small_share(totals.energy_error)}."
+    )
+    cosine = (
+        "Cosine: between the gradient and the step that plain LoRA gradients make of it; over all layers "
+        f"{formats.significant(totals.cosine)}. The square root of the captured energy is the best possible."
+    )
+    return formats.sentences(
+        _CAPTURED,
+        _BEST,
+        _SAMPLE,
+        None if diagnosis.exact_norms else estimated,
+        None if totals.cosine is None else cosine,
+        f"Not examined: {formats.plural(len(skipped), 'layer')}: {examples}." if skipped else None,
+    )
 
 
-def view_names(diagnosis: Diagnosis) -> dict[str, str]:
-    """List what the heat map of captured energy can show."""
-    names = {"adapter": "the adapter as it stands"} if diagnosis.totals.adapter is not None else {}
-    names |= {start: f"{start_name(start).full} start" for start in diagnosis.starts}
-    names |= {
-        f"{start}{_OTHERS}": f"{names[start]}, on other examples"
-        for start in gradient_starts(diagnosis.layers)
-    }
-    return names | {"reachable": "the best possible at this rank"}
+def views(diagnosis: Diagnosis) -> dict[str, tuple[str, _Read]]:
+    """List what the heat map of captured energy can show: its name, and where it is read."""
+    found: dict[str, tuple[str, _Read]] = {}
+    if diagnosis.totals.adapter is not None:
+        found["adapter"] = "the adapter as it stands", attrgetter("adapter.captured_energy")
+    for start in diagnosis.starts:
+        found[start] = f"{start_name(start).full} start", lambda layer, start=start: layer.starts[start]
+    for start in gradient_starts(diagnosis.layers):
+        found[f"{start}/others"] = (
+            f"{start_name(start).full} start, on other examples",
+            lambda layer, start=start: layer.held_out and layer.held_out.starts[start],
+        )
+    found["reachable"] = "the best possible at this rank", attrgetter("reachable")
+    return found
 
 
 def captured_figure(diagnosis: Diagnosis) -> go.Figure:
     """Draw the captured energy of every layer, by block and kind."""
-    figure = _grid_figure(diagnosis)
-    for index, (key, title) in enumerate(view_names(diagnosis).items()):
-        figure.add_trace(
-            _heat(
-                diagnosis,
-                lambda layer, key=key: _captured(layer, key),
+    return _heat_maps(
+        diagnosis,
+        [
+            (
+                read,
                 lambda value: f"{100 * value:.2g}" if value < 0.0995 else f"{100 * value:.0f}",
-                visible=index == 0,
-                colorbar={"title": {"text": "captured"}, "tickformat": ".0%"},
-                zmin=0.0,
-                zmax=1.0,
-                hovertemplate=f"%{{customdata}}<br>{title}: %{{z:.2%}}<extra></extra>",
+                {
+                    "visible": index == 0,
+                    "colorbar": {"title": {"text": "captured"}, "tickformat": ".0%"},
+                    "zmin": 0.0,
+                    "zmax": 1.0,
+                    "hovertemplate": f"%{{customdata}}<br>{title}: %{{z:.2%}}<extra></extra>",
+                },
             )
-        )
-    return figure
-
-
-def _captured(layer: LayerDiagnosis, key: str) -> float:
-    if key == "adapter":
-        assert layer.adapter is not None
-        return layer.adapter.captured_energy
-    if key.endswith(_OTHERS):
-        assert layer.held_out is not None
-        return layer.held_out.starts[key.removesuffix(_OTHERS)]
-    return layer.reachable if key == "reachable" else layer.starts[key]
+            for index, (title, read) in enumerate(views(diagnosis).values())
+        ],
+    )
 
 
 def plan_figure(diagnosis: Diagnosis) -> go.Figure:
     """Draw the rank that the plan gives to every layer."""
-    return _grid_figure(diagnosis).add_trace(
-        _heat(
-            diagnosis,
-            lambda layer: diagnosis.plan.ranks[layer.name],
-            str,
-            colorbar={"title": {"text": "rank"}},
-            zmin=0,
-            hovertemplate="%{customdata}<br>rank %{z}<extra></extra>",
+    hover = "%{customdata}<br>rank %{z}<extra></extra>"
+    options = {"colorbar": {"title": {"text": "rank"}}, "zmin": 0, "hovertemplate": hover}
+    return _heat_maps(diagnosis, [(lambda layer: diagnosis.plan.ranks[layer.name], str, options)])
+
+
+def _heat_maps(
+    diagnosis: Diagnosis, shown: Iterable[tuple[_Read, Callable[[Any], str], dict[str, Any]]]
+) -> go.Figure:
+    # blocks in rows and kinds in columns, of which each map reads one value for each layer
+    where = places(layer.name for layer in diagnosis.layers)
+    at = {where[layer.name]: layer for layer in diagnosis.layers}
+    blocks = sorted({place.block for place in where.values()}, key=natural)
+    kinds = list(dict.fromkeys(place.kind for place in where.values()))
+    stems = {block.rpartition(".")[0] for block in blocks if block}
+    common = stems.pop() if len(stems) == 1 else ""
+    figure = empty_figure("", common)
+    figure.update_layout(height=_MARGIN + _ROW * len(blocks))
+    figure.update_xaxes(type="category", side="top", showgrid=False)
+    # Plotly draws the first row at the bottom
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    cells = [[at.get(LayerPlace(block, kind)) for kind in kinds] for block in blocks]
+    for read, write, options in shown:
+        figure.add_trace(
+            go.Heatmap(
+                x=[label_text(kind) for kind in kinds],
+                y=[label_text(block.removeprefix(common).lstrip(".")) or "–" for block in blocks],
+                z=[[layer and read(layer) for layer in row] for row in cells],
+                text=[["" if layer is None else write(read(layer)) for layer in row] for row in cells],
+                texttemplate="%{text}",
+                customdata=[
+                    ["" if layer is None else label_text(layer.name) for layer in row] for row in cells
+                ],
+                hoverongaps=False,
+                colorscale=_COLORS,
+                xgap=1,
+                ygap=1,
+                **options,
+            )
         )
-    )
+    return figure
 
 
 def reach_panel(diagnosis: Diagnosis) -> Panel:
@@ -188,59 +322,15 @@ def reach_panel(diagnosis: Diagnosis) -> Panel:
     looks = recipe_styles(kept) | {ALL: Style(GREY, "solid", "circle", 4)}
     shown = {kind: groups[kind] for kind in kept} | {ALL: diagnosis.layers}
     limit = known_rank([layer.gradient for layer in diagnosis.layers])
+    series = []
+    for name, layers in shown.items():
+        shares, hover = [0.0, *reachable_shares([layer.gradient for layer in layers])], "rank %{x}: %{y:.1%}"
+        series.append(Series(name, range(len(shares)), shares, style="smooth", look=looks[name], hover=hover))
     return Panel(
         "What a higher rank would capture",
         "rank",
         "share of the gradient within reach",
-        [_reach(name, layers, looks[name]) for name, layers in shown.items()],
+        series,
         xrange=(0, 1.03 * limit),
         layout={"height": 440, "showlegend": True, "yaxis": {"range": [0, 1.02], "tickformat": ".0%"}},
     )
-
-
-def _reach(name: str, layers: Sequence[LayerDiagnosis], look: Style) -> Series:
-    shares = [0.0, *reachable_shares([layer.gradient for layer in layers])]
-    hover = "rank %{x}: %{y:.1%}"
-    return Series(name, range(len(shares)), shares, style="smooth", look=look, hover=hover)
-
-
-def _grid_figure(diagnosis: Diagnosis) -> go.Figure:
-    blocks, _, common = _axes(places(layer.name for layer in diagnosis.layers))
-    figure = empty_figure("", common)
-    figure.update_layout(height=_MARGIN + _ROW * len(blocks))
-    figure.update_xaxes(type="category", side="top", showgrid=False)
-    # Plotly draws the first row at the bottom
-    return figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-
-
-def _heat(
-    diagnosis: Diagnosis,
-    value: Callable[[LayerDiagnosis], float],
-    text: Callable[[Any], str],
-    **options: Any,
-) -> go.Heatmap:
-    where = places(layer.name for layer in diagnosis.layers)
-    blocks, kinds, common = _axes(where)
-    at = {where[layer.name]: layer for layer in diagnosis.layers}
-    cells = [[at.get(LayerPlace(block, kind)) for kind in kinds] for block in blocks]
-    return go.Heatmap(
-        x=[label_text(kind) for kind in kinds],
-        y=[label_text(block.removeprefix(common).lstrip(".")) or "–" for block in blocks],
-        z=[[None if layer is None else value(layer) for layer in row] for row in cells],
-        text=[["" if layer is None else text(value(layer)) for layer in row] for row in cells],
-        texttemplate="%{text}",
-        customdata=[["" if layer is None else label_text(layer.name) for layer in row] for row in cells],
-        hoverongaps=False,
-        colorscale=_COLORS,
-        xgap=1,
-        ygap=1,
-        **options,
-    )
-
-
-def _axes(where: Mapping[str, LayerPlace]) -> tuple[list[str], list[str], str]:
-    # rows, columns, and what all rows' names begin with
-    blocks = sorted({place.block for place in where.values()}, key=natural)
-    kinds = list(dict.fromkeys(place.kind for place in where.values()))
-    stems = {block.rpartition(".")[0] for block in blocks if block}
-    return blocks, kinds, stems.pop() if len(stems) == 1 else ""

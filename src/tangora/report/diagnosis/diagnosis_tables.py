@@ -1,61 +1,195 @@
-"""A diagnosis as tables: short ones for a terminal, full ones for the page."""
+"""A diagnosis by kind of layer, and as tables: short ones for a terminal, full ones for the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.table import Table as RichTable
 
-from tangora.diagnostics import Diagnosis, LayerDiagnosis
-from tangora.diagnostics.records import SHARES
+from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, LayerGradient
+from tangora.diagnostics.records import SHARES, mean_share
 from tangora.report import formats
-from tangora.report.diagnosis.diagnosis_findings import (
-    KindRow,
-    gradient_starts,
-    kind_rows,
-    needed,
-    ranks_text,
-    start_name,
-)
+from tangora.report.layer_places import places
 from tangora.report.report_table import Table, terminal_table
 
+ALL = "all layers"
 _MAX_WORST = 5
 _OTHERS = "on other examples"
 _SAYS_NOTHING_AT_START = ("cond BᵀB", "imbalance", "effective rank")
 
 
+class StartName(NamedTuple):
+    """How pages write a start: in full, inside a sentence, and in a narrow column's two lines."""
+
+    full: str
+    in_sentence: str
+    short: str
+
+
+_START_NAMES = {
+    "lora": StartName("plain LoRA", "plain LoRA", "plain\nLoRA"),
+    "orthogonal": StartName("orthogonal", "a random orthogonal initialization", "ortho-\ngonal"),
+    "pissa": StartName("PiSSA", "PiSSA", "PiSSA"),
+    "lora-ga": StartName("LoRA-GA", "LoRA-GA", "LoRA-GA"),
+    "lora-one": StartName("LoRA-One", "LoRA-One", "LoRA-One"),
+}
+
+
+def start_name(start: str) -> StartName:
+    """Look up how pages write a start; by its own name where there is no other."""
+    return _START_NAMES.get(start, StartName(start, start, start))
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """Layers of one kind, each weighted with the energy of its gradient."""
+
+    kind: str
+    num_layers: int
+    energy_share: float
+    """Their part in the energy of all layers' base gradients."""
+    adapter: float | None
+    """Captured energy of the adapter as it stands; None without one."""
+    starts: Mapping[str, float]
+    """Captured energy by start."""
+    held_out: Mapping[str, float]
+    """The same on other examples, of the starts that are made from the gradient; empty without any."""
+    reachable: float
+    """The largest that any adapter of these ranks could have."""
+    ranks_needed: Mapping[int, int | None]
+    """Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`."""
+    known_rank: int
+    """Largest rank of which it is known what it could capture."""
+
+
+def kind_rows(diagnosis: Diagnosis) -> list[KindRow]:
+    """Sum a diagnosis up by kind of layer."""
+    total = sum(layer.gradient.energy for layer in diagnosis.layers)
+    rows = [_row(kind, layers, total) for kind, layers in group_by_kind(diagnosis).items()]
+    return [*rows, _row(ALL, diagnosis.layers, total)]
+
+
+def group_by_kind(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
+    """Gather the layers of each kind."""
+    where = places(layer.name for layer in diagnosis.layers)
+    groups: dict[str, list[LayerDiagnosis]] = {}
+    for layer in diagnosis.layers:
+        groups.setdefault(where[layer.name].kind, []).append(layer)
+    return groups
+
+
+def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
+    gradients = [layer.gradient for layer in layers]
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    others = [layer.held_out for layer in layers if layer.held_out is not None]
+    return KindRow(
+        kind=kind,
+        num_layers=len(layers),
+        energy_share=sum(gradient.energy for gradient in gradients) / total if total > 0 else 0.0,
+        adapter=mean_share([a.captured_energy for a in adapters], [a.gradient for a in adapters])
+        if adapters
+        else None,
+        starts={
+            start: mean_share([layer.starts[start] for layer in layers], gradients)
+            for start in layers[0].starts
+        },
+        held_out={
+            start: mean_share([other.starts[start] for other in others], others)
+            for start in gradient_starts(layers)
+        },
+        reachable=mean_share([layer.reachable for layer in layers], gradients),
+        ranks_needed={share: _common_rank(gradients, share / 100) for share in SHARES},
+        known_rank=known_rank(gradients),
+    )
+
+
+def gradient_starts(layers: Sequence[LayerDiagnosis]) -> list[str]:
+    """List the starts that were made from the gradient, and looked at on other examples too."""
+    other = layers[0].held_out
+    return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
+
+
+def known_rank(gradients: Sequence[LayerGradient]) -> int:
+    """Return the largest rank of which it is known what it could capture in every layer."""
+    limits = [gradient.largest_rank for gradient in gradients]
+    return min(
+        (limit for limit, gradient in zip(limits, gradients, strict=True) if not gradient.complete),
+        default=max(limits),
+    )
+
+
+def reachable_shares(gradients: Sequence[LayerGradient]) -> list[float]:
+    """Return what adapters of one rank could capture at most, for the ranks 1, 2, …."""
+    total = sum(gradient.energy for gradient in gradients)
+    if not total > 0:
+        return []
+    return [
+        sum(gradient.reachable(rank) for gradient in gradients) / total
+        for rank in range(1, known_rank(gradients) + 1)
+    ]
+
+
+def _common_rank(gradients: Sequence[LayerGradient], share: float) -> int | None:
+    shares = enumerate(reachable_shares(gradients), 1)
+    return next((rank for rank, reachable in shares if reachable >= share * (1 - 1e-6)), None)
+
+
+def needed(rank: int | None, known: int) -> str:
+    """Write a rank that may lie beyond what is known."""
+    return f"> {known}" if rank is None else str(rank)
+
+
+class _Columns(NamedTuple):
+    """Columns of the table of kinds that a terminal, which has less room, shows as one."""
+
+    short: str
+    """Header in a terminal; empty for columns that it leaves out."""
+    headers: Sequence[str]
+    texts: Callable[[KindRow], Sequence[str]]
+    separator: str = "|"
+
+
+def _kind_columns(diagnosis: Diagnosis) -> list[_Columns]:
+    share, totals = formats.small_share, diagnosis.totals
+    columns = [
+        _Columns("layers", ["layers"], lambda row: [row.kind]),
+        _Columns("", ["number"], lambda row: [str(row.num_layers)]),
+        _Columns("ener-\ngy", ["energy"], lambda row: [share(row.energy_share)]),
+    ]
+    # where the adapter is plain LoRA, one column would repeat the other
+    if totals.adapter is not None and totals.adapter != totals.starts.get("lora"):
+        columns.append(_Columns("adap-\nter", ["adapter"], lambda row: [share(row.adapter)]))
+    made = gradient_starts(diagnosis.layers)
+    for start in diagnosis.starts:
+        name = start_name(start)
+        columns.append(
+            _Columns(
+                name.short + ("\nown|new" if start in made else ""),
+                [name.full, *([_OTHERS] if start in made else [])],
+                lambda row, start=start: [
+                    share(captured[start]) for captured in (row.starts, row.held_out) if start in captured
+                ],
+            )
+        )
+    return [
+        *columns,
+        _Columns("best", ["best"], lambda row: [share(row.reachable)]),
+        _Columns(
+            "rank for\n" + "/".join(map(str, SHARES)),
+            [f"rank for {share} %" for share in SHARES],
+            lambda row: [needed(rank, row.known_rank) for rank in row.ranks_needed.values()],
+            "/",
+        ),
+    ]
+
+
 def kind_table(diagnosis: Diagnosis) -> Table:
     """Make the table of kinds of layers."""
-    with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
-    headers = ["layers", "number", "energy", *(["adapter"] if with_adapter else [])]
-    for start in diagnosis.starts:
-        headers += [start_name(start).full, *([_OTHERS] if start in made else [])]
-    headers += ["best", *(f"rank for {share} %" for share in SHARES)]
-    rows = [
-        [
-            row.kind,
-            str(row.num_layers),
-            *map(formats.small_share, _shares(row, with_adapter=with_adapter)),
-            *(formats.small_share(captured) for start in row.starts for captured in _both(row, start)),
-            formats.small_share(row.reachable),
-            *(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
-        ]
-        for row in kind_rows(diagnosis)
-    ]
+    columns = _kind_columns(diagnosis)
+    headers = [header for each in columns for header in each.headers]
+    rows = [[text for each in columns for text in each.texts(row)] for row in kind_rows(diagnosis)]
     caption = "Share of the gradient’s energy that an adapter captures."
     return Table.texts("kinds", caption, headers, rows, sortable=False)
-
-
-def _has_own_adapter(diagnosis: Diagnosis) -> bool:
-    # else one column would repeat the other
-    totals = diagnosis.totals
-    return totals.adapter is not None and totals.adapter != totals.starts.get("lora")
-
-
-def _shares(row: KindRow, *, with_adapter: bool) -> list[float | None]:
-    return [row.energy_share, *([row.adapter] if with_adapter else [])]
-
-
-def _both(row: KindRow, start: str) -> list[float]:
-    return [row.starts[start], *([row.held_out[start]] if start in row.held_out else [])]
 
 
 def layer_table(diagnosis: Diagnosis) -> Table:
@@ -113,7 +247,6 @@ def _norm(layer: LayerDiagnosis) -> str:
 
 def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     """Make the tables for a terminal."""
-    ranks = ranks_text(layer.rank for layer in diagnosis.layers)
     worst = Table.of(
         "worst",
         "",
@@ -128,32 +261,19 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
             "planned rank": lambda layer: str(diagnosis.plan.ranks[layer.name]),
         },
     )
-    title = f"Percentage of the gradient's energy that adapters of {ranks} capture"
     return [
-        terminal_table(title, *_short_kinds(diagnosis)),
+        _short_kinds(diagnosis),
         worst.rich("Layers with the largest missed parts, as shares of the whole gradient's energy"),
     ]
 
 
-def _short_kinds(diagnosis: Diagnosis) -> tuple[list[str], list[list[str]]]:
+def _short_kinds(diagnosis: Diagnosis) -> RichTable:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
-    with_adapter, made = _has_own_adapter(diagnosis), gradient_starts(diagnosis.layers)
-    headers = ["layers", "ener-\ngy", *(["adap-\nter"] if with_adapter else [])]
-    headers += [
-        start_name(start).short + ("\nown|new" if start in made else "") for start in diagnosis.starts
-    ]
-    headers += ["best", "rank for\n" + "/".join(map(str, SHARES))]
-    return headers, [
-        [
-            row.kind,
-            *map(_bare, _shares(row, with_adapter=with_adapter)),
-            *("|".join(map(_bare, _both(row, start))) for start in row.starts),
-            _bare(row.reachable),
-            "/".join(needed(rank, row.known_rank) for rank in row.ranks_needed.values()),
-        ]
+    columns = [each for each in _kind_columns(diagnosis) if each.short]
+    rows = [
+        [each.separator.join(text.removesuffix(" %") for text in each.texts(row)) for each in columns]
         for row in kind_rows(diagnosis)
     ]
-
-
-def _bare(share: float | None) -> str:
-    return formats.small_share(share).removesuffix(" %")
+    ranks = formats.ranks(layer.rank for layer in diagnosis.layers)
+    title = f"Percentage of the gradient's energy that adapters of {ranks} capture"
+    return terminal_table(title, [each.short for each in columns], rows)

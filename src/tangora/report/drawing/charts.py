@@ -11,9 +11,18 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tangora.report.drawing.panels import Figure, Heatmap, Numbers, Panel, Series
+from tangora.report.drawing.panels import (
+    BAND_OPACITY,
+    GREY,
+    TRANSPARENT,
+    Figure,
+    Heatmap,
+    Numbers,
+    Panel,
+    Series,
+    Style,
+)
 from tangora.report.drawing.pictures import drawable, figure_styles, is_marked
-from tangora.report.drawing.styles import BAND_OPACITY, GREY, TRANSPARENT, Style
 from tangora.report.layout import Chart, Section
 
 _HEIGHT = 400
@@ -188,17 +197,16 @@ def _band(series: Series, style: Style, name: str) -> list[go.Scatter]:
     if not edges:
         return []
     x, low, high = (list(values) for values in zip(*edges, strict=True))
-    return [
-        go.Scatter(
-            x=x + x[::-1],
-            y=high + low[::-1],
-            fill="toself",
-            fillcolor=style.faded(BAND_OPACITY),
-            line={"width": 0, "color": TRANSPARENT},
-            mode="lines",
-            legendgroup=name,
-            meta=series.name if series.look else None,
-            showlegend=False,
-            hoverinfo="skip",
-        )
-    ]
+    band = go.Scatter(
+        x=x + x[::-1],
+        y=high + low[::-1],
+        fill="toself",
+        fillcolor=style.faded(BAND_OPACITY),
+        line={"width": 0, "color": TRANSPARENT},
+        mode="lines",
+        legendgroup=name,
+        meta=series.name if series.look else None,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    return [band]

@@ -1,4 +1,4 @@
-"""What is to be drawn, as data. Nothing here draws.
+"""What is to be drawn, as data, and how it looks: one colour, dash and marker per recipe. Nothing here draws.
 
 All that a record keeps of it survives strict JSON: tensors and arrays become tuples of plain numbers when an object is
 made, and whatever is not finite becomes ``None``, which figures leave out.
@@ -6,13 +6,13 @@ made, and whatever is not finite becomes ``None``, which figures leave out.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from tangora._checks import InputError
-from tangora.report.drawing.styles import Style
+from tangora.report.statistics.judgement import BASELINE, CEILING
 
 Numbers: TypeAlias = Any
 """Given: a tensor, an array or any numbers. Kept: a ``tuple[float | None, ...]``, of such for a surface."""
@@ -20,6 +20,83 @@ Numbers: TypeAlias = Any
 Scale: TypeAlias = Literal["linear", "log"]
 
 _Unrecorded = Field(exclude=True)
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black: each of the others is
+# readable on a white and on a dark page.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+GREY = "#808080"
+BAND_OPACITY = 0.15
+TRANSPARENT = "rgba(0,0,0,0)"
+
+DASHES = {
+    "solid": ("none", "-"),
+    "dash": ("6 3", (0, (5, 2))),
+    "dot": ("2 2", (0, (1.2, 1.6))),
+    "dashdot": ("6 2 2 2", (0, (5, 2, 1.2, 2))),
+    "longdash": ("10 3", (0, (9, 2))),
+}
+"""By plotly's name, in SVG and in matplotlib."""
+MARKERS = {
+    "circle": ("●", "o"),
+    "square": ("■", "s"),
+    "diamond": ("◆", "D"),
+    "triangle-up": ("▲", "^"),
+    "triangle-down": ("▼", "v"),
+    "triangle-left": ("◀", "<"),
+    "triangle-right": ("▶", ">"),
+    "cross": ("✚", "P"),
+    "star": ("★", "*"),
+}
+"""By plotly's name, as text and in matplotlib."""
+# As many as dashes. 5 and 6 have no common factor: all 30 pairs of colour and dash come before one repeats.
+_DASHES, _MARKERS = list(DASHES), list(MARKERS)[: len(DASHES)]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a recipe or a curve is drawn: the colour as ``#rrggbb``, dash and marker by plotly's names."""
+
+    color: str
+    dash: str
+    marker: str
+    width: float = 2
+    filled: bool = True
+
+    def faded(self, alpha: float) -> str:
+        """Make the colour transparent."""
+        red, green, blue = (int(self.color[start : start + 2], 16) for start in (1, 3, 5))
+        return f"rgba({red},{green},{blue},{alpha})"
+
+    def hollow(self) -> "Style":
+        """Leave the marks empty."""
+        return replace(self, filled=False)
+
+
+_REFERENCES = {BASELINE: Style(GREY, "dash", "cross"), CEILING: Style(GREY, "solid", "star")}
+
+
+def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
+    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey."""
+    names = set(recipes)
+    others = sorted(names - set(_REFERENCES))
+    styles = {name: style for name, style in _REFERENCES.items() if name in names}
+    for index, name in enumerate(others):
+        turn = index % len(_DASHES)
+        styles[name] = Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])
+    return styles
+
+
+def series_styles(names: Iterable[str]) -> dict[str, Style]:
+    """Give every curve of a figure its style; the first six are solid lines."""
+    num_colors = len(_COLORS)
+    return {
+        name: Style(
+            _COLORS[index % num_colors],
+            _DASHES[index // num_colors % len(_DASHES)],
+            _MARKERS[index % len(_MARKERS)],
+        )
+        for index, name in enumerate(dict.fromkeys(names))
+    }
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tangora.report.drawing.panels import Figure, Numbers, Panel, Series
-from tangora.report.drawing.styles import (
+from tangora.report.drawing.panels import (
     BAND_OPACITY,
+    DASHES,
     GREY,
-    MATPLOTLIB_DASHES,
-    MATPLOTLIB_MARKERS,
+    MARKERS,
+    Figure,
+    Numbers,
+    Panel,
+    Series,
     Style,
     series_styles,
 )
@@ -165,9 +168,9 @@ def _draw_series(axes: Any, series: Series, style: Style) -> Any:
         x,
         y,
         color=color,
-        linestyle="none" if points else MATPLOTLIB_DASHES["dash" if series.style == "dashed" else style.dash],
+        linestyle="none" if points else DASHES["dash" if series.style == "dashed" else style.dash][1],
         linewidth=1.6,
-        marker=MATPLOTLIB_MARKERS[style.marker] if points or is_marked(series) else "none",
+        marker=MARKERS[style.marker][1] if points or is_marked(series) else "none",
         markersize=6 if points else 4,
         markerfacecolor=color if style.filled else "white",
     )
