@@ -198,7 +198,7 @@ def test_no_effect_on_several_tasks_is_no_win_anywhere():
     wins = []
     for _ in range(60):
         tasks = [comparison(rng, dict.fromkeys("abc", 0.8) | {"lora": 0.8}, title) for title in "xy"]
-        found = matrix([judge(task) for task in tasks])
+        found = matrix({task.title: judge(task) for task in tasks})
         wins.append(
             [
                 any(duel.outcome in ("win", "loss") for duel in family)

@@ -33,6 +33,10 @@ def task(title, tangent, metric="accuracy"):
     return make_comparison(both, title=title, metric=metric)
 
 
+def matrix_of(tasks):
+    return matrix({name: judge(comparison) for name, comparison in tasks.items()})
+
+
 @pytest.fixture(scope="module")
 def study():
     # far apart, but for the last, of which the mean is the same
@@ -65,9 +69,8 @@ def test_wins_and_losses_are_words(text, study):
 
 def test_the_verdict_and_the_links(text, study):
     page = Page(text)
-    named = [comparison.model_copy(update={"title": name}) for name, comparison in study.items()]
     shown = "".join(page.text)
-    assert all(sentence in shown for sentence in tasks_verdict(matrix([judge(task) for task in named])))
+    assert all(sentence in shown for sentence in tasks_verdict(matrix_of(study)))
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "download" not in attrs]
     assert links == [f"{name}/report.html" for name in study]
     assert page.open == []
@@ -91,8 +94,7 @@ def test_picture_beside_it(study, tmp_path):
 def test_picture_has_better_at_the_right(study):
     loss = task("Loss", 0.9, metric="loss").model_copy(update={"higher_is_better": False})
     tasks = {"loss": loss, "$5 exact": task("$5", 0.9, metric="exact_match")} | study
-    named = [comparison.model_copy(update={"title": name}) for name, comparison in tasks.items()]
-    axes = draw_picture(differences_figure(tasks, matrix([judge(task) for task in named]))).get_axes()
+    axes = draw_picture(differences_figure(matrix_of(tasks))).get_axes()
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["tangent"]
     falling = {ax.get_title(): ax.get_xlim()[0] > ax.get_xlim()[1] for ax in axes}
     assert falling == {
@@ -174,7 +176,7 @@ def test_differences_are_drawn_as_they_are(tmp_path):
     comparison = realistic()
     text = write_study({"a": comparison}, tmp_path / "report.html", "One", "").read_text()
     drawn = {trace["meta"]: trace for trace in chart_data(text, "differences-1")["data"]}
-    duels = matrix([judge(comparison)]).against_lora
+    duels = matrix_of({"a": comparison}).against_lora
     assert drawn.keys() == {duel.ours for duel in duels}
     for duel in duels:
         trace = drawn[duel.ours]

@@ -6,9 +6,14 @@ from tangora.report.comparison.comparison_page import (
     save_picture,
     write_page,
 )
+from tangora.report.comparison.recommendation import (
+    Recommendation,
+    recommendation,
+    recommendation_sentence,
+)
 from tangora.report.comparison.results_table import rich_table, write_csv
 from tangora.report.comparison.study import load_study, study_verdict, write_study
-from tangora.report.comparison.verdict import recommendation_sentence, verdict
+from tangora.report.comparison.verdict import verdict
 from tangora.report.diagnosis.diagnosis_page import (
     DiagnosisRecord,
     diagnosis_sentences,
@@ -28,7 +33,7 @@ from tangora.report.run_records import (
     load_comparison,
     load_record,
 )
-from tangora.report.statistics.judgement import Recommendation, Row, recommendation, summarize
+from tangora.report.statistics.judgement import Row, summarize
 from tangora.report.statistics.selection import SweepPoint, best_learning_rate, sweep_points
 
 __all__ = [

@@ -11,7 +11,6 @@ from tangora.report.drawing.charts import panel_chart
 from tangora.report.drawing.panels import Figure, Panel, Series, Style, recipe_styles
 from tangora.report.drawing.pictures import save_pictures
 from tangora.report.layout import Section
-from tangora.report.run_records import Comparison
 from tangora.report.statistics.intervals import Interval
 from tangora.report.statistics.judgement import BASELINE
 from tangora.report.statistics.tasks import Duel, TaskMatrix
@@ -41,26 +40,26 @@ def differences_section(found: TaskMatrix, styles: Mapping[str, Style]) -> Secti
     return Section("differences", f"Against {BASELINE}", charts=charts, notes=[note]) if charts else None
 
 
-def save_differences(comparisons: Mapping[str, Comparison], found: TaskMatrix, folder: Path) -> Path:
+def save_differences(found: TaskMatrix, folder: Path) -> Path:
     """Draw the differences of all tasks side by side, and write ``picture.png``.
 
     Better is always right, so a loss runs from right to left. Hollow marks are within noise.
     """
-    figure = differences_figure(comparisons, found)
+    figure = differences_figure(found)
     size = 3.2 + 1.4 / len(figure.panels), 1.2 + 0.25 * len(figure.panels[0].rows)
     return save_pictures([figure], folder, size=size)[0]
 
 
-def differences_figure(comparisons: Mapping[str, Comparison], found: TaskMatrix) -> Figure:
+def differences_figure(found: TaskMatrix) -> Figure:
     """Arrange the differences of all tasks side by side, the best recipe at the top."""
     recipes = [name for name in reversed(found.recipes) if name != BASELINE]
     styles = recipe_styles(found.recipes)
     panels = []
-    for task in found.tasks:
+    for task, judged in found.tasks.items():
         duels = [duel for duel in found.against_lora if duel.task == task]
-        what = f"test {comparisons[task].metric} minus {BASELINE}'s (right: better)"
-        title = textwrap.fill(comparisons[task].title, _TITLE_LETTERS)
-        reverse = not comparisons[task].higher_is_better
+        what = f"test {judged.comparison.metric} minus {BASELINE}'s (right: better)"
+        title = textwrap.fill(judged.comparison.title, _TITLE_LETTERS)
+        reverse = not judged.comparison.higher_is_better
         panels.append(_panel(title, what, duels, recipes, styles, reverse=reverse))
     return Figure("picture", "", "", panels)
 

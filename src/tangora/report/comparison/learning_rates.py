@@ -79,13 +79,13 @@ def _robustness(row: Row, records: Sequence[Record], full_rate: float | None) ->
     # Learning rates whose runs all failed for reasons of their own say nothing.
     points = [p for p in sweep_points(records, row.metric) if p.mean is not None or p.num_diverged]
     good = _good(points, best, higher_is_better=row.higher_is_better)
-    index = [point.learning_rate for point in points].index(best)
-    first, last = index, index
+    rates = _rates(points)
+    first = last = rates.index(best)
     while first > 0 and good[first - 1]:
         first -= 1
     while last < len(points) - 1 and good[last + 1]:
         last += 1
-    carried = None if row.recipe == CEILING or full_rate is None else _nearest(points, full_rate)
+    carried = None if row.recipe == CEILING or full_rate is None else _nearest(rates, full_rate)
     tripled_rate, tripled = _at_triple(records, best)
     return Robustness(
         recipe=row.recipe,
@@ -94,8 +94,8 @@ def _robustness(row: Row, records: Sequence[Record], full_rate: float | None) ->
         high=points[last].learning_rate,
         open_low=first == 0,
         open_high=last == len(points) - 1,
-        full_rate=None if carried is None else points[carried].learning_rate,
-        full_carries_over=None if carried is None else good[carried],
+        full_rate=carried,
+        full_carries_over=None if carried is None else good[rates.index(carried)],
         tripled_rate=tripled_rate,
         tripled=tripled,
     )
@@ -115,9 +115,10 @@ def _good(points: Sequence[SweepPoint], best: float, *, higher_is_better: bool) 
     ]
 
 
-def _nearest(points: Sequence[SweepPoint], rate: float) -> int | None:
-    index = min(range(len(points)), key=lambda i: _distance(points[i].learning_rate, rate))
-    return index if _is_near(points[index].learning_rate, rate) else None
+def _nearest(rates: Sequence[float], wanted: float) -> float | None:
+    nearest = min(rates, key=lambda rate: abs(math.log(rate / wanted)), default=None)
+    near = nearest is not None and abs(math.log(nearest / wanted)) <= math.log(NEAR) * (1 + _ROUNDING)
+    return nearest if near else None
 
 
 def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, _Stability]:
@@ -125,21 +126,11 @@ def _at_triple(records: Sequence[Record], best: float) -> tuple[float | None, _S
     telling = [
         r for r in records if r.status == "diverged" or (r.status == "finished" and r.stage != "trial")
     ]
-    target = _TEST_FACTOR * best
-    near = [r for r in telling if _is_near(r.learning_rate, target)]
-    if not near:
+    rate = _nearest([r.learning_rate for r in telling], _TEST_FACTOR * best)
+    if rate is None:
         return None, "not tried"
-    rate = min((r.learning_rate for r in near), key=lambda found: _distance(found, target))
-    diverged = any(r.status == "diverged" for r in near if r.learning_rate == rate)
+    diverged = any(r.status == "diverged" for r in telling if r.learning_rate == rate)
     return rate, "diverged" if diverged else "finished"
-
-
-def _distance(ours: float, theirs: float) -> float:
-    return abs(math.log(ours / theirs))
-
-
-def _is_near(ours: float, theirs: float) -> bool:
-    return _distance(ours, theirs) <= math.log(NEAR) * (1 + _ROUNDING)
 
 
 def sweep_section(judged: Judgement) -> Section | None:
@@ -168,7 +159,7 @@ def sweep_section(judged: Judgement) -> Section | None:
             "recipe": lambda item: item.recipe,
             "best rate": lambda item: number(item.learning_rate, formats.learning_rate),
             "rates within 2 %": lambda item: cell(_good_rates(item), value=item.low),
-            "largest / smallest": lambda item: cell(_ratio(item), value=item.width),
+            "largest / smallest": lambda item: cell(_width(item, formats.MISSING), value=item.width),
             f"at {CEILING}'s best rate": lambda item: cell(
                 {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over],
                 formats.learning_rate(item.full_rate),
@@ -220,36 +211,38 @@ def sweep_panel(judged: Judgement, xlabel: str = "learning rate") -> Panel:
 
 
 def _sweep(
-    recipe: str, points: Sequence[SweepPoint], chosen: float | None, worst: float, style: Style
+    recipe: str, points: Sequence[SweepPoint], chosen: float | None, worst: float, look: Style
 ) -> list[Series]:
     finished = [point for point in points if point.validation]
     ring = [point for point in finished if point.learning_rate == chosen]
     diverged = [point for point in points if point.num_diverged]
     hover = "learning rate %{x}"
-    series = [
-        Series(
-            recipe,
-            [point.learning_rate for point in finished],
-            [point.mean for point in finished],
-            [min(point.validation) for point in finished],
-            [max(point.validation) for point in finished],
-            bars="y",
-            look=style,
-            hover=f"{hover}: %{{y:.4f}}<br>%{{customdata}}",
-            data=[_told(point) for point in finished],
-        ),
-        Series(recipe, [p.learning_rate for p in ring], [p.mean for p in ring], style="rings", look=style),
-        Series(
-            recipe,
-            [point.learning_rate for point in diverged],
-            [worst] * len(diverged),
-            style="crosses",
-            look=style,
-            hover=f"{hover}<br>%{{customdata}}",
-            data=[_told(point) for point in diverged],
-        ),
-    ]
-    return [series[0], *(marks for marks in series[1:] if marks.x)]
+    curve = Series(
+        recipe,
+        _rates(finished),
+        [point.mean for point in finished],
+        [min(point.validation) for point in finished],
+        [max(point.validation) for point in finished],
+        bars="y",
+        look=look,
+        hover=f"{hover}: %{{y:.4f}}<br>%{{customdata}}",
+        data=[_told(point) for point in finished],
+    )
+    rings = Series(recipe, _rates(ring), [point.mean for point in ring], style="rings", look=look)
+    crosses = Series(
+        recipe,
+        _rates(diverged),
+        [worst] * len(diverged),
+        style="crosses",
+        look=look,
+        hover=f"{hover}<br>%{{customdata}}",
+        data=[_told(point) for point in diverged],
+    )
+    return [curve, *(marks for marks in (rings, crosses) if marks.x)]
+
+
+def _rates(points: Sequence[SweepPoint]) -> list[float]:
+    return [point.learning_rate for point in points]
 
 
 def _told(point: SweepPoint) -> str:
@@ -267,11 +260,6 @@ def rate_ticks(rates: Sequence[float]) -> list[float]:
         return list(rates)
     exponents = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
     return [10.0**exponent for exponent in exponents]
-
-
-def _ratio(item: Robustness) -> str:
-    bound = "at least " if item.open_low or item.open_high else ""
-    return formats.MISSING if item.width == 1 else f"{bound}{item.width:.3g}"
 
 
 def _good_rates(item: Robustness) -> str:
@@ -297,17 +285,19 @@ def _widths(found: Sequence[Robustness]) -> str | None:
     widest = max(swept, key=lambda item: item.width)
     if widest.width == 1:
         return "No recipe is within 2 % of its best result at any other learning rate that was tried."
-    beside = [item for item in swept if item.recipe == BASELINE and item is not widest]
-    lora = f"; {BASELINE}: {_width(beside[0])}" if beside else ""
-    what = f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"
-    return f"{what}: {_width(widest)}{lora}."
+    parts = [
+        f"{name}: {_width(item, 'the best one only', 'a factor of ')}"
+        for item, name in (
+            (widest, f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"),
+            *((item, BASELINE) for item in swept if item.recipe == BASELINE and item is not widest),
+        )
+    ]
+    return f"{'; '.join(parts)}."
 
 
-def _width(item: Robustness) -> str:
-    if item.width == 1:
-        return "the best one only"
+def _width(item: Robustness, none: str, unit: str = "") -> str:
     bound = "at least " if item.open_low or item.open_high else ""
-    return f"{bound}a factor of {item.width:.3g}"
+    return none if item.width == 1 else f"{bound}{unit}{item.width:.3g}"
 
 
 def _carried(found: Sequence[Robustness]) -> str | None:

@@ -1,7 +1,7 @@
 """Several comparisons, one per task, on one page."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
@@ -19,30 +19,26 @@ from tangora.report.record_files import FrozenModel, read_record, save_json, wri
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import Comparison, load_comparison
 from tangora.report.statistics.intervals import ALPHA
-from tangora.report.statistics.judgement import BASELINE, Row, judge
-from tangora.report.statistics.tasks import MIN_TASKS, Duel, Outcome, TaskMatrix, matrix
+from tangora.report.statistics.judgement import BASELINE, judge
+from tangora.report.statistics.tasks import MIN_TASKS, Outcome, TaskMatrix, matrix
 
 _STUDY_FILE = "study.json"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
 _VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
 
-Comparisons = Mapping[str, Comparison]
-Rows = Mapping[str, Sequence[Row]]
 
-
-def write_study(comparisons: Comparisons, path: Path, title: str, command: str) -> Path:
+def write_study(comparisons: Mapping[str, Comparison], path: Path, title: str, command: str) -> Path:
     """Write the page over several tasks.
 
     Beside it ``study.csv`` has its numbers, ``picture.png`` every recipe's difference from LoRA, and ``study.json``
     what the tasks share.
     """
-    study = _Study(comparisons)
-    folder = Path(path).parent
-    write_atomic(folder / "study.csv", study.csv())
+    found, folder = _matrix(comparisons), Path(path).parent
+    write_atomic(folder / "study.csv", _csv(found))
     save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
-    if study.matrix.against_lora:
-        save_differences(comparisons, study.matrix, folder)
-    return write_atomic(path, study.page(title, command))
+    if found.against_lora:
+        save_differences(found, folder)
+    return write_atomic(path, _page(comparisons, found, title, command))
 
 
 def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
@@ -61,9 +57,9 @@ def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
     return comparisons, shared.title, shared.command
 
 
-def study_verdict(comparisons: Comparisons) -> list[str]:
+def study_verdict(comparisons: Mapping[str, Comparison]) -> list[str]:
     """Say what several tasks say together."""
-    return _Study(comparisons).verdict()
+    return tasks_verdict(_matrix(comparisons))
 
 
 class _StudyFile(FrozenModel):
@@ -72,58 +68,36 @@ class _StudyFile(FrozenModel):
     tasks: tuple[str, ...] = ()
 
 
-class _Study:
-    """The comparisons of a study that have records, their summaries and their matrix."""
+def _matrix(comparisons: Mapping[str, Comparison]) -> TaskMatrix:
+    return matrix({name: judge(comparison) for name, comparison in comparisons.items() if comparison.records})
 
-    def __init__(self, comparisons: Comparisons):
-        self.comparisons = comparisons
-        # by name: titles may be the same
-        ready = [c.model_copy(update={"title": name}) for name, c in comparisons.items() if c.records]
-        judged = [judge(each) for each in ready]
-        self.rows: Rows = {each.comparison.title: each.rows for each in judged}
-        self.matrix = matrix(judged) if judged else TaskMatrix((), (), (), (), {}, None)
-        self.against_lora = {(duel.task, duel.ours): duel for duel in self.matrix.against_lora}
 
-    def verdict(self) -> list[str]:
-        return tasks_verdict(self.matrix) if self.rows else ["No task has a record yet."]
+def _csv(found: TaskMatrix) -> str:
+    lines = []
+    for name, task in found.tasks.items():
+        for row in task.rows:
+            duel = found.duel_against_lora(name, row.recipe)
+            told = {"outcome": duel and duel.outcome, "p_corrected_over_tasks": duel and duel.p_corrected}
+            lines.append({"task": name} | flat_row(row) | told)
+    return csv_text(lines)
 
-    def csv(self) -> str:
-        lines = []
-        for task, rows in self.rows.items():
-            for row in rows:
-                duel = self.against_lora.get((task, row.recipe))
-                told = {"outcome": duel and duel.outcome, "p_corrected_over_tasks": duel and duel.p_corrected}
-                lines.append({"task": task} | flat_row(row) | told)
-        return csv_text(lines)
 
-    def page(self, title: str, command: str) -> str:
-        styles = recipe_styles({row.recipe for rows in self.rows.values() for row in rows})
-        found = [
-            _results(self),
-            differences_section(self.matrix, styles),
-            _pairs(self.matrix),
-            _costs(self),
-        ]
-        num_runs = sum(len(comparison.records) for comparison in self.comparisons.values())
-        return render(
-            title,
-            [
-                "tangora comparisons",
-                f"{len(self.comparisons)} tasks",
-                f"{len(styles)} recipes",
-                f"{num_runs} runs",
-            ],
-            max((c.created for c in self.comparisons.values()), default=""),
-            self.verdict(),
-            [*(found if self.rows else []), self._tasks()],
-            Repeat(command, {}) if command else None,
-            heading="Verdict",
-            styles=styles,
-        )
-
-    def _tasks(self) -> Section:
-        links = [_link(name, comparison) for name, comparison in self.comparisons.items()]
-        return Section("tasks", "Tasks", links=links, downloads={"study.csv": self.csv()})
+def _page(comparisons: Mapping[str, Comparison], found: TaskMatrix, title: str, command: str) -> str:
+    styles = recipe_styles(_recipes(found))
+    sections = [_results(found), differences_section(found, styles), _pairs(found), _costs(found)]
+    links = [_link(name, comparison) for name, comparison in comparisons.items()]
+    tasks = Section("tasks", "Tasks", links=links, downloads={"study.csv": _csv(found)})
+    num_runs = sum(len(comparison.records) for comparison in comparisons.values())
+    return render(
+        title,
+        ["tangora comparisons", f"{len(comparisons)} tasks", f"{len(styles)} recipes", f"{num_runs} runs"],
+        max((comparison.created for comparison in comparisons.values()), default=""),
+        tasks_verdict(found),
+        [*(sections if found.tasks else []), tasks],
+        Repeat(command, {}) if command else None,
+        heading="Verdict",
+        styles=styles,
+    )
 
 
 def _link(name: str, comparison: Comparison) -> dict[str, str | None]:
@@ -139,18 +113,15 @@ def _link(name: str, comparison: Comparison) -> dict[str, str | None]:
     }
 
 
-def _results(study: _Study) -> Section:
-    ranks = study.matrix.mean_ranks
+def _results(found: TaskMatrix) -> Section:
+    ranks = found.mean_ranks
     columns: dict[str, Callable[[str], Cell | str]] = {"recipe": str}
     if ranks:
         columns["mean rank"] = lambda recipe: number(ranks.get(recipe), "{:.2f}".format)
-    for task, rows in study.rows.items():
-        by_recipe = {row.recipe: row for row in rows}
-        columns[task] = lambda recipe, task=task, by_recipe=by_recipe: _result_cell(
-            by_recipe.get(recipe), study.against_lora.get((task, recipe))
-        )
+    for task in found.tasks:
+        columns[task] = lambda recipe, task=task: _result_cell(found, task, recipe)
     caption = f"Test metric of each recipe on each task, and what it is against {BASELINE}."
-    table = Table.of("results", caption, _recipes(study), columns)
+    table = Table.of("results", caption, _recipes(found), columns)
     notes = [
         (
             f"Beneath a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie or ▼ loss. A "
@@ -162,13 +133,15 @@ def _results(study: _Study) -> Section:
     return Section("results", "Recipes on tasks", table=table, notes=notes if ranks else notes[:1])
 
 
-def _recipes(study: _Study) -> list[str]:
+def _recipes(found: TaskMatrix) -> list[str]:
     # those without a test result come last
-    names = {row.recipe for rows in study.rows.values() for row in rows}
-    return [*study.matrix.recipes, *sorted(names - set(study.matrix.recipes))]
+    names = {recipe for task in found.tasks.values() for recipe in task.recorded}
+    return [*found.recipes, *sorted(names - set(found.recipes))]
 
 
-def _result_cell(row: Row | None, duel: Duel | None) -> Cell:
+def _result_cell(found: TaskMatrix, task: str, recipe: str) -> Cell:
+    row = next((row for row in found.tasks[task].rows if row.recipe == recipe), None)
+    duel = found.duel_against_lora(task, recipe)
     if row is None or row.test is None:
         return Cell([formats.MISSING if row is None else "no result"])
     lines = [formats.interval(row.interval)]
@@ -207,23 +180,23 @@ def _pair_cell(found: TaskMatrix, ours: str, theirs: str) -> Cell:
     return cell(text, value=count["win"] - count["loss"])
 
 
-def _costs(study: _Study) -> Section | None:
+def _costs(found: TaskMatrix) -> Section | None:
     columns = {
-        cost.title: lambda recipe, cost=cost: number(_ratio(study.rows, recipe, cost), _ratio_text)
+        cost.title: lambda recipe, cost=cost: number(_ratio(found, recipe, cost), _ratio_text)
         for cost in COSTS
     }
     caption = f"What a run costs, {BASELINE} = 1."
-    table = Table.of("costs", caption, _recipes(study), {"recipe": str, **columns}).filled()
+    table = Table.of("costs", caption, _recipes(found), {"recipe": str, **columns}).filled()
     if len(table.headers) == 1:
         return None
     notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
     return Section("costs", "Costs", table=table, notes=notes)
 
 
-def _ratio(rows: Rows, recipe: str, cost: Cost) -> float | None:
+def _ratio(found: TaskMatrix, recipe: str, cost: Cost) -> float | None:
     logs = []
-    for found in rows.values():
-        values = {row.recipe: cost.of(row) for row in found if row.recipe in (recipe, BASELINE)}
+    for task in found.tasks.values():
+        values = {row.recipe: cost.of(row) for row in task.rows}
         ours, lora = values.get(recipe), values.get(BASELINE)
         if ours and lora:
             logs.append(math.log(ours / lora))
@@ -236,6 +209,8 @@ def _ratio_text(ratio: float) -> str:
 
 def tasks_verdict(found: TaskMatrix) -> list[str]:
     """Say what several tasks say together."""
+    if not found.tasks:
+        return ["No task has a record yet."]
     return formats.sentences(_against_lora(found), _pairs_verdict(found), _ranks(found))
 
 
@@ -244,19 +219,17 @@ def _against_lora(found: TaskMatrix) -> str:
     if not tested:
         return f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."
     counts = {name: found.count_against_lora(name) for name in found.recipes if name != BASELINE}
-    parts = [
-        f"{name} {' and '.join(said)}"
-        for name, count in counts.items()
-        if (said := [f"{verb} {_on(count[kind])}" for kind, verb in _VERBS.items() if count[kind]])
-    ]
+    parts = []
+    for name, count in counts.items():
+        said = [
+            f"{verb} on {formats.plural(count[kind], 'task')}" for kind, verb in _VERBS.items() if count[kind]
+        ]
+        if said:
+            parts.append(f"{name} {' and '.join(said)}")
     ties = sum(count["tie"] for count in counts.values())
     result = "; ".join(parts) if parts else "no recipe wins or loses"
     correction = f"corrected for {formats.plural(len(tested), 'comparison')} (Holm)"
     return f"Against {BASELINE}, {correction}: {result}; {formats.plural(ties, 'tie')}."
-
-
-def _on(number: int) -> str:
-    return f"on {formats.plural(number, 'task')}"
 
 
 def _pairs_verdict(found: TaskMatrix) -> str | None:

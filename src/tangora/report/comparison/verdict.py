@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from tangora.report import formats
 from tangora.report.statistics.intervals import ALPHA
-from tangora.report.statistics.judgement import BASELINE, CEILING, Recommendation, Row
+from tangora.report.statistics.judgement import BASELINE, CEILING, Row
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
@@ -14,43 +14,6 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if not judged:
         return ["No recipe has a test result, so nothing can be compared.", _caution(rows)]
     return formats.sentences(_against_lora(judged), _best(judged), _gap(judged), _caution(rows))
-
-
-def _cost(found: Recommendation) -> str:
-    if found.seconds is None:
-        return "in memory; the machine was too busy to compare times"
-    # what reads the same is the same
-    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
-    return took if took.startswith(least) else f"{took}, within 5 % of the fastest, {least}"
-
-
-def recommendation_sentence(found: Recommendation | None) -> str | None:
-    """Say which recipe to use, and why."""
-    if found is None:
-        return None
-    use = f"use {found.recipe} at {formats.learning_rate(found.learning_rate)}"
-    if not found.decided:
-        return (
-            "Recommendation: cannot be decided with one seed per recipe, which tells no difference from noise; best on "
-            f"validation data is {found.recipe} at {formats.learning_rate(found.learning_rate)}."
-        )
-    if not found.swept:
-        return (
-            f"Recommendation: try more learning rates first; of the rates that were tried, {found.recipe} at "
-            f"{formats.learning_rate(found.learning_rate)} is "
-            f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
-        )
-    if len(found.candidates) == 1:
-        return f"Recommendation: {use}, the best; no other recipe with several seeds is level with it."
-    cheapest = (
-        f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
-        "significantly worse than the best"
-    )
-    if found.difference is None:
-        return f"{cheapest}, and the best itself."
-    noise = formats.interval(found.difference_interval, sign=True)
-    known = "" if found.difference_interval is None else f", 95 % interval {noise}"
-    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}{known})."
 
 
 def _against_lora(judged: Sequence[Row]) -> str | None:

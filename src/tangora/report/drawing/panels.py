@@ -78,25 +78,21 @@ _REFERENCES = {BASELINE: Style(GREY, "dash", "cross"), CEILING: Style(GREY, "sol
 def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
     """Give every recipe its style; LoRA and full fine-tuning, the references, are grey."""
     names = set(recipes)
-    others = sorted(names - set(_REFERENCES))
     styles = {name: style for name, style in _REFERENCES.items() if name in names}
-    for index, name in enumerate(others):
-        turn = index % len(_DASHES)
-        styles[name] = Style(_COLORS[index % len(_COLORS)], _DASHES[turn], _MARKERS[turn])
+    for index, name in enumerate(sorted(names - set(_REFERENCES))):
+        styles[name] = _style(index, dash=index)
     return styles
 
 
 def series_styles(names: Iterable[str]) -> dict[str, Style]:
     """Give every curve of a figure its style; the first six are solid lines."""
-    num_colors = len(_COLORS)
-    return {
-        name: Style(
-            _COLORS[index % num_colors],
-            _DASHES[index // num_colors % len(_DASHES)],
-            _MARKERS[index % len(_MARKERS)],
-        )
-        for index, name in enumerate(dict.fromkeys(names))
-    }
+    ordered = enumerate(dict.fromkeys(names))
+    return {name: _style(index, dash=index // len(_COLORS)) for index, name in ordered}
+
+
+def _style(index: int, dash: int) -> Style:
+    turn = len(_DASHES)
+    return Style(_COLORS[index % len(_COLORS)], _DASHES[dash % turn], _MARKERS[index % turn])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Recipes against each other over several tasks: who wins where, and by more than chance over all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from tangora._checks import InputError
 from tangora.report.statistics.intervals import Interval, corrected_p_values
 from tangora.report.statistics.judgement import BASELINE, Judgement, side_of
 from tangora.report.statistics.samples import compare_samples
@@ -56,9 +55,10 @@ class Duel:
 
 @dataclass(frozen=True)
 class TaskMatrix:
-    """Recipes on several tasks, which are named by the titles of their comparisons."""
+    """Recipes on several tasks."""
 
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, Judgement]
+    """By name."""
     recipes: tuple[str, ...]
     """Those with a test result on any task: best mean rank first, then those without one by name."""
     against_lora: tuple[Duel, ...]
@@ -69,6 +69,10 @@ class TaskMatrix:
     """By test metric (1 is best, ties share), of the recipes with a result on every task if there are two."""
     rank_p_value: float | None
     """Friedman's, of no difference between their ranks; None for fewer than 3 recipes or 5 tasks."""
+
+    def duel_against_lora(self, task: str, recipe: str) -> Duel | None:
+        """Look up what a recipe other than LoRA is against it."""
+        return next((duel for duel in self.against_lora if (duel.task, duel.ours) == (task, recipe)), None)
 
     def duel(self, task: str, ours: str, theirs: str) -> Duel | None:
         """Look up a pair of recipes in either order."""
@@ -91,24 +95,18 @@ def _count(duels: Sequence[Duel | None]) -> dict[Outcome, int]:
     return {outcome: outcomes.count(outcome) for outcome in _OUTCOMES.values()}
 
 
-def matrix(tasks: Sequence[Judgement]) -> TaskMatrix:
+def matrix(tasks: Mapping[str, Judgement]) -> TaskMatrix:
     """Compare all recipes with LoRA and with each other, on every task.
 
-    Two questions make two families of tests, each
-    corrected over all its recipes and tasks: which recipe differs from LoRA, and which from which. The second has so
-    many tests that few seeds decide little of it.
+    Two questions make two families of tests, each corrected over all its recipes and tasks: which recipe differs from
+    LoRA, and which from which. The second has so many tests that few seeds decide little of it.
     """
-    if not tasks:
-        raise InputError("there are no comparisons")
-    titles = tuple(task.comparison.title for task in tasks)
-    if len(set(titles)) < len(titles):
-        raise InputError(f"comparisons must have different titles; got {', '.join(titles)}")
-    mean_ranks, rank_p_value = _ranking(tasks)
-    names = {recipe for task in tasks for recipe in task.samples}
+    mean_ranks, rank_p_value = _ranking(list(tasks.values()))
+    names = {recipe for task in tasks.values() for recipe in task.samples}
     ordered = sorted(names, key=lambda name: (name not in mean_ranks, mean_ranks.get(name, 0.0), name))
     others = [name for name in ordered if name != BASELINE]
     return TaskMatrix(
-        tasks=titles,
+        tasks=tasks,
         recipes=tuple(ordered),
         against_lora=_duels(tasks, [(name, BASELINE) for name in others]),
         pairs=_duels(tasks, list(combinations(ordered, 2))),
@@ -118,7 +116,7 @@ def matrix(tasks: Sequence[Judgement]) -> TaskMatrix:
 
 
 def _ranking(tasks: Sequence[Judgement]) -> tuple[dict[str, float], float | None]:
-    names = sorted(set.intersection(*(set(task.samples) for task in tasks)))
+    names = sorted(set.intersection(*(set(task.samples) for task in tasks))) if tasks else []
     if len(names) < 2:
         return {}, None
     # Smaller is better, as in ranks.
@@ -137,10 +135,10 @@ def _ranking(tasks: Sequence[Judgement]) -> tuple[dict[str, float], float | None
     return mean_ranks, float(stats.friedmanchisquare(*costs.T).pvalue)
 
 
-def _duels(tasks: Sequence[Judgement], pairs: Sequence[tuple[str, str]]) -> tuple[Duel, ...]:
+def _duels(tasks: Mapping[str, Judgement], pairs: Sequence[tuple[str, str]]) -> tuple[Duel, ...]:
     duels = [
-        _duel(task, ours, theirs)
-        for task in tasks
+        _duel(name, task, ours, theirs)
+        for name, task in tasks.items()
         for ours, theirs in pairs
         if ours in task.samples and theirs in task.samples
     ]
@@ -148,7 +146,6 @@ def _duels(tasks: Sequence[Judgement], pairs: Sequence[tuple[str, str]]) -> tupl
     return tuple(replace(duel, p_corrected=corrected.get(index)) for index, duel in enumerate(duels))
 
 
-def _duel(judged: Judgement, ours: str, theirs: str) -> Duel:
-    value, interval, p_value = compare_samples(judged.samples[ours], judged.samples[theirs])
-    task, better = judged.comparison.title, judged.comparison.higher_is_better
-    return Duel(task, ours, theirs, value, interval, p_value, None, better)
+def _duel(name: str, task: Judgement, ours: str, theirs: str) -> Duel:
+    value, interval, p_value = compare_samples(task.samples[ours], task.samples[theirs])
+    return Duel(name, ours, theirs, value, interval, p_value, None, task.comparison.higher_is_better)

@@ -1,0 +1,151 @@
+"""The recipe to use, and why."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tangora.report import formats
+from tangora.report.run_records import Comparison
+from tangora.report.statistics.intervals import ALPHA, Interval, corrected_p_values
+from tangora.report.statistics.judgement import Judgement, Row, judge
+from tangora.report.statistics.samples import compare_samples
+
+_SAME_COST = 1.05
+"""Ratio of two median times, or of two memories, within which they count as equal."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A recipe to use, and why."""
+
+    recipe: str
+    learning_rate: float
+    """The best, chosen on validation data."""
+    decided: bool
+    """Whether test results of several seeds decided; else it is the best on validation data."""
+    best: str
+    """The recipe with the best test result among those with several seeds; without any, `recipe`."""
+    candidates: tuple[str, ...]
+    """Those that are not significantly worse than `best`, which is one of them, the cheapest first."""
+    difference: float | None = None
+    """Test metric of `recipe` minus that of `best`; None where they are the same."""
+    difference_interval: Interval | None = None
+    swept: bool = True
+    """Whether each candidate, and what is worse, had more than one learning rate to choose from."""
+    seconds: float | None = None
+    """Median time per run of `recipe`; None where a busy machine made times say nothing."""
+    least_seconds: float | None = None
+    """The smallest of all candidates; times within 5 % of it count as equal."""
+
+
+def recommendation(comparison: Comparison) -> Recommendation | None:
+    """Choose a recipe from the records of a comparison."""
+    return recommend(judge(comparison))
+
+
+def recommend(found: Judgement) -> Recommendation | None:
+    """Choose the cheapest recipe that is not significantly worse than the best.
+
+    Every recipe with several seeds is compared with the one that has the best test result, paired over seeds and
+    examples; those with a p-value of at least 0.05 after Holm's correction, and the best itself, are the candidates.
+    The cheapest has the smallest median time per run, the initialization included; of those within 5 % of it, the
+    smallest memory; of those within 5 % of that, the best test result. Times do not count where a run shared its
+    machine with other work.
+    """
+    samples = found.samples
+    busy = any(record.load is not None and record.load.busy for record in found.comparison.records)
+    known = [
+        replace(row, seconds=None) if busy else row for row in found.rows if row.learning_rate is not None
+    ]
+    tested = [row for row in known if row.recipe in samples and len(samples[row.recipe].seeds) > 1]
+    if not tested:
+        return _by_validation(known)
+    best, *others = tested
+    differences = {row.recipe: compare_samples(samples[row.recipe], samples[best.recipe]) for row in others}
+    corrected = corrected_p_values({name: each.p_value for name, each in differences.items()})
+    candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
+    chosen = candidates[0]
+    assert chosen.learning_rate is not None
+    difference = differences.get(chosen.recipe)
+    return Recommendation(
+        recipe=chosen.recipe,
+        learning_rate=chosen.learning_rate,
+        decided=True,
+        best=best.recipe,
+        candidates=tuple(row.recipe for row in candidates),
+        difference=difference and difference.value,
+        difference_interval=difference and difference.interval,
+        swept=all(row.num_learning_rates > 1 for row in tested),
+        seconds=chosen.seconds,
+        least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
+    )
+
+
+def _by_validation(rows: Sequence[Row]) -> Recommendation | None:
+    known = [row for row in rows if row.validation is not None]
+    if not known:
+        return None
+    best = max(known, key=lambda row: (row.validation or 0.0) * (1 if row.higher_is_better else -1))
+    assert best.learning_rate is not None
+    return Recommendation(
+        best.recipe, best.learning_rate, decided=False, best=best.recipe, candidates=(), seconds=best.seconds
+    )
+
+
+def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
+    left, ordered = list(rows), []
+    while left:
+        equal = left
+        for cost in (_seconds, _memory):
+            limit = _SAME_COST * min(map(cost, equal))
+            equal = [row for row in equal if cost(row) <= limit]
+        ordered.append(equal[0])
+        left.remove(equal[0])
+    return ordered
+
+
+def _seconds(row: Row) -> float:
+    return math.inf if row.seconds is None else row.seconds
+
+
+def _memory(row: Row) -> float:
+    # where no peak is known, the optimizer's state is what recipes differ in
+    known = row.optimizer_state_bytes if row.peak_bytes is None else row.peak_bytes
+    return math.inf if known is None else known
+
+
+def recommendation_sentence(found: Recommendation | None) -> str | None:
+    """Say which recipe to use, and why."""
+    if found is None:
+        return None
+    use = f"use {found.recipe} at {formats.learning_rate(found.learning_rate)}"
+    if not found.decided:
+        return (
+            "Recommendation: cannot be decided with one seed per recipe, which tells no difference from noise; best on "
+            f"validation data is {found.recipe} at {formats.learning_rate(found.learning_rate)}."
+        )
+    if not found.swept:
+        return (
+            f"Recommendation: try more learning rates first; of the rates that were tried, {found.recipe} at "
+            f"{formats.learning_rate(found.learning_rate)} is "
+            f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
+        )
+    if len(found.candidates) == 1:
+        return f"Recommendation: {use}, the best; no other recipe with several seeds is level with it."
+    cheapest = (
+        f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
+        "significantly worse than the best"
+    )
+    if found.difference is None:
+        return f"{cheapest}, and the best itself."
+    noise = formats.interval(found.difference_interval, sign=True)
+    known = "" if found.difference_interval is None else f", 95 % interval {noise}"
+    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}{known})."
+
+
+def _cost(found: Recommendation) -> str:
+    if found.seconds is None:
+        return "in memory; the machine was too busy to compare times"
+    # what reads the same is the same
+    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
+    return took if took.startswith(least) else f"{took}, within 5 % of the fastest, {least}"
