@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tangora.report import formats
 
-Value: TypeAlias = float | str | None
+_Value: TypeAlias = float | str | None
 _Item = TypeVar("_Item")
 
 
@@ -22,7 +22,7 @@ class Cell:
 
     lines: Sequence[str]
     """All but the first are small print."""
-    value: Value = None
+    value: _Value = None
     """What it is sorted by; None comes last."""
     kind: str = ""
     """CSS class of the text."""
@@ -30,7 +30,7 @@ class Cell:
     """Longer text that is shown on demand."""
 
 
-def cell(text: str, *beneath: str, value: Value = None, kind: str = "", more: str = "") -> Cell:
+def cell(text: str, *beneath: str, value: _Value = None, kind: str = "", more: str = "") -> Cell:
     """Make a cell, without those of the lines beneath that say nothing; it is sorted by its text or by a value."""
     lines = [text, *(line for line in beneath if line != formats.MISSING)]
     if value is None and text not in {"", formats.MISSING}:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from tangora.report import formats
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
-from tangora.report.drawing.panels import GREY, Panel, Series, Style, recipe_styles
+from tangora.report.drawing.panels import GREY, Panel, Series, Style, decades, recipe_styles
 from tangora.report.layout import Chart, Section
 from tangora.report.report_table import Cell, Table, number
 from tangora.report.run_records import Record
@@ -77,16 +77,14 @@ def costs_table(rows: Sequence[Row]) -> Table:
 def costs_section(judged: Judgement) -> Section:
     """Show what each recipe costs, and what is bought with it."""
     rows = judged.rows
-    charts = [
-        panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=_says(best))
-        for cost in COSTS
-        if (best := front(rows, cost))
-    ]
-    dotted = (
-        "Dotted: the recipes that no other one beats at the same or a lower cost. "
-        if any(_has_length(front(rows, cost), cost) for cost in COSTS)
-        else ""
-    )
+    fronts = [(cost, best) for cost in COSTS if (best := front(rows, cost))]
+    charts = []
+    for cost, best in fronts:
+        names = formats.listing(f"{row.recipe} ({formats.metric(row.test)})" for row in best)
+        says = f"No other recipe is at least as good for less, cheapest first: {names}"
+        charts.append(panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=says))
+    drawn = any(_has_length(best, cost) for cost, best in fronts)
+    dotted = "Dotted: the recipes that no other one beats at the same or a lower cost. " if drawn else ""
     return Section(
         "costs",
         "Quality and cost",
@@ -96,11 +94,6 @@ def costs_section(judged: Judgement) -> Section:
         charts=charts,
         keyed=True,
     )
-
-
-def _says(best: Sequence[Row]) -> str:
-    names = formats.listing(f"{row.recipe} ({formats.metric(row.test)})" for row in best)
-    return f"No other recipe is at least as good for less, cheapest first: {names}"
 
 
 def front(rows: Sequence[Row], cost: Cost) -> list[Row]:
@@ -140,14 +133,10 @@ def pareto_panel(rows: Sequence[Row], cost: Cost) -> Panel:
     values = [value for row in shown if (value := cost.of(row)) is not None]
     title, ylabel = cost.title.capitalize(), f"test {rows[0].metric}"
     if values and min(values) > 0 and max(values) > _LOG_FROM * min(values):
-        ticks = {tick: _short(tick, cost.unit) for tick in _decades(min(values), max(values))}
+        ticks = {tick: _short(tick, cost.unit) for tick in decades(min(values), max(values))}
         return Panel(title, "", ylabel, series, xscale="log", xticks=ticks, layout={"height": 300})
     axis = {"tickformat": "~s", "ticksuffix": cost.unit, "nticks": 5, "rangemode": "tozero"}
     return Panel(title, "", ylabel, series, layout={"height": 300, "xaxis": axis})
-
-
-def _decades(low: float, high: float) -> list[float]:
-    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
 def _short(value: float, unit: str) -> str:

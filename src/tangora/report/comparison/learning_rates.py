@@ -7,7 +7,7 @@ from typing import Literal
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
-from tangora.report.drawing.panels import Panel, Series, Style, recipe_styles
+from tangora.report.drawing.panels import Panel, Series, Style, decades, recipe_styles
 from tangora.report.layout import Section
 from tangora.report.report_table import Table, cell, number
 from tangora.report.run_records import Record
@@ -17,12 +17,8 @@ from tangora.report.statistics.selection import SweepPoint, sweep_points
 _MAX_TICKS = 9
 _Stability = Literal["finished", "diverged", "not tried"]
 
-TOLERANCE = 0.02
-"""How much worse than the best, relative to it, still counts as as good."""
-
-NEAR = 1.3
-"""Factor within which a learning rate that was tried stands for one that was not."""
-
+_TOLERANCE = 0.02  # how much worse than the best, relative to it, still counts as as good
+_NEAR = 1.3  # factor within which a learning rate that was tried stands for one that was not
 _TEST_FACTOR = 3.0
 _ROUNDING = 1e-9
 
@@ -106,7 +102,7 @@ def _good(points: Sequence[SweepPoint], best: float, *, higher_is_better: bool) 
     top = next(
         sign * point.mean for point in points if point.learning_rate == best and point.mean is not None
     )
-    worst = top - TOLERANCE * abs(top) * (1 + _ROUNDING)
+    worst = top - _TOLERANCE * abs(top) * (1 + _ROUNDING)
     # The best itself is good even where every learning rate diverged for some seed.
     return [
         point.learning_rate == best
@@ -117,7 +113,7 @@ def _good(points: Sequence[SweepPoint], best: float, *, higher_is_better: bool) 
 
 def _nearest(rates: Sequence[float], wanted: float) -> float | None:
     nearest = min(rates, key=lambda rate: abs(math.log(rate / wanted)), default=None)
-    near = nearest is not None and abs(math.log(nearest / wanted)) <= math.log(NEAR) * (1 + _ROUNDING)
+    near = nearest is not None and abs(math.log(nearest / wanted)) <= math.log(_NEAR) * (1 + _ROUNDING)
     return nearest if near else None
 
 
@@ -256,10 +252,7 @@ def _told(point: SweepPoint) -> str:
 
 def rate_ticks(rates: Sequence[float]) -> list[float]:
     """Choose the learning rates to write below the sweep."""
-    if len(rates) <= _MAX_TICKS:
-        return list(rates)
-    exponents = range(math.floor(math.log10(rates[0])), math.ceil(math.log10(rates[-1])) + 1)
-    return [10.0**exponent for exponent in exponents]
+    return list(rates) if len(rates) <= _MAX_TICKS else decades(rates[0], rates[-1])
 
 
 def _good_rates(item: Robustness) -> str:

@@ -39,7 +39,7 @@ def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts.items() if value]
 
 
-def setup_line(comparison: Comparison) -> str:
+def _setup_line(comparison: Comparison) -> str:
     """Say in one line what all runs share but for model and data, which the title names."""
     facts = dict(setup_facts(comparison))
     write = {
@@ -95,8 +95,7 @@ def _quality(metric: str) -> dict[str, Callable[[Row], Cell | str]]:
         "seeds": lambda row: number(row.num_seeds, str),
         "validation loss": lambda row: number(row.validation_loss, formats.metric),
         "diverged, failed runs": lambda row: cell(
-            f"{row.num_diverged}, {row.num_failed} of {row.num_runs}",
-            value=row.num_diverged + row.num_failed,
+            f"{row.num_diverged}, {row.num_failed} of {row.num_runs}", value=row.num_diverged + row.num_failed
         ),
     }
 
@@ -148,7 +147,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
         "opt.\nstate": lambda row: formats.size(row.optimizer_state_bytes),
     }
     return terminal_table(
-        f"{comparison.title}\n{setup_line(comparison)}".strip(),
+        f"{comparison.title}\n{_setup_line(comparison)}".strip(),
         list(columns),
         [[write(row) for write in columns.values()] for row in rows],
         caption=_legend(comparison, rows),

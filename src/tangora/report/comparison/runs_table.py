@@ -139,8 +139,5 @@ def _flat_run(run: Record, *, in_result: bool) -> dict[str, Any]:
     cells |= {f"seconds_{part}": value for part, value in run.time} | dict(run.memory)
     cells["trainable_parameters"] = run.trainable_parameters
     if run.forgetting:
-        cells |= {
-            "forgetting_before": run.forgetting.before,
-            "forgetting_after": run.forgetting.after,
-        }
+        cells |= {"forgetting_before": run.forgetting.before, "forgetting_after": run.forgetting.after}
     return cells | {"error": run.error or ""}

@@ -119,7 +119,7 @@ def _of_top(spectrum: Spectrum) -> str:
     values, trace = [eigenvalue.value for eigenvalue in spectrum.eigenvalues], spectrum.trace
     text = (
         f"{_WHERE[spectrum.space].capitalize()} ({formats.count(spectrum.size)} directions) the largest curvature is "
-        f"{formats.significant(values[0])} and the trace {estimated_text(trace)}"
+        f"{formats.significant(values[0])} and the trace {_estimated(trace)}"
     )
     share = sum(values) / trace.value if trace.value > 0 else math.inf
     if len(values) == 1 or not 0 < share <= 1:
@@ -143,7 +143,7 @@ def _of_operator(spectrum: Spectrum) -> str | None:
         return None
     return (
         f"{_WHERE[spectrum.space].capitalize()} {OPERATORS[spectrum.operator].subject} has largest eigenvalue "
-        f"{formats.significant(spectrum.largest)} and trace {estimated_text(spectrum.trace)}."
+        f"{formats.significant(spectrum.largest)} and trace {_estimated(spectrum.trace)}."
     )
 
 
@@ -181,12 +181,11 @@ def _of_factors(factors: Spectrum | None) -> str | None:
         return None
     return (
         f"Over the factors A and B the largest eigenvalue is {formats.significant(factors.largest)} and the trace "
-        f"{estimated_text(factors.trace)}. {FACTORS}"
+        f"{_estimated(factors.trace)}. {FACTORS}"
     )
 
 
-def estimated_text(estimated: TraceEstimate) -> str:
-    """Write an estimate with its standard error."""
+def _estimated(estimated: TraceEstimate) -> str:
     return with_error(estimated.value, estimated.standard_error)
 
 
@@ -209,8 +208,8 @@ def space_table(record: CurvatureRecord) -> Table:
             "λ max": lambda one: formats.significant(one.largest),
             "residual": lambda one: _residual(one.eigenvalues[0]),
             "lowest node": lambda one: formats.significant(one.lowest_node),
-            "trace": lambda one: estimated_text(one.trace),
-            "‖H‖": lambda one: estimated_text(one.frobenius_norm),
+            "trace": lambda one: _estimated(one.trace),
+            "‖H‖": lambda one: _estimated(one.frobenius_norm),
             "‖g‖": lambda one: formats.significant(one.gradient_norm),
             "products": lambda one: str(one.products),
         },
@@ -242,7 +241,7 @@ def layer_curvature_table(record: CurvatureRecord) -> Table:
         "layer": lambda layer: layer.name,
         "directions": lambda layer: formats.count(layer.size),
         "of the top eigenvector": lambda layer: formats.small_share(layer.eigenvector_share),
-        "trace": lambda layer: estimated_text(layer.trace),
+        "trace": lambda layer: _estimated(layer.trace),
         "of the trace": lambda layer: formats.share(layer.trace.value / total if total > 0 else None),
     }
     if any(layer.largest is not None for layer in record.layers):
@@ -264,7 +263,7 @@ def batch_table(record: CurvatureRecord) -> Table:
                 formats.small_share(one.weight),
                 formats.significant(one.largest.value),
                 _residual(one.largest),
-                estimated_text(one.trace),
+                _estimated(one.trace),
                 formats.significant(one.directional),
             ]
             for number, one in enumerate(noise.batches, start=1)

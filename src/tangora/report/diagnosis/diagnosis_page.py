@@ -100,12 +100,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
         diagnosis_sentences(diagnosis),
         [
             Section("kinds", "By kind of layer", table=kind_table(diagnosis), notes=_notes(diagnosis)),
-            Section(
-                "captured-title",
-                captured.title,
-                charts=[captured],
-                views=shown,
-            ),
+            Section("captured-title", captured.title, charts=[captured], views=shown),
             Section("reach-title", reach.title, charts=[reach]),
             Section("plan-title", plan.title, charts=[plan], details=("the plan for PEFT", config)),
             Section("layers", "All layers", table=layer_table(diagnosis)),

@@ -11,21 +11,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tangora.report.drawing.panels import (
-    BAND_OPACITY,
-    GREY,
-    TRANSPARENT,
-    Figure,
-    Heatmap,
-    Numbers,
-    Panel,
-    Series,
-    Style,
-)
+from tangora.report.drawing.panels import BAND_OPACITY, GREY, Figure, Heatmap, Numbers, Panel, Series, Style
 from tangora.report.drawing.pictures import drawable, figure_styles, is_marked
 from tangora.report.layout import Chart, Section
 
 _HEIGHT = 400
+_TRANSPARENT = "rgba(0,0,0,0)"
 _MARKER_SIZES = {"points": 10, "rings": 18, "crosses": 11}
 _SYMBOLS = {"rings": "circle-open", "crosses": "x-thin"}
 
@@ -44,8 +35,8 @@ def empty_figure(x_title: str, y_title: str) -> go.Figure:
             "template": "none",
             "height": 440,
             "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-            "paper_bgcolor": TRANSPARENT,
-            "plot_bgcolor": TRANSPARENT,
+            "paper_bgcolor": _TRANSPARENT,
+            "plot_bgcolor": _TRANSPARENT,
             "font": {"family": "system-ui, sans-serif", "size": 13},
             "xaxis": axis | {"title": {"text": label_text(x_title)}},
             "yaxis": axis | {"title": {"text": label_text(y_title), "standoff": 8}},
@@ -202,7 +193,7 @@ def _band(series: Series, style: Style, name: str) -> list[go.Scatter]:
         y=high + low[::-1],
         fill="toself",
         fillcolor=style.faded(BAND_OPACITY),
-        line={"width": 0, "color": TRANSPARENT},
+        line={"width": 0, "color": _TRANSPARENT},
         mode="lines",
         legendgroup=name,
         meta=series.name if series.look else None,

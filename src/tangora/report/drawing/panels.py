@@ -26,7 +26,6 @@ _Unrecorded = Field(exclude=True)
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#808080"
 BAND_OPACITY = 0.15
-TRANSPARENT = "rgba(0,0,0,0)"
 
 DASHES = {
     "solid": ("none", "-"),
@@ -185,6 +184,11 @@ class Figure:
         object.__setattr__(self, "panels", tuple(self.panels))
         if not self.panels:
             raise InputError(f"panels of figure {self.name!r} must not be empty")
+
+
+def decades(low: float, high: float) -> list[float]:
+    """List the powers of ten around two numbers and between them."""
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
 def _check_numbers(what: str, values: tuple[Any, ...]) -> None:
