@@ -1,6 +1,9 @@
-"""What the tests ask of a page: its tags, its tables, its texts."""
+"""What the tests ask of a page, its tags, tables and texts, and of a terminal."""
 
+import io
 from html.parser import HTMLParser
+
+from rich.console import Console
 
 VOID = {"meta", "line", "br", "link", "img", "input"}
 
@@ -45,3 +48,11 @@ class Page(HTMLParser):
 def texts(table):
     """A table as a page shows it: headers and rows."""
     return [list(table.headers), *([cell.lines[0] for cell in row] for row in table.rows)]
+
+
+def in_terminal(*tables, width=80):
+    """What a terminal of some width shows of tables."""
+    console = Console(width=width, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()

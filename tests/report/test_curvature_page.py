@@ -1,12 +1,10 @@
 """Page, sentences, tables and pictures of a measurement of curvature that is made up: every number is known."""
 
-import io
 import json
 import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from tangora.curvature import BatchCurvature, BatchNoise, Eigenvalue, LayerCurvature, Spread, TraceEstimate
 from tangora.report import save_json
@@ -33,7 +31,7 @@ from tangora.report.curvature.curvature_page import (
     space_table,
     with_error,
 )
-from tests.report.pages import Page, texts
+from tests.report.pages import Page, in_terminal, texts
 from tests.report.synthetic import CREATED
 
 ROOT = Path(__file__).parents[2]
@@ -274,10 +272,7 @@ def test_layers_outside_of_blocks_stand_first():
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_terminal_tables(width):
-    console = Console(width=width, record=True, file=io.StringIO())
-    for table in curvature_tables(whole()):
-        console.print(table)
-    shown = console.export_text()
+    shown = in_terminal(*curvature_tables(whole()), width=width)
     spaces = shown.split("Largest eigenvalues")[0]
     assert all(text in spaces for text in ("tangent", "factors", "λ max", "residual", "10 ± 0.5", "products"))
     assert "pooler" in shown

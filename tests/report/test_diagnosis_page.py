@@ -1,12 +1,10 @@
 """The page, the sentences and the tables of a diagnosis that is made up, so that every number is known."""
 
 import html
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from tangora.diagnostics import (
     AdapterState,
@@ -28,7 +26,7 @@ from tangora.report.diagnosis.diagnosis_page import captured_figure, plan_figure
 from tangora.report.diagnosis.diagnosis_tables import kind_rows, kind_table, layer_table
 from tangora.report.drawing.charts import panel_figure
 from tangora.report.layer_places import natural, places
-from tests.report.pages import Page, texts
+from tests.report.pages import Page, in_terminal, texts
 from tests.report.synthetic import HOSTILE
 
 NEW = {"lora-ga": 0.4, "lora-one": 0.6}
@@ -193,9 +191,7 @@ def test_other_examples():
     assert rows[0][header.index("LoRA-One on other examples")] == "60 %"
     assert captured_figure(found).data[-2].z[0][0] == 0.6
     assert Page(render_diagnosis(record(found))).open == []
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(diagnosis_tables(found)[0])
-    assert "80|40" in console.export_text()
+    assert "80|40" in in_terminal(*diagnosis_tables(found))
 
 
 def test_shares_of_one_rank_are_merged():
@@ -235,10 +231,7 @@ def test_kinds_are_weighted_with_their_energy():
 
 
 def test_terminal_tables():
-    console = Console(width=100, record=True, file=io.StringIO())
-    for table in diagnosis_tables(diagnosis()):
-        console.print(table)
-    shown = console.export_text()
+    shown = in_terminal(*diagnosis_tables(diagnosis()), width=100)
     assert "q_proj" in shown
     assert "model.layers.10.mlp.up_proj" in shown
     assert max(map(len, shown.splitlines())) <= 100

@@ -1,10 +1,8 @@
 """The table of end points of a comparison: flatness next to the generalisation gap, and what must be said with it."""
 
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 from tangora.report import load_record, render_page, save_json
 from tangora.report.comparison.end_points import (
@@ -16,7 +14,7 @@ from tangora.report.comparison.end_points import (
 )
 from tangora.report.run_records import Flatness, SpaceFlatness
 from tangora.report.statistics.judgement import judge
-from tests.report.pages import Page
+from tests.report.pages import Page, in_terminal
 from tests.report.synthetic import make_comparison, make_record, realistic
 
 SEEDS = (0, 1, 2)
@@ -121,9 +119,7 @@ def test_one_mark_for_each_judged_run():
 
 
 def test_terminal():
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(rich_flatness(judge(comparison())))
-    shown = console.export_text()
+    shown = in_terminal(rich_flatness(judge(comparison())))
     assert "factors" not in shown
     assert "0.11" in shown
     assert max(map(len, shown.splitlines())) <= 80

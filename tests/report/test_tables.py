@@ -1,18 +1,15 @@
 import csv
-import io
 
 import pytest
-from rich.console import Console
 
 from tangora.report import TimeSplit, formats, rich_table, summarize, write_csv
 from tangora.report.comparison.costs import costs_table
+from tests.report.pages import in_terminal
 from tests.report.synthetic import diverged, make_comparison, make_record, realistic, realistic_rows
 
 
 def rendered(comparison, width, rows=None):
-    file = io.StringIO()
-    Console(file=file, width=width).print(rich_table(rows or summarize(comparison), comparison))
-    return file.getvalue()
+    return in_terminal(rich_table(rows or summarize(comparison), comparison), width=width)
 
 
 @pytest.mark.parametrize("width", [80, 120])
