@@ -223,7 +223,7 @@ def test_kinds_are_weighted_with_their_energy():
     found = diagnosis(NAMES[:2])
     heavy = replace(found.layers[0], starts=found.layers[0].starts | {"lora": 0.5})
     row = kind_rows(replace(found, layers=(heavy, found.layers[1])))[-1]
-    assert row.starts["lora"] == pytest.approx((100 * 0.5 + 101 * 0.02) / 201)
+    assert row.totals.starts["lora"] == pytest.approx((100 * 0.5 + 101 * 0.02) / 201)
     # 64 + 16 of 100, then 4 + 1 more
     first = kind_rows(diagnosis(NAMES[:1]))[-1]
     assert first.ranks_needed == {50: 1, 80: 1, 90: None}

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from tangora.report import formats
@@ -55,13 +56,8 @@ def _metric_cell(run: Record, split: str, metric: str) -> Cell:
 
 
 def _ordered(judged: Judgement) -> list[Record]:
-    return [
-        run
-        for row in judged.rows
-        for run in sorted(
-            judged.recorded[row.recipe], key=lambda run: (run.learning_rate, run.seed, run.stage)
-        )
-    ]
+    order = attrgetter("learning_rate", "seed", "stage")
+    return [run for row in judged.rows for run in sorted(judged.recorded[row.recipe], key=order)]
 
 
 def _error_head(run: Record) -> str:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from rich.table import Table as RichTable
 
 from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, LayerGradient
-from tangora.diagnostics.records import SHARES, mean_share
+from tangora.diagnostics.records import SHARES, Totals, totals
 from tangora.report import formats
 from tangora.report.layer_places import places
 from tangora.report.report_table import Table, terminal_table
@@ -42,20 +43,14 @@ def start_name(start: str) -> StartName:
 
 @dataclass(frozen=True)
 class KindRow:
-    """Layers of one kind, each weighted with the energy of its gradient."""
+    """Layers of one kind."""
 
     kind: str
     num_layers: int
     energy_share: float
     """Their part in the energy of all layers' base gradients."""
-    adapter: float | None
-    """Captured energy of the adapter as it stands; None without one."""
-    starts: Mapping[str, float]
-    """Captured energy by start."""
-    held_out: Mapping[str, float]
-    """The same on other examples, of the starts that are made from the gradient; empty without any."""
-    reachable: float
-    """The largest that any adapter of these ranks could have."""
+    totals: Totals
+    """Over these layers."""
     ranks_needed: Mapping[int, int | None]
     """Smallest common rank that could capture 50, 80, 90 % of their energy; None beyond `known_rank`."""
     known_rank: int
@@ -78,26 +73,13 @@ def group_by_kind(diagnosis: Diagnosis) -> dict[str, list[LayerDiagnosis]]:
     return groups
 
 
-def _row(kind: str, layers: Sequence[LayerDiagnosis], total: float) -> KindRow:
+def _row(kind: str, layers: Sequence[LayerDiagnosis], energy: float) -> KindRow:
     gradients = [layer.gradient for layer in layers]
-    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
-    others = [layer.held_out for layer in layers if layer.held_out is not None]
     return KindRow(
         kind=kind,
         num_layers=len(layers),
-        energy_share=sum(gradient.energy for gradient in gradients) / total if total > 0 else 0.0,
-        adapter=mean_share([a.captured_energy for a in adapters], [a.gradient for a in adapters])
-        if adapters
-        else None,
-        starts={
-            start: mean_share([layer.starts[start] for layer in layers], gradients)
-            for start in layers[0].starts
-        },
-        held_out={
-            start: mean_share([other.starts[start] for other in others], others)
-            for start in gradient_starts(layers)
-        },
-        reachable=mean_share([layer.reachable for layer in layers], gradients),
+        energy_share=sum(gradient.energy for gradient in gradients) / energy if energy > 0 else 0.0,
+        totals=totals(layers, cosine=None),
         ranks_needed={share: _common_rank(gradients, share / 100) for share in SHARES},
         known_rank=known_rank(gradients),
     )
@@ -134,7 +116,7 @@ def _common_rank(gradients: Sequence[LayerGradient], share: float) -> int | None
     return next((rank for rank, reachable in shares if reachable >= share * (1 - 1e-6)), None)
 
 
-def needed(rank: int | None, known: int) -> str:
+def _needed(rank: int | None, known: int) -> str:
     """Write a rank that may lie beyond what is known."""
     return f"> {known}" if rank is None else str(rank)
 
@@ -150,36 +132,39 @@ class _Columns(NamedTuple):
 
 
 def _kind_columns(diagnosis: Diagnosis) -> list[_Columns]:
-    share, totals = formats.small_share, diagnosis.totals
+    share, whole = formats.small_share, diagnosis.totals
     columns = [
         _Columns("layers", ["layers"], lambda row: [row.kind]),
         _Columns("", ["number"], lambda row: [str(row.num_layers)]),
         _Columns("ener-\ngy", ["energy"], lambda row: [share(row.energy_share)]),
     ]
     # where the adapter is plain LoRA, one column would repeat the other
-    if totals.adapter is not None and totals.adapter != totals.starts.get("lora"):
-        columns.append(_Columns("adap-\nter", ["adapter"], lambda row: [share(row.adapter)]))
+    if whole.adapter is not None and whole.adapter != whole.starts.get("lora"):
+        columns.append(_Columns("adap-\nter", ["adapter"], lambda row: [share(row.totals.adapter)]))
     made = gradient_starts(diagnosis.layers)
     for start in diagnosis.starts:
-        name = start_name(start)
-        columns.append(
-            _Columns(
-                name.short + ("\nown|new" if start in made else ""),
-                [name.full, *([_OTHERS] if start in made else [])],
-                lambda row, start=start: [
-                    share(captured[start]) for captured in (row.starts, row.held_out) if start in captured
-                ],
-            )
-        )
+        short, headers = start_name(start).short, [start_name(start).full]
+        if start in made:
+            short, headers = f"{short}\nown|new", [*headers, _OTHERS]
+        columns.append(_Columns(short, headers, partial(_captured, start=start, made=start in made)))
     return [
         *columns,
-        _Columns("best", ["best"], lambda row: [share(row.reachable)]),
+        _Columns("best", ["best"], lambda row: [share(row.totals.reachable)]),
         _Columns(
             "rank for\n" + "/".join(map(str, SHARES)),
             [f"rank for {share} %" for share in SHARES],
-            lambda row: [needed(rank, row.known_rank) for rank in row.ranks_needed.values()],
+            lambda row: [_needed(rank, row.known_rank) for rank in row.ranks_needed.values()],
             "/",
         ),
+    ]
+
+
+def _captured(row: KindRow, start: str, *, made: bool) -> list[str]:
+    # on the examples that were read, and on others where the start was made from those
+    own, others = row.totals.starts, row.totals.held_out
+    return [
+        formats.small_share(own[start]),
+        *([formats.small_share(others[start])] if made and others else []),
     ]
 
 
@@ -211,7 +196,7 @@ def layer_table(diagnosis: Diagnosis) -> Table:
             )
     columns["best"] = lambda layer: formats.small_share(layer.reachable)
     for share in SHARES:
-        columns[f"rank for {share} %"] = lambda layer, share=share: needed(
+        columns[f"rank for {share} %"] = lambda layer, share=share: _needed(
             layer.ranks_needed[str(share)], layer.gradient.largest_rank
         )
     columns["planned rank"] = lambda layer: str(diagnosis.plan.ranks[layer.name])

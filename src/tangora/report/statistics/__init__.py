@@ -1,1 +1,1 @@
-"""From records to judgements: means, intervals, differences, speed and robustness; knows no table and no page."""
+"""From records to judgements: means, intervals and differences; knows no table and no page."""
