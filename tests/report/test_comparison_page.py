@@ -19,10 +19,10 @@ from tangora.report import (
 )
 from tangora.report.comparison.costs import busy_sentences
 from tangora.report.comparison.learning_rates import rate_verdict, robustness
-from tangora.report.comparison.results_table import setup_facts
 from tangora.report.comparison.speed import speed_verdict, speeds
 from tangora.report.layout import packed_plotly
 from tangora.report.run_records import Forgetting, MachineLoad
+from tangora.report.setup_facts import setup_facts
 from tangora.report.statistics.judgement import judge
 from tests.report.pages import Page
 from tests.report.synthetic import (

@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tangora._names import MODELS
 from tangora.report.drawing.panels import DASHES, MARKERS, Style
 from tangora.report.record_files import Measurement
 from tangora.report.report_table import Table
@@ -146,25 +145,3 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             pairs.append((f"{prefix}{key}", text))
     return pairs
-
-
-def model_name(settings: Mapping[str, Any], described: str | None = None) -> str:
-    """Name a model, and say what it is where its short name does not."""
-    name = str(settings.get("model") or "")
-    what = described or MODELS.get(name)
-    return f"{name} ({what})" if name and what else name
-
-
-def subject_facts(record: Measurement) -> list[tuple[str, str]]:
-    """List what a measurement was made on."""
-    settings = record.settings
-    facts = {
-        "model": model_name(settings, record.model_description),
-        "adapter": settings.get("adapter"),
-        "run": settings.get("source") if not settings.get("model") else None,
-        "data": settings.get("data"),
-        "examples": settings.get("num_examples"),
-        "batch size": settings.get("batch_size"),
-        "rank": settings.get("rank"),
-    }
-    return [(name, str(value)) for name, value in facts.items() if value]

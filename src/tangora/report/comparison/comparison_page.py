@@ -10,7 +10,7 @@ from tangora.report.comparison.curves import curve_sections, loss_curves, loss_p
 from tangora.report.comparison.end_points import flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
 from tangora.report.comparison.recommendation import recommend, recommendation_sentence
-from tangora.report.comparison.results_table import results_section, setup_facts
+from tangora.report.comparison.results_table import results_section
 from tangora.report.comparison.runs_table import runs_section, trouble_section
 from tangora.report.comparison.speed import speed_section
 from tangora.report.comparison.verdict import verdict
@@ -19,6 +19,7 @@ from tangora.report.drawing.pictures import save_pictures
 from tangora.report.layout import Repeat, render
 from tangora.report.record_files import write_atomic
 from tangora.report.run_records import Comparison
+from tangora.report.setup_facts import setup_facts
 from tangora.report.statistics.judgement import Judgement, judge
 
 _PANEL_SIZE = (5.5, 4.0)

@@ -14,8 +14,6 @@ from tangora.report.layout import Chart, Section
 from tangora.report.run_records import Record
 from tangora.report.statistics.judgement import Judgement
 
-Values = NDArray[np.float64]
-
 # A window of 1/25 of the curve hides the noise of single batches and keeps the shape.
 _WINDOWS_PER_CURVE = 25
 _MAX_POINTS = 300
@@ -94,7 +92,7 @@ def _curve(recipe: str, by_step: Sequence[Mapping[int, float]], look: Style, *, 
     )
 
 
-def smooth(values: Values) -> Values:
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Take a centred moving average whose window shrinks at the ends."""
     width = 2 * (values.size // (2 * _WINDOWS_PER_CURVE)) + 1
     if width == 1:

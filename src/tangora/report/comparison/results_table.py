@@ -1,6 +1,6 @@
-"""What was compared, and how good each recipe is: on the page, in a terminal and as CSV."""
+"""The rows of a comparison as the table of results: on the page, in a terminal and as CSV."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,70 +9,14 @@ from rich.table import Table as RichTable
 
 from tangora.report import formats
 from tangora.report.comparison.costs import busy_sentences
-from tangora.report.layout import Section, model_name
+from tangora.report.layout import Section
 from tangora.report.record_files import write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number, terminal_table
-from tangora.report.run_records import Comparison, Record
+from tangora.report.run_records import Comparison
+from tangora.report.setup_facts import setup_line
 from tangora.report.statistics.judgement import BASELINE, CEILING, Judgement, Row, runs_behind
 
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
-_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
-
-
-def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """List what all runs of a comparison share."""
-    settings, records = _settings(comparison), comparison.records
-    described = next((record.model_description for record in records if record.model_description), None)
-    tested = f", tested on {settings['test_data']}" if settings.get("test_data") else ""
-    size, accumulate = settings.get("batch_size"), settings.get("accumulate") or 1
-    seeds = {record.seed for record in records}
-    facts = {
-        "model": model_name(settings, described),
-        "data": f"{settings.get('data') or ''}{tested}",
-        "examples": _examples(settings, records),
-        "steps": _number(settings.get("steps")),
-        "batch size": f"{size}{f' × {accumulate}' if accumulate != 1 else ''}" if size else "",
-        "rank": _number(settings.get("rank")),
-        "alpha": _number(settings.get("alpha")),
-        "seeds": str(len(seeds)) if seeds else "",
-    }
-    return [(name, value) for name, value in facts.items() if value]
-
-
-def _setup_line(comparison: Comparison) -> str:
-    """Say in one line what all runs share but for model and data, which the title names."""
-    facts = dict(setup_facts(comparison))
-    write = {
-        "examples": "{} examples",
-        "steps": "{} steps",
-        "batch size": "batch size {}",
-        "rank": "rank {}",
-        "alpha": "alpha {}",
-        "seeds": "seeds: {}",
-    }
-    return " · ".join(text.format(facts[name]) for name, text in write.items() if name in facts)
-
-
-def _examples(settings: Mapping[str, Any], records: Sequence[Record]) -> str:
-    counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in _SPLITS}
-    for record in records:
-        if tested := len(record.correct or record.scores or ()):
-            counts["test"] = tested
-        if record.num_examples:
-            counts = {**counts, **record.num_examples}
-            break
-    return ", ".join(f"{counts[name]} {what}" for name, what in _SPLITS.items() if counts.get(name))
-
-
-def _settings(comparison: Comparison) -> dict[str, Any]:
-    # a run's own settings know what the comparison's left to defaults
-    longest = max(comparison.records, key=lambda record: len(record.history), default=None)
-    own = longest.settings if longest is not None else {}
-    return {**own, **{key: value for key, value in comparison.settings.items() if value is not None}}
-
-
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else ""
 
 
 def _quality(metric: str) -> dict[str, Callable[[Row], Cell | str]]:
@@ -147,7 +91,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
         "opt.\nstate": lambda row: formats.size(row.optimizer_state_bytes),
     }
     return terminal_table(
-        f"{comparison.title}\n{_setup_line(comparison)}".strip(),
+        f"{comparison.title}\n{setup_line(comparison)}".strip(),
         list(columns),
         [[write(row) for write in columns.values()] for row in rows],
         caption=_legend(comparison, rows),

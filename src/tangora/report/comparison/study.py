@@ -12,12 +12,13 @@ from tangora.report import formats
 from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
 from tangora.report.comparison.differences import differences_section, save_differences
-from tangora.report.comparison.results_table import flat_row, setup_facts
+from tangora.report.comparison.results_table import flat_row
 from tangora.report.drawing.panels import recipe_styles
 from tangora.report.layout import Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import Comparison, load_comparison
+from tangora.report.setup_facts import setup_facts
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, judge
 from tangora.report.statistics.tasks import MIN_TASKS, Outcome, TaskMatrix, matrix

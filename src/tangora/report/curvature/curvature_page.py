@@ -21,9 +21,10 @@ from tangora.report.curvature.record import (
 )
 from tangora.report.drawing.charts import figure_section
 from tangora.report.drawing.pictures import save_pictures
-from tangora.report.layout import Section, render, repeat, subject_facts
+from tangora.report.layout import Section, render, repeat
 from tangora.report.record_files import write_atomic
 from tangora.report.report_table import Table
+from tangora.report.setup_facts import subject_facts
 
 _MAX_LAYERS = 8
 _NARROW = ("over", "directions", "λ max", "residual", "trace", "‖H‖", "products")

@@ -26,8 +26,9 @@ from tangora.report.diagnosis.diagnosis_tables import (
 from tangora.report.drawing.charts import empty_figure, figure_json, label_text, panel_chart
 from tangora.report.drawing.panels import GREY, Panel, Series, Style, recipe_styles
 from tangora.report.layer_places import LayerPlace, natural, places
-from tangora.report.layout import Chart, Section, render, repeat, subject_facts
+from tangora.report.layout import Chart, Section, render, repeat
 from tangora.report.record_files import Measurement, read_record, write_atomic
+from tangora.report.setup_facts import subject_facts
 
 _COLORS = "Cividis"  # readable for the colour-blind, and light to dark when printed
 _MAX_CURVES = 12
