@@ -17,6 +17,7 @@ from tangora._checks import InputError, check_callable, check_choice, check_kind
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
+from tangora.adapters.sharded import all_agree, cut_beside, is_sharded, local
 from tangora.geometry.precision import full_precision
 from tangora.optim.adamw import adamw_parameters, adamw_states
 from tangora.optim.gradients import Watch
@@ -198,13 +199,19 @@ class PairOptimizer(Optimizer, ABC):
         ]
         self.param_groups = loaded  # pyright: ignore
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for (_, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
+            for (pair, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
                 for key, value in state_dict["state"].get(index, {}).items():
                     dtype, device = state_place(factor, key)
-                    self.state[factor][key] = value.detach().to(device, dtype, copy=True).reshape(shapes[key])
+                    given = value.detach().to(device, dtype).reshape(shapes[key])
+                    side = 1 if factor is pair.A else 0
+                    kept = given.clone() if key == COUNTER else cut_beside(given, factor, side)
+                    self.state[factor][key] = kept
             for parameter in group.rest:
                 # torch keeps counters as they are, in the memory of what it was given
-                self.state[parameter] = {key: value.clone() for key, value in self.state[parameter].items()}
+                self.state[parameter] = {
+                    key: value.clone() if key == COUNTER else cut_beside(value, parameter, 0)
+                    for key, value in self.state[parameter].items()
+                }
             self._create_states(group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,6 +240,16 @@ class PairOptimizer(Optimizer, ABC):
             for old, new in group.adopt(type(self).__name__).items():
                 if old in self.state:
                     self.state[new] = self.state.pop(old)
+                    self._cut_states(group, new)
+
+    def _cut_states(self, group: PairGroup, parameter: nn.Parameter) -> None:
+        # states of a parameter that is sharded by now are cut as it is
+        if is_sharded(parameter):
+            side = 1 if any(parameter is pair.A for pair in group.pairs) else 0
+            self.state[parameter] = {
+                key: value if key == COUNTER else cut_beside(value, parameter, side)
+                for key, value in self.state[parameter].items()
+            }
 
     def _create_states(self, group: PairGroup) -> None:
         group.cache.create_states(
@@ -314,12 +331,18 @@ class PairOptimizer(Optimizer, ABC):
         if sparse := [name for name, gradient in named if gradient.is_sparse]:
             raise InputError(f"the gradient of {sparse[0]} is sparse: make its embedding with sparse=False")
         # A norm is several times cheaper than a test of every entry. It may overflow where all entries are finite, so
-        # only its verdict "finite" is final. One device synchronisation for the whole model.
-        if _norm_is_finite([gradient for _, gradient in named]):
+        # only its verdict "finite" is final. One device synchronisation for the whole model, and one message between
+        # the processes that hold its parts: all take the step, or none.
+        gradients = [gradient for _, gradient in named]
+        parts = [local(gradient) for gradient in gradients]
+        if all_agree(bool(get_total_norm(parts).isfinite()), gradients):
             return
-        broken = next((name for name, gradient in named if not gradient.isfinite().all()), None)
-        if broken is not None:
-            where = broken if isinstance(broken, str) else f"layer {broken.name} (adapter {broken.adapter})"
+        broken = [name for (name, _), part in zip(named, parts, strict=True) if not part.isfinite().all()]
+        if not all_agree(not broken, gradients):
+            where = "what another process holds"
+            if broken:
+                first = broken[0]
+                where = first if isinstance(first, str) else f"layer {first.name} (adapter {first.adapter})"
             raise FloatingPointError(f"non-finite gradient in {where}; no step was taken")
 
 
@@ -355,12 +378,3 @@ class LayerwiseOptimizer(PairOptimizer):
 
 def _options(group: PairGroup) -> dict[str, Any]:
     return {**group, "lr": float(group["lr"])}
-
-
-def _norm_is_finite(gradients: Sequence[Tensor]) -> bool:
-    # sharded gradients (of a head) have a norm over all ranks, and cannot be mixed with whole ones
-    kinds: dict[bool, list[Tensor]] = {False: [], True: []}
-    for gradient in gradients:
-        kinds[hasattr(gradient, "placements")].append(gradient)
-    norms: list[Any] = [get_total_norm(kind) for kind in kinds.values() if kind]
-    return all(bool(getattr(norm, "full_tensor", lambda norm=norm: norm)().isfinite()) for norm in norms)

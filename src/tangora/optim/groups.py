@@ -90,7 +90,6 @@ class PairGroup(dict[str, Any]):
             self.pairs = [_moved(pair, new) for pair in self.pairs]
             self.rest = [new.get(parameter, parameter) for parameter in self.rest]
             self.cache = StackCache()
-            _check_whole(self.pairs, owner)
         return new
 
 
@@ -130,7 +129,6 @@ def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> P
     if not isinstance(rest, Iterable):
         raise InputError(f"params of a group must be parameters or (name, parameter); got {shown(rest)}")
     pairs = list(pairs)
-    _check_whole(pairs, owner)
     rest = [rest] if isinstance(rest, Tensor) else list(rest)
     known = [item[0] for item in rest if isinstance(item, tuple)]
     tensors: list[Any] = [item[1] if isinstance(item, tuple) else item for item in rest]
@@ -224,15 +222,6 @@ def _parameters(pairs: Iterable[LoraPair]) -> Iterator[nn.Parameter]:
 def _moved(pair: LoraPair, new: dict[nn.Parameter, nn.Parameter]) -> LoraPair:
     A, B, *tied = (new.get(parameter, parameter) for parameter in pair.parameters)
     return replace(pair, A=A, B=B, tied=tuple(zip(tied[::2], tied[1::2], strict=True)))
-
-
-def _check_whole(pairs: Iterable[LoraPair], owner: str) -> None:
-    for pair in pairs:
-        if pair.sharded:
-            raise InputError(
-                f"the factors of {pair.name} are sharded (FSDP2 or tensor parallel), and {owner} moves whole factors: "
-                f"{_SHARD_THE_BASE}"
-            )
 
 
 def _not_ours(owner: str, given: Sequence[Tensor], shapes: Sequence[torch.Size]) -> str:

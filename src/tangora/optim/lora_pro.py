@@ -128,23 +128,27 @@ def _weight_moments(
     stack: PairStack, here: Loaded, at: Frame, tangent: Tangent, group: dict[str, Any]
 ) -> Cotangent:
     m, n, _ = stack.pairs[0].shape
-    exp_avg, exp_avg_sq = stack.state("B", "exp_avg"), stack.state("B", "exp_avg_sq")
     size = max(1, _CHUNK_NUMBERS // (m * n))
-    directions = []
-    for start in range(0, len(here.A), size):
-        some = slice(start, start + size)
+    own, directions = stack.local_rows, []
+    rows = slice(None) if own is None else own.rows
+    moments = zip(stack.rows_of("exp_avg", size), stack.rows_of("exp_avg_sq", size), strict=True)
+    start = 0
+    for exp_avg, exp_avg_sq in moments:
+        some = slice(start, start + len(exp_avg))
+        start = some.stop
         directions.append(
             adam_on_weight(
-                Frame(*(part[some] for part in at)),
-                Tangent(*(part[some] for part in tangent)),
-                exp_avg[some],
-                exp_avg_sq[some],
-                Factors(here.A[some], here.B[some]),
+                Frame(at.U[some, rows], *(part[some] for part in at[1:])),
+                Tangent(tangent.K[some], tangent.J[some, rows]),
+                exp_avg,
+                exp_avg_sq,
+                Factors(here.A[some], here.B[some, rows]),
                 group,
                 here.step,
             )
         )
-    return Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
+    seen = Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
+    return seen if own is None else Cotangent(own.summed(seen.A), own.gathered(seen.B))
 
 
 def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[str, Any]) -> None:

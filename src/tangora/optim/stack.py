@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
+from tangora.adapters.sharded import LocalRows, local, share, whole, zeros_beside
 from tangora.geometry.tangent import Cotangent
 
 Factor = Literal["A", "B"]
@@ -47,6 +48,8 @@ class PairStack:
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
     parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside.
+
+    Of sharded factors (DTensor) every process steps the whole, and keeps its parts of factors and states.
     """
 
     def __init__(self, pairs: Sequence[LoraPair], state: _StateOf):
@@ -60,6 +63,8 @@ class PairStack:
             for factor, parameters in self._parameters.items()
         }
         self._buffers: dict[tuple[Factor, str], _Buffer] = {}
+        self.is_sharded = any(pair.sharded for pair in pairs)
+        self._gathered: dict[tuple[Factor, str], Tensor] = {}  # whole states, during a step
 
     def create(self, shapes: StateShapes) -> None:
         """Give the members the states that they lack, zeros, and their step counters."""
@@ -68,11 +73,21 @@ class PairStack:
                 if all(key in state for state in states):
                     continue
                 dtype, device = state_place(self._parameters[factor][0], key)
+                if self.is_sharded and key != COUNTER:
+                    self._create_parts(factor, key, shape)
+                    continue
                 stacked = torch.zeros((len(states), *shape), dtype=dtype, device=device)
                 for index, state in enumerate(states):
                     if key in state:
                         stacked[index] = state[key].reshape(shape)
                 self._set(factor, key, stacked)
+
+    def _create_parts(self, factor: Factor, key: str, shape: tuple[int, ...]) -> None:
+        for parameter, state in zip(self._parameters[factor], self._states[factor], strict=True):
+            if key not in state:
+                shape = tuple(parameter.shape) if shape == as_matrix(parameter).shape else shape
+                dtype, _ = state_place(parameter, key)
+                state[key] = zeros_beside(parameter, "BA".index(factor), shape, dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,13 +98,14 @@ class PairStack:
         """Copy factors and gradients, with the sign that makes every step a descent."""
         scaling = self.pairs[0].scaling
         unit = -scaling if maximize else scaling
+        self._gathered.clear()  # of a step that was broken off
+        kinds = *self._parameters.values(), *zip(*gradients, strict=True)
+        tensors = iter(whole([tensor for kind in kinds for tensor in kind]))
+        A, B, g_A, g_B = (_stack([as_matrix(next(tensors)) for _ in self.pairs]) for _ in kinds)
         return Loaded(
-            _stack([as_matrix(A) for A in self._parameters["A"]]),
-            _long_side_contiguous(_stack([as_matrix(B) for B in self._parameters["B"]])),
-            Cotangent(
-                _stack([g_A for g_A, _ in gradients]).div_(unit),
-                _long_side_contiguous(_stack([g_B for _, g_B in gradients])).div_(unit),
-            ),
+            A,
+            _long_side_contiguous(B),
+            Cotangent(g_A.div_(unit), _long_side_contiguous(g_B).div_(unit)),
             scaling,
             step=int(self.state("A", COUNTER)[0]) + 1,
         )
@@ -98,6 +114,12 @@ class PairStack:
         """Return a state of all members as one tensor of matrices, vectors or scalars."""
         states, cached = self._states[factor], self._buffers.get((factor, key))
         parameter = self._parameters[factor][0]
+        if self.is_sharded and key != COUNTER:
+            if (factor, key) not in self._gathered:
+                held = whole([state[key] for state in states])
+                stacked = torch.stack([_as_kept(value, parameter) for value in held])
+                self._gathered[factor, key] = self._laid_out(factor, stacked)
+            return self._gathered[factor, key]
         dtype, device = state_place(parameter, key)
         if (
             cached is not None
@@ -106,8 +128,21 @@ class PairStack:
         ):
             return cached.stacked
         held = [state[key] for state in states]
-        matrices = [as_matrix(value) if value.shape == parameter.shape else value for value in held]
-        return self._set(factor, key, torch.stack([value.to(device, dtype) for value in matrices]))
+        return self._set(
+            factor, key, torch.stack([_as_kept(value, parameter).to(device, dtype) for value in held])
+        )
+
+    @property
+    def local_rows(self) -> LocalRows | None:
+        """The rows of the weight that this process keeps states of its size for; ``None`` if it keeps all."""
+        return LocalRows.of(self.pairs[0].B)
+
+    def rows_of(self, key: str, size: int) -> Iterator[Float[Tensor, "N rows n"]]:
+        """Yield a state of the weight's size, kept with B: those rows of at most so many members at a time."""
+        if self.local_rows is None:
+            yield from self.state("B", key).split(size)
+        else:
+            yield from (local(state[key])[None] for state in self._states["B"])
 
     def both(self, key: str) -> Cotangent:
         """Return a state that is kept with both factors, in their shapes."""
@@ -121,6 +156,10 @@ class PairStack:
     def write(self, A: FactorA, B: FactorB) -> None:
         """Write new factors into the parameters and count the step."""
         self.place(A, B)
+        for (factor, key), values in self._gathered.items():
+            for state, value in zip(self._states[factor], values, strict=True):
+                local(state[key]).copy_(share(value.reshape(state[key].shape), state[key]))
+        self._gathered.clear()
         for factor in self._parameters:
             self.state(factor, COUNTER).add_(1)
 
@@ -129,19 +168,33 @@ class PairStack:
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
-            torch._foreach_copy_([*parameters], values.view(-1, *parameters[0].shape).unbind())
+            new = values.view(-1, *parameters[0].shape).unbind()
+            parts = [share(each, parameter) for each, parameter in zip(new, parameters, strict=True)]
+            torch._foreach_copy_([local(parameter) for parameter in parameters], parts)
+
+    def _is_like_factor(self, factor: Factor, stacked: Tensor) -> bool:
+        return stacked.dim() == 3 and stacked[0].numel() == self._parameters[factor][0].numel()
+
+    def _laid_out(self, factor: Factor, stacked: Tensor) -> Tensor:
+        # moments of B only: those of the whole weight stay row by row, as torch's fused AdamW wants them
+        like_B = factor == "B" and self._is_like_factor(factor, stacked)
+        return _long_side_contiguous(stacked) if like_B else stacked
 
     def _set(self, factor: Factor, key: str, stacked: Tensor) -> Tensor:
         parameter = self._parameters[factor][0]
-        like_the_parameter = stacked.dim() == 3 and stacked[0].numel() == parameter.numel()
-        if factor == "B" and like_the_parameter:
-            # moments of B only: those of the whole weight stay row by row, as torch's fused AdamW wants them
-            stacked = _long_side_contiguous(stacked)
-        slices = [piece.view(parameter.shape) if like_the_parameter else piece for piece in stacked.unbind()]
+        stacked = self._laid_out(factor, stacked)
+        slices = [
+            piece.view(parameter.shape) if self._is_like_factor(factor, stacked) else piece
+            for piece in stacked.unbind()
+        ]
         for state, piece in zip(self._states[factor], slices, strict=True):
             state[key] = piece
         self._buffers[factor, key] = _Buffer(stacked, slices)
         return stacked
+
+
+def _as_kept(state: Tensor, parameter: Tensor) -> Tensor:
+    return as_matrix(state) if state.shape == parameter.shape else state
 
 
 def state_place(parameter: Tensor, key: str) -> tuple[torch.dtype, torch.device]:
@@ -211,7 +264,8 @@ class StackCache:
         alike: dict[tuple, list[LoraPair]] = defaultdict(list)
         for pair in pairs:
             A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
-            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, pair.scaling, pair.looks_up, age)
+            cuts = [getattr(factor, "placements", ()) for factor in (A, B)]
+            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, *cuts, pair.scaling, pair.looks_up, age)
             alike[(id(pair),) if options["foreach"] is False else key].append(pair)
         stacks: dict[tuple[int, ...], PairStack] = {}
         for part in _in_cache_sized_parts(alike.values()):

@@ -1,0 +1,158 @@
+"""Tensors of which every process holds a part (DTensor): made whole for a computation, and cut again after it.
+
+Between steps everything is a part, within a step everything is whole. All processes call these functions together.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import zeros as sharded_zeros
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether this process holds a part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds, in the tensor's own memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors whole; parts by rows of the same processes come in one communication."""
+    made = list(tensors)
+    by_rows: dict[tuple[DeviceMesh, int, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, DTensor):
+            continue
+        dim = _rows_dim(tensor)
+        if dim is None:
+            made[index] = tensor.full_tensor()
+        else:
+            by_rows[tensor.device_mesh, dim, tensor.dtype].append(index)
+    for (mesh, dim, _), indices in by_rows.items():
+        gathered = _gathered([made[index] for index in indices], mesh, dim)
+        for index, tensor in zip(indices, gathered, strict=True):
+            made[index] = tensor
+    return made
+
+
+def share(value: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process holds of another of its shape; no communication."""
+    if not isinstance(like, DTensor):
+        return value
+    dim = _rows_dim(like)
+    if dim is None:
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    start = like.device_mesh.get_local_rank(dim) * _chunk(like.shape[0], like.device_mesh.size(dim))
+    rows = like.to_local().shape[0]
+    return value[start : start + rows] if rows else value[:0]
+
+
+def zeros_beside(parameter: Tensor, side: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make zeros whose rows are those of a side of a matrix: cut as that side is.
+
+    Args:
+        parameter: A factor.
+        side: 0 for its rows, 1 for its columns.
+        shape: Shape of the whole; that of the parameter itself is cut as the parameter is.
+    """
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
+    placements = list(parameter.placements)
+    if tuple(shape) != tuple(parameter.shape):
+        belongs = bool(shape) and shape[0] == parameter.shape[side]
+        cut = [belongs and type(each) is Shard and each.dim == side for each in placements]
+        placements = [Shard(0) if each else Replicate() for each in cut]
+    return sharded_zeros(*shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+
+
+def cut_beside(value: Tensor, parameter: Tensor, side: int) -> Tensor:
+    """Copy a tensor, whole or in parts, to where `zeros_beside` would put one of its shape and dtype."""
+    made = zeros_beside(parameter, side, value.shape, value.dtype)
+    is_alike = isinstance(value, DTensor) and isinstance(made, DTensor) and value._spec == made._spec
+    local(made).copy_(local(value) if is_alike else share(whole([value])[0], made))
+    return made
+
+
+def all_agree(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Tell whether something holds on all processes that hold parts of some tensors."""
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
+    for mesh in meshes:
+        agreed = torch.tensor(float(flag), device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        flag = bool(agreed)
+    return flag
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a matrix that this process computes with, and how those of all are put together."""
+
+    rows: slice
+    total: int
+    mesh: DeviceMesh
+    dim: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "LocalRows | None":
+        """Return the rows that this process holds of a parameter cut by rows; else ``None``."""
+        dim = _rows_dim(parameter) if isinstance(parameter, DTensor) else None
+        if not isinstance(parameter, DTensor) or dim is None:
+            return None
+        mesh, total = parameter.device_mesh, parameter.shape[0]
+        start = min(total, mesh.get_local_rank(dim) * _chunk(total, mesh.size(dim)))
+        return cls(slice(start, start + parameter.to_local().shape[0]), total, mesh, dim)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Add up the parts of all processes."""
+        part = part.contiguous()
+        dist.all_reduce(part, group=self.mesh.get_group(self.dim))
+        return part
+
+    def gathered(self, part: Float[Tensor, "N rows r"]) -> Float[Tensor, "N m r"]:
+        """Put the rows of all processes under each other."""
+        first = part.transpose(0, 1)
+        return _gather_rows([first], [self.total], self.mesh, self.dim)[0].transpose(0, 1)
+
+
+def _rows_dim(tensor: DTensor) -> int | None:
+    # the dimension of the mesh over which the rows are cut, where nothing else is
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    placement = tensor.placements[cut[0]] if len(cut) == 1 else None
+    return cut[0] if type(placement) is Shard and placement.dim == 0 else None
+
+
+def _chunk(rows: int, parts: int) -> int:
+    return -(-rows // parts)  # as torch.chunk: the last parts may be smaller or empty
+
+
+def _gathered(tensors: Sequence[Tensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
+    totals = [tensor.shape[0] for tensor in tensors]
+    return _gather_rows([local(tensor) for tensor in tensors], totals, mesh, dim)
+
+
+def _gather_rows(parts: Sequence[Tensor], totals: Sequence[int], mesh: DeviceMesh, dim: int) -> list[Tensor]:
+    # padded to equal parts, uneven and empty ones are nothing special
+    processes = mesh.size(dim)
+    padded = []
+    for part, total in zip(parts, totals, strict=True):
+        rows = part.reshape(len(part), part.shape[1:].numel())
+        padded.append(F.pad(rows, (0, 0, 0, _chunk(total, processes) - len(rows))).flatten())
+    sent = torch.cat(padded)
+    received = sent.new_empty(processes * sent.numel())
+    dist.all_gather_into_tensor(received, sent, group=mesh.get_group(dim))
+    columns = received.view(processes, -1).split([each.numel() for each in padded], dim=1)
+    return [
+        column.reshape(-1, *part.shape[1:])[:total]
+        for column, part, total in zip(columns, parts, totals, strict=True)
+    ]
