@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tangora.adapters.sharded import local, share
+
 _ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _IMAGES = {"image_size": 8, "patch_size": 4}
 _FAMILIES: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
@@ -78,7 +80,8 @@ def randomize(
             noise = scale * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
             if "magnitude" in key:
                 noise = noise.abs() + 0.5
-            parameter.data.copy_(0 * noise if zero_B and "_B" in key else noise)
+            noise = 0 * noise if zero_B and "_B" in key else noise
+            local(parameter.data).copy_(share(noise, parameter.data))
     return model
 
 

@@ -1,13 +1,11 @@
 """The state of a sharded layer with an offset is the plain pair of twice the rank, and loads back."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from tests.adapters.models import train
 from tests.adapters.test_offset import plain as plain_model
 from tests.adapters.test_offset import run, start
+from tests.processes import in_processes
 
 RANKS = 2
 NAMES = (
@@ -68,17 +67,11 @@ def from_checkpoint(model, folder):
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    try:
-        mesh = init_device_mesh("cpu", (RANKS,))
-        for name in NAMES:
-            check(name, mesh, f"{folder}/{name}")
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for name in NAMES:
+        check(name, mesh, f"{folder}/{name}")
 
 
 @pytest.mark.slow
 def test_a_sharded_state_is_whole_and_loads_back(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS)
+    in_processes(work, tmp_path, RANKS, str(tmp_path))

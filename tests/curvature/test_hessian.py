@@ -1,12 +1,8 @@
 """Hessian products against the dense Hessian, streamed, from a kept graph, and by differences; means over batches."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.sparse.linalg import eigsh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -24,6 +20,7 @@ from tests.curvature.models import (
     shared_reference,
 )
 from tests.probes.models import batch_of
+from tests.processes import in_processes
 from tests.tolerances import assert_close
 
 TOLERANCE = {"llama": 2e-6}
@@ -314,36 +311,29 @@ def wrapped(model):
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def work(rank, folder):
+def work(rank):
     """What each process does: its own share of the batches."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    try:
-        made = problem("bert", batches=5)
-        share, found = made.batches[rank::RANKS], {}
-        for over in ("factors", "tangent", "weights"):
-            for cache_graph in (False, True):
-                operator = Hessian(wrapped(made.model), share, over=over, cache_graph=cache_graph)
-                found[over, cache_graph] = operator.matvec(random_vector(operator)), operator.loss()
-        found["alone"] = [alone.matvec(random_vector(alone)) for _, alone in operator.per_batch()]
-        empty = Hessian(made.model, made.batches if rank == 0 else [])
-        found["empty"] = empty.matvec(random_vector(empty))
+    made = problem("bert", batches=5)
+    share, found = made.batches[rank::RANKS], {}
+    for over in ("factors", "tangent", "weights"):
         for cache_graph in (False, True):
-            bad = [{"input_ids": share[0]["input_ids"]}]
-            operator = Hessian(made.model, share if rank == 0 else bad, cache_graph=cache_graph)
-            with pytest.raises(InputError) as caught:
-                operator.matvec(random_vector(operator))
-            found["failure", cache_graph] = str(caught.value)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+            operator = Hessian(wrapped(made.model), share, over=over, cache_graph=cache_graph)
+            found[over, cache_graph] = operator.matvec(random_vector(operator)), operator.loss()
+    found["alone"] = [alone.matvec(random_vector(alone)) for _, alone in operator.per_batch()]
+    empty = Hessian(made.model, made.batches if rank == 0 else [])
+    found["empty"] = empty.matvec(random_vector(empty))
+    for cache_graph in (False, True):
+        bad = [{"input_ids": share[0]["input_ids"]}]
+        operator = Hessian(made.model, share if rank == 0 else bad, cache_graph=cache_graph)
+        with pytest.raises(InputError) as caught:
+            operator.matvec(random_vector(operator))
+        found["failure", cache_graph] = str(caught.value)
+    return found
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    found = in_processes(work, tmp_path, RANKS)
     made = problem("bert", batches=5)
     for over in ("factors", "tangent", "weights"):
         operator = Hessian(made.model, made.batches, over=over)

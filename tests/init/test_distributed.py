@@ -1,17 +1,14 @@
 """Two processes that read half the batches each get the start that one process gets from all of them."""
 
-import warnings
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from tangora import InputError, find_pairs
 from tangora.init import initialize
 from tangora.probes import GradientProbe, Request, gradient_norms, mean_loss, probed_layers
 from tests.probes.models import adapted, batches_of
+from tests.processes import in_processes
 from tests.tolerances import assert_close
 
 RANKS = 2
@@ -30,32 +27,26 @@ def started(model, method, batches, held_out):
     return {pair.name: pair.factors() for pair in find_pairs(inner)} | {"step": done.step}
 
 
-def work(rank, folder):
+def work(rank):
     """What each process does: its own share of the batches, wrapped and not."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    try:
-        batches, held_out = batches_of("bert", BATCHES), batches_of("bert", 4)[::-1]
-        found = {}
-        for wrapped, method in CASES:
-            model = made()
-            model = DistributedDataParallel(model, broadcast_buffers=False) if wrapped else model
-            found[wrapped, method] = started(model, method, batches[rank::RANKS], held_out[rank::RANKS])
+    batches, held_out = batches_of("bert", BATCHES), batches_of("bert", 4)[::-1]
+    found = {}
+    for wrapped, method in CASES:
         model = made()
-        found["loss"] = mean_loss(model, batches[rank::RANKS])
-        found["norms"] = gradient_norms(model, batches[rank::RANKS], progress=False)
-        if rank == 0:  # a rank without a batch takes part, too
-            found["empty"] = read_one(model, batches)
-        else:
-            found["empty"] = read_one(model, [])
-        for name, read in (("probe", read_one), ("loss", mean_loss)):
-            with pytest.raises(InputError) as caught:
-                read(model, batches if rank == 0 else [{"input_ids": batches[0]["input_ids"]}])
-            found["failure", name] = str(caught.value)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        model = DistributedDataParallel(model, broadcast_buffers=False) if wrapped else model
+        found[wrapped, method] = started(model, method, batches[rank::RANKS], held_out[rank::RANKS])
+    model = made()
+    found["loss"] = mean_loss(model, batches[rank::RANKS])
+    found["norms"] = gradient_norms(model, batches[rank::RANKS], progress=False)
+    if rank == 0:  # a rank without a batch takes part, too
+        found["empty"] = read_one(model, batches)
+    else:
+        found["empty"] = read_one(model, [])
+    for name, read in (("probe", read_one), ("loss", mean_loss)):
+        with pytest.raises(InputError) as caught:
+            read(model, batches if rank == 0 else [{"input_ids": batches[0]["input_ids"]}])
+        found["failure", name] = str(caught.value)
+    return found
 
 
 def read_one(model, batches):
@@ -66,8 +57,7 @@ def read_one(model, batches):
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    found = in_processes(work, tmp_path, RANKS)
     batches, held_out = batches_of("bert", BATCHES), batches_of("bert", 4)[::-1]
     for case in CASES:
         expected = started(made(), case[1], batches, held_out)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -12,6 +11,7 @@ from tangora import InputError
 from tangora.curvature import Hessian
 from tangora.probes import gradient_norms, mean_loss
 from tests.probes.models import adapted, batches_of
+from tests.processes import in_processes, joined
 
 RANKS = 2
 
@@ -27,33 +27,27 @@ def absent(model, batches):
     }
 
 
-def work(rank, folder):
+def work(rank):
     """Rank 0 reads alone, then both together."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    try:
-        model, batches = adapted("bert"), batches_of("bert", 2)
-        if rank == 0:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("TANGORA_RANK_TIMEOUT", "0.3")
-                patch.setattr("tangora.probes.collective._WARN_AFTER", 0.1)
-                for name, read in absent(model, batches).items():
-                    with (
-                        pytest.warns(UserWarning, match=f"{name} waits for rank 1"),
-                        pytest.raises(InputError, match=f"{name} .*rank 1 .*every rank"),
-                    ):
-                        read()
-        dist.barrier()
-        found = {name: read() for name, read in absent(model, batches[rank::RANKS]).items()}
-        torch.save((found["mean_loss"], found["gradient_norms"], found["Hessian"]), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    model, batches = adapted("bert"), batches_of("bert", 2)
+    if rank == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TANGORA_RANK_TIMEOUT", "0.3")
+            patch.setattr("tangora.probes.collective._WARN_AFTER", 0.1)
+            for name, read in absent(model, batches).items():
+                with (
+                    pytest.warns(UserWarning, match=f"{name} waits for rank 1"),
+                    pytest.raises(InputError, match=f"{name} .*rank 1 .*every rank"),
+                ):
+                    read()
+    dist.barrier()
+    found = {name: read() for name, read in absent(model, batches[rank::RANKS]).items()}
+    return (found["mean_loss"], found["gradient_norms"], found["Hessian"])
 
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_take_part_is_named(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    one, other = in_processes(work, tmp_path, RANKS)
     assert one[0] == other[0]
     assert one[1] == pytest.approx(other[1], rel=1e-12)
     assert torch.equal(one[2], other[2])
@@ -62,9 +56,8 @@ def test_a_rank_that_does_not_take_part_is_named(tmp_path):
 @pytest.fixture
 def alone(tmp_path):
     """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with joined(0, 1, tmp_path):
+        yield init_device_mesh("cpu", (1,))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])

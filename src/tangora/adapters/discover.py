@@ -151,6 +151,6 @@ def _why_not_plain(layer: LoraLayer, adapter: str, A: Any, B: Any) -> str | None
         return "convolution with groups (block-diagonal, not a matrix product)"
     if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):
         return f"{kind} without plain factors"
-    if not A.is_floating_point() or A.dim() < 2 or B[0].numel() != A.shape[0]:
+    if not A.is_floating_point() or A.dim() < 2 or B.shape[1:].numel() != A.shape[0]:
         return f"{kind} with factors of unexpected shape {tuple(A.shape)} and {tuple(B.shape)}"
     return None

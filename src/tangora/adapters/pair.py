@@ -65,7 +65,7 @@ class LoraPair:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """``(m, n, r)``: rows and columns of the update, and its rank."""
-        return self.B.shape[0], self.A[0].numel(), self.A.shape[0]
+        return self.B.shape[0], self.A.shape[1:].numel(), self.A.shape[0]
 
     @property
     def trainable(self) -> bool:

@@ -170,7 +170,7 @@ def _shape(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, Conv1D):
         return layer.weight.shape[1], layer.weight.shape[0]
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return None if _why_unreadable(layer) else (layer.out_channels, layer.weight[0].numel())
+        return None if _why_unreadable(layer) else (layer.out_channels, layer.weight.shape[1:].numel())
     sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     has_weight = isinstance(getattr(layer, "weight", None), Tensor)  # quantized layers keep theirs packed
     return sizes if has_weight and isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # pyright: ignore[reportReturnType]

@@ -1,0 +1,217 @@
+"""Sharded factors (FSDP2, hybrid, tensor parallel): every process keeps its parts, and all together are one process."""
+
+import os
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from tangora import LoRAPro, ODELoRA, find_pairs
+from tests.optim.parallel import (
+    STEPS,
+    adapted,
+    assert_equal,
+    base,
+    batches,
+    checkpoint,
+    expected,
+    go_on,
+    run,
+    shard,
+    weights,
+)
+from tests.optim.problems import OPTIMIZERS
+from tests.processes import in_processes
+
+SOME = ("lora-pro-weight", "lora-pro-factor", "tangent", "tangent-muon", "polora", "odelora-euler", "p-lora")
+CASES = (  # ranks that are cut unevenly, evenly, and so that a process has nothing
+    *((name, 3) for name in OPTIMIZERS),
+    *((name, r) for name in SOME for r in (4, 1)),
+)
+COLUMNS = ("q_proj", "gate_proj")  # B is cut, and A is whole
+
+
+def trained(model, name, rank, world):
+    run(model, OPTIMIZERS[name](model), batches(rank, world))
+    return weights(model)
+
+
+def fully_sharded(rank, folder):
+    world = dist.get_world_size()
+    found = {(name, r): trained(shard(adapted(r=r)), name, rank, world) for name, r in CASES}
+    model = shard(adapted())
+    run(model, optimizer := OPTIMIZERS["tangent"](model), batches(rank, world))
+    found["numbers"] = {
+        key: (value.numel(), value.to_local().numel())
+        for pair in find_pairs(model)
+        for key, value in optimizer.state[pair.B].items()
+        if isinstance(value, DTensor)
+    }
+    for name in SOME:
+        model, half = shard(adapted()), STEPS // 2
+        optimizer = OPTIMIZERS[name](model)
+        run(model, optimizer, batches(rank, world)[:half])
+        checkpoint(model, optimizer, f"{folder}/{name}")
+        again = shard(adapted())
+        found["again", name] = go_on(again, name, f"{folder}/{name}", batches(rank, world)[half:])
+        found["from one", name] = go_on(
+            shard(adapted()), name, f"{folder}/one-{name}", batches(rank, world)[half:]
+        )
+        found["accelerate", name] = through_accelerate(rank, name)
+    found["heun"] = stages(shard(adapted()), rank, world)
+    found["not finite"] = not_finite(rank, world)
+    found["largest message"] = largest_message(rank, world)
+    return found
+
+
+def stages(model, rank, world):
+    """A scheme that evaluates the gradient more than once."""
+    optimizer = ODELoRA(model, lr=0.1, scheme="heun")
+    for batch in batches(rank, world):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return weights(model)
+
+
+def not_finite(rank, world):
+    """Let one process find what is not finite in its part: all refuse the step, and nothing has changed."""
+    model = shard(adapted())
+    before, optimizer = weights(model), OPTIMIZERS["tangent"](model)
+    model(**batches(rank, world)[0]).loss.backward()
+    if rank == 0:
+        find_pairs(model)[0].B.grad.to_local()[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError) as caught:
+        optimizer.step()
+    assert_equal(weights(model), before, 0)
+    return str(caught.value)
+
+
+def largest_message(rank, world):
+    """How many numbers LoRA-Pro's step receives at once, where its moments have the size of the weight."""
+    model = shard(adapted(r=1, targets=("down_proj",), head=False))
+    optimizer = LoRAPro(model, lr=1e-2)
+    model(**batches(rank, world)[0]).loss.backward()
+    sizes, gather, reduce = [], dist.all_gather_into_tensor, dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dist,
+            "all_gather_into_tensor",
+            lambda out, *a, **k: (sizes.append(out.numel()), gather(out, *a, **k)),
+        )
+        patch.setattr(dist, "all_reduce", lambda t, *a, **k: (sizes.append(t.numel()), reduce(t, *a, **k)))
+        optimizer.step()
+    pairs = find_pairs(model)
+    m, n, r = pairs[0].shape
+    rows = world * -(-r // world)  # of A, padded to equal parts
+    return max(sizes), len(pairs) * m * n, len(pairs) * 2 * (m * r + rows * n)
+
+
+def through_accelerate(rank, name):
+    """FSDP2 as Accelerate prepares it: it puts shards in the place of the optimizer's parameters."""
+    import accelerate
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )
+    original = AcceleratorState.__init__
+
+    def pretend(self, *args, fsdp_plugin=None, **options):  # Accelerate ignores FSDP on CPUs
+        original(self, *args, fsdp_plugin=None, **options)
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", pretend)
+        patch.setitem(os.environ, "FSDP_VERSION", "2")
+        accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+        model = adapted()
+        model, optimizer = accelerator.prepare(model, OPTIMIZERS[name](model))
+        run(model, optimizer, batches(rank, dist.get_world_size()))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return weights(model)
+
+
+@pytest.mark.slow
+def test_fully_sharded_equals_one_process(tmp_path):
+    for name in SOME:
+        model = adapted()
+        optimizer = OPTIMIZERS[name](model)
+        run(model, optimizer, batches()[: STEPS // 2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a checkpoint written without a process group
+            checkpoint(model, optimizer, f"{tmp_path}/one-{name}")
+    first, second = in_processes(fully_sharded, tmp_path, 2, str(tmp_path))
+    heun = stages(adapted(), 0, 1)
+    for found in (first, second):
+        for name, r in CASES:
+            assert_equal(found[name, r], expected(name, r=r), 1e-11)
+        for name in SOME:
+            for way in ("again", "from one", "accelerate"):
+                assert_equal(found[way, name], expected(name), 1e-11)
+        assert_equal(found["heun"], heun, 1e-11)
+        largest, weight, factors = found["largest message"]
+        assert largest <= factors < weight
+    for name in SOME:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a checkpoint read without a process group
+            one_process = go_on(adapted(), name, f"{tmp_path}/{name}", batches()[STEPS // 2 :])
+        assert_equal(one_process, expected(name), 1e-11)
+    for key, (total, here) in first["numbers"].items():
+        assert here + second["numbers"][key][1] == total
+    assert first["numbers"].keys() == {"exp_avg", "exp_avg_sq_row"}
+    layer = find_pairs(adapted())[0].name
+    assert layer in first["not finite"]
+    assert "another process" in second["not finite"]
+
+
+def hybrid(rank):
+    """Two copies of two parts each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    cases = [(name, r) for name in SOME for r in (3, 1)]
+    return {(name, r): trained(shard(adapted(r=r), mesh), name, rank, 4) for name, r in cases}
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_equals_one_process(tmp_path):
+    for found in in_processes(hybrid, tmp_path, 4):
+        for (name, r), got in found.items():
+            assert_equal(got, expected(name, r=r), 1e-11)
+
+
+def tensor_parallel(rank, folder):
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    found = {}
+    for name, r in CASES:
+        config = DistributedConfig(tp_size=2, tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            f"{folder}/base", dtype=torch.float64, distributed_config=config
+        )
+        model = adapted(model, r=r, head=False, targets=COLUMNS)
+        found[name, r] = trained(model, name, 0, 1)
+    kinds = {type(pair.B.data) for pair in find_pairs(model)}
+    assert kinds == {DTensor}
+    return found
+
+
+@pytest.mark.slow
+def test_tensor_parallel_columns_equal_one_process(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    for found in in_processes(tensor_parallel, tmp_path, 2, str(tmp_path)):
+        for (name, r), got in found.items():
+            assert_equal(got, expected(name, r=r, head=False, targets=COLUMNS), 1e-11)
