@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 
 from tangora import InputError
 from tangora.adapters import initial_factors, load_adapter, merged_model, save_adapter, save_merged
@@ -112,10 +111,10 @@ def group():
 
 
 @pytest.mark.messages
-def test_sharded_factors_are_refused(group, tmp_path):
+def test_factors_of_another_process_are_refused(tmp_path):
     model = get_peft_model(tiny_llama(), lora())
     layer = model.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"]
-    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.data, group))
+    layer.weight.ds_id = 0  # as ZeRO-3 marks what it has partitioned
     with pytest.raises(InputError, match=r"q_proj\.lora_B\.default\.weight is sharded"):
         save_adapter(model, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

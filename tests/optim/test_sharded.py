@@ -6,11 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from tangora import LoRAPro, ODELoRA, find_pairs
+from tangora import LoRAPro, ODELoRA, find_pairs, initialize, save_adapter
+from tangora.adapters.saved_factors import WEIGHTS
 from tests.optim.parallel import (
     STEPS,
     adapted,
@@ -62,10 +64,22 @@ def fully_sharded(rank, folder):
             shard(adapted()), name, f"{folder}/one-{name}", batches(rank, world)[half:]
         )
         found["accelerate", name] = through_accelerate(rank, name)
+    for start in ("lora", "orthogonal"):
+        model = initialized(start)
+        found["start", start] = trained(shard(model), "tangent", rank, world)
+        save_adapter(model, f"{folder}/saved-{start}")
     found["heun"] = stages(shard(adapted()), rank, world)
     found["not finite"] = not_finite(rank, world)
     found["largest message"] = largest_message(rank, world)
     return found
+
+
+def initialized(start):
+    model = adapted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the adapter holds is erased
+        initialize(model, start, progress=False)
+    return model
 
 
 def stages(model, rank, world):
@@ -164,6 +178,8 @@ def test_fully_sharded_equals_one_process(tmp_path):
             for way in ("again", "from one", "accelerate"):
                 assert_equal(found[way, name], expected(name), 1e-11)
         assert_equal(found["heun"], heun, 1e-11)
+        for start in ("lora", "orthogonal"):
+            assert_equal(found["start", start], trained(initialized(start), "tangent", 0, 1), 1e-11)
         largest, weight, factors = found["largest message"]
         assert largest <= factors < weight
     for name in SOME:
@@ -171,6 +187,12 @@ def test_fully_sharded_equals_one_process(tmp_path):
             warnings.simplefilter("ignore")  # of a checkpoint read without a process group
             one_process = go_on(adapted(), name, f"{tmp_path}/{name}", batches()[STEPS // 2 :])
         assert_equal(one_process, expected(name), 1e-11)
+    for start in ("lora", "orthogonal"):  # the same files as one process would write
+        model = initialized(start)
+        run(model, OPTIMIZERS["tangent"](model), batches())
+        save_adapter(model, tmp_path / "alone")
+        saved, wanted = (load_file(tmp_path / name / WEIGHTS) for name in (f"saved-{start}", "alone"))
+        assert_equal(saved, wanted, 1e-8)
     for key, (total, here) in first["numbers"].items():
         assert here + second["numbers"][key][1] == total
     assert first["numbers"].keys() == {"exp_avg", "exp_avg_sq_row"}

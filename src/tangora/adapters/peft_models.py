@@ -1,7 +1,7 @@
 """PEFT models as they are met: wrapped, sharded, merged, mixed; and the base model under their adapters."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -154,11 +154,12 @@ def check_not_sharded(
             )
 
 
-def check_gathered(model: nn.Module, what: str, *, adapters_only: bool = False) -> None:
-    """Refuse to write parameters of which a process holds a part only."""
-    check_not_sharded(
-        named_adapter_parameters(model) if adapters_only else model.named_parameters(), what, _GATHER
-    )
+def check_gathered(
+    model: nn.Module, what: str, *, adapters_only: bool = False, gathered: Container[str] = ()
+) -> None:
+    """Refuse to write parameters of which a process holds a part only, but for those that were gathered."""
+    parameters = named_adapter_parameters(model) if adapters_only else model.named_parameters()
+    check_not_sharded(((name, p) for name, p in parameters if name not in gathered), what, _GATHER)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -24,7 +25,13 @@ from tangora.adapters.folder import check_replaceable, first_rank_writes, replac
 from tangora.adapters.load import CONFIG_FILE
 from tangora.adapters.offset import OffsetConfig, has_offset, mutates_base
 from tangora.adapters.pair import LoraPair
-from tangora.adapters.peft_models import active_adapter, bare_model, check_gathered, unwrapped
+from tangora.adapters.peft_models import (
+    active_adapter,
+    bare_model,
+    check_gathered,
+    named_adapter_parameters,
+    unwrapped,
+)
 from tangora.adapters.saved_factors import (
     WEIGHTS,
     AdapterFiles,
@@ -39,6 +46,7 @@ from tangora.adapters.saved_factors import (
     with_tied_layers,
 )
 from tangora.adapters.saved_factors import uniform as made_uniform
+from tangora.adapters.sharded import is_sharded, whole
 
 _CARD = "README.md"
 # what PEFT and this module write; a folder with anything else in it is never replaced
@@ -105,7 +113,7 @@ def save_adapter(
     adapter holds (``modules_to_save``, magnitudes, embeddings) is kept. Beside a classifier's adapter stands the
     config of its model, ``base_config/config.json``, with the names of its classes (``id2label``). The folder appears
     whole or not at all. With ``torch.distributed`` running, rank 0 writes, and other ranks that call this wait for it
-    and return the same.
+    and return the same. Sharded factors (FSDP2, tensor parallel) are gathered first: call it on every rank then.
 
     Args:
         model: PEFT model with one active adapter, possibly wrapped (DDP, torch.compile).
@@ -129,10 +137,10 @@ def save_adapter(
         The folder, usable as a path, with its rank and the error of the compression.
 
     Raises:
-        InputError: If ``model`` is no PEFT model with one active adapter, is sharded or lies on other adapters, if its
-            start changed the base weights and ``initial`` is missing or another adapter's, if a scaling was changed at
-            run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if ``path`` holds anything
-            but an adapter.
+        InputError: If ``model`` is no PEFT model with one active adapter, is flattened (FSDP1, ZeRO-3) or lies on other
+            adapters, if its start changed the base weights and ``initial`` is missing or another adapter's, if a
+            scaling was changed at run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if
+            ``path`` holds anything but an adapter.
     """
     if rank is not None:
         check_whole("rank", rank, low=1)
@@ -142,10 +150,34 @@ def save_adapter(
     )
     check_kind("card", card, (Mapping, type(None)), "a dict of facts")
 
+    gathered = _gathered(model)
+
     def write() -> SavedAdapter:
-        return _save(bare_model(model), target, rank, trim_ranks, uniform, initial, card or {}, tokenizer)
+        bare = bare_model(model)
+        return _save(bare, target, rank, trim_ranks, uniform, initial, card or {}, tokenizer, gathered)
 
     return first_rank_writes(target, write)
+
+
+def _gathered(model: nn.Module) -> dict[str, Tensor] | None:
+    # Of sharded factors, the state to be written: without the base's parts, which would fill the memory. Hooks of the
+    # state (offsets) communicate, too, so that all processes ask for it.
+    bare = unwrapped(model)
+    sharded = [
+        name
+        for name, factor in (named_adapter_parameters(bare) if isinstance(bare, PeftModel) else ())
+        if is_sharded(factor)
+    ]
+    if not sharded:
+        return None
+    state = bare.state_dict()
+    with torch.no_grad():
+        made = dict(zip(sharded, whole([state[name] for name in sharded]), strict=True))
+    return _not_sharded(state) | made
+
+
+def _not_sharded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not is_sharded(value)}
 
 
 def _save(
@@ -157,9 +189,10 @@ def _save(
     initial: dict[str, Tensor] | None,
     card: Mapping[str, Any],
     tokenizer: Any,
+    gathered: dict[str, Tensor] | None,
 ) -> SavedAdapter:
     found = _check_model(model, initial)
-    check_gathered(model, "save_adapter", adapters_only=True)
+    check_gathered(model, "save_adapter", adapters_only=True, gathered=gathered or ())
     if rank is not None:
         _check_plain(found, "rank", rank)
         if not found.pairs:
@@ -176,7 +209,7 @@ def _save(
         known=lambda name: name in _FILES or is_served_by(name, classifier=classifier, tokenizer=tokenizer),
     )
     with scratch_beside(target) as scratch:
-        front = _write(model, scratch)
+        front = _write(model, scratch, gathered)
         written = scratch if active_adapter(model) == "default" else scratch / active_adapter(model)
         files, scalings = AdapterFiles.read(written), _scalings(model)
         final = of_plain_base(files)
@@ -271,10 +304,10 @@ def _check_scaling(pair: LoraPair) -> None:
         )
 
 
-def _write(model: PeftModel, folder: Path) -> dict[str, Any]:
+def _write(model: PeftModel, folder: Path, gathered: dict[str, Tensor] | None) -> dict[str, Any]:
     # Returns the front matter of PEFT's card. What is left out are sharded weights of the base, which PEFT would have
     # all processes gather.
-    state = {key: value for key, value in model.state_dict().items() if not hasattr(value, "placements")}
+    state = _not_sharded(model.state_dict()) if gathered is None else gathered
     model.save_pretrained(str(folder), selected_adapters=[active_adapter(model)], state_dict=state)
     card = folder / _CARD  # other adapters than "default" get a folder of their own; the card stays outside
     return ModelCard.load(card).data.to_dict() if card.exists() else {}
