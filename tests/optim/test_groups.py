@@ -126,18 +126,6 @@ def test_a_merged_file_loaded_for_inference_says_so(optimizer, tmp_path):
         optimizer(loaded, lr=1e-3)
 
 
-@every
-@pytest.mark.parametrize("where", ["A", "B", "both"])
-def test_sharded_factors_are_refused(optimizer, where, monkeypatch):
-    model, _, _ = problem()
-    pair = find_pairs(model)[1]
-    for letter in "AB" if where == "both" else where:
-        getattr(pair, letter).placements = ()  # what a DTensor has
-    for params in (model, find_pairs(model)):
-        with pytest.raises(InputError, match=r"two are sharded.*fsdp_size"):
-            optimizer(params, lr=1e-3)
-
-
 def test_half_frozen_experts_and_plain_pairs_share_an_optimizer():
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
