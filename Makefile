@@ -21,7 +21,8 @@ reproduce: $(READY)
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadscope -m "not shaped"
-	$(BIN)/pytest -n 2 --dist loadscope -m shaped "--jaxtyping-packages=tangora,reproductions,$(CHECKER)"
+	$(BIN)/pytest -n 2 --dist loadscope -m shaped --ignore=tests/reproductions "--jaxtyping-packages=tangora,$(CHECKER)"
+	$(BIN)/pytest -n 2 --dist loadscope -m shaped "--jaxtyping-packages=reproductions,$(CHECKER)" tests/reproductions
 	HF_HUB_OFFLINE=1 $(BIN)/pytest --doctest-modules src/tangora
 
 unit: $(READY)
