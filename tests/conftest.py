@@ -11,6 +11,7 @@ import torch
 
 torch.set_num_threads(1)  # also where torch was there before this package
 
+TESTS = Path(__file__).parent
 SHAPED = {
     *("geometry", "integrate", "optim", "init", "adapters", "probes", "curvature", "diagnostics", "training"),
     "reproductions",
@@ -18,12 +19,21 @@ SHAPED = {
 """Folders of tests of functions whose annotations have shapes."""
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave out other folders where annotations are checked: not all that they import can be."""
+    if not config.getoption("--jaxtyping-packages") or not collection_path.is_relative_to(TESTS):
+        return None
+    first, *_ = collection_path.relative_to(TESTS).parts or ("",)
+    holds_tests = collection_path.is_dir() or collection_path.name.startswith("test_")
+    return True if first and first not in SHAPED and holds_tests else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     """Mark what runs with jaxtyping's checks."""
     for item in items:
         unchecked = item.get_closest_marker("slow") or item.get_closest_marker("messages")
-        if not unchecked and item.path.relative_to(Path(__file__).parent).parts[0] in SHAPED:
+        if not unchecked and item.path.relative_to(TESTS).parts[0] in SHAPED:
             item.add_marker("shaped")
 
 
