@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tangora._checks import InputError
+from tangora.adapters import sharded
 
 # PEFT's layers that ask `lora_variant` in the forward pass, in merging and in unmerging
 _CARRIERS = {
@@ -346,8 +346,10 @@ def _join_state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) 
         for key, frozen, dim in _entries(layer, adapter, prefix):
             if key in state:
                 live, frozen = state[key], -frozen if dim else frozen  # noqa: PLW2901
-                whole = torch.cat([_whole(live), frozen.to(live.device, live.dtype)], dim)
-                state[key] = _placed(whole, live)
+                # of a sharded factor by communication: like the state itself, it is asked for on every process
+                (trained,) = sharded.whole([live])
+                both = torch.cat([trained, frozen.to(live.device, live.dtype)], dim)
+                state[key] = sharded.distribute(both, live)
 
 
 @torch.no_grad()
@@ -364,23 +366,12 @@ def _split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
                     f"got shape {tuple(given.shape)}: call detach_offset before loading another adapter, or "
                     "tangora.load_adapter(base, path, is_trainable=True) on the base model"
                 )
-            trained, start = _whole(given).split(frozen.shape[dim], dim)
-            state[key] = _placed(trained.clone(), given)
+            (both,) = sharded.whole([given])
+            trained, start = both.split(frozen.shape[dim], dim)
+            state[key] = sharded.distribute(trained.clone(), given)
             frozen.copy_(-start if dim else start)
 
 
 def _entries(layer: Any, adapter: str, prefix: str) -> Iterator[tuple[str, Tensor, int]]:
     for container, live, frozen, dim in _factors(layer, adapter):
         yield f"{prefix}{container}.{adapter}" + ("" if isinstance(live, Tensor) else ".weight"), frozen, dim
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    # of a sharded factor by communication: like the state itself, it is asked for on every process
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return tensor
-    # every process has the whole tensor: no communication
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters.offset_layer import get_offset, with_both_pairs
+from tangora.adapters.sharded import is_sharded
 from tangora.adapters.stored_weight import module_weight
 
 _BASE = "base_model.model."
@@ -113,7 +114,7 @@ class LoraPair:
     @property
     def sharded(self) -> bool:
         """Whether a factor is a DTensor, of which this process holds a part."""
-        return any(hasattr(factor, "placements") for factor in (self.A, self.B))
+        return any(is_sharded(factor) for factor in (self.A, self.B))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters with the names that they have in the model.

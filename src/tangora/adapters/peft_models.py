@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from tangora._checks import InputError
+from tangora.adapters.sharded import is_sharded
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _APART = (
@@ -148,7 +149,7 @@ def check_not_sharded(
         instead: What to do, for the message.
     """
     for name, parameter in parameters:
-        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
+        if is_sharded(parameter) or hasattr(parameter, "ds_id"):
             raise InputError(
                 f"{what} needs whole weights, and {name} is sharded (FSDP, tensor parallelism, ZeRO-3): {instead}"
             )

@@ -29,7 +29,7 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors whole; parts by rows of the same processes come in one communication."""
     made = list(tensors)
-    by_rows: dict[tuple[DeviceMesh, int, torch.dtype], list[int]] = defaultdict(list)
+    by_rows: dict[tuple[DeviceMesh, int, torch.dtype], dict[int, DTensor]] = defaultdict(dict)
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, DTensor):
             continue
@@ -37,10 +37,11 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
         if dim is None:
             made[index] = tensor.full_tensor()
         else:
-            by_rows[tensor.device_mesh, dim, tensor.dtype].append(index)
-    for (mesh, dim, _), indices in by_rows.items():
-        gathered = _gathered([made[index] for index in indices], mesh, dim)
-        for index, tensor in zip(indices, gathered, strict=True):
+            by_rows[tensor.device_mesh, dim, tensor.dtype][index] = tensor
+    for (mesh, dim, _), cut in by_rows.items():
+        totals = [tensor.shape[0] for tensor in cut.values()]
+        gathered = _gather_rows([tensor.to_local() for tensor in cut.values()], totals, mesh, dim)
+        for index, tensor in zip(cut, gathered, strict=True):
             made[index] = tensor
     return made
 
@@ -49,12 +50,15 @@ def share(value: Tensor, like: Tensor) -> Tensor:
     """Return the part of a whole tensor that this process holds of another of its shape; no communication."""
     if not isinstance(like, DTensor):
         return value
-    dim = _rows_dim(like)
-    if dim is None:
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
-    start = like.device_mesh.get_local_rank(dim) * _chunk(like.shape[0], like.device_mesh.size(dim))
-    rows = like.to_local().shape[0]
-    return value[start : start + rows] if rows else value[:0]
+    own = LocalRows.of(like)
+    return local(distribute(value, like)) if own is None else value[own.rows]
+
+
+def distribute(value: Tensor, like: Tensor) -> Tensor:
+    """Cut a whole tensor as another of its shape is cut; no communication, since every process has it."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def zeros_beside(parameter: Tensor, side: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -134,11 +138,6 @@ def _rows_dim(tensor: DTensor) -> int | None:
 
 def _chunk(rows: int, parts: int) -> int:
     return -(-rows // parts)  # as torch.chunk: the last parts may be smaller or empty
-
-
-def _gathered(tensors: Sequence[Tensor], mesh: DeviceMesh, dim: int) -> list[Tensor]:
-    totals = [tensor.shape[0] for tensor in tensors]
-    return _gather_rows([local(tensor) for tensor in tensors], totals, mesh, dim)
 
 
 def _gather_rows(parts: Sequence[Tensor], totals: Sequence[int], mesh: DeviceMesh, dim: int) -> list[Tensor]:

@@ -4,9 +4,9 @@ import math
 
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tangora.adapters import active_adapter, discover, unwrapped
+from tangora.adapters.sharded import whole
 
 _MARK = "_tangora_starts"
 
@@ -49,5 +49,5 @@ def _size(model: nn.Module, adapter: str) -> float:
 
 
 def _squares(factor: Tensor) -> float:
-    whole = factor.full_tensor() if isinstance(factor, DTensor) else factor
-    return float(whole.detach().double().square().sum())
+    (factor,) = whole([factor])
+    return float(factor.detach().double().square().sum())

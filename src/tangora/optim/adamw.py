@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
+from tangora.adapters.sharded import is_sharded
 from tangora.optim.stack import Loaded, PairStack, StateShapes, shaped_like_factors
 
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -68,7 +69,7 @@ def adamw_parameters(
     active = [parameter for parameter in parameters if parameter.grad is not None]
     adamw_states(active, state)
     for sharded in (False, True):  # torch's kernels take whole tensors or shards, not both at once
-        some = [parameter for parameter in active if hasattr(parameter, "placements") == sharded]
+        some = [parameter for parameter in active if is_sharded(parameter) == sharded]
         states = [state[parameter] for parameter in some]
         if some:
             adamw_update(

@@ -74,7 +74,7 @@ class PairStack:
                     continue
                 dtype, device = state_place(self._parameters[factor][0], key)
                 if self.is_sharded and key != COUNTER:
-                    self._create_parts(factor, key, shape)
+                    self._create_parts(factor, key, shape, dtype)
                     continue
                 stacked = torch.zeros((len(states), *shape), dtype=dtype, device=device)
                 for index, state in enumerate(states):
@@ -82,11 +82,10 @@ class PairStack:
                         stacked[index] = state[key].reshape(shape)
                 self._set(factor, key, stacked)
 
-    def _create_parts(self, factor: Factor, key: str, shape: tuple[int, ...]) -> None:
+    def _create_parts(self, factor: Factor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for parameter, state in zip(self._parameters[factor], self._states[factor], strict=True):
             if key not in state:
                 shape = tuple(parameter.shape) if shape == as_matrix(parameter).shape else shape
-                dtype, _ = state_place(parameter, key)
                 state[key] = zeros_beside(parameter, "BA".index(factor), shape, dtype)
 
     @property
@@ -183,10 +182,8 @@ class PairStack:
     def _set(self, factor: Factor, key: str, stacked: Tensor) -> Tensor:
         parameter = self._parameters[factor][0]
         stacked = self._laid_out(factor, stacked)
-        slices = [
-            piece.view(parameter.shape) if self._is_like_factor(factor, stacked) else piece
-            for piece in stacked.unbind()
-        ]
+        is_like_factor = self._is_like_factor(factor, stacked)
+        slices = [piece.view(parameter.shape) if is_like_factor else piece for piece in stacked.unbind()]
         for state, piece in zip(self._states[factor], slices, strict=True):
             state[key] = piece
         self._buffers[factor, key] = _Buffer(stacked, slices)
