@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as sharded_zeros
@@ -87,15 +87,15 @@ def cut_beside(value: Tensor, parameter: Tensor, side: int) -> Tensor:
     return made
 
 
-def all_agree(flag: bool, tensors: Iterable[Tensor]) -> bool:
-    """Tell whether something holds on all processes that hold parts of some tensors."""
+def agreed(flags: Bool[Tensor, "..."], tensors: Iterable[Tensor]) -> Bool[Tensor, "..."]:
+    """Return which flags hold on all processes that hold parts of some tensors."""
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
     for mesh in meshes:
-        agreed = torch.tensor(float(flag), device=mesh.device_type)
+        sent = flags.to(mesh.device_type, torch.float32)
         for dim in range(mesh.ndim):
-            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=mesh.get_group(dim))
-        flag = bool(agreed)
-    return flag
+            dist.all_reduce(sent, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        flags = sent > 0
+    return flags
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tangora._types import Core, FactorA, FactorB
+from tangora.geometry.guess import all_may
 
 # A Cholesky pivot ratio this much above the cut-off leaves no doubt that the eigenvalues are above it too.
 _SAFETY = 1e4
@@ -107,7 +108,7 @@ def whiten(matrix: Core, cutoff: float) -> Core:
     root, info = torch.linalg.cholesky_ex(matrix)
     pivots = root.diagonal(dim1=-2, dim2=-1)
     safe = (info == 0) & (pivots.amin(-1) ** 2 > _SAFETY * cutoff * pivots.amax(-1) ** 2)
-    if safe.all():  # one device synchronisation
+    if all_may(safe):
         return _inverse_transposed(root)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     by_cholesky = _inverse_transposed(root.where(safe[..., None, None], identity))
@@ -125,6 +126,12 @@ def _whiten_by_eigenvectors(matrix: Core, skip: Bool[Tensor, "*b"], cutoff: floa
     kept = values > cutoff * values[..., -1:]
     result[~skip] = vectors * values.rsqrt().where(kept, 0.0)[..., None, :]
     return result
+
+
+def cholesky_inverse(matrix: Core) -> Core:
+    """Return the inverse of a positive definite matrix, without looking whether it is one."""
+    whitening = _inverse_transposed(torch.linalg.cholesky_ex(matrix).L)
+    return whitening @ whitening.mT
 
 
 def damped_whiten(matrix: Core, damping: float | Tensor) -> Core:

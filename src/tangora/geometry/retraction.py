@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tangora._types import Core, FactorA, FactorB
-from tangora.geometry.gram import plus, plus_times
+from tangora.geometry.gram import cholesky_inverse, plus, plus_times
+from tangora.geometry.guess import all_may
 from tangora.geometry.tangent import Frame, Tangent
 
 Retraction = Literal["auto", "orthographic", "svd"]
@@ -52,12 +53,15 @@ def retract(
     if kind == "svd":
         return svd_retract(A, B, at, tangent, step)
     core = _relative_core(at, tangent, step)
+    near = _near_identity(core)
+    ill = _ill_conditioned_factors(A, B, at) if kind == "auto" else torch.zeros_like(near)
+    if all_may(near & ~ill):
+        return _orthographic(A, B, at, tangent, step, _inverse_near_identity(core))
+    by_core = _orthographic(A, B, at, tangent, step, torch.linalg.inv_ex(core).inverse)
     if kind == "orthographic":
-        return _orthographic(A, B, at, tangent, step, core)
-    needs_svd = ~well_conditioned(core) | _ill_conditioned_factors(A, B, at)
-    if not needs_svd.any():  # one device synchronisation
-        return _orthographic(A, B, at, tangent, step, core)
-    return _mixed(A, B, at, tangent, step, core, needs_svd)
+        return by_core
+    needs_svd = ~well_conditioned(core) | ill
+    return _mixed(by_core, A, B, at, tangent, step, needs_svd) if needs_svd.any() else by_core
 
 
 def decayed_step(
@@ -116,7 +120,7 @@ def kept_balanced(A: FactorA, B: FactorB) -> Factors:
     size = (G_A + G_B).diagonal(dim1=-2, dim2=-1).sum(-1)
     product = (G_A * G_B).sum((-2, -1)).clamp(min=0).sqrt()
     far = size > 2 * MAX_IMBALANCE * math.sqrt(A.shape[-2]) * product
-    if not far.any():  # one device synchronisation
+    if all_may(~far):
         return Factors(A, B)
     A_new, B_new = A.clone(), B.clone()
     A_new[far], B_new[far] = rebalance(A[far], B[far])
@@ -159,14 +163,20 @@ def well_conditioned(core: Core) -> Bool[Tensor, "*b"]:
     Returns:
         True where $\mathrm{cond}(\Omega) \le 10$.
     """
-    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    # cond(I - E) <= (1 + |E|) / (1 - |E|): most matrices pass this cheap test and need no singular values
-    near = (_MAX_CONDITION - 1) / (_MAX_CONDITION + 1)
-    good = torch.linalg.matrix_norm(core - identity) <= near
-    if good.all():
-        return good
     values = torch.linalg.svdvals(core.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-    return good | (values[..., 0] <= _MAX_CONDITION * values[..., -1])
+    return _near_identity(core) | (values[..., 0] <= _MAX_CONDITION * values[..., -1])
+
+
+def _near_identity(core: Core) -> Bool[Tensor, "*b"]:
+    # cond(I - E) <= (1 + |E|) / (1 - |E|): most matrices pass this cheap test and need no singular values
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    return torch.linalg.matrix_norm(core - identity) <= (_MAX_CONDITION - 1) / (_MAX_CONDITION + 1)
+
+
+def _inverse_near_identity(core: Core) -> Core:
+    # its condition number is at most ten: squared, in float64, that costs nothing
+    core64 = core.double()
+    return (cholesky_inverse(core64.mT @ core64) @ core64.mT).to(core.dtype)
 
 
 def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
@@ -174,7 +184,7 @@ def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
     return identity - step * (at.whiten_A.mT @ at.whiten_B) @ (tangent.K @ at.V.mT)
 
 
-def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, core: Core) -> Factors:
+def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, inverse: Core) -> Factors:
     r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
 
     $A_+ = A - h K_B$ and $B_+ = B - h J_A (A_+ A^\top G_A^{-1})^{-1}$. Second order (equal to the SVD retraction up to
@@ -184,7 +194,6 @@ def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: flo
     Source:
         Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
     """
-    inverse, _ = torch.linalg.inv_ex(core)
     A_new = plus(A, at.whiten_B, tangent.K, scale=-step)
     B_new = plus_times(B, tangent.J, inverse @ at.whiten_A.mT, scale=-step)
     return Factors(A_new, B_new)
@@ -201,15 +210,15 @@ def _condition_bound(factor: Float[Tensor, "*b p q"], whitening: Core) -> Float[
 
 
 def _mixed(
+    by_core: Factors,
     A: FactorA,
     B: FactorB,
     at: Frame,
     tangent: Tangent,
     step: float,
-    core: Core,
     needs_svd: Bool[Tensor, "*b"],
 ) -> Factors:
-    A_new, B_new = _orthographic(A, B, at, tangent, step, core)
+    A_new, B_new = by_core
     chosen = Frame(*(part[needs_svd] for part in at))
     turned = Tangent(*(part[needs_svd] for part in tangent))
     by_svd = svd_retract(A[needs_svd], B[needs_svd], chosen, turned, step)

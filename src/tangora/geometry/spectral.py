@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tangora._types import FactorA
 from tangora.geometry.gram import gram, plus, plus_times, relative_cutoff, times, whiten
-from tangora.geometry.precision import full_precision
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates
 
 # Odd polynomials a x + b x^3 + c x^5, each the best approximation of 1 on the interval that the last one leaves, from
@@ -75,7 +74,8 @@ _ITERATIONS = {
 def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
     r"""Return the polar factor $P Q^\top$ of the singular value decomposition $P \Sigma Q^\top$.
 
-    Matrix products only: batched, without waiting for the device. Singular values above a share of the largest (1e-3 in
+    Matrix products only: batched, without waiting for the device; they must be in full precision (`full_precision`),
+    as optimizers see to. Singular values above a share of the largest (1e-3 in
     float32, 1e-6 in float64) become one, smaller ones grow by 1e3 at least, and zeros stay zero.
 
     Args:
@@ -85,19 +85,18 @@ def polar(matrix: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b k k"]:
         The factor, in the same dtype.
     """
     first, steps = _ITERATIONS[matrix.dtype]
-    with full_precision(matrix.device):
-        X = matrix / _largest(matrix)
-        G = X.mT @ X
-        # the root of the sum of all fourth powers: above the largest singular value, but not by much
-        size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
-        scale = _LARGEST * first / size
-        X, G = X * scale, G * scale**2
-        for index, (p, q) in enumerate(steps):
-            G = X.mT @ X if index else G
-            G.diagonal(dim1=-2, dim2=-1).add_(p)
-            G = G @ G
-            G.diagonal(dim1=-2, dim2=-1).add_(q)
-            X = X @ G
+    X = matrix / _largest(matrix)
+    G = X.mT @ X
+    # the root of the sum of all fourth powers: above the largest singular value, but not by much
+    size = torch.linalg.matrix_norm(G, keepdim=True).sqrt().clamp(min=1)
+    scale = _LARGEST * first / size
+    X, G = X * scale, G * scale**2
+    for index, (p, q) in enumerate(steps):
+        G = X.mT @ X if index else G
+        G.diagonal(dim1=-2, dim2=-1).add_(p)
+        G = G @ G
+        G.diagonal(dim1=-2, dim2=-1).add_(q)
+        X = X @ G
     return X
 
 
@@ -161,6 +160,8 @@ def _orthonormal(parts: Sequence[Tensor], inside: Tensor) -> list[tuple[Tensor, 
     for part, G, square in zip(parts, grams, squares, strict=True):
         # where nearly all was subtracted the rest is rounding, and must not become a direction
         rounding = 10 * part.shape[-1] ** 0.5 * torch.finfo(part.dtype).eps
-        Z = whiten(G, relative_cutoff(G.shape[-1], part.dtype)) * (square.sqrt() > rounding * size)
+        is_there = square.sqrt() > rounding * size
+        G_there = G.where(is_there, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
+        Z = whiten(G_there, relative_cutoff(G.shape[-1], part.dtype)).where(is_there, 0.0)
         found.append((Z.mT.to(part.dtype), (G @ Z).to(part.dtype)))
     return found

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -22,8 +23,9 @@ def adamw_update(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     group: dict[str, Any],
+    unless: Bool[Tensor, ""] | None = None,
 ) -> None:
-    """Take one AdamW step in place, ``steps`` included."""
+    """Take one AdamW step in place, ``steps`` included, unless there is a doubt (where it can be fused only)."""
     beta1, beta2 = group["betas"]
     adamw(
         list(tensors),
@@ -40,6 +42,7 @@ def adamw_update(
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group.get("maximize", False),
+        found_inf=None if unless is None else unless.float(),
     )
 
 
@@ -89,7 +92,8 @@ def _step_device(parameter: Tensor) -> torch.device:
 
 def step_counters(tensors: Sequence[Tensor], step: int) -> list[Tensor]:
     """Make the counters that `adamw_update` takes."""
-    return [torch.tensor(float(step - 1), device=_step_device(tensor)) for tensor in tensors]
+    # filled on the device: a number copied there would be waited for
+    return [torch.full((), float(step - 1), device=_step_device(tensor)) for tensor in tensors]
 
 
 def adamw_moments(pair: LoraPair) -> StateShapes:

@@ -14,15 +14,13 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_callable, check_choice, check_kind, check_number, shown
-from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
-from tangora.adapters.sharded import all_agree, cut_beside, is_sharded, local
-from tangora.geometry.precision import full_precision
+from tangora.adapters.sharded import agreed, cut_beside, is_sharded, local
 from tangora.optim.adamw import adamw_parameters, adamw_states
 from tangora.optim.gradients import Watch
 from tangora.optim.groups import FINGERPRINT, PairGroup, Params, grouped, prepared
-from tangora.optim.stack import COUNTER, Gathered, Loaded, PairStack, StateShapes, state_place
+from tangora.optim.stack import COUNTER, Gathered, StateShapes, state_place
 
 OnNonfinite = Literal["raise", "skip"]
 
@@ -335,10 +333,11 @@ class PairOptimizer(Optimizer, ABC):
         # the processes that hold its parts: all take the step, or none.
         gradients = [gradient for _, gradient in named]
         parts = [local(gradient) for gradient in gradients]
-        if all_agree(bool(get_total_norm(parts).isfinite()), gradients):
+        finite = get_total_norm(parts).isfinite()
+        if bool(agreed(finite, gradients)):
             return
         broken = [name for (name, _), part in zip(named, parts, strict=True) if not part.isfinite().all()]
-        if not all_agree(not broken, gradients):
+        if not agreed(torch.full_like(finite, not broken), gradients):
             where = "what another process holds"
             if broken:
                 first = broken[0]
@@ -354,26 +353,6 @@ def _signature(optimizer: type[PairOptimizer]) -> inspect.Signature:
     return inspect.Signature(
         [*named.values(), *(common[name] for name in CommonOptions.__annotations__ if name not in named)]
     )
-
-
-class LayerwiseOptimizer(PairOptimizer):
-    """A pair optimizer whose layers move one by one, each by its own gradient."""
-
-    def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
-        del closure
-        self._check_finite(gathered)
-        for each in gathered:  # one by one: each copies its factors and gradients
-            self._step_one(each)
-
-    def _step_one(self, gathered: Gathered) -> None:
-        here = gathered.load()
-        with full_precision(here.A.device):
-            new = self._step_stack(gathered.stack, here, gathered.options)
-            gathered.stack.write(*new)
-
-    @abstractmethod
-    def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
-        """Return the new factors of a stack and keep its states."""
 
 
 def _options(group: PairGroup) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from torch import Tensor
 from tangora._checks import check_number
 from tangora.adapters import LoraPair
 from tangora.geometry.tangent import Cotangent
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import PairStack, StateShapes, shaped_like_factors
 
 

@@ -15,11 +15,13 @@ from tangora._checks import InputError, check_choice
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
+from tangora.geometry.guess import doubt
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
 from tangora.optim.adamw import adamw_factors, adamw_moments, adamw_update, step_counters
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 Moments = Literal["weight", "factor"] | None
@@ -48,9 +50,8 @@ def adam_on_weight(
     # torch's fused AdamW does all of Adam in one pass over the four matrices: a unit step from zero is -U
     direction = torch.zeros_like(equivalent)
     unit_step = {**group, "lr": 1.0, "weight_decay": 0.0, "maximize": False}
-    adamw_update(
-        [direction], [equivalent], [exp_avg], [exp_avg_sq], step_counters([direction], step), unit_step
-    )
+    counters = step_counters([direction], step)
+    adamw_update([direction], [equivalent], [exp_avg], [exp_avg_sq], counters, unit_step, unless=doubt())
     return Cotangent((factors.B.mT @ direction).neg_(), (direction @ factors.A.mT).neg_())
 
 
@@ -91,6 +92,11 @@ class LoRAPro(LayerwiseOptimizer):
             "retraction": retraction,
         }
         super().__init__(params, lr, own, **common)
+
+    def _may_guess(self, group: dict[str, Any]) -> bool:
+        # moments of the weight are updated in place, where only doubts of the frame, before, can stop that
+        retraction = group["retraction"]
+        return retraction == "factors" or (retraction != "svd" and group["moments"] != "weight")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("moments", group["moments"], _MOMENTS)

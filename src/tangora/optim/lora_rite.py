@@ -16,8 +16,9 @@ from tangora.adapters import LoraPair
 from tangora.geometry.gram import eigendecompose, times
 from tangora.geometry.retraction import Factors, rounded
 from tangora.geometry.tangent import Cotangent, coordinates, frame
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 _EPS = 1e-6

@@ -146,6 +146,7 @@ class ODELoRA(PairOptimizer):
         for each, here, factors in zip(gathered, loaded, new, strict=True):
             every = each.options["rebalance_every"]
             each.stack.write(*(rebalance(*factors) if every and here.step % every == 0 else factors))
+            each.stack.count()
 
     def _flow(
         self, field: "_ModelField", gathered: Sequence[Gathered], loaded: Sequence[Loaded]

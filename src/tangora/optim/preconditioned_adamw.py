@@ -14,8 +14,9 @@ from tangora.adapters import LoraPair
 from tangora.geometry.gram import damped_inverse, gram, times
 from tangora.geometry.tangent import Cotangent
 from tangora.optim.adamw import adamw_factors, adamw_moments
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tangora._types import FactorA, FactorB
@@ -64,7 +64,10 @@ class PairStack:
         }
         self._buffers: dict[tuple[Factor, str], _Buffer] = {}
         self.is_sharded = any(pair.sharded for pair in pairs)
-        self._gathered: dict[tuple[Factor, str], Tensor] = {}  # whole states, during a step
+        self._tentative = False
+        self._drafts: dict[
+            tuple[Factor, str], Tensor
+        ] = {}  # states during a step: whole, and not yet to be kept
 
     def create(self, shapes: StateShapes) -> None:
         """Give the members the states that they lack, zeros, and their step counters."""
@@ -93,11 +96,28 @@ class PairStack:
         """The dtype that the factors are kept in."""
         return self.pairs[0].A.dtype
 
-    def load(self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool) -> Loaded:
-        """Copy factors and gradients, with the sign that makes every step a descent."""
+    @property
+    def device(self) -> torch.device:
+        """The device that the factors are on."""
+        return self.pairs[0].A.device
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken so far."""
+        return int(self.state("A", COUNTER)[0])
+
+    def load(
+        self, gradients: Sequence[tuple[FactorA, FactorB]], *, maximize: bool, tentative: bool = False
+    ) -> Loaded:
+        """Copy factors and gradients, with the sign that makes every step a descent.
+
+        Args:
+            tentative: Whether the step may yet be given up: states are then copies, too.
+        """
         scaling = self.pairs[0].scaling
         unit = -scaling if maximize else scaling
-        self._gathered.clear()  # of a step that was broken off
+        self._drafts.clear()  # of a step that was broken off
+        self._tentative = tentative
         kinds = *self._parameters.values(), *zip(*gradients, strict=True)
         tensors = iter(whole([tensor for kind in kinds for tensor in kind]))
         A, B, g_A, g_B = (_stack([as_matrix(next(tensors)) for _ in self.pairs]) for _ in kinds)
@@ -106,19 +126,27 @@ class PairStack:
             _long_side_contiguous(B),
             Cotangent(g_A.div_(unit), _long_side_contiguous(g_B).div_(unit)),
             scaling,
-            step=int(self.state("A", COUNTER)[0]) + 1,
+            step=self.steps + 1,
         )
 
     def state(self, factor: Factor, key: str) -> Float[Tensor, "N ..."]:
         """Return a state of all members as one tensor of matrices, vectors or scalars."""
+        if key == COUNTER or not (self.is_sharded or self._tentative):
+            return self._kept(factor, key)
+        if (factor, key) not in self._drafts:
+            self._drafts[factor, key] = (
+                self._whole(factor, key) if self.is_sharded else self._kept(factor, key).clone()
+            )
+        return self._drafts[factor, key]
+
+    def _whole(self, factor: Factor, key: str) -> Tensor:
+        parameter = self._parameters[factor][0]
+        held = whole([state[key] for state in self._states[factor]])
+        return self._laid_out(factor, torch.stack([_as_kept(value, parameter) for value in held]))
+
+    def _kept(self, factor: Factor, key: str) -> Tensor:
         states, cached = self._states[factor], self._buffers.get((factor, key))
         parameter = self._parameters[factor][0]
-        if self.is_sharded and key != COUNTER:
-            if (factor, key) not in self._gathered:
-                held = whole([state[key] for state in states])
-                stacked = torch.stack([_as_kept(value, parameter) for value in held])
-                self._gathered[factor, key] = self._laid_out(factor, stacked)
-            return self._gathered[factor, key]
         dtype, device = state_place(parameter, key)
         if (
             cached is not None
@@ -137,9 +165,12 @@ class PairStack:
         return LocalRows.of(self.pairs[0].B)
 
     def rows_of(self, key: str, size: int) -> Iterator[Float[Tensor, "N rows n"]]:
-        """Yield a state of the weight's size, kept with B: those rows of at most so many members at a time."""
+        """Yield a state of the weight's size, kept with B: those rows of at most so many members at a time.
+
+        They are never copied: an update that may yet be given up must skip itself.
+        """
         if self.local_rows is None:
-            yield from self.state("B", key).split(size)
+            yield from self._kept("B", key).split(size)
         else:
             yield from (local(state[key])[None] for state in self._states["B"])
 
@@ -152,24 +183,33 @@ class PairStack:
         for key, value in values.items():
             self.state(factor, key).copy_(value)
 
-    def write(self, A: FactorA, B: FactorB) -> None:
-        """Write new factors into the parameters and count the step."""
-        self.place(A, B)
-        for (factor, key), values in self._gathered.items():
-            for state, value in zip(self._states[factor], values, strict=True):
-                local(state[key]).copy_(share(value.reshape(state[key].shape), state[key]))
-        self._gathered.clear()
+    def write(self, A: FactorA, B: FactorB, *, unless: Bool[Tensor, ""] | None = None) -> None:
+        """Write new factors into the parameters, and the states of the step, unless there is a doubt."""
+        self.place(A, B, unless=unless)
+        for (factor, key), values in self._drafts.items():
+            held = [state[key] for state in self._states[factor]]
+            if not self.is_sharded:
+                kept = self._kept(factor, key)
+                kept.copy_(values if unless is None else torch.where(unless, kept, values))
+                continue
+            parts = [share(value.reshape(old.shape), old) for value, old in zip(values, held, strict=True)]
+            _copy([local(each) for each in held], parts, unless)
+        self._drafts.clear()
+        self._tentative = False
+
+    def count(self) -> None:
+        """Count a step."""
         for factor in self._parameters:
             self.state(factor, COUNTER).add_(1)
 
-    def place(self, A: FactorA, B: FactorB) -> None:
+    def place(self, A: FactorA, B: FactorB, *, unless: Bool[Tensor, ""] | None = None) -> None:
         """Write factors into the parameters, for a look at the gradient there: no step is counted."""
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
             new = values.view(-1, *parameters[0].shape).unbind()
             parts = [share(each, parameter) for each, parameter in zip(new, parameters, strict=True)]
-            torch._foreach_copy_([local(parameter) for parameter in parameters], parts)
+            _copy([local(parameter) for parameter in parameters], parts, unless)
 
     def _is_like_factor(self, factor: Factor, stacked: Tensor) -> bool:
         return stacked.dim() == 3 and stacked[0].numel() == self._parameters[factor][0].numel()
@@ -188,6 +228,12 @@ class PairStack:
             state[key] = piece
         self._buffers[factor, key] = _Buffer(stacked, slices)
         return stacked
+
+
+def _copy(held: list[Tensor], new: list[Tensor], unless: Bool[Tensor, ""] | None) -> None:
+    if unless is not None:
+        new = list(torch.where(unless, torch.stack(held), torch.stack(new)).unbind())
+    torch._foreach_copy_(held, new)
 
 
 def _as_kept(state: Tensor, parameter: Tensor) -> Tensor:
@@ -218,9 +264,9 @@ class Gathered(NamedTuple):
     gradients: list[tuple[FactorA, FactorB]]
     options: dict[str, Any]
 
-    def load(self) -> Loaded:
+    def load(self, *, tentative: bool = False) -> Loaded:
         """Copy factors and gradients for a step."""
-        return self.stack.load(self.gradients, maximize=self.options["maximize"])
+        return self.stack.load(self.gradients, maximize=self.options["maximize"], tentative=tentative)
 
     def by_pair(self) -> Iterator[tuple[LoraPair, Tensor]]:
         """Yield each gradient with the pair that it belongs to."""

@@ -25,8 +25,9 @@ from tangora.geometry.tangent import (
     second_moments,
     transport,
 )
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import Loaded, PairStack, StateShapes
 
 # A row whose gradient is this much below the average counts as having this share of it: the metric must stay
@@ -124,6 +125,9 @@ class TangentAdam(LayerwiseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("retraction", group["retraction"], RETRACTIONS)
+
+    def _may_guess(self, group: dict[str, Any]) -> bool:
+        return group["retraction"] != "svd"
 
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
         m, n, r = pair.shape

@@ -18,8 +18,9 @@ from tangora.adapters import LoraPair
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step, rounded
 from tangora.geometry.spectral import spectral_direction
 from tangora.geometry.tangent import Cotangent, frame, transport
-from tangora.optim.base import CommonOptions, LayerwiseOptimizer
+from tangora.optim.base import CommonOptions
 from tangora.optim.groups import Params
+from tangora.optim.layerwise import LayerwiseOptimizer
 from tangora.optim.stack import Loaded, PairStack, StateShapes, shaped_like_factors
 
 _REFERENCE_RANK = 8
@@ -108,6 +109,9 @@ class TangentMuon(LayerwiseOptimizer):
         check_choice("nesterov", group["nesterov"], (True, False))
         check_whole("iterations", group["iterations"], low=1)
         check_choice("retraction", group["retraction"], RETRACTIONS)
+
+    def _may_guess(self, group: dict[str, Any]) -> bool:
+        return group["retraction"] != "svd"
 
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:  # noqa: ARG002
         return shaped_like_factors(pair, "momentum_buffer")
