@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangora.geometry import gauge as gauges
 from tangora.geometry.gauge import GAUGES, factor_velocity, imbalance
+from tangora.geometry.guess import guessing
 from tangora.geometry.retraction import retract
 from tangora.geometry.tangent import (
     Cotangent,
@@ -136,6 +137,21 @@ def test_lyapunov_decomposes_its_one_matrix_once(monkeypatch):
         calls.clear()
         factor_velocity(case.A, case.B, at, xi, name)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+@pytest.mark.parametrize("gauge", ["sylvester", "lyapunov"])
+def test_without_decompositions_the_gauges_are_the_same(gauge, condition, size):
+    A, B, g, s = random_case(40, 30, 8, seed=1)
+    A, B = gauge_transform(A, size * B, condition, seed=2)
+    case = Case(A, B, g, s)
+    at, xi = frame_and_tangent(case)
+    wanted = factor_velocity(A, B, at, xi, gauge)
+    with guessing():
+        found = factor_velocity(A, B, at, xi, gauge)
+    for one, other in zip(wanted, found, strict=True):
+        assert (one - other).abs().max() < 1e-11 * condition**2 * one.abs().max()
 
 
 def test_balance_is_not_kept_by_the_other_gauges():

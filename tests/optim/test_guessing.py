@@ -78,7 +78,7 @@ def model_of_two_shapes() -> nn.Module:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    model(INPUTS).square().mean().backward()
+    model(INPUTS.to(next(model.parameters()).device)).square().mean().backward()
     optimizer.step()
 
 
@@ -103,7 +103,7 @@ def test_a_step_waits_twice_and_decomposes_nothing(name, looked):
         step(model, optimizer)
     looked.clear()
     optimizer.zero_grad()
-    model(INPUTS).square().mean().backward()
+    model(INPUTS.to(next(model.parameters()).device)).square().mean().backward()
     with Counted() as counted:
         optimizer.step()
     assert not looked
