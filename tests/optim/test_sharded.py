@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tangora import LoRAPro, ODELoRA, find_pairs, initialize, save_adapter
 from tangora.adapters.saved_factors import WEIGHTS
+from tangora.optim import layerwise
 from tests.optim.parallel import (
     STEPS,
     adapted,
@@ -68,6 +69,11 @@ def fully_sharded(rank, folder):
         model = initialized(start)
         found["start", start] = trained(shard(model), "tangent", rank, world)
         save_adapter(model, f"{folder}/saved-{start}")
+    with pytest.MonkeyPatch.context() as patch:  # as on a GPU
+        patch.setattr(layerwise, "_waiting_costs", lambda device: True)
+        patch.setattr(layerwise, "_FIRST_GUESS", 1)
+        for name in SOME:
+            found["guessed", name] = trained(shard(adapted()), name, rank, world)
     found["heun"] = stages(shard(adapted()), rank, world)
     found["not finite"] = not_finite(rank, world)
     found["largest message"] = largest_message(rank, world)
@@ -175,7 +181,7 @@ def test_fully_sharded_equals_one_process(tmp_path):
         for name, r in CASES:
             assert_equal(found[name, r], expected(name, r=r), 1e-11)
         for name in SOME:
-            for way in ("again", "from one", "accelerate"):
+            for way in ("again", "from one", "accelerate", "guessed"):
                 assert_equal(found[way, name], expected(name), 1e-11)
         assert_equal(found["heun"], heun, 1e-11)
         for start in ("lora", "orthogonal"):
