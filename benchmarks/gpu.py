@@ -46,6 +46,10 @@ from tangora.optim import layerwise
 
 OURS = ("TangentMuon(auto)", "TangentAdam(auto)", "LoRAPro(factor)", "PreconditionedAdamW")
 LOOKING = "TangentMuon(auto), looking at every branch"
+COMPILED = {
+    "TangentMuon(auto), compiled": {},
+    "TangentMuon(auto), compiled to graphs": {"mode": "reduce-overhead"},
+}
 STARTS = ("orthogonal", "lora-ga", "lora-one")
 
 
@@ -118,9 +122,11 @@ class Settings:
 def steps(settings: Settings, rank: int) -> dict[str, Any]:
     """Time the steps of all optimizers against torch's AdamW, on adapters alone."""
     cases, optimizers = [], {}
-    for name in (FOREACH, FUSED, *OURS, LOOKING):
+    for name in (FOREACH, FUSED, *OURS, LOOKING, *COMPILED):
         model = adapted(settings.steps.layers(), rank, settings.device)
-        optimizer = ON_ADAPTERS[OURS[0] if name == LOOKING else name](model)
+        optimizer = ON_ADAPTERS.get(name, ON_ADAPTERS[OURS[0]])(model)
+        if name in COMPILED:
+            optimizer.compile(**COMPILED[name])
         optimizers[name] = optimizer, find_pairs(model)
         run = partial(_looking, optimizer.step) if name == LOOKING else optimizer.step
         # momenta have the rank of some gradients, and the first steps look anyway

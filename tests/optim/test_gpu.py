@@ -42,6 +42,20 @@ def test_a_step_waits_twice(name):
     assert sum("synchronizing" in str(each.message) for each in caught) <= 2
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("name", STEADY)
+def test_compiled_steps_equal_the_others(name, mode):
+    models = [model_of_two_shapes().cuda() for _ in range(2)]
+    plain, compiled = (STEADY[name](model) for model in models)
+    torch._dynamo.reset()
+    compiled.compile(mode=mode)
+    for _ in range(10):
+        step(models[0], plain)
+        step(models[1], compiled)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("method", ["orthogonal", "pissa", "lora-ga", "lora-one"])
 def test_starts_equal_those_on_a_cpu(method):
     updates = []

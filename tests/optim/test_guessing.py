@@ -71,8 +71,8 @@ def looked(monkeypatch):
 
 
 def model_of_two_shapes() -> nn.Module:
-    layers = [nn.Linear(24, 32), nn.Linear(32, 24)]
     torch.manual_seed(0)
+    layers = [nn.Linear(24, 32), nn.Linear(32, 24)]
     return randomize(with_lora(nn.Sequential(*layers, *copy.deepcopy(layers)).double(), r=4), scale=0.3)
 
 
@@ -140,7 +140,7 @@ COMMON = {"step_size": 1e-4, "decay": 1.0, "retraction": "auto", "stored": torch
 
 def tangent(momentum: Cotangent):
     moments = TangentMoments(momentum, ROWS, COLUMNS)
-    return tangent_adam_step(A, B, GRADIENT, moments, step=5, betas=(0.9, 0.999), eps=1e-8, **COMMON)
+    return tangent_adam_step(A, B, GRADIENT, moments, correction=0.5, betas=(0.9, 0.999), eps=1e-8, **COMMON)
 
 
 def tangent_muon(momentum: Cotangent):
@@ -162,3 +162,22 @@ def test_pure_steps_compile_whole(pure):
     found = torch.compile(guessed, backend="eager", fullgraph=True)(cotangent(2))
     torch.testing.assert_close(found, guessed(cotangent(2)))
     assert not found[1]
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_compiled_steps_are_the_same_and_compile_once(name):
+    models = [model_of_two_shapes() for _ in range(2)]
+    plain, compiled = (STEADY[name](model) for model in models)
+    torch._dynamo.reset()
+    compiled.compile(backend="eager")
+    for number in range(9):
+        for optimizer in (plain, compiled):
+            optimizer.param_groups[0]["lr"] = 1e-4 * 0.9**number
+        step(models[0], plain)
+        with torch._dynamo.config.patch(error_on_recompile=number > 4):
+            step(models[1], compiled)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert compiled._compiled
+    again = copy.deepcopy(compiled)
+    assert again._compiled == {}

@@ -41,7 +41,7 @@ def rounded(factors: Factors, stored: torch.dtype) -> Factors:
 
 
 def retract(
-    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, kind: Retraction = "auto"
+    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float | Tensor, kind: Retraction = "auto"
 ) -> Factors:
     r"""Take the step $Y - h\,\xi$ and come back to rank r.
 
@@ -65,7 +65,13 @@ def retract(
 
 
 def decayed_step(
-    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, decay: float, kind: Retraction
+    A: FactorA,
+    B: FactorB,
+    at: Frame,
+    tangent: Tangent,
+    step: float | Tensor,
+    decay: float | Tensor,
+    kind: Retraction,
 ) -> Factors:
     r"""Take the step $\gamma Y - h\,\xi$ and come back to rank r in factors that are not far from balanced.
 
@@ -81,7 +87,7 @@ def decayed_step(
     return kept_balanced(*retract(A, B * decay, shrunk, tangent, step, kind))
 
 
-def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float) -> Factors:
+def svd_retract(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float | Tensor) -> Factors:
     r"""Return balanced factors of the best rank-r approximation of $Y - h \xi$.
 
     $Y - h\xi = [U\;\; J]\,[\,(U^\top B) A - h K;\; -h V]$, both thin matrices orthogonalised by QR, and an SVD of
@@ -179,12 +185,14 @@ def _inverse_near_identity(core: Core) -> Core:
     return (cholesky_inverse(core64.mT @ core64) @ core64.mT).to(core.dtype)
 
 
-def _relative_core(at: Frame, tangent: Tangent, step: float) -> Core:
+def _relative_core(at: Frame, tangent: Tangent, step: float | Tensor) -> Core:
     identity = torch.eye(at.whiten_A.shape[-1], dtype=at.whiten_A.dtype, device=at.whiten_A.device)
     return identity - step * (at.whiten_A.mT @ at.whiten_B) @ (tangent.K @ at.V.mT)
 
 
-def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float, inverse: Core) -> Factors:
+def _orthographic(
+    A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float | Tensor, inverse: Core
+) -> Factors:
     r"""Retract along the normal space: $P_T(Y_+) = P_T(Y - h \xi)$.
 
     $A_+ = A - h K_B$ and $B_+ = B - h J_A (A_+ A^\top G_A^{-1})^{-1}$. Second order (equal to the SVD retraction up to
@@ -194,8 +202,8 @@ def _orthographic(A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: flo
     Source:
         Absil & Oseledets (2015), Low-rank retractions: a survey and new results, section 3.
     """
-    A_new = plus(A, at.whiten_B, tangent.K, scale=-step)
-    B_new = plus_times(B, tangent.J, inverse @ at.whiten_A.mT, scale=-step)
+    A_new = plus(A, -step * at.whiten_B, tangent.K)
+    B_new = plus_times(B, tangent.J, -step * (inverse @ at.whiten_A.mT))
     return Factors(A_new, B_new)
 
 
@@ -215,7 +223,7 @@ def _mixed(
     B: FactorB,
     at: Frame,
     tangent: Tangent,
-    step: float,
+    step: float | Tensor,
     needs_svd: Bool[Tensor, "*b"],
 ) -> Factors:
     A_new, B_new = by_core

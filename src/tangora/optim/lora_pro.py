@@ -32,6 +32,12 @@ _LORA_PRO_RETRACTIONS = ("factors", *get_args(Retraction))
 _CHUNK_NUMBERS = 2**22
 
 
+def equivalent_gradient(A: FactorA, B: FactorB, gradient: Cotangent) -> tuple[Frame, Tangent]:
+    """Return the projection of the gradient onto the tangent space, and the frame there."""
+    at = frame(A, B)
+    return at, project(at, coordinates(at, gradient))
+
+
 def adam_on_weight(
     at: Frame,
     tangent: Tangent,
@@ -116,14 +122,14 @@ class LoRAPro(LayerwiseOptimizer):
 
     def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         A, B = here.A, here.B
-        at = frame(A, B)
-        tangent = project(at, coordinates(at, here.gradient))
+        at, tangent = self._pure(equivalent_gradient)(A, B, here.gradient)
         if group["moments"] == "weight":
             tangent = project(at, coordinates(at, _weight_moments(stack, here, at, tangent, group)))
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
             return decayed_step(A, B, at, tangent, group["lr"] / here.scaling, decay, group["retraction"])
-        H_A, H_B = (H.div_(here.scaling) for H in factor_velocity(A, B, at, tangent, group["gauge"]))
+        velocity = self._pure(factor_velocity)(A, B, at, tangent, group["gauge"])
+        H_A, H_B = (H.div_(here.scaling) for H in velocity)
         if group["moments"] == "factor":
             return adamw_factors(stack, here, (H_A, H_B), group)
         _warn_of_a_jump(stack, here, H_A, group)

@@ -60,25 +60,29 @@ def tangent_adam_step(
     gradient: Cotangent,
     moments: TangentMoments,
     *,
-    step: int,
-    step_size: float,
-    decay: float,
+    step_size: float | Tensor,
+    correction: float | Tensor,
+    decay: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     retraction: Retraction,
     stored: torch.dtype,
 ) -> tuple[Factors, TangentMoments]:
-    r"""Take one TangentAdam step on $Y = B A$."""
+    r"""Take one TangentAdam step on $Y = B A$.
+
+    Args:
+        step_size: Learning rate in units of $B A$, divided by the first moment's share of an average so far.
+        correction: The second moments' share of an average so far.
+    """
     beta1, beta2 = betas
     at = frame(A, B)
     seen = coordinates(at, gradient)
     momentum = Cotangent(*(m.lerp_(g, 1 - beta1) for m, g in zip(moments.momentum, gradient, strict=True)))
     row_means, column_means = second_moments(at, seen)
     rows, columns = moments.rows.lerp(row_means, 1 - beta2), moments.columns.lerp(column_means, 1 - beta2)
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    metric = adafactor_metric(rows / correction2, columns / correction2, eps)
+    metric = adafactor_metric(rows / correction, columns / correction, eps)
     direction = project_metric(at, coordinates(at, momentum), metric)
-    new = decayed_step(A, B, at, direction, step_size / correction1, decay, retraction)
+    new = decayed_step(A, B, at, direction, step_size, decay, retraction)
     new = rounded(new, stored)
     carried = transport(at, momentum, new.A, new.B)
     return new, TangentMoments(carried, rows, columns)
@@ -142,14 +146,15 @@ class TangentAdam(LayerwiseOptimizer):
             stack.state("B", "exp_avg_sq_row"),
             stack.state("A", "exp_avg_sq_col"),
         )
-        factors, moments = tangent_adam_step(
+        beta1, beta2 = group["betas"]
+        factors, moments = self._pure(tangent_adam_step)(
             here.A,
             here.B,
             here.gradient,
             moments,
-            step=here.step,
-            step_size=group["lr"] / here.scaling,
-            decay=1 - group["lr"] * group["weight_decay"],
+            step_size=self._number(group["lr"] / here.scaling / (1 - beta1**here.step), stack),
+            correction=self._number(1 - beta2**here.step, stack),
+            decay=self._number(1 - group["lr"] * group["weight_decay"], stack),
             betas=group["betas"],
             eps=group["eps"],
             retraction=group["retraction"],

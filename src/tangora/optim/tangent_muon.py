@@ -43,8 +43,8 @@ def tangent_muon_step(
     gradient: Cotangent,
     momentum: Cotangent,
     *,
-    step_size: float,
-    decay: float,
+    step_size: float | Tensor,
+    decay: float | Tensor,
     beta: float,
     nesterov: bool,
     iterations: int,
@@ -119,13 +119,13 @@ class TangentMuon(LayerwiseOptimizer):
     def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         m, n, r = stack.pairs[0].shape
         width = 1 if stack.pairs[0].looks_up else n  # the norm of an embedding's input is one
-        factors, momentum = tangent_muon_step(
+        factors, momentum = self._pure(tangent_muon_step)(
             here.A,
             here.B,
             here.gradient,
             stack.both("momentum_buffer"),
-            step_size=spectral_step_size(m, width, r, group["lr"]) / here.scaling,
-            decay=1 - group["lr"] * group["weight_decay"],
+            step_size=self._number(spectral_step_size(m, width, r, group["lr"]) / here.scaling, stack),
+            decay=self._number(1 - group["lr"] * group["weight_decay"], stack),
             beta=group["momentum"],
             nesterov=group["nesterov"],
             iterations=group["iterations"],
