@@ -71,8 +71,8 @@ def checkpoint(model, optimizer, folder):
     dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
 
 
-def go_on(model, name, folder, data):
-    optimizer = OPTIMIZERS[name](model)
+def go_on(model, name, folder, data, optimizers=OPTIMIZERS):
+    optimizer = optimizers[name](model)
     of_model, of_optimizer = get_state_dict(model, optimizer)
     dcp.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)

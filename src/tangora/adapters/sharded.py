@@ -61,14 +61,30 @@ def distribute(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def zeros_beside(parameter: Tensor, side: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def several_processes() -> bool:
+    """Tell whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_processes(device: str) -> DeviceMesh:
+    """Return all processes as a mesh of one dimension."""
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, device)
+
+
+def zeros_beside(
+    parameter: Tensor, side: int, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh | None = None
+) -> Tensor:
     """Make zeros whose rows are those of a side of a matrix: cut as that side is.
 
     Args:
         parameter: A factor.
         side: 0 for its rows, 1 for its columns.
         shape: Shape of the whole; that of the parameter itself is cut as the parameter is.
+        mesh: Among whom the rows are cut if the parameter is not; ``None`` for whole zeros.
     """
+    if not isinstance(parameter, DTensor) and mesh is not None and shape:
+        return sharded_zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
     if not isinstance(parameter, DTensor):
         return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
     placements = list(parameter.placements)
@@ -79,12 +95,21 @@ def zeros_beside(parameter: Tensor, side: int, shape: Sequence[int], dtype: torc
     return sharded_zeros(*shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
 
 
-def cut_beside(value: Tensor, parameter: Tensor, side: int) -> Tensor:
+def cut_beside(value: Tensor, parameter: Tensor, side: int, mesh: DeviceMesh | None = None) -> Tensor:
     """Copy a tensor, whole or in parts, to where `zeros_beside` would put one of its shape and dtype."""
-    made = zeros_beside(parameter, side, value.shape, value.dtype)
+    made = zeros_beside(parameter, side, value.shape, value.dtype, mesh)
     is_alike = isinstance(value, DTensor) and isinstance(made, DTensor) and value._spec == made._spec
     local(made).copy_(local(value) if is_alike else share(whole([value])[0], made))
     return made
+
+
+def is_part_of_another(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds the part of another process: one process has saved it, and others have read it."""
+    if not isinstance(tensor, DTensor):
+        return False
+    mesh = tensor.device_mesh
+    here = [mesh.get_local_rank(dim) for dim in range(mesh.ndim)] if dist.is_initialized() else None
+    return here != [*(mesh.get_coordinate() or ())]
 
 
 def agreed(flags: Bool[Tensor, "..."], tensors: Iterable[Tensor]) -> Bool[Tensor, "..."]:
@@ -114,7 +139,7 @@ class LocalRows:
         if not isinstance(parameter, DTensor) or dim is None:
             return None
         mesh, total = parameter.device_mesh, parameter.shape[0]
-        start = min(total, mesh.get_local_rank(dim) * _chunk(total, mesh.size(dim)))
+        start = min(total, mesh.get_local_rank(dim) * chunk_of(total, mesh.size(dim)))
         return cls(slice(start, start + parameter.to_local().shape[0]), total, mesh, dim)
 
     def summed(self, part: Tensor) -> Tensor:
@@ -136,8 +161,9 @@ def _rows_dim(tensor: DTensor) -> int | None:
     return cut[0] if type(placement) is Shard and placement.dim == 0 else None
 
 
-def _chunk(rows: int, parts: int) -> int:
-    return -(-rows // parts)  # as torch.chunk: the last parts may be smaller or empty
+def chunk_of(rows: int, parts: int) -> int:
+    """Return the rows of each part, as torch.chunk cuts: the last parts may be smaller or empty."""
+    return -(-rows // parts)
 
 
 def _gather_rows(parts: Sequence[Tensor], totals: Sequence[int], mesh: DeviceMesh, dim: int) -> list[Tensor]:
@@ -146,7 +172,7 @@ def _gather_rows(parts: Sequence[Tensor], totals: Sequence[int], mesh: DeviceMes
     padded = []
     for part, total in zip(parts, totals, strict=True):
         rows = part.reshape(len(part), part.shape[1:].numel())
-        padded.append(F.pad(rows, (0, 0, 0, _chunk(total, processes) - len(rows))).flatten())
+        padded.append(F.pad(rows, (0, 0, 0, chunk_of(total, processes) - len(rows))).flatten())
     sent = torch.cat(padded)
     received = sent.new_empty(processes * sent.numel())
     dist.all_gather_into_tensor(received, sent, group=mesh.get_group(dim))

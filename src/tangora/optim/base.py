@@ -1,10 +1,9 @@
 """What every pair optimizer shares: groups, states, safety against wrong or missing gradients, AdamW for the rest."""
 
 import inspect
-import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
@@ -15,12 +14,15 @@ from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_callable, check_choice, check_kind, check_number, shown
 from tangora.adapters import LoraPair
-from tangora.adapters.pair import as_matrix
-from tangora.adapters.sharded import agreed, cut_beside, is_sharded, local
+from tangora.adapters.sharded import agreed, cut_beside, is_sharded, local, whole
 from tangora.optim.adamw import adamw_parameters, adamw_states
+from tangora.optim.exchange import Sharing
+from tangora.optim.gathering import Gathered
 from tangora.optim.gradients import Watch
-from tangora.optim.groups import FINGERPRINT, PairGroup, Params, grouped, prepared
-from tangora.optim.stack import COUNTER, Gathered, StateShapes, state_place
+from tangora.optim.groups import PairGroup, Params, grouped, prepared
+from tangora.optim.saved_states import check_loadable, states_of
+from tangora.optim.sharded_stack import ShardedStack
+from tangora.optim.stack import COUNTER, PairStack, StateShapes, state_place
 
 OnNonfinite = Literal["raise", "skip"]
 
@@ -34,6 +36,7 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     foreach: bool | None
     on_nonfinite: OnNonfinite
+    shard_state: bool
 
 
 class PairOptimizer(Optimizer, ABC):
@@ -51,6 +54,9 @@ class PairOptimizer(Optimizer, ABC):
         foreach: ``None`` or ``True``: layers of equal shape take their step together as one stack, this library's
             counterpart of torch's ``foreach``; ``False``: one layer at a time.
         on_nonfinite: ``"raise"`` or ``"skip"`` the step when a gradient is not finite; nothing has changed then.
+
+        shard_state: Whether the processes that train together keep a part each of the pairs' states, and step a part of
+            the layers each (LoRA-Pro with moments of the weight: a part of each weight), instead of all doing all.
 
     Raises:
         InputError: For an option outside its range, or ``params`` without a trainable pair.
@@ -79,12 +85,15 @@ class PairOptimizer(Optimizer, ABC):
         maximize: bool = False,
         foreach: bool | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        shard_state: bool = False,
         **unknown: Any,
     ):
         for name in unknown:
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        check_choice("shard_state", shard_state, (True, False))
         self._on_nonfinite = on_nonfinite
+        self._sharing = Sharing(shard_state=shard_state)
         self._rest = {} if adamw_lr is None else {"lr": adamw_lr}
         defaults = {
             "lr": lr,
@@ -151,7 +160,9 @@ class PairOptimizer(Optimizer, ABC):
         gathered = [
             each
             for group in self.param_groups
-            for each in group.cache.gather(group.pairs, self._state_of, _options(group))
+            for each in group.cache.gather(
+                group.pairs, self._state_of, _options(group), self._stack_of(group)
+            )
         ]
         pairs = [pair for group in self.param_groups for pair in group.pairs]
         self._watch.check(pairs, moving=[pair for each in gathered for pair in each.stack.pairs])
@@ -174,6 +185,21 @@ class PairOptimizer(Optimizer, ABC):
         self._adopt()
         return super().state_dict()
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return the state with all parts of sharded tensors put together, to be saved by one process.
+
+        Call it on every process.
+        """
+        found = self.state_dict()
+        names = [(index, key) for index, state in found["state"].items() for key in state]
+        tensors = whole([found["state"][index][key] for index, key in names])
+        found["state"] = {
+            index: {} for index in found["state"]
+        }  # torch's holds the optimizer's own dictionaries
+        for (index, key), tensor in zip(names, tensors, strict=True):
+            found["state"][index][key] = tensor
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, saved on any device and in any dtype.
 
@@ -189,7 +215,7 @@ class PairOptimizer(Optimizer, ABC):
         self._adopt()
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             raise InputError(f"state_dict must be what state_dict() returned; got {shown(state_dict)}")
-        self._check_loadable(state_dict)
+        check_loadable(type(self).__name__, state_dict, self.param_groups, self._state_shapes)
         groups = self.param_groups
         super().load_state_dict(state_dict)
         loaded: Any = [
@@ -197,13 +223,15 @@ class PairOptimizer(Optimizer, ABC):
         ]
         self.param_groups = loaded  # pyright: ignore
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for (pair, factor, shapes), index in zip(self._kept(group), saved["params"], strict=False):
+            kept = states_of(group.pairs, self._shapes_in(group))
+            for (pair, factor, shapes), index in zip(kept, saved["params"], strict=False):
                 for key, value in state_dict["state"].get(index, {}).items():
                     dtype, device = state_place(factor, key)
                     given = value.detach().to(device, dtype).reshape(shapes[key])
                     side = 1 if factor is pair.A else 0
-                    kept = given.clone() if key == COUNTER else cut_beside(given, factor, side)
-                    self.state[factor][key] = kept
+                    mesh = self._sharing.mesh(factor)
+                    part = given.clone() if key == COUNTER else cut_beside(given, factor, side, mesh)
+                    self.state[factor][key] = part
             for parameter in group.rest:
                 # torch keeps counters as they are, in the memory of what it was given
                 self.state[parameter] = {
@@ -213,7 +241,12 @@ class PairOptimizer(Optimizer, ABC):
             self._create_states(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on_nonfinite": self._on_nonfinite, "_rest": self._rest}
+        return {
+            **super().__getstate__(),
+            "_on_nonfinite": self._on_nonfinite,
+            "_rest": self._rest,
+            "_sharing": self._sharing,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -250,48 +283,28 @@ class PairOptimizer(Optimizer, ABC):
             }
 
     def _create_states(self, group: PairGroup) -> None:
-        group.cache.create_states(
-            group.pairs, self._state_of, group, lambda pair: self._state_shapes(pair, group)
-        )
+        shapes = self._shapes_in(group)
+        group.cache.create_states(group.pairs, self._state_of, group, shapes, self._stack_of(group))
         adamw_states(group.rest, self.state)
+
+    def _shapes_in(self, group: PairGroup) -> Callable[[LoraPair], StateShapes]:
+        return lambda pair: self._state_shapes(pair, group)
+
+    def _stack_of(self, group: PairGroup) -> Callable[[Sequence[LoraPair]], PairStack]:
+        def stack(pairs: Sequence[LoraPair]) -> PairStack:
+            exchange = self._sharing.of(pairs, dealt=self._may_deal(group))
+            if exchange is None:
+                return PairStack(pairs, self._state_of)
+            return ShardedStack(pairs, self._state_of, exchange, self._sharing)
+
+        return stack
+
+    def _may_deal(self, group: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Tell whether processes may deal the layers among them; by default each steps all."""
+        return False
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.state[parameter]
-
-    def _kept(
-        self, group: PairGroup
-    ) -> Iterator[tuple[LoraPair, nn.Parameter, Mapping[str, tuple[int, ...]]]]:
-        """Yield the parameters of a group's pairs, in its order, with the shapes of the states kept for each."""
-        for pair in group.pairs:
-            shapes = self._state_shapes(pair, group)
-            for factor, parameter in zip(("A", "B"), (pair.A, pair.B), strict=True):
-                matrix = as_matrix(parameter).shape
-                kept = {COUNTER: (), **shapes.get(factor, {})}
-                shaped = {k: tuple(parameter.shape) if v == matrix else v for k, v in kept.items()}
-                yield pair, parameter, shaped
-            yield from ((pair, parameter, {}) for parameter in pair.parameters[2:])
-
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if len(group["params"]) != len(saved["params"]):
-                return  # torch's own error says so
-            if saved.get(FINGERPRINT, group[FINGERPRINT]) != group[FINGERPRINT]:
-                raise InputError(
-                    f"this state of {type(self).__name__} was saved for parameters of other shapes, such as an adapter "
-                    "of another rank: make the adapter and its initialization as in the saved run, then load"
-                )
-            for (pair, _, shapes), index in zip(
-                self._kept(group.with_options(group | saved)), saved["params"], strict=False
-            ):
-                state = state_dict["state"].get(index, {})
-                wrong = [
-                    key for key in state if key not in shapes or state[key].numel() != math.prod(shapes[key])
-                ]
-                if wrong or (state and state.keys() != shapes.keys()):
-                    raise InputError(
-                        f"the state of {pair.name} holds {', '.join(state)}, which is no state of "
-                        f"{type(self).__name__} for {pair}: it was saved by another optimizer or for another adapter"
-                    )
 
     def _check(self, group: dict[str, Any]) -> None:
         self._check_common(group)

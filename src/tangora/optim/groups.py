@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tangora._checks import InputError, shown
 from tangora.adapters import LoraPair, discover, warn_if_base_changed
 from tangora.adapters.discover import by_reason, describe_skipped, some_of
-from tangora.optim.stack import StackCache
+from tangora.optim.gathering import StackCache
 
 Params: TypeAlias = nn.Module | Iterable[LoraPair] | Iterable[dict[str, Any]]
 """A PEFT model; or pairs; or parameter groups with ``pairs``, ``params`` or both."""

@@ -1,7 +1,7 @@
 """Optimizers whose layers move one by one, each by its own gradient."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from tangora.adapters.sharded import agreed
 from tangora.geometry.guess import all_may, doubt, guessing, is_guessing
 from tangora.geometry.precision import full_precision
 from tangora.optim.base import PairOptimizer
-from tangora.optim.stack import Gathered, Loaded, PairStack
+from tangora.optim.gathering import Gathered
+from tangora.optim.stack import Loaded, PairStack
 
 # The first steps, from B = 0, rarely take the fast branches.
 _FIRST_GUESS = 4
@@ -86,17 +87,26 @@ class LayerwiseOptimizer(PairOptimizer):
         """Take the step without looking, keep it where there is no doubt; returns whether there is one."""
         here = gathered.load(tentative=True)
         with full_precision(here.A.device), guessing():
-            new = self._step_stack(gathered.stack, here, gathered.options)
+            new = self._new_factors(gathered, here)
             noted = doubt()
+            noted = torch.zeros((), dtype=torch.bool, device=here.A.device) if noted is None else noted
+            noted = gathered.stack.agreed(noted)
             gathered.stack.write(*new, unless=noted)
-        return torch.zeros((), dtype=torch.bool, device=here.A.device) if noted is None else noted
+        return noted
 
     def _step_one(self, gathered: Gathered) -> None:
         here = gathered.load()
         with full_precision(here.A.device):
-            new = self._step_stack(gathered.stack, here, gathered.options)
-            gathered.stack.write(*new)
+            gathered.stack.write(*self._new_factors(gathered, here))
         gathered.stack.count()
+
+    def _new_factors(self, gathered: Gathered, here: Loaded) -> tuple[FactorA, FactorB]:
+        if len(here.A) == 0:  # another process steps all members
+            return here.A, here.B
+        return self._step_stack(gathered.stack, here, gathered.options)
+
+    def _may_deal(self, group: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        return True
 
     @abstractmethod
     def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:

@@ -6,6 +6,7 @@ pseudo-inverses (there damped by 1e-8), no matrix larger than thin unless ``mome
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack, get_args
 
 import torch
@@ -104,6 +105,10 @@ class LoRAPro(LayerwiseOptimizer):
         retraction = group["retraction"]
         return retraction == "factors" or (retraction != "svd" and group["moments"] != "weight")
 
+    def _may_deal(self, group: Mapping[str, Any]) -> bool:
+        # moments of the weight stay where their rows are
+        return group["moments"] != "weight"
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_choice("moments", group["moments"], _MOMENTS)
         check_choice("gauge", group["gauge"], GAUGES)
@@ -141,7 +146,7 @@ def _weight_moments(
 ) -> Cotangent:
     m, n, _ = stack.pairs[0].shape
     size = max(1, _CHUNK_NUMBERS // (m * n))
-    own, directions = stack.local_rows, []
+    own, directions = stack.rows_kept("exp_avg"), []
     rows = slice(None) if own is None else own.rows
     moments = zip(stack.rows_of("exp_avg", size), stack.rows_of("exp_avg_sq", size), strict=True)
     start = 0

@@ -22,9 +22,10 @@ from tangora.geometry.gauge import GAUGES, Gauge
 from tangora.geometry.precision import full_precision
 from tangora.geometry.retraction import Factors, rebalance
 from tangora.optim.base import CommonOptions, PairOptimizer
+from tangora.optim.gathering import Gathered
 from tangora.optim.groups import Params
 from tangora.optim.ode_steps import ONE_GRADIENT, SCHEMES, Descent, Scheme, descent, ode_step
-from tangora.optim.stack import Gathered, Loaded
+from tangora.optim.stack import Loaded
 
 
 class ODELoRA(PairOptimizer):

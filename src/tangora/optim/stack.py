@@ -1,8 +1,7 @@
-"""Layers of equal shape as one stack: factors and gradients are gathered for a step and written back after it."""
+"""Layers of equal shape as one stack: factors and gradients are copied for a step, and written back after it."""
 
 import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -12,16 +11,14 @@ from torch import Tensor, nn
 from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.adapters.pair import as_matrix
-from tangora.adapters.sharded import LocalRows, local, share, whole, zeros_beside
+from tangora.adapters.sharded import LocalRows
 from tangora.geometry.tangent import Cotangent
 
 Factor = Literal["A", "B"]
 StateShapes: TypeAlias = Mapping[Factor, Mapping[str, tuple[int, ...]]]
 """Shape of each state of a pair by its name, under the factor that it is kept with."""
-_StateOf = Callable[[nn.Parameter], dict[str, Any]]
+StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
-# On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels.
-_CPU_STACK_NUMBERS = 2**20
 COUNTER = "step"
 """Name of the state that counts a pair's steps."""
 
@@ -48,11 +45,9 @@ class PairStack:
 
     States live in one tensor per name; the entries of the optimizer's state are views of it, shaped like their
     parameter. A stack is kept from step to step, and notices when an entry has been replaced from outside.
-
-    Of sharded factors (DTensor) every process steps the whole, and keeps its parts of factors and states.
     """
 
-    def __init__(self, pairs: Sequence[LoraPair], state: _StateOf):
+    def __init__(self, pairs: Sequence[LoraPair], state: StateOf):
         self.pairs = list(pairs)
         self._parameters: dict[Factor, list[nn.Parameter]] = {
             "A": [pair.A for pair in pairs],
@@ -63,11 +58,10 @@ class PairStack:
             for factor, parameters in self._parameters.items()
         }
         self._buffers: dict[tuple[Factor, str], _Buffer] = {}
-        self.is_sharded = any(pair.sharded for pair in pairs)
         self._tentative = False
         self._drafts: dict[
             tuple[Factor, str], Tensor
-        ] = {}  # states during a step: whole, and not yet to be kept
+        ] = {}  # states during a step, that are not yet to be kept
 
     def create(self, shapes: StateShapes) -> None:
         """Give the members the states that they lack, zeros, and their step counters."""
@@ -75,21 +69,16 @@ class PairStack:
             for key, shape in {COUNTER: (), **shapes.get(factor, {})}.items():
                 if all(key in state for state in states):
                     continue
-                dtype, device = state_place(self._parameters[factor][0], key)
-                if self.is_sharded and key != COUNTER:
-                    self._create_parts(factor, key, shape, dtype)
-                    continue
-                stacked = torch.zeros((len(states), *shape), dtype=dtype, device=device)
-                for index, state in enumerate(states):
-                    if key in state:
-                        stacked[index] = state[key].reshape(shape)
-                self._set(factor, key, stacked)
+                self._create(factor, key, shape)
 
-    def _create_parts(self, factor: Factor, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        for parameter, state in zip(self._parameters[factor], self._states[factor], strict=True):
-            if key not in state:
-                shape = tuple(parameter.shape) if shape == as_matrix(parameter).shape else shape
-                state[key] = zeros_beside(parameter, "BA".index(factor), shape, dtype)
+    def _create(self, factor: Factor, key: str, shape: tuple[int, ...]) -> None:
+        states = self._states[factor]
+        dtype, device = state_place(self._parameters[factor][0], key)
+        stacked = torch.zeros((len(states), *shape), dtype=dtype, device=device)
+        for index, state in enumerate(states):
+            if key in state:
+                stacked[index] = state[key].reshape(shape)
+        self._set(factor, key, stacked)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,8 +108,8 @@ class PairStack:
         self._drafts.clear()  # of a step that was broken off
         self._tentative = tentative
         kinds = *self._parameters.values(), *zip(*gradients, strict=True)
-        tensors = iter(whole([tensor for kind in kinds for tensor in kind]))
-        A, B, g_A, g_B = (_stack([as_matrix(next(tensors)) for _ in self.pairs]) for _ in kinds)
+        fetched = zip(self._fetched(kinds), kinds, strict=True)
+        A, B, g_A, g_B = (_at_least_float32(self._stacked(values, held)) for values, held in fetched)
         return Loaded(
             A,
             _long_side_contiguous(B),
@@ -129,20 +118,19 @@ class PairStack:
             step=self.steps + 1,
         )
 
+    def _fetched(self, kinds: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+        return kinds
+
+    def _stacked(self, values: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        return torch.stack([as_matrix(value) for value in values])
+
     def state(self, factor: Factor, key: str) -> Float[Tensor, "N ..."]:
         """Return a state of all members as one tensor of matrices, vectors or scalars."""
-        if key == COUNTER or not (self.is_sharded or self._tentative):
+        if key == COUNTER or not self._tentative:
             return self._kept(factor, key)
         if (factor, key) not in self._drafts:
-            self._drafts[factor, key] = (
-                self._whole(factor, key) if self.is_sharded else self._kept(factor, key).clone()
-            )
+            self._drafts[factor, key] = self._kept(factor, key).clone()
         return self._drafts[factor, key]
-
-    def _whole(self, factor: Factor, key: str) -> Tensor:
-        parameter = self._parameters[factor][0]
-        held = whole([state[key] for state in self._states[factor]])
-        return self._laid_out(factor, torch.stack([_as_kept(value, parameter) for value in held]))
 
     def _kept(self, factor: Factor, key: str) -> Tensor:
         states, cached = self._states[factor], self._buffers.get((factor, key))
@@ -156,23 +144,19 @@ class PairStack:
             return cached.stacked
         held = [state[key] for state in states]
         return self._set(
-            factor, key, torch.stack([_as_kept(value, parameter).to(device, dtype) for value in held])
+            factor, key, torch.stack([as_kept(value, parameter).to(device, dtype) for value in held])
         )
 
-    @property
-    def local_rows(self) -> LocalRows | None:
-        """The rows of the weight that this process keeps states of its size for; ``None`` if it keeps all."""
-        return LocalRows.of(self.pairs[0].B)
+    def rows_kept(self, key: str) -> LocalRows | None:  # noqa: ARG002
+        """Return which rows this process keeps of a state of the weight's size; ``None`` if it keeps all."""
+        return None
 
     def rows_of(self, key: str, size: int) -> Iterator[Float[Tensor, "N rows n"]]:
         """Yield a state of the weight's size, kept with B: those rows of at most so many members at a time.
 
         They are never copied: an update that may yet be given up must skip itself.
         """
-        if self.local_rows is None:
-            yield from self._kept("B", key).split(size)
-        else:
-            yield from (local(state[key])[None] for state in self._states["B"])
+        yield from self._kept("B", key).split(size)
 
     def both(self, key: str) -> Cotangent:
         """Return a state that is kept with both factors, in their shapes."""
@@ -187,15 +171,14 @@ class PairStack:
         """Write new factors into the parameters, and the states of the step, unless there is a doubt."""
         self.place(A, B, unless=unless)
         for (factor, key), values in self._drafts.items():
-            held = [state[key] for state in self._states[factor]]
-            if not self.is_sharded:
-                kept = self._kept(factor, key)
-                kept.copy_(values if unless is None else torch.where(unless, kept, values))
-                continue
-            parts = [share(value.reshape(old.shape), old) for value, old in zip(values, held, strict=True)]
-            _copy([local(each) for each in held], parts, unless)
+            kept = self._kept(factor, key)
+            kept.copy_(values if unless is None else torch.where(unless, kept, values))
         self._drafts.clear()
         self._tentative = False
+
+    def agreed(self, doubt: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Return whether any process that steps members of this stack has a doubt."""
+        return doubt
 
     def count(self) -> None:
         """Count a step."""
@@ -207,9 +190,7 @@ class PairStack:
         factors: dict[Factor, Tensor] = {"A": A.contiguous(), "B": B.contiguous()}
         for factor, values in factors.items():
             parameters = self._parameters[factor]
-            new = values.view(-1, *parameters[0].shape).unbind()
-            parts = [share(each, parameter) for each, parameter in zip(new, parameters, strict=True)]
-            _copy([local(parameter) for parameter in parameters], parts, unless)
+            copy_unless(parameters, values.view(-1, *parameters[0].shape).unbind(), unless)
 
     def _is_like_factor(self, factor: Factor, stacked: Tensor) -> bool:
         return stacked.dim() == 3 and stacked[0].numel() == self._parameters[factor][0].numel()
@@ -230,13 +211,15 @@ class PairStack:
         return stacked
 
 
-def _copy(held: list[Tensor], new: list[Tensor], unless: Bool[Tensor, ""] | None) -> None:
+def copy_unless(held: Sequence[Tensor], new: Sequence[Tensor], unless: Bool[Tensor, ""] | None) -> None:
+    """Copy tensors of one shape into others, unless there is a doubt."""
     if unless is not None:
-        new = list(torch.where(unless, torch.stack(held), torch.stack(new)).unbind())
-    torch._foreach_copy_(held, new)
+        new = torch.where(unless, torch.stack(list(held)), torch.stack(list(new))).unbind()
+    torch._foreach_copy_(list(held), list(new))
 
 
-def _as_kept(state: Tensor, parameter: Tensor) -> Tensor:
+def as_kept(state: Tensor, parameter: Tensor) -> Tensor:
+    """Return a state as a stack keeps it: shaped like its factor, it is a matrix."""
     return as_matrix(state) if state.shape == parameter.shape else state
 
 
@@ -257,78 +240,7 @@ def shaped_like_factors(pair: LoraPair, *keys: str) -> StateShapes:
     return {"A": dict.fromkeys(keys, (r, n)), "B": dict.fromkeys(keys, (m, r))}
 
 
-class Gathered(NamedTuple):
-    """A stack, the gradients of its members, and the options of their group."""
-
-    stack: PairStack
-    gradients: list[tuple[FactorA, FactorB]]
-    options: dict[str, Any]
-
-    def load(self, *, tentative: bool = False) -> Loaded:
-        """Copy factors and gradients for a step."""
-        return self.stack.load(self.gradients, maximize=self.options["maximize"], tentative=tentative)
-
-    def by_pair(self) -> Iterator[tuple[LoraPair, Tensor]]:
-        """Yield each gradient with the pair that it belongs to."""
-        for pair, gradients in zip(self.stack.pairs, self.gradients, strict=True):
-            yield from ((pair, gradient) for gradient in gradients)
-
-
-class StackCache:
-    """Groups pairs into stacks, step by step, keeping those whose members stay together."""
-
-    def __init__(self) -> None:
-        self._stacks: dict[tuple[int, ...], PairStack] = {}
-
-    def __reduce__(self) -> tuple[type["StackCache"], tuple[()]]:
-        return StackCache, ()  # a copy has states of its own
-
-    def create_states(
-        self,
-        pairs: Iterable[LoraPair],
-        state: _StateOf,
-        options: Mapping[str, Any],
-        shapes: Callable[[LoraPair], StateShapes],
-    ) -> None:
-        """Give pairs the states that they lack, in the stacks that they will be stepped in."""
-        for stack in self._stacked(pairs, state, options):
-            stack.create(shapes(stack.pairs[0]))
-
-    def gather(self, pairs: Iterable[LoraPair], state: _StateOf, options: dict[str, Any]) -> list[Gathered]:
-        """Group the pairs that have gradients and can be stepped together."""
-        found = [(pair, pair.gradients()) for pair in pairs if pair.scaling != 0]
-        gradients = {id(pair): given for pair, given in found if given is not None}
-        stacks = self._stacked((pair for pair, _ in found if id(pair) in gradients), state, options)
-        return [Gathered(stack, [gradients[id(pair)] for pair in stack.pairs], options) for stack in stacks]
-
-    def _stacked(
-        self, pairs: Iterable[LoraPair], state: _StateOf, options: Mapping[str, Any]
-    ) -> list[PairStack]:
-        alike: dict[tuple, list[LoraPair]] = defaultdict(list)
-        for pair in pairs:
-            A, B, age = pair.A, pair.B, float(state(pair.A).get(COUNTER, 0))
-            cuts = [getattr(factor, "placements", ()) for factor in (A, B)]
-            key = (A.shape, B.shape, A.dtype, B.dtype, A.device, *cuts, pair.scaling, pair.looks_up, age)
-            alike[(id(pair),) if options["foreach"] is False else key].append(pair)
-        stacks: dict[tuple[int, ...], PairStack] = {}
-        for part in _in_cache_sized_parts(alike.values()):
-            key = tuple(map(id, part))
-            stacks[key] = self._stacks.get(key) or PairStack(part, state)
-        self._stacks = stacks
-        return [*stacks.values()]
-
-
-def _in_cache_sized_parts(groups: Iterable[list[LoraPair]]) -> Iterator[list[LoraPair]]:
-    for group in groups:
-        m, n, r = group[0].shape
-        on_cpu = group[0].A.device.type == "cpu"
-        size = max(1, _CPU_STACK_NUMBERS // (r * (m + n))) if on_cpu else len(group)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _stack(matrices: list[Tensor]) -> Tensor:
-    stacked = torch.stack(matrices)
+def _at_least_float32(stacked: Tensor) -> Tensor:
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 
