@@ -16,6 +16,8 @@ from tangora._checks import InputError
 from tangora.adapters.sharded import is_sharded
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# modules whose functions take the place of a block's forward pass and read A, B and the scaling themselves
+_FUSED = ("unsloth.kernels", "axolotl.kernels", "axolotl.monkeypatch.lora_kernels")
 _APART = (
     "merge the inner adapter into the base first (merge_and_unload), or hold both in one model (add_adapter) and save "
     "each by itself"
@@ -44,6 +46,18 @@ def base_layer(layer: nn.Module) -> nn.Module:
 def has_adapter(model: nn.Module) -> bool:
     """Say whether a model holds an adapter of any kind, made by PEFT or put into a plain model."""
     return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+def fused_module(model: nn.Module) -> tuple[str, str] | None:
+    """Find a module that computes with the factors of its layers past their forward pass, and whose kernel it is."""
+    for name, module in model.named_modules():
+        for value in (*vars(module).values(), type(module).forward):
+            value = getattr(value, "func", value)  # noqa: PLW2901 (of a partial)
+            value = getattr(value, "__func__", value)  # noqa: PLW2901 (of a method)
+            home = str(getattr(value, "__module__", ""))
+            if home.startswith(_FUSED) and not getattr(value, "__name__", "original").startswith("original"):
+                return name, home.split(".")[0].capitalize()
+    return None
 
 
 def active_adapter(model: nn.Module) -> str:
