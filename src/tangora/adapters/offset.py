@@ -18,7 +18,7 @@ from tangora._checks import InputError
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
 from tangora.adapters.pair import LoraPair
-from tangora.adapters.peft_models import check_unmerged, fused_module, unwrapped
+from tangora.adapters.peft_models import check_unfused, check_unmerged, unwrapped
 
 # starts for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -170,13 +170,7 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
     if type(config) not in (LoraConfig, OffsetConfig) or not isinstance(model.base_model, LoraModel):
         got = type(config).__name__, type(model.base_model).__name__
         raise InputError(f"adapter {adapter_name!r} must be LoRA; got {' in '.join(got)}")
-    if fused := fused_module(model):
-        name, package = fused
-        raise InputError(
-            f"{package}'s fused LoRA kernel in {name} computes past the layers, so they cannot carry an offset: switch it "
-            "off (Axolotl: lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel and lora_embedding_kernel: false; Unsloth: make "
-            "the adapter by peft.get_peft_model), or take an initialization that needs no offset (lora, lora-one)"
-        )
+    check_unfused(model)
     for pair in found.pairs:
         if pair.tied:
             _refuse(pair.name, "its factors are tied to another layer's")

@@ -48,16 +48,22 @@ def has_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
-def fused_module(model: nn.Module) -> tuple[str, str] | None:
-    """Find a module that computes with the factors of its layers past their forward pass, and whose kernel it is."""
+def check_unfused(model: nn.Module) -> None:
+    """Raise `InputError` if fused kernels compute past the layers, whose inputs and offsets they do not know."""
     for name, module in model.named_modules():
         for value in (*vars(module).values(), type(module).forward):
-            value = getattr(value, "func", value)  # noqa: PLW2901 (of a partial)
-            value = getattr(value, "__func__", value)  # noqa: PLW2901 (of a method)
-            home = str(getattr(value, "__module__", ""))
-            if home.startswith(_FUSED) and not getattr(value, "__name__", "original").startswith("original"):
-                return name, home.split(".")[0].capitalize()
-    return None
+            bound = getattr(value, "func", value)  # of a partial
+            function = getattr(bound, "__func__", bound)
+            home = str(getattr(function, "__module__", ""))
+            if home.startswith(_FUSED) and not getattr(function, "__name__", "original").startswith(
+                "original"
+            ):
+                raise InputError(
+                    f"{home.partition('.')[0].capitalize()}'s fused LoRA kernel in {name} computes past its layers, "
+                    "which an initialization reads and changes: make the adapter without it (Axolotl: lora_mlp_kernel, "
+                    "lora_qkv_kernel, lora_o_kernel, lora_embedding_kernel: false; Unsloth: peft.get_peft_model), or "
+                    "keep PEFT's initialization"
+                )
 
 
 def active_adapter(model: nn.Module) -> str:

@@ -47,27 +47,24 @@ class TangoraPlugin(BasePlugin):
             if str(key).startswith("tangora") and key not in known:
                 raise InputError(f"{key} is no option of tangora's plug-in; it has {', '.join(known)}")
         if not cfg.get("tangora_recipe"):
-            raise InputError("tangora's plug-in needs tangora_recipe, such as tangent-muon; `tangora list` names all")
-        entry = tangora.recipe(cfg["tangora_recipe"])
-        for key in _OPTIMIZER_OPTIONS:
-            if cfg.get(key):
-                raise InputError(f"{key} and tangora_recipe both make an optimizer: leave one of them out")
-        if not str(cfg.get("optimizer") or "adamw_torch").startswith("adamw_torch"):
             raise InputError(
-                f"optimizer: {cfg['optimizer']} and tangora_recipe both name an optimizer: leave one of them out"
+                "tangora's plug-in needs tangora_recipe: the name of a recipe, such as tangent-muon"
             )
+        _check_optimizer(cfg)
+        entry = tangora.recipe(cfg["tangora_recipe"])
         if (entry.adapter is None) == bool(cfg.get("adapter")):
             needed = "no adapter" if entry.adapter is None else "adapter: lora or adapter: qlora"
-            raise InputError(f"tangora_recipe: {entry.name} needs {needed}; got adapter: {cfg.get('adapter')}")
-        for option, value in entry.options.items():
-            if cfg.get(key := f"peft_{option}") not in (None, value):
+            raise InputError(
+                f"tangora_recipe: {entry.name} needs {needed}; got adapter: {cfg.get('adapter')}"
+            )
+        needs: dict[str, Any] = {f"peft_{option}": value for option, value in entry.options.items()}
+        if entry.start is not None:
+            # Axolotl switches them on by itself; they compute past the layers that the initialization changes
+            needs |= dict.fromkeys(_KERNELS, False)
+        for key, value in needs.items():
+            if cfg.get(key) not in (None, value):
                 raise InputError(f"tangora_recipe: {entry.name} needs {key}: {value}; got {cfg[key]}")
             cfg[key] = value
-        for key in _KERNELS if entry.start is not None else ():
-            # Axolotl switches them on by itself; they compute past the layers that the initialization changes
-            if cfg.get(key):
-                raise InputError(f"the initialization of tangora_recipe: {entry.name} needs {key}: false")
-            cfg[key] = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Give the trainer the recipe."""
@@ -78,4 +75,14 @@ class TangoraPlugin(BasePlugin):
             cfg["tangora_recipe"],
             learning_rate=trainer.args.learning_rate,
             head_learning_rate=cfg.get("tangora_head_learning_rate"),
+        )
+
+
+def _check_optimizer(cfg: Any) -> None:
+    given = [key for key in _OPTIMIZER_OPTIONS if cfg.get(key)]
+    if not str(cfg.get("optimizer") or "adamw_torch").startswith("adamw_torch"):
+        given.append("optimizer")
+    if given:
+        raise InputError(
+            f"{given[0]}: {cfg[given[0]]} and tangora_recipe both choose an optimizer: leave one of them out"
         )

@@ -9,9 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tangora._checks import InputError, check_kind, shown
-from tangora.adapters import has_adapter, unwrapped
 from tangora.recipes import Recipe
-from tangora.recipes.prepare import adapted
 from tangora.training.devices import check_steppable
 from tangora.training.trainer import Trainer, checked
 
@@ -60,12 +58,7 @@ def apply_recipe(
         raise InputError(
             "recipe must be a name such as 'tangent-muon', or tangora.recipe('tangent-muon'); got None"
         )
-    if entry.adapter is not None and not has_adapter(unwrapped(trainer.model)):
-        raise InputError(
-            f"recipe {entry.name!r} trains an adapter, and the trainer's {type(trainer.model).__name__} has none: make "
-            "the trainer with peft_config=, or with a model of peft.get_peft_model"
-        )
-    adapted(entry, trainer.model, None, seed=trainer.args.seed)
+    entry.check_fit(trainer.model)
     made: Any = trainer
     before = dict(vars(made))
     made.__class__ = _in_front_of(kind)
