@@ -1,11 +1,13 @@
 """Tiny models and data in the files that other packages read; and stand-ins for those packages."""
 
+import importlib.metadata
 import json
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -67,3 +69,11 @@ def stand_in(monkeypatch, **modules):
 def installed(package):
     """Skip a test unless the package itself can be imported."""
     return pytest.importorskip(package, exc_type=ImportError)
+
+
+def has_trl():
+    """Say whether TRL is installed; Axolotl and LLaMA-Factory bring older versions, for themselves alone."""
+    try:
+        return Version(importlib.metadata.version("trl")) >= Version("1.16")
+    except importlib.metadata.PackageNotFoundError:
+        return False

@@ -58,8 +58,8 @@ def apply_recipe(
         raise InputError(
             "recipe must be a name such as 'tangent-muon', or tangora.recipe('tangent-muon'); got None"
         )
-    entry.check_fit(trainer.model)
     made: Any = trainer
+    entry.check_fit(made.model)
     before = dict(vars(made))
     made.__class__ = _in_front_of(kind)
     made.recipe, made.head_learning_rate = entry, head_learning_rate
