@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     )
     from tangora.training.data.task import load_task
     from tangora.training.models.base_model import load_model
-    from tangora.training.trainer import Trainer, optimizer_factory
+    from tangora.training.other_trainers import apply_recipe, optimizer_factory
+    from tangora.training.trainer import Trainer
 
 __all__ = [
     # pairs and adapters
@@ -81,6 +82,7 @@ __all__ = [
     "load_task",
     # training
     "Trainer",
+    "apply_recipe",
     "optimizer_factory",
     "RunSettings",
     "train",
@@ -106,7 +108,8 @@ _MODULES = {
     "create_tangent_muon",
     "tangora.training.data.task": "load_task",
     "tangora.training.models.base_model": "load_model",
-    "tangora.training.trainer": "Trainer optimizer_factory",
+    "tangora.training.other_trainers": "apply_recipe optimizer_factory",
+    "tangora.training.trainer": "Trainer",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -18,7 +18,7 @@ from tangora._checks import InputError
 from tangora.adapters.discover import discover
 from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, why_no_carrier
 from tangora.adapters.pair import LoraPair
-from tangora.adapters.peft_models import check_unmerged, unwrapped
+from tangora.adapters.peft_models import check_unfused, check_unmerged, unwrapped
 
 # starts for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -170,6 +170,7 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
     if type(config) not in (LoraConfig, OffsetConfig) or not isinstance(model.base_model, LoraModel):
         got = type(config).__name__, type(model.base_model).__name__
         raise InputError(f"adapter {adapter_name!r} must be LoRA; got {' in '.join(got)}")
+    check_unfused(model)
     for pair in found.pairs:
         if pair.tied:
             _refuse(pair.name, "its factors are tied to another layer's")

@@ -16,6 +16,8 @@ from tangora._checks import InputError
 from tangora.adapters.sharded import is_sharded
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# modules whose functions take the place of a block's forward pass and read A, B and the scaling themselves
+_FUSED = ("unsloth.kernels", "axolotl.kernels", "axolotl.monkeypatch.lora_kernels")
 _APART = (
     "merge the inner adapter into the base first (merge_and_unload), or hold both in one model (add_adapter) and save "
     "each by itself"
@@ -44,6 +46,24 @@ def base_layer(layer: nn.Module) -> nn.Module:
 def has_adapter(model: nn.Module) -> bool:
     """Say whether a model holds an adapter of any kind, made by PEFT or put into a plain model."""
     return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+def check_unfused(model: nn.Module) -> None:
+    """Raise `InputError` if fused kernels compute past the layers, whose inputs and offsets they do not know."""
+    for name, module in model.named_modules():
+        for value in (*vars(module).values(), type(module).forward):
+            bound = getattr(value, "func", value)  # of a partial
+            function = getattr(bound, "__func__", bound)
+            home = str(getattr(function, "__module__", ""))
+            if home.startswith(_FUSED) and not getattr(function, "__name__", "original").startswith(
+                "original"
+            ):
+                raise InputError(
+                    f"{home.partition('.')[0].capitalize()}'s fused LoRA kernel in {name} computes past its layers, "
+                    "which an initialization reads and changes: make the adapter without it (Axolotl: lora_mlp_kernel, "
+                    "lora_qkv_kernel, lora_o_kernel, lora_embedding_kernel: false; Unsloth: peft.get_peft_model), or "
+                    "keep PEFT's initialization"
+                )
 
 
 def active_adapter(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from tangora.adapters import (
     active_adapter,
     attach_offset,
     check_not_sharded,
+    check_unfused,
     check_unmerged,
     detach_offset,
     discover,
@@ -128,6 +129,8 @@ def initialize(
     inner: PeftModel = unwrapped(model)
     adapter, pairs, odd = _adapter(inner, adapter_name)
     _check_whole(method, chosen, options, pairs)
+    if chosen.reads_gradients:
+        check_unfused(inner)
     if is_trained(inner, adapter):
         warnings.warn(
             f"adapter {adapter!r} is trained, or initialized in another way (B A is not zero): initialization "

@@ -180,6 +180,22 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
         return _wrapped(bare, config)
 
 
+def check_fit(entry: Recipe, model: Any) -> None:
+    """Raise unless a model has what a recipe trains, with its adapter if it needs one."""
+    check_kind("model", model, nn.Module, "a loaded model")
+    bare = unwrapped(model)
+    there = has_adapter(bare)
+    if entry.adapter is None:
+        _whole(entry, model, None, has_adapter=there)
+        return
+    if not there:
+        raise InputError(
+            f"recipe {entry.name!r} trains an adapter, and {type(bare).__name__} has none: make the trainer with "
+            "peft_config=, or give it a model of peft.get_peft_model"
+        )
+    _check_fit(entry, bare)
+
+
 def _whole(entry: Recipe, model: nn.Module, config: Any, *, has_adapter: bool) -> nn.Module:
     if has_adapter or config is not None:
         got = "a model with an adapter" if has_adapter else "peft_config"

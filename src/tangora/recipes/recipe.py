@@ -174,6 +174,12 @@ class Recipe:
             rank_plan=rank_plan,
         )
 
+    def check_fit(self, model: "torch.nn.Module") -> None:
+        """Raise `InputError` unless a model has what this method trains: its kind of adapter, with its PEFT options."""
+        from tangora.recipes.prepare import check_fit
+
+        check_fit(self, model)
+
     def initialize(
         self,
         model: "torch.nn.Module",

@@ -41,6 +41,11 @@ def start(trainer: transformers.Trainer, recipe: Recipe) -> None:
         recipe.initialize(model, batches, held_out=held_out, loss_fn=loss_fn, seed=seed)
 
 
+def makes_inputs(trainer: transformers.Trainer) -> bool:
+    """Say whether a Trainer makes its inputs while it trains, as GRPO's generates what it trains on."""
+    return type(trainer)._prepare_inputs is not transformers.Trainer._prepare_inputs
+
+
 def expect_started(model: nn.Module, recipe: Recipe) -> None:
     """Make room for a checkpoint of a training that began with a recipe's initialization; it brings all factors."""
     bare = unwrapped(model)
@@ -65,8 +70,7 @@ def _uncounted(trainer: transformers.Trainer) -> Iterator[None]:
 
 
 def _loss_fn(trainer: transformers.Trainer) -> LossFn | None:
-    own = type(trainer)._prepare_inputs is transformers.Trainer._prepare_inputs
-    if not own:  # such as GRPO's, which generate what they train on
+    if makes_inputs(trainer):
         raise InputError(
             f"the initialization needs gradients of the training loss, and {type(trainer).__name__} makes its inputs "
             "while it trains: call tangora.initialize(model, method, batches, loss_fn=...) before, or use a recipe "

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with a recipe, and the two other ways of giving it one of our optimizers."""
+"""`transformers.Trainer` with a recipe."""
 
 import contextlib
 import copy
@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -27,9 +27,16 @@ from tangora.recipes import recipe as recipe_named
 from tangora.recipes.prepare import adapted
 from tangora.training.callbacks import AdaLoraAllocation
 from tangora.training.devices import check_kept, check_steppable, single_gpu
-from tangora.training.starting import expect_started, start
+from tangora.training.starting import expect_started, makes_inputs, start
 
 logger = logging.getLogger(__name__)
+
+# by which Axolotl, LLaMA-Factory and Unsloth choose or split an optimizer, beside `optim`
+_OPTIMIZER_OPTIONS = (
+    *("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups"),
+    *("embedding_learning_rate", "q_galore_config"),
+    *("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon"),
+)
 
 
 class _MicroBatch(NamedTuple):
@@ -91,7 +98,7 @@ class Trainer(transformers.Trainer):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ):
-        self.recipe = _checked(recipe, kwargs)
+        self.recipe = checked(recipe, kwargs)
         self.head_learning_rate = head_learning_rate
         self._peft_config, self._adapter_is_made = peft_config, False
         if self.recipe is None:
@@ -110,10 +117,15 @@ class Trainer(transformers.Trainer):
         arguments = next(given, None)  # other trainers take them at another place
         self._adapter_seed = 42 if arguments is None else arguments.seed
         super().__init__(model if model is None else self._adapted(model), *args, **kwargs)
+        self._take_up(learning_rate)
+
+    def _take_up(self, learning_rate: float | None) -> None:
+        """Finish what Transformers has made, here or in `apply_recipe`."""
         single_gpu(self)
         if self.recipe is not None or isinstance(self.optimizer, PairOptimizer):
             check_kept(given=self.optimizer is not None)
         if self.recipe is not None:
+            _check_used(self)
             self._set_learning_rate(self.recipe, learning_rate)
             inner = unwrapped(self.model)
             other = started_by(inner) if isinstance(inner, PeftModel) else None
@@ -123,7 +135,7 @@ class Trainer(transformers.Trainer):
         self._update: list[_MicroBatch] = []
         self._update_is_whole = False
         if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
-            schedule = "set" if self._adapter_is_made and peft_config is None else "check"
+            schedule = "set" if self._adapter_is_made and self._peft_config is None else "check"
             self.add_callback(AdaLoraAllocation(schedule if self.recipe else None))
 
     def _adapted(self, model: Any) -> Any:
@@ -240,10 +252,26 @@ class Trainer(transformers.Trainer):
                 "an optimizer with several gradients per step must run on one device or with DistributedDataParallel; "
                 f"got {self.accelerator.distributed_type.value}"
             )
+        if makes_inputs(self):
+            raise InputError(
+                f"an optimizer with several gradients per step needs the same inputs again, and {type(self).__name__} "
+                "makes its inputs while it trains: use a method with one gradient per step, such as tangent-muon"
+            )
 
 
-def _checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
-    # ``options`` are those of the Trainer, which may name an optimizer, too
+def _check_used(trainer: transformers.Trainer) -> None:
+    """Raise `InputError` if an option asks for another package's optimizer, which a recipe's would silently replace."""
+    for holder in (trainer.args, getattr(trainer, "finetuning_args", None)):  # the second is LLaMA-Factory's
+        for name in _OPTIMIZER_OPTIONS:
+            if getattr(holder, name, None) not in (None, False):
+                raise InputError(
+                    f"{name} of {type(holder).__name__} asks for another optimizer than the recipe's: leave it out, or "
+                    "leave the recipe out; a head gets a learning rate of its own by head_learning_rate"
+                )
+
+
+def checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
+    """Look up a recipe, and refuse one beside a Trainer's options that name an optimizer, too."""
     if isinstance(recipe, str):
         recipe = recipe_named(recipe)
     if recipe is None:
@@ -265,40 +293,3 @@ def _copied(inputs: Any) -> Any:
 def bare_optimizer(optimizer: Any) -> Any:
     """Look through Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tuple[type, dict[str, Any]]:
-    """Wrap an optimizer for the ``optimizer_cls_and_kwargs`` of any Trainer.
-
-    The Trainer then builds it from the whole model, which our optimizers need to see the pairs.
-
-    Args:
-        optimizer: `LoRAPro`, `TangentAdam`, `PreconditionedAdamW`, or any callable of a model.
-        **options: Its options; ``lr`` is required, because the Trainer does not pass its own on.
-
-    Returns:
-        What ``optimizer_cls_and_kwargs`` takes.
-
-    Raises:
-        InputError: If ``lr`` is missing.
-
-    Example:
-        >>> import transformers, tangora
-        >>> trainer = transformers.Trainer(  # doctest: +SKIP
-        ...     model,
-        ...     arguments,
-        ...     optimizer_cls_and_kwargs=tangora.optimizer_factory(tangora.TangentAdam, lr=1e-4),
-        ... )
-    """
-    if "lr" not in options:
-        raise InputError("optimizer_factory needs lr=...: the Trainer does not pass its learning rate on")
-
-    class Factory:
-        """Called by the Trainer with the model."""
-
-        def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> Optimizer:
-            made = optimizer(model, **kwargs)
-            check_steppable(made)
-            return made
-
-    return Factory, options
