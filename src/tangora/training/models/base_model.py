@@ -81,6 +81,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     quantize_to: torch.device | None = None,
+    shards: int = 1,
 ) -> LoadedModel:
     """Load a model for classification or for causal language modelling.
 
@@ -95,6 +96,7 @@ def load_model(
         seed: Seed of a new head, in [0, inf).
         quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
             ``dtype``), all but the head; default: not quantized, on the CPU.
+        shards: Number of processes over which all of them together shard the weights (FSDP2); default: whole.
 
     Returns:
         The model in evaluation mode, and its tokenizer or image scaler.
@@ -122,7 +124,7 @@ def load_model(
         scaler = _load_scaler(source, kind)
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
         auto = _AUTO["images" if scaler is not None else kind]
-        model = _load_weights(source, kind, auto, label_names, _precision(dtype, quantize_to))
+        model = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
     if quantize_to is not None:
         keep_layout(model.modules())
     if scaler is None:
@@ -243,7 +245,11 @@ def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
+def _storage(dtype: torch.dtype, quantize_to: torch.device | None, shards: int) -> dict[str, Any]:
+    if shards > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig  # of newer versions
+
+        return {"dtype": dtype, "distributed_config": DistributedConfig(fsdp_size=shards)}
     if quantize_to is None:
         return {"dtype": dtype}
     check_installed("bitsandbytes", "quantize_to")
@@ -257,10 +263,10 @@ def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str
 
 
 def _load_weights(
-    source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], precision: dict[str, Any]
+    source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], storage: dict[str, Any]
 ) -> PreTrainedModel:
     """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = precision | {"local_files_only": source.local, "output_loading_info": True}
+    options: dict[str, Any] = storage | {"local_files_only": source.local, "output_loading_info": True}
     if kind == "classification":
         options |= {
             "id2label": dict(enumerate(labels)),
@@ -274,6 +280,11 @@ def _load_weights(
             options["quantization_config"].llm_int8_skip_modules = head
         model, info = auto.from_pretrained(source.path, **options)
     except Exception as error:  # a damaged or impossible config.json ends in any of them
+        if "fsdp_plan" in str(error):
+            raise InputError(
+                f"model {source.name!r} cannot be sharded: transformers has no plan for it (it has one for most "
+                "decoders, such as Llama, Qwen, Gemma and Mistral); leave fsdp out"
+            ) from error
         raise InputError(
             f"model {source.name!r} cannot be loaded for kind={kind!r}: {_reason(error)}"
         ) from error
