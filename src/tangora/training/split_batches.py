@@ -1,6 +1,7 @@
 """A Trainer whose processes share every batch of one process, so that all of them together train what one would."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -33,8 +34,10 @@ class SplitBatchTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Weigh a mean over this process's share, which all processes average, by the size of the share."""
-        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if num_ranks() == 1 or summed:  # sums are divided by the number of labels in all shares already
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            with _regularized_once(self.model):  # a sum, divided by the number of labels in all shares already
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_ranks() == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         own = (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
@@ -44,6 +47,20 @@ class SplitBatchTrainer(Trainer):
         # the mean over no label is no number
         loss = loss * (own * num_ranks() / everywhere) if own else 0 * outputs["logits"].sum()
         return (loss, outputs) if return_outputs else loss
+
+
+@contextlib.contextmanager
+def _regularized_once(model: Any) -> Iterator[None]:
+    # AdaLoRA adds a term of its own to the loss, which would be added up over processes, too
+    configs = [each for each in getattr(model, "peft_config", {}).values() if hasattr(each, "orth_reg_weight")]
+    weights = [each.orth_reg_weight for each in configs]
+    for config, weight in zip(configs, weights, strict=True):
+        config.orth_reg_weight = weight / num_ranks()
+    try:
+        yield
+    finally:
+        for config, weight in zip(configs, weights, strict=True):
+            config.orth_reg_weight = weight
 
 
 def share_of(collate: Collator) -> Collator:

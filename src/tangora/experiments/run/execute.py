@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers.trainer_utils import SaveStrategy
 
 from tangora._folders import RunFolder
 from tangora._types import Progress
@@ -248,7 +249,7 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         use_cpu=settings.device == "cpu" or (num_ranks() > 1 and not torch.cuda.is_available()),
         seed=settings.seed,
         data_seed=settings.seed,
-        save_strategy="steps" if settings.save_every else "no",
+        save_strategy="no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
         logging_steps=1,
@@ -281,6 +282,8 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
         # mean of each micro-batch: their losses and gradients would be added up, not averaged
         trainer.model_accepts_loss_kwargs = False
+    if settings.save_every:  # refused above for a sharded base, whose adapters and their states are whole here
+        trainer.args.save_strategy = SaveStrategy.STEPS
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

@@ -203,6 +203,8 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
             f"gradient_checkpointing cannot be used with model {settings.model!r}: "
             f"{type(loaded.model).__name__} does not support it; leave it out"
         )
+    if settings.fsdp:  # before its first pass, in which FSDP2 notes what has a gradient
+        loaded.model.requires_grad_(False)
     if not (settings.load_in_4bit or settings.fsdp):  # these have been loaded to the device
         loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     return loaded
