@@ -27,7 +27,7 @@ _REPLACED = {
 }
 """What accelerate's configuration may ask for, and what to give instead."""
 
-_FAILED = "tangora/failed"
+_runs = 0  # that processes have made together in their group, as all of them count
 
 
 def check_one_process(command: str, instead: str = "") -> None:
@@ -43,6 +43,7 @@ def check_one_process(command: str, instead: str = "") -> None:
 @contextlib.contextmanager
 def joined(settings: RunSettings) -> Iterator[None]:
     """Let the processes of a launcher train together; nothing happens where this process is alone."""
+    global _runs
     found = _found_processes()
     if found is None:
         if settings.fsdp:
@@ -64,6 +65,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
             f"{found[0]} {found[1]}, but Accelerate sees {state.num_processes}: start it with torchrun or accelerate "
             "launch, which set RANK, LOCAL_RANK and WORLD_SIZE"
         )
+    _runs += 1
     try:
         yield
     except OtherRankError:
@@ -82,7 +84,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
 def failed_elsewhere() -> bool:
     """Tell whether a process of a launcher has ended with an error, which it reports itself."""
     with contextlib.suppress(Exception):  # the store may be gone
-        return dist.is_initialized() and _get_default_store().check([_FAILED])
+        return dist.is_initialized() and _get_default_store().check([_failed()])
     return False
 
 
@@ -124,9 +126,13 @@ def _check_together(settings: RunSettings, size: int) -> None:
             )
 
 
+def _failed() -> str:
+    return f"tangora/failed/{_runs}"
+
+
 def _is_first_to_fail() -> bool:
     try:
-        return _get_default_store().add(_FAILED, 1) == 1
+        return _get_default_store().add(_failed(), 1) == 1
     except RuntimeError:  # it was in the first process, which is gone
         return dist.get_rank() == 0
 

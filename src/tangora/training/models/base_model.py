@@ -25,6 +25,7 @@ from tangora._checks import (
 )
 from tangora._names import KINDS, Kind
 from tangora.adapters import head_names
+from tangora.adapters.sharded import local, share
 from tangora.adapters.stored_weight import keep_layout
 from tangora.training.hub import hub_problem
 from tangora.training.models.cached import dequantized
@@ -124,7 +125,9 @@ def load_model(
         scaler = _load_scaler(source, kind)
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
         auto = _AUTO["images" if scaler is not None else kind]
-        model = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
+        model, new = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
+        if shards > 1 and new:
+            _draw_whole(model, auto, new, seed)
     if quantize_to is not None:
         keep_layout(model.modules())
     if scaler is None:
@@ -264,8 +267,8 @@ def _storage(dtype: torch.dtype, quantize_to: torch.device | None, shards: int) 
 
 def _load_weights(
     source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], storage: dict[str, Any]
-) -> PreTrainedModel:
-    """Return the model, unless most of it would be random."""
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model and the names of weights that were drawn, unless these are most of it."""
     options: dict[str, Any] = storage | {"local_files_only": source.local, "output_loading_info": True}
     if kind == "classification":
         options |= {
@@ -289,8 +292,23 @@ def _load_weights(
             f"model {source.name!r} cannot be loaded for kind={kind!r}: {_reason(error)}"
         ) from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    _check_complete(model, source.name, kind, set(info["missing_keys"]) | mismatched)
-    return model
+    new = set(info["missing_keys"]) | mismatched
+    _check_complete(model, source.name, kind, new)
+    return model, new
+
+
+def _draw_whole(model: PreTrainedModel, auto: Any, new: set[str], seed: int) -> None:
+    """Draw the new weights of a sharded model as one process does, which draws no parts."""
+    with torch.device("meta"):
+        twin = auto.from_config(model.config, dtype=model.dtype)
+    torch.default_generator.manual_seed(seed)
+    for name, module in twin.named_modules():
+        drawn = [key for key, _ in module.named_parameters(recurse=False) if f"{name}.{key}" in new]
+        if drawn:
+            twin._init_weights(module.to_empty(device="cpu", recurse=False))
+        for key in drawn:
+            parameter = model.get_parameter(f"{name}.{key}")
+            local(parameter.detach()).copy_(share(module.get_parameter(key).detach(), parameter))
 
 
 def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]) -> None:
@@ -303,7 +321,7 @@ def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]
         some = ", ".join(sorted(new)[:3])
         raise InputError(
             f"model {name!r} lacks {len(new)} of the weights that kind={kind!r} needs, such as {some}; "
-            f"use a model trained as {type(model).__name__}"
+            f"use a model trained as {type(model).__name__.removeprefix('FSDP')}"
             + (", or data with a label to classify" if kind == "causal" else "")
         )
 
