@@ -204,7 +204,10 @@ def test_an_error_of_one_process_is_that_of_all(trained):
             assert "\n" not in found[name][1]
     assert (first["first"][0], second["first"][0]) == (InputError, OtherRankError)
     assert (first["second"][0], second["second"][0]) == (OtherRankError, InputError)
-    assert {first["both"][0], second["both"][0]} == {MemoryError, OtherRankError}  # one tells, the other is silent
+    assert {first["both"][0], second["both"][0]} == {
+        MemoryError,
+        OtherRankError,
+    }  # one tells, the other is silent
     assert not (folder / "two" / "bad").exists()
 
 

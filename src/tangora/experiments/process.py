@@ -27,7 +27,7 @@ _REPLACED = {
 }
 """What accelerate's configuration may ask for, and what to give instead."""
 
-_runs = 0  # that processes have made together in their group, as all of them count
+_runs: list[RunSettings] = []  # that processes have begun together, as all of them count
 
 
 def check_one_process(command: str, instead: str = "") -> None:
@@ -43,7 +43,6 @@ def check_one_process(command: str, instead: str = "") -> None:
 @contextlib.contextmanager
 def joined(settings: RunSettings) -> Iterator[None]:
     """Let the processes of a launcher train together; nothing happens where this process is alone."""
-    global _runs
     found = _found_processes()
     if found is None:
         if settings.fsdp:
@@ -65,7 +64,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
             f"{found[0]} {found[1]}, but Accelerate sees {state.num_processes}: start it with torchrun or accelerate "
             "launch, which set RANK, LOCAL_RANK and WORLD_SIZE"
         )
-    _runs += 1
+    _runs.append(settings)
     try:
         yield
     except OtherRankError:
@@ -127,7 +126,7 @@ def _check_together(settings: RunSettings, size: int) -> None:
 
 
 def _failed() -> str:
-    return f"tangora/failed/{_runs}"
+    return f"tangora/failed/{len(_runs)}"
 
 
 def _is_first_to_fail() -> bool:

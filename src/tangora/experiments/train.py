@@ -5,11 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from tangora._checks import check_kind, check_path
 from tangora._folders import RunFolder
 from tangora._types import Progress
 from tangora.experiments.folders import check_origin, claimed
-from tangora.experiments.process import joined, log_to
+from tangora.experiments.process import joined, log_to, tell_user
 from tangora.experiments.provenance import origin_of, versions
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.measurements import check_reference
@@ -17,7 +19,7 @@ from tangora.experiments.run.preparing import check_against_data, sized
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
 from tangora.training.callbacks import check_trackers, last_checkpoint, step_of
-from tangora.training.ranks import check_alike, failing_as_one, from_first, is_first
+from tangora.training.ranks import check_alike, failing_as_one, from_first, is_first, num_ranks
 
 
 def train(settings: RunSettings, output: str | Path, *, progress: Progress | None = None) -> Record:
@@ -72,6 +74,7 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
 
         if (finished := from_first(begun)) is not None:
             return finished
+        tell_user(*_unused_gpus(settings))
         with log_to(folder.log if is_first() else Path(os.devnull)):
             record = execute(
                 settings,
@@ -83,6 +86,14 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
                 progress=progress if is_first() else None,
             )
         return from_first(ended)
+
+
+def _unused_gpus(settings: RunSettings) -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_ranks() > 1 or count < 2 or settings.device == "cpu":
+        return []
+    used = f"1 of {count} GPUs is used, {settings.device or 'the first'}"
+    return [f"{used}; to use all: torchrun --nproc-per-node {count} -m tangora.cli train ..."]
 
 
 def last_step(output: str | Path) -> int:

@@ -56,7 +56,7 @@ def predictions(
     kind: Kind,
     batch_size: int,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Measure each example, for intervals and paired comparisons; processes share the batches, and all get the result."""
+    """Measure each example, for intervals and paired comparisons; processes share the batches, and all get all."""
     check_choice("kind", kind, KINDS)
     if not len(dataset):
         raise InputError("dataset must hold at least one example; it is empty")

@@ -96,10 +96,10 @@ def dealt_alike(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
 def check_alike(found: dict[str, Any]) -> None:
     """Raise unless all processes have found the same."""
     for number, other in enumerate(gathered(found)):
-        for key in found:
-            if other[key] != found[key]:
+        for key, value in found.items():
+            if other[key] != value:
                 raise InputError(
-                    f"{key} differs between processes: {found[key]!r} in process {rank()} and {other[key]!r} in "
+                    f"{key} differs between processes: {value!r} in process {rank()} and {other[key]!r} in "
                     f"process {number}; give all machines the same files and the same command"
                 )
 

@@ -1,9 +1,10 @@
 """A Trainer whose processes share every batch of one process, so that all of them together train what one would."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ class SplitBatchTrainer(Trainer):
     ) -> Any:
         """Weigh a mean over this process's share, which all processes average, by the size of the share."""
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            with _regularized_once(self.model):  # a sum, divided by the number of labels in all shares already
+            with _regularized_once(
+                self.model
+            ):  # a sum, divided by the number of labels in all shares already
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_ranks() == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -44,15 +47,18 @@ class SplitBatchTrainer(Trainer):
         everywhere = own.clone()
         dist.all_reduce(everywhere)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        logits: Any = outputs["logits"]  # pyright: ignore[reportArgumentType]
         # the mean over no label is no number
-        loss = loss * (own * num_ranks() / everywhere) if own else 0 * outputs["logits"].sum()
+        loss = loss * (own * num_ranks() / everywhere) if own else 0 * logits.sum()
         return (loss, outputs) if return_outputs else loss
 
 
 @contextlib.contextmanager
 def _regularized_once(model: Any) -> Iterator[None]:
     # AdaLoRA adds a term of its own to the loss, which would be added up over processes, too
-    configs = [each for each in getattr(model, "peft_config", {}).values() if hasattr(each, "orth_reg_weight")]
+    configs = [
+        each for each in getattr(model, "peft_config", {}).values() if hasattr(each, "orth_reg_weight")
+    ]
     weights = [each.orth_reg_weight for each in configs]
     for config, weight in zip(configs, weights, strict=True):
         config.orth_reg_weight = weight / num_ranks()
@@ -69,13 +75,11 @@ def share_of(collate: Collator) -> Collator:
     Where no example is left for this process, one without labels takes part in the passes of all.
     """
 
-    def collated(examples: Sequence[Encoding]) -> dict[str, Tensor]:
+    def collated(examples: Sequence[Encoding]) -> Mapping[str, Tensor]:
         if num_ranks() == 1:
             return collate(examples)
         own = examples[rank() :: num_ranks()]
-        batch = collate(own or examples[:1])
-        if not own:
-            batch["labels"] = batch["labels"].new_full(batch["labels"].shape, IGNORED)
-        return batch
+        batch = dict(collate(own or examples[:1]))
+        return batch if own else batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
     return collated

@@ -282,7 +282,9 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
         # mean of each micro-batch: their losses and gradients would be added up, not averaged
         trainer.model_accepts_loss_kwargs = False
-    if settings.save_every:  # refused above for a sharded base, whose adapters and their states are whole here
+    if (
+        settings.save_every
+    ):  # refused above for a sharded base, whose adapters and their states are whole here
         trainer.args.save_strategy = SaveStrategy.STEPS
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
