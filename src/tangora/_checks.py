@@ -13,6 +13,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line and says what would be allowed."""
 
 
+class OtherRankError(InputError):
+    """An error of another process, which reports it itself."""
+
+
 def near_hint(name: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean ...?)`` if ``name`` is nearly one of ``allowed``, else nothing."""
     near = difflib.get_close_matches(name, list(allowed), n=1)

@@ -1,4 +1,4 @@
-"""Under a launcher every command stops before it reads or writes anything; workers of a comparison do not ask."""
+"""Under a launcher commands but train stop before they read or write anything; workers of a comparison do not ask."""
 
 import json
 import os
@@ -18,7 +18,6 @@ from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.diagnose_task import diagnose_task
 from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.process import check_one_process
-from tangora.experiments.settings import RunSettings
 from tangora.report import load_comparison
 from tests.experiments.small import write_classifier
 
@@ -26,7 +25,6 @@ pytestmark = pytest.mark.messages
 
 COMPARED = CompareSettings(recipes=["lora"])
 CALLS = {
-    "train": lambda folder: tangora.train(RunSettings(), folder),
     "compare": lambda folder: tangora.compare(COMPARED, folder),
     "compare several": lambda folder: compare_tasks(PlanSettings(tasks={"one": COMPARED}), folder),
     "diagnose": lambda folder: diagnose_task(DiagnoseSettings(), folder),
@@ -74,7 +72,6 @@ def test_a_process_group_that_a_script_has_made_is_refused():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--output", "out"],
         ["compare", "--recipes", "lora", "--output", "out"],
         ["diagnose", "--output", "out"],
         ["curvature", "minilm-l6", "--output", "out"],
@@ -87,6 +84,16 @@ def test_the_command_line_ends_with_code_2(arguments, tmp_path, monkeypatch, cal
     code, _, err = call(*arguments)
     assert code == 2
     assert "WORLD_SIZE" in err
+    assert err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_processes_cannot_share_is_refused_before_they_meet(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call("train", "--batch-size", "7", "--output", "out")
+    assert code == 2
+    assert "multiple of their number, 2" in err
     assert err.count("\n") == 1
     assert not any(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from tangora._checks import InputError
+from tangora._checks import InputError, OtherRankError
 
 _T = TypeVar("_T")
 
@@ -105,5 +105,5 @@ def _awaited(store: Any, key: str, target: str) -> Any:
         ) from error
     result, failure = pickle.loads(store.get(key))
     if failure is not None:
-        raise InputError(failure)
+        raise OtherRankError(failure)
     return result

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as sharded_zeros
 
@@ -44,6 +44,15 @@ def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
         for index, tensor in zip(cut, gathered, strict=True):
             made[index] = tensor
     return made
+
+
+@torch.no_grad()
+def unshard_trained(model: nn.Module) -> None:
+    """Give every process all of those parameters that are trained, such as a head copied from a sharded base."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and is_sharded(parameter):
+                setattr(module, name, nn.Parameter(whole([parameter])[0]))
 
 
 def share(value: Tensor, like: Tensor) -> Tensor:

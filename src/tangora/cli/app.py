@@ -17,8 +17,9 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from tangora._checks import InputError, near_hint
+from tangora._launched import launched, launched_as
 from tangora.cli.flags import option
-from tangora.cli.output import console
+from tangora.cli.output import console, wait_for_the_first
 
 
 class _Program(TyperGroup):
@@ -111,9 +112,15 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
     )
+    if launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # every process would warn
+        console.quiet = launched_as() > 0
     try:
         code = app(standalone_mode=False)
-    except (InputError, TyperException) as error:
+    except Exception as error:
+        wait_for_the_first(error)
+        if not isinstance(error, (InputError, TyperException)):
+            raise
         if not (sentence := str(error) if isinstance(error, InputError) else _one_line(error)):
             raise SystemExit(2) from None  # without arguments: the help has been printed
         Console(stderr=True).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)

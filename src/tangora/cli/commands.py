@@ -49,6 +49,7 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
     """
     settings = from_flags(RunSettings, values, config)
     from tangora.cli.results import print_run
+    from tangora.experiments.process import failed_elsewhere
     from tangora.experiments.train import last_step, train
 
     def next_time() -> str:
@@ -56,7 +57,7 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
         return f"goes on from step {step}" if step else "begins again; --save-every keeps checkpoints"
 
     there = os.path.isfile(RunFolder(output).record)  # False for what is no name of a file, too
-    with interruptible(next_time), notes_printed(), progress_bars() as bars:
+    with interruptible(next_time, failed_elsewhere), notes_printed(), progress_bars() as bars:
         record = train(settings, output, progress=bar_of(bars, settings.recipe, visible=not there))
     if there:
         console.print(f"already {record.status}: nothing was run; choose another --output to run it again")

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -11,25 +12,34 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from tangora._checks import OtherRankError
+from tangora._launched import launched, launched_as
 from tangora._names import STATUSES, USER_LOG
 
 console = Console()
 
+_LAST_WORDS, _LONGEST_LAST_WORDS = 15.0, 60.0
+"""Seconds in which the launcher ends a process after another has told of an error."""
+
 
 @contextlib.contextmanager
-def interruptible(next_time: Callable[[], str] = lambda: "begins again") -> Iterator[None]:
+def interruptible(
+    next_time: Callable[[], str] = lambda: "begins again", is_told: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """End the program with one line when the user (exit code 130) or a scheduler (143) interrupts a command.
 
-    ``next_time`` returns what the same command does next.
+    ``next_time`` returns what the same command does next. The line is left out where ``is_told`` says that another
+    process has told why all end, and by all processes of a launcher but the first.
     """
     alone = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if alone else None
     try:
         yield
     except KeyboardInterrupt as reason:
-        Console(stderr=True).print(
-            f"interrupted; the same command {next_time()}", soft_wrap=True, highlight=False
-        )
+        if launched_as() == 0 and not is_told():
+            Console(stderr=True).print(
+                f"interrupted; the same command {next_time()}", soft_wrap=True, highlight=False
+            )
         raise SystemExit(128 + (signal.SIGTERM if reason.args else signal.SIGINT)) from None
     finally:
         if alone:
@@ -37,7 +47,17 @@ def interruptible(next_time: Callable[[], str] = lambda: "begins again") -> Iter
 
 
 def _interrupt(number: int, _frame: object) -> None:
+    if launched():  # its launcher hears of Ctrl-C, too, and ends what is ending
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
+
+
+def wait_for_the_first(error: BaseException) -> None:
+    """Let one process of a launcher tell of an error: the launcher ends the others when that one has ended."""
+    if isinstance(error, OtherRankError):
+        time.sleep(_LONGEST_LAST_WORDS)
+    elif launched_as() > 0:  # what all find out, the first tells
+        time.sleep(_LAST_WORDS)
 
 
 def progress_bars() -> Bars:

@@ -28,7 +28,7 @@ _MAKERS = {
 }
 """A setting that only one command has, and the command."""
 
-_NO_PART = {"report_to", "save_every", "device", "title"}
+_NO_PART = {"report_to", "save_every", "device", "fsdp", "title"}
 """Settings that change nothing of what is found."""
 
 NO_SPACE = "no space left on device"

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from tangora._launched import launcher
 from tangora._names import MODELS
 from tangora.experiments.settings import TaskSettings
 from tangora.training.data import Task
 from tangora.training.models.base_model import PACKAGED_MODELS
 from tangora.training.paths import local_path
+from tangora.training.ranks import num_ranks
 
 _PACKAGES = ("tangora", "torch", "peft", "transformers", "accelerate", "datasets")
 
@@ -31,6 +33,8 @@ def provenance(model: str = "") -> dict[str, Any]:
         "versions": versions(),
         "machine": _machine(),
         "commit": _commit(),
+        "processes": num_ranks(),
+        "launcher": launcher(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

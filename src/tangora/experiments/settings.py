@@ -139,7 +139,9 @@ class TaskSettings(DataSettings, ModelSettings):
         description="Passes over the training data (num_train_epochs), in place of steps.",
     )
     batch_size: int = Field(
-        default=16, ge=1, description="Examples per micro-batch (per_device_train_batch_size)."
+        default=16,
+        ge=1,
+        description="Examples per micro-batch (per_device_train_batch_size), of all processes of a launcher together.",
     )
     accumulate: int = Field(
         default=1, ge=1, description="Micro-batches per optimizer step (gradient_accumulation_steps)."
@@ -275,6 +277,7 @@ class RunSettings(TaskSettings):
         **TaskSettings.groups,
         "recipe": "Method",
         "learning_rate": "Optimization",
+        "fsdp": "Output and resources",
         "reference": "Measurements",
     }
     aliases: ClassVar[Mapping[str, str]] = {**TaskSettings.aliases, "lr": "learning_rate", "method": "recipe"}
@@ -290,6 +293,11 @@ class RunSettings(TaskSettings):
     )
     seed: Seed = Field(
         default=0, description="Seed of the initialization, the order of the data and dropout (seed)."
+    )
+    fsdp: bool = Field(
+        default=False,
+        description="Shard the frozen base over the processes of torchrun or accelerate launch (FSDP2); adapters stay "
+        "whole.",
     )
     reference: str | None = Field(
         default=None,
@@ -308,6 +316,8 @@ class RunSettings(TaskSettings):
         if self.dtype != "float32" and self.chosen_recipe.adapter is None:
             raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
         check_adapted(self, self.chosen_recipe)
+        if self.fsdp:
+            _check_sharded(self, self.chosen_recipe)
         return self
 
     @property
@@ -334,6 +344,18 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
             f"lora_dropout cannot be used with recipe {chosen.name}, which has no adapter; got "
             f"{settings.lora_dropout:g}"
         )
+
+
+def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
+    if chosen.adapter is None:
+        raise InputError(f"fsdp shards the frozen base, and recipe {chosen.name} trains it; leave one out")
+    if chosen.reads_weight:
+        raise InputError(
+            f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"
+        )
+    for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
+        if getattr(settings, key):
+            raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; leave one out")
 
 
 def _read_plan(path: str) -> dict[str, Any]:

@@ -1,20 +1,25 @@
 """`tangora train`: one run in an output folder that can be interrupted and continued."""
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
+
+import torch
 
 from tangora._checks import check_kind, check_path
 from tangora._folders import RunFolder
 from tangora._types import Progress
 from tangora.experiments.folders import check_origin, claimed
-from tangora.experiments.process import check_one_process, log_to
-from tangora.experiments.provenance import origin_of
+from tangora.experiments.process import joined, log_to, tell_user
+from tangora.experiments.provenance import origin_of, versions
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.measurements import check_reference
 from tangora.experiments.run.preparing import check_against_data, sized
 from tangora.experiments.settings import RunSettings
 from tangora.report import Record, load_record, save_json
 from tangora.training.callbacks import check_trackers, last_checkpoint, step_of
+from tangora.training.ranks import check_alike, failing_as_one, from_first, is_first, num_ranks
 
 
 def train(settings: RunSettings, output: str | Path, *, progress: Progress | None = None) -> Record:
@@ -24,6 +29,10 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
     fine-tuning: ``model/``) and ``record.json``; with ``measure_every`` also ``trajectory.jsonl`` and, for full
     fine-tuning, ``snapshots/``; with ``curvature_every`` also ``curvature.jsonl``.
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
+
+    Under torchrun or accelerate launch all processes train one model together, as one process would: each batch is
+    divided among them (``batch_size`` counts all of it), and the first one writes. Every process calls this and gets
+    the record.
 
     Args:
         progress: Called as ``progress(what, done, total)`` with optimizer steps: ``what`` is ``start``, ``training``,
@@ -36,23 +45,37 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
     Raises:
         InputError: If something in the settings cannot be used, the folder belongs to another configuration or is in
             use, the data or the model changed since the run was begun, the disk is full (the message says where the
-            weights are), or a launcher has started several processes. A folder in which nothing was done stays as it
-            was.
+            weights are), or several processes cannot share a batch or have other data. A folder in which nothing was
+            done stays as it was.
     """
-    check_one_process("train")
     check_kind("settings", settings, RunSettings, "a RunSettings")
     folder = RunFolder(check_path("output", output))
-    check_trackers(settings.report_to or ())
-    settings, task = sized(settings, folder.path)
-    check_reference(settings, task)
-    check_against_data(settings, task)
-    origin = origin_of(settings, task)
-    with claimed(folder.path, settings, origin):
-        if folder.record.exists():
+    with joined(settings), contextlib.ExitStack() as held:
+        with failing_as_one():
+            check_trackers(settings.report_to or ())
+            settings, task = sized(settings, folder.path)
+            check_reference(settings, task)
+            check_against_data(settings, task)
+            origin = origin_of(settings, task)
+        check_alike({"version": versions(), **settings.model_dump(mode="json"), **origin})
+
+        def begun() -> Record | None:
+            held.enter_context(claimed(folder.path, settings, origin))
+            if not folder.record.exists():
+                return None
             record = load_record(folder.record)
             check_origin(folder.path, record.settings, origin)
             return record
-        with log_to(folder.log):
+
+        def ended() -> Record:
+            save_json(record, folder.record)
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            return record
+
+        if (finished := from_first(begun)) is not None:
+            return finished
+        tell_user(*_unused_gpus(settings))
+        with log_to(folder.log if is_first() else Path(os.devnull)):
             record = execute(
                 settings,
                 task,
@@ -60,11 +83,17 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
                 run_id="run",
                 before=True,
                 keep_model=True,
-                progress=progress,
+                progress=progress if is_first() else None,
             )
-        save_json(record, folder.record)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return record
+        return from_first(ended)
+
+
+def _unused_gpus(settings: RunSettings) -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_ranks() > 1 or count < 2 or settings.device == "cpu":
+        return []
+    used = f"1 of {count} GPUs is used, {settings.device or 'the first'}"
+    return [f"{used}; to use all: torchrun --nproc-per-node {count} -m tangora.cli train ..."]
 
 
 def last_step(output: str | Path) -> int:

@@ -68,6 +68,15 @@ class Recipe:
         return self.start is not None and start_method(self.start).reads_gradients
 
     @property
+    def reads_weight(self) -> bool:
+        """Whether the start, or PEFT's adapter, computes with whole base weights before training."""
+        from tangora.init import start_method
+
+        if self.start is None:
+            return bool(self.options.get("use_dora"))
+        return start_method(self.start).reads_weight(self.start_options)
+
+    @property
     def searches_step(self) -> bool:
         """Whether the start has a step size that is searched on held-out batches."""
         from tangora.init import start_method

@@ -32,6 +32,8 @@ class Recorded(FrozenModel):
     versions: dict[str, str] = Field(description="Package name to version.")
     machine: str = Field(description="Processor, accelerator, threads.")
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
+    processes: int = Field(default=1, ge=1, description="Processes that trained together.")
+    launcher: str | None = Field(default=None, description="What has started several processes.")
     model_description: str | None = Field(
         default=None, description="What the packaged model is; None for another one, or in older records."
     )

@@ -1,5 +1,6 @@
 """Lets a causal model answer, and compares its final answers with the right ones."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from tangora._checks import InputError, check_whole
 from tangora.training.data.encoding import encode_prompts
 from tangora.training.data.generated import ANSWER_MARKER, PROBLEM
 from tangora.training.metrics import device_of, length_batches, observed
+from tangora.training.ranks import dealt_alike, gathered, num_ranks
 
 _SPOKEN_MARKER = "The answer is:"
 
@@ -27,7 +29,7 @@ def generate_completions(
     batch_size: int = 16,
     chat_template: bool = False,
 ) -> list[str]:
-    """Let a causal model answer prompts, greedily."""
+    """Let a causal model answer prompts, greedily; processes share the batches, and all get the answers."""
     if not examples or not all(example.get("prompt") for example in examples):
         raise InputError("examples must each have a prompt to complete; plain text has none")
     if max_new_tokens is None:
@@ -42,16 +44,18 @@ def generate_completions(
         bos_token_id=tokenizer.bos_token_id,
     )
     prompts = encode_prompts(examples, tokenizer, chat_template=chat_template)
-    texts = [""] * len(prompts)
+    answered: list[tuple[int, str]] = []
     with observed(model):
-        for indices in length_batches([len(prompt) for prompt in prompts], batch_size):
+        batches = length_batches([len(prompt) for prompt in prompts], batch_size)
+        for indices, counts in dealt_alike(list(batches)):
             batch = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device_of(model))
-            tokens = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
-            for index, text in zip(
-                indices, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
-            ):
-                texts[index] = text
-    return texts
+            # a sharded model's processes generate until all have ended
+            tokens = model.generate(**batch, generation_config=settings, synced_gpus=num_ranks() > 1)
+            tokens = tokens[:, batch["input_ids"].shape[1] :]
+            if counts:
+                answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                answered += zip(indices, answers, strict=True)
+    return [text for _, text in sorted(itertools.chain.from_iterable(gathered(answered)))]
 
 
 def summarize_answers(texts: Sequence[str], right: Bool[Tensor, " n"]) -> dict[str, float]:

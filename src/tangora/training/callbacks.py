@@ -19,6 +19,7 @@ from tangora._checks import InputError, check_whole
 from tangora._names import Tracker
 from tangora.diagnostics import Trajectory, TrajectoryPoint
 from tangora.recipes.prepare import adalora_schedule
+from tangora.training.ranks import from_first, gathered, is_first
 
 _SEAL = "complete"
 _SUMS = "trajectory.json"
@@ -47,13 +48,16 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """A file of one JSON line per measured step, with which a resumed run goes on."""
+    """A file of one JSON line per measured step, with which a resumed run goes on; the first process writes it."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def begin(self, step: int) -> list[dict[str, Any]]:
         """Keep and return the lines up to the step that training starts from; a start at 0 finds none to keep."""
+        return from_first(lambda: self._begin(step))
+
+    def _begin(self, step: int) -> list[dict[str, Any]]:
         kept = [line for line in read_history(self._path) if line["step"] <= step] if step else []
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -61,6 +65,8 @@ class JsonLines:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line."""
+        if not is_first():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -222,7 +228,7 @@ class TrajectoryRecorder(TrainerCallback):
             self._append(step)
         except InputError as problem:  # the same examples were fine at the start
             raise DivergedError(f"step {step}: {problem}") from problem
-        if self._on_point is not None:
+        if self._on_point is not None and is_first():
             self._on_point(step)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
@@ -277,7 +283,7 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 def trackers(names: Sequence[Tracker], folder: Path) -> list[TrainerCallback]:
     """Make the callbacks that send the numbers of the Trainer's log to trackers."""
     made: list[TrainerCallback] = []
-    for name in names:
+    for name in names if is_first() else ():
         if name == _TENSORBOARD:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -292,8 +298,10 @@ class SealedCheckpoints(TrainerCallback):
     """Marks every checkpoint that was written to its end, so that a killed run never resumes from half of one."""
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
-        """Seal the checkpoint that has just been written."""
-        (_checkpoint(args, state) / _SEAL).touch()
+        """Seal the checkpoint that has just been written, once every process has written its part."""
+        gathered(None)
+        if is_first():
+            (_checkpoint(args, state) / _SEAL).touch()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -317,6 +325,8 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _to_checkpoint(args: TrainingArguments, state: TrainerState, name: str, content: Any) -> None:
+    if not is_first():
+        return
     (_checkpoint(args, state) / name).write_text(json.dumps(content), encoding="utf-8")
 
 

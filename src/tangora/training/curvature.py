@@ -168,8 +168,7 @@ class CurvatureCallback(TrainerCallback):
     ):
         """Measure the start, or go on from a checkpoint."""
         self._lines = JsonLines(self._path or RunFolder(Path(str(args.output_dir))).curvature)
-        if state.is_world_process_zero:
-            self._lines.begin(state.global_step)
+        self._lines.begin(state.global_step)
         if not state.global_step:
             self._append(model, state)
 
@@ -192,8 +191,7 @@ class CurvatureCallback(TrainerCallback):
 
     def _append(self, model: nn.Module, state: TrainerState) -> None:
         point = curvature_point(model, self._batches, state.global_step, **self._how)
-        if state.is_world_process_zero:
-            self._lines.append(asdict(point))
+        self._lines.append(asdict(point))
         if self._on_point is not None:
             self._on_point(point)
 

@@ -60,7 +60,7 @@ def single_gpu(trainer: transformers.Trainer) -> None:
         return
     warnings.warn(
         f"{arguments.n_gpu} GPUs are visible; only {arguments.device} is used, so that the batch keeps its size. "
-        "CUDA_VISIBLE_DEVICES chooses another; under torchrun a script with tangora.Trainer uses all",
+        "CUDA_VISIBLE_DEVICES chooses another; torchrun --nproc-per-node N and accelerate launch use all",
         stacklevel=3,
     )
     arguments._n_gpu = 1

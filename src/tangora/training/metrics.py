@@ -1,6 +1,7 @@
 """Measures a model: loss, accuracy, perplexity and forgetting. Leaves mode, gradients and random state as found."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from tangora._checks import InputError, check_choice, check_whole
 from tangora.training.data import Encoding, collator, encode, load_task
 from tangora.training.data.encoding import IGNORED, Collator
 from tangora.training.models import KINDS, Kind
+from tangora.training.ranks import dealt_alike, gathered
 
 _NEWS = "bbc-news"
 _PROBLEMS = "reasoning-gym:gsm_symbolic"
@@ -54,21 +56,25 @@ def predictions(
     kind: Kind,
     batch_size: int,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Measure each example, for intervals and paired comparisons."""
+    """Measure each example, for intervals and paired comparisons; processes share the batches, and all get all."""
     check_choice("kind", kind, KINDS)
     if not len(dataset):
         raise InputError("dataset must hold at least one example; it is empty")
     measure = _measure_labels if kind == "classification" else _measure_tokens
     device = device_of(model)
-    found: dict[str, Tensor] = {}
+    measured: list[tuple[list[int], dict[str, Tensor]]] = []
     with observed(model):
         lengths = [len(encoding.get("input_ids", (None,))) for encoding in dataset]  # 1 of an image
-        for indices in length_batches(lengths, batch_size):
+        for indices, counts in dealt_alike(list(length_batches(lengths, batch_size))):
             batch = {name: value.to(device) for name, value in collate([dataset[i] for i in indices]).items()}
             labels = batch.pop("labels")
-            for name, values in measure(model(**batch).logits, labels).items():
-                target = found.setdefault(name, torch.zeros(len(dataset), dtype=torch.float64))
-                target[indices] = values.double().cpu()
+            values = measure(model(**batch).logits, labels)
+            if counts:
+                measured.append((indices, {name: value.double().cpu() for name, value in values.items()}))
+    found: dict[str, Tensor] = {}
+    for indices, values in itertools.chain.from_iterable(gathered(measured)):
+        for name, value in values.items():
+            found.setdefault(name, torch.zeros(len(dataset), dtype=torch.float64))[indices] = value
     return found
 
 

@@ -12,9 +12,11 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers.trainer_utils import SaveStrategy
 
 from tangora._folders import RunFolder
 from tangora._types import Progress
+from tangora.adapters.sharded import unshard_trained
 from tangora.experiments.process import tell_user
 from tangora.experiments.provenance import origin_of, provenance
 from tangora.experiments.run.machine import (
@@ -63,6 +65,8 @@ from tangora.training.callbacks import (
 )
 from tangora.training.data import Task
 from tangora.training.devices import keep_to
+from tangora.training.ranks import failing_as_one, from_first, is_first, num_ranks, rank
+from tangora.training.split_batches import SplitBatchTrainer, share_of
 from tangora.training.trainer import Trainer, bare_optimizer
 
 logger = logging.getLogger(__name__)
@@ -101,13 +105,16 @@ def execute(
     for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl``, ``snapshots/``
     and ``curvature.jsonl`` of a run that is measured. Checkpoints stay: they may go when the record is written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
     load = load_average()
     if progress is not None:
         progress("start", 0, settings.num_steps(len(task.train)))
-    loaded = load_base(settings, task)
-    task = task if is_checked else check_recipes([settings], task, loaded)
-    tell_user(*task.notes)
+    # parts of a sharded model are loaded by all processes together
+    with contextlib.nullcontext() if settings.fsdp else failing_as_one():
+        loaded = load_base(settings, task)
+        task = task if is_checked else check_recipes([settings], task, loaded)
+    tell_user(*task.notes, *_sharing(settings))
     run = Run(settings, task, loaded, RunFolder(folder), progress)
     result = _Result(metrics={"before": test_metrics(run, loaded.model)[0]} if before else {})
     known = unrelated_loss(run, loaded.model) if settings.forgetting else None
@@ -118,7 +125,11 @@ def execute(
     durations = Durations(lambda: _spent(timer, trainer, evaluations))
     trainer = _trainer(run, model, [timer, durations, *(each for each in observers if each is not None)])
     evaluations = _evaluations(run, model, trainer)
-    check_space(folder, model, keeps_model=keep_model, checkpoints=settings.save_every is not None)
+    from_first(
+        lambda: check_space(
+            folder, model, keeps_model=keep_model, checkpoints=settings.save_every is not None
+        )
+    )
     try:
         with rescued(run, model) if keep_model else contextlib.nullcontext():
             run.tell("training", 0)
@@ -128,7 +139,7 @@ def execute(
             if isinstance(model, PeftModel):
                 save_with_logits(run, model)
             elif keep_model:
-                save_weights(run, model, run.folder)
+                from_first(lambda: save_weights(run, model, run.folder))
         run.tell("evaluation", run.num_steps)
         _evaluate(run, model, result)
         if known is not None:
@@ -199,13 +210,22 @@ def _last(history: list[StepRecord], metrics: dict[str, dict[str, float]]) -> li
     return [EvaluationRecord(step=len(history), metrics=found)] if found else []
 
 
+def _sharing(settings: RunSettings) -> list[str]:
+    if num_ranks() == 1:
+        return []
+    share = f"{settings.batch_size // num_ranks()} of the {settings.batch_size} examples of each batch"
+    return [f"{num_ranks()} processes train together, each with {share}"]
+
+
 def _prepared(run: Run) -> nn.Module:
     settings, task = run.settings, run.task
     model = prepare_run(settings, task, run.loaded.model)
+    if settings.fsdp:
+        unshard_trained(model)
     batches = held_out = None
     if settings.chosen_recipe.reads_gradients:
-        batches = run.sampled(settings.start_examples)
-        held_out = run.batches(task.validation)
+        batches = run.dealt(run.sampled(settings.start_examples))
+        held_out = run.dealt(run.batches(task.validation))
     settings.chosen_recipe.initialize(model, batches, held_out=held_out, seed=settings.seed)
     return model
 
@@ -226,10 +246,10 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         gradient_checkpointing=settings.gradient_checkpointing,
         # the other kind finds no gradient where a frozen base has embedded the tokens
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        use_cpu=settings.device == "cpu",
+        use_cpu=settings.device == "cpu" or (num_ranks() > 1 and not torch.cuda.is_available()),
         seed=settings.seed,
         data_seed=settings.seed,
-        save_strategy="steps" if settings.save_every else "no",
+        save_strategy="no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
         logging_steps=1,
@@ -243,11 +263,11 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         log_level="error",
     )
     keep_to(arguments, settings.device)
-    trainer = Trainer(
+    trainer = SplitBatchTrainer(
         model=model,  # pyright: ignore[reportArgumentType]
         args=arguments,
         train_dataset=data,
-        data_collator=collate,
+        data_collator=share_of(collate),
         recipe=settings.chosen_recipe,
         learning_rate=settings.peak_learning_rate,
         head_learning_rate=settings.head_learning_rate,
@@ -262,6 +282,10 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         # the Trainer trusts a model with **kwargs to divide by the size of the whole batch, but classifiers take the
         # mean of each micro-batch: their losses and gradients would be added up, not averaged
         trainer.model_accepts_loss_kwargs = False
+    if (
+        settings.save_every
+    ):  # refused above for a sharded base, whose adapters and their states are whole here
+        trainer.args.save_strategy = SaveStrategy.STEPS
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -291,7 +315,9 @@ def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) 
 
 def _train(run: Run, trainer: Trainer) -> int | None:
     watched = reset_peak()
-    checkpoint = last_checkpoint(run.folder.checkpoints)
+    checkpoint = from_first(lambda: last_checkpoint(run.folder.checkpoints))
+    if rank() > 0:  # other dropout for other examples
+        torch.manual_seed(run.settings.seed + rank())
     with read_whole(checkpoint, lambda: trainer.state.global_step):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return peak_bytes() if watched else None

@@ -52,7 +52,7 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
         reference.check_layers(tracks)
     batches = None
     if settings.measure_gradient:
-        batches = run.sampled(settings.measure_gradient)
+        batches = run.dealt(run.sampled(settings.measure_gradient))
     followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
     weights = [track for track in tracks if isinstance(track, WeightTrack)]
     base = fingerprint(weights) if weights else ""
@@ -73,7 +73,7 @@ def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
     whole = not isinstance(model, PeftModel)
     return CurvatureCallback(
         # the first ones, so that all methods and seeds are measured on the same
-        run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING]),
+        run.dealt(run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING])),
         every=settings.curvature_every,
         path=run.folder.curvature,
         over=("weights",) if whole else ("tangent", "factors"),
@@ -141,7 +141,7 @@ def measure_flatness(run: Run, model: nn.Module, test_loss: float) -> Flatness:
         "products": 0,
     }
     try:
-        values |= _curvature(run, model, run.batches(examples))
+        values |= _curvature(run, model, run.dealt(run.batches(examples)))
     except InputError as problem:  # a method without second derivatives must not end the comparison
         values["missing"] = f"{settings.recipe}: {problem}"
     return Flatness(**values, seconds=time.perf_counter() - began)

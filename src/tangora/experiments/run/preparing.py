@@ -25,6 +25,7 @@ from tangora.training.data.encoding import check_chat_template
 from tangora.training.data.fit import check_fit
 from tangora.training.devices import check_device, device_named
 from tangora.training.models import Kind, LoadedModel, load_model
+from tangora.training.ranks import dealt, num_ranks
 
 _SettingsT = TypeVar("_SettingsT", bound=DataSettings)
 
@@ -59,6 +60,10 @@ class Run:
     def batches(self, examples: Sequence[Any]) -> list[dict[str, Tensor]]:
         """Make padded batches of examples."""
         return encoded_batches(self.settings, self.loaded, examples, self.settings.batch_size)
+
+    def dealt(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return what this process reads of batches whose mean is that of all processes."""
+        return batches if self.settings.fsdp else dealt(batches)  # passes of a sharded model are made by all
 
     def sampled(self, count: int) -> list[dict[str, Tensor]]:
         """Make batches of so many training examples, drawn by the run's seed."""
@@ -191,13 +196,16 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
         quantize_to=device if settings.load_in_4bit else None,
+        shards=num_ranks() if settings.fsdp else 1,
     )
     if settings.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
         raise InputError(
             f"gradient_checkpointing cannot be used with model {settings.model!r}: "
             f"{type(loaded.model).__name__} does not support it; leave it out"
         )
-    if not settings.load_in_4bit:  # what is quantized has been loaded to the device
+    if settings.fsdp:  # before its first pass, in which FSDP2 notes what has a gradient
+        loaded.model.requires_grad_(False)
+    if not (settings.load_in_4bit or settings.fsdp):  # these have been loaded to the device
         loaded.model.to(device)  # pyright: ignore[reportArgumentType]
     return loaded
 

@@ -29,6 +29,7 @@ from tangora.experiments.run.preparing import Run, load_base
 from tangora.experiments.settings import RunSettings
 from tangora.training.callbacks import last_checkpoint, step_of
 from tangora.training.data import Task
+from tangora.training.ranks import is_first
 
 _NUM_EXAMPLES = 8
 _ROUNDING = {"float32": 1e-3, "bfloat16": 0.1}
@@ -60,7 +61,9 @@ def save_with_logits(run: Run, model: PeftModel) -> None:
     """Save the adapter of a run, and what it computes on a few test examples, which `verify_adapter` compares with."""
     facts = model_card_facts(run.settings, run.task.fingerprint, data_format(run))
     save_adapter(model, run.folder.adapter, card=facts, tokenizer=run.loaded.tokenizer)
-    torch.save(_logits(run, model), run.folder.logits)
+    logits = _logits(run, model)
+    if is_first():
+        torch.save(logits, run.folder.logits)
 
 
 def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
@@ -136,7 +139,7 @@ def rescued(run: Run, model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as problem:
-        if not is_disk_full(problem):
+        if not is_disk_full(problem) or not is_first():
             raise
         sealed = last_checkpoint(run.folder.checkpoints)  # the one that was cut off goes, and frees its space
         step = f"goes on from step {step_of(sealed)}" if sealed else "begins again"

@@ -25,6 +25,7 @@ from tangora._checks import (
 )
 from tangora._names import KINDS, Kind
 from tangora.adapters import head_names
+from tangora.adapters.sharded import local, share
 from tangora.adapters.stored_weight import keep_layout
 from tangora.training.hub import hub_problem
 from tangora.training.models.cached import dequantized
@@ -81,6 +82,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     quantize_to: torch.device | None = None,
+    shards: int = 1,
 ) -> LoadedModel:
     """Load a model for classification or for causal language modelling.
 
@@ -95,6 +97,7 @@ def load_model(
         seed: Seed of a new head, in [0, inf).
         quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
             ``dtype``), all but the head; default: not quantized, on the CPU.
+        shards: Number of processes over which all of them together shard the weights (FSDP2); default: whole.
 
     Returns:
         The model in evaluation mode, and its tokenizer or image scaler.
@@ -122,7 +125,9 @@ def load_model(
         scaler = _load_scaler(source, kind)
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
         auto = _AUTO["images" if scaler is not None else kind]
-        model = _load_weights(source, kind, auto, label_names, _precision(dtype, quantize_to))
+        model, new = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
+        if shards > 1 and new:
+            _draw_whole(model, auto, new, seed)
     if quantize_to is not None:
         keep_layout(model.modules())
     if scaler is None:
@@ -243,7 +248,11 @@ def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str, Any]:
+def _storage(dtype: torch.dtype, quantize_to: torch.device | None, shards: int) -> dict[str, Any]:
+    if shards > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig  # of newer versions
+
+        return {"dtype": dtype, "distributed_config": DistributedConfig(fsdp_size=shards)}
     if quantize_to is None:
         return {"dtype": dtype}
     check_installed("bitsandbytes", "quantize_to")
@@ -257,10 +266,10 @@ def _precision(dtype: torch.dtype, quantize_to: torch.device | None) -> dict[str
 
 
 def _load_weights(
-    source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], precision: dict[str, Any]
-) -> PreTrainedModel:
-    """Return the model, unless most of it would be random."""
-    options: dict[str, Any] = precision | {"local_files_only": source.local, "output_loading_info": True}
+    source: _Source, kind: Kind, auto: Any, labels: tuple[str, ...], storage: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return the model and the names of weights that were drawn, unless these are most of it."""
+    options: dict[str, Any] = storage | {"local_files_only": source.local, "output_loading_info": True}
     if kind == "classification":
         options |= {
             "id2label": dict(enumerate(labels)),
@@ -274,12 +283,32 @@ def _load_weights(
             options["quantization_config"].llm_int8_skip_modules = head
         model, info = auto.from_pretrained(source.path, **options)
     except Exception as error:  # a damaged or impossible config.json ends in any of them
+        if "fsdp_plan" in str(error):
+            raise InputError(
+                f"model {source.name!r} cannot be sharded: transformers has no plan for it (it has one for most "
+                "decoders, such as Llama, Qwen, Gemma and Mistral); leave fsdp out"
+            ) from error
         raise InputError(
             f"model {source.name!r} cannot be loaded for kind={kind!r}: {_reason(error)}"
         ) from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    _check_complete(model, source.name, kind, set(info["missing_keys"]) | mismatched)
-    return model
+    new = set(info["missing_keys"]) | mismatched
+    _check_complete(model, source.name, kind, new)
+    return model, new
+
+
+def _draw_whole(model: PreTrainedModel, auto: Any, new: set[str], seed: int) -> None:
+    """Draw the new weights of a sharded model as one process does, which draws no parts."""
+    with torch.device("meta"):
+        twin = auto.from_config(model.config, dtype=model.dtype)
+    torch.default_generator.manual_seed(seed)
+    for name, module in twin.named_modules():
+        drawn = [key for key, _ in module.named_parameters(recurse=False) if f"{name}.{key}" in new]
+        if drawn:
+            twin._init_weights(module.to_empty(device="cpu", recurse=False))
+        for key in drawn:
+            parameter = model.get_parameter(f"{name}.{key}")
+            local(parameter.detach()).copy_(share(module.get_parameter(key).detach(), parameter))
 
 
 def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]) -> None:
@@ -292,7 +321,7 @@ def _check_complete(model: PreTrainedModel, name: str, kind: Kind, new: set[str]
         some = ", ".join(sorted(new)[:3])
         raise InputError(
             f"model {name!r} lacks {len(new)} of the weights that kind={kind!r} needs, such as {some}; "
-            f"use a model trained as {type(model).__name__}"
+            f"use a model trained as {type(model).__name__.removeprefix('FSDP')}"
             + (", or data with a label to classify" if kind == "causal" else "")
         )
 
