@@ -5,9 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from types import SimpleNamespace
 
@@ -24,6 +22,7 @@ from tangora.experiments.run.preparing import load_run_task
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import after_step
 from tests.models import tiny_bert, tiny_tokenizer
+from tests.processes import process
 
 RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
 
@@ -112,34 +111,20 @@ def test_side_by_side_gives_what_one_after_the_other_does(classifier, tmp_path):
         )
 
 
-SCRIPT = """
-import sys
-from tangora import CompareSettings, compare
-import json
-compare(CompareSettings(**json.loads(sys.argv[1])), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(classifier, tmp_path):
     wanted, folder = plan(classifier, steps=8), tmp_path / "cut"
     compare(wanted, tmp_path / "whole")
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), wanted.model_dump_json(), str(folder)]
-    kept = {}
-    for kill in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while len(list(folder.glob("records/*.json"))) < 2 * kill + 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.3 * kill)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(0.5)  # its runs end with it
-        now = {path.name: path.read_bytes() for path in folder.glob("records/*.json")}
-        assert kept.items() <= now.items()
-        kept = now
-        time.sleep(0.5)
-        assert {path.name for path in folder.glob("records/*.json")} == kept.keys()
+    cut = process(compare, wanted, folder)
+    while len(list(folder.glob("records/*.json"))) < 2:
+        assert cut.is_alive()
+        time.sleep(0.02)
+    cut.kill()
+    cut.join()
+    time.sleep(0.5)  # its runs end with it
+    kept = {path.name: path.read_bytes() for path in folder.glob("records/*.json")}
+    time.sleep(0.5)
+    assert {path.name for path in folder.glob("records/*.json")} == kept.keys()
     compare(wanted, folder)
     for name, content in kept.items():
         assert (folder / "records" / name).read_bytes() == content

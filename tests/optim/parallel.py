@@ -1,5 +1,7 @@
 """One small model with adapters in one process or several, cut in every way, and what training makes of it."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -54,6 +56,7 @@ def weights(model):
     return pairs | {n: whole(p) for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
 
 
+@functools.cache
 def expected(name, **how):
     model = adapted(**how)
     run(model, OPTIMIZERS[name](model), batches())
