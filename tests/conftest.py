@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import jinja2
 import pytest
 import torch
+import typer.main
 
 torch.set_num_threads(1)  # also where torch was there before this package
 
@@ -48,6 +49,14 @@ def _templates_compiled_once():
     """PEFT compiles the template of its card at every saving, which takes longer than the saving."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_built_once():
+    """The command line reads the signatures of all commands at every call, which takes longer than to refuse one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 
