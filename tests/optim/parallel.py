@@ -17,9 +17,8 @@ STEPS = 4
 
 
 def base():
-    return transformer(
-        "llama", seed=0, num_key_value_heads=2, tie_word_embeddings=False, use_cache=False
-    ).double()
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 2}
+    return transformer("llama", seed=0, tie_word_embeddings=False, use_cache=False, **sizes).double()
 
 
 def adapted(model=None, *, r=3, head=True, targets=("q_proj", "v_proj", "down_proj")):
