@@ -8,33 +8,38 @@ import huggingface_hub.constants
 import jinja2
 import pytest
 import torch
+import typer.main
 
 torch.set_num_threads(1)  # also where torch was there before this package
 
 TESTS = Path(__file__).parent
-SHAPED = {
-    *("geometry", "integrate", "optim", "init", "adapters", "probes", "curvature", "diagnostics", "training"),
-    "reproductions",
-}
-"""Folders of tests of functions whose annotations have shapes."""
+SHAPED = [
+    *(TESTS / name for name in ("geometry", "optim", "init", "adapters", "curvature", "diagnostics")),
+    *(TESTS / "training" / f"test_{name}.py" for name in ("metrics", "images")),
+    TESTS / "reproductions",
+]
+"""Tests of functions whose annotations have shapes."""
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave out other folders where annotations are checked: not all that they import can be."""
+    """Leave out all other tests where annotations are checked: not all that they import can be."""
     if not config.getoption("--jaxtyping-packages") or not collection_path.is_relative_to(TESTS):
         return None
-    first, *_ = collection_path.relative_to(TESTS).parts or ("",)
     holds_tests = collection_path.is_dir() or collection_path.name.startswith("test_")
-    return True if first and first not in SHAPED and holds_tests else None
+    near = any(p.is_relative_to(collection_path) or collection_path.is_relative_to(p) for p in SHAPED)
+    return True if holds_tests and not near else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Mark what runs with jaxtyping's checks."""
+    """Mark what runs with jaxtyping's checks, which take more time than the tests: one case of each test."""
+    marked = set()
     for item in items:
         unchecked = item.get_closest_marker("slow") or item.get_closest_marker("messages")
-        if not unchecked and item.path.relative_to(TESTS).parts[0] in SHAPED:
+        test = item.path, getattr(item, "originalname", item.name)
+        if not unchecked and test not in marked and any(map(item.path.is_relative_to, SHAPED)):
             item.add_marker("shaped")
+            marked.add(test)
 
 
 def pytest_collection_finish():
@@ -48,6 +53,14 @@ def _templates_compiled_once():
     """PEFT compiles the template of its card at every saving, which takes longer than the saving."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_built_once():
+    """The command line reads the signatures of all commands at every call, which takes longer than to refuse one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 

@@ -1,5 +1,6 @@
-"""Several processes on one machine: each runs the same function, joined by gloo, and saves what it found."""
+"""Processes of a test's own, forked from a server that has imported what takes long; several are joined by gloo."""
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -11,11 +12,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# the server of the tests is that of a comparison's runs
+multiprocessing.set_forkserver_preload(["tangora.experiments.comparison.worker"])
+
+
+def process(work: Callable[..., Any], *arguments: Any) -> multiprocessing.Process:
+    """Start a process that calls a function."""
+    started = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
+    started.start()
+    return started
+
 
 def in_processes(work: Callable[..., Any], folder: Path, world: int, *arguments: Any) -> list[Any]:
     """Return what ``work(rank, *arguments)`` returns in each of several processes."""
     (folder / "meet").unlink(missing_ok=True)
-    mp.spawn(_process, args=(world, str(folder), work, arguments), nprocs=world)
+    mp.start_processes(
+        _process, args=(world, str(folder), work, arguments), nprocs=world, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

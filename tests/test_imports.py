@@ -20,18 +20,23 @@ SOURCES = sorted((ROOT / "src" / "tangora").rglob("*.py"))
 SLOW = ("torch", "transformers", "peft", "datasets", "plotly", "matplotlib", "scipy", "pandas")
 
 
-def in_fresh_process(code, *arguments, **environment):
-    """Run Python code in a process of its own; return what it prints last, as JSON says it."""
+def run_fresh(code, *arguments):
+    """Run Python code in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done
+
+
+def in_fresh_process(code, *arguments):
+    """Return what the code prints last, as JSON says it."""
+    return json.loads(run_fresh(code, *arguments).stdout.splitlines()[-1])
 
 
 def test_importing_tangora_loads_no_torch():
@@ -70,26 +75,23 @@ def test_an_optimizer_loads_no_plots_no_data_sets_and_no_command_line():
     assert not unwanted & loaded
 
 
-LOGS = """
-import json, logging, sys
+NAMES = """
+import json, logging
 import tangora
-from tangora import TangentAdam  # loads PEFT, and with it bitsandbytes
+import tangora.recipes.table  # must not hide the function of this name
+from tangora import *  # loads PEFT, and with it bitsandbytes
+names = [tangora.recipes()[0].name, tangora.curvature.Hessian.__name__, TangentAdam.__name__, tangora.train.__name__,
+         tangora.optim.TangentAdam is tangora.TangentAdam is TangentAdam]
 log = logging.getLogger("bitsandbytes.backends.cpu.ops")
 log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module named 'kernels'")
 log.warning("Failed to load the library")
-print(json.dumps(None))
+print(json.dumps(names))
 """
 
 
-def test_a_missing_optional_kernel_of_bitsandbytes_is_no_news_and_other_failures_are():
-    done = subprocess.run(
-        [sys.executable, "-c", LOGS],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-    )
+def test_names_are_found_in_a_fresh_process_and_missing_kernels_of_bitsandbytes_are_no_news():
+    done = run_fresh(NAMES)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["full", "Hessian", "TangentAdam", "train", True]
     assert done.stderr.splitlines() == ["Failed to load the library"]
 
 
@@ -193,19 +195,6 @@ def test_every_export_is_itself(name):
     if name != "curvature":
         assert getattr(sys.modules[value.__module__], name) is value
         assert pickle.loads(pickle.dumps(value)) is value
-
-
-def test_names_and_packages_are_found_in_a_fresh_process():
-    code = """
-import json
-import tangora
-import tangora.recipes.table  # must not hide the function of this name
-from tangora import *
-found = [tangora.recipes()[0].name, tangora.curvature.Hessian.__name__, TangentAdam.__name__, tangora.train.__name__,
-         tangora.optim.TangentAdam is tangora.TangentAdam is TangentAdam]
-print(json.dumps(found))
-"""
-    assert in_fresh_process(code) == ["full", "Hessian", "TangentAdam", "train", True]
 
 
 def test_an_unknown_name_is_an_attribute_error():

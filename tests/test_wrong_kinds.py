@@ -19,8 +19,12 @@ TOKENS = torch.arange(4, 16).reshape(2, 6)
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 
+def base_model():
+    return tiny_llama(num_hidden_layers=1)
+
+
 def peft_model():
-    return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    return get_peft_model(base_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 
 
 WRONG = {
@@ -41,7 +45,7 @@ WRONG = {
     "parameters": (torch.nn.Parameter(torch.ones(2)) for _ in range(1)),
     "an optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0),
     "an object": object(),
-    "a base model": tiny_llama(),
+    "a base model": base_model(),
     "a PEFT model": peft_model(),
     "a configuration": LoraConfig(),
     "a recipe": tangora.recipe("lora"),
@@ -72,7 +76,7 @@ def made(tmp_path_factory):
 
 def prepare(x, key, **options):
     given = {"r": 2, "lora_alpha": 2, "task_type": "CAUSAL_LM", "total_steps": 9} | options
-    tangora.recipe("adalora").prepare(tiny_llama(), **given | {key: x})
+    tangora.recipe("adalora").prepare(base_model(), **given | {key: x})
 
 
 def prepare_model(x):
@@ -101,7 +105,7 @@ CALLS = {
     "save_merged(model)": lambda x, made: tangora.save_merged(x, made["out"]()),
     "save_merged(path)": lambda x, _: tangora.save_merged(peft_model(), x),
     "load_adapter(base)": lambda x, made: tangora.load_adapter(x, made["adapter"]),
-    "load_adapter(path)": lambda x, _: tangora.load_adapter(tiny_llama(), x),
+    "load_adapter(path)": lambda x, _: tangora.load_adapter(base_model(), x),
     "initialize(model)": lambda x, _: tangora.initialize(x, "orthogonal", progress=False),
     "initialize(method)": lambda x, _: tangora.initialize(peft_model(), x, [BATCH], progress=False),
     "initialize(batches)": lambda x, _: tangora.initialize(peft_model(), "lora-ga", x, progress=False),

@@ -2,13 +2,11 @@
 
 import datetime
 import os
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +14,7 @@ from tangora import InputError
 from tangora.adapters import load_adapter, merged_model, save_adapter, save_merged
 from tests.adapters.models import logits, tiny_llama
 from tests.models import randomize
+from tests.processes import in_processes
 from tests.tolerances import assert_close
 
 
@@ -24,23 +23,8 @@ def adapted():
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    wait = datetime.timedelta(seconds=20)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=wait
-    )
-    try:
-        torch.save(scenes(rank, Path(folder)), f"{folder}/{rank}.pt")
-        if rank == 0:
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def scenes(rank, folder):
     """What both ranks do, in the same order; rank 0 does more by itself in between."""
-    found = {}
+    folder, found = Path(folder), {}
     model = DistributedDataParallel(adapted(), broadcast_buffers=False)
     for _ in range(10):  # without a barrier in between
         last = save_adapter(model, folder / "adapter", rank=1)
@@ -67,14 +51,13 @@ def scenes(rank, folder):
             save_adapter(model, folder / "lonely")
         found["lonely"] = str(caught.value)
         store.set_timeout(datetime.timedelta(seconds=20))
-        dist.barrier()
+    dist.barrier()
     return found
 
 
 @pytest.mark.slow
 def test_one_rank_writes_and_the_others_get_its_answer(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_processes(work, tmp_path, 2, str(tmp_path))
     assert first["saved"] == second["saved"]
     assert first["saved"][1] == 1
     assert first["saved"][2] > 0

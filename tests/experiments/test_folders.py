@@ -2,11 +2,10 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -28,6 +27,7 @@ from tangora.experiments.train import last_step
 from tangora.report import load_comparison
 from tangora.training.callbacks import last_checkpoint, read_history
 from tests.experiments.small import after_step, ctrl_c, write_classifier
+from tests.processes import process
 
 
 @pytest.fixture
@@ -141,24 +141,19 @@ def test_a_fingerprint_is_of_the_content(tmp_path, small):
 
 # --- one process at a time
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from tangora.experiments.folders import claimed
-from tangora.experiments.settings import RunSettings
-with claimed(Path(sys.argv[1]), RunSettings()):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold(folder, told):
+    with claimed(folder, RunSettings()):
+        told.send("held")
+        time.sleep(600)
 
 
 @pytest.mark.messages
 def test_a_second_process_stops_at_once_and_a_killed_one_holds_nothing(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    holder = process(hold, tmp_path / "out", theirs)
     try:
-        assert holder.stdout.readline() == b"held\n"
+        assert ours.recv() == "held"
         began = time.monotonic()
         with (
             pytest.raises(InputError, match="is in use by another tangora process"),
@@ -172,9 +167,8 @@ def test_a_second_process_stops_at_once_and_a_killed_one_holds_nothing(tmp_path)
             pass
         assert time.monotonic() - began < 5
     finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        holder.stdout.close()
+        holder.kill()
+        holder.join()
     with claimed(tmp_path / "out", RunSettings(steps=3)):
         assert json.loads((tmp_path / "out" / "settings.json").read_text())["steps"] == 3
         (tmp_path / "out" / "result").write_text("something")

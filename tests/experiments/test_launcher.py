@@ -1,10 +1,8 @@
 """Under a launcher commands but train stop before they read or write anything; workers of a comparison do not ask."""
 
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,14 +10,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tangora
 from tangora._checks import InputError
+from tangora._folders import ComparisonFolder
 from tangora.experiments.compare import compare_tasks
 from tangora.experiments.comparison.plan import CompareSettings, PlanSettings
+from tangora.experiments.comparison.sweep import due
+from tangora.experiments.comparison.worker import Limits, work
 from tangora.experiments.curvature.measurement import measure_curvature
 from tangora.experiments.diagnose_task import diagnose_task
 from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.process import check_one_process
-from tangora.report import load_comparison
-from tests.experiments.small import write_classifier
+from tangora.experiments.run.preparing import load_run_task
+from tangora.report import load_record
+from tests.processes import process
 
 pytestmark = pytest.mark.messages
 
@@ -98,29 +100,23 @@ def test_what_processes_cannot_share_is_refused_before_they_meet(tmp_path, monke
     assert not any(tmp_path.iterdir())
 
 
+def launched(port, *arguments):
+    one = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(one, MASTER_PORT=str(port))
+    work(*arguments)
+
+
 @pytest.mark.slow
-def test_runs_side_by_side_do_not_share_the_port_of_a_launcher_with_one_process(tmp_path):
-    settings = {**write_classifier(tmp_path), "steps": 2, "batch_size": 4, "recipes": ["lora", "tangent"]}
-    (tmp_path / "plan.yaml").write_text(
-        json.dumps(settings | {"learning_rates": {"lora": [1e-3, 3e-3]}, "seeds": [0]})
+def test_a_run_of_a_comparison_does_not_use_the_port_of_a_launcher_with_one_process(classifier, tmp_path):
+    settings = CompareSettings(
+        **classifier, steps=1, batch_size=4, recipes=["lora"], kind="classification", learning_rates="1e-3"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {
-        "WORLD_SIZE": "1",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    words = ["compare", str(tmp_path / "plan.yaml"), "--jobs", "3", "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tangora.cli", *words],
-        env=os.environ | launched,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {record.status for record in load_comparison(tmp_path / "out").records} == {"finished"}
+    (trial, *_), folder = due(settings, []), ComparisonFolder(tmp_path)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # as by a run beside it
+        port = taken.getsockname()[1]
+        run = process(launched, port, trial, load_run_task(trial.settings), folder, Limits(), theirs)
+        run.join()
+    ours.close()
+    record = load_record(folder.record_of(trial.id))
+    assert record.status == "finished", record.error

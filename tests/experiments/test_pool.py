@@ -5,9 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from types import SimpleNamespace
 
@@ -24,6 +22,7 @@ from tangora.experiments.run.preparing import load_run_task
 from tangora.report import load_comparison, load_record
 from tests.experiments.small import after_step
 from tests.models import tiny_bert, tiny_tokenizer
+from tests.processes import process
 
 RATES = {"lora": [1e-3, 3e-3], "tangent": [1e-3, 3e-3]}
 
@@ -67,17 +66,18 @@ class Killer:
 @pytest.mark.slow
 def test_a_killed_run_is_recorded_and_the_others_go_on(classifier, tmp_path):
     killer = Killer()
-    outcome = compare(plan(classifier, steps=30), tmp_path / "out", progress=killer)
+    wanted = plan(classifier, steps=12, seeds=[0])
+    outcome = compare(wanted, tmp_path / "out", progress=killer)
     records = {record.id: record for record in outcome.comparison.records}
     dead = records[killer.victim]
     assert dead.status == "failed"
     assert "signal 9" in dead.error
-    assert 2 <= len(dead.history) < 30
+    assert 2 <= len(dead.history) < 12
     assert sum(record.status == "finished" for record in records.values()) == len(records) - 1
 
-    again = compare(plan(classifier, steps=30), tmp_path / "out")
+    again = compare(wanted, tmp_path / "out")
     assert {r.id: r.status for r in again.comparison.records} == {i: r.status for i, r in records.items()}
-    healed = compare(plan(classifier, steps=30), tmp_path / "out", resources=Resources(retry=True))
+    healed = compare(wanted, tmp_path / "out", resources=Resources(retry=True))
     assert {record.status for record in healed.comparison.records} == {"finished"}
 
 
@@ -99,7 +99,7 @@ def test_a_run_that_does_not_fit_into_memory_is_recorded_and_the_others_go_on(cl
 
 @pytest.mark.slow
 def test_side_by_side_gives_what_one_after_the_other_does(classifier, tmp_path):
-    one = plan(classifier)
+    one = plan(classifier, recipes=["tangent"], learning_rates={"tangent": RATES["tangent"]})
     compare(one, tmp_path / "one", resources=Resources(jobs=1))
     compare(one, tmp_path / "two", resources=Resources(jobs=2))
     alone, beside = what_was_found(tmp_path / "one"), what_was_found(tmp_path / "two")
@@ -112,34 +112,21 @@ def test_side_by_side_gives_what_one_after_the_other_does(classifier, tmp_path):
         )
 
 
-SCRIPT = """
-import sys
-from tangora import CompareSettings, compare
-import json
-compare(CompareSettings(**json.loads(sys.argv[1])), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(classifier, tmp_path):
-    wanted, folder = plan(classifier, steps=8), tmp_path / "cut"
+    grid = {"recipes": ["tangent"], "learning_rates": {"tangent": RATES["tangent"]}}
+    wanted, folder = plan(classifier, **grid, steps=8), tmp_path / "cut"
     compare(wanted, tmp_path / "whole")
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), wanted.model_dump_json(), str(folder)]
-    kept = {}
-    for kill in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while len(list(folder.glob("records/*.json"))) < 2 * kill + 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.3 * kill)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(0.5)  # its runs end with it
-        now = {path.name: path.read_bytes() for path in folder.glob("records/*.json")}
-        assert kept.items() <= now.items()
-        kept = now
-        time.sleep(0.5)
-        assert {path.name for path in folder.glob("records/*.json")} == kept.keys()
+    cut = process(compare, wanted, folder)
+    while not list(folder.glob("records/*.json")):
+        assert cut.is_alive()
+        time.sleep(0.02)
+    cut.kill()
+    cut.join()
+    time.sleep(0.5)  # its runs end with it
+    kept = {path.name: path.read_bytes() for path in folder.glob("records/*.json")}
+    time.sleep(0.5)
+    assert {path.name for path in folder.glob("records/*.json")} == kept.keys()
     compare(wanted, folder)
     for name, content in kept.items():
         assert (folder / "records" / name).read_bytes() == content

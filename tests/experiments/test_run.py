@@ -1,14 +1,11 @@
 """Runs: every recipe trains, the adapter proves itself, and a killed run goes on as if nothing had happened."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tangora import InputError, RunSettings, recipe, recipes, train
@@ -16,7 +13,8 @@ from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_run_task
 from tangora.experiments.run.saving import verify_adapter
 from tangora.training.callbacks import last_checkpoint, read_history
-from tests.experiments.small import have_same_weights, write_generator
+from tests.experiments.small import after_step, have_same_weights, write_generator
+from tests.processes import process
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:step .* changes A of",
@@ -28,11 +26,11 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [entry.name for entry in recipes() if entry.trains])
 def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classifier, tmp_path, name):
-    settings = RunSettings(**classifier, recipe=name, steps=10, batch_size=8)
+    settings = RunSettings(**classifier, recipe=name, steps=5, batch_size=8)
     task = load_run_task(settings)
     record = execute(settings, task, tmp_path, run_id="run")
     assert record.status == "finished", record.error
-    assert len(record.history) == 10
+    assert len(record.history) == 5
     assert record.history[-1].learning_rate < record.history[2].learning_rate  # the schedule runs
     assert record.memory.optimizer_state_bytes > 0
     assert record.time.forward_backward > 0
@@ -166,18 +164,9 @@ def test_a_diverging_run_is_recorded(classifier, tmp_path):
     assert "step" in record.error
 
 
-SCRIPT = """
-import sys, json, torch
-torch.set_num_threads(1)
-from tangora import RunSettings, train
-import tangora.training.callbacks as callbacks, time
-original = callbacks.History.on_log
-def slow(self, args, state, control, logs=None, **kwargs):
-    original(self, args, state, control, logs, **kwargs)
-    time.sleep(0.3)
-callbacks.History.on_log = slow
-train(RunSettings(**json.loads(sys.argv[1])), sys.argv[2])
-"""
+def train_until_killed(settings, folder):
+    torch.set_num_threads(1)
+    train(RunSettings(**settings), folder, progress=after_step(6, lambda: time.sleep(600)))
 
 
 @pytest.mark.slow
@@ -185,17 +174,12 @@ train(RunSettings(**json.loads(sys.argv[1])), sys.argv[2])
 def test_resume_after_kill_equals_an_uninterrupted_run(classifier, tmp_path, name):
     settings = {**classifier, "recipe": name, "steps": 12, "batch_size": 8, "save_every": 4, "accumulate": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, json.dumps(settings), str(killed)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 300  # against waiting for a process that failed
+    cut = process(train_until_killed, settings, str(killed))
     while len(read_history(killed / "metrics.jsonl")) < 6:
-        assert time.time() < deadline
+        assert cut.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    cut.kill()
+    cut.join()
     assert last_checkpoint(killed / "checkpoints").name == "checkpoint-4"
     for folder in (killed, whole):  # in this process, which knows nothing of the killed one
         train(RunSettings(**settings), folder)

@@ -147,7 +147,7 @@ def test_checkpointing_is_switched_on(generator, tmp_path, monkeypatch):
         "gradient_checkpointing_enable",
         lambda model, *options, **more: (asked.append(options or more), enable(model, *options, **more))[1],
     )
-    measured = {"measure_every": 1, "measure_gradient": 8, "curvature_every": 2}
+    measured = {"measure_every": 1, "measure_gradient": 8, "curvature_every": 2, "curvature_examples": 8}
     plain = run(generator, tmp_path / "a", **measured)
     assert not asked
     again = run(generator, tmp_path / "b", gradient_checkpointing=True, **measured)

@@ -1,5 +1,7 @@
 """One small model with adapters in one process or several, cut in every way, and what training makes of it."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,9 +17,8 @@ STEPS = 4
 
 
 def base():
-    return transformer(
-        "llama", seed=0, num_key_value_heads=2, tie_word_embeddings=False, use_cache=False
-    ).double()
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 2}
+    return transformer("llama", seed=0, tie_word_embeddings=False, use_cache=False, **sizes).double()
 
 
 def adapted(model=None, *, r=3, head=True, targets=("q_proj", "v_proj", "down_proj")):
@@ -54,6 +55,7 @@ def weights(model):
     return pairs | {n: whole(p) for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
 
 
+@functools.cache
 def expected(name, **how):
     model = adapted(**how)
     run(model, OPTIMIZERS[name](model), batches())

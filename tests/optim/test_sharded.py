@@ -31,10 +31,12 @@ from tests.optim.problems import OPTIMIZERS
 from tests.processes import in_processes
 
 SOME = ("lora-pro-weight", "lora-pro-factor", "tangent", "tangent-muon", "polora", "odelora-euler", "p-lora")
-CASES = (  # ranks that are cut unevenly, evenly, and so that a process has nothing
+CASES = (  # ranks that are cut unevenly, so that a process has nothing, and evenly
     *((name, 3) for name in OPTIMIZERS),
-    *((name, r) for name in SOME for r in (4, 1)),
+    *((name, 1) for name in SOME),
+    *((name, 4) for name in SOME[:3]),
 )
+PREPARED = ("lora-pro-weight", "tangent", "odelora-euler")
 COLUMNS = ("q_proj", "gate_proj")  # B is cut, and A is whole
 
 
@@ -64,6 +66,7 @@ def fully_sharded(rank, folder):
         found["from one", name] = go_on(
             shard(adapted()), name, f"{folder}/one-{name}", batches(rank, world)[half:]
         )
+    for name in PREPARED:
         found["accelerate", name] = through_accelerate(rank, name)
     for start in ("lora", "orthogonal"):
         model = initialized(start)
@@ -166,51 +169,80 @@ def through_accelerate(rank, name):
     return weights(model)
 
 
-@pytest.mark.slow
-def test_fully_sharded_equals_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """What two processes found, and the folder that they wrote into."""
+    folder = tmp_path_factory.mktemp("sharded")
     for name in SOME:
         model = adapted()
         optimizer = OPTIMIZERS[name](model)
         run(model, optimizer, batches()[: STEPS // 2])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a checkpoint written without a process group
-            checkpoint(model, optimizer, f"{tmp_path}/one-{name}")
-    first, second = in_processes(fully_sharded, tmp_path, 2, str(tmp_path))
-    heun = stages(adapted(), 0, 1)
-    for found in (first, second):
+            checkpoint(model, optimizer, f"{folder}/one-{name}")
+    return folder, in_processes(fully_sharded, folder, 2, str(folder))
+
+
+@pytest.mark.slow
+def test_fully_sharded_equals_one_process(sharded):
+    for found in sharded[1]:
         for name, r in CASES:
             assert_equal(found[name, r], expected(name, r=r), 1e-11)
+        for name in PREPARED:
+            assert_equal(found["accelerate", name], expected(name), 1e-11)
         for name in SOME:
-            for way in ("again", "from one", "accelerate", "guessed"):
-                assert_equal(found[way, name], expected(name), 1e-11)
-        assert_equal(found["heun"], heun, 1e-11)
+            assert_equal(found["guessed", name], expected(name), 1e-11)
+        assert_equal(found["heun"], stages(adapted(), 0, 1), 1e-11)
         for start in ("lora", "orthogonal"):
             assert_equal(found["start", start], trained(initialized(start), "tangent", 0, 1), 1e-11)
-        largest, weight, factors = found["largest message"]
-        assert largest <= factors < weight
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_numbers_of_processes(sharded):
+    folder, ranks = sharded
     for name in SOME:
+        for found in ranks:
+            assert_equal(found["again", name], expected(name), 1e-11)
+            assert_equal(found["from one", name], expected(name), 1e-11)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a checkpoint read without a process group
-            one_process = go_on(adapted(), name, f"{tmp_path}/{name}", batches()[STEPS // 2 :])
+            one_process = go_on(adapted(), name, f"{folder}/{name}", batches()[STEPS // 2 :])
         assert_equal(one_process, expected(name), 1e-11)
-    for start in ("lora", "orthogonal"):  # the same files as one process would write
+
+
+@pytest.mark.slow
+def test_sharded_adapters_are_saved_as_one_process_would(sharded):
+    folder, _ = sharded
+    for start in ("lora", "orthogonal"):
         model = initialized(start)
         run(model, OPTIMIZERS["tangent"](model), batches())
-        save_adapter(model, tmp_path / "alone")
-        saved, wanted = (load_file(tmp_path / name / WEIGHTS) for name in (f"saved-{start}", "alone"))
+        save_adapter(model, folder / "alone")
+        saved, wanted = (load_file(folder / name / WEIGHTS) for name in (f"saved-{start}", "alone"))
         assert_equal(saved, wanted, 1e-8)
+
+
+@pytest.mark.slow
+def test_each_process_keeps_its_part_and_receives_no_more_than_factors(sharded):
+    _, (first, second) = sharded
+    for found in (first, second):
+        largest, weight, factors = found["largest message"]
+        assert largest <= factors < weight
     for key, (total, here) in first["numbers"].items():
         assert here + second["numbers"][key][1] == total
     assert first["numbers"].keys() == {"exp_avg", "exp_avg_sq_row"}
-    layer = find_pairs(adapted())[0].name
-    assert layer in first["not finite"]
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_is_named_in_all(sharded):
+    _, (first, second) = sharded
+    assert find_pairs(adapted())[0].name in first["not finite"]
     assert "another process" in second["not finite"]
 
 
 def hybrid(rank):
     """Two copies of two parts each."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    cases = [(name, r) for name in SOME for r in (3, 1)]
+    cases = [*((name, 3) for name in SOME), ("tangent", 1)]
     return {(name, r): trained(shard(adapted(r=r), mesh), name, rank, 4) for name, r in cases}
 
 
@@ -225,13 +257,13 @@ def tensor_parallel(rank, folder):
     from transformers.distributed.configuration_utils import DistributedConfig
 
     found = {}
-    for name, r in CASES:
+    for name in OPTIMIZERS:
         config = DistributedConfig(tp_size=2, tp_plan="auto")
         model = AutoModelForCausalLM.from_pretrained(
             f"{folder}/base", dtype=torch.float64, distributed_config=config
         )
-        model = adapted(model, r=r, head=False, targets=COLUMNS)
-        found[name, r] = trained(model, name, 0, 1)
+        model = adapted(model, head=False, targets=COLUMNS)
+        found[name] = trained(model, name, 0, 1)
     kinds = {type(pair.B.data) for pair in find_pairs(model)}
     assert kinds == {DTensor}
     return found
@@ -241,5 +273,5 @@ def tensor_parallel(rank, folder):
 def test_tensor_parallel_columns_equal_one_process(tmp_path):
     base().save_pretrained(tmp_path / "base")
     for found in in_processes(tensor_parallel, tmp_path, 2, str(tmp_path)):
-        for (name, r), got in found.items():
-            assert_equal(got, expected(name, r=r, head=False, targets=COLUMNS), 1e-11)
+        for name, got in found.items():
+            assert_equal(got, expected(name, head=False, targets=COLUMNS), 1e-11)

@@ -9,7 +9,8 @@ import transformers
 import tangora
 from tangora import InputError, TangentAdam
 from tests.models import tiny_bert
-from tests.training.trainers import RATE, assert_equal, in_two_processes, parts, weights
+from tests.processes import in_processes
+from tests.training.trainers import RATE, assert_equal, parts, weights
 
 
 def test_all_ways_train_alike(tmp_path):
@@ -177,7 +178,7 @@ def two_stages(rank, folder):
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     expected = train_two_stages(tmp_path / "one")
-    for found in in_two_processes(two_stages, tmp_path):
+    for found in in_processes(two_stages, tmp_path, 2, str(tmp_path)):
         for each in found.values():
             for name, value in expected.items():
                 torch.testing.assert_close(each[name], value, rtol=1e-8, atol=1e-10)

@@ -1,11 +1,6 @@
-"""What the tests of a Trainer share: arguments, a small classifier with its data, and two processes."""
-
-import os
-import socket
-import warnings
+"""What the tests of a Trainer share: arguments, and a small classifier with its data."""
 
 import torch
-import torch.multiprocessing as mp
 import transformers
 from peft import LoraConfig, get_peft_model
 
@@ -55,21 +50,3 @@ def assert_equal(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-def in_two_processes(work, folder):
-    """Run ``work(rank, folder)`` under torch.distributed; return its result of each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, args=(work, str(folder), port), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def _process(rank, work, folder, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
-    torch.save(work(rank, folder), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -5,12 +5,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tangora import CompareSettings, InputError, RunSettings, compare, train
 from tangora.training.callbacks import check_trackers, trackers
-from tests.experiments.small import write_classifier
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_classifier(tmp_path_factory.mktemp("data")) | {"steps": 4, "batch_size": 8}
+@pytest.fixture
+def small(classifier):
+    return classifier | {"steps": 4, "batch_size": 8}
 
 
 def scalars(folder, name):
