@@ -193,7 +193,7 @@ class PairStack:
             copy_unless(parameters, values.view(-1, *parameters[0].shape).unbind(), unless)
 
     def _is_like_factor(self, factor: Factor, stacked: Tensor) -> bool:
-        return stacked.dim() == 3 and stacked[0].numel() == self._parameters[factor][0].numel()
+        return stacked.dim() == 3 and stacked.shape[1:].numel() == self._parameters[factor][0].numel()
 
     def _laid_out(self, factor: Factor, stacked: Tensor) -> Tensor:
         # moments of B only: those of the whole weight stay row by row, as torch's fused AdamW wants them
