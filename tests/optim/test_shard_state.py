@@ -81,7 +81,8 @@ def saved(rank, folder):
     model = DistributedDataParallel(adapted())
     optimizer = OPTIMIZERS["tangent"](model, shard_state=True)
     run(model, optimizer, batches(rank, WORLD)[: STEPS // 2])
-    full = optimizer.full_state_dict()
+    with optimizer.saved_whole():
+        full = optimizer.state_dict()
     if rank == 0:
         torch.save({"model": model.module.state_dict(), "optimizer": full}, f"{folder}/full.pt")
         torch.save(optimizer.state_dict(), f"{folder}/part.pt")

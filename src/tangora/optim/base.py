@@ -1,9 +1,10 @@
 """What every pair optimizer shares: groups, states, safety against wrong or missing gradients, AdamW for the rest."""
 
+import contextlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
@@ -199,6 +200,16 @@ class PairOptimizer(Optimizer, ABC):
         for (index, key), tensor in zip(names, tensors, strict=True):
             found["state"][index][key] = tensor
         return found
+
+    @contextlib.contextmanager
+    def saved_whole(self) -> Iterator[None]:
+        """Let `state_dict` return what `full_state_dict` does, on every process: for programs in which one saves."""
+        full = self.full_state_dict()
+        self.state_dict = lambda: full  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            del self.state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, saved on any device and in any dtype.

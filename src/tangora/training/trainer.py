@@ -192,6 +192,13 @@ class Trainer(transformers.Trainer):
             expect_started(self.model, self.recipe)  # pyright: ignore[reportArgumentType]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = bare_optimizer(self.optimizer)
+        # one process saves, and with shard_state no one has all; sharded models have checkpoints of their own
+        parts = isinstance(optimizer, PairOptimizer) and not self.is_fsdp_enabled
+        with optimizer.saved_whole() if parts else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimizer; with a recipe its initialization of the adapter, too."""
         if self.recipe is None or self.optimizer is not None:
