@@ -24,10 +24,10 @@ from tangora.cli.output import (
 from tangora.experiments.comparison.plan import (
     CompareSettings,
     PlanSettings,
-    Resources,
     chosen_tasks,
     read_plan,
 )
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.settings_files import PRESETS, adapter_settings, preset, read_yaml

@@ -1,0 +1,155 @@
+"""Runs as jobs of Slurm, submitted by submitit; those that become due together are one job array.
+
+Jobs outlive the command that submitted them, unless it is interrupted and cancels them. Their numbers are kept in the
+output folder, so that the same command takes up those that are still alive.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tangora._checks import InputError
+from tangora._folders import ComparisonFolder
+from tangora._types import Progress
+from tangora.experiments.comparison.cluster import Cell, ClusterEngine, LostError, Refusal
+from tangora.experiments.comparison.resources import Resources
+from tangora.experiments.comparison.sweep import Trial
+from tangora.experiments.comparison.worker import Limits
+from tangora.experiments.process import tell_user
+from tangora.report import Record
+from tangora.report.record_files import write_atomic
+
+try:
+    import submitit
+    from submitit.helpers import DelayedSubmission
+except ImportError:
+    raise InputError("cluster 'slurm' needs submitit: pip install 'tangora[cluster]'") from None
+
+_ALIVE = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "PREEMPTED", "SUSPENDED"}
+_MANY = 1000
+"""Time limits that a run with checkpoints may meet: it has gone on after every one."""
+
+
+class _SlurmCell(Cell):
+    """A run that goes on in a new job when its own is preempted, or out of time and has checkpoints."""
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Say to submitit what a job that is queued again has to do."""
+        return DelayedSubmission(self)
+
+
+@dataclass
+class _Job:
+    cell: Cell
+    submitted: Any = None
+
+
+class SlurmEngine(ClusterEngine):
+    """Makes every run in a job of its own."""
+
+    def __init__(self, resources: Resources, progress: Progress | None):
+        self._options = resources.slurm
+        super().__init__(resources.jobs, Limits(self._options.cpus), progress)
+        self._known: dict[Path, dict[str, Any]] = {}
+        self._kept: list[_Job] = []
+
+    def _submit(self, cell: Cell) -> _Job:
+        cell = _SlurmCell(**vars(cell))
+        if cell.folder.path not in self._known:
+            self._known[cell.folder.path] = self._alive(cell.folder)
+        job = _Job(cell, self._known[cell.folder.path].get(cell.trial.id))
+        if job.submitted is None:
+            self._kept.append(job)
+        return job
+
+    def wait(self) -> list[tuple[Trial, Record]]:
+        """Submit the runs that have been taken, and wait until one ends."""
+        self._submit_kept()
+        return super().wait()
+
+    def _submit_kept(self) -> None:
+        kept, self._kept = self._kept, []
+        for folder in {job.cell.folder for job in kept}:
+            jobs = [job for job in kept if job.cell.folder == folder]
+            with _one_line():
+                submitted = self._executor(jobs[0].cell).submit_array([job.cell for job in jobs])
+            known = self._known[folder.path]
+            for job, each in zip(jobs, submitted, strict=True):
+                job.submitted = known[job.cell.trial.id] = each
+            numbers = {name: each.job_id for name, each in known.items()}
+            write_atomic(_numbers(folder), json.dumps(numbers, indent=1))
+            first = submitted[0].job_id.partition("_")[0]
+            tell_user(f"{len(jobs)} runs submitted as job {first}")
+
+    def _executor(self, cell: Cell) -> Any:
+        options = self._options
+        # a run without checkpoints would begin again, and be out of time again
+        restarts = _MANY if cell.trial.settings.save_every else 0
+        folder = _files(cell.folder)
+        executor = submitit.AutoExecutor(folder, options.executor, slurm_max_num_timeout=restarts)
+        executor.update_parameters(
+            name="tangora",
+            timeout_min=options.time,
+            gpus_per_node=options.gpus or None,
+            cpus_per_task=options.cpus,
+            slurm_setup=None if options.setup is None else [options.setup],
+            slurm_array_parallelism=self._jobs,
+            slurm_additional_parameters={"requeue": True, **(options.model_extra or {})},
+        )
+        return executor
+
+    def _alive(self, folder: ComparisonFolder) -> dict[str, Any]:
+        # of an earlier command, which was killed
+        path = _numbers(folder)
+        if self._options.executor == "local" or not path.exists():
+            return {}
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        jobs = {name: submitit.SlurmJob(_files(folder), number) for name, number in numbers.items()}
+        submitit.SlurmJob.watcher.update()
+        return {name: job for name, job in jobs.items() if job.get_info("cache").get("State") in _ALIVE}
+
+    def _outcome(self, job: _Job) -> Record | Refusal | None:
+        submitted = job.submitted
+        if submitted is None or not submitted.done():
+            return None
+        if submitted.paths.result_pickle.exists():
+            problem = submitted.exception()
+            if problem is None:
+                return submitted.result()
+            why = _last_line(submitted.stderr())
+        else:
+            why = f"state {submitted.state}; {_last_line(submitted.stderr())}"
+        raise LostError(f"its job {submitted.job_id} ended without a record: {why}")
+
+    def _cancel(self, job: _Job) -> None:
+        if job.submitted is not None:
+            job.submitted.cancel(check=False)
+
+    def _pause(self) -> None:
+        time.sleep(1.0)
+
+
+def _files(folder: ComparisonFolder) -> Path:
+    return folder.cluster / "jobs"
+
+
+def _numbers(folder: ComparisonFolder) -> Path:
+    return folder.cluster / "jobs.json"
+
+
+def _last_line(text: str | None) -> str:
+    lines = [line.strip() for line in (text or "").split("\n") if line.strip()]
+    return lines[-1] if lines else "its node left no output; does it see the output folder?"
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:  # what sbatch says of its options comes as submitit's own
+        said = " ".join(str(problem).split())
+        raise InputError(f"Slurm does not take the runs: {said}") from problem
