@@ -6,6 +6,8 @@ output folder, so that the same command takes up those that are still alive.
 
 import contextlib
 import json
+import math
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +31,21 @@ try:
 except ImportError:
     raise InputError("cluster 'slurm' needs submitit: pip install 'tangora[cluster]'") from None
 
-_ALIVE = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "PREEMPTED", "SUSPENDED"}
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+}
 _MANY = 1000
 """Time limits that a run with checkpoints may meet: it has gone on after every one."""
+
+_ASK_EVERY, _PATIENCE = 15.0, 30.0
+"""Seconds between two questions to Slurm, and until the files of a job that has ended must be seen here."""
 
 
 class _SlurmCell(Cell):
@@ -46,6 +60,7 @@ class _SlurmCell(Cell):
 class _Job:
     cell: Cell
     submitted: Any = None
+    ended: float | None = None
 
 
 class SlurmEngine(ClusterEngine):
@@ -56,6 +71,7 @@ class SlurmEngine(ClusterEngine):
         super().__init__(resources.jobs, Limits(self._options.cpus), progress)
         self._known: dict[Path, dict[str, Any]] = {}
         self._kept: list[_Job] = []
+        self._queue = _Queue()
 
     def _submit(self, cell: Cell) -> _Job:
         cell = _SlurmCell(**vars(cell))
@@ -77,6 +93,7 @@ class SlurmEngine(ClusterEngine):
             jobs = [job for job in kept if job.cell.folder == folder]
             with _one_line():
                 submitted = self._executor(jobs[0].cell).submit_array([job.cell for job in jobs])
+            self._queue.forget()
             known = self._known[folder.path]
             for job, each in zip(jobs, submitted, strict=True):
                 job.submitted = known[job.cell.trial.id] = each
@@ -108,22 +125,33 @@ class SlurmEngine(ClusterEngine):
         if self._options.executor == "local" or not path.exists():
             return {}
         numbers = json.loads(path.read_text(encoding="utf-8"))
-        jobs = {name: submitit.SlurmJob(_files(folder), number) for name, number in numbers.items()}
-        submitit.SlurmJob.watcher.update()
-        return {name: job for name, job in jobs.items() if job.get_info("cache").get("State") in _ALIVE}
+        queue = self._queue.now() or {}
+        return {
+            name: submitit.SlurmJob(_files(folder), number)
+            for name, number in numbers.items()
+            if queue.get(number, "UNKNOWN") not in {*_ENDED, "UNKNOWN"}
+        }
 
     def _outcome(self, job: _Job) -> Record | Refusal | None:
         submitted = job.submitted
-        if submitted is None or not submitted.done():
+        if submitted is None:
             return None
         if submitted.paths.result_pickle.exists():
-            problem = submitted.exception()
-            if problem is None:
+            if submitted.exception() is None:
                 return submitted.result()
-            why = _last_line(submitted.stderr())
+            raise LostError(f"its job {submitted.job_id} failed: {_last_line(submitted.stderr())}")
+        if self._options.executor == "local":
+            state = "ended" if submitted.done() else None
         else:
-            why = f"state {submitted.state}; {_last_line(submitted.stderr())}"
-        raise LostError(f"its job {submitted.job_id} ended without a record: {why}")
+            state = self._queue.ended(submitted.job_id)
+        if state is None:
+            return None
+        job.ended = job.ended or time.monotonic()
+        if self._options.executor == "slurm" and time.monotonic() - job.ended < _PATIENCE:
+            return None
+        raise LostError(
+            f"its job {submitted.job_id} left no record (state {state}): {_last_line(submitted.stderr())}"
+        )
 
     def _cancel(self, job: _Job) -> None:
         if job.submitted is not None:
@@ -131,6 +159,36 @@ class SlurmEngine(ClusterEngine):
 
     def _pause(self) -> None:
         time.sleep(1.0)
+
+
+class _Queue:
+    """The user's jobs as squeue lists them, which every Slurm has; sacct needs a database beside it."""
+
+    def __init__(self):
+        self._asked, self._states = -math.inf, dict[str, str]()
+
+    def forget(self) -> None:
+        """Ask anew: jobs have been submitted."""
+        self._asked = -math.inf
+
+    def now(self) -> dict[str, str] | None:
+        """Return the states of jobs by their numbers, ``None`` if Slurm did not answer."""
+        if time.monotonic() - self._asked > _ASK_EVERY:
+            command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+            if asked.returncode:
+                return None
+            self._states = dict(line.split() for line in asked.stdout.splitlines())
+            self._asked = time.monotonic()
+        return self._states
+
+    def ended(self, number: str) -> str | None:
+        """Return the last state of a job that has ended; it leaves the queue some minutes later."""
+        states = self.now()
+        if states is None:
+            return None
+        state = states.get(number, "unknown")
+        return state if state in {*_ENDED, "unknown"} else None
 
 
 def _files(folder: ComparisonFolder) -> Path:
