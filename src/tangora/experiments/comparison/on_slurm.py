@@ -145,6 +145,7 @@ class SlurmEngine(ClusterEngine):
         else:
             state = self._queue.ended(submitted.job_id)
         if state is None:
+            job.ended = None  # one that is queued again had only seemed to end
             return None
         job.ended = job.ended or time.monotonic()
         if self._options.executor == "slurm" and time.monotonic() - job.ended < _PATIENCE:
