@@ -1,5 +1,6 @@
 """What tests of comparisons on clusters share: a plan, the processes of a run, and how often a run was made."""
 
+import contextlib
 import os
 import re
 import signal
@@ -38,7 +39,14 @@ def times_made(folder):
 
 def command(settings, folder, resources):
     """Return the command of a comparison in a process of its own."""
-    return [sys.executable, "-c", SCRIPT, settings.model_dump_json(), str(folder), resources.model_dump_json()]
+    return [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        settings.model_dump_json(),
+        str(folder),
+        resources.model_dump_json(),
+    ]
 
 
 def killed_after_a_record(words, folder):
@@ -66,8 +74,9 @@ class Killer:
     def __call__(self, what, done, total):
         name, _, note = what.partition(": ")
         if self.victim is None and note.startswith("loss"):
-            self.victim = name
-            os.kill(self.find(name), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended: the next one, then
+                os.kill(self.find(name), signal.SIGKILL)
+                self.victim = name
 
 
 def process_called(text):

@@ -23,7 +23,9 @@ def test_a_machine_that_does_not_see_the_folder_says_so(classifier, tmp_path):
     cell = Cell(trial, folder, folder.cluster / "data.pickle", str(tmp_path), Limits())
     found = cell()
     assert isinstance(found, Refusal)
-    assert f"does not see the output folder {folder.path}: choose an --output on a file system" in found.reason
+    assert (
+        f"does not see the output folder {folder.path}: choose an --output on a file system" in found.reason
+    )
     assert not folder.path.exists()
 
 
@@ -44,7 +46,10 @@ def test_a_run_with_a_record_is_not_made_again(classifier, tmp_path):
         ({"cluster": "condor"}, "cluster must be one of ray, slurm; got 'condor'"),
         ({"cluster_options": "time=5"}, "cluster_options need cluster"),
         ({"cluster": "slurm"}, "needs a time limit for the job of one run: cluster_options time=MINUTES"),
-        ({"cluster": "slurm", "cluster_options": "time"}, "must be KEY=VALUE, separated by commas; got 'time'"),
+        (
+            {"cluster": "slurm", "cluster_options": "time"},
+            "must be KEY=VALUE, separated by commas; got 'time'",
+        ),
         ({"cluster": "slurm", "cluster_options": "time=1:00"}, "cluster_options: time: .*; got '1:00'"),
         ({"cluster": "ray", "cluster_options": "gpu=1"}, "unknown key 'gpu'.*gpus.*; allowed: address, gpus"),
         ({"cluster": "ray", "cluster_options": "gpus=2"}, "gpus: .* less than or equal to 1; got '2'"),

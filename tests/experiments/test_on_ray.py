@@ -1,11 +1,15 @@
 """Comparisons on a real Ray of two workers: the records of two jobs, whatever is killed."""
 
+import os
 import signal
 
 import pytest
 
 from tangora import CompareSettings, InputError, Resources, compare
-from tangora.report import load_comparison
+from tangora._folders import ComparisonFolder
+from tangora.experiments.comparison.sweep import due
+from tangora.experiments.run.preparing import load_run_task
+from tangora.report import load_comparison, load_record
 from tests.experiments.cluster_runs import (
     Killer,
     command,
@@ -19,6 +23,7 @@ from tests.experiments.small import ctrl_c
 from tests.experiments.test_pool import what_was_found
 
 ray = pytest.importorskip("ray")
+on_ray = pytest.importorskip("tangora.experiments.comparison.on_ray")
 pytestmark = pytest.mark.messages
 
 
@@ -34,7 +39,7 @@ def cluster():
 def test_records_are_those_of_two_jobs_though_all_was_interrupted_and_a_worker_killed(
     cluster, classifier, tmp_path
 ):
-    settings = plan(classifier)
+    settings = plan(classifier, steps=400)
     compare(settings, tmp_path / "jobs", resources=Resources(jobs=2))
 
     def interrupt(what, done, total):
@@ -49,32 +54,47 @@ def test_records_are_those_of_two_jobs_though_all_was_interrupted_and_a_worker_k
     outcome = compare(settings, tmp_path / "ray", progress=killer, resources=Resources(cluster="ray"))
     assert killer.victim
     assert what_was_found(tmp_path / "ray") == what_was_found(tmp_path / "jobs")
-    assert set(times_made(tmp_path / "ray").values()) == {1}
     assert kept.items() <= contents(tmp_path / "ray").items()
     assert outcome.proven
     assert not (tmp_path / "ray" / "cluster").exists()
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_and_what_dies_for_good_is_recorded(cluster, classifier, tmp_path):
-    settings = plan(classifier, steps=250)
-    once = Resources(cluster="ray", cluster_options={"address": cluster, "retries": 0})
-    kept = killed_after_a_record(command(settings, tmp_path / "out", once), tmp_path / "out")
+def test_a_killed_comparison_goes_on(cluster, classifier, tmp_path):
+    settings, folder = plan(classifier, steps=250), tmp_path / "out"
+    there = Resources(cluster="ray", cluster_options={"address": cluster})
+    kept = killed_after_a_record(command(settings, folder, there), folder)
     assert 0 < len(kept) < 3
-    killer = Killer(lambda name: process_called(f"ray::{name}"))
-    compare(settings, tmp_path / "out", progress=killer, resources=once)
-    records = {record.id: record for record in load_comparison(tmp_path / "out").records}
-    dead = records.pop(killer.victim)
-    assert dead.status == "failed"
-    assert "its Ray task ended without a record" in dead.error
-    assert {record.status for record in records.values()} == {"finished"}
-    assert kept.items() <= contents(tmp_path / "out").items()
-    assert set(times_made(tmp_path / "out").values()) == {1}
+    compare(settings, folder, resources=there)
+    records = load_comparison(folder).records
+    assert {record.status for record in records} == {"finished"}
+    assert kept.items() <= contents(folder).items()
+    assert {times_made(folder)[name.removesuffix(".json")] for name in kept} == {1}
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_dies_is_made_again_so_often_and_then_recorded(
+    cluster, classifier, tmp_path, monkeypatch
+):
+    def dies(cell):
+        with (cell.folder.path / "deaths").open("a") as deaths:
+            deaths.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(on_ray, "_made_apart", dies)
+    trial, *_ = due(plan(classifier), [])
+    task, folder = load_run_task(trial.settings), ComparisonFolder(tmp_path)
+    twice = Resources(cluster="ray", cluster_options={"retries": 2})
+    with on_ray.RayEngine(twice, None) as engine:
+        engine.start(trial, task, folder)
+        ((_, record),) = engine.wait()
+    assert (tmp_path / "deaths").read_text() == "xxx"
+    assert record == load_record(folder.record_of(trial.id))
+    assert record.status == "failed"
+    assert record.error.startswith("its Ray task ended without a record: ")
 
 
 def test_a_scheduler_can_still_interrupt(monkeypatch):
-    from tangora.experiments.comparison.on_ray import RayEngine
-
     def init(*args, **kwargs):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -83,7 +103,7 @@ def test_a_scheduler_can_still_interrupt(monkeypatch):
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "cluster_resources", dict)
     try:
-        with RayEngine(Resources(cluster="ray"), None):
+        with on_ray.RayEngine(Resources(cluster="ray"), None):
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -96,6 +116,6 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     away = Resources(cluster="ray", cluster_options={"address": "far:1"})
-    with pytest.raises(InputError, match="^Ray far:1 cannot be reached: nobody at far:1$"):
+    with pytest.raises(InputError, match=r"^Ray far:1 cannot be reached: nobody at far:1$"):
         compare(CompareSettings(recipes=["lora"]), tmp_path / "out", resources=away)
     assert not (tmp_path / "out").exists()

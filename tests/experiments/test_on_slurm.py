@@ -42,7 +42,7 @@ def slurm(tmp_path, monkeypatch):
         "srun": "",
         "scancel": 'echo "$@" >> {0}/cancelled',
         "squeue": "cat {0}/queue",
-        "sbatch": "cat \"$1\" >> {0}/submitted\necho x >> {0}/count\necho Submitted batch job $(grep -c x {0}/count)",
+        "sbatch": 'cat "$1" >> {0}/submitted\necho x >> {0}/count\necho Submitted batch job $(grep -c x {0}/count)',
     }
     for name, text in programs.items():
         path = folder / name
@@ -123,7 +123,9 @@ def test_without_the_package_one_sentence_names_the_extra(engine, classifier, tm
     monkeypatch.setitem(sys.modules, engine, None)
     monkeypatch.delitem(sys.modules, f"tangora.experiments.comparison.on_{cluster}", raising=False)
     options = {"time": 5} if cluster == "slurm" else {}
-    with pytest.raises(ValueError, match=rf"^cluster '{cluster}' needs .*: pip install 'tangora\[cluster\]'$"):
+    with pytest.raises(
+        ValueError, match=rf"^cluster '{cluster}' needs .*: pip install 'tangora\[cluster\]'$"
+    ):
         compare(
             plan(classifier), tmp_path / "out", resources=Resources(cluster=cluster, cluster_options=options)
         )

@@ -97,6 +97,8 @@ def compare_command(
       tangora compare --recipes full,lora,tangent --data reviews.csv \
         --seeds 0,1,2 --output results/reviews
       tangora compare plan.yaml --jobs 2 --max-hours 8 --output results/plan
+      tangora compare plan.yaml --cluster slurm \
+        --cluster-options time=120,partition=gpu,cpus=8 --output /shared/plan
     """
     if plan is not None and config is not None:
         raise InputError(f"give one plan, not both {plan} and {config}")
