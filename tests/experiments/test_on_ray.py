@@ -19,7 +19,6 @@ from tests.experiments.cluster_runs import (
     process_called,
     times_made,
 )
-from tests.experiments.small import ctrl_c
 from tests.experiments.test_pool import what_was_found
 
 ray = pytest.importorskip("ray")
@@ -36,25 +35,13 @@ def cluster():
 
 
 @pytest.mark.slow
-def test_records_are_those_of_two_jobs_though_all_was_interrupted_and_a_worker_killed(
-    cluster, classifier, tmp_path
-):
-    settings = plan(classifier, steps=400)
+def test_records_are_those_of_two_jobs_though_a_worker_was_killed(cluster, classifier, tmp_path):
+    settings = plan(classifier, steps=300)
     compare(settings, tmp_path / "jobs", resources=Resources(jobs=2))
-
-    def interrupt(what, done, total):
-        if ": loss" in what:
-            ctrl_c()
-
-    with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path / "ray", progress=interrupt, resources=Resources(cluster="ray"))
-    kept = contents(tmp_path / "ray")
-    assert len(kept) < 3
     killer = Killer(lambda name: process_called(f"ray::{name}"))
     outcome = compare(settings, tmp_path / "ray", progress=killer, resources=Resources(cluster="ray"))
     assert killer.victim
     assert what_was_found(tmp_path / "ray") == what_was_found(tmp_path / "jobs")
-    assert kept.items() <= contents(tmp_path / "ray").items()
     assert outcome.proven
     assert not (tmp_path / "ray" / "cluster").exists()
 
@@ -84,11 +71,11 @@ def test_a_run_whose_worker_dies_is_made_again_so_often_and_then_recorded(
     monkeypatch.setattr(on_ray, "_made_apart", dies)
     trial, *_ = due(plan(classifier), [])
     task, folder = load_run_task(trial.settings), ComparisonFolder(tmp_path)
-    twice = Resources(cluster="ray", cluster_options={"retries": 2})
-    with on_ray.RayEngine(twice, None) as engine:
+    once = Resources(cluster="ray", cluster_options={"retries": 1})
+    with on_ray.RayEngine(once, None) as engine:
         engine.start(trial, task, folder)
         ((_, record),) = engine.wait()
-    assert (tmp_path / "deaths").read_text() == "xxx"
+    assert (tmp_path / "deaths").read_text() == "xx"
     assert record == load_record(folder.record_of(trial.id))
     assert record.status == "failed"
     assert record.error.startswith("its Ray task ended without a record: ")

@@ -5,6 +5,7 @@ whose machine is lost has lost nothing else, and progress is read from the files
 """
 
 import contextlib
+import json
 import os
 import pickle
 import platform
@@ -25,7 +26,6 @@ from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import DiskFullError, Limits, lost, run_trial
 from tangora.report import Record
 from tangora.report.record_files import write_atomic
-from tangora.training.callbacks import read_history
 from tangora.training.data import Task
 from tangora.training.devices import visible_gpus
 
@@ -180,8 +180,8 @@ class ClusterEngine(ABC):
         if self._progress is None or size in (0, run.seen):
             return
         run.seen = size
-        with contextlib.suppress(InputError, OSError, IndexError):  # being written
-            last = read_history(path)[-1]
+        with contextlib.suppress(ValueError, OSError, IndexError):  # being written
+            last = _last_step(path)
             total = run.trial.settings.num_steps(len(run.task.train))
             self._progress(f"{run.trial.id}: loss {last['loss']:.3f}", last["step"], total)
 
@@ -190,6 +190,12 @@ def _written(task: Task, folder: ComparisonFolder) -> Path:
     # under a name of its own, so that no run that was left behind takes it for that of its own comparison
     path = next(folder.cluster.glob("*.pickle"), folder.cluster / f"{uuid.uuid4().hex}.pickle")
     return write_atomic(path, pickle.dumps(task))
+
+
+def _last_step(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1000))  # a line has about a hundred
+        return json.loads(file.read().split(b"\n")[-2])
 
 
 def _size(path: Path) -> int:
