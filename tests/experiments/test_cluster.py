@@ -6,7 +6,7 @@ import pytest
 
 from tangora import InputError, Resources
 from tangora._folders import ComparisonFolder
-from tangora.experiments.comparison.cluster import Cell, Refusal
+from tangora.experiments.comparison.cluster import RemoteRun, Refusal
 from tangora.experiments.comparison.engine import engine_for
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import Limits, run_trial
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.messages
 def test_a_machine_that_does_not_see_the_folder_says_so(classifier, tmp_path):
     trial, *_ = due(plan(classifier), [])
     folder = ComparisonFolder(tmp_path / "elsewhere")
-    cell = Cell(trial, folder, folder.cluster / "data.pickle", str(tmp_path), Limits())
-    found = cell()
+    remote = RemoteRun(trial, folder, folder.cluster / "data.pickle", str(tmp_path), Limits())
+    found = remote()
     assert isinstance(found, Refusal)
     assert (
         f"does not see the output folder {folder.path}: choose an --output on a file system" in found.reason
@@ -35,7 +35,7 @@ def test_a_run_with_a_record_is_not_made_again(classifier, tmp_path):
     first = run_trial(trial, task, folder)
     data = tmp_path / "data.pickle"
     data.write_bytes(pickle.dumps(task))
-    assert Cell(trial, folder, data, str(tmp_path), Limits(1))() == first
+    assert RemoteRun(trial, folder, data, str(tmp_path), Limits(1))() == first
     assert times_made(tmp_path) == {trial.id: 1}
     assert not folder.lock_of(trial.id).exists()
 

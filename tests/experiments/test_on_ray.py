@@ -63,8 +63,8 @@ def test_a_killed_comparison_goes_on(cluster, classifier, tmp_path):
 def test_a_run_whose_worker_dies_is_made_again_so_often_and_then_recorded(
     cluster, classifier, tmp_path, monkeypatch
 ):
-    def dies(cell):
-        with (cell.folder.path / "deaths").open("a") as deaths:
+    def dies(remote):
+        with (remote.folder.path / "deaths").open("a") as deaths:
             deaths.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -85,9 +85,9 @@ def test_runs_are_one_array_of_jobs_with_the_options_that_were_given(slurm, clas
     assert "\nmodule load cuda\n" in text
     assert len((slurm / "cancelled").read_text().split()) == 3
     (task,) = folder.cluster.glob("*.pickle")
-    cell = submitit.SlurmJob(folder.cluster / "jobs", "1_0").submission().function
-    assert cell.data == task
-    assert cell.checkpoint().function == cell
+    remote = submitit.SlurmJob(folder.cluster / "jobs", "1_0").submission().function
+    assert remote.data == task
+    assert remote.checkpoint().function == remote
 
 
 def test_jobs_that_are_still_queued_are_taken_up_and_those_that_ended_are_not(slurm, classifier, tmp_path):

@@ -41,7 +41,7 @@ class Refusal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cell:
+class RemoteRun:
     """One run, as a machine gets it that shares the output folder."""
 
     trial: Trial
@@ -124,9 +124,9 @@ class ClusterEngine(ABC):
         folder = ComparisonFolder(folder.path.absolute())
         if folder.path not in self._data:
             self._data[folder.path] = _written(task, folder)
-        cell = Cell(trial, folder, self._data[folder.path], str(Path.cwd()), self._limits)
+        remote = RemoteRun(trial, folder, self._data[folder.path], str(Path.cwd()), self._limits)
         seen = _size(folder.run(trial.id).metrics)
-        self._running[trial.id] = _Running(trial, task, folder, self._submit(cell), seen)
+        self._running[trial.id] = _Running(trial, task, folder, self._submit(remote), seen)
 
     def wait(self) -> list[tuple[Trial, Record]]:
         """Wait until a run ends, and report the progress of all of them until then."""
@@ -150,7 +150,7 @@ class ClusterEngine(ABC):
         self._running.clear()
 
     @abstractmethod
-    def _submit(self, cell: Cell) -> Any:
+    def _submit(self, remote: RemoteRun) -> Any:
         """Hand a run over; return what stands for it."""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tangora._checks import InputError
 from tangora._types import Progress
-from tangora.experiments.comparison.cluster import Cell, ClusterEngine, LostError, Refusal
+from tangora.experiments.comparison.cluster import RemoteRun, ClusterEngine, LostError, Refusal
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.worker import Limits
 from tangora.experiments.process import tell_user
@@ -63,14 +63,14 @@ class RayEngine(ClusterEngine):
             with _kept_signals():
                 ray.shutdown()
 
-    def _submit(self, cell: Cell) -> Any:
+    def _submit(self, remote: RemoteRun) -> Any:
         options: dict[str, Any] = {
-            "name": cell.trial.id,
+            "name": remote.trial.id,
             "num_cpus": self._options.cpus,
-            "num_gpus": self._gpus if cell.trial.settings.any_gpu else 0,
+            "num_gpus": self._gpus if remote.trial.settings.any_gpu else 0,
             "max_retries": self._options.retries,
         }
-        return self._make.options(**options).remote(cell)
+        return self._make.options(**options).remote(remote)
 
     def _outcome(self, job: Any) -> Record | Refusal | None:
         if not ray.wait([job], timeout=0)[0]:
@@ -89,8 +89,8 @@ class RayEngine(ClusterEngine):
         ray.wait([run.job for run in self._running.values()], timeout=1.0)
 
 
-def _made_apart(cell: Cell) -> Record | Refusal:
-    return cell.apart()
+def _made_apart(remote: RemoteRun) -> Record | Refusal:
+    return remote.apart()
 
 
 def _first_line(problem: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
-from tangora.experiments.comparison.cluster import Cell, ClusterEngine, LostError, Refusal
+from tangora.experiments.comparison.cluster import RemoteRun, ClusterEngine, LostError, Refusal
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import Limits
@@ -48,7 +48,7 @@ _ASK_EVERY, _PATIENCE = 15.0, 30.0
 """Seconds between two questions to Slurm, and until the files of a job that has ended must be seen here."""
 
 
-class _SlurmCell(Cell):
+class _SlurmRun(RemoteRun):
     """A run that goes on in a new job when its own is preempted, or out of time and has checkpoints."""
 
     def checkpoint(self) -> DelayedSubmission:
@@ -58,7 +58,7 @@ class _SlurmCell(Cell):
 
 @dataclass
 class _Job:
-    cell: Cell
+    remote: RemoteRun
     submitted: Any = None
     ended: float | None = None
 
@@ -73,11 +73,11 @@ class SlurmEngine(ClusterEngine):
         self._kept: list[_Job] = []
         self._queue = _Queue()
 
-    def _submit(self, cell: Cell) -> _Job:
-        cell = _SlurmCell(**vars(cell))
-        if cell.folder.path not in self._known:
-            self._known[cell.folder.path] = self._alive(cell.folder)
-        job = _Job(cell, self._known[cell.folder.path].get(cell.trial.id))
+    def _submit(self, remote: RemoteRun) -> _Job:
+        remote = _SlurmRun(**vars(remote))
+        if remote.folder.path not in self._known:
+            self._known[remote.folder.path] = self._alive(remote.folder)
+        job = _Job(remote, self._known[remote.folder.path].get(remote.trial.id))
         if job.submitted is None:
             self._kept.append(job)
         return job
@@ -89,24 +89,24 @@ class SlurmEngine(ClusterEngine):
 
     def _submit_kept(self) -> None:
         kept, self._kept = self._kept, []
-        for folder in {job.cell.folder for job in kept}:
-            jobs = [job for job in kept if job.cell.folder == folder]
+        for folder in {job.remote.folder for job in kept}:
+            jobs = [job for job in kept if job.remote.folder == folder]
             with _one_line():
-                submitted = self._executor(jobs[0].cell).submit_array([job.cell for job in jobs])
+                submitted = self._executor(jobs[0].remote).submit_array([job.remote for job in jobs])
             self._queue.forget()
             known = self._known[folder.path]
             for job, each in zip(jobs, submitted, strict=True):
-                job.submitted = known[job.cell.trial.id] = each
+                job.submitted = known[job.remote.trial.id] = each
             numbers = {name: each.job_id for name, each in known.items()}
             write_atomic(_numbers(folder), json.dumps(numbers, indent=1))
             first = submitted[0].job_id.partition("_")[0]
             tell_user(f"{len(jobs)} runs submitted as job {first}")
 
-    def _executor(self, cell: Cell) -> Any:
+    def _executor(self, remote: RemoteRun) -> Any:
         options = self._options
         # a run without checkpoints would begin again, and be out of time again
-        restarts = _MANY if cell.trial.settings.save_every else 0
-        folder = _files(cell.folder)
+        restarts = _MANY if remote.trial.settings.save_every else 0
+        folder = _files(remote.folder)
         executor = submitit.AutoExecutor(folder, options.executor, slurm_max_num_timeout=restarts)
         executor.update_parameters(
             name="tangora",
