@@ -57,12 +57,7 @@ _PATHS: dict[str, Callable[[str], bool]] = {
 }
 """Settings that may name files or folders, and when they do."""
 
-_SHOWN = {
-    "rank_plan": "<file>",
-    "adapter": "<folder>",
-    "reference": "<folder>",
-    "cluster_options": "<key=value,...>",
-}
+_SHOWN = {"rank_plan": "<file>", "adapter": "<folder>", "reference": "<folder>"}
 """What the help shows as the value of a setting, where that is more than its type."""
 
 _INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference": "record.json"}

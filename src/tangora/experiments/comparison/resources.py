@@ -55,15 +55,15 @@ class Resources(Settings):
         default=None,
         ge=1,
         description="Parallel runs: each has a GPU of its own, or they share GPUs and cores. Default: the number of "
-        "GPUs, or 1; with --cluster no limit.",
+        "GPUs, or 1; no limit on a cluster.",
     )
     cluster: Cluster | None = Field(
         default=None, description="Run on a cluster instead of this machine; needs tangora[cluster]."
     )
     cluster_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="What one run takes there: gpus, cpus, retries, address (Ray); time in minutes, gpus, cpus, setup "
-        "and any option of sbatch (Slurm).",
+        description="What one run takes there, KEY=VALUE separated by commas: gpus, cpus, retries, address (Ray); time in "
+        "minutes, gpus, cpus, setup and any option of sbatch (Slurm).",
     )
     max_hours: float | None = Field(
         default=None,

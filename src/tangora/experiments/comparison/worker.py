@@ -54,37 +54,37 @@ class Limits:
 
 def run_trial(trial: Trial, task: Task, folder: ComparisonFolder, progress: Progress | None = None) -> Record:
     """Make a run, and write its record; where another process is making it already, wait for that one instead."""
-    record, lock = folder.record_of(trial.id), folder.lock_of(trial.id)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock.parent, lock, wait=True):
-        return load_record(record) if record.exists() else _run_alone(trial, task, folder, progress)
+    path, lock = folder.record_of(trial.id), folder.lock_of(trial.id)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock.parent, lock, wait=True):
+            return load_record(path) if path.exists() else _run_alone(trial, task, folder, progress)
+    except (OSError, InputError) as problem:
+        _raise_if_disk_is_full(problem, folder.path)
+        raise
 
 
 def _run_alone(trial: Trial, task: Task, folder: ComparisonFolder, progress: Progress | None) -> Record:
     run = folder.run(trial.id)
-    try:
-        if not trial.settings.save_every:  # a run without a record was cut off
-            shutil.rmtree(run.path, ignore_errors=True)
-        with log_to(folder.log):
-            try:
-                record = execute(
-                    trial.settings,
-                    task,
-                    run.path,
-                    run_id=trial.id,
-                    stage=trial.stage,
-                    is_checked=True,
-                    progress=progress,
-                )
-            except Exception as problem:
-                _raise_if_disk_is_full(problem, folder.path)
-                logger.exception("%s failed", trial.id)
-                record = _unfinished(trial, task, folder, *_cause(problem))
-        save_json(record, folder.record_of(trial.id))
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    except (OSError, InputError) as problem:
-        _raise_if_disk_is_full(problem, folder.path)
-        raise
+    if not trial.settings.save_every:  # a run without a record was cut off
+        shutil.rmtree(run.path, ignore_errors=True)
+    with log_to(folder.log):
+        try:
+            record = execute(
+                trial.settings,
+                task,
+                run.path,
+                run_id=trial.id,
+                stage=trial.stage,
+                is_checked=True,
+                progress=progress,
+            )
+        except Exception as problem:
+            _raise_if_disk_is_full(problem, folder.path)
+            logger.exception("%s failed", trial.id)
+            record = _unfinished(trial, task, folder, *_cause(problem))
+    save_json(record, folder.record_of(trial.id))
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
 
 
