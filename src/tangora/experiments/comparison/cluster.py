@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import platform
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from tangora.report import Record
 from tangora.report.record_files import write_atomic
 from tangora.training.data import Task
 from tangora.training.devices import visible_gpus
+
+_ASK_EVERY = 1.0
+"""Seconds between two looks at the runs."""
 
 
 class LostError(Exception):
@@ -141,7 +145,7 @@ class ClusterEngine(ABC):
                     ended.append((run.trial, record))
             if ended:
                 return ended
-            self._pause()
+            time.sleep(_ASK_EVERY)
 
     def stop(self) -> None:
         """End all runs; they leave no record."""
@@ -160,10 +164,6 @@ class ClusterEngine(ABC):
     @abstractmethod
     def _cancel(self, job: Any) -> None:
         """End a run."""
-
-    @abstractmethod
-    def _pause(self) -> None:
-        """Wait a moment, or until something happens."""
 
     def _record(self, run: _Running) -> Record | None:
         try:

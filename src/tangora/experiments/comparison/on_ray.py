@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tangora._checks import InputError
 from tangora._types import Progress
-from tangora.experiments.comparison.cluster import RemoteRun, ClusterEngine, LostError, Refusal
+from tangora.experiments.comparison.cluster import ClusterEngine, LostError, Refusal, RemoteRun
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.worker import Limits
 from tangora.experiments.process import tell_user
@@ -84,9 +84,6 @@ class RayEngine(ClusterEngine):
 
     def _cancel(self, job: Any) -> None:
         ray.cancel(job, force=True)
-
-    def _pause(self) -> None:
-        ray.wait([run.job for run in self._running.values()], timeout=1.0)
 
 
 def _made_apart(remote: RemoteRun) -> Record | Refusal:

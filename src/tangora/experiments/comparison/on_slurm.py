@@ -17,7 +17,7 @@ from typing import Any
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
-from tangora.experiments.comparison.cluster import RemoteRun, ClusterEngine, LostError, Refusal
+from tangora.experiments.comparison.cluster import ClusterEngine, LostError, Refusal, RemoteRun
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import Limits
@@ -157,9 +157,6 @@ class SlurmEngine(ClusterEngine):
     def _cancel(self, job: _Job) -> None:
         if job.submitted is not None:
             job.submitted.cancel(check=False)
-
-    def _pause(self) -> None:
-        time.sleep(1.0)
 
 
 class _Queue:

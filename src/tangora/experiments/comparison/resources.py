@@ -62,8 +62,8 @@ class Resources(Settings):
     )
     cluster_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="What one run takes there, KEY=VALUE separated by commas: gpus, cpus, retries, address (Ray); time in "
-        "minutes, gpus, cpus, setup and any option of sbatch (Slurm).",
+        description="What one run takes there, KEY=VALUE separated by commas: gpus, cpus, retries, address (Ray); "
+        "time in minutes, gpus, cpus, setup and any option of sbatch (Slurm).",
     )
     max_hours: float | None = Field(
         default=None,
