@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tangora.diagnostics import Diagnosis, RankPlan, diagnose, plan_ranks
     from tangora.experiments.compare import compare
     from tangora.experiments.comparison.plan import CompareSettings
+    from tangora.experiments.comparison.resources import Resources
     from tangora.experiments.export_run import export
     from tangora.experiments.settings import RunSettings
     from tangora.experiments.train import train
@@ -88,6 +89,7 @@ __all__ = [
     "train",
     "export",
     "CompareSettings",
+    "Resources",
     "compare",
     # errors
     "InputError",
@@ -99,6 +101,7 @@ _MODULES = {
     "tangora.diagnostics": "Diagnosis RankPlan diagnose plan_ranks",
     "tangora.experiments.compare": "compare",
     "tangora.experiments.comparison.plan": "CompareSettings",
+    "tangora.experiments.comparison.resources": "Resources",
     "tangora.experiments.export_run": "export",
     "tangora.experiments.settings": "RunSettings",
     "tangora.experiments.train": "train",

@@ -24,6 +24,7 @@ class OutputFolder:
     log = _In("log.txt")
     checkpoints = _In("checkpoints")  # of the Trainer, until the record is written
     lock = _In(".lock")
+    cluster = _In("cluster")  # of a comparison while other machines work at it
     adapter = _In("adapter")  # of a comparison the best one
 
 
@@ -68,6 +69,10 @@ class ComparisonFolder(OutputFolder):
     def run(self, name: str) -> RunFolder:
         """Return the folder of a run."""
         return RunFolder(self.path / "runs" / name)
+
+    def lock_of(self, name: str) -> Path:
+        """Return what keeps two processes from making the same run."""
+        return self.path / "runs" / f"{name}.lock"
 
     def printed_by(self, name: str) -> Path:
         """Return where the output of a run's process is."""

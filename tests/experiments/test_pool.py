@@ -15,7 +15,7 @@ import torch
 from tangora import CompareSettings, InputError, compare
 from tangora._folders import ComparisonFolder
 from tangora.experiments.comparison import worker
-from tangora.experiments.comparison.plan import Resources
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import DiskFullError, run_trial
 from tangora.experiments.run.preparing import load_run_task

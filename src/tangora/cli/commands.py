@@ -24,10 +24,10 @@ from tangora.cli.output import (
 from tangora.experiments.comparison.plan import (
     CompareSettings,
     PlanSettings,
-    Resources,
     chosen_tasks,
     read_plan,
 )
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.measurement_settings import CurvatureSettings, DiagnoseSettings
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.settings_files import PRESETS, adapter_settings, preset, read_yaml
@@ -98,6 +98,8 @@ def compare_command(
       tangora compare --recipes full,lora,tangent --data reviews.csv \
         --seeds 0,1,2 --output results/reviews
       tangora compare plan.yaml --jobs 2 --max-hours 8 --output results/plan
+      tangora compare plan.yaml --cluster slurm \
+        --cluster-options time=120,partition=gpu,cpus=8 --output /shared/plan
     """
     if plan is not None and config is not None:
         raise InputError(f"give one plan, not both {plan} and {config}")

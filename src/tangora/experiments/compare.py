@@ -7,7 +7,7 @@ anywhere goes on where it stopped.
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,8 +18,9 @@ from tangora._checks import InputError, check_choice, check_kind, check_path
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
 from tangora.adapters.folder import replace_folder, scratch_beside
-from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings, Resources
-from tangora.experiments.comparison.pool import Pool
+from tangora.experiments.comparison.engine import Engine, engine_for
+from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
+from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial, due, planned
 from tangora.experiments.comparison.worker import DiskFullError
 from tangora.experiments.folders import check_origin, claimed, one_line_errors
@@ -89,7 +90,8 @@ def compare(
         progress: Called as ``progress("runs", done, total)`` when a run has ended, and as
             ``progress("NAME: what", done, total)`` with the optimizer steps of every run, as `train` does; ``what``
             ends with the status of its record.
-        resources: What it may use; default: one run at a time, no limits.
+        resources: What it may use, a cluster if it names one; default: this machine, with one run at a time for each
+            GPU, or one.
 
     Returns:
         Records, report and best adapter. When time ran out, what there is so far: the same call goes on.
@@ -101,7 +103,7 @@ def compare(
     """
     check_kind("settings", settings, CompareSettings, "a CompareSettings")
     folder = ComparisonFolder(check_path("output", output))
-    with _started(command, progress, resources) as runner:
+    with _started(command, progress, resources, [settings]) as runner:
         return runner.run(*runner.prepared(settings, folder))
 
 
@@ -123,7 +125,7 @@ def compare_tasks(
 ) -> StudyOutcome:
     """Run comparisons on several tasks, or what is missing of them, and write a report on each and on all."""
     folder = ComparisonFolder(Path(output))
-    with _started(command, progress, resources) as runner:
+    with _started(command, progress, resources, plan.tasks.values()) as runner:
         _check_study(folder)
         # all is checked before the first run: a broken row in the last task must not cost a night
         prepared = {}
@@ -150,20 +152,22 @@ def _check_study(folder: ComparisonFolder) -> None:
 
 
 @contextmanager
-def _started(command: str, progress: Progress | None, resources: Resources | None) -> Iterator["_Runner"]:
-    check_one_process("compare", "--jobs makes several runs side by side")
+def _started(
+    command: str, progress: Progress | None, resources: Resources | None, tasks: Iterable[CompareSettings]
+) -> Iterator["_Runner"]:
+    check_one_process("compare", "--jobs makes several runs side by side, on all GPUs of a machine")
     resources = resources or Resources()
-    with ExitStack() as held, Pool(resources.jobs, resources.max_memory, progress) as pool:
-        yield _Runner(pool, held, resources, progress, command)
+    with ExitStack() as held, engine_for(resources, tasks, progress) as engine:
+        yield _Runner(engine, held, resources, progress, command)
 
 
 class _Runner:
     """Makes the runs of comparisons, one comparison after the other."""
 
     def __init__(
-        self, pool: Pool, held: ExitStack, resources: Resources, progress: Progress | None, command: str
+        self, engine: Engine, held: ExitStack, resources: Resources, progress: Progress | None, command: str
     ):
-        self._pool, self._held = pool, held
+        self._engine, self._held = engine, held
         self._resources, self._progress, self._command = resources, progress, command
         self._began = time.monotonic()
         self._ended = 0
@@ -192,7 +196,9 @@ class _Runner:
             else:
                 known.append(record)
         if due(settings, known):
-            task = check_recipes(each, task, load_base(each[0], task))
+            # a GPU is the runs', but to quantize takes one
+            looked_at = each[0].model_copy(update={} if each[0].load_in_4bit else {"device": "cpu"})
+            task = check_recipes(each, task, load_base(looked_at, task))
             tell_user(*task.notes)
         self._count(folder, settings, [])
         return settings, task, folder
@@ -204,7 +210,7 @@ class _Runner:
         while True:
             self._count(folder, settings, [*records.values()])
             waiting = [
-                trial for trial in due(settings, [*records.values()]) if trial.id not in self._pool.running
+                trial for trial in due(settings, [*records.values()]) if trial.id not in self._engine.running
             ]
             known = [trial for trial in waiting if folder.record_of(trial.id).exists()]
             for trial in known:
@@ -212,14 +218,13 @@ class _Runner:
             if known:
                 continue
             for trial in waiting:
-                if not self._pool.has_room:
+                if not self._engine.has_room:
                     break
                 late = late or self._late(records)
                 if late:
                     break
-                self._pool.start(trial, task, folder)
-                self._tell(f"{trial.id}: starting", 0, trial.settings.steps or 0)
-            if not self._pool.running:
+                self._engine.start(trial, task, folder)
+            if not self._engine.running:
                 break
             for trial, record in self._next_ended():
                 self._tell(f"{trial.id}: {record.status}", len(record.history), len(record.history))
@@ -229,7 +234,7 @@ class _Runner:
 
     def _next_ended(self) -> list[tuple[Trial, Record]]:
         try:
-            return self._pool.wait()
+            return self._engine.wait()
         except DiskFullError as problem:
             raise InputError(
                 f"{problem}; what has finished is kept: free some space and give the same command again"
@@ -286,6 +291,7 @@ class _Runner:
             )
         if missing:
             return Outcome(comparison, page)
+        shutil.rmtree(folder.cluster, ignore_errors=True)
         with log_to(folder.log):
             return Outcome(comparison, page, *_best_adapter(comparison, task, folder))
 

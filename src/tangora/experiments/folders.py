@@ -81,13 +81,13 @@ def claimed(folder: Path, settings: Settings, origin: Mapping[str, str] | None =
 
 
 @contextlib.contextmanager
-def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Keep other processes out of a folder; the system frees it, however this process ends."""
+def locked(folder: Path, lock: Path | None = None, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, or wait for them; the system frees it, however this process ends."""
     held = FileLock(path := lock or OutputFolder(folder).lock)
     with one_line_errors(folder):
         path.touch()  # says why where nothing can be written
         try:
-            held.acquire(blocking=False)
+            held.acquire(blocking=wait, poll_interval=0.2)
         except Timeout:
             raise InputError(
                 f"{folder} is in use by another tangora process; wait until it has ended, or choose another --output"
@@ -187,7 +187,8 @@ def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> 
 
 def _holds_work(folder: Path) -> bool:
     output = OutputFolder(folder)
-    idle = {output.settings, output.log, output.checkpoints, output.lock}  # left before the first result
+    # left before the first result
+    idle = {output.settings, output.log, output.checkpoints, output.lock, output.cluster}
     held = (entry for entry in folder.iterdir() if entry not in idle)
     files = (path for entry in held for path in ([entry] if entry.is_file() else entry.rglob("*")))
     return any(path.is_file() and path.stat().st_size for path in files)

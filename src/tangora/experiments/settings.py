@@ -72,6 +72,11 @@ class DataSettings(Settings):
     )
     device: Device = None
 
+    @property
+    def any_gpu(self) -> bool:
+        """Whether any GPU will do."""
+        return self.device in (None, "cuda")
+
 
 class TaskSettings(DataSettings, ModelSettings):
     """Model, data and training budget: what all methods of a comparison share."""

@@ -1,5 +1,6 @@
 """Which device a run and a Trainer use, and which of Accelerate's engines (DeepSpeed, FSDP1) can train LoRA pairs."""
 
+import os
 import warnings
 from typing import Any
 
@@ -15,6 +16,17 @@ _INSTEAD = (
     "use DistributedDataParallel, or shard the base only: from_pretrained(..., "
     "distributed_config=DistributedConfig(fsdp_size=N)), then get_peft_model"
 )
+
+
+def visible_gpus() -> list[str]:
+    """Name the GPUs that this process may use, as CUDA_VISIBLE_DEVICES does (numbers, UUIDs, parts of one by MIG).
+
+    Asks without starting CUDA, so that a process that is started afterwards can be given one of them.
+    """
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if given is None else given.split(",")
+    return [name.strip() for name in names[:count]]
 
 
 def check_device(name: str | None) -> None:

@@ -181,23 +181,6 @@ class CompareSettings(TaskSettings):
         return validated(RunSettings, shared | own)
 
 
-class Resources(Settings):
-    """What a comparison may use; no part of what it is."""
-
-    groups: ClassVar[Mapping[str, str]] = {"jobs": "Output and resources"}
-
-    jobs: int = Field(default=1, ge=1, description="Parallel runs; they share the cores.")
-    max_hours: float | None = Field(
-        default=None,
-        ge=0,
-        description="Time limit in hours: do not start a run that is expected to exceed it.",
-    )
-    max_memory: float | None = Field(
-        default=None, gt=0, description="Memory limit of each run in gigabytes, on a CPU under Linux."
-    )
-    retry: bool = Field(default=False, description="Repeat failed runs.")
-
-
 def _listed(key: str, value: Any, kind: type) -> Any:
     # names and numbers come separated by commas from the command line
     value = separated(value)

@@ -1,13 +1,14 @@
-"""Runs in processes of their own, a few at a time.
+"""Runs in processes of their own on this machine, a few at a time.
 
 Each process is forked from a server that has imported everything and done nothing, so a run starts in a fraction of a
-second, owns its memory, and takes nothing with it when it dies.
+second, owns its memory, and takes nothing with it when it dies. Where there are GPUs it is started anew with one of
+them: imports may start CUDA (bitsandbytes' do), after which a process can neither be forked nor change its GPU.
 """
 
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -22,6 +23,8 @@ from tangora.experiments.comparison.worker import DiskFullError, Limits, died, w
 from tangora.report import Record, load_record, save_json
 from tangora.training.data import Task
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 @dataclass
 class _Running:
@@ -30,18 +33,28 @@ class _Running:
     folder: ComparisonFolder
     process: BaseProcess
     told: Connection
+    gpu: str | None
 
 
 class Pool:
-    """Makes runs side by side, ``progress("ID: what", done, total)`` for each."""
+    """Makes runs side by side, ``progress("ID: what", done, total)`` for each.
 
-    def __init__(self, jobs: int = 1, gigabytes: float | None = None, progress: Progress | None = None):
-        self._jobs, self._progress = jobs, progress
-        self._limits = Limits(max(1, _num_cores() // jobs) if jobs > 1 else None, gigabytes)
+    A run that does not name another device has one of the GPUs to itself, or shares it with as few as possible.
+    """
+
+    def __init__(
+        self,
+        jobs: int = 1,
+        limits: Limits | None = None,
+        progress: Progress | None = None,
+        gpus: Sequence[str] = (),
+    ):
+        self._jobs, self._progress, self._gpus = jobs, progress, gpus
+        self._limits = limits or Limits()
         self._running: dict[str, _Running] = {}
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self._context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
+        forks = not gpus and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
             self._context.set_forkserver_preload([work.__module__])
 
     def __enter__(self) -> "Pool":
@@ -66,10 +79,13 @@ class Pool:
         process = self._context.Process(
             target=work, args=(trial, task, folder, self._limits, theirs), name=trial.id, daemon=True
         )
-        with _without_main():
+        gpu = self._gpu_for(trial)
+        with _without_main(), _seeing(gpu):
             process.start()
         theirs.close()
-        self._running[trial.id] = _Running(trial, task, folder, process, ours)
+        self._running[trial.id] = _Running(trial, task, folder, process, ours, gpu)
+        if self._progress is not None:
+            self._progress(f"{trial.id}: starting", 0, trial.settings.steps or 0)
 
     def wait(self) -> list[tuple[Trial, Record]]:
         """Wait until a run ends, and report the progress of all of them until then."""
@@ -90,6 +106,12 @@ class Pool:
             run.process.join()
             run.told.close()
         self._running.clear()
+
+    def _gpu_for(self, trial: Trial) -> str | None:
+        if not self._gpus or not trial.settings.any_gpu:
+            return None
+        taken = [run.gpu for run in self._running.values()]
+        return min(self._gpus, key=taken.count)
 
     def _has_ended(self, run: _Running) -> bool:
         # reads all messages that a run has sent
@@ -116,8 +138,24 @@ class Pool:
         return load_record(path)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _seeing(gpu: str | None) -> Iterator[None]:
+    """Show a single GPU to a process that is started."""
+    before = os.environ.get(_VISIBLE)
+    if gpu is not None:
+        os.environ[_VISIBLE] = gpu
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_VISIBLE] = before
+        elif gpu is not None:
+            del os.environ[_VISIBLE]
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
 from tangora.experiments.comparison.sweep import Trial
-from tangora.experiments.folders import NO_SPACE, is_disk_full
+from tangora.experiments.folders import NO_SPACE, is_disk_full, locked
 from tangora.experiments.process import log_to
 from tangora.experiments.run.execute import execute, identity, read_evaluations, read_steps
-from tangora.report import MemoryUse, Record, TimeSplit, save_json
+from tangora.report import MemoryUse, Record, TimeSplit, load_record, save_json
 from tangora.report.run_records import Status
 from tangora.training.data import Task
 
@@ -53,31 +53,38 @@ class Limits:
 
 
 def run_trial(trial: Trial, task: Task, folder: ComparisonFolder, progress: Progress | None = None) -> Record:
-    """Make a run, and write its record."""
-    run = folder.run(trial.id)
+    """Make a run, and write its record; where another process is making it already, wait for that one instead."""
+    path, lock = folder.record_of(trial.id), folder.lock_of(trial.id)
     try:
-        if not trial.settings.save_every:  # a run without a record was cut off
-            shutil.rmtree(run.path, ignore_errors=True)
-        with log_to(folder.log):
-            try:
-                record = execute(
-                    trial.settings,
-                    task,
-                    run.path,
-                    run_id=trial.id,
-                    stage=trial.stage,
-                    is_checked=True,
-                    progress=progress,
-                )
-            except Exception as problem:
-                _raise_if_disk_is_full(problem, folder.path)
-                logger.exception("%s failed", trial.id)
-                record = _unfinished(trial, task, folder, *_cause(problem))
-        save_json(record, folder.record_of(trial.id))
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock.parent, lock, wait=True):
+            return load_record(path) if path.exists() else _run_alone(trial, task, folder, progress)
     except (OSError, InputError) as problem:
         _raise_if_disk_is_full(problem, folder.path)
         raise
+
+
+def _run_alone(trial: Trial, task: Task, folder: ComparisonFolder, progress: Progress | None) -> Record:
+    run = folder.run(trial.id)
+    if not trial.settings.save_every:  # a run without a record was cut off
+        shutil.rmtree(run.path, ignore_errors=True)
+    with log_to(folder.log):
+        try:
+            record = execute(
+                trial.settings,
+                task,
+                run.path,
+                run_id=trial.id,
+                stage=trial.stage,
+                is_checked=True,
+                progress=progress,
+            )
+        except Exception as problem:
+            _raise_if_disk_is_full(problem, folder.path)
+            logger.exception("%s failed", trial.id)
+            record = _unfinished(trial, task, folder, *_cause(problem))
+    save_json(record, folder.record_of(trial.id))
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
 
 
@@ -116,6 +123,16 @@ def died(trial: Trial, task: Task, folder: ComparisonFolder, code: int | None, l
     else:
         how = f"ended with exit code {code}"
     return _unfinished(trial, task, folder, status, f"its process {how}{f': {last}' if last else ''}")
+
+
+def lost(trial: Trial, task: Task, folder: ComparisonFolder, error: str) -> Record:
+    """Make the record of a run that another machine has lost, unless it was written before."""
+    path = folder.record_of(trial.id)
+    with contextlib.suppress(OSError):
+        path.parent.chmod(path.parent.stat().st_mode)  # a network file system looks again for what is in it
+    if not path.exists():
+        save_json(_unfinished(trial, task, folder, "failed", error), path)
+    return load_record(path)
 
 
 def work(trial: Trial, task: Task, folder: ComparisonFolder, limits: Limits, told: Connection) -> None:
