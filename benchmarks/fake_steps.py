@@ -66,7 +66,8 @@ def step_peak(model: nn.Module, make: Callable[[nn.Module], Optimizer]) -> int:
     """Return the most bytes that a steady step holds beside the model, its gradients and the optimizer's state."""
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    with as_on_a_gpu():
+    with as_on_a_gpu(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of addresses, which fake tensors do not have
         optimizer = make(model)
         for kept in optimizer.state.values():
             kept["step"] = torch.tensor(STEADY_STEP)  # fake tensors know numbers that were given to them

@@ -127,6 +127,16 @@ def sharded_pass(parameters: Iterable[tuple[tuple[int, ...], bool, bool]], proce
     return Messages(gathered, scattered=scattered)
 
 
+def sharded_base(weights: int, embedding: int) -> Messages:
+    """Return what a base that transformers has sharded sends: all is gathered in the forward and in the backward pass.
+
+    Args:
+        weights: Of the whole base.
+        embedding: Of its input embedding, which the backward pass does not need.
+    """
+    return Messages(gathered=2 * weights - embedding)
+
+
 def padded(rows: int, processes: int) -> int:
     """Return the rows that all processes hold together when each holds equally many."""
     return processes * -(-rows // processes)
@@ -141,17 +151,11 @@ def nf4_bytes(weights: int) -> int:
     return weights // 2 + blocks + FLOAT * -(-blocks // 256) + FLOAT * (16 + 256 + 1)
 
 
-def read_by_start(shapes: Iterable[Shape], directions: int = 2) -> int:
-    """Return the size of the products with the gradients that ``initialize`` reads at once, by default for LoRA-GA.
-
-    Args:
-        shapes: Layers.
-        directions: Singular directions per unit of rank: LoRA-GA takes 2, LoRA-One 1.
-    """
+def read_by_start(shapes: Iterable[Shape]) -> int:
+    """Return the size of the products with gradients that ``initialize(model, "lora-ga")`` reads in its first pass."""
     size = 0
     for m, n, r in shapes:
-        wanted = directions * r
-        right = min(wanted + max(8, min(5 * wanted, 80)), m, n)
+        right = min(2 * r + max(8, min(10 * r, 80)), m, n)
         left = min(7 * right // 4, m)
-        size += min((right + 8) * m + left * n, m * n)  # dense where that is smaller
+        size += min((right + 8) * m + left * n, m * n)  # the gradient itself where that is smaller
     return size

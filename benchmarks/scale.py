@@ -2,14 +2,16 @@
 
 States and messages come from the formulas in ``formulas.py``; what a step and what forward and backward passes hold
 beside them is counted on fake tensors of the real shapes (``fake_steps.py``); a test holds both against small real
-runs. The tables are those of ``docs/guides/scale.md``. About four minutes on one core:
+runs. The tables are those of ``docs/guides/scale.md``. About a minute:
 
     python benchmarks/scale.py --output benchmarks/scale.json
     python benchmarks/scale.py --model ./my-model --ranks 16,64 --processes 4      # of another model: its config.json
     python benchmarks/scale.py --quick                                             # does it run?
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,7 @@ from tangora.recipes import recipe
 GIB = 2**30
 TOKENS = (1, 2048)
 CARDS = 8
+FEW, MORE = 2, 4  # blocks
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
     | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -59,7 +62,7 @@ def computed(config: PretrainedConfig, ranks: Sequence[int], processes: int) -> 
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
     adapted = {pair.name: pair.shape[0] * pair.shape[1] for pair in pairs}
     others = sum(p.numel() for p in base) - sum(adapted.values())
-    blocks = config.num_hidden_layers
+    blocks, embedding = config.num_hidden_layers, model.get_input_embeddings().weight.numel()
     return {
         "weights": sum(p.numel() for p in base),
         "adapted_layers": len(pairs),
@@ -68,8 +71,8 @@ def computed(config: PretrainedConfig, ranks: Sequence[int], processes: int) -> 
         "largest_layer": HALF * max(adapted.values()),
         "block": HALF * sum(adapted.values()) // blocks,
         "outside_blocks": HALF * others,
-        # every block twice, in both passes, what is outside them once
-        "base_received": (2 * HALF * sum(adapted.values()) + HALF * others) * (processes - 1) / processes,
+        "base_received": HALF
+        * formulas.sharded_base(sum(p.numel() for p in base), embedding).received(processes),
         "ranks": {
             str(rank): _of_rank([(*pair.shape[:2], rank) for pair in pairs], processes) for rank in ranks
         },
@@ -96,24 +99,39 @@ def _of_rank(shapes: Sequence[formulas.Shape], processes: int) -> dict[str, Any]
     }
 
 
-def counted_steps(config: PretrainedConfig, rank: int) -> dict[str, int]:
+Counts = dict[str, int]
+
+
+def counted(config: PretrainedConfig, count: Callable[[PretrainedConfig], Counts]) -> Counts:
+    """Count with 2 and with 4 blocks and go on in a straight line, since every block adds the same."""
+    if config.num_hidden_layers <= MORE:
+        return count(config)
+    few, more = (count(_of_blocks(config, blocks)) for blocks in (FEW, MORE))
+    further = config.num_hidden_layers - FEW
+    return {name: few[name] + further * (more[name] - few[name]) // (MORE - FEW) for name in few}
+
+
+def _of_blocks(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    changed.num_hidden_layers = blocks
+    return changed
+
+
+def counted_steps(config: PretrainedConfig, rank: int) -> Counts:
     """Count what a step holds beside factors, gradients and state, in bytes."""
     model = meta_model(config, rank)
     # torch's own on a GPU: `foreach` makes one copy of all factors, `fused` none
     found = {"lora": FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    for name in COUNTED:
-        model = meta_model(config, rank)
-        with fake_memory():
-            materialize(model)
-            found[name] = step_peak(model, _optimizer(name))
-    return found
+    with fake_memory():
+        materialize(model)
+        return found | {name: step_peak(model, _optimizer(name)) for name in COUNTED}
 
 
 def _optimizer(name: str) -> Callable[[nn.Module], Optimizer]:
     return lambda model: recipe(name).create_optimizer(model, 1e-4)
 
 
-def counted_passes(config: PretrainedConfig, rank: int, batch: tuple[int, int] = TOKENS) -> dict[str, int]:
+def counted_passes(config: PretrainedConfig, rank: int, batch: tuple[int, int] = TOKENS) -> Counts:
     """Count what forward and backward passes hold beside the model, in bytes; gradients included."""
     model: PeftModel = meta_model(config, rank)
     found = {}
@@ -292,8 +310,10 @@ def main(
         typer.echo(f"{name} ...")
         record["models"][name] = computed(config, wanted, processes) | {
             "passes_rank": wanted[0],
-            "counted_steps": {str(rank): counted_steps(config, rank) for rank in wanted},
-            "counted_passes": counted_passes(config, wanted[0]),
+            "counted_steps": {
+                str(rank): counted(config, partial(counted_steps, rank=rank)) for rank in wanted
+            },
+            "counted_passes": counted(config, partial(counted_passes, rank=wanted[0])),
         }
     for name, table in tables(record).items():
         typer.echo(f"\n{name}, GiB\n\n{table}")
