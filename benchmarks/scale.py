@@ -50,6 +50,7 @@ TINY: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size
 
 # steps that take no decision from numbers: ODELoRA's do, and torch's Muon is not this project's
 COUNTED = tuple(name for name in STATES if name not in ("lora", "factor-muon", "odelora-euler"))
+ONE_BY_ONE = "tangent-muon, foreach=False"
 SHARDED = tuple(name for name in STATES if name not in ("lora", "factor-muon"))
 SHOWN_MODELS = ("Llama-3-8B", "Llama-3-70B")
 CARD = 24 * GIB
@@ -124,11 +125,13 @@ def counted_steps(config: PretrainedConfig, rank: int) -> Counts:
     found = {"lora": FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad)}
     with fake_memory():
         materialize(model)
-        return found | {name: step_peak(model, _optimizer(name)) for name in COUNTED}
+        found |= {name: step_peak(model, _optimizer(name)) for name in COUNTED}
+        found[ONE_BY_ONE] = step_peak(model, _optimizer("tangent-muon", foreach=False))
+    return found
 
 
-def _optimizer(name: str) -> Callable[[nn.Module], Optimizer]:
-    return lambda model: recipe(name).create_optimizer(model, 1e-4)
+def _optimizer(name: str, **options: Any) -> Callable[[nn.Module], Optimizer]:
+    return lambda model: recipe(name).create_optimizer(model, 1e-4, **options)
 
 
 def counted_passes(config: PretrainedConfig, rank: int, batch: tuple[int, int] = TOKENS) -> Counts:
@@ -226,12 +229,16 @@ def _methods(models: Mapping[str, Any], ranks: Sequence[int]) -> str:
         [
             [
                 f"`{name}`",
-                STATES[name].text,
-                *(" + ".join(_gib(a["states"][name], step[name])) for _, a, step in columns.values()),
+                STATES[_name(name)].text,
+                *(" + ".join(_gib(a["states"][_name(name)], step[name])) for _, a, step in columns.values()),
             ]
-            for name in ("lora", *COUNTED)
+            for name in ("lora", *COUNTED, ONE_BY_ONE)
         ],
     )
+
+
+def _name(counted_name: str) -> str:
+    return counted_name.partition(",")[0]
 
 
 def _messages(models: Mapping[str, Any], ranks: Sequence[int]) -> str:
