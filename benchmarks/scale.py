@@ -153,7 +153,7 @@ def total(model: Mapping[str, Any], rank: int, name: str, *, nf4: bool = False, 
     of_rank, counted = model["ranks"][str(rank)], model["counted_passes"]
     adapter, state, step = (
         of_rank["adapter"],
-        of_rank["states"][name],
+        of_rank["states"][_name(name)],
         model["counted_steps"][str(rank)][name],
     )
     passes = counted["checkpointing"] + adapter - model["ranks"][str(model["passes_rank"])]["adapter"]
@@ -272,13 +272,14 @@ def _messages(models: Mapping[str, Any], ranks: Sequence[int]) -> str:
 
 def _totals(title: str, record: Mapping[str, Any], **how: Any) -> str:
     ranks = record["settings"]["ranks"]
-    small = {name: each for name, each in record["models"].items() if (each["nf4"] < CARD) == ("nf4" in how)}
+    models = record["models"]
+    fitting = {name: each for name, each in models.items() if (each["nf4"] < CARD) == ("nf4" in how)}
     return _table(
         [title, *(f"r = {rank}" for rank in ranks)],
         [
             [f"{name}, `{method}`", *_gib(*(total(each, rank, method, **how) for rank in ranks))]
-            for name, each in small.items()
-            for method in ("lora", "tangent-muon", "tangent", "lora-pro-factor")
+            for name, each in (fitting if len(models) > 1 else models).items()
+            for method in ("lora", "lora-pro-factor", "tangent", "tangent-muon", ONE_BY_ONE)
         ],
     )
 

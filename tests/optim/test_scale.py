@@ -155,6 +155,7 @@ def test_lora_ga_reads_what_the_formula_says(monkeypatch):
     assert sizes[0] == formulas.read_by_start(shapes(model)) < sum(m * n for m, n, _ in shapes(model))
 
 
+@pytest.mark.slow
 def test_counts_of_few_blocks_go_on_in_a_straight_line(monkeypatch):
     monkeypatch.setattr(scale, "COUNTED", ("tangent", "lora-pro"))
     config = LlamaConfig(**SIZES | {"num_hidden_layers": 6}, num_attention_heads=4, num_key_value_heads=2)
