@@ -8,7 +8,6 @@ base model.
 """
 
 import gc
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,25 +15,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from formulas import FLOAT, STATES, state
 from optimizer_step import state_bytes
 from record import Target, environment, print_table, print_targets, save_record, target_records
 from start_memory import MB, LiveTensors, Settings, base_model, batches_for
 from tangora.adapters import find_pairs
 from tangora.recipes import recipe
 
-FLOAT = 4
 STEPS = 2
 
-Shape = tuple[int, int, int]
-
-# entries of the state of one m x n layer at rank r
-FORMULAS: dict[str, tuple[str, Callable[[int, int, int], int]]] = {
-    "lora": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
-    "p-lora": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
-    "tangent": ("r(m + n) + m + n", lambda m, n, r: (r + 1) * (m + n)),
-    "lora-pro-factor": ("2r(m + n)", lambda m, n, r: 2 * r * (m + n)),
-    "lora-pro": ("2mn", lambda m, n, _: 2 * m * n),
-}
+MEASURED = ("lora", "p-lora", "tangent", "lora-pro-factor", "lora-pro")
 FULL = "full"
 
 
@@ -62,27 +52,13 @@ def measure(name: str, settings: Settings) -> dict[str, float]:
             optimizer.zero_grad()
         peak = tensors.peak
     count = sum(p.numel() for p in trained)
-    wanted = 2 * count if name == FULL else entries(name, [pair.shape for pair in find_pairs(adapted)])
+    wanted = 2 * count if name == FULL else state(name, [pair.shape for pair in find_pairs(adapted)])
     return {
         "state": state_bytes(optimizer) / MB,
         "formula": FLOAT * wanted / MB,
         "trained": FLOAT * count / MB,
         "peak": peak / MB,
     }
-
-
-def entries(name: str, shapes: Sequence[Shape]) -> int:
-    """Add up a formula over the layers.
-
-    Args:
-        name: A recipe with an adapter.
-        shapes: (m, n, r) of each layer.
-
-    Returns:
-        Entries of the optimizer's state.
-    """
-    _, formula = FORMULAS[name]
-    return sum(formula(*shape) for shape in shapes)
 
 
 def main(
@@ -107,7 +83,7 @@ def main(
     settings = Settings(model, 1, (batch, tokens), STEPS, quick)
     facts = environment()
     wanted = [int(rank) for rank in ranks.split(",")]
-    cases = [(FULL, None), *((name, rank) for rank in wanted for name in FORMULAS)]
+    cases = [(FULL, None), *((name, rank) for rank in wanted for name in MEASURED)]
     found = []
     for name, rank in cases:
         gc.collect()
@@ -135,7 +111,7 @@ def main(
             "benchmark": "memory_over_ranks",
             "environment": facts,
             "settings": asdict(settings) | {"ranks": wanted},
-            "formulas": {name: text for name, (text, _) in FORMULAS.items()},
+            "formulas": {name: STATES[name].text for name in MEASURED},
             "cases": found,
             "targets": target_records(targets),
         }

@@ -245,16 +245,24 @@ def save_record(path: Path, record: Mapping[str, Any]) -> Path:
     Returns:
         The path.
     """
-    return write_atomic(path, json.dumps(_rounded(record), indent=2, allow_nan=False) + "\n")
+    return write_atomic(path, json.dumps(rounded(record), indent=2, allow_nan=False) + "\n")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Round floating-point numbers to six digits, as a record has them.
+
+    Args:
+        value: Numbers, strings, lists and dictionaries.
+
+    Returns:
+        The same of rounded numbers.
+    """
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return value
 
 
