@@ -12,12 +12,13 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters import LoraPair
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
 from tangora.geometry.guess import doubt
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
+from tangora.geometry.sparse import sparse_velocity
 from tangora.geometry.tangent import Cotangent, Frame, Tangent, coordinates, frame, project
 from tangora.optim.adamw import adamw_factors, adamw_moments, adamw_update, step_counters
 from tangora.optim.base import CommonOptions
@@ -80,6 +81,11 @@ class LoRAPro(LayerwiseOptimizer):
             with ``zero`` and ``symmetric`` it drifts, and so does the gradients' norm, which clipping looks at.
         retraction: ``"factors"``: subtract from the factors (paper; from $B = 0$ the second step is large whatever
             ``lr``); ``"auto"``, ``"orthographic"``, ``"svd"``: move $W$ and come back to rank r, whatever the gauge.
+        sparsity: Weight of an $\ell_1$ penalty on the factors' directions, in units of the smallest at which nothing
+            moves: 0 is LoRA-Pro, 1 no step. Needs ``retraction="factors"`` and no factor moments. The state ``zeros``
+            of a factor is the share of its entries that the last step left alone.
+        sparse_iterations: Of proximal gradient descent in a step, at most; each costs as much as a projection.
+        sparse_tolerance: Relative change of the directions at which it ends before.
         **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
             `tangora.optim.PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else that of
             $B A$.
@@ -93,18 +99,26 @@ class LoRAPro(LayerwiseOptimizer):
         moments: Moments = "weight",
         gauge: Gauge = "sylvester",
         retraction: Retraction | Literal["factors"] = "factors",
+        sparsity: float = 0.0,
+        sparse_iterations: int = 300,
+        sparse_tolerance: float = 1e-6,
         **common: Unpack[CommonOptions],
     ):
         own = {
             "moments": moments,
             "gauge": gauge,
             "retraction": retraction,
+            "sparsity": sparsity,
+            "sparse_iterations": sparse_iterations,
+            "sparse_tolerance": sparse_tolerance,
         }
         super().__init__(params, lr, own, **common)
 
     def _may_guess(self, group: dict[str, Any]) -> bool:
         # moments of the weight are updated in place, where only doubts of the frame, before, can stop that
         retraction = group["retraction"]
+        if group["sparsity"]:
+            return False
         return retraction == "factors" or (retraction != "svd" and group["moments"] != "weight")
 
     def _may_deal(self, group: Mapping[str, Any]) -> bool:
@@ -121,21 +135,36 @@ class LoRAPro(LayerwiseOptimizer):
                 f"are kept; got retraction={group['retraction']!r}"
             )
 
+        check_number("sparsity", group["sparsity"], low=0)
+        check_whole("sparse_iterations", group["sparse_iterations"], low=1)
+        check_number("sparse_tolerance", group["sparse_tolerance"], low=0)
+        if group["sparsity"] and (group["moments"] == "factor" or group["retraction"] != "factors"):
+            raise InputError(
+                "sparsity needs retraction='factors' and moments='weight' or None: a retraction, and moments of "
+                f"factors, fill the zeros; got retraction={group['retraction']!r}, moments={group['moments']!r}"
+            )
+
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:
         m, n, _ = pair.shape
-        if group["moments"] == "weight":
-            return {"B": {"exp_avg": (m, n), "exp_avg_sq": (m, n)}}
-        return adamw_moments(pair) if group["moments"] == "factor" else {}
+        if group["moments"] == "factor":
+            return adamw_moments(pair)
+        moments = {"exp_avg": (m, n), "exp_avg_sq": (m, n)} if group["moments"] == "weight" else {}
+        zeros = {"zeros": ()} if group["sparsity"] else {}
+        return {"A": zeros, "B": {**moments, **zeros}}
 
     def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         A, B = here.A, here.B
         at, tangent = self._pure(equivalent_gradient)(A, B, here.gradient)
+        cotangent = here.gradient
         if group["moments"] == "weight":
-            tangent = project(at, coordinates(at, _weight_moments(stack, here, at, tangent, group)))
+            cotangent = _weight_moments(stack, here, at, tangent, group)
+            tangent = project(at, coordinates(at, cotangent))
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
             return decayed_step(A, B, at, tangent, group["lr"] / here.scaling, decay, group["retraction"])
         velocity = self._pure(factor_velocity)(A, B, at, tangent, group["gauge"])
+        if group["sparsity"]:
+            velocity = _sparse(stack, here, cotangent, Cotangent(*velocity), group)
         H_A, H_B = (H.div_(here.scaling) for H in velocity)
         if group["moments"] == "factor":
             return adamw_factors(stack, here, (H_A, H_B), group)
@@ -168,6 +197,24 @@ def _weight_moments(
         )
     seen = Cotangent(*(torch.cat(part) for part in zip(*directions, strict=True)))
     return seen if own is None else Cotangent(own.summed(seen.A), own.gathered(seen.B))
+
+
+def _sparse(
+    stack: PairStack, here: Loaded, cotangent: Cotangent, start: Cotangent, group: dict[str, Any]
+) -> Cotangent:
+    velocity = sparse_velocity(
+        here.A,
+        here.B,
+        cotangent,
+        start,
+        group["sparsity"],
+        iterations=group["sparse_iterations"],
+        tolerance=group["sparse_tolerance"],
+    )
+    shares = [(H == 0).to(H.dtype).mean((-2, -1)) for H in velocity]
+    stack.keep("A", zeros=shares[0])
+    stack.keep("B", zeros=shares[1])
+    return velocity
 
 
 def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[str, Any]) -> None:
