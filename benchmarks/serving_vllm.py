@@ -42,7 +42,7 @@ def main(job_file: str, prompts_file: str, output: str) -> None:
         try:
             llm.llm_engine.add_lora(request)
         except Exception as error:  # whatever the server says
-            results[name] = {"refused": str(error).replace(folder, "the adapter").splitlines()[0][:300]}
+            results[name] = {"refused": _reason(error, folder)}
         else:
             results[name] = {"continuations": continuations(llm, prompts, job["length"], request)}
             llm.llm_engine.remove_lora(number)
@@ -80,6 +80,12 @@ def continuations(llm: Any, prompts: list[list[int]], length: int, request: Any 
         }
         for output in outputs
     ]
+
+
+def _reason(error: Exception, folder: str) -> str:
+    # without what the engine's process puts around it
+    text = str(error).replace(folder, "the adapter").partition("Worker failed with error ")
+    return (text[2] or text[0]).partition(", please check the stack trace")[0].strip("'\"")[:300]
 
 
 def _version(package: str) -> str | None:
