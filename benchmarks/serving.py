@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from record import Target, environment, print_table, print_targets, save_record, target_records
 from serving_readers import (
+    ABORTED,
     CONTINUED,
     LIMIT,
     MAX_LORA_RANK,
@@ -66,7 +67,7 @@ class Case:
         start: ``lora`` (B = 0), ``lora-ga`` (through an offset) or ``pissa`` (PEFT's, on changed base weights).
         save: Options of `save_adapter`.
         merged: Whether a whole model is written instead.
-        vllm, llama_cpp: ``the same``, ``refused`` or ``differs`` (without a word).
+        vllm, llama_cpp: ``the same``, ``refused``, ``differs`` (without a word), or ``aborts`` (the whole process).
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +90,7 @@ CASES = {
     "beyond max_lora_rank": Case({"r": 20}, "lora-ga", vllm=REFUSED),
     "beyond max_lora_rank, cut": Case({"r": 20}, "lora-ga", {"rank": 16}),
     "output embedding": Case(HEAD, llama_cpp=REFUSED),
-    "input embedding": Case(TABLE),
+    "input embedding": Case(TABLE, llama_cpp=ABORTED),
     "DoRA": Case({"use_dora": True}, vllm=REFUSED, llama_cpp=REFUSED),
     "lora_bias": Case({"lora_bias": True}, vllm=REFUSED, llama_cpp=REFUSED),
     "modules_to_save": Case({"modules_to_save": ["lm_head"]}, vllm=REFUSED, llama_cpp=REFUSED),
@@ -97,6 +98,7 @@ CASES = {
     "new tokens": Case({"trainable_token_indices": [5, 6]}, vllm=REFUSED, llama_cpp=REFUSED),
     "exact from LoRA-GA, merged": Case(start="lora-ga", merged=True),
     "DoRA, merged": Case({"use_dora": True}, merged=True),
+    "input embedding, merged": Case(TABLE, merged=True),
     "output embedding, merged": Case(HEAD, merged=True),
     "modules_to_save, merged": Case({"modules_to_save": ["lm_head"]}, merged=True),
 }
@@ -266,7 +268,7 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> None:
     def cell(found: Mapping[str, Any] | None) -> str:
         if found is None:
             return "-"
-        return found["status"] if found["status"] == REFUSED else f"{found['difference']:.1e}"
+        return f"{found['difference']:.1e}" if "difference" in found else found["status"]
 
     rows = [
         (name, f"{row.get('effect', 0):.2f}", cell(row.get("vllm")), cell(row.get("llama.cpp")))

@@ -1,6 +1,7 @@
 """Ask vLLM and llama.cpp, each by a Python of its own, and compare their answers with PEFT's: for ``serving.py``."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ CONTINUED, MAX_LORA_RANK = 4, 32
 # largest difference of a log-probability in float32 that is rounding; the adapters change some by more than 1
 LIMIT = 2e-3
 _LLAMA_CPP = Path(__file__).with_name("serving_llama_cpp.py")
-READ, REFUSED, WRONG = "the same", "refused", "differs"
+READ, REFUSED, WRONG, ABORTED = "the same", "refused", "differs", "aborts"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _from_llama_cpp(readers: Readers, source: Path, reference: Reference, whole:
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     done = _run([python, _LLAMA_CPP, work / "job.json", work / "prompts.json", work / "llama.json"])
     if done.returncode:
-        return {"status": REFUSED, "by": "llama.cpp", "message": _last_error(done.stderr)}
+        status = ABORTED if done.returncode < 0 else REFUSED  # by a signal
+        return {"status": status, "by": "llama.cpp", "message": _last_error(done.stderr)}
     found = json.loads((work / "llama.json").read_text(encoding="utf-8"))
     return _compared(found, reference)
 
@@ -195,4 +197,5 @@ def _last_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("ERROR", "ValueError", "AssertionError"))]
     found = (told or [line for line in lines if "ASSERT" in line or "failed" in line] or lines)[0]
-    return found.removeprefix("ERROR:lora-to-gguf:")[:300]
+    # without time stamps and the folders it was built in
+    return re.sub(r"^ERROR:[\w-]+:|^[\d.]+ E |^/\S*/", "", found)[:300]
