@@ -192,7 +192,7 @@ def uniform(files: AdapterFiles, scalings: Mapping[str, float]) -> AdapterFiles:
         if missing:
             result[key_A] = _padded(tensors[key_A], missing, 0)
             result[key_B] = _padded(result[key_B], missing, 1)
-    config = files.config | {"r": rank, "lora_alpha": common * rank, "init_lora_weights": True}
+    config = files.config | {"r": rank, "lora_alpha": _alpha(common * rank), "init_lora_weights": True}
     config |= {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     if config.get("ensure_weight_tying"):
         # layers that shared their factors and not their scaling no longer can
@@ -238,7 +238,7 @@ def _with_ranks(
     files: AdapterFiles, tensors: dict[str, Tensor], ranks: Mapping[str, int], scalings: Mapping[str, float]
 ) -> AdapterFiles:
     power = 0.5 if files.config.get("use_rslora") else 1
-    alphas = {name: scalings[name] * rank**power for name, rank in ranks.items()}
+    alphas = {name: _alpha(scalings[name] * rank**power) for name, rank in ranks.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = files.config | {
         "r": rank,
@@ -248,6 +248,11 @@ def _with_ranks(
         "init_lora_weights": True,
     }
     return AdapterFiles(tensors, config)
+
+
+def _alpha(value: float) -> float:
+    # PEFT's alpha is a whole number, and readers that are typed (Ollama's) take no 16.0
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-14) else value
 
 
 def _commonest(values: Iterable[Any]) -> Any:
