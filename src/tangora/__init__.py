@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         LoraPair,
         SavedAdapter,
         find_pairs,
+        from_adalora,
         initial_factors,
         load_adapter,
         save_adapter,
@@ -49,6 +50,7 @@ __all__ = [
     "LoraPair",
     "SavedAdapter",
     "find_pairs",
+    "from_adalora",
     "initial_factors",
     "load_adapter",
     "save_adapter",
@@ -97,7 +99,8 @@ __all__ = [
 
 # imported when they are first used, so that an optimizer costs neither plots nor data sets
 _MODULES = {
-    "tangora.adapters": "LoraPair SavedAdapter find_pairs initial_factors load_adapter save_adapter save_merged",
+    "tangora.adapters": "LoraPair SavedAdapter find_pairs from_adalora initial_factors load_adapter "
+    "save_adapter save_merged",
     "tangora.diagnostics": "Diagnosis RankPlan diagnose plan_ranks",
     "tangora.experiments.compare": "compare",
     "tangora.experiments.comparison.plan": "CompareSettings",

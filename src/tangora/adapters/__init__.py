@@ -1,5 +1,6 @@
 """The only readers of PEFT's layer types: which parameters form a pair (A, B), and how an adapter is written."""
 
+from tangora.adapters.adalora import from_adalora
 from tangora.adapters.discover import Discovery, discover, find_pairs
 from tangora.adapters.heads import head_names, head_options, head_parameters, linear_layers
 from tangora.adapters.load import load_adapter
@@ -43,6 +44,7 @@ __all__ = [
     "detach_offset",
     "discover",
     "find_pairs",
+    "from_adalora",
     "has_adapter",
     "has_offset",
     "head_names",

@@ -15,6 +15,7 @@ from torch import Tensor
 from tangora._checks import InputError, check_choice, check_number, check_whole
 from tangora._types import FactorA, FactorB, Weight
 from tangora.adapters import LoraPair
+from tangora.geometry.blocks import block_velocity
 from tangora.geometry.gauge import GAUGES, Gauge, factor_velocity
 from tangora.geometry.guess import doubt
 from tangora.geometry.retraction import RETRACTIONS, Factors, Retraction, decayed_step
@@ -86,6 +87,8 @@ class LoRAPro(LayerwiseOptimizer):
             of a factor is the share of its entries that the last step left alone.
         sparse_iterations: Of proximal gradient descent in a step, at most; each costs as much as a projection.
         sparse_tolerance: Relative change of the directions at which it ends before.
+        blocks: Into how many blocks the long sides of the factors are cut, each projected on its own: 1 is LoRA-Pro;
+            more follow the gradient less well, and save nothing. Needs ``retraction="factors"`` and no sparsity.
         **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
             `tangora.optim.PairOptimizer`; the decay is that of each factor with ``retraction="factors"``, else that of
             $B A$.
@@ -102,6 +105,7 @@ class LoRAPro(LayerwiseOptimizer):
         sparsity: float = 0.0,
         sparse_iterations: int = 300,
         sparse_tolerance: float = 1e-6,
+        blocks: int = 1,
         **common: Unpack[CommonOptions],
     ):
         own = {
@@ -111,13 +115,14 @@ class LoRAPro(LayerwiseOptimizer):
             "sparsity": sparsity,
             "sparse_iterations": sparse_iterations,
             "sparse_tolerance": sparse_tolerance,
+            "blocks": blocks,
         }
         super().__init__(params, lr, own, **common)
 
     def _may_guess(self, group: dict[str, Any]) -> bool:
         # moments of the weight are updated in place, where only doubts of the frame, before, can stop that
         retraction = group["retraction"]
-        if group["sparsity"]:
+        if group["sparsity"] or group["blocks"] > 1:
             return False
         return retraction == "factors" or (retraction != "svd" and group["moments"] != "weight")
 
@@ -134,7 +139,6 @@ class LoRAPro(LayerwiseOptimizer):
                 "moments='factor' needs retraction='factors': a retraction changes the basis in which factor moments "
                 f"are kept; got retraction={group['retraction']!r}"
             )
-
         check_number("sparsity", group["sparsity"], low=0)
         check_whole("sparse_iterations", group["sparse_iterations"], low=1)
         check_number("sparse_tolerance", group["sparse_tolerance"], low=0)
@@ -142,6 +146,12 @@ class LoRAPro(LayerwiseOptimizer):
             raise InputError(
                 "sparsity needs retraction='factors' and moments='weight' or None: a retraction, and moments of "
                 f"factors, fill the zeros; got retraction={group['retraction']!r}, moments={group['moments']!r}"
+            )
+        check_whole("blocks", group["blocks"], low=1)
+        if group["blocks"] > 1 and (group["sparsity"] or group["retraction"] != "factors"):
+            raise InputError(
+                "blocks above 1 need retraction='factors' and no sparsity; got "
+                f"retraction={group['retraction']!r}, sparsity={group['sparsity']!r}"
             )
 
     def _state_shapes(self, pair: LoraPair, group: dict[str, Any]) -> StateShapes:
@@ -162,7 +172,10 @@ class LoRAPro(LayerwiseOptimizer):
         decay = 1 - group["lr"] * group["weight_decay"]
         if group["retraction"] in RETRACTIONS:
             return decayed_step(A, B, at, tangent, group["lr"] / here.scaling, decay, group["retraction"])
-        velocity = self._pure(factor_velocity)(A, B, at, tangent, group["gauge"])
+        if group["blocks"] > 1:
+            velocity = block_velocity(at, coordinates(at, cotangent), group["blocks"])
+        else:
+            velocity = self._pure(factor_velocity)(A, B, at, tangent, group["gauge"])
         if group["sparsity"]:
             velocity = _sparse(stack, here, cotangent, Cotangent(*velocity), group)
         H_A, H_B = (H.div_(here.scaling) for H in velocity)
