@@ -18,8 +18,8 @@ def from_adalora(model: nn.Module) -> PeftModel:
     r"""Turn an AdaLoRA adapter into plain LoRA of the ranks that it has found, which any optimizer can train on.
 
     $s\, P\, \mathrm{diag}(e)\, Q$ becomes $B A$ with $B = P \sqrt{s |e|}$ and $A = \mathrm{sign}(e) \sqrt{s |e|}\, Q$,
-    without the directions whose $e$ AdaLoRA has set to zero; a layer that has lost all keeps one, with $B = 0$. The model
-    computes the same, to rounding.
+    without the directions whose $e$ AdaLoRA has set to zero; a layer that has lost all keeps one, with $B = 0$. The
+    model computes the same, to rounding.
 
     Args:
         model: PEFT model whose only adapter is AdaLoRA's, after its last allocation of ranks. It is used up: its base
