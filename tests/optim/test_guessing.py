@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tangora import LoRAPro, TangentAdam, TangentMuon, find_pairs
+from tangora import InputError, LoRAPro, TangentAdam, TangentMuon, find_pairs
 from tangora.geometry.gauge import factor_velocity
 from tangora.geometry.guess import doubt, guessing
 from tangora.geometry.tangent import Cotangent, coordinates, frame, project
@@ -197,3 +197,12 @@ def test_compiled_steps_are_the_same_and_compile_once(name):
     assert compiled._compiled
     again = copy.deepcopy(compiled)
     assert again._compiled == {}
+    assert again._compiled is not layerwise.LayerwiseOptimizer._compiled
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-muon", "polora", "lora-rite", "p-lora", "tangent-svd", "lora-pro-auto"]
+)
+def test_optimizers_without_steps_that_compile_refuse_to(name):
+    with pytest.raises(InputError, match="no step"):
+        OPTIMIZERS[name](model_of_two_shapes()).compile()

@@ -1,15 +1,18 @@
 """``shard_state``: each process keeps and steps a part, and all together are one process, at a share of the traffic."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tangora import TangentMuon, find_pairs
+from tangora import InputError, ODELoRA, TangentMuon, find_pairs
 from tangora.optim import layerwise
+from tangora.optim.exchange import Owners, Sharing
+from tangora.optim.sharded_stack import ShardedStack
 from tests.optim.parallel import (
     STEPS,
     adapted,
@@ -24,7 +27,7 @@ from tests.optim.parallel import (
     weights,
 )
 from tests.optim.problems import OPTIMIZERS
-from tests.processes import in_processes
+from tests.processes import in_processes, joined
 
 WORLD = 2
 NAMES = ("tangent", "tangent-muon", "lora-pro-weight", "lora-pro-factor", "polora", "lora-rite", "p-lora")
@@ -133,6 +136,10 @@ def test_all_together_are_one_process(tmp_path):
         # factors, which their owners then send to all
         assert everyone["all_to_all_single"] == (5 if way == "cut" else 2) * padded()
     assert "part" in second["saved"]
+    (tmp_path / "one").mkdir()
+    with joined(0, 1, tmp_path / "one"):  # by the first process of another number
+        part = torch.load(tmp_path / "part.pt", weights_only=False)
+        assert "part" in refused(lambda: OPTIMIZERS["tangent"](adapted()).load_state_dict(part))
     model = adapted()
     optimizer = OPTIMIZERS["tangent"](model)
     files = torch.load(tmp_path / "full.pt", weights_only=False)
@@ -140,3 +147,16 @@ def test_all_together_are_one_process(tmp_path):
     optimizer.load_state_dict(files["optimizer"])
     run(model, optimizer, batches()[STEPS // 2 :])
     assert_equal(weights(model), expected("tangent"), 1e-11)
+
+
+def test_a_process_knows_which_layers_it_steps():
+    pairs = find_pairs(adapted())[:2]
+    mesh = Mock(spec=DeviceMesh)
+    mesh.size.return_value, mesh.get_local_rank.return_value = 2, 1
+    owners, sharing = Owners([0, 1], mesh, 0), Sharing(shard_state=True)
+    assert ShardedStack(pairs, lambda _: {}, owners, sharing).own_pairs == pairs[1:]
+
+
+def test_an_optimizer_without_states_has_none_to_share():
+    with pytest.raises(InputError, match="shard_state"):
+        ODELoRA(adapted(), lr=0.1, shard_state=True)

@@ -113,12 +113,18 @@ def cut_beside(value: Tensor, parameter: Tensor, side: int, mesh: DeviceMesh | N
 
 
 def is_part_of_another(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds the part of another process: one process has saved it, and others have read it."""
+    """Tell whether a tensor holds the part of another process or number of processes, and was read from a file."""
     if not isinstance(tensor, DTensor):
         return False
+    if not dist.is_initialized():
+        return True
     mesh = tensor.device_mesh
-    here = [mesh.get_local_rank(dim) for dim in range(mesh.ndim)] if dist.is_initialized() else None
-    return here != [*(mesh.get_coordinate() or ())]
+    try:  # groups are found again by their names, whatever their size is by now
+        sizes = [mesh.get_group(dim).size() for dim in range(mesh.ndim)]
+    except RuntimeError:
+        return True
+    here = [mesh.get_local_rank(dim) for dim in range(mesh.ndim)]
+    return here != [*(mesh.get_coordinate() or ())] or sizes != [*mesh.shape]
 
 
 def agreed(flags: Bool[Tensor, "..."], tensors: Iterable[Tensor]) -> Bool[Tensor, "..."]:

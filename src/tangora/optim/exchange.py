@@ -32,6 +32,10 @@ class Replicas:
 
     eager = False
 
+    def own(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
+        """Return the members of a stack that this process computes with."""
+        return list(pairs)
+
     def fetch(self, kinds: Kinds) -> list[list[Tensor]]:
         """Return whole tensors of the members that this process computes with."""
         tensors = iter(whole([tensor for kind in kinds for tensor in kind]))
@@ -62,6 +66,10 @@ class Owners:
         self._owner, self._group = owner, mesh.get_group(dim)
         self._processes, self._rank = mesh.size(dim), mesh.get_local_rank(dim)
         self._own = [index for index, process in enumerate(owner) if process == self._rank]
+
+    def own(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
+        """Return the members of a stack that this process computes with."""
+        return [pairs[index] for index in self._own]
 
     def fetch(self, kinds: Kinds) -> list[list[Tensor]]:
         """Return whole tensors of the members that this process computes with, as they are now."""

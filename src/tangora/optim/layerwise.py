@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from tangora._checks import InputError
 from tangora._types import FactorA, FactorB
 from tangora.adapters.sharded import agreed
 from tangora.geometry.guess import all_may, doubt, guessing, is_guessing
@@ -37,11 +38,21 @@ class LayerwiseOptimizer(PairOptimizer):
         """Compile the steps of stacks with `torch.compile`, each whole, and once for all learning rates.
 
         Few large kernels instead of many small ones: for GPUs. Which optimizers have steps that compile: `TangentMuon`,
-        `TangentAdam` and `LoRAPro`, but with ``retraction="svd"``.
+        `TangentAdam` and `LoRAPro`, but with ``retraction="svd"``, and LoRA-Pro with moments of the weight and any
+        retraction.
 
         Args:
             **options: As for `torch.compile`, such as ``mode`` or ``backend``.
+
+        Raises:
+            InputError: If no step compiles with the optimizer's options.
         """
+        if not any(self._may_guess(group) for group in self.param_groups if group.pairs):
+            raise InputError(
+                f"no step of this {type(self).__name__} compiles, so do not call compile(): steps of TangentMuon, "
+                "TangentAdam and LoRAPro do, but not with retraction='svd', nor LoRAPro's with moments='weight' and a "
+                "retraction other than 'factors'"
+            )
         self._compile_options, self._compiled = options, {}
 
     def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
@@ -77,7 +88,7 @@ class LayerwiseOptimizer(PairOptimizer):
         return torch.full((), value, dtype=torch.float64, device=stack.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compile_options": self._compile_options}
+        return {**super().__getstate__(), "_compile_options": self._compile_options, "_compiled": {}}
 
     def _may_guess(self, group: dict[str, Any]) -> bool:  # noqa: ARG002
         """Tell whether `_step_stack` may guess: nothing fails on garbage, and it moves nothing but copies."""

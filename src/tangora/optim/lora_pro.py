@@ -236,7 +236,7 @@ def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[st
         return
     jump = group["lr"] * torch.linalg.matrix_norm(H_A) / torch.linalg.matrix_norm(here.A)
     if (jump > 1).any():
-        worst = stack.pairs[int(jump.argmax())].name
+        worst = stack.own_pairs[int(jump.argmax())].name
         warnings.warn(
             f"step {here.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
             "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero start",

@@ -108,6 +108,8 @@ class ODELoRA(PairOptimizer):
         **common: Unpack[CommonOptions],
     ):
         check_choice("scheme", scheme, SCHEMES)
+        if common.get("shard_state"):
+            raise InputError("shard_state must be False for ODELoRA, which keeps no state to be shared")
         self.scheme: Scheme = scheme
         self.replay: Callable[[], Any] | None = None
         own = {

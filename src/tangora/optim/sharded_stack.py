@@ -30,6 +30,11 @@ class ShardedStack(PairStack):
         super().__init__(pairs, state)
         self._exchange, self._sharing = exchange, sharing
 
+    @property
+    def own_pairs(self) -> list[LoraPair]:
+        """The members that this process steps."""
+        return self._exchange.own(self.pairs)
+
     def _create(self, factor: Factor, key: str, shape: tuple[int, ...]) -> None:
         if key == COUNTER:
             super()._create(factor, key, shape)

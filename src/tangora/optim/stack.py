@@ -81,6 +81,11 @@ class PairStack:
         self._set(factor, key, stacked)
 
     @property
+    def own_pairs(self) -> list[LoraPair]:
+        """The members that this process steps."""
+        return self.pairs
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the factors are kept in."""
         return self.pairs[0].A.dtype
