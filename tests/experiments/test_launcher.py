@@ -104,9 +104,7 @@ def test_what_processes_cannot_share_is_refused_before_they_meet(tmp_path, monke
 @pytest.mark.parametrize(
     "variable", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"]
 )
-def test_accelerates_configuration_is_refused_by_one_process_too(
-    name, variable, tmp_path, monkeypatch, call
-):
+def test_accelerates_configuration_is_refused_by_one_process_too(name, variable, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, "bf16" if variable.endswith("PRECISION") else "true")
     code, _, err = call(name, "--output", "out", *(["--recipes", "lora"] if name == "compare" else []))

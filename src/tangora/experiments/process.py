@@ -41,7 +41,7 @@ def check_one_process(command: str, instead: str = "") -> None:
 
 
 def check_configuration() -> None:
-    """Raise if accelerate's configuration asks for more than processes: one process would follow it, too, unrecorded."""
+    """Raise if accelerate's configuration asks for more than to start processes, which alone is recorded."""
     for variable, instead in _REPLACED.items():
         value = os.environ.get(variable, "").lower()
         if value not in {"", "no", "false", "0"}:
