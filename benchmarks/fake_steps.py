@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from start_memory import LiveTensors
 from tangora.geometry.guess import guessing
-from tangora.optim import base, layerwise, stack
+from tangora.optim import base, gathering, layerwise, stack
 
 STEADY_STEP = 10.0
 
@@ -83,7 +83,7 @@ def as_on_a_gpu() -> Iterator[None]:
     """Let steps stack all layers of one shape and take the fast branches, and look at no number."""
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
-            (stack, "_CPU_STACK_NUMBERS", 2**62),
+            (gathering, "_CPU_STACK_NUMBERS", gathering._STACK_NUMBERS),
             (stack.PairStack, "steps", STEADY_STEP),
             (stack.PairStack, "count", lambda _: None),
             (layerwise, "_waiting_costs", lambda _: True),

@@ -10,6 +10,7 @@ runs. The tables are those of ``docs/guides/scale.md``. About a minute:
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from fake_steps import fake_memory, materialize, meta_model, passes_peak, step_p
 from formulas import FLOAT, HALF, STATES, Messages
 from record import environment, save_record
 from tangora import find_pairs
+from tangora.optim import gathering
 from tangora.recipes import recipe
 
 GIB = 2**30
@@ -103,12 +105,15 @@ def _of_rank(shapes: Sequence[formulas.Shape], processes: int) -> dict[str, Any]
 Counts = dict[str, int]
 
 
-def counted(config: PretrainedConfig, count: Callable[[PretrainedConfig], Counts]) -> Counts:
+def counted(
+    config: PretrainedConfig, count: Callable[[PretrainedConfig], Counts], blocks: int | None = None
+) -> Counts:
     """Count with 2 and with 4 blocks and go on in a straight line, since every block adds the same."""
-    if config.num_hidden_layers <= MORE:
-        return count(config)
-    few, more = (count(_of_blocks(config, blocks)) for blocks in (FEW, MORE))
-    further = config.num_hidden_layers - FEW
+    blocks = config.num_hidden_layers if blocks is None else blocks
+    if blocks <= MORE:
+        return count(_of_blocks(config, blocks))
+    few, more = (count(_of_blocks(config, each)) for each in (FEW, MORE))
+    further = blocks - FEW
     return {name: few[name] + further * (more[name] - few[name]) // (MORE - FEW) for name in few}
 
 
@@ -119,13 +124,24 @@ def _of_blocks(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
 
 
 def counted_steps(config: PretrainedConfig, rank: int) -> Counts:
-    """Count what a step holds beside factors, gradients and state, in bytes."""
-    model = meta_model(config, rank)
+    """Count what a step holds beside factors, gradients and state, in bytes.
+
+    Layers of one shape are stepped together up to a limit, so that blocks beyond those which fill it add nothing.
+    """
+    pairs = find_pairs(meta_model(config, rank))
+    groups = Counter(pair.shape for pair in pairs)
+    largest = max(rank * (m + n) * count for (m, n, _), count in groups.items()) // config.num_hidden_layers
+    blocks = min(config.num_hidden_layers, max(1, gathering._STACK_NUMBERS // largest))
     # torch's own on a GPU: `foreach` makes one copy of all factors, `fused` none
-    found = {"lora": FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    copied = {"lora": FLOAT * formulas.trained([pair.shape for pair in pairs])}
+    return copied | counted(config, partial(_counted_steps, rank=rank), blocks)
+
+
+def _counted_steps(config: PretrainedConfig, rank: int) -> Counts:
+    model = meta_model(config, rank)
     with fake_memory():
         materialize(model)
-        found |= {name: step_peak(model, _optimizer(name)) for name in COUNTED}
+        found = {name: step_peak(model, _optimizer(name)) for name in COUNTED}
         found[ONE_BY_ONE] = step_peak(model, _optimizer("tangent-muon", foreach=False))
     return found
 
@@ -318,9 +334,7 @@ def main(
         typer.echo(f"{name} ...")
         record["models"][name] = computed(config, wanted, processes) | {
             "passes_rank": wanted[0],
-            "counted_steps": {
-                str(rank): counted(config, partial(counted_steps, rank=rank)) for rank in wanted
-            },
+            "counted_steps": {str(rank): counted_steps(config, rank) for rank in wanted},
             "counted_passes": counted(config, partial(counted_passes, rank=wanted[0])),
         }
     for name, table in tables(record).items():

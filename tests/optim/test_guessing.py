@@ -95,6 +95,22 @@ def test_guessing_takes_the_same_steps(name, config, monkeypatch):
         assert_near(looking, guessed)
 
 
+def test_moments_as_wide_as_the_rank(monkeypatch):
+    models = []
+    for guess in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 6, dtype=torch.float64)
+        models.append(randomize(with_lora(nn.Sequential(layer), r=4, target_modules=["0"])))
+        monkeypatch.setattr(layerwise, "_waiting_costs", lambda device, guess=guess: guess)
+        optimizer = LoRAPro(models[-1], lr=1e-3)
+        for number in range(6):
+            optimizer.zero_grad()
+            models[-1](INPUTS[:, :4] + number).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("name", STEADY)
 def test_a_step_waits_twice_and_decomposes_nothing(name, looked):
     model = model_of_two_shapes()

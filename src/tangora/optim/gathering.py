@@ -10,8 +10,9 @@ from tangora._types import FactorA, FactorB
 from tangora.adapters import LoraPair
 from tangora.optim.stack import COUNTER, Loaded, PairStack, StateOf, StateShapes
 
-# On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels.
-_CPU_STACK_NUMBERS = 2**20
+# On a CPU a step is bound by memory traffic, and temporaries should stay in the cache; a GPU wants few kernels, but a
+# step holds some copies of its stack.
+_CPU_STACK_NUMBERS, _STACK_NUMBERS = 2**20, 2**26
 
 Shared: TypeAlias = Callable[[Sequence[LoraPair]], PairStack]
 """From equal pairs to their stack, which may be shared by several processes."""
@@ -74,17 +75,17 @@ class StackCache:
             key = (A.shape, B.shape, A.dtype, B.dtype, A.device, *cuts, pair.scaling, pair.looks_up, age)
             alike[(id(pair),) if options["foreach"] is False else key].append(pair)
         stacks: dict[tuple[int, ...], PairStack] = {}
-        for part in _in_cache_sized_parts(alike.values()):
+        for part in _in_parts(alike.values()):
             key = tuple(map(id, part))
             stacks[key] = self._stacks.get(key) or made(part)
         self._stacks = stacks
         return [*stacks.values()]
 
 
-def _in_cache_sized_parts(groups: Iterable[list[LoraPair]]) -> Iterator[list[LoraPair]]:
+def _in_parts(groups: Iterable[list[LoraPair]]) -> Iterator[list[LoraPair]]:
     for group in groups:
         m, n, r = group[0].shape
-        on_cpu = group[0].A.device.type == "cpu"
-        size = max(1, _CPU_STACK_NUMBERS // (r * (m + n))) if on_cpu else len(group)
+        most = _CPU_STACK_NUMBERS if group[0].A.device.type == "cpu" else _STACK_NUMBERS
+        size = max(1, most // (r * (m + n)))
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -54,6 +54,8 @@ def adam_on_weight(
     """
     basis = torch.cat([at.U.mT, tangent.J.mT], dim=-2)
     equivalent = basis.mT @ torch.cat([tangent.K, at.V], dim=-2)
+    if equivalent.stride() != exp_avg.stride():  # as wide as the rank, moments are laid out as those of B
+        equivalent = torch.empty_like(exp_avg).copy_(equivalent)
     # torch's fused AdamW does all of Adam in one pass over the four matrices: a unit step from zero is -U
     direction = torch.zeros_like(equivalent)
     unit_step = {**group, "lr": 1.0, "weight_decay": 0.0, "maximize": False}
