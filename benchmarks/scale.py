@@ -310,6 +310,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
+def _config_of(model: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"model must be a folder with a config.json, or a name that the hub knows; got {model}"
+        ) from error
+
+
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or name of another model.")] = None,
@@ -320,10 +329,11 @@ def main(
     """Compute the tables of docs/guides/scale.md."""
     configs: dict[str, PretrainedConfig] = {name: LlamaConfig(**sizes) for name, sizes in PUBLISHED.items()}
     if quick or model is not None:
-        configs = (
-            {"tiny": LlamaConfig(**TINY)} if model is None else {model: AutoConfig.from_pretrained(model)}
-        )
-    wanted = [2, 4] if quick else [int(rank) for rank in ranks.split(",")]
+        configs = {"tiny": LlamaConfig(**TINY)} if model is None else {Path(model).name: _config_of(model)}
+    try:
+        wanted = [2, 4] if quick else [int(rank) for rank in ranks.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"ranks must be whole numbers separated by commas; got {ranks}") from None
     record: dict[str, Any] = {
         "benchmark": "scale",
         "environment": environment(),

@@ -1,12 +1,15 @@
 """Preference training (DPO) with TRL by a recipe of tangora: `python examples/trl_dpo.py` (no hub needed)."""
 
 import argparse
+from pathlib import Path
 
 import datasets
 import trl
 from peft import LoraConfig, get_peft_model
 
 import tangora
+
+DATA = Path(__file__).parent / "data"
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m")
@@ -37,7 +40,7 @@ trainer = DPO(
         bf16=False,
         gradient_checkpointing=False,
     ),
-    train_dataset=datasets.load_dataset("json", data_files="examples/data/preferences.jsonl", split="train"),
+    train_dataset=datasets.load_dataset("json", data_files=f"{DATA}/preferences.jsonl", split="train"),
     processing_class=loaded.tokenizer,
     recipe=options.recipe,
     learning_rate=options.learning_rate,

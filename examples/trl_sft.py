@@ -1,12 +1,15 @@
 """Supervised fine-tuning with TRL by a recipe of tangora: `python examples/trl_sft.py` (no hub needed)."""
 
 import argparse
+from pathlib import Path
 
 import datasets
 import trl
 from peft import LoraConfig
 
 import tangora
+
+DATA = Path(__file__).parent / "data"
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="smollm2-135m")
@@ -17,7 +20,7 @@ parser.add_argument("--output", default="trl-sft")
 options = parser.parse_args()
 
 loaded = tangora.load_model(options.model, kind="causal")
-data = datasets.load_dataset("json", data_files="examples/data/instructions.jsonl", split="train")
+data = datasets.load_dataset("json", data_files=f"{DATA}/instructions.jsonl", split="train")
 data = data.map(
     lambda row: {"prompt": row["instruction"], "completion": " " + row["output"]},
     remove_columns=data.column_names,

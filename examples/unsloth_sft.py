@@ -1,6 +1,7 @@
 """Fine-tuning with Unsloth by a recipe of tangora: `python examples/unsloth_sft.py`, with or without a GPU."""
 
 import argparse
+from pathlib import Path
 
 import unsloth  # before transformers and PEFT, which it changes
 
@@ -8,6 +9,8 @@ import unsloth  # before transformers and PEFT, which it changes
 import datasets
 
 import tangora
+
+DATA = Path(__file__).parent / "data"
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -21,7 +24,7 @@ model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
     options.model, max_seq_length=256, load_in_4bit=False
 )
 model = unsloth.FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
-data = datasets.load_dataset("json", data_files="examples/data/instructions.jsonl", split="train")
+data = datasets.load_dataset("json", data_files=f"{DATA}/instructions.jsonl", split="train")
 data = data.map(
     lambda row: {"text": f"{row['instruction']} {row['output']}"}, remove_columns=data.column_names
 )

@@ -100,6 +100,20 @@ def test_what_processes_cannot_share_is_refused_before_they_meet(tmp_path, monke
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize(
+    "variable", ["ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"]
+)
+def test_accelerates_configuration_is_refused_by_one_process_too(name, variable, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "bf16" if variable.endswith("PRECISION") else "true")
+    code, _, err = call(name, "--output", "out", *(["--recipes", "lora"] if name == "compare" else []))
+    assert code == 2
+    assert f"sets {variable} to" in err
+    assert err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
 def launched(port, *arguments):
     one = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(one, MASTER_PORT=str(port))

@@ -97,6 +97,33 @@ def test_engines_chosen_by_the_environment_are_refused(trained, monkeypatch):
         llamafactory.train(GIVEN)
 
 
+@pytest.mark.parametrize("version", ["0", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a YAML file"),
+        (["none.yaml"], "there is no file none.yaml"),
+        (["run.yaml"], "LLaMA-Factory is not installed; run: pip install llamafactory"),
+    ],
+)
+def test_the_command_ends_with_one_line(monkeypatch, tmp_path, capsys, version, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(GIVEN))
+    monkeypatch.setenv("USE_V1", version)
+    monkeypatch.setattr(sys, "argv", ["llamafactory", *arguments])
+    monkeypatch.setattr(llamafactory, "import_module", missing)
+    with pytest.raises(SystemExit) as ended:
+        llamafactory.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+
+
+def missing(name):
+    raise ModuleNotFoundError(name=name)
+
+
 CONFIG = {"name": "tangora", "recipe": "orthogonal+tangent", "lr": "1e-2", "weight_decay": 0.1}
 
 

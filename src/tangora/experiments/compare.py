@@ -24,7 +24,7 @@ from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial, due, planned
 from tangora.experiments.comparison.worker import DiskFullError
 from tangora.experiments.folders import check_origin, claimed, one_line_errors
-from tangora.experiments.process import check_one_process, log_to, tell_user
+from tangora.experiments.process import check_configuration, check_one_process, log_to, tell_user
 from tangora.experiments.provenance import origin_of
 from tangora.experiments.run.preparing import check_against_data, check_recipes, load_base, sized
 from tangora.experiments.run.saving import Proof, verify_adapter
@@ -156,6 +156,7 @@ def _started(
     command: str, progress: Progress | None, resources: Resources | None, tasks: Iterable[CompareSettings]
 ) -> Iterator["_Runner"]:
     check_one_process("compare", "--jobs makes several runs side by side, on all GPUs of a machine")
+    check_configuration()
     resources = resources or Resources()
     with ExitStack() as held, engine_for(resources, tasks, progress) as engine:
         yield _Runner(engine, held, resources, progress, command)

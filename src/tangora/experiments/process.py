@@ -20,10 +20,10 @@ from tangora._names import USER_LOG
 from tangora.experiments.settings import RunSettings
 
 _REPLACED = {
-    "ACCELERATE_USE_FSDP": ", and give tangora train --fsdp",
+    "ACCELERATE_USE_FSDP": "; tangora train --fsdp shards a base",
     "ACCELERATE_USE_DEEPSPEED": "",
     "ACCELERATE_USE_MEGATRON_LM": "",
-    "ACCELERATE_MIXED_PRECISION": ", and give tangora train --dtype bfloat16",
+    "ACCELERATE_MIXED_PRECISION": "; --dtype bfloat16 keeps the base in half the memory",
 }
 """What accelerate's configuration may ask for, and what to give instead."""
 
@@ -40,9 +40,21 @@ def check_one_process(command: str, instead: str = "") -> None:
         )
 
 
+def check_configuration() -> None:
+    """Raise if accelerate's configuration asks for more than to start processes, which alone is recorded."""
+    for variable, instead in _REPLACED.items():
+        value = os.environ.get(variable, "").lower()
+        if value not in {"", "no", "false", "0"}:
+            raise InputError(
+                f"accelerate's configuration sets {variable} to {value}, which tangora train and compare do not "
+                f"follow: leave it out there{instead}"
+            )
+
+
 @contextlib.contextmanager
 def joined(settings: RunSettings) -> Iterator[None]:
     """Let the processes of a launcher train together; nothing happens where this process is alone."""
+    check_configuration()
     found = _found_processes()
     if found is None:
         if settings.fsdp:
@@ -116,13 +128,6 @@ def _check_together(settings: RunSettings, size: int) -> None:
             f"{here} processes were started on this machine, where {gpus} GPUs are visible: start one for each GPU, or "
             "give --device cpu"
         )
-    for variable, flag in _REPLACED.items():
-        value = os.environ.get(variable, "").lower()
-        if value not in {"", "no", "false", "0"}:
-            raise InputError(
-                f"accelerate's configuration sets {variable} to {value}, which tangora train does not follow: leave it "
-                f"out there{flag}"
-            )
 
 
 def _failed() -> str:

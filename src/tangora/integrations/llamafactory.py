@@ -6,9 +6,11 @@ command takes the place of ``llamafactory-cli train``. As there, ``USE_V1=1`` ch
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -145,14 +147,34 @@ def _recipe(name: str | None) -> tangora.Recipe:
 
 
 def main() -> None:
-    """Train by the file that the command line names."""
-    if os.environ.get("USE_V1", "0").lower() not in {"1", "y", "true"}:
-        train()
-        return
-    from llamafactory.v1.trainers.sft_trainer import run_sft  # pyright: ignore[reportMissingImports]
+    """Train by the file that the command line names; bad input ends with one line and exit code 2."""
+    try:
+        _check_command()
+        if os.environ.get("USE_V1", "0").lower() not in {"1", "y", "true"}:
+            train()
+            return
+        from llamafactory.v1.trainers.sft_trainer import run_sft  # pyright: ignore[reportMissingImports]
 
-    register()
-    run_sft()
+        register()
+        run_sft()
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def _check_command() -> None:
+    if len(sys.argv) < 2:
+        raise InputError("name a YAML file: python -m tangora.integrations.llamafactory config.yaml")
+    if sys.argv[1].endswith((".yaml", ".yml", ".json")) and not Path(sys.argv[1]).is_file():
+        raise InputError(f"there is no file {sys.argv[1]}")
+    try:
+        import_module("llamafactory")
+    except ModuleNotFoundError as error:
+        if error.name != "llamafactory":  # something that it needs itself
+            raise
+        raise InputError(
+            "LLaMA-Factory is not installed; run: pip install llamafactory, then tangora (docs/guides/integrations.md)"
+        ) from None
 
 
 if __name__ == "__main__":
