@@ -237,7 +237,10 @@ def test_options_in_python_are_checked_like_those_of_a_name():
     [
         ("lora@gauge=zero", "recipe lora has no options of its own; got @gauge=zero"),
         ("lora-pro@gauge", "options of a recipe are @name=value; got @gauge"),
-        ("lora-pro@gage=zero", r"option of lora-pro must be one of moments, gauge, retraction, .*blocks; got 'gage'"),
+        (
+            "lora-pro@gage=zero",
+            r"option of lora-pro must be one of moments, gauge, retraction, .*blocks; got 'gage'",
+        ),
         (
             "lora-pro@gauge=none",
             "gauge: input should be 'zero', 'symmetric', 'sylvester' or 'lyapunov'; got 'none'",
