@@ -21,7 +21,7 @@ from start_memory import LiveTensors
 from tangora.geometry.guess import guessing
 from tangora.optim import base, gathering, layerwise, stack
 
-STEADY_STEP = 10.0
+STEADY_STEP = 10
 
 
 def meta_model(config: PretrainedConfig, rank: int, dtype: torch.dtype = torch.bfloat16) -> PeftModel:
@@ -70,7 +70,9 @@ def step_peak(model: nn.Module, make: Callable[[nn.Module], Optimizer]) -> int:
         warnings.simplefilter("ignore")  # of addresses, which fake tensors do not have
         optimizer = make(model)
         for kept in optimizer.state.values():
-            kept["step"] = torch.tensor(STEADY_STEP)  # fake tensors know numbers that were given to them
+            kept["step"] = torch.tensor(
+                float(STEADY_STEP)
+            )  # fake tensors know numbers that were given to them
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         states = [value for kept in optimizer.state.values() for value in kept.values()]
         with LiveTensors([*model.parameters(), *gradients, *states]) as tensors:

@@ -80,6 +80,7 @@ def test_a_layer_without_directions_keeps_one_that_adds_nothing():
     assert not pair.B.any()
 
 
+@pytest.mark.messages
 def test_what_is_not_adalora_is_refused():
     base = nn.Sequential(nn.Linear(4, 4))
     for wrong in (base, get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"])), None):

@@ -168,6 +168,7 @@ def lora_pro(momentum: Cotangent):
     return factor_velocity(A, B, at, project(at, coordinates(at, momentum)), "sylvester")
 
 
+@pytest.mark.messages  # wrapped in checks they do not compile
 @pytest.mark.parametrize("pure", [tangent, tangent_muon, lora_pro])
 def test_pure_steps_compile_whole(pure):
     def guessed(momentum):
@@ -180,6 +181,7 @@ def test_pure_steps_compile_whole(pure):
     assert not found[1]
 
 
+@pytest.mark.messages
 @pytest.mark.parametrize("name", STEADY)
 def test_compiled_steps_are_the_same_and_compile_once(name):
     models = [model_of_two_shapes() for _ in range(2)]
