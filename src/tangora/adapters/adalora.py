@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 from tangora.adapters.pair import pattern_key
 from tangora.adapters.peft_models import active_adapter, check_unmerged, unwrapped
+from tangora.adapters.saved_factors import commonest
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def from_adalora(model: nn.Module) -> PeftModel:
         if isinstance(module, ModulesToSaveWrapper)
     }
     ranks = {path: len(A) for path, (A, _) in factors.items()}
-    usual = max(set(ranks.values()), key=[*ranks.values()].count)
+    usual = commonest(ranks.values())
     others = {pattern_key(path): rank for path, rank in ranks.items() if rank != usual}
     plain = get_peft_model(
         model.unload(),  # pyright: ignore

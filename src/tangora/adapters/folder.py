@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tangora._checks import InputError, OtherRankError
+from tangora.adapters.sharded import several_ranks
 
 _T = TypeVar("_T")
 
@@ -65,7 +66,7 @@ def first_rank_writes(path: str | os.PathLike[str], write: Callable[[], _T]) -> 
 
     Rank 0 waits for nobody, so that it may also call alone.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_ranks():
         return write()
     store, target = dist.distributed_c10d._get_default_store(), os.path.abspath(path)
     key = _place_in_program(store, target)

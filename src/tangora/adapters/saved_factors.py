@@ -239,7 +239,7 @@ def _with_ranks(
 ) -> AdapterFiles:
     power = 0.5 if files.config.get("use_rslora") else 1
     alphas = {name: _alpha(scalings[name] * rank**power) for name, rank in ranks.items()}
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = commonest(ranks.values()), commonest(alphas.values())
     config = files.config | {
         "r": rank,
         "lora_alpha": alpha,
@@ -255,7 +255,8 @@ def _alpha(value: float) -> float:
     return round(value) if math.isclose(value, round(value), rel_tol=1e-14) else value
 
 
-def _commonest(values: Iterable[Any]) -> Any:
+def commonest(values: Iterable[Any]) -> Any:
+    """Return the most frequent value."""
     return Counter(values).most_common(1)[0][0]
 
 

@@ -70,8 +70,8 @@ def distribute(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def several_processes() -> bool:
-    """Tell whether several processes train together."""
+def several_ranks() -> bool:
+    """Tell whether ``torch.distributed`` runs with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

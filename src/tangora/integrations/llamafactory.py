@@ -61,7 +61,7 @@ def train(args: dict[str, Any] | None = None, callbacks: list[Any] | None = None
     if stage not in _TRAINERS:
         raise InputError(f"stage must be one of {', '.join(_TRAINERS)} with a recipe; got {stage}")
     for engine in _ENGINES:
-        if given.get(engine) or os.environ.get(engine.upper(), "0").lower() in {"1", "y", "true"}:
+        if given.get(engine) or _is_on(engine.upper()):
             raise InputError(f"{engine} trains without the trainer that a recipe needs: leave it out")
     kind = given.get("finetuning_type", "lora")
     if kind != ("full" if entry.adapter is None else "lora"):
@@ -146,11 +146,16 @@ def _recipe(name: str | None) -> tangora.Recipe:
     return tangora.recipe(name)
 
 
+def _is_on(variable: str) -> bool:
+    """Read a switch of the environment as LLaMA-Factory does."""
+    return os.environ.get(variable, "0").lower() in {"1", "y", "true"}
+
+
 def main() -> None:
     """Train by the file that the command line names; bad input ends with one line and exit code 2."""
     try:
         _check_command()
-        if os.environ.get("USE_V1", "0").lower() not in {"1", "y", "true"}:
+        if not _is_on("USE_V1"):
             train()
             return
         from llamafactory.v1.trainers.sft_trainer import run_sft  # pyright: ignore[reportMissingImports]

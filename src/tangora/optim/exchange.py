@@ -18,7 +18,7 @@ from tangora.adapters.sharded import (
     all_processes,
     chunk_of,
     local,
-    several_processes,
+    several_ranks,
     share,
     whole,
 )
@@ -63,9 +63,16 @@ class Owners:
     eager = True
 
     def __init__(self, owner: Sequence[int], mesh: DeviceMesh, dim: int):
-        self._owner, self._group = owner, mesh.get_group(dim)
-        self._processes, self._rank = mesh.size(dim), mesh.get_local_rank(dim)
-        self._own = [index for index, process in enumerate(owner) if process == self._rank]
+        self._group, self._processes, self._rank = (
+            mesh.get_group(dim),
+            mesh.size(dim),
+            mesh.get_local_rank(dim),
+        )
+        self._members = [
+            [index for index, dealt_to in enumerate(owner) if dealt_to == process]
+            for process in range(self._processes)
+        ]
+        self._own = self._members[self._rank]
 
     def own(self, pairs: Sequence[LoraPair]) -> list[LoraPair]:
         """Return the members of a stack that this process computes with."""
@@ -98,7 +105,7 @@ class Owners:
 
     def _to_owners(self, kinds: Kinds) -> list[list[Tensor]]:
         padded = [[self._padded(local(tensor), tensor.shape[0]) for tensor in kind] for kind in kinds]
-        parts = [self._of(process, padded) for process in range(self._processes)]
+        parts = [self._of(members, padded) for members in self._members]
         mine = parts[self._rank]
         arrived = self._exchanged(
             torch.cat(parts), [len(mine)] * self._processes, [len(part) for part in parts]
@@ -121,41 +128,38 @@ class Owners:
             for new, size in zip(values, sizes, strict=True)
             for value in new
         ]
-        empty = held[0][0].new_empty if not isinstance(held[0][0], DTensor) else local(held[0][0]).new_empty
-        sent = torch.cat(whole_ones, dim=1).flatten() if whole_ones else empty(0)
-        counts = [sum(sizes) * self._owner.count(process) for process in range(self._processes)]
+        sent = torch.cat(whole_ones, dim=1).flatten() if whole_ones else local(held[0][0]).new_empty(0)
+        counts = [sum(sizes) * len(members) for members in self._members]
         arrived = self._exchanged(sent, counts, [counts[self._rank]] * self._processes)
-        found = [list(kind) for kind in held]
-        for process, part in enumerate(arrived.split(counts)):
-            members = [index for index, owner in enumerate(self._owner) if owner == process]
-            pieces = iter(part.split([size for size in sizes for _ in members]))
-            for kind, index in ((kind, index) for kind in range(len(held)) for index in members):
-                old = local(held[kind][index])
-                found[kind][index] = next(pieces)[: old.numel()].view(old.shape)
-        return found
+        return self._placed(arrived.split(counts), sizes, held)
 
     def _to_all(self, values: Kinds, held: Kinds) -> list[list[Tensor]]:
         sizes = [kind[0].numel() for kind in held]
-        most = sum(sizes) * max(self._owner.count(process) for process in range(self._processes))
+        most = sum(sizes) * max(map(len, self._members))
         flat = [value.flatten() for new in values for value in new]
         sent = torch.cat([*flat, local(held[0][0]).new_empty(most - sum(each.numel() for each in flat))])
         arrived = sent.new_empty(self._processes * most)
         dist.all_gather_into_tensor(arrived, sent, group=self._group)
+        return self._placed(arrived.view(self._processes, most).unbind(), sizes, held)
+
+    def _placed(self, arrived: Sequence[Tensor], sizes: Sequence[int], held: Kinds) -> list[list[Tensor]]:
+        """Give what came from each owner, kind by kind and perhaps padded, the places and shapes of what is held."""
         found = [list(kind) for kind in held]
-        for process, part in enumerate(arrived.view(self._processes, most)):
-            members = [index for index, owner in enumerate(self._owner) if owner == process]
+        for members, part in zip(self._members, arrived, strict=True):
             used = [size for size in sizes for _ in members]
             pieces = iter(part[: sum(used)].split(used))
             for kind, index in ((kind, index) for kind in range(len(held)) for index in members):
-                found[kind][index] = next(pieces).view(held[kind][index].shape)
+                old = local(held[kind][index])
+                found[kind][index] = next(pieces)[: old.numel()].view(old.shape)
         return found
 
     def _padded(self, part: Tensor, total: int) -> Tensor:
         size = chunk_of(total, self._processes) * part.shape[1:].numel()
         return F.pad(part.flatten(), (0, size - part.numel()))
 
-    def _of(self, process: int, kinds: Kinds) -> Tensor:
-        some = [kind[index] for kind in kinds for index, owner in enumerate(self._owner) if owner == process]
+    @staticmethod
+    def _of(members: Sequence[int], kinds: Kinds) -> Tensor:
+        some = [kind[index] for kind in kinds for index in members]
         return torch.cat(some) if some else kinds[0][0].new_empty(0)
 
     def _exchanged(self, sent: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Tensor:
@@ -190,7 +194,7 @@ class Sharing:
 
     def mesh(self, factor: Tensor) -> DeviceMesh | None:
         """Return the processes among which states of a factor that is whole everywhere are cut; ``None`` if not."""
-        needed = self.shard_state and several_processes() and not isinstance(factor, DTensor)
+        needed = self.shard_state and several_ranks() and not isinstance(factor, DTensor)
         return all_processes(factor.device.type) if needed else None
 
     def of(self, pairs: Sequence[LoraPair], *, dealt: bool) -> Exchange | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from tangora._checks import InputError, check_number
+from tangora.adapters.sharded import several_ranks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,11 +26,6 @@ _TIMEOUT_VARIABLE, _TIMEOUT = "TANGORA_RANK_TIMEOUT", 120.0
 _functions: list[str] = []  # public functions in progress, the outermost first
 _meetings: Counter[str] = Counter()  # held so far in the present process group
 _group: list[object] = []
-
-
-def several_ranks() -> bool:
-    """Tell whether ``torch.distributed`` runs with more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tangora._checks import InputError, OtherRankError
-from tangora.probes.collective import several_ranks
+from tangora.adapters.sharded import several_ranks
 
 T = TypeVar("T")
 
