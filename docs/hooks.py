@@ -102,7 +102,7 @@ def _command_line() -> Iterator[str]:
     yield "# Command line\n"
     yield "Every flag is also a key of a YAML file (`--config`), with underscores in place of hyphens.\n"
     for name, command in group.commands.items():
-        text, _, examples = re.sub(r"\[/?dim\]", "", command.help or "").partition("Examples:")
+        text, examples = (*re.split("Examples?:", re.sub(r"\[/?dim\]", "", command.help or "")), "")[:2]
         yield f"## tangora {name}\n\n{text.strip()}\n"
         if examples.strip():
             yield f"```bash\n{inspect.cleandoc(examples)}\n```\n"
