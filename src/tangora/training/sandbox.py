@@ -24,7 +24,7 @@ import functools
 import json
 import math
 import os
-import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -39,7 +39,7 @@ _LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
 _DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom"]
 _MIB = 2**20
 _FILES_MIB = 64
-_FILES = 4096
+_FILES = 4096  # bubblewrap has no such limit
 _PROCESSES = 32  # threads count; the standard pool of threads has at most 32
 _SPARE_SECONDS = 60  # for the start of the sandbox on a busy machine
 _PROBE = "import decimal, json, math, random, re"  # the standard library can be read from inside
@@ -109,7 +109,7 @@ def _launchers() -> list[_Launcher]:
 
 def _bubblewrap() -> list[str]:
     """Return bubblewrap's command, which mounts what `sandboxed_program` would."""
-    command = "bwrap --unshare-all --disable-userns --uid 65534 --gid 65534 --die-with-parent --as-pid-1".split()
+    command = "bwrap --unshare-all --unshare-user --disable-userns --uid 65534 --gid 65534 --die-with-parent --as-pid-1".split()
     for path in _paths():
         command += ["--ro-bind-try", path, path]
     for device in _DEVICES:
@@ -131,7 +131,7 @@ def _run(launcher: _Launcher, source: str, seconds: float, memory_mib: int) -> V
         "devices": _DEVICES,
         "room": f"size={_FILES_MIB}m,nr_inodes={_FILES},mode=0777",
         # of its own for each program, since the kernel counts the processes of a user
-        "uid": random.SystemRandom().randrange(20_000, 60_000) if launcher.root else None,
+        "uid": 20_000 + secrets.randbelow(40_000) if launcher.root else None,
         "limits": {
             "RLIMIT_AS": memory_mib * _MIB,
             "RLIMIT_CPU": math.ceil(seconds) + 1,
@@ -143,9 +143,9 @@ def _run(launcher: _Launcher, source: str, seconds: float, memory_mib: int) -> V
     }
     # the kernel's out-of-memory killer takes processes with this score first
     command = ["choom", "--adjust", "1000", "--", *launcher.command, *_interpreter()]
-    program = shutil.which(command[0])
-    if program is None or shutil.which(launcher.command[0]) is None:
-        raise FileNotFoundError(f"{launcher.command[0]} is not installed")
+    for program in ("choom", launcher.command[0]):
+        if shutil.which(program) is None:
+            raise FileNotFoundError(f"{program} is not installed")
     try:
         done = subprocess.run(
             command,

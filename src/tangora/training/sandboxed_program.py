@@ -6,7 +6,6 @@ program; process 1 waits, says what came of it, and ends, whereupon the kernel k
 
 import ctypes
 import json
-import math
 import os
 import resource
 import select
@@ -104,20 +103,19 @@ def _run(source: str, token: int, message: int) -> None:
         os.write(message, b"out of memory")
         os._exit(1)
     except BaseException as error:  # noqa: BLE001
-        os.write(message, traceback.format_exception_only(error)[-1].strip()[:200].encode(errors="replace"))
+        os.write(message, traceback.format_exception_only(error)[-1][:200].encode(errors="replace"))
         os._exit(1)
 
 
 def _reason(status: int, message: bytes, token: bytes) -> str:
     """Say in which way the program failed, or nothing."""
     code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGXCPU:
-        return "timed out"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     if message == token:
         return "" if code == 0 else f"exit status {code} after its end"
-    text = message.decode(errors="replace")
+    # one line, without what would control a terminal
+    text = "".join(each if each.isprintable() else " " for each in message.decode(errors="replace")).strip()
     if text == "out of memory":
         return text
     return f"exit status {code}: {text}" if text else f"exit status {code} before its end"
@@ -125,6 +123,9 @@ def _reason(status: int, message: bytes, token: bytes) -> str:
 
 def main() -> None:
     """Do what standard input asks for, and answer on standard output: a line before the program, and a verdict."""
+    if os.getpid() != 1:  # before anything is mounted or run
+        raise OSError("the process is in no namespace of its own")
+    os.setsid()  # what started this process is no longer in its group, which the program can signal
     answer = os.dup(1)
     asked = json.load(sys.stdin)
     if asked["paths"]:
@@ -147,6 +148,7 @@ def main() -> None:
         _give_up_rights(asked["uid"])
         _run(asked["source"], token_read, message_write)
         return  # on to the end of the interpreter: threads are waited for, functions of atexit called
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of other signals the kernel spares process 1
     token = os.urandom(16)  # drawn after the fork: the program's memory has no copy
     os.write(token_write, token)
     os.write(answer, b"started\n")
@@ -157,7 +159,7 @@ def main() -> None:
         os.set_blocking(message_read, False)  # a process that has survived the program may hold the other end
         _, status = os.waitpid(child, 0)
         try:
-            message = os.read(message_read, 1000)
+            message = os.read(message_read, 200)
         except BlockingIOError:
             message = b""
         reason = _reason(status, message, token)
