@@ -173,7 +173,7 @@ def test_no_program_passes_without_its_tests(name, outside):
 def test_no_program_takes_more_than_its_share(name, outside):
     if name == "many files" and not sandbox._launcher().paths:
         pytest.skip("bubblewrap limits the size of a folder, not the number of files in it")
-    verdict = run(LARGE[name], outside, memory_mib=256)
+    verdict = run(LARGE[name], outside, memory_mib=256, seconds=30)
     assert not verdict.passed
     assert verdict.reason != "timed out"
 
@@ -247,7 +247,9 @@ def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
 
 
 @pytest.mark.messages
-@pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": "1"}, {"memory_mib": 1}, {"memory_mib": 99.5}])
+@pytest.mark.parametrize(
+    "limits", [{"seconds": 0}, {"seconds": "1"}, {"memory_mib": 1}, {"memory_mib": 99.5}]
+)
 def test_limits_are_checked(limits):
     with pytest.raises(InputError):
         run_program(GOOD, **limits)
