@@ -211,6 +211,16 @@ def test_a_process_that_is_left_is_killed_and_changes_no_verdict(outside):
 
 
 @isolated
+def test_a_strict_umask_changes_nothing():
+    before = os.umask(0o077)
+    try:
+        assert run_program(GOOD).passed
+        assert run_program(WELCOME["standard library"]).passed
+    finally:
+        os.umask(before)
+
+
+@isolated
 def test_programs_share_nothing():
     leave, find = "open('left', 'w').close()", "import os; assert os.path.exists('left')"
     assert [verdict.passed for verdict in run_programs([leave, find, GOOD])] == [True, False, True]
