@@ -100,7 +100,7 @@ class RiemannianHessian(Hessian):
     Arguments are those of `Hessian`, but for ``over``; the second term is exact with ``finite_difference`` too.
 
     Raises:
-        InputError: If a factor has not full rank, as at LoRA's start, $B = 0$: there is no manifold there.
+        InputError: If a factor has not full rank, as at LoRA's initialization, $B = 0$: there is no manifold there.
 
     Source:
         Absil, Mahony, Trumpf (2013), An extrinsic look at the Riemannian Hessian; Vandereycken (2013),
@@ -123,7 +123,7 @@ class RiemannianHessian(Hessian):
                 if rank < full:
                     raise InputError(
                         f"the Riemannian Hessian needs factors of full rank, and lora_{letter} of {layer.name} has "
-                        f'rank {rank} of {full} (B = 0 at the start of LoRA): take Hessian(over="tangent") there'
+                        f'rank {rank} of {full} (B = 0 at LoRA\'s initialization): take Hessian(over="tangent") there'
                     )
 
     def _apply(self, flat: Tensor) -> Tensor:

@@ -181,7 +181,8 @@ class CurvatureOperator(ABC):
             tol: Converged when all residuals are at most ``tol`` times the largest absolute value.
             max_products: Budget; default that of the method.
             copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
-                power iteration always does. At LoRA's start, $B = 0$, those over the factors have multiplicity r.
+                power iteration always does. At LoRA's initialization, $B = 0$, those over the factors have multiplicity
+                r.
             seed: Of the random start.
             progress: Called after every product.
 

@@ -33,7 +33,7 @@ def lora_ga(
     weight_singular_values: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[FactorA, FactorB]:
-    r"""Build LoRA-GA's start.
+    r"""Build LoRA-GA's initialization.
 
     Args:
         gradient: Leading singular triplets of $G$ ($m \times n$), $2r$ of them where $\min(m, n) \ge 2r$.

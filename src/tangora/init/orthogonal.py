@@ -1,4 +1,4 @@
-"""Random orthogonal factors: the start that needs nothing and gives both factors a full-rank Gram matrix."""
+"""Random orthogonal factors: the initialization that needs nothing and gives both factors a full-rank Gram matrix."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ from tangora.probes.stillness import seeded
 
 
 def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -> tuple[FactorA, FactorB]:
-    r"""Build PiSSA's start, $B_0 = U_r \sqrt{S_r / s}$ and $A_0 = \sqrt{S_r / s}\, V_r^\top$ of $W_0 = U S V^\top$.
+    r"""Build PiSSA's factors, $B_0 = U_r \sqrt{S_r / s}$ and $A_0 = \sqrt{S_r / s}\, V_r^\top$ of $W_0 = U S V^\top$.
 
     Args:
         weight: $W_0$, ``m x n``, floating point.

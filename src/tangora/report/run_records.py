@@ -48,7 +48,7 @@ class EvaluationRecord(FrozenModel):
 class TimeSplit(FrozenModel):
     """Where the wall-clock time of a run went, in seconds."""
 
-    start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
+    start: Seconds = Field(description="The initialization: probing gradients, initializing adapters.")
     forward_backward: Seconds = Field(description="All forward and backward passes of training.")
     optimizer: Seconds = Field(description="All optimizer steps, without forward and backward.")
     evaluation: Seconds = Field(description="All evaluations.")
@@ -151,7 +151,7 @@ class Record(Recorded):
     )
     recipe: str = Field(min_length=1, description="Name of the recipe.")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    seed: int = Field(description="Seed of start, data order and dropout.")
+    seed: int = Field(description="Seed of initialization, data order and dropout.")
     stage: Stage = Field(
         description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
         "shorter, and choose which learning rates the sweep goes on with."

@@ -19,7 +19,7 @@ _UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the 
 _LOG_FROM = 20  # ratio of the largest cost to the smallest
 _FRONT = Style(GREY, "dot", "circle", 1.5)
 _PARTS = {
-    "start": ("start", "x"),
+    "start": ("initialization", "x"),
     "forward_backward": ("forward and backward", ""),
     "optimizer": ("optimizer step", "/"),
     "evaluation": ("evaluation", "."),
