@@ -20,11 +20,11 @@ from tangora._types import LossFn
 from tangora.curvature.adapted import AdaptedLayer
 from tangora.curvature.displaced_loss import DisplacedLoss, joined
 from tangora.curvature.hessian import Differentiation, Hessian
-from tangora.curvature.operators import Adapter, CurvatureOperator
+from tangora.curvature.operators import AdapterArguments, CurvatureOperator
 from tangora.curvature.spaces import Bases, LowRankSpace, PulledBackSpace, TangentSpace, factor_changes
 
 
-class _HessianOptions(Adapter, total=False):
+class _HessianOptions(AdapterArguments, total=False):
     """What all of these take; see `Hessian`."""
 
     loss_fn: LossFn | None
@@ -57,7 +57,7 @@ class CouplingPart(CurvatureOperator):
         batches: Iterable[Any],
         *,
         loss_fn: LossFn | None = None,
-        **options: Unpack[Adapter],
+        **options: Unpack[AdapterArguments],
     ):
         super().__init__(DisplacedLoss.of(model, batches, loss_fn=loss_fn, twice=False, **options))
 

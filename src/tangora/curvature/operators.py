@@ -24,7 +24,7 @@ from tangora.curvature.trace import TraceEstimate, frobenius_norm, hutch_plus_pl
 _TRACES = {"hutch++": hutch_plus_plus, "hutchinson": hutchinson}
 
 
-class Adapter(TypedDict, total=False):
+class AdapterArguments(TypedDict, total=False):
     """Which of a model's parameters move, and in what precision; see `Hessian`."""
 
     layers: Iterable[str] | None
@@ -32,7 +32,7 @@ class Adapter(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class HessianArguments(Adapter, total=False):
+class HessianArguments(AdapterArguments, total=False):
     """The same, in chosen coordinates."""
 
     over: Over | Space

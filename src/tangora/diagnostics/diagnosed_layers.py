@@ -14,7 +14,7 @@ from tangora._names import DIAGNOSED_STARTS
 from tangora.adapters import LoraPair, check_unmerged, discover, linear_layers, module_weight, mutates_base
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import start_method
-from tangora.init.start_method import Factors, LayerToStart
+from tangora.init.start_method import LayerToStart, StartFactors
 from tangora.probes import ProbedLayer, probed_layers, why_unread
 from tangora.probes.layers import unreadable_layers
 
@@ -94,7 +94,7 @@ def find_subject(
 
 def start_factors(
     start: str, layer: ProbedLayer, rank: int, gradient: LowRankSVD, seed: int
-) -> Factors | None:
+) -> StartFactors | None:
     """Make the factors of an initialization, up to their size, which does not matter to what they capture."""
     method = start_method(start)
     if method.reads_gradients and not gradient.S[0] > 0:
@@ -112,7 +112,7 @@ def start_factors(
     return method.factors(to_start, **options)
 
 
-def _drawn(layer: ProbedLayer, rank: int, generator: torch.Generator) -> Factors:
+def _drawn(layer: ProbedLayer, rank: int, generator: torch.Generator) -> StartFactors:
     A, B = torch.zeros(rank, layer.n), torch.zeros(layer.m, rank)
     if isinstance(layer.base, nn.Embedding):  # PEFT initializes embeddings the other way round
         return A, torch.randn(B.shape, generator=generator)

@@ -155,28 +155,31 @@ def _check_study(folder: ComparisonFolder) -> None:
 
 @contextmanager
 def _started(
-    command: str, progress: Progress | None, resources: Resources | None, tasks: Iterable[CompareSettings]
+    command: str,
+    progress: Progress | None,
+    resources: Resources | None,
+    comparisons: Iterable[CompareSettings],
 ) -> Iterator["_Runner"]:
     check_one_process("compare", "--jobs makes several runs side by side, on all GPUs of a machine")
     check_configuration()
     resources = resources or Resources()
-    with ExitStack() as held, engine_for(resources, tasks, progress) as engine:
+    with ExitStack() as held, engine_for(resources, comparisons, progress) as engine:
         yield _Runner(engine, held, resources, progress, command)
 
 
 def engine_for(
-    resources: Resources, tasks: Iterable[CompareSettings], progress: Progress | None = None
+    resources: Resources, comparisons: Iterable[CompareSettings], progress: Progress | None = None
 ) -> Engine:
     """Make the engine that resources name, for comparisons; a cluster's package is imported here only."""
-    tasks = list(tasks)
+    comparisons = list(comparisons)
     if resources.cluster is None:
-        gpus = visible_gpus() if any(task.any_gpu for task in tasks) else []
+        gpus = visible_gpus() if any(each.any_gpu for each in comparisons) else []
         jobs = resources.jobs or len(gpus) or 1
         threads = max(1, num_cores() // jobs) if jobs > 1 else None
         return Pool(jobs, Limits(threads, resources.max_memory), progress, gpus)
-    for task in tasks:
-        if task.device not in (None, "cuda", "cpu"):
-            raise InputError(f"device {task.device!r} is one of this machine's: leave it out with a cluster")
+    for each in comparisons:
+        if each.device not in (None, "cuda", "cpu"):
+            raise InputError(f"device {each.device!r} is one of this machine's: leave it out with a cluster")
     if resources.cluster == "ray":
         from tangora.experiments.comparison.on_ray import RayEngine
 

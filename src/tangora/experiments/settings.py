@@ -224,11 +224,12 @@ class TaskSettings(DataSettings, ModelSettings):
         values = super().completed(values)
         if values.get("epochs") is not None:
             values = {"steps": None} | values
-        if isinstance(values.get("rank_plan"), dict):
-            return values | {"rank_plan": _checked_plan(values["rank_plan"])}
-        if not isinstance(values.get("rank_plan"), str):
+        plan = values.get("rank_plan")
+        if isinstance(plan, dict):
+            return values | {"rank_plan": _checked_plan(plan)}
+        if not isinstance(plan, str):
             return values
-        plan = _read_plan(values["rank_plan"])
+        plan = _read_plan(plan)
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))

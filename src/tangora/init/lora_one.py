@@ -9,7 +9,7 @@ from typing import Any
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 
 def lora_one(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[FactorA, FactorB]:
@@ -54,11 +54,11 @@ def lora_one_v1(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[
     return Vh / gamma**0.5, -U / gamma**0.5
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     return lora_one(layer.known_gradient, layer.shape[2], **options)
 
 
-def _start_v1(layer: LayerToStart, **options: Any) -> Factors:
+def _start_v1(layer: LayerToStart, **options: Any) -> StartFactors:
     return lora_one_v1(layer.known_gradient, layer.shape[2], **options)
 
 

@@ -14,7 +14,7 @@ import torch
 from tangora._types import FactorA, FactorB, Weight
 from tangora.geometry.sketch import LowRankSVD
 
-Factors = tuple[FactorA, FactorB]
+StartFactors = tuple[FactorA, FactorB]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LayerToStart:
     scaling: float
     gradient: LowRankSVD | None
     weight: Callable[[], Weight]
-    drawn: Callable[[], Factors]
+    drawn: Callable[[], StartFactors]
     """PEFT's own initialization."""
     generator: torch.Generator
 
@@ -45,7 +45,7 @@ def _never(options: Mapping[str, Any]) -> bool:  # noqa: ARG001
 class StartMethod:
     """One initialization."""
 
-    factors: Callable[..., Factors]
+    factors: Callable[..., StartFactors]
     """``(layer, **options)`` -> $(A_0, B_0)$."""
     options: Mapping[str, Any]
     """Types of its options, by name."""
@@ -77,7 +77,7 @@ class StartMethod:
         return len(self.step_sizes) > 0
 
 
-def option_types(function: Callable[..., Factors], *names: str) -> dict[str, Any]:
+def option_types(function: Callable[..., StartFactors], *names: str) -> dict[str, Any]:
     """Return the types of some parameters of an initialization's function."""
     hints = get_type_hints(function)
     return {name: hints.get(name, Any) for name in names}

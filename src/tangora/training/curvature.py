@@ -42,9 +42,9 @@ class CurvaturePoint:
     captured_energy: float | None
     spaces: dict[str, SpaceCurvature]
 
-    def known(self) -> dict[str, Any]:
+    def known(self) -> dict[str, float]:
         """Return the values that there are, by name; those of a space after its name."""
-        own = {"loss": self.loss, "gradient_norm": self.gradient_norm}
+        own: dict[str, Any] = {"loss": self.loss, "gradient_norm": self.gradient_norm}
         if self.captured_energy is not None:
             own["captured_energy"] = self.captured_energy
         keys = "top_eigenvalue", "trace", "trace_error"

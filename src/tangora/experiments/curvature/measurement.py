@@ -13,7 +13,7 @@ import torch
 
 from tangora._checks import InputError
 from tangora._folders import OutputFolder
-from tangora._names import SPACES, Space
+from tangora._names import SPACES, SpaceName
 from tangora._types import Progress
 from tangora.curvature import (
     CurvatureOperator,
@@ -104,7 +104,7 @@ def _check_sizes(settings: CurvatureSettings, measured: MeasuredModel) -> None:
         )
 
 
-def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list[Space]:
+def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list[SpaceName]:
     # those that do not depend on the choice of factors first
     if settings.over is None:
         return ["tangent", "factors"] if measured.ranks else ["weights"]
@@ -122,7 +122,7 @@ def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list
 def _measure(
     settings: CurvatureSettings,
     measured: MeasuredModel,
-    spaces: list[Space],
+    spaces: list[SpaceName],
     command: str,
     progress: Progress | None,
 ) -> CurvatureRecord:
@@ -171,7 +171,7 @@ class _Measurement:
     pairs: Eigenpairs
     """Of the main operator, whose spectrum is the first part."""
 
-    def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[Space]):
+    def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[SpaceName]):
         self._settings, self._model, self._spaces = settings, measured.model, spaces
         self.batches = measured.batches(settings.split, settings.num_examples, settings.batch_size)
         self.main: Hessian = self._operator("hessian", spaces[0])
@@ -187,7 +187,7 @@ class _Measurement:
         beside: list[Operator] = [
             name for name, kind in OPERATORS.items() if kind.flag and getattr(settings, kind.flag)
         ]
-        spectra: list[tuple[Operator, Space]] = [
+        spectra: list[tuple[Operator, SpaceName]] = [
             *((name, first) for name in beside),
             *(("hessian", space) for space in others),
         ]
@@ -210,7 +210,7 @@ class _Measurement:
         ]
         return parts
 
-    def _operator(self, name: Operator, space: Space) -> Any:
+    def _operator(self, name: Operator, space: SpaceName) -> Any:
         settings = self._settings
         options: dict[str, Any] = {"cache_graph": settings.cache_graph} if name == "hessian" else {}
         dtype = torch.float64 if settings.float64 else None
@@ -219,7 +219,7 @@ class _Measurement:
         )
 
     def _spectrum(
-        self, name: Operator, space: Space, operator: CurvatureOperator, progress: Progress
+        self, name: Operator, space: SpaceName, operator: CurvatureOperator, progress: Progress
     ) -> None:
         settings, size = self._settings, operator.shape[0]
         began, before = time.perf_counter(), operator.num_products
