@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tangora._checks import InputError, check_choice, check_whole
 from tangora._folders import RunFolder
+from tangora._names import SPACES
 from tangora._types import LossFn
 from tangora.curvature import Hessian
 from tangora.curvature.displaced_loss import Over
@@ -19,7 +20,6 @@ from tangora.curvature.space_curvature import SpaceCurvature, space_curvature
 from tangora.probes import as_batches, gradient_norms, probed_layers
 from tangora.training.callbacks import DivergedError, JsonLines, read_history
 
-_SPACES = ("tangent", "factors", "weights")
 _TOP_PRODUCTS = 40
 
 
@@ -109,9 +109,9 @@ class CurvatureCallback(TrainerCallback):
         check_whole("every", every, low=1)
         check_whole("trace_products", trace_products, low=6)
         if isinstance(over, str) or not over:
-            raise InputError(f"over must be a list of {', '.join(_SPACES)}; got {over!r}")
+            raise InputError(f"over must be a list of {', '.join(SPACES)}; got {over!r}")
         for name in over:
-            check_choice("over", name, _SPACES)
+            check_choice("over", name, SPACES)
         self._batches = as_batches(batches)
         self._every = every
         self._path = None if path is None else Path(path)

@@ -41,10 +41,10 @@ from tangora.report.curvature import (
     write_curvature,
 )
 from tangora.report.curvature.record import OPERATORS, Operator
+from tangora.report.setup_facts import SPLITS
 from tangora.training.devices import check_device
 
 PAGE, PICTURES = "curvature.html", "pictures"
-_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 _PEFT = "base_model.model."
 # products that one largest eigenvalue is expected to take
 _ITERATIONS = 12
@@ -94,12 +94,12 @@ def _check_sizes(settings: CurvatureSettings, measured: MeasuredModel) -> None:
     there = len(getattr(measured.task, settings.split))
     if "num_examples" in settings.model_fields_set and settings.num_examples > there:
         raise InputError(
-            f"num_examples must be at most {there}, the number of {_SPLITS[settings.split]} examples; got "
+            f"num_examples must be at most {there}, the number of {SPLITS[settings.split]} examples; got "
             f"{settings.num_examples}"
         )
     if settings.per_batch and there <= settings.batch_size:
         raise InputError(
-            f"per_batch compares mini-batches, and {there} {_SPLITS[settings.split]} examples with batch_size = "
+            f"per_batch compares mini-batches, and {there} {SPLITS[settings.split]} examples with batch_size = "
             f"{settings.batch_size} give one; give a smaller batch_size"
         )
 
@@ -144,7 +144,7 @@ def _measure(
         loss=main.loss(),
         num_examples=sum(len(batch["labels"]) for batch in found.batches),
         num_batches=len(found.batches),
-        split=_SPLITS[settings.split],
+        split=SPLITS[settings.split],
         differentiation=main.differentiation,
         dtype=str(main.dtype).removeprefix("torch."),
         spectra=found.spectra,
