@@ -67,5 +67,5 @@ def test_settings_that_do_not_go_together(classifier, tmp_path):
     ):
         validated(RunSettings, {"curvature_every": 0})
     dora = RunSettings(**{**classifier, **BUDGET, "recipe": "dora", "curvature_every": 2})
-    with pytest.raises(InputError, match="uses DoRA, which takes its norm as a constant"):
+    with pytest.raises(InputError, match="uses DoRA, which treats its norm as a constant"):
         train(dora, tmp_path / "out")

@@ -180,7 +180,7 @@ def test_bad_input(tmp_path):
         CurvatureCallback(batches, every=1, over="tangent")
     with pytest.raises(InputError, match="did you mean tangent"):
         CurvatureCallback(batches, every=1, over=["tangents"])
-    with pytest.raises(InputError, match="put it into a list"):
+    with pytest.raises(InputError, match="got a single batch"):
         CurvatureCallback(batches[0], every=1)
     options["model"].requires_grad_(False)
     with pytest.raises(InputError, match="no trainable LoRA factors"):

@@ -42,9 +42,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
     except ValueError as error:
-        raise InputError(
-            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
-        ) from error
+        raise InputError(f"{path} is damaged ({error}); restore it, or use another folder") from error
 
 
 class JsonLines:
@@ -147,7 +145,7 @@ class History(TrainerCallback):
         self._first = loss if self._first is None else self._first
         if not math.isfinite(loss) or loss > _EXPLOSION * max(self._first, 1.0):
             raise DivergedError(
-                f"loss {loss:.4g} at step {state.global_step}, {self._first:.4g} at the start"
+                f"loss {loss:.4g} at step {state.global_step}, {self._first:.4g} at the first step"
             )
         if self._on_step is not None:
             self._on_step(state.global_step, loss)
@@ -263,8 +261,9 @@ class AdaLoraAllocation(TrainerCallback):
                 vars(config).update(adalora_schedule(state.max_steps))
             elif self._schedule == "check" and given != state.max_steps:
                 raise InputError(
-                    f"AdaLoRA's schedule ends at step {given}, and training has {state.max_steps} steps: make the "
-                    f"adapter by AdaLoraConfig(total_step={state.max_steps}, ...), or set max_steps"
+                    f"AdaLoRA's schedule ends at step {given}, but training has {state.max_steps} "
+                    f"steps: create the adapter with AdaLoraConfig(total_step={state.max_steps}, ...), "
+                    "or set max_steps"
                 )
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):
