@@ -442,7 +442,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     model = adapted()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(InputError, match="is no model folder"):
+    with pytest.raises(InputError, match="is not a model folder"):
         save_merged(model, tmp_path / "thesis")
     model.merge_adapter()
     with pytest.raises(InputError, match="is merged into"):

@@ -216,7 +216,7 @@ def test_an_operation_without_second_derivative_is_named(cache_graph):
     ):
         operator.matvec(v)
     operator, v = mlp_operator(lambda output: Once.apply(output).mean(), cache_graph=cache_graph)
-    with pytest.raises(InputError, match="Once: a function .* has no second derivative"):
+    with pytest.raises(InputError, match=r"Once: a function .* has no second derivative"):
         operator.matvec(v)
     exact, _ = mlp_operator(lambda output: output.square().mean())
     differences, _ = mlp_operator(

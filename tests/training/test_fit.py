@@ -38,7 +38,8 @@ def test_cut_texts_are_counted_in_every_split():
     )
     data = Task("own", "classification", tuple(first), tuple(second), tuple(third[:3]))
     assert notes(data, 5) == [
-        f"{cut} of {count} {name} examples are cut to 5 tokens (longest {longest}); the end is lost; increase --max-length"
+        f"{cut} of {count} {name} examples are cut to 5 tokens (longest {longest}); "
+        "the end is lost; increase --max-length"
         for name, cut, count, longest in (("training", 2, 6, 7), ("validation", 2, 6, 7))
     ]
 

@@ -62,7 +62,7 @@ def custom_functions(loss: Tensor) -> set[str]:
     names = {node.name().removesuffix("Backward") for node in seen if isinstance(node, BackwardCFunction)}
     if "CheckpointFunction" in names:
         raise InputError(
-            "reentrant checkpointing cannot be differentiated with respect to tensors that stand in for the model's: "
+            "reentrant checkpointing cannot be differentiated with respect to tensors that replace the model's: "
             'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}, or disable it'
         )
     return names
