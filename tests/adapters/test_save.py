@@ -442,7 +442,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     model = adapted()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(InputError, match="is not a model folder"):
+    with pytest.raises(InputError, match="is not a saved model"):
         save_merged(model, tmp_path / "thesis")
     model.merge_adapter()
     with pytest.raises(InputError, match="is merged into"):
@@ -481,9 +481,9 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
     model = train(adapted())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(InputError, match="exists and is no adapter folder; choose another path"):
+    with pytest.raises(InputError, match="exists but is not a saved adapter"):
         save_adapter(model, tmp_path / "thesis")
-    with pytest.raises(InputError, match="is no adapter folder"):
+    with pytest.raises(InputError, match="is not a saved adapter"):
         save_adapter(model, tmp_path / "thesis" / "chapter.tex")
     checkpoint = save_adapter(model, tmp_path / "checkpoint").path
     (checkpoint / "optimizer.pt").write_text("state")
@@ -583,9 +583,9 @@ def test_what_is_no_model_with_one_active_adapter_is_refused(tmp_path):
 
 @pytest.mark.messages
 def test_a_missing_adapter_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"holds no adapter \(adapter_config.json is missing\)"):
+    with pytest.raises(InputError, match=r"contains no adapter \(adapter_config.json is missing\)"):
         load_adapter(tiny_llama(), tmp_path)
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         load_adapter(tiny_llama(), tmp_path / "nowhere")
 
 

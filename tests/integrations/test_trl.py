@@ -185,7 +185,7 @@ def test_a_recipe_initializes_with_the_loss_of_dpo(tmp_path, peft_config):
 def test_gradients_of_what_grpo_generates_later_are_refused(tmp_path):
     with pytest.raises(InputError, match="GRPOTrainer generates its inputs"):
         tangora.apply_recipe(made("grpo", tmp_path), "lora-ga").train()
-    with pytest.raises(InputError, match="GRPOTrainer generates its inputs: use a method"):
+    with pytest.raises(InputError, match=r"GRPOTrainer generates its inputs.*: use a method"):
         tangora.apply_recipe(made("grpo", tmp_path), "odelora-heun").train()
     trainer = tangora.apply_recipe(made("grpo", tmp_path), "orthogonal+tangent-muon")
     trainer.train()

@@ -1,5 +1,7 @@
 """Rows to examples: their contents, their labels, and what a message says about a bad one."""
 
+import re
+
 import pytest
 
 from tangora._checks import InputError
@@ -110,7 +112,7 @@ def test_labels_are_in_their_order_and_written_in_one_way(tmp_path):
 def test_rare_and_alike_classes_are_told(tmp_path):
     task = load_task(labelled(tmp_path, ["good", "bad", "Good"] * 6 + ["odd"]))
     told = "\n".join(task.notes)
-    assert "a single example, .*: odd" in told
+    assert re.search("a single example, .*: odd", told)
     assert "differ only in capital letters: Good, good" in told
 
 
@@ -140,7 +142,7 @@ BAD_LINES = [
     ('{"text": "b"}', ":2: this example has no column 'label'; it has text"),
     ('{"text": 3, "label": 1}', ":2: column 'text' must hold text; got 3"),
     ('{"text": "  ", "label": 1}', ":2: column 'text' must hold text"),
-    ('{"text": "a", "label": 0.5}', ":2: column 'label' .* regression"),
+    ('{"text": "a", "label": 0.5}', ":2: column 'label' .*regression"),
     ('{"text": "a", "label": null}', ":2: column 'label' .* whole number; got None"),
     ('{"text": "\\ud800", "label": 1}', ":2: column 'text' must hold Unicode text; surrogates"),
     ('{"text": {"long": "' + 999 * "a" + '"}, "label": 1}', r":2: column 'text'.*got .{80}\.\.\.$"),

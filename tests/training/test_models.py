@@ -143,11 +143,11 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         ("bert", {"kind": "classification", "num_labels": 3}),
         ("llama", {"kind": "causal"}),
     ):
-        with pytest.raises(InputError, match="has no tokenizer") as caught:
+        with pytest.raises(InputError, match=r"has no .*tokenizer") as caught:
             load_model(str(tmp_path / name), **options)
         assert "\n" not in str(caught.value)
     tiny_tokenizer().save_pretrained(tmp_path / "llama")  # one of another model
-    with pytest.raises(InputError, match="knows 26 tokens, the model 300; save the tokenizer"):
+    with pytest.raises(InputError, match="26 tokens, the model 300; save the tokenizer"):
         load_model(str(tmp_path / "llama"), kind="causal")
 
 

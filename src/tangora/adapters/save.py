@@ -354,7 +354,7 @@ def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return (
             "Exact: the trained product minus the initial one, by singular values, at twice the rank. "
-            "A server must allow rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) "
+            f"A server must allow rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) "
             "writes a smaller rank."
         )
     return "Exact: the trained factors, without zero ranks."

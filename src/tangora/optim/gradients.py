@@ -62,7 +62,7 @@ class Watch:
                 f"added {names}",
                 f"{len(new)} trainable LoRA pairs of adapter {names} were added after the optimizer was "
                 "created, so it does not train them: create a new optimizer, or call "
-                f"add_param_group({'pairs': ...})",
+                "add_param_group({'pairs': ...})",
             )
 
     def _warn(self, key: str, message: str) -> None:
