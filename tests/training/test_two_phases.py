@@ -136,7 +136,7 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(InputError, match="load_best_model_at_end cannot be used with recipe 'adalora"):
         made(tmp_path, changes=best, eval_dataset=DATA)
     with pytest.raises(InputError, match="model_init cannot be used with recipe 'adalora"):
-        made(tmp_path, model_init=tiny_bert)
+        made(tmp_path, model_init=lambda: tiny_bert())
     with pytest.raises(InputError, match="at least 4 optimizer steps; got 3"):
         made(tmp_path, changes={"max_steps": 3}).train()
     trainer = made(tmp_path, changes={"max_steps": 4})

@@ -333,7 +333,8 @@ def recipe(name: str) -> Recipe:
     """Look up a method.
 
     Args:
-        name: Its name, as in ``tangora list``; options of its optimizer or start may follow: ``lora-pro@gauge=zero``.
+        name: Its name, as in ``tangora list``; options of its optimizer, start or search for ranks may follow:
+            ``lora-pro@gauge=zero``.
 
     Raises:
         InputError: If there is none of this name (the message lists all), or it has no such option.

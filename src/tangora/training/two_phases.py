@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from tangora._checks import InputError
 from tangora.adapters import from_adalora, is_adalora
 from tangora.adapters.adalora import with_saved_ranks
+from tangora.probes.stillness import preserved_randomness
 from tangora.recipes import RankSearch
 from tangora.training.rank_allocation import AdaLoraAllocation, restored_adalora
 
@@ -77,7 +78,8 @@ def train_in_two_phases(
             return output
     with tempfile.TemporaryDirectory() as folder:  # of every process its own
         began = time.perf_counter()
-        plain = from_adalora(trainer.model)
+        with preserved_randomness():
+            plain = from_adalora(trainer.model)
         _take(trainer, plain)
         trainer.conversion_seconds += time.perf_counter() - began
         plain.save_pretrained(folder, save_embedding_layers=False)
