@@ -21,10 +21,11 @@ SEARCH = 4
 
 
 class Recorder(tangora.Trainer):
-    """Keeps its batches and the learning rate of every step."""
+    """Keeps its batches with the random state of each, and the learning rate of every step."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.__dict__.setdefault("seen", []).append(dict(inputs))
+        self.__dict__.setdefault("states", []).append(torch.get_rng_state())
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs, *args, **kwargs):
@@ -40,6 +41,10 @@ def made(folder, name=NAME, model=None, changes=None, **options):
     data = {"train_dataset": DATA, "data_collator": COLLATE}
     model = None if "model_init" in options else model or tiny_bert()
     return Recorder(model=model, args=arguments, recipe=name, learning_rate=0.01, **data | options)
+
+
+def fresh():
+    return tiny_bert()
 
 
 def by_hand(batches, base):
@@ -78,13 +83,16 @@ def test_the_trainer_does_what_one_would_write_by_hand(tmp_path):
 
 
 def test_steps_data_and_schedules_of_both_phases(tmp_path):
-    trainer, plain = made(tmp_path, changes={"warmup_steps": 6}), made(tmp_path, "tangent")
+    trainer = made(tmp_path, changes={"warmup_steps": 6})
     output = trainer.train()
+    plain = made(tmp_path, "tangent")
     plain.train()
     assert output.global_step == trainer.state.global_step == STEPS
     assert len(trainer.seen) == STEPS
     for ours, theirs in zip(trainer.seen, plain.seen, strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    for ours, theirs in zip(trainer.states, plain.states, strict=True):
+        assert torch.equal(ours, theirs)
     # half of each phase is warm-up, as half of all is
     first, second = [0, 0.01, 0.02, 0.01], [0, 0.0025, 0.005, 0.0075, 0.01, 0.0075, 0.005, 0.0025]
     assert trainer.rates == pytest.approx([*first, *second])
@@ -102,12 +110,13 @@ def test_training_goes_on_from_a_checkpoint_of_either_phase(tmp_path, step):
     assert_equal(weights(whole.model), weights(resumed.model))
 
 
-def test_adalora_alone_goes_on_from_a_checkpoint(tmp_path):
-    changes = {"save_strategy": "steps", "save_steps": 6}
+@pytest.mark.parametrize("step", [4, 10])  # ranks are moved until step 8
+def test_adalora_alone_goes_on_from_a_checkpoint(tmp_path, step):
+    changes = {"save_strategy": "steps", "save_steps": 2}
     whole = made(tmp_path, "adalora", changes=changes)
     whole.train()
     resumed = made(tmp_path, "adalora", changes=changes)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert_equal(weights(whole.model), weights(resumed.model))
 
 
@@ -136,7 +145,7 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     with pytest.raises(InputError, match="load_best_model_at_end cannot be used with recipe 'adalora"):
         made(tmp_path, changes=best, eval_dataset=DATA)
     with pytest.raises(InputError, match="model_init cannot be used with recipe 'adalora"):
-        made(tmp_path, model_init=lambda: tiny_bert())
+        made(tmp_path, model_init=fresh)
     with pytest.raises(InputError, match="at least 4 optimizer steps; got 3"):
         made(tmp_path, changes={"max_steps": 3}).train()
     trainer = made(tmp_path, changes={"max_steps": 4})

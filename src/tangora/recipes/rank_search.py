@@ -13,8 +13,8 @@ class RankSearch:
 
     fraction: float = 1 / 3
     """Its share of all optimizer steps, in (0, 1); the recipe's own optimizer takes the others."""
-    lr: float = 3e-3
-    """Peak learning rate of its AdamW."""
+    lr: float = 1e-2
+    """Peak learning rate of its AdamW: large, because AdaLoRA's factors begin near zero and this phase is short."""
 
     def __post_init__(self) -> None:
         check_number("search_fraction", self.fraction, low=0, high=1, open_low=True, open_high=True)

@@ -77,8 +77,12 @@ class Trainer(transformers.Trainer):
         peft_config: Of the adapter that a base model gets, completed by the recipe (``use_rslora``, ``use_dora``);
             default: rank 8, alpha 16, all linear layers.
 
+    A recipe that searches for ranks (``adalora+tangent-muon``) trains in two phases, each with a schedule of its own:
+    AdaLoRA by AdamW, then plain LoRA of the ranks found, which takes the model's place in ``model``.
+
     Attributes:
         replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
+        conversion_seconds: Time spent on making plain LoRA of AdaLoRA.
 
     Raises:
         InputError: If ``recipe`` is no recipe, does not fit the model, or comes together with ``optimizers`` or
@@ -143,12 +147,10 @@ class Trainer(transformers.Trainer):
         if is_adalora(self.model):
             schedule = "set" if self._adapter_is_made and self._peft_config is None else "check"
             search = self.recipe and self.recipe.search
-            callback = AdaLoraAllocation(
-                schedule if self.recipe else None, *([search.num_steps] if search else [])
-            )
-            self.callback_handler.callbacks.insert(
-                0, callback
-            )  # before a timer that counts the time of a step
+            options = {"num_steps": search.num_steps} if search else {}
+            allocation = AdaLoraAllocation(schedule if self.recipe else None, **options)
+            # before all others, so that a timer among them counts its time
+            self.callback_handler.callbacks.insert(0, allocation)
 
     def _adapted(self, model: Any) -> Any:
         if self.recipe is None:
