@@ -75,7 +75,7 @@ def from_adalora(model: nn.Module) -> PeftModel:
     return plain
 
 
-def is_adalora(model: nn.Module) -> bool:
+def is_adalora(model: Any) -> bool:
     """Say whether a model's active adapter is AdaLoRA's."""
     model = unwrapped(model)
     return isinstance(model, PeftModel) and isinstance(model.active_peft_config, AdaLoraConfig)

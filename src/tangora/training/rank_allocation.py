@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from tangora._checks import InputError
@@ -65,9 +64,9 @@ class AdaLoraAllocation(TrainerCallback):
 
 
 @torch.no_grad()
-def restored_adalora(model: nn.Module, checkpoint: Path) -> bool:
+def restored_adalora(model: Any, checkpoint: Path) -> bool:
     """Bring AdaLoRA back to where a checkpoint was written; say whether that has what it takes."""
-    bare: Any = unwrapped(model)
+    bare = unwrapped(model)
     if not (checkpoint / _FILE).is_file():
         return False
     content = torch.load(checkpoint / _FILE, map_location="cpu", weights_only=True)

@@ -131,10 +131,10 @@ def execute(
         )
     )
     try:
-        with rescued(run, lambda: trainer.model) if keep_model else contextlib.nullcontext():
+        with rescued(run, lambda: _model_of(trainer)) if keep_model else contextlib.nullcontext():
             run.tell("training", 0)
             result.peak_bytes = _train(run, trainer) if settings.chosen_recipe.trains else None
-            model = trainer.model  # another one where a first phase has found the ranks
+            model = _model_of(trainer)
             _check_finite(model)
             # first of all, what nothing could bring back
             if isinstance(model, PeftModel):
@@ -292,13 +292,19 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
     return trainer
 
 
+def _model_of(trainer: Trainer) -> nn.Module:
+    # another one than at the start, where a first phase has found the ranks
+    model: Any = trainer.model
+    return model
+
+
 def _evaluations(run: Run, trainer: Trainer) -> Evaluations | None:
     if run.settings.evaluate_every is None:
         return None
     evaluations = Evaluations(
         run.folder.evaluations,
         run.settings.evaluate_every,
-        lambda: validation_metrics(run, trainer.model),
+        lambda: validation_metrics(run, _model_of(trainer)),
         trainer.log,
     )
     trainer.add_callback(evaluations)
