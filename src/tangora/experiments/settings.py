@@ -335,7 +335,12 @@ class RunSettings(TaskSettings):
 
 
 def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
-    """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
+    """Raise `InputError` if settings ask for something of an adapter that a recipe does not have, or not throughout."""
+    for key in ("measure_every", "curvature_every") if chosen.search else ():
+        if getattr(settings, key):
+            raise InputError(
+                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; leave one out"
+            )
     if chosen.adapter is not None:
         return
     if settings.load_in_4bit:
@@ -352,6 +357,10 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
 def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     if chosen.adapter is None:
         raise InputError(f"fsdp shards the frozen base, and recipe {chosen.name} trains it; leave one out")
+    if chosen.search is not None:
+        raise InputError(
+            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; leave one out"
+        )
     if chosen.reads_weight:
         raise InputError(
             f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"
