@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangora._types import LossFn, Progress
-from tangora.adapters import LoraPair
 from tangora.diagnostics.alignment import bases, captured
-from tangora.diagnostics.motion import Angles, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
@@ -27,9 +25,7 @@ from tangora.probes import (
     ProbedLayer,
     Reading,
     Request,
-    as_batches,
     gradient_svds,
-    probed_layers,
 )
 from tangora.probes.singular_values import within_memory
 
@@ -41,7 +37,6 @@ _MEMORY = 512 * 2**20  # bytes of dense gradients held at once
 _EXACT_LIMIT = 2**30
 _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
-_VIEW_ITERATIONS = 2  # for a view the leading subspace itself is wanted, and not only its energy
 
 Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
 """``(layer, leading part of its gradient)`` -> adapters by label."""
@@ -58,6 +53,8 @@ class How:
     power_iterations: int
     seed: int
     loss_fn: LossFn | None = None
+    all_values: bool = False
+    """Whether every singular value is taken of the dense gradients, where these are formed."""
 
     def passes(self, layers: Sequence[ProbedLayer]) -> int:
         """Return how often the batches are read for one point."""
@@ -73,7 +70,7 @@ def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
     return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """The products of a layer's gradient with the bases of one adapter."""
 
     at: Frame
@@ -92,7 +89,7 @@ class ReadLayer:
     spectrum: LayerGradient
     captured: dict[str, float] = field(default_factory=dict)
     """Energy by label."""
-    own: _View | None = None
+    own: View | None = None
     """Through the model's own adapter, if it has one."""
     held_out: "HeldOutEnergy | None" = None
 
@@ -158,57 +155,6 @@ def read_gradients(
 
 
 @dataclass(frozen=True)
-class GradientView:
-    r"""One trained adapter and the gradient $G$ of its layer where it stands."""
-
-    energy: float
-    r"""$\|G\|_F^2$."""
-    captured: float
-    r"""$\|P_T(G)\|_F^2$."""
-    left: Angles | None
-    r"""Between the columns of $B$ and the $r$ leading left singular vectors of $G$; ``None`` at $B = 0$."""
-    right: Angles | None
-    r"""Between the rows of $A$ and the $r$ leading right singular vectors."""
-
-    @property
-    def alignment_error(self) -> float:
-        r"""$\varepsilon = \|G - P_T(G)\|_F$."""
-        return math.sqrt(max(self.energy - self.captured, 0.0))
-
-
-def gradient_views(
-    model: nn.Module, pairs: Sequence[LoraPair], batches: Iterable[Any], *, seed: int = 0
-) -> tuple[dict[str, GradientView], float]:
-    r"""Read the gradient of the adapted model as it is, and look at it through its adapters.
-
-    Takes seven passes over the batches; the model, its gradients and all random states are left as they were. The
-    energy is exact where all gradients together take at most 1 GiB, else estimated from random probes.
-    """
-    layers = probed_layers(model, adapter_name=pairs[0].adapter)
-    angles: dict[str, tuple[Angles | None, Angles | None]] = {}
-
-    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, Factors]:
-        assert layer.pair is not None
-        A, B, _ = layer.pair.moving_factors()
-        leading = gradient.truncate(layer.pair.shape[2])
-        angles[layer.name] = principal_angles(leading.U, B), principal_angles(leading.Vh.mT, A.mT)
-        return {ADAPTER: (A, B)}
-
-    how = How(
-        num_values=max(pair.shape[2] for pair in pairs),
-        exact_norms=fit_into_memory(layers),
-        power_iterations=_VIEW_ITERATIONS,
-        seed=seed,
-    )
-    found, loss = read_gradients(model, layers, as_batches(batches), propose, how)
-    views = {
-        name: GradientView(measured.spectrum.energy, measured.captured[ADAPTER], *angles[name])
-        for name, measured in found.items()
-    }
-    return views, loss
-
-
-@dataclass(frozen=True)
 class _Stack:
     """The bases of several adapters side by side."""
 
@@ -216,7 +162,7 @@ class _Stack:
     widths: Mapping[str, tuple[int, int]]
     """Columns of $U$ and rows of $V$ by label."""
 
-    def views(self, reading: Reading) -> dict[str, _View]:
+    def views(self, reading: Reading) -> dict[str, View]:
         views, left, right = {}, 0, 0
         for label, (columns, rows) in self.widths.items():
             on_left, on_right = slice(left, left + columns), slice(right, right + rows)
@@ -229,7 +175,7 @@ class _Stack:
             none = U.new_zeros(0, 0)
             at = Frame(F.pad(U, (0, more_U)), F.pad(V, (0, 0, 0, more_V)), none, none)
             seen = Coordinates(F.pad(by_U, (0, 0, 0, more_U)), F.pad(by_V, (0, more_V)))
-            views[label] = _View(at, seen)
+            views[label] = View(at, seen)
             left, right = left + columns, right + rows
         return views
 
@@ -284,4 +230,6 @@ def _spectrum(layer: ProbedLayer, read: GradientSVD, reading: Reading, how: How)
     found = LayerGradient(layer.m, layer.n, tuple(values), read.energy, read.energy_error)
     if not how.exact_norms:
         return found
+    if how.all_values:
+        found = replace(found, singular_values=tuple(torch.linalg.svdvals(reading.dense).tolist()))
     return replace(found, energy=_energy(reading.dense), energy_error=0.0)
