@@ -184,7 +184,7 @@ class TaskSettings(DataSettings, ModelSettings):
     measure_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full. Default: none.",
+        description="Steps between measured points of the trajectory. Default: none.",
     )
     measure_gradient: int | None = Field(
         None, ge=1, description="Training examples for the gradient at every measured step."
@@ -193,6 +193,12 @@ class TaskSettings(DataSettings, ModelSettings):
         None,
         ge=1,
         description="Steps between measurements of the Hessian (largest eigenvalue, trace). Default: none.",
+    )
+    curvature_spaces: Annotated[list[Literal["weights", "tangent", "factors"]] | None, Separated] = Field(
+        default=None,
+        min_length=1,
+        description="Spaces of the Hessian during training, separated by commas: weights, tangent, factors. Default: "
+        "tangent,factors. Without an adapter: always weights.",
     )
     curvature: bool | None = Field(
         default=None,
@@ -262,6 +268,10 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
             )
+        if self.curvature_spaces is not None and self.curvature_every is None:
+            raise ValueError(
+                f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
+            )
         if self.curvature_layers is not None and not self.curvature:
             raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
@@ -303,6 +313,10 @@ class RunSettings(TaskSettings):
         default=False,
         description="Shard the frozen base over the processes of torchrun or accelerate launch (FSDP2); adapters stay "
         "whole.",
+    )
+    snapshots: bool = Field(
+        default=True,
+        description="Save the weights of full fine-tuning at every measured point, for --reference of other runs.",
     )
     reference: str | None = Field(
         default=None,
