@@ -15,6 +15,7 @@ from tangora.experiments.comparison.sweep import planned
 from tangora.experiments.run.preparing import Run, load_base, load_run_task
 from tangora.experiments.settings_files import preset
 from tangora.experiments.values import validated
+from tangora.training.curvature import read_curvature
 from tests.reference import trajectory as dense
 from tests.reference.curvature import DenseCurvature
 
@@ -55,7 +56,7 @@ def test_the_last_point_is_that_of_dense_matrices(classifier, tmp_path, name):
     point, gradients = record.trajectory[-1], at_gradient.G
     assert point["gradient_norm"] == pytest.approx(float(at_gradient.weight_gradient.norm()), rel=1e-4)
     loss = at_gradient.loss("weights", at_gradient.weights)
-    assert point["gradient_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert point["gradient_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     stable, effective, _ = np.array([dense.gradient_shape(g, 2) for g in gradients]).T
     assert point["gradient_stable_rank"] == pytest.approx(stable.mean(), rel=1e-4)
     assert point["gradient_effective_rank"] == pytest.approx(effective.mean(), rel=1e-3)
@@ -98,6 +99,15 @@ def test_measured_time_and_memory_are_not_those_of_training(classifier, tmp_path
     assert measured.memory.optimizer_state_bytes == plain.memory.optimizer_state_bytes
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_curvature_of_some_layers(classifier, tmp_path, name):
+    settings = {**classifier, "recipe": name, "steps": 1, "batch_size": 8, "curvature_every": 1}
+    some = {"curvature_spaces": "weights", "curvature_layers": "*.self.query", "curvature_examples": 4}
+    train(validated(RunSettings, settings | some), tmp_path)
+    points = read_curvature(RunFolder(tmp_path).curvature)
+    assert [point.spaces["weights"].size for point in points] == [32 * 32] * 2
+
+
 @pytest.fixture(scope="module")
 def compared(classifier, tmp_path_factory):
     folder = ComparisonFolder(tmp_path_factory.mktemp("compared") / "out")
@@ -121,7 +131,7 @@ def test_one_command_writes_all(compared):
     points = {(line["recipe"], line["seed"], line["step"]): line for line in lines}
     for record in outcome.comparison.records:
         for point in record.trajectory:
-            line = points[record.recipe, str(record.seed), str(point["step"])]
+            line = points[record.recipe, str(record.seed), f"{point['step']:.0f}"]
             assert float(line["gradient_norm"]) == point["gradient_norm"]
             assert line["captured_energy"] == str(point.get("captured_energy", ""))
     # of several layers the spread is kept
@@ -149,5 +159,9 @@ def test_the_preset_makes_one_run_for_each_seed():
 def test_spaces_of_no_curvature():
     with pytest.raises(InputError, match="curvature_spaces needs curvature_every; got weights alone"):
         validated(RunSettings, {"curvature_spaces": "weights"})
+    with pytest.raises(
+        InputError, match=r"curvature_layers needs curvature or curvature_every; got '\*' alone"
+    ):
+        validated(RunSettings, {"curvature_layers": "*"})
     with pytest.raises(InputError, match="curvature_spaces"):
         validated(RunSettings, {"curvature_spaces": "layers", "curvature_every": 2})

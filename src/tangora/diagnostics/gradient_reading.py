@@ -32,7 +32,7 @@ from tangora.probes.singular_values import within_memory
 ADAPTER = "adapter"
 """Label of a model's own adapter."""
 
-_MEMORY = 512 * 2**20  # bytes of dense gradients held at once
+MEMORY = 512 * 2**20  # bytes of dense gradients held at once
 # float32 gradients up to this many bytes in all are formed for their norms, in two or three passes
 _EXACT_LIMIT = 2**30
 _TAIL_PROBES = 8
@@ -53,8 +53,6 @@ class How:
     power_iterations: int
     seed: int
     loss_fn: LossFn | None = None
-    all_values: bool = False
-    """Whether every singular value is taken of the dense gradients, where these are formed."""
 
     def passes(self, layers: Sequence[ProbedLayer]) -> int:
         """Return how often the batches are read for one point."""
@@ -62,7 +60,7 @@ class How:
 
     def groups(self, layers: Sequence[ProbedLayer]) -> list[Sequence[ProbedLayer]]:
         """Return the layers that are read together in the last passes."""
-        return [*within_memory(layers, _MEMORY)] if self.exact_norms else [layers]
+        return [*within_memory(layers, MEMORY)] if self.exact_norms else [layers]
 
 
 def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
@@ -70,7 +68,7 @@ def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
     return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 
-class View(NamedTuple):
+class _View(NamedTuple):
     """The products of a layer's gradient with the bases of one adapter."""
 
     at: Frame
@@ -89,7 +87,7 @@ class ReadLayer:
     spectrum: LayerGradient
     captured: dict[str, float] = field(default_factory=dict)
     """Energy by label."""
-    own: View | None = None
+    own: _View | None = None
     """Through the model's own adapter, if it has one."""
     held_out: "HeldOutEnergy | None" = None
 
@@ -162,7 +160,7 @@ class _Stack:
     widths: Mapping[str, tuple[int, int]]
     """Columns of $U$ and rows of $V$ by label."""
 
-    def views(self, reading: Reading) -> dict[str, View]:
+    def views(self, reading: Reading) -> dict[str, _View]:
         views, left, right = {}, 0, 0
         for label, (columns, rows) in self.widths.items():
             on_left, on_right = slice(left, left + columns), slice(right, right + rows)
@@ -175,7 +173,7 @@ class _Stack:
             none = U.new_zeros(0, 0)
             at = Frame(F.pad(U, (0, more_U)), F.pad(V, (0, 0, 0, more_V)), none, none)
             seen = Coordinates(F.pad(by_U, (0, 0, 0, more_U)), F.pad(by_V, (0, more_V)))
-            views[label] = View(at, seen)
+            views[label] = _View(at, seen)
             left, right = left + columns, right + rows
         return views
 
@@ -230,6 +228,4 @@ def _spectrum(layer: ProbedLayer, read: GradientSVD, reading: Reading, how: How)
     found = LayerGradient(layer.m, layer.n, tuple(values), read.energy, read.energy_error)
     if not how.exact_norms:
         return found
-    if how.all_values:
-        found = replace(found, singular_values=tuple(torch.linalg.svdvals(reading.dense).tolist()))
     return replace(found, energy=_energy(reading.dense), energy_error=0.0)

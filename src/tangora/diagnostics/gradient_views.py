@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tangora._types import Weight
 from tangora.adapters import LoraPair
-from tangora.diagnostics.alignment import entropy_rank, factor_gradient_norms
-from tangora.diagnostics.gradient_reading import ADAPTER, How, fit_into_memory, read_gradients
+from tangora.diagnostics.alignment import bases, captured, entropy_rank, factor_gradient_norms
+from tangora.diagnostics.gradient_reading import ADAPTER, MEMORY, How, fit_into_memory, read_gradients
 from tangora.diagnostics.motion import Angles, Track, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD
+from tangora.geometry.tangent import Coordinates, Frame
 from tangora.init.start_method import Factors
-from tangora.probes import ProbedLayer, as_batches, probed_layers
+from tangora.probes import GradientProbe, ProbedLayer, Request, as_batches, probed_layers
 from tangora.probes.layers import unreadable_layers
+from tangora.probes.singular_values import within_memory
 
 _ITERATIONS = 2  # the leading subspace itself is wanted, and not only its energy
 
@@ -77,48 +80,19 @@ def gradient_views(
 ) -> tuple[dict[str, GradientView], float]:
     r"""Read the gradient of the adapted model as it is, and look at it through its adapters.
 
-    Takes seven passes over the batches; the model, its gradients and all random states are left as they were. Energies
-    and spectra are exact where all gradients together take at most 1 GiB, else estimated from random probes.
+    Where all gradients together take at most 1 GiB they are formed, in one or two passes over the batches, and all is
+    exact; else it is estimated from random probes in seven. The model, its gradients and all random states are left as
+    they were.
     """
     layers = probed_layers(model, adapter_name=pairs[0].adapter)
-    angles: dict[str, tuple[Angles | None, Angles | None]] = {}
-
-    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, Factors]:
-        assert layer.pair is not None
-        A, B, _ = layer.pair.moving_factors()
-        leading = gradient.truncate(layer.pair.shape[2])
-        angles[layer.name] = principal_angles(leading.U, B), principal_angles(leading.Vh.mT, A.mT)
-        return {ADAPTER: (A, B)}
-
     ranks = {pair.name: pair.shape[2] for pair in pairs}
-    found, loss = read_gradients(
-        model, layers, as_batches(batches), propose, _how(layers, ranks, _ITERATIONS, seed)
-    )
-    views = {}
-    for layer in (layer for layer in layers if layer.name in found):
-        assert layer.pair is not None
-        read, (A, B, row_scale) = found[layer.name], layer.pair.moving_factors()
-        assert read.own is not None
-        # a DoRA layer's B moves the weight by D B, and has the gradient s D G A'
-        norms = factor_gradient_norms(
-            A.cpu(),
-            B.cpu(),
-            *read.own,
-            scaling=layer.pair.scaling,
-            row_scale=None if row_scale is None else row_scale.cpu(),
-        )
-        views[layer.name] = GradientView(
-            read.spectrum, ranks[layer.name], read.captured[ADAPTER], *angles[layer.name], *norms
-        )
-    return views, loss
+    return _views(model, layers, ranks, batches, seed)
 
 
 def weight_views(
     model: nn.Module, tracks: Sequence[Track], batches: Iterable[Any], *, rank: int, seed: int = 0
 ) -> tuple[dict[str, GradientView], float]:
-    """Read the gradient of a model without adapters, in the layers that are followed.
-
-    Takes three passes over the batches, or five where the gradients together take more than 1 GiB.
+    """Read the gradient of a model without adapters in the layers that are followed, as `gradient_views` does.
 
     Args:
         rank: Of the adapters that the model could have.
@@ -129,20 +103,93 @@ def weight_views(
         for track in tracks
         if track.name not in unreadable
     ]
-    ranks = {layer.name: rank for layer in layers}
-    # without angles only the estimates of a model that is too large for dense gradients need the iteration
-    how = _how(layers, ranks, 0 if fit_into_memory(layers) else 1, seed)
-    found, loss = read_gradients(model, layers, as_batches(batches), lambda *_: {}, how)
-    return {name: GradientView(read.spectrum, rank) for name, read in found.items()}, loss
+    return _views(model, layers, {layer.name: rank for layer in layers}, batches, seed)
 
 
-def _how(layers: Sequence[ProbedLayer], ranks: Mapping[str, int], iterations: int, seed: int) -> How:
-    dense, widest = fit_into_memory(layers), max(ranks.values())
-    return How(
-        # of a spectrum that is not read whole as much as an adapter could reach
-        num_values=widest if dense else 2 * widest,
-        exact_norms=dense,
-        power_iterations=iterations,
-        seed=seed,
-        all_values=True,
+def _views(
+    model: nn.Module,
+    layers: Sequence[ProbedLayer],
+    ranks: Mapping[str, int],
+    batches: Iterable[Any],
+    seed: int,
+) -> tuple[dict[str, GradientView], float]:
+    batches = as_batches(batches)
+    if fit_into_memory(layers):
+        return _exact(model, layers, ranks, batches)
+    return _estimated(model, layers, ranks, batches, seed)
+
+
+def _exact(
+    model: nn.Module, layers: Sequence[ProbedLayer], ranks: Mapping[str, int], batches: Iterable[Any]
+) -> tuple[dict[str, GradientView], float]:
+    views = {}
+    with GradientProbe(model, layers) as probe:
+        for group in within_memory(layers, MEMORY):
+            readings = probe.read(batches, {layer.name: Request(dense=True) for layer in group})
+            for layer in (layer for layer in group if layer.name in probe.reached):
+                views[layer.name] = _of_dense(layer, ranks[layer.name], readings.pop(layer.name).dense)
+        assert probe.loss is not None
+        return views, probe.loss
+
+
+def _of_dense(layer: ProbedLayer, rank: int, G: Weight) -> GradientView:
+    if layer.pair is None:
+        return GradientView(_spectrum(layer, torch.linalg.svdvals(G), G), rank)
+    svd = LowRankSVD(*torch.linalg.svd(G, full_matrices=False))
+    at = bases(*layer.pair.moving_factors()[:2])
+    seen = Coordinates(at.U.mT @ G.to(at.U), G.to(at.V) @ at.V.mT)
+    return _through_adapter(layer, _spectrum(layer, svd.S, G), svd, captured(at, seen), at, seen)
+
+
+def _spectrum(layer: ProbedLayer, values: Tensor, G: Weight) -> LayerGradient:
+    return LayerGradient(layer.m, layer.n, tuple(values.tolist()), float(G.double().square().sum()))
+
+
+def _estimated(
+    model: nn.Module,
+    layers: Sequence[ProbedLayer],
+    ranks: Mapping[str, int],
+    batches: Iterable[Any],
+    seed: int,
+) -> tuple[dict[str, GradientView], float]:
+    leading: dict[str, LowRankSVD] = {}
+
+    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, Factors]:
+        leading[layer.name] = gradient
+        return {} if layer.pair is None else {ADAPTER: layer.pair.moving_factors()[:2]}
+
+    # as much of the spectrum as an adapter could reach
+    how = How(2 * max(ranks.values()), exact_norms=False, power_iterations=_ITERATIONS, seed=seed)
+    found, loss = read_gradients(model, layers, batches, propose, how)
+    views = {}
+    for layer in (layer for layer in layers if layer.name in found):
+        read, svd = found[layer.name], leading[layer.name]
+        if read.own is None:
+            views[layer.name] = GradientView(read.spectrum, ranks[layer.name])
+        else:
+            views[layer.name] = _through_adapter(layer, read.spectrum, svd, read.captured[ADAPTER], *read.own)
+    return views, loss
+
+
+def _through_adapter(
+    layer: ProbedLayer,
+    spectrum: LayerGradient,
+    svd: LowRankSVD,
+    energy: float,
+    at: Frame,
+    seen: Coordinates,
+) -> GradientView:
+    assert layer.pair is not None
+    rank, (A, B, row_scale) = layer.pair.shape[2], layer.pair.moving_factors()
+    leading = svd.truncate(rank)
+    A, B = A.to(at.U), B.to(at.U)
+    norms = factor_gradient_norms(
+        A,
+        B,
+        at,
+        seen,
+        scaling=layer.pair.scaling,
+        row_scale=None if row_scale is None else row_scale.to(at.U),
     )
+    angles = principal_angles(leading.U, B), principal_angles(leading.Vh.mT, A.mT)
+    return GradientView(spectrum, rank, energy, *angles, *norms)

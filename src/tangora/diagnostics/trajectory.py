@@ -96,7 +96,7 @@ class Trajectory:
         tracks: From `find_tracks`.
         reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
             layers must have been checked.
-        batches: Examples whose gradient is read at every measured step, seven passes each, three without adapters.
+        batches: Examples whose gradient is read at every measured step; see `gradient_views`.
         rank: Of the adapters that a model without them could have, for `Measures.reachable_energy`.
         seed: Of the random vectors for that.
     """

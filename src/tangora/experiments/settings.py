@@ -211,8 +211,8 @@ class TaskSettings(DataSettings, ModelSettings):
     )
     curvature_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers whose weights the final Hessian covers, such as *.layers.29.*. "
-        "Default: all adapted layers.",
+        description="Pattern of the layers that the Hessian covers, at the end over weights only, such as "
+        "*.layers.29.*. Default: all adapted layers.",
     )
     save_every: int | None = Field(
         default=None,
@@ -264,16 +264,13 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
             )
-        if self.curvature_examples is not None and not (self.curvature or self.curvature_every):
-            raise ValueError(
-                f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
-            )
+        for key in ("curvature_examples", "curvature_layers"):
+            if (value := getattr(self, key)) is not None and not (self.curvature or self.curvature_every):
+                raise ValueError(f"{key} needs curvature or curvature_every; got {value!r} alone")
         if self.curvature_spaces is not None and self.curvature_every is None:
             raise ValueError(
                 f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
             )
-        if self.curvature_layers is not None and not self.curvature:
-            raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
     def num_steps(self, num_train: int) -> int:

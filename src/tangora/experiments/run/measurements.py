@@ -78,13 +78,17 @@ def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
     if settings.curvature_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
+    layers = None if settings.curvature_layers is None else [settings.curvature_layers]
+    if whole:  # looked at in the layers that an adapter would have
+        layers = chosen(target_layers(settings, run.task, run.loaded), layers)
     return CurvatureCallback(
         # the first ones, so that all methods and seeds are measured on the same
         run.dealt(run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING])),
         every=settings.curvature_every,
         path=run.folder.curvature,
         over=("weights",) if whole else settings.curvature_spaces or ("tangent", "factors"),
-        layers=target_layers(settings, run.task, run.loaded) if whole else None,
+        layers=layers,
+        trace_products=_TRACE_PRODUCTS,
         seed=settings.seed,
     )
 

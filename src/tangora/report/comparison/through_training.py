@@ -53,6 +53,7 @@ _QUANTITIES = {
     "reachable_energy": _Quantity(
         "Reachable energy",
         "Most that any adapter of the rank r could capture here: the share of the 2r leading singular values.",
+        pictured=False,
     ),
     "gradient_norm_A": _Quantity(
         "Gradient norm of A", "It changes with the gauge (BR, R⁻¹A).", "log", pictured=False, tabled=False
@@ -65,7 +66,7 @@ _QUANTITIES = {
     ),
     "weights_trace": _Quantity("Trace over the weights", "Of the same Hessian; an estimate."),
     "tangent_top_eigenvalue": _Quantity(
-        "λ max in the tangent space", "Over the directions in which the adapter can move.", pictured=False
+        "λ max in the tangent space", "Over the directions in which the adapter can move.", "log"
     ),
     "tangent_trace": _Quantity(
         "Trace in the tangent space", "Of the same Hessian; an estimate.", pictured=False
