@@ -56,6 +56,8 @@ class ComparisonFolder(OutputFolder):
     report = _In("report.html")
     picture = _In("picture.png")
     summary = _In("summary.csv")
+    measured = _In("through-training.csv")  # what was measured on the way of the runs behind the results
+    measured_picture = _In("through-training.png")
 
     @property
     def tasks(self) -> list["ComparisonFolder"]:

@@ -40,6 +40,7 @@ from tangora.report import (
     save_picture,
     summarize,
     write_csv,
+    write_measured,
     write_page,
     write_study,
 )
@@ -85,7 +86,8 @@ def compare(
     """Run a comparison, or what is missing of it, and write its report.
 
     The output folder holds ``settings.json``, ``comparison.json`` and ``records/``, ``summary.csv``, ``report.html``,
-    ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files.
+    ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files; where runs are measured on
+    their way also ``through-training.csv`` and ``through-training.png``.
 
     Args:
         command: What repeats it, for the report.
@@ -332,9 +334,10 @@ def _left_record(folder: ComparisonFolder, trial: Trial) -> Record | None:
 
 
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
-    """Write the table, the picture and the page of a comparison."""
+    """Write the table, the pictures and the page of a comparison."""
     write_csv(summarize(comparison), folder.summary)
     save_picture(comparison, folder.picture)
+    write_measured(comparison, folder)
     return write_page(comparison, folder.report)
 
 

@@ -184,7 +184,7 @@ class TaskSettings(DataSettings, ModelSettings):
     measure_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full. Default: none.",
+        description="Steps between measured points of the trajectory. Default: none.",
     )
     measure_gradient: int | None = Field(
         None, ge=1, description="Training examples for the gradient at every measured step."
@@ -193,6 +193,12 @@ class TaskSettings(DataSettings, ModelSettings):
         None,
         ge=1,
         description="Steps between measurements of the Hessian (largest eigenvalue, trace). Default: none.",
+    )
+    curvature_spaces: Annotated[list[Literal["weights", "tangent", "factors"]] | None, Separated] = Field(
+        default=None,
+        min_length=1,
+        description="Spaces of the Hessian during training, separated by commas: weights, tangent, factors. Default: "
+        "tangent,factors. Without an adapter: always weights.",
     )
     curvature: bool | None = Field(
         default=None,
@@ -205,8 +211,8 @@ class TaskSettings(DataSettings, ModelSettings):
     )
     curvature_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers whose weights the final Hessian covers, such as *.layers.29.*. "
-        "Default: all adapted layers.",
+        description="Pattern of the layers that the Hessian covers, at the end over weights only, such as "
+        "*.layers.29.*. Default: all adapted layers.",
     )
     save_every: int | None = Field(
         default=None,
@@ -256,12 +262,13 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
             )
-        if self.curvature_examples is not None and not (self.curvature or self.curvature_every):
+        for key in ("curvature_examples", "curvature_layers"):
+            if (value := getattr(self, key)) is not None and not (self.curvature or self.curvature_every):
+                raise ValueError(f"{key} needs curvature or curvature_every; got {value!r} alone")
+        if self.curvature_spaces is not None and self.curvature_every is None:
             raise ValueError(
-                f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
+                f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
             )
-        if self.curvature_layers is not None and not self.curvature:
-            raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
     def num_steps(self, num_train: int) -> int:
@@ -301,6 +308,10 @@ class RunSettings(TaskSettings):
         default=False,
         description="Shard the frozen base over the processes of torchrun or accelerate launch (FSDP2); adapters stay "
         "whole.",
+    )
+    snapshots: bool = Field(
+        default=True,
+        description="Save the weights of full fine-tuning at every measured point, for --reference of other runs.",
     )
     reference: str | None = Field(
         default=None,

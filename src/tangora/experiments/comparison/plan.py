@@ -174,8 +174,8 @@ class CompareSettings(TaskSettings):
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
         if recipe(name).adapter is None:
-            # nothing to be aligned, whole models as snapshots, steps below bfloat16's
-            shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
+            # snapshots would be whole models, and steps lie below bfloat16's
+            shared |= {"snapshots": False, "dtype": "float32"}
         return validated(RunSettings, shared | own)
 
 

@@ -121,9 +121,15 @@ def execute(
     began = time.perf_counter()
     model = _prepared(run)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
-    observers = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
-    durations = Durations(lambda: _spent(timer, trainer, evaluations))
-    trainer = _trainer(run, model, [timer, durations, *(each for each in observers if each is not None)])
+    watched = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
+    observers = [observer for observer in watched if observer is not None]
+    durations = Durations(
+        lambda: (
+            _spent(timer, trainer, evaluations)
+            | {"measurements": sum(each.watch.seconds for each in observers)}
+        )
+    )
+    trainer = _trainer(run, model, [timer, durations, *observers])
     evaluations = _evaluations(run, trainer)
     from_first(
         lambda: check_space(
@@ -171,10 +177,11 @@ def execute(
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
         load=machine_load(load),
-        memory=memory_use(trainer.optimizer, model, result.peak_bytes),
+        memory=memory_use(trainer.optimizer, model, None if observers else result.peak_bytes),
         gradient_evaluations=getattr(bare_optimizer(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(run.folder),
         curvature=curvature_points(run.folder),
+        measurement_seconds=spent["measurements"],
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         scores=result.scores,
