@@ -7,7 +7,7 @@ from pathlib import Path
 from tangora.report import formats
 from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
-from tangora.report.comparison.end_points import flatness_section, forgetting_section
+from tangora.report.comparison.end_points import answers_section, flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
 from tangora.report.comparison.recommendation import recommend, recommendation_sentence
 from tangora.report.comparison.results_table import results_section
@@ -49,6 +49,7 @@ def render_page(comparison: Comparison) -> str:
             *measured_sections(judged),
             flatness_section(judged),
             forgetting_section(judged),
+            answers_section(judged),
             time_section(rows),
             trouble_section(judged),
             runs_section(judged),
