@@ -5,7 +5,7 @@ from typing import Any
 
 from tangora._checks import check_choice
 
-# what Stanford's Alpaca writes without an input, and LoRA-GA's and LoRA-Pro's code for WizardLM; further turns follow
+# what Stanford's Alpaca writes without an input, and LoRA-GA's code for WizardLM; further turns follow
 _ALPACA = r"""
 {{- bos_token }}
 {%- for message in messages %}
