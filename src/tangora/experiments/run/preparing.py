@@ -321,6 +321,7 @@ def _check_with_weights(settings: RunSettings, task: Task, loaded: LoadedModel) 
         data, _ = encoded(settings, loaded, [task.train[0], task.train[-1]])
         with observed(loaded.model):
             check_packing(loaded.model, data, settings.model)
-    if settings.prompts is not None:  # a template may refuse them
-        opened = [conversation(prompt.turns[:1], ()) for prompt in read_prompts(settings.prompts)]
+    if settings.prompts is not None:  # a template may refuse them, with any answers in between
+        prompts = read_prompts(settings.prompts)
+        opened = [conversation(prompt.turns, ["."] * (len(prompt.turns) - 1)) for prompt in prompts]
         encode_prompts(opened, loaded.tokenizer, chat_template=bool(settings.chat_template))

@@ -41,7 +41,7 @@ def _prompt(row: RawRow, number: int) -> Prompt:
         or not all(isinstance(each, str) and each.strip() for each in turns)
     ):
         raise InputError(
-            f"{row.where}: column {column!r} must hold a text or a list of texts, got {excerpt(value)}"
+            f"{row.where}: column {column!r} must hold a text or a list of texts; got {excerpt(value)}"
         )
     known = (row.values[name] for name in _IDS if row.values.get(name) is not None)
     return Prompt(str(next(known, number)), tuple(turns))
