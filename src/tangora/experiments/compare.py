@@ -307,7 +307,7 @@ def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
     return write_page(comparison, folder.report)
 
 
-def _judged(comparison: Comparison, judge: list[str] | None, folder: ComparisonFolder) -> Comparison:
+def _judged(comparison: Comparison, judge: Sequence[str] | None, folder: ComparisonFolder) -> Comparison:
     # those alone that are reported: a judge may cost money
     rates = {row.recipe: row.learning_rate for row in summarize(comparison)} if judge else {}
     scored = {}

@@ -113,7 +113,8 @@ class _Stopped(StoppingCriteria):
     def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int):
         self._stop, self._tokenizer, self._length = stop, tokenizer, length
 
-    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Bool[Tensor, " b"]:
+    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Any:
+        """Tell which rows are done."""
         del scores, kwargs
         texts = self._tokenizer.batch_decode(input_ids[:, self._length :], skip_special_tokens=True)
         ended = [any(each in text for each in self._stop) for text in texts]

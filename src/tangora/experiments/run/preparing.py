@@ -112,7 +112,7 @@ def load_run_task(settings: DataSettings) -> Task:
     return task
 
 
-def check_chat(task: Task, chat_template: bool | None) -> None:
+def check_chat(task: Task, chat_template: bool | str | None) -> None:
     """Raise unless it is clear how the texts of a task are to be written."""
     if chat_template is None and any("messages" in example for example in task.train):
         raise InputError(
