@@ -9,8 +9,15 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError, check_choice, check_installed
 from tangora._names import CHAT_TEMPLATES, Kind, Tracker
 from tangora.experiments.answer_settings import AnswerSettings
-from tangora.experiments.read_rank_plan import checked_rank_plan, read_rank_plan
-from tangora.experiments.values import Device, Seed, Separated, Settings, Targets
+from tangora.experiments.values import (
+    Device,
+    Seed,
+    Separated,
+    Settings,
+    Targets,
+    checked_rank_plan,
+    read_rank_plan,
+)
 from tangora.recipes import Recipe, recipe
 
 
