@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_choice, check_installed
 from tangora._names import CHAT_TEMPLATES, Kind, Tracker
-from tangora.experiments.answer_settings import AnswerSettings
+from tangora.experiments.evaluation_settings import EvaluationSettings
 from tangora.experiments.values import (
     Device,
     Seed,
@@ -92,7 +92,7 @@ class DataSettings(Settings):
         return self.device in (None, "cuda")
 
 
-class TaskSettings(DataSettings, ModelSettings, AnswerSettings):
+class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     """Model, data and training budget: what all methods of a comparison share."""
 
     groups: ClassVar[Mapping[str, str]] = {
@@ -108,7 +108,7 @@ class TaskSettings(DataSettings, ModelSettings, AnswerSettings):
     }
     aliases: ClassVar[Mapping[str, str]] = {
         **DataSettings.aliases,
-        **AnswerSettings.aliases,
+        **EvaluationSettings.aliases,
         "r": "rank",
         "lora_r": "rank",
         "lora_alpha": "alpha",

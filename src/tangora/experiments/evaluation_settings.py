@@ -1,4 +1,4 @@
-"""Settings of what a causal model writes itself: answers to compare with right ones, and answers to keep."""
+"""Settings of what is evaluated beyond losses: answers to compare with right ones, and answers to keep."""
 
 import shlex
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from tangora.experiments.values import Settings
 
 
-class AnswerSettings(Settings):
+class EvaluationSettings(Settings):
     """Which answers a model generates, how long they may be, and who judges them."""
 
     aliases: ClassVar[Mapping[str, str]] = {"stop_strings": "stop"}
@@ -66,7 +66,7 @@ class AnswerSettings(Settings):
         return given or None
 
     @model_validator(mode="after")
-    def _needed(self) -> "AnswerSettings":
+    def _needed(self) -> "EvaluationSettings":
         for key in ("max_new_tokens", "stop"):
             if getattr(self, key) is not None and not self.generates:
                 raise ValueError(f"{key} needs exact_match or prompts; got {getattr(self, key)!r} alone")
