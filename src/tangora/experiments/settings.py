@@ -236,20 +236,18 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
         description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _completed(cls, values: Any) -> Any:
-        # the plan itself is kept, so that a record says what was run; rank and alpha are its own unless given
-        if not isinstance(values, dict):
-            return values
-        values = cls.spelled(values)
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the rank plan, whose rank and alpha hold unless others are given; the record keeps what it says."""
+        values = super().completed(values)
         if values.get("epochs") is not None:
             values = {"steps": None} | values
-        if isinstance(values.get("rank_plan"), dict):
-            return values | {"rank_plan": checked_rank_plan(values["rank_plan"])}
-        if not isinstance(values.get("rank_plan"), str):
+        plan = values.get("rank_plan")
+        if isinstance(plan, dict):
+            return values | {"rank_plan": checked_rank_plan(plan)}
+        if not isinstance(plan, str):
             return values
-        plan = read_rank_plan(values["rank_plan"])
+        plan = read_rank_plan(plan)
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))

@@ -1,4 +1,4 @@
-"""Named methods: a start, an optimizer, a PEFT configuration and a grid of learning rates."""
+"""Named methods: an initialization, an optimizer, a PEFT configuration and a grid of learning rates."""
 
 from tangora.recipes.recipe import Recipe
 from tangora.recipes.table import recipe, recipes

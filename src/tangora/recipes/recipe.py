@@ -55,21 +55,21 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Options of PEFT's configuration beyond rank, alpha and targets."""
     start: str | None = None
-    """Name of the start for `tangora.initialize`; ``None`` for PEFT's own."""
+    """Name of the initialization for `tangora.initialize`; ``None`` for PEFT's own."""
     start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     trains: bool = True
-    """Whether training follows the start."""
+    """Whether training follows the initialization."""
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether the start needs batches."""
+        """Whether the initialization needs batches."""
         from tangora.init import start_method
 
         return self.start is not None and start_method(self.start).reads_gradients
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the start, or PEFT's adapter, computes with whole base weights before training."""
+        """Whether the initialization, or PEFT's adapter, computes with whole base weights before training."""
         from tangora.init import start_method
 
         if self.start is None:
@@ -78,7 +78,7 @@ class Recipe:
 
     @property
     def searches_step(self) -> bool:
-        """Whether the start has a step size that is searched on held-out batches."""
+        """Whether the initialization has a step size that is searched on held-out batches."""
         from tangora.init import start_method
 
         return self.start is not None and start_method(self.start).searches_step
@@ -89,7 +89,7 @@ class Recipe:
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
 
     def with_options(self, **options: Any) -> "Recipe":
-        """Change options of this method's optimizer and start, for ablations.
+        """Change options of this method's optimizer and initialization, for ablations.
 
         Args:
             **options: Such as ``gauge="zero"`` for LoRA-Pro, which ``lora-pro@gauge=zero`` stands for.
@@ -155,7 +155,7 @@ class Recipe:
             model: Base model, changed in place as PEFT does.
             task_type: PEFT's task type, ``SEQ_CLS`` or ``CAUSAL_LM``.
             total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
-            seed: Seed of the adapter's random start; the caller's random state is untouched.
+            seed: Seed of the adapter's random initialization; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
             lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
             rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
@@ -199,17 +199,17 @@ class Recipe:
         seed: int = 0,
         progress: "tangora._types.Progress | bool" = False,
     ) -> "tangora.init.Start | None":
-        """Give the adapter this method's start.
+        """Give the adapter this method's initialization.
 
         Args:
-            batches: Model inputs with labels, for starts that read gradients.
-            held_out: Others, for a start that is tuned on them (``one-step``).
+            batches: Model inputs with labels, for initializations that read gradients.
+            held_out: Others, for an initialization that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
             progress: Whether to draw a progress bar, or what is called after each batch instead.
 
         Returns:
-            What was done; ``None`` where PEFT's own start stays.
+            What was done; ``None`` where PEFT's own initialization stays.
         """
         if self.start is None:
             return None
