@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from tangora.training.ranks import from_first
 _MAX_NEW_TOKENS = 1024  # MT-Bench's own
 
 
-def answer_prompts(run: Run, model: nn.Module) -> None:
-    """Let a model answer the prompts of its run, turn after turn, and write a line for each."""
+def answer_prompts(run: Run, model: nn.Module) -> float:
+    """Let a model answer the prompts of its run, turn after turn, and write a line for each; return the seconds."""
+    began = time.perf_counter()
     settings = run.settings
     assert settings.prompts is not None
     prompts = read_prompts(settings.prompts)
@@ -43,6 +45,7 @@ def answer_prompts(run: Run, model: nn.Module) -> None:
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     from_first(lambda: write_atomic(run.folder.answers, text))
+    return time.perf_counter() - began
 
 
 def judged(record: Record, judge: Sequence[str] | None, folder: RunFolder) -> Record:

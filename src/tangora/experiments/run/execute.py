@@ -146,7 +146,7 @@ def execute(
         _evaluate(run, model, result)
         if settings.prompts is not None and stage != "trial":
             run.tell("answers", run.num_steps)
-            answer_prompts(run, model)
+            result.evaluation_seconds += answer_prompts(run, model)
         if known is not None:
             after = unrelated_loss(run, model)
             assert after is not None
