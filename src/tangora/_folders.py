@@ -39,6 +39,7 @@ class RunFolder(OutputFolder):
     curvature = _In("curvature.jsonl")
     snapshots = _In("snapshots")  # weights of full fine-tuning at the measured points
     model = _In("model")  # where all weights are trained
+    answers = _In("answers.jsonl")  # to the prompts of its settings
     logits = _In("logits.pt")  # of the trained model, on a few test examples
 
     @property

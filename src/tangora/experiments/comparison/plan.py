@@ -36,6 +36,7 @@ class CompareSettings(TaskSettings):
         "learning_rate": "learning_rates",
         "lr": "learning_rates",
         "seed": "seeds",
+        "metric": "judge_by",
     }
 
     recipes: list[str] = Field(
@@ -151,6 +152,11 @@ class CompareSettings(TaskSettings):
         """The title, or what is compared, on what."""
         names = ", ".join(self.recipes) if len(self.recipes) <= 5 else f"{len(self.recipes)} recipes"
         return self.title or f"{names} on {Path(self.data).name} with {Path(self.model).name}"
+
+    @property
+    def generates(self) -> bool:
+        """Whether its runs write answers."""
+        return super().generates or self.judge_by == "exact_match"
 
     @property
     def metric(self) -> str:

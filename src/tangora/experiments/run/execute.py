@@ -19,6 +19,7 @@ from tangora._types import Progress
 from tangora.adapters.sharded import unshard_trained
 from tangora.experiments.process import tell_user
 from tangora.experiments.provenance import origin_of, provenance
+from tangora.experiments.run.answering import answer_prompts
 from tangora.experiments.run.machine import (
     load_average,
     machine_load,
@@ -64,6 +65,7 @@ from tangora.training.callbacks import (
     trackers,
 )
 from tangora.training.data import Task
+from tangora.training.data.packing import packing_collator
 from tangora.training.devices import keep_to
 from tangora.training.ranks import failing_as_one, from_first, is_first, num_ranks, rank
 from tangora.training.split_batches import SplitBatchTrainer, share_of
@@ -149,6 +151,9 @@ def execute(
                 from_first(lambda: save_weights(run, model, run.folder))
         run.tell("evaluation", run.num_steps)
         _evaluate(run, model, result)
+        if settings.prompts is not None and stage != "trial":
+            run.tell("answers", run.num_steps)
+            result.evaluation_seconds += answer_prompts(run, model)
         if known is not None:
             after = unrelated_loss(run, model)
             assert after is not None
@@ -241,6 +246,8 @@ def _prepared(run: Run) -> nn.Module:
 def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCallback]) -> Trainer:
     settings, steps = run.settings, run.num_steps
     data, collate = run.encoded(run.task.train)
+    if settings.packing:
+        collate = packing_collator()
     arguments = transformers.TrainingArguments(
         output_dir=str(run.folder.checkpoints),
         max_steps=steps,

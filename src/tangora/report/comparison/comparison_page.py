@@ -8,7 +8,7 @@ from tangora._folders import ComparisonFolder
 from tangora.report import formats
 from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import alignment_section, curve_sections, loss_curves, loss_panel
-from tangora.report.comparison.end_points import flatness_section, forgetting_section
+from tangora.report.comparison.end_points import answers_section, flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
 from tangora.report.comparison.recommendation import recommend, recommendation_sentence
 from tangora.report.comparison.results_table import results_section
@@ -56,6 +56,7 @@ def render_page(comparison: Comparison) -> str:
             alignment_section(judged),
             flatness_section(judged),
             forgetting_section(judged),
+            answers_section(judged),
             time_section(rows),
             trouble_section(judged),
             runs_section(judged),
