@@ -176,7 +176,7 @@ def test_bad_input(tmp_path):
         CurvatureCallback(batches, every=0)
     with pytest.raises(InputError, match=r"trace_products must be a number in \[6"):
         CurvatureCallback(batches, every=1, trace_products=3)
-    with pytest.raises(InputError, match="over must be a list of tangent, factors, weights; got 'tangent'"):
+    with pytest.raises(InputError, match="over must be a list of tangent, weights, factors; got 'tangent'"):
         CurvatureCallback(batches, every=1, over="tangent")
     with pytest.raises(InputError, match="did you mean tangent"):
         CurvatureCallback(batches, every=1, over=["tangents"])
