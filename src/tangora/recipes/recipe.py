@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tangora._checks import InputError, check_choice, check_kind, check_number
+from tangora.recipes.rank_search import RankSearch
 
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import tangora.init
 
 Adapter = Literal["lora", "adalora"] | None
+_SEARCH_OPTIONS = {"search_fraction": float, "search_lr": float}
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 
@@ -59,6 +61,8 @@ class Recipe:
     start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     trains: bool = True
     """Whether training follows the initialization."""
+    search: RankSearch | None = None
+    """A first phase in which AdaLoRA finds the ranks; the recipe's optimizer then trains plain LoRA of these ranks."""
 
     @property
     def reads_gradients(self) -> bool:
@@ -89,7 +93,7 @@ class Recipe:
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
 
     def with_options(self, **options: Any) -> "Recipe":
-        """Change options of this method's optimizer and initialization, for ablations.
+        """Change options of this method's optimizer, initialization and search for ranks, for ablations.
 
         Args:
             **options: Such as ``gauge="zero"`` for LoRA-Pro, which ``lora-pro@gauge=zero`` stands for.
@@ -104,7 +108,8 @@ class Recipe:
 
         of_optimizer = self._optimizer_options()
         of_start = dict(start_method(self.start).options) if self.start is not None else {}
-        known = of_optimizer | of_start
+        of_search = {} if self.search is None else _SEARCH_OPTIONS
+        known = of_optimizer | of_start | of_search
         if not known:
             given = "@".join(f"{name}={value}" for name, value in options.items())
             raise InputError(f"recipe {self.name} has no options of its own; got @{given}")
@@ -114,12 +119,16 @@ class Recipe:
         written = [f"{name}={value}" for name, value in options.items()]
         for_optimizer = {name: value for name, value in options.items() if name in of_optimizer}
         for_start = {name: value for name, value in options.items() if name in of_start}
+        for_search = {
+            name.removeprefix("search_"): value for name, value in options.items() if name in of_search
+        }
         return replace(
             self,
             name="@".join([self.name, *written]),
             summary=f"{self.summary}; {', '.join(written)}",
             make_optimizer=partial(self.make_optimizer, **for_optimizer),
             start_options=MappingProxyType(dict(self.start_options) | for_start),
+            search=self.search and replace(self.search, **for_search),
         )
 
     def _optimizer_options(self) -> dict[str, Any]:
@@ -154,7 +163,8 @@ class Recipe:
         Args:
             model: Base model, changed in place as PEFT does.
             task_type: PEFT's task type, ``SEQ_CLS`` or ``CAUSAL_LM``.
-            total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
+            total_steps: Number of optimizer steps that will follow, those of a search for ranks included (AdaLoRA's
+                budget schedule needs it).
             seed: Seed of the adapter's random initialization; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
             lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
@@ -229,7 +239,8 @@ class Recipe:
         """Make the optimizer.
 
         Args:
-            model: What `prepare` returned, possibly wrapped.
+            model: What `prepare` returned, possibly wrapped. A recipe that searches for ranks gets the AdamW of that
+                phase for its AdaLoRA adapter, and its own optimizer for what `from_adalora` makes of that.
             head_lr: That of a new head; default: what the method does, which for most is ``lr``.
 
         Returns:
@@ -241,7 +252,14 @@ class Recipe:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(f"model must have trainable parameters; {type(model).__name__} has none")
         check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
-        optimizer = self.make_optimizer(model, lr=lr, **options)
+        make = self.make_optimizer
+        if self.search is not None:
+            from tangora.adapters import is_adalora
+            from tangora.recipes.baselines import adamw
+
+            if is_adalora(model):
+                make, lr = adamw, self.search.lr
+        optimizer = make(model, lr=lr, **options)
         if head_lr is not None:
             from tangora.recipes.baselines import set_head_rate
 

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tangora._checks import InputError, check_choice, check_kind
+from tangora.recipes.rank_search import RankSearch
 from tangora.recipes.recipe import Later, Recipe
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -290,6 +291,33 @@ _TABLE = (
         options=_options(use_rslora=True),
         start="lora-one",
     ),
+    Recipe(
+        "adalora+tangent-muon",
+        "AdaLoRA finds the ranks in the first third of the steps, TangentMuon trains on",
+        "arXiv:2303.10512 and this project",
+        _MUON_GRID,
+        _tangent_muon,
+        adapter="adalora",
+        search=RankSearch(),
+    ),
+    Recipe(
+        "adalora+tangent",
+        "AdaLoRA finds the ranks in the first third of the steps, TangentAdam trains on",
+        "arXiv:2303.10512 and this project",
+        _FULL_GRID,
+        _tangent,
+        adapter="adalora",
+        search=RankSearch(),
+    ),
+    Recipe(
+        "adalora+lora-pro",
+        "AdaLoRA finds the ranks in the first third of the steps, LoRA-Pro trains on",
+        "arXiv:2303.10512, 2407.18242",
+        _FULL_GRID,
+        _lora_pro(moments="weight"),
+        adapter="adalora",
+        search=RankSearch(),
+    ),
 )
 
 
@@ -306,7 +334,7 @@ def recipe(name: str) -> Recipe:
     """Look up a method.
 
     Args:
-        name: Its name, as in ``tangora list``; options of its optimizer or initialization may follow:
+        name: Its name, as in ``tangora list``; options of its optimizer, initialization or search for ranks may follow:
             ``lora-pro@gauge=zero``.
 
     Raises:

