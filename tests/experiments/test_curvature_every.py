@@ -60,7 +60,9 @@ def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path):
 
 @pytest.mark.messages
 def test_settings_that_do_not_go_together(classifier, tmp_path):
-    with pytest.raises(InputError, match=r"curvature_examples needs .*curvature_every; got 4 alone"):
+    with pytest.raises(
+        InputError, match=r"curvature_examples needs .*curvature_every; got only curvature_examples = 4"
+    ):
         validated(RunSettings, {"curvature_examples": 4})
     with pytest.raises(
         InputError, match="curvature_every: input should be greater than or equal to 1; got 0"

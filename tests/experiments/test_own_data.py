@@ -86,12 +86,12 @@ def test_conversations_need_a_word_about_the_template(tmp_path):
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
     chat = values | {"data": str(tmp_path / "chat.jsonl")}
-    with pytest.raises(InputError, match="holds conversations: give --chat-template"):
+    with pytest.raises(InputError, match="contains conversations: pass --chat-template"):
         train(RunSettings(**chat), tmp_path / "out")
     with pytest.raises(InputError, match="tokenizer has none"):
         train(RunSettings(**chat, chat_template=True), tmp_path / "out")
     record = train(RunSettings(**chat, chat_template=False), tmp_path / "plain")
     assert record.status == "finished"
     labelled = load_run_task(RunSettings(**write_classifier(tmp_path)))
-    with pytest.raises(InputError, match="holds labels: leave it out"):
+    with pytest.raises(InputError, match="has labels: omit it"):
         check_chat(labelled, True)

@@ -201,10 +201,10 @@ def test_settings_that_do_not_go_together(classifier, reference, tmp_path):
     train(lora, tmp_path / "b")
     measured = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "b")})
     with pytest.raises(
-        InputError, match=r"must be a finished run of recipe full; .* holds one of lora, finished"
+        InputError, match=r"must be a finished run of recipe full; .* contains a run of lora, finished"
     ):
         train(measured, tmp_path / "c")
     assert not (tmp_path / "c").exists()  # so that the right reference can be given
     missing = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "nothing")})
-    with pytest.raises(InputError, match=r"is no finished run: record\.json is missing"):
+    with pytest.raises(InputError, match=r"is not a finished run: record\.json is missing"):
         train(missing, tmp_path / "c")
