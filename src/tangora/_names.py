@@ -43,4 +43,4 @@ DATA: dict[str, str] = {
 """Data that needs no hub, and what it is."""
 
 USER_LOG = "tangora.notes"
-"""Logger of what a user should read while a command goes on; the command line prints it."""
+"""Logger of messages for the user during a command; the command line prints them."""

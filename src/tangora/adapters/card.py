@@ -110,7 +110,7 @@ def model_card(
     shown = dict(facts) | ({"classes": {str(n): name for n, name in classes.items()}} if classes else {})
     sections = [
         f"# LoRA adapter for {title or 'a model without a name'}",
-        f"{rank} The base weights were not changed: nothing but PEFT is needed to load it.",
+        f"{rank} The base weights were not changed: only PEFT is needed to load it.",
         f"## Use\n\n{_usage(config, path, facts, bool(classes), images)}",
         f"## Training\n\n{_table(shown)}" if shown else "",
         f"## Adapter\n\n{_table(_of_adapter(config))}",

@@ -64,7 +64,7 @@ def replace_folder(source: Path, target: Path) -> None:
 def first_rank_writes(path: str | os.PathLike[str], write: Callable[[], _T]) -> _T:
     """Let rank 0 write, while the other ranks wait for its result; without ``torch.distributed``, just write.
 
-    Rank 0 waits for nobody, so that it may also call alone.
+    Rank 0 does not wait, so rank 0 may also call alone.
     """
     if not several_ranks():
         return write()

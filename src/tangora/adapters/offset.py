@@ -105,7 +105,8 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
             there already is replaced.
 
     Raises:
-        InputError: If a layer of the adapter cannot carry an offset, a shape or a name does not fit, the adapter is
+        InputError: If a layer of the adapter cannot subtract an initial product, a shape or a name does not
+        fit, the adapter is
             merged, or its initialization changed the base weights. The model is then as it was.
 
     Example:

@@ -1,8 +1,8 @@
 r"""One PEFT layer with a frozen second pair: $W_0 x + s (B A x - B_0 A_0 x)$, whatever kind of layer it is.
 
 The layer behaves as PEFT's would on the base weight $W_0 - s B_0 A_0$, while the base weight stays as it is. Its state
-is the one plain pair $A' = [A; A_0]$, $B' = [B, -B_0]$ that says the same on the untouched base, so that checkpoints
-are exact and need nothing but PEFT.
+is the one plain pair $A' = [A; A_0]$, $B' = [B, -B_0]$ that represents the same update on the original base,
+so that checkpoints are exact and need only PEFT.
 """
 
 import copy
@@ -122,7 +122,7 @@ class _AlreadyDropped(nn.Module):
 
 
 def why_no_carrier(layer: nn.Module, adapter: str) -> str | None:
-    """Say why a layer cannot carry an offset."""
+    """Return the reason why a layer cannot subtract an initial product."""
     kind, base = type(layer).__name__, layer.get_base_layer()  # pyright: ignore[reportCallIssue]
     variant = inner_variant(layer.lora_variant.get(adapter))  # pyright: ignore
     if kind not in _CARRIERS or not type(layer).__module__.startswith("peft.tuners.lora"):

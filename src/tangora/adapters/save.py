@@ -1,4 +1,4 @@
-r"""Write adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
+r"""Write adapters as plain LoRA that PEFT alone loads on the original base model.
 
 An initialization may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an
 ordinary adapter of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolved`).
@@ -139,7 +139,8 @@ def save_adapter(
     Raises:
         InputError: If ``model`` is no PEFT model with one active adapter, is flattened (FSDP1, ZeRO-3) or lies on other
             adapters, if its initialization changed the base weights and ``initial`` is missing or another adapter's, if
-            a scaling was changed at run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if
+            a scaling was changed at run time, if ``rank`` or ``uniform`` is given and a layer is not a plain
+            pair, or if
             ``path`` holds anything but an adapter.
     """
     if rank is not None:

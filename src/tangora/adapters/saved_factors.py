@@ -1,6 +1,6 @@
 r"""The files of an adapter, and the same adapter at other ranks: its factors, and the config that says so.
 
-From the factors alone: no matrix of the weight's size is ever formed.
+From the factors alone: no matrix as large as the weight is ever formed.
 """
 
 import json

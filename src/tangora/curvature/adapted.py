@@ -1,8 +1,8 @@
 r"""Adapted layers seen as weights: a displacement $\Delta = P K + J Q$ of $W$ enters through longer factors.
 
-$W + \Delta$ is what the layer computes with $A' = [A; K; Q]$ and $B' = [B, P/s, J/s]$, so that no matrix of the
-weight's size is formed, whatever the layer is (linear, transposed, convolution, embedding) and however its weight is
-stored. Evaluating with tensors of another shape is no matter to `torch.func.functional_call`.
+$W + \Delta$ is what the layer computes with $A' = [A; K; Q]$ and $B' = [B, P/s, J/s]$, so that no matrix as
+large as the weight is formed, for every kind of layer (linear, transposed, convolution, embedding) and every storage of
+its weight. `torch.func.functional_call` accepts tensors of another shape.
 """
 
 import warnings

@@ -6,7 +6,7 @@ curvature, and goes where the gradient goes. Both parts, like their sum, depend 
 A)$; the Riemannian Hessian does not.
 
 Everything in $G$ comes from a chart: with $W + P K + J Q$ the gradients in $K$ and $J$ at zero are $P^\top G$ and $G
-Q^\top$, from one backward pass and without a matrix of the weight's size.
+Q^\top$, from one backward pass and without a matrix as large as the weight.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,8 @@ class CouplingPart(CurvatureOperator):
     r"""$\Gamma$: what the factors' Hessian takes from the gradient, not from curvature.
 
     $(dA, dB) \mapsto (s\, dB^\top G,\; s\, G\, dA^\top)$. Its eigenvalues come in pairs $\pm s\, \sigma_i(G)$, each $r$
-    times for a layer's gradient $G$, whatever the factors are. At $B = 0$ it is all there is beside the block of $B$.
+    times for a layer's gradient $G$, whatever the factors are. At $B = 0$ it is the whole Hessian except the
+    block of $B$.
     A product takes one gradient. Arguments are those of `Hessian`, but for ``over`` and how it differentiates.
     """
 

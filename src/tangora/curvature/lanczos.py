@@ -5,9 +5,10 @@ space; the eigenpairs $(\theta, s)$ of the small $T_m$ give Ritz pairs $(\theta,
 $\|H V_m s - \theta V_m s\| = \beta_m |s_m|$, which is known without another product. Every new vector is
 orthogonalised twice against all others: without that converged eigenvalues come back as ghosts.
 
-When the basis is full the best Ritz vectors are kept and the iteration goes on from the same remainder (thick restart;
+When the basis is full the best Ritz vectors are kept and the iteration continues with the same remainder
+(thick restart;
 $T$ is then an arrow followed by a tridiagonal part). When the remainder vanishes the basis spans an invariant subspace;
-the iteration goes on from a random vector orthogonal to it, until such a sequence has nothing to add.
+the iteration continues with a random vector orthogonal to it, until such a sequence has nothing to add.
 
 Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; thick restart: Wu and Simon (2000), SIAM J. Matrix
 Anal. Appl. 22; reorthogonalisation: `tangora.curvature.products.orthogonalize`.
@@ -82,7 +83,8 @@ def lanczos_eigenpairs(
         max_products: Budget, at least ``k``; default $n$ if the basis may grow as large, else 10 full bases.
         max_basis: Vectors held before a restart, at least ``k + 2``; default ``2 k + 40``.
         copies: Also look for further copies of multiple eigenvalues, which one start vector cannot see unless the
-            Krylov space ends: after convergence go on from random vectors until one adds nothing. Costs about as many
+            Krylov space ends: after convergence continue with random vectors until one adds nothing. Costs
+            about as many
             products again.
         seed: Of the random vectors.
         progress: Called after each product with their number and ``max_products``.

@@ -32,7 +32,7 @@ _SMALLEST_STEP = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Sharpness:
-    r"""What was found in one ball.
+    r"""The largest loss found in a ball.
 
     Attributes:
         space: Coordinates that the ball lies in.

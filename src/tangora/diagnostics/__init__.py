@@ -1,4 +1,4 @@
-"""Read-only measures of how well LoRA adapters can follow the full gradient."""
+"""Read-only measures of the share of the full gradient that LoRA adapters capture."""
 
 from tangora._names import DIAGNOSED_STARTS
 from tangora.diagnostics.diagnose import diagnose

@@ -1,4 +1,4 @@
-r"""How much of a gradient one adapter can follow, from the products $(U^\top G,\; G V^\top)$ alone.
+r"""The share of a gradient that an adapter captures, from the products $(U^\top G,\; G V^\top)$ alone.
 
 Pure functions of one layer's factors, in float64 whatever comes in. For a DoRA layer, whose factors move the weight by
 $D\,(s B A)$ with a diagonal $D$, pass $D B$ for $B$.
@@ -35,7 +35,7 @@ def bases(A: FactorA, B: FactorB) -> Frame:
 
 
 def captured(at: Frame, seen: Coordinates) -> float:
-    r"""Return $\|P_T(G)\|_F^2$, the energy of the gradient that the adapter can follow.
+    r"""Return $\|P_T(G)\|_F^2$, the energy of the gradient that the adapter captures.
 
     A factor that is zero has no directions: with $B = 0$ this is $\|G P_A\|_F^2$.
 

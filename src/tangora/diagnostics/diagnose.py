@@ -58,7 +58,7 @@ def diagnose(
     loss_fn: LossFn | None = None,
     progress: Progress | bool = True,
 ) -> Diagnosis:
-    r"""Measure how much of the full gradient LoRA adapters can follow.
+    r"""Measure how much of the full gradient LoRA adapters capture.
 
     For every adapted layer: the spectrum of the base model's gradient; the share $\kappa$ of its energy that the
     adapter as it stands and each initialization of `initialize` could follow; the ranks that half or most of it would

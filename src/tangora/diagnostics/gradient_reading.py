@@ -64,7 +64,7 @@ class How:
 
 
 def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
-    """Say whether gradients should be formed for their exact norms where nobody has decided."""
+    """Say whether gradients should be formed for their exact norms if the user has not decided."""
     return sum(4 * layer.m * layer.n for layer in layers) <= _EXACT_LIMIT
 
 

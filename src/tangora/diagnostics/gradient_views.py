@@ -1,4 +1,4 @@
-r"""The gradient of every adapted layer where a model stands: how large, of which rank, and what an adapter sees of it.
+r"""The gradient of every adapted layer of a model: its size, its rank, and the part that an adapter captures.
 
 $G = \partial L/\partial W$ is the gradient of the weight that acts, adapter included, so that it is the same quantity
 for every method, and for a model without adapters.

@@ -41,7 +41,7 @@ class AdapterState:
 
     @property
     def missed_energy(self) -> float:
-        r"""$\varepsilon^2$, what the adapter cannot follow."""
+        r"""$\varepsilon^2$, the energy that the adapter does not capture."""
         return self.alignment_error**2
 
 
@@ -153,7 +153,7 @@ class Diagnosis:
 
 
 def _missed_energy(layer: LayerDiagnosis) -> float:
-    """Return the energy of a layer's gradient that the adapter cannot follow."""
+    """Return the energy of a layer's gradient that the adapter does not capture."""
     if layer.adapter is not None:
         return layer.adapter.missed_energy
     captured = next(iter(layer.starts.values()), layer.reachable)

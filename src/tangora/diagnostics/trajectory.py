@@ -70,7 +70,7 @@ class Measures:
     mean_right_angle: float | None = None
 
     def known(self) -> dict[str, float]:
-        """Return the values that there are, by name."""
+        """Return the measured values, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -1,8 +1,8 @@
 """`tangora compare`: recipes, each with its own sweep of learning rates, on one task or several.
 
 The learning rate is chosen on validation data with the first seed; the chosen one is repeated with the other seeds,
-and only test results are reported. Every run has a process and a record of its own, so a comparison that was cut off
-anywhere goes on where it stopped.
+and only test results are reported. Every run has a process and a record of its own, so an interrupted
+comparison continues at the same point.
 """
 
 import shutil
@@ -99,7 +99,8 @@ def compare(
             GPU, or one.
 
     Returns:
-        Records, report and best adapter. When time ran out, what there is so far: the same call goes on.
+        Records, report and best adapter. If the time limit was reached, those of the finished runs: the same
+        call continues.
 
     Raises:
         InputError: If something in the settings cannot be used, which is known before the first run; if the folder

@@ -47,7 +47,7 @@ def export(
         The folder and what was lost.
 
     Raises:
-        InputError: If the folder is no finished run with an adapter, ``output`` exists and is not empty or cannot be
+        InputError: If the folder is not a finished run with an adapter, ``output`` exists and is not empty or cannot be
             written, or a launcher has started several processes.
     """
     check_one_process("export")

@@ -377,7 +377,8 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
     for key in ("measure_every", "curvature_every") if chosen.search else ():
         if getattr(settings, key):
             raise InputError(
-                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; leave one out"
+                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; omit "
+                "one of them"
             )
     if chosen.adapter is not None:
         return
@@ -398,7 +399,8 @@ def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
         raise InputError(f"fsdp shards the frozen base, but recipe {chosen.name} trains it; omit one of them")
     if chosen.search is not None:
         raise InputError(
-            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; leave one out"
+            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; "
+            "omit one of them"
         )
     if chosen.reads_weight:
         raise InputError(

@@ -4,8 +4,8 @@ Block $i$ moves some columns $J$ of $A$ and some rows $I$ of $B$, and so the wei
 $\{B\, H\, E_J + E_I^\top H' A\}$. Its velocity is that whose motion is nearest to the gradient, as if the other blocks
 stood still; all move together, so that what two blocks have in common is counted twice.
 
-Source: the blog on LoRA-Pro, section 13.3, says that blocks save work and memory. With the whole gradient at hand they
-would; from what LoRA sees of it, which is thin already, they do not.
+Source: the blog on LoRA-Pro, section 13.3, says that blocks save work and memory. With the whole gradient
+they would; with LoRA's gradients, which are already thin, they do not.
 """
 
 import torch

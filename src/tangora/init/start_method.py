@@ -54,7 +54,7 @@ class StartMethod:
     values: bool = False
     """Whether it weighs directions by singular values, which few passes tell too roughly."""
     offset: bool = False
-    """Whether $-s B_0 A_0$ is carried along, so that the model starts from the base."""
+    """Whether $-s B_0 A_0$ is added, so that training starts at the base model."""
     any_rank: bool = False
     """Whether the rank may exceed the smaller side of the layer."""
     any_sharding: bool = False

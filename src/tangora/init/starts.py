@@ -12,7 +12,7 @@ from tangora.init.pissa import PISSA
 from tangora.init.start_method import StartMethod
 
 PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")
-"""Options of `gradient_svds` that every initialization takes that reads gradients."""
+"""Options of `gradient_svds` that every initialization takes that needs gradients."""
 
 _STARTS = {
     "lora": StartMethod(lambda layer: layer.drawn(), {}, any_rank=True, any_sharding=True),

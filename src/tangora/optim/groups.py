@@ -52,7 +52,7 @@ class PairGroup(dict[str, Any]):
         self.pairs, self.rest, self.names = list(pairs), list(rest), list(names)
         self.cache = StackCache()
         self._shapes = [parameter.shape for parameter in self["params"]]
-        # moments of the weight's size say nothing of the rank that they were made with
+        # moments of the shape of the weight say nothing of the rank that they were made with
         self[FINGERPRINT] = zlib.crc32(repr([tuple(shape) for shape in self._shapes]).encode())
 
     def with_options(self, options: dict[str, Any]) -> "PairGroup":

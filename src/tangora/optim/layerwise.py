@@ -91,7 +91,7 @@ class LayerwiseOptimizer(PairOptimizer):
         return {**super().__getstate__(), "_compile_options": self._compile_options, "_compiled": {}}
 
     def _may_guess(self, group: dict[str, Any]) -> bool:  # noqa: ARG002
-        """Tell whether `_step_stack` may guess: nothing fails on garbage, and it moves nothing but copies."""
+        """Tell whether `_step_stack` may guess: nothing fails on garbage, and it changes only copies."""
         return False
 
     def _try(self, gathered: Gathered) -> Bool[Tensor, ""]:

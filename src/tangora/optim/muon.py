@@ -1,4 +1,4 @@
-"""Muon for some matrices and AdamW for everything else, as one optimizer: a yardstick for full weights or factors.
+"""Muon for some matrices and AdamW for everything else, as one optimizer: a baseline for full weights or factors.
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; on LoRA's factors as in arXiv:2605.10468. Both
 parts are torch's own.

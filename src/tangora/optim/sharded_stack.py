@@ -83,7 +83,7 @@ class ShardedStack(PairStack):
         return self._exchange.agreed(doubt)
 
     def rows_kept(self, key: str) -> LocalRows | None:
-        """Return which rows of a state of the weight's size this process keeps."""
+        """Return which rows of a state with the shape of the weight this process keeps."""
         return LocalRows.of(self._states["B"][0][key])
 
     def rows_of(self, key: str, size: int) -> Iterator[Float[Tensor, "N rows n"]]:

@@ -153,11 +153,11 @@ class PairStack:
         )
 
     def rows_kept(self, key: str) -> LocalRows | None:  # noqa: ARG002
-        """Return which rows this process keeps of a state of the weight's size; ``None`` if it keeps all."""
+        """Return which rows this process keeps of a state with the shape of the weight; ``None`` if it keeps all."""
         return None
 
     def rows_of(self, key: str, size: int) -> Iterator[Float[Tensor, "N rows n"]]:
-        """Yield a state of the weight's size, kept with B: those rows of at most so many members at a time.
+        """Yield a state with the shape of the weight, kept with B: those rows of at most so many members at a time.
 
         They are never copied: an update that may yet be given up must skip itself.
         """

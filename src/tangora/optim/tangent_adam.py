@@ -1,4 +1,4 @@
-r"""TangentAdam: Adam on the equivalent gradient without any matrix of the weight's size.
+r"""TangentAdam: Adam on the equivalent gradient without any matrix as large as the weight.
 
 A combination of known parts, whose sources are: the projected gradient of LoRA-Pro (arXiv:2407.18242); Adafactor's row
 and column second moments (arXiv:1804.04235), here read off the factors; projection in that metric (AdaPreLoRA,

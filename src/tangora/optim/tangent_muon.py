@@ -1,4 +1,4 @@
-r"""TangentMuon: Muon in the tangent space, without any matrix of the weight's size.
+r"""TangentMuon: Muon in the tangent space, without any matrix as large as the weight.
 
 A combination of known parts, whose sources are: orthogonalised momentum (Muon, Jordan et al. 2024); its projection onto
 the tangent space (Riemannion, arXiv:2507.12142; sMuon, arXiv:2608.14492) and alternating projections (LoRA-TSD,

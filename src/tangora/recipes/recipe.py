@@ -212,7 +212,7 @@ class Recipe:
         """Give the adapter this method's initialization.
 
         Args:
-            batches: Model inputs with labels, for initializations that read gradients.
+            batches: Model inputs with labels, for initializations that need gradients.
             held_out: Others, for an initialization that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.

@@ -151,14 +151,14 @@ _TABLE = (
     ),
     Recipe(
         "lora-pro",
-        "LoRA-Pro: Adam on the projected full gradient, moments of the weight's size",
+        "LoRA-Pro: Adam on the projected full gradient, moments of the shape of the weight",
         "arXiv:2407.18242",
         _FULL_GRID,
         _lora_pro(moments="weight"),
     ),
     Recipe(
         "lora-pro-factor",
-        "LoRA-Pro with moments of the factors' size",
+        "LoRA-Pro with moments of the shape of the factors",
         "arXiv:2407.18242",
         _FULL_GRID,
         _lora_pro(moments="factor"),

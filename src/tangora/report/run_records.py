@@ -140,7 +140,7 @@ class Flatness(FrozenModel):
 class Forgetting(FrozenModel):
     """Loss of a causal model on text that has nothing to do with the task."""
 
-    before: float = Field(description="Mean over tokens, of the untouched base, in nats.")
+    before: float = Field(description="Mean over tokens, of the original base, in nats.")
     after: float = Field(description="The same after training.")
     num_texts: Count
 

@@ -123,7 +123,7 @@ class Durations(TrainerCallback):
         return {name: seconds + self._before.get(name, 0.0) for name, seconds in self._spent().items()}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
-        """Take over the sums of the checkpoint that training goes on from, but for a second phase of this process."""
+        """Load the sums of the checkpoint from which training continues, except in a second phase of this process."""
         if state.global_step and not self._counts:
             self._before = _from_checkpoint(args, state, _SECONDS)
         self._counts = True
@@ -221,7 +221,7 @@ class TrajectoryRecorder(TrainerCallback):
         self.watch = Stopwatch()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
-        """Measure the start, or go on from a checkpoint."""
+        """Measure the initial state, or continue from a checkpoint."""
         self._lines.begin(state.global_step)
         with self.watch:
             if state.global_step:
@@ -315,7 +315,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return the checkpoint that training goes on from, or that the Trainer has just written."""
+    """Return the checkpoint from which training continues, or that the Trainer has just written."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 

@@ -43,7 +43,7 @@ class CurvaturePoint:
     spaces: dict[str, SpaceCurvature]
 
     def known(self) -> dict[str, float]:
-        """Return the values that there are, by name; those of a space after its name."""
+        """Return the measured values, by name; those of a space after its name."""
         own: dict[str, Any] = {"loss": self.loss, "gradient_norm": self.gradient_norm}
         if self.captured_energy is not None:
             own["captured_energy"] = self.captured_energy
@@ -133,7 +133,7 @@ class CurvatureCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ):
-        """Measure the start, or go on from a checkpoint."""
+        """Measure the initial state, or continue from a checkpoint."""
         self._lines = JsonLines(self._path or RunFolder(Path(str(args.output_dir))).curvature)
         self._lines.begin(state.global_step)
         if not state.global_step:

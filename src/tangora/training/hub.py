@@ -18,7 +18,7 @@ TIMEOUT = 4.0  # seconds; a name server that does not answer would take far long
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Let ``huggingface_hub``, and the loaders that ask it, use nothing but their caches."""
+    """Let ``huggingface_hub``, and the loaders that ask it, use only their caches."""
     # both read the environment only once, when they are imported
     holders = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in holders]

@@ -49,8 +49,8 @@ def check_two_phases(trainer: transformers.Trainer, name: str) -> None:
     }
     for what in (key for key, used in cannot.items() if used):
         raise InputError(
-            f"{what} cannot be used with recipe {name!r}, whose first phase trains another adapter than the second: "
-            "leave one of them out"
+            f"{what} cannot be used with recipe {name!r}, whose first phase trains another adapter than "
+            "the second: omit one of them"
         )
 
 

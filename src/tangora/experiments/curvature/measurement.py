@@ -166,7 +166,7 @@ class _Part:
 
 
 class _Measurement:
-    """What is to be measured at a point, part by part, and what was found."""
+    """The parts of a measurement at a point, and their results."""
 
     pairs: Eigenpairs
     """Of the main operator, whose spectrum is the first part."""

@@ -129,7 +129,7 @@ def check_chat(task: Task, chat_template: bool | str | None) -> None:
 def sized(settings: _SettingsT, folder: Path) -> tuple[_SettingsT, Task]:
     """Load the data for an output folder, and write the sizes of its splits into the settings.
 
-    Sizes that are not given are those in the folder, so that the same command continues what is there.
+    Sizes that are not given are those in the folder, so that the same command continues the run.
     """
     check_output(folder)
     check_device(settings.device)
@@ -164,12 +164,12 @@ def with_notes_on_cuts(settings: DataSettings, task: Task, loaded: LoadedModel) 
 
 
 def load_base(settings: RunSettings, task: Task) -> LoadedModel:
-    """Load the untouched base model of a run; a new head is drawn from the run's seed."""
+    """Load the original base model of a run; a new head is drawn from the run's seed."""
     return _load(settings, task.kind, task.labels)
 
 
 def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
-    """Load the untouched base model of a finished run, with what stands beside its adapter instead of the data."""
+    """Load the original base model of a finished run, with the files next to its adapter instead of the data."""
     kind, labels = _saved_kind(adapter, settings), _saved_labels(adapter)
     if kind == "classification" and not labels:
         try:

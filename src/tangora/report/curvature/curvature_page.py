@@ -101,7 +101,7 @@ def render_curvature(record: CurvatureRecord) -> str:
 
 
 def curvature_sentences(record: CurvatureRecord) -> list[str]:
-    """Say in words what was found, the most important first."""
+    """State the results in words, the most important first."""
     main = record.main
     unsure = "Not all of these eigenvalues converged within the budget; the residuals bound their errors."
     return formats.sentences(

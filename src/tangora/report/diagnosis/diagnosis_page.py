@@ -114,7 +114,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
 
 
 def diagnosis_sentences(diagnosis: Diagnosis) -> list[str]:
-    """Say in words what was found, the most important first."""
+    """State the results in words, the most important first."""
     return formats.sentences(
         *_of_adapter(diagnosis),
         _of_starts(diagnosis),

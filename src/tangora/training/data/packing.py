@@ -60,6 +60,6 @@ def _last(model: nn.Module, encodings: Sequence[Encoding]) -> Float[Tensor, "t v
 
 def _refused(model: nn.Module, name: str) -> InputError:
     return InputError(
-        f"packing cannot be used with model {name!r}: {type(model).__name__} mixes the examples of a packed batch; "
-        "leave it out"
+        f"packing cannot be used with model {name!r}: {type(model).__name__} mixes the examples of a "
+        "packed batch; omit it"
     )

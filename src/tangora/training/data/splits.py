@@ -16,7 +16,8 @@ _MOST_VALIDATION, _MOST_TEST = 200, 500  # sizes by default, where the data is l
 class Counts(NamedTuple):
     """How many examples each split gets.
 
-    ``train=None`` is all that remain. ``None`` for the others is a fifth of the data, at most 200 and 500, or of a
+    ``train=None`` is all remaining examples. ``None`` for the others is a fifth of the data, at most 200 and
+    500, or of a
     split of its own all, at most 200 and 500.
     """
 

@@ -74,7 +74,7 @@ def load_task(
             ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data set, ``owner/name`` or
             ``owner/name/config``.
         kind: ``classification`` or ``causal``; by default the former where there is a label beside a text.
-        num_train: Number of training examples in [1, inf); by default all that remain, or 2000 generated ones.
+        num_train: Number of training examples in [1, inf); by default all remaining examples, or 2000 generated ones.
         num_validation: Number of validation examples, in [0, inf); by default a fifth of the data, at most 200, and
             200 of packaged and generated data. Of a data set with a validation split, all of it, at most 200.
         num_test: Number of test examples, in [0, inf); by default a fifth of the data, at most 500, and 500 of packaged

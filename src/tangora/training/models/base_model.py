@@ -352,7 +352,7 @@ def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of somebody else's error, with its type where that says more."""
+    """Return the first line of another library's error, with its type where that is clearer."""
     text = reason(error)
     return (
         text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
