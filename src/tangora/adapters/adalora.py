@@ -1,4 +1,4 @@
-"""From AdaLoRA's three factors to plain LoRA of the ranks that AdaLoRA found."""
+"""Conversion of AdaLoRA's three factors to plain LoRA with AdaLoRA's ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tangora.adapters.saved_factors import commonest
 
 @torch.no_grad()
 def from_adalora(model: nn.Module) -> PeftModel:
-    r"""Turn an AdaLoRA adapter into plain LoRA of the ranks that it has found, which any optimizer can train on.
+    r"""Convert an AdaLoRA adapter to plain LoRA with its current ranks, which every optimizer can train.
 
     $s\, P\, \mathrm{diag}(e)\, Q$ becomes $B A$ with $B = P \sqrt{s |e|}$ and $A = \mathrm{sign}(e) \sqrt{s |e|}\, Q$,
     without the directions whose $e$ AdaLoRA has set to zero; a layer that has lost all keeps one, with $B = 0$. The

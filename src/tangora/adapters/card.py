@@ -1,4 +1,4 @@
-"""What stands beside a saved adapter: its README.md, the config of the base model, the tokenizer."""
+"""Files next to a saved adapter: README.md, the config of the base model, the tokenizer."""
 
 import importlib.metadata
 import json
@@ -120,7 +120,7 @@ def model_card(
 
 
 def _without_paths(text: str) -> str:
-    """Shorten absolute paths to their last part, so that no card tells of the machine it was written on.
+    """Shorten absolute paths to their last part, so that a card does not describe the machine that wrote it.
 
     Example:
         >>> _without_paths("/home/me/data/train.jsonl, see https://example.org/a/b")

@@ -51,12 +51,12 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[LoraPa
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:
-    """Put the layers that are no plain pair into one sentence."""
+    """Describe the layers that are not plain pairs in one sentence."""
     return f"not plain LoRA pairs, so trained by AdamW: {by_reason(skipped)}"
 
 
 def by_reason(skipped: dict[str, str]) -> str:
-    """Group layers by the reason why they are no plain pair."""
+    """Group layers by the reason why they are not plain pairs."""
     names: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         names.setdefault(reason, []).append(name)
@@ -69,7 +69,7 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def discover(model: nn.Module, adapter_name: str | None = None) -> Discovery:
-    """Find the pairs of a PEFT model and what is none, without a warning; 4-bit layers under pairs keep their layout.
+    """Find the pairs and other layers of a PEFT model, without a warning; 4-bit layers under pairs keep their layout.
 
     Args:
         model: A model made by PEFT.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, written by one of the processes that want them."""
+"""Folders that are written completely or not at all, by one of several processes."""
 
 import errno
 import itertools
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 def check_replaceable(target: Path, *, what: str, marker: str, known: Callable[[str], bool]) -> None:
-    """Refuse to replace a folder that holds anything but what is to be written."""
+    """Raise `InputError` if a folder to be replaced contains other files."""
     if not target.exists():
         return
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
@@ -44,7 +44,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Move a folder to its place; what was there comes back if that fails."""
+    """Move a folder to its place; restore the previous folder if that fails."""
     for attempt in itertools.count():
         old = source.with_name(f"old-{attempt}")
         try:

@@ -1,4 +1,4 @@
-"""The trained model as a plain one, without PEFT."""
+"""The trained model as a plain model, without PEFT."""
 
 import copy
 import inspect
@@ -45,7 +45,7 @@ def merged_model(model: nn.Module) -> nn.Module:
 
 
 def save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the trained model as a plain one that needs neither PEFT nor tangora.
+    """Save the trained model as a plain model that needs neither PEFT nor tangora.
 
     Save the tokenizer beside it yourself. With ``torch.distributed`` running, rank 0 writes, and other ranks that call
     this wait for it.

@@ -1,4 +1,4 @@
-r"""Initializations that need $W_0 - s B_0 A_0$ as their base get it without a change of the base weights.
+r"""Initial adapter products: layers compute with $W_0 - s B_0 A_0$ without a change of the base weights.
 
 An initialization that sets $A = A_0$, $B = B_0$ must not change the model. Subtracting the product from the base
 weight is inexact in low precision, impossible in 4 bit, and leaves a base that saved adapters no longer fit. Here every
@@ -133,7 +133,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
 
 
 def detach_offset(model: PeftModel, adapter_name: str) -> None:
-    """Take the offset away: the model then computes what PEFT's does with the same trained factors.
+    """Remove the initial product: the model then computes the same as PEFT's with the trained factors.
 
     Args:
         adapter_name: The adapter; without an offset nothing happens.
@@ -153,7 +153,7 @@ def detach_offset(model: PeftModel, adapter_name: str) -> None:
 
 
 def has_offset(model: PeftModel, adapter_name: str) -> bool:
-    """Say whether an adapter carries an offset."""
+    """Return whether an adapter subtracts an initial product."""
     return any(get_offset(module, adapter_name) for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-r"""One PEFT layer with a frozen second pair: $W_0 x + s (B A x - B_0 A_0 x)$, whatever kind of layer it is.
+r"""One PEFT layer with a frozen second pair: $W_0 x + s (B A x - B_0 A_0 x)$, for every kind of layer.
 
 The layer behaves as PEFT's would on the base weight $W_0 - s B_0 A_0$, while the base weight stays as it is. Its state
 is the one plain pair $A' = [A; A_0]$, $B' = [B, -B_0]$ that represents the same update on the original base,
@@ -58,13 +58,13 @@ class _Offset(nn.Module):
 
 
 class OffsetVariant(LoraVariant):
-    """PEFT's hook into a layer's forward pass and merging, here for an adapter that carries an offset."""
+    """PEFT's hook into a layer's forward pass and merging, for an adapter with an initial product."""
 
     def __init__(self, inner: LoraVariant | None):
         self.inner = inner
 
     def supports_lora_conversion(self) -> bool:
-        """Say no: PEFT's conversion reads the trained pair alone."""
+        """Return False: PEFT's conversion uses only the trained pair."""
         return False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -179,7 +179,7 @@ def copy_offset(layer: Any, source: str, adapter: str) -> None:
 
 
 def refusal(adapter: str, reason: str) -> InputError:
-    """Make the error for what PEFT cannot do with an adapter that has an offset."""
+    """Return the error for an operation that PEFT cannot do with an initial product."""
     return InputError(
         f"adapter {adapter!r} has an initial product that is subtracted, and {reason}: save it with "
         "tangora.save_adapter, load it on the base with tangora.load_adapter(base, path, "
@@ -188,7 +188,7 @@ def refusal(adapter: str, reason: str) -> InputError:
 
 
 def drop_offset(layer: Any, adapter: str) -> None:
-    """Take a layer's offset away; the layer then computes what PEFT's does."""
+    """Remove a layer's initial product; the layer then computes the same as PEFT's."""
     del layer.lora_offset[adapter]
     variant = layer.lora_variant.pop(adapter)
     if variant.inner is not None:

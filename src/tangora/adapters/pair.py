@@ -17,7 +17,7 @@ _BASE = "base_model.model."
 
 
 class MovingFactors(NamedTuple):
-    """The factors along which a layer's weight moves."""
+    """The factors that change a layer's weight."""
 
     A: FactorA
     B: FactorB
@@ -70,7 +70,7 @@ class LoraPair:
 
     @property
     def trainable(self) -> bool:
-        """Whether both factors are trained; one alone has no tangent space to move in."""
+        """Whether both factors are trained; one factor alone has no tangent space."""
         return self.A.requires_grad and self.B.requires_grad
 
     @property
@@ -192,7 +192,7 @@ class LoraPair:
 
     @torch.no_grad()
     def weight(self, base: Weight | None = None) -> Weight:
-        r"""Return $W_0 + s (B A - B_0 A_0)$, what the layer computes with but for DoRA's magnitudes.
+        r"""Return $W_0 + s (B A - B_0 A_0)$, the weight of the layer without DoRA's magnitudes.
 
         Args:
             base: What is added to; default `base_weight`.
@@ -205,7 +205,7 @@ class LoraPair:
 
     @torch.no_grad()
     def row_scale(self) -> Tensor | None:
-        r"""Return what DoRA multiplies each row of $W_0 + s B A$ with, magnitude over norm.
+        r"""Return DoRA's factor for each row of $W_0 + s B A$, magnitude over norm.
 
         PEFT takes the norm as a constant in the backward pass, so that the factors move the layer's weight by
         $D\,(s B A)$ with the diagonal $D$ returned here.

@@ -1,4 +1,4 @@
-"""PEFT models as they are met: wrapped, sharded, merged, mixed; and the base model under their adapters."""
+"""PEFT models in all forms: wrapped, sharded, merged, mixed; and the base model under their adapters."""
 
 import contextlib
 from collections.abc import Container, Iterable, Iterator
@@ -44,12 +44,12 @@ def base_layer(layer: nn.Module) -> nn.Module:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Say whether a model holds an adapter of any kind, made by PEFT or put into a plain model."""
+    """Return whether a model has an adapter of any kind, created by PEFT or injected into a plain model."""
     return isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 def check_unfused(model: nn.Module) -> None:
-    """Raise `InputError` if fused kernels compute past the layers, whose inputs and offsets they do not know."""
+    """Raise `InputError` if fused kernels bypass the layers, so that hooks and initial products have no effect."""
     for name, module in model.named_modules():
         for value in (*vars(module).values(), type(module).forward):
             bound = getattr(value, "func", value)  # of a partial
@@ -82,7 +82,7 @@ def active_adapter(model: nn.Module) -> str:
 
 
 def bare_model(model: nn.Module) -> PeftModel:
-    """Look through wrappers at a PEFT model, and refuse one that computes with adapters it does not own."""
+    """Return the PEFT model inside wrappers; raise `InputError` if it uses adapters of another model."""
     bare = unwrapped(model)
     if isinstance(bare, PeftMixedModel):
         raise InputError(
@@ -116,7 +116,7 @@ def named_adapter_parameters(
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module, *, keep_heads: bool = False) -> Iterator[None]:
-    """Let a model compute what it would without adapters and modules to save.
+    """Switch off adapters and modules to save for a while.
 
     PEFT's own ``disable_adapter`` leaves the active adapter trainable, whether it was or not; here only the switch
     itself is moved, and put back.
@@ -142,7 +142,7 @@ def adapters_off(model: nn.Module, *, keep_heads: bool = False) -> Iterator[None
 
 
 def adapter_switches(model: nn.Module) -> tuple[Any, ...]:
-    """Return what PEFT changes without touching a tensor, comparable: scalings, active adapters, and what is off."""
+    """Return PEFT's settings that are not tensors, for comparison: scalings, active and disabled adapters."""
     scaled: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
     return tuple(
         (*layer.scaling.values(), *layer.active_adapters, layer.disable_adapters) for layer in scaled
@@ -179,7 +179,7 @@ def check_not_sharded(
 def check_gathered(
     model: nn.Module, what: str, *, adapters_only: bool = False, gathered: Container[str] = ()
 ) -> None:
-    """Refuse to write parameters of which a process holds a part only, but for those that were gathered."""
+    """Raise `InputError` if a parameter to be saved is sharded and was not gathered."""
     parameters = named_adapter_parameters(model) if adapters_only else model.named_parameters()
     check_not_sharded(((name, p) for name, p in parameters if name not in gathered), what, _GATHER)
     for name, module in model.named_modules():

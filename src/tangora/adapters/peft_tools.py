@@ -1,4 +1,4 @@
-"""PEFT's tools that work on factors past their layer, and would leave an offset behind: they ask here first.
+"""PEFT's tools that change factors without their layer would ignore an initial product: they are checked here.
 
 Layers refuse by themselves what goes through their methods (`put_offset`). The rest is refused, or completed, at the
 one place in PEFT that each tool has to pass, looked up at call time: importing a tool before tangora changes nothing.
@@ -23,7 +23,7 @@ from tangora.adapters.offset_layer import copy_offset, get_offset, refusal
 
 
 def respect_offsets() -> None:
-    """Let PEFT's tools ask for offsets, from now on in this process; without an offset they do what they did."""
+    """Make PEFT's tools check for initial products in this process; without one they do not change."""
     LoraModel.inject_adapter = _inject_with_offset(LoraModel.inject_adapter)
     _ask_first(PeftModel, "load_adapter", _check_rank)
     _ask_first(LoraModel, "add_weighted_adapter", _check_combined)

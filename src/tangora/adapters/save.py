@@ -55,7 +55,7 @@ _FILES = {WEIGHTS, CONFIG_FILE, _CARD, "adapter_model.bin"}
 
 @dataclass(frozen=True)
 class SavedAdapter(os.PathLike[str]):
-    """An adapter on disk; it can be given wherever a path can."""
+    """A saved adapter; it is accepted wherever a path is."""
 
     path: Path
     """Its folder."""
@@ -76,7 +76,7 @@ class SavedAdapter(os.PathLike[str]):
 
 
 def initial_factors(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the adapter's factors, to be taken before training where PEFT's initialization changed the base weights.
+    """Copy the adapter's factors; call it before training if PEFT's initialization changed the base weights.
 
     Args:
         model: PEFT model as `get_peft_model` returned it, possibly wrapped (DDP, torch.compile).
@@ -127,7 +127,7 @@ def save_adapter(
             as it is. A loaded adapter cannot grow those ranks again.
         uniform: Write one rank, one alpha and the scaling alpha / rank for all layers, as readers without patterns
             need it (GGUF, some servers). Every update stays as it is, up to the rounding of the factors: other scalings
-            go into $B$, smaller ranks are filled up with zeros. Without patterns and rsLoRA nothing changes.
+            go into $B$, smaller ranks are padded with zeros. Without patterns and rsLoRA nothing changes.
         initial: What `initial_factors` returned before training, for PEFT's initializations that change the base
             weights (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.

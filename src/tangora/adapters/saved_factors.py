@@ -1,4 +1,4 @@
-r"""The files of an adapter, and the same adapter at other ranks: its factors, and the config that says so.
+r"""The files of an adapter, and the same adapter at other ranks: factors and config.
 
 From the factors alone: no matrix as large as the weight is ever formed.
 """
@@ -27,7 +27,7 @@ _FACTOR = re.compile(r"^(?P<layer>.*)\.lora_(?:embedding_)?(?P<letter>[AB])(?:\.
 
 
 class AdapterFiles(NamedTuple):
-    """What PEFT wrote, or what will take its place."""
+    """The files that PEFT wrote, or their replacement."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -50,7 +50,7 @@ class AdapterFiles(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a cut to a smaller rank took off the updates, in Frobenius norm and relative to them."""
+    """The error of a truncation to a smaller rank, relative to the updates, in Frobenius norm."""
 
     relative_error: float
     errors: dict[str, float]
@@ -173,7 +173,7 @@ def is_uniform(config: Mapping[str, Any]) -> bool:
 
 
 def uniform(files: AdapterFiles, scalings: Mapping[str, float]) -> AdapterFiles:
-    r"""Write every update $s B A$ with one scaling $c$ and one rank: $c\,(\tfrac{s}{c} B) A$, filled up with zeros.
+    r"""Write every update $s B A$ with one scaling $c$ and one rank: $c\,(\tfrac{s}{c} B) A$, padded with zeros.
 
     The scaling $c$ is one of the adapter's own. Factors that are multiplied by a power of two keep every bit, so the
     one is taken from which most entries of $B$ differ by such a power.

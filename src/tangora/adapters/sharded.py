@@ -1,4 +1,4 @@
-"""Tensors of which every process holds a part (DTensor): made whole for a computation, and cut again after it.
+"""Tensors of which every process holds a part (DTensor): gathered for a computation, and sharded again after it.
 
 Between steps everything is a part, within a step everything is whole. All processes call these functions together.
 """
@@ -22,7 +22,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds, in the tensor's own memory."""
+    """Return the local part of a tensor, in the tensor's own memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -64,7 +64,7 @@ def share(value: Tensor, like: Tensor) -> Tensor:
 
 
 def distribute(value: Tensor, like: Tensor) -> Tensor:
-    """Cut a whole tensor as another of its shape is cut; no communication, since every process has it."""
+    """Shard a whole tensor like another of its shape; no communication, since every process has it."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

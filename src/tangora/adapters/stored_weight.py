@@ -1,4 +1,4 @@
-"""The weight of a layer without an adapter, whatever it is stored as."""
+"""The weight of a layer without an adapter, for every storage format."""
 
 import warnings
 from collections.abc import Iterable

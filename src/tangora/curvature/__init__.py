@@ -1,4 +1,4 @@
-"""Curvature of LoRA training: Hessian products in factors, tangent space and weights, and what is read from them."""
+"""Curvature of LoRA training: Hessian–vector products over factors, tangent space and weights, and their spectra."""
 
 from tangora.curvature.batch_noise import BatchCurvature, BatchNoise, Spread, batch_statistics
 from tangora.curvature.density import SpectralDensity, spectral_density

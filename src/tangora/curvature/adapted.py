@@ -1,4 +1,4 @@
-r"""Adapted layers seen as weights: a displacement $\Delta = P K + J Q$ of $W$ enters through longer factors.
+r"""Adapted layers by their weights: a displacement $\Delta = P K + J Q$ of $W$ enters through longer factors.
 
 $W + \Delta$ is what the layer computes with $A' = [A; K; Q]$ and $B' = [B, P/s, J/s]$, so that no matrix as
 large as the weight is formed, for every kind of layer (linear, transposed, convolution, embedding) and every storage of
@@ -91,7 +91,7 @@ class AdaptedLayer:
 def adapted_layers(
     evaluation: Evaluation, *, adapter_name: str | None = None, layers: Iterable[str] | None = None
 ) -> list[AdaptedLayer]:
-    """List the pairs whose curvature can be read, in the order of the model: trainable ones, or those of one adapter.
+    """List the pairs with a measurable curvature, in the order of the model: trainable ones, or those of one adapter.
 
     Raises `InputError` if there is none, one of them uses DoRA, is merged or inactive, or two adapters share a layer.
     """

@@ -89,7 +89,7 @@ class BatchNoise:
 
 
 class _BatchReading(NamedTuple):
-    """What one batch gives."""
+    """The results of one batch."""
 
     weight: float
     largest: Eigenvalue

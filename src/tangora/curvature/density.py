@@ -55,7 +55,7 @@ class Distribution(NamedTuple):
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    r"""What is known of all eigenvalues together.
+    r"""An estimate of the distribution of all eigenvalues.
 
     Attributes:
         nodes: $\theta_j$ of each probe, ascending.

@@ -1,4 +1,4 @@
-"""Make a model twice differentiable for a while, and say clearly why where that cannot be."""
+"""Make a model twice differentiable for a while, or raise an error with the reason."""
 
 import contextlib
 import re
@@ -39,7 +39,7 @@ def readable(model: nn.Module, batches: Any = None, *, twice: bool = True) -> It
 
 @contextlib.contextmanager
 def explained(cure: str = _CURE) -> Iterator[None]:
-    """Turn what torch says about a missing second derivative into an `InputError` with a cure."""
+    """Turn torch's errors about a missing second derivative into an `InputError` with a solution."""
     try:
         yield
     except RuntimeError as error:

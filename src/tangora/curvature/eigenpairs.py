@@ -1,4 +1,4 @@
-"""Some eigenvalues of a symmetric operator, with their vectors and with what they are worth."""
+"""Some eigenvalues of a symmetric operator, with their vectors and error bounds."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The loss of a model as a function of tensors that stand in for its own; nothing is written into the model."""
+"""The loss of a model as a function of tensors that replace its own; the model is not changed."""
 
 import contextlib
 import math

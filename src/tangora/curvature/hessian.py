@@ -122,7 +122,7 @@ class Hessian(CurvatureOperator):
         return self._cache_graph
 
     def release(self) -> None:
-        """Free the memory of kept graphs; the next product makes them anew."""
+        """Free the memory of kept graphs; the next product builds them again."""
         self._graphs = []
 
     _forget = release

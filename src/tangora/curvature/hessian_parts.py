@@ -25,7 +25,7 @@ from tangora.curvature.spaces import Bases, LowRankSpace, PulledBackSpace, Tange
 
 
 class _HessianOptions(AdapterArguments, total=False):
-    """What all of these take; see `Hessian`."""
+    """Common arguments; see `Hessian`."""
 
     loss_fn: LossFn | None
     differentiation: Differentiation
@@ -33,7 +33,7 @@ class _HessianOptions(AdapterArguments, total=False):
 
 
 class WeightPart(Hessian):
-    r"""$J^\top H_W J$: what the factors' Hessian takes from the curvature of the loss in the weights.
+    r"""$J^\top H_W J$: the part of the factors' Hessian from the curvature of the loss in the weights.
 
     Coordinates are those of ``Hessian(over="factors")``; `loss_at` and `gradient_at` move the weight by $J$ times the
     displacement. Arguments are those of `Hessian`, but for ``over``.
@@ -44,7 +44,7 @@ class WeightPart(Hessian):
 
 
 class CouplingPart(CurvatureOperator):
-    r"""$\Gamma$: what the factors' Hessian takes from the gradient, not from curvature.
+    r"""$\Gamma$: the part of the factors' Hessian from the gradient, not from curvature.
 
     $(dA, dB) \mapsto (s\, dB^\top G,\; s\, G\, dA^\top)$. Its eigenvalues come in pairs $\pm s\, \sigma_i(G)$, each $r$
     times for a layer's gradient $G$, whatever the factors are. At $B = 0$ it is the whole Hessian except the

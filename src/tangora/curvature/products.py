@@ -1,4 +1,4 @@
-"""What every algorithm here needs of an operator: counted and checked products, and random vectors to start from."""
+"""The interface of operators for all algorithms: counted and checked products, and random vectors to start from."""
 
 import math
 from typing import Any, Protocol, runtime_checkable

@@ -135,7 +135,7 @@ class Space(ABC):
 
 
 class FactorSpace(Space):
-    """The trainable factors themselves; the Hessian is the one LoRA's optimizer sees, and depends on the gauge."""
+    """The trainable factors themselves; the Hessian over the factors depends on the gauge."""
 
     kind = "factors"
 

@@ -1,4 +1,4 @@
-"""Full weight matrices as coordinates: the curvature that full fine-tuning would meet."""
+"""Full weight matrices as coordinates: the curvature for full fine-tuning."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`diagnose`: the share of the gradient that each adapter captures, where it misses most, and which ranks would do."""
+"""`diagnose`: the share of the gradient that each adapter captures, the layers that miss most of it, and ranks."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-r"""How far weights have moved: a PEFT model's pairs, from thin factors, or weights that are trained themselves.
+r"""The change of weights: a PEFT model's pairs, from thin factors, or weights that are trained themselves.
 
 In float64 whatever comes in. The change of a weight is held as $Y = B A$ with everything (scaling, offset) in the
 factors; a DoRA layer's weight is $D\,(W_0 + Y)$ with a diagonal $D$.

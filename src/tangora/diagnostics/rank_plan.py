@@ -1,4 +1,4 @@
-r"""Which rank a layer needs, and how to share a budget of adapter parameters among layers.
+r"""The rank that a layer needs, and the distribution of a parameter budget over layers.
 
 A rank-r adapter moves its weight within a space of directions $U K + J V$, with r columns in $U$ and r rows in $V$. Of
 a gradient with singular values $\sigma_i$ it can capture at most $\sum_{i \le 2r} \sigma_i^2$, and does so when the
@@ -96,7 +96,7 @@ class RankPlan:
 
     @property
     def gain(self) -> float:
-        """What the plan captures more than the uniform rank, as a share of the gradient's energy."""
+        """Additional energy compared with the uniform rank, as a share of the gradient's energy."""
         return self.captured_energy - self.uniform_captured_energy
 
     def config(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def plan_ranks(
     alpha: float | int | None = None,
     use_rslora: bool = False,
 ) -> RankPlan:
-    r"""Deal out the adapter parameters of a uniform rank so that they capture the most gradient energy.
+    r"""Distribute the adapter parameters of a uniform rank so that they capture the most gradient energy.
 
     One more rank in a layer costs $m + n$ parameters and can capture $\sigma_{2r+1}^2 + \sigma_{2r+2}^2$ more. These
     gains only shrink, so that taking the best gain per parameter again and again is optimal, but for the parameters

@@ -1,4 +1,4 @@
-"""What a diagnosis found, as plain dataclasses that JSON can hold."""
+"""The results of a diagnosis, as plain dataclasses that can be saved as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-r"""A training run as a path of weights: how long it is, where it leads, and how adapters stand to the gradient on it.
+r"""A training run as a path of weights: its length, its end, and the gradient energy that adapters capture on it.
 
 Call `Trajectory.advance` after every optimizer step; `measure` returns a `TrajectoryPoint`. Both only read: model,
 gradients, training mode and random states stay as they were.
@@ -21,7 +21,7 @@ from tangora.diagnostics.snapshots import Reference
 
 @dataclass(frozen=True)
 class Measures:
-    r"""Where one layer, or all of them, stands at one step.
+    r"""The measures of one layer, or of all, at one step.
 
     All norms are Frobenius norms of weights ($m \times n$), those over all layers of all of them together. Of condition
     numbers and largest angles the total is the largest, of relative imbalance and ranks the mean. A value is ``None``
@@ -88,7 +88,7 @@ class TrajectoryPoint:
 
 
 class Trajectory:
-    """Follows the weights of one model through training.
+    """Measures the path of a model's weights during training.
 
     Call `begin` before the first step, `advance` after each, and `measure` whenever a point is wanted.
 

@@ -3,7 +3,7 @@ r"""The tangent space of the rank-r matrices at $Y = B A$, computed only with th
 Convention: the adapted weight is $W = W_0 + s B A$ and $g = \partial L/\partial W$. Autograd gives
 $g_A = s B^\top g$ and $g_B = s\, g A^\top$; divided by $s$ they are the **cotangent**
 $(B^\top g,\; g A^\top)$, the only information about $g$ in LoRA's gradients. Nothing here depends on $s$, and nothing
-of size $m \times m$, $n \times n$ or $m \times n$ is formed (except in functions whose argument already is $m \times n$).
+of size $m \times m$, $n \times n$ or $m \times n$ is formed (except in functions with an $m \times n$ argument).
 
 Tangent vectors are held in orthonormal bases, $\xi = U K + J V$ with $U^\top J = 0$, where $U$ spans the columns of
 $B$ and $V$ the rows of $A$. They stay of the size of $\xi$ when $B$ or $A$ shrinks to zero, and they are the same in

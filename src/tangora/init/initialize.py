@@ -46,7 +46,7 @@ _Layer = tuple[LoraPair, LayerToStart]
 
 @dataclass(frozen=True, repr=False)
 class Start:
-    """What `initialize` did."""
+    """The result of `initialize`."""
 
     method: str
     names: tuple[str, ...]

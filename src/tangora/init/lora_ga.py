@@ -1,4 +1,4 @@
-r"""LoRA-GA: start where the first step of LoRA is closest to that of full fine-tuning.
+r"""LoRA-GA: initialize so that the first step of LoRA is closest to that of full fine-tuning.
 
 Any split of the top $2r$ singular directions of the gradient, $r$ to each factor, minimises
 $\|s^2 (B_0 B_0^\top G + G A_0^\top A_0) - \zeta G\|$. The base weight must be $W_0 - s B_0 A_0$ then, so that the model

@@ -1,4 +1,4 @@
-r"""LoRA-One: start with one step of gradient descent, as far as rank $r$ allows.
+r"""LoRA-One: initialize with the rank-$r$ part of one step of gradient descent.
 
 The final version leaves the base weight alone, so that $W_0 + s B_0 A_0$ is that step; the earlier one of the slides
 takes the directions only and compensates in the base weight.

@@ -1,4 +1,4 @@
-"""Which initialization an adapter has, remembered on its model, so that none is made twice or erases training."""
+"""A record on the model of each adapter's initialization, so that none is repeated or overwrites training."""
 
 import math
 
@@ -12,7 +12,7 @@ _MARK = "_tangora_starts"
 
 
 def mark_started(model: PeftModel, adapter: str, method: str) -> None:
-    """Remember the initialization that an adapter has just been given, and what its factors were."""
+    """Record the initialization of an adapter, and its factors."""
     vars(model).setdefault(_MARK, {})[adapter] = method, _size(model, adapter)
 
 

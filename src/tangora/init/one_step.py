@@ -1,4 +1,4 @@
-r"""One step of full gradient descent, cut to rank $r$, and no training after it: a baseline that costs nothing."""
+r"""One step of full gradient descent, truncated to rank $r$, without training: a baseline that costs nothing."""
 
 from typing import Any
 

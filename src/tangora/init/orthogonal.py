@@ -1,4 +1,4 @@
-"""Random orthogonal factors: the initialization that needs nothing and gives both factors a full-rank Gram matrix."""
+"""Random orthogonal factors: an initialization without data that gives both factors a full-rank Gram matrix."""
 
 from typing import Any
 

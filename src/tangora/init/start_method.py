@@ -1,4 +1,4 @@
-"""One row of the table of initializations: what it takes and reads, and the factors that it makes of one layer.
+"""One row of the table of initializations: its inputs, and its factors for one layer.
 
 Models stay outside: nothing here writes a parameter. `initialize` carries out what the row says, and a diagnosis looks
 at the gradient through the same factors.
@@ -19,7 +19,7 @@ StartFactors = tuple[FactorA, FactorB]
 
 @dataclass(frozen=True)
 class LayerToStart:
-    """What an initialization may be made of."""
+    """The inputs of an initialization for one layer."""
 
     shape: tuple[int, int, int]
     """``(m, n, r)``."""

@@ -37,7 +37,7 @@ def start_method(name: str) -> StartMethod:
 
 
 def check_options(method: str, options: Mapping[str, Any], *, has_batches: bool) -> StartMethod:
-    """Look up an initialization and check what it is given."""
+    """Look up an initialization and check its arguments."""
     chosen = start_method(method)
     allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.reads_gradients else ()))
     for key in options:

@@ -1,4 +1,4 @@
-"""Axolotl trains by a recipe: ``plugins: [tangora.integrations.axolotl.TangoraPlugin]`` and ``tangora_recipe: ...``."""
+"""Recipes in Axolotl: ``plugins: [tangora.integrations.axolotl.TangoraPlugin]`` and ``tangora_recipe: ...``."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class TangoraArgs(BaseModel):
 
 
 class TangoraPlugin(BasePlugin):
-    """Lets the trainer that Axolotl makes, of whatever kind, train by a recipe.
+    """Applies a recipe to the trainer that Axolotl creates.
 
     The recipe's learning rate is ``learning_rate``; its initialization reads the trainer's own data and loss.
     """

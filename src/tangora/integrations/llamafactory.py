@@ -1,4 +1,4 @@
-"""LLaMA-Factory trains by a recipe: ``python -m tangora.integrations.llamafactory config.yaml``.
+"""Recipes in LLaMA-Factory: ``python -m tangora.integrations.llamafactory config.yaml``.
 
 Its trainers have no hook for optimizers (v0), or one that must be registered in their process (v1), so that this
 command takes the place of ``llamafactory-cli train``. As there, ``USE_V1=1`` chooses v1. Several processes:
@@ -33,7 +33,7 @@ _ENGINES = ("use_hyper_parallel", "use_mca", "use_ray", "use_kt")
 
 
 def train(args: dict[str, Any] | None = None, callbacks: list[Any] | None = None) -> None:
-    """Train with LLaMA-Factory v0 by a recipe, as ``llamafactory.train.tuner.run_exp`` does.
+    """Train with LLaMA-Factory v0 and a recipe, as ``llamafactory.train.tuner.run_exp`` does.
 
     Args:
         args: Options of LLaMA-Factory and, beside them, ``tangora_recipe`` and perhaps
@@ -90,7 +90,7 @@ def _trained_by(entry: tangora.Recipe, place: str, rates: dict[str, Any]) -> Ite
 
 
 class OptimConfig(BaseModel, extra="forbid"):
-    """What ``optim_config`` of LLaMA-Factory v1 holds."""
+    """The options in ``optim_config`` of LLaMA-Factory v1."""
 
     name: str
     recipe: str
@@ -154,7 +154,7 @@ def _is_on(variable: str) -> bool:
 
 
 def main() -> None:
-    """Train by the file that the command line names; bad input ends with one line and exit code 2."""
+    """Train by the file that the command line names; invalid input ends with one line and exit code 2."""
     try:
         _check_command()
         if not _is_on("USE_V1"):

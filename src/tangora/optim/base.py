@@ -1,4 +1,4 @@
-"""What every pair optimizer shares: groups, states, safety against wrong or missing gradients, AdamW for the rest."""
+"""Base of all pair optimizers: groups, states, checks of gradients, AdamW for other parameters."""
 
 import contextlib
 import inspect
@@ -29,7 +29,7 @@ OnNonfinite = Literal["raise", "skip"]
 
 
 class CommonOptions(TypedDict, total=False):
-    """Keyword options that every pair optimizer takes: `PairOptimizer` says what they mean."""
+    """Keyword options of every pair optimizer; see `PairOptimizer`."""
 
     betas: tuple[float, float]
     eps: float

@@ -1,4 +1,4 @@
-"""Pairs without a gradient are named, or refused with the cause: no run trains nothing without a word."""
+"""Warnings and errors about pairs without a gradient, with the cause."""
 
 import warnings
 import weakref
@@ -13,7 +13,7 @@ from tangora.adapters.discover import some_of
 
 
 class Watch:
-    """Checks at every step of an optimizer that what can be trained is trained, and warns once of each finding."""
+    """Checks at every step that all trainable pairs are trained, and warns once about each problem."""
 
     def __init__(self, model: "weakref.ref[nn.Module] | None" = None):
         self._model = model

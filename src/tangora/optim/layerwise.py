@@ -1,4 +1,4 @@
-"""Optimizers whose layers move one by one, each by its own gradient."""
+"""Optimizers that update each layer independently, with its own gradient."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ _SHAPES = 64
 
 
 class LayerwiseOptimizer(PairOptimizer):
-    """A pair optimizer whose layers move one by one, each by its own gradient.
+    """A pair optimizer that updates each layer independently, with its own gradient.
 
     On a GPU every stack first takes the fast branches, and what comes of it is written where no doubt was noted. The
     doubts of the whole model are read at once; the stacks that have one, and have not moved, are stepped again.

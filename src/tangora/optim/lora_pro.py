@@ -1,4 +1,4 @@
-r"""LoRA-Pro: follow the projection of the full gradient onto what LoRA can express.
+r"""LoRA-Pro: steps along the projection of the full gradient onto LoRA's tangent space.
 
 Source: Wang, Liang, He, Wang, Tan (ICLR 2025), LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, arXiv:2407.18242.
 Differs from the released code in: the true scaling $s$ (there fixed to 2), bias correction from step 1 (there from 2),
@@ -50,7 +50,7 @@ def adam_on_weight(
     group: dict[str, Any],
     step: int,
 ) -> Cotangent:
-    r"""Update Adam's moments of the equivalent gradient and return its direction as LoRA sees it.
+    r"""Update Adam's moments of the equivalent gradient and return its direction as a cotangent.
 
     $U = \hat M / (\sqrt{\hat V} + \epsilon)$ with moments of $\tilde g = P_T(g)$; returns $(B^\top U, U A^\top)$.
     """

@@ -69,7 +69,7 @@ def _inverse_root(matrix: Core) -> Core:
 
 
 class LoRARITE(LayerwiseOptimizer):
-    r"""LoRA-RITE, a rival of `TangentMuon`.
+    r"""LoRA-RITE, an alternative to `TangentMuon`.
 
     Args:
         lr: Learning rate of the factors; the weight changes by alpha / r times as much.

@@ -73,7 +73,7 @@ def _norm(wide: Tensor) -> Tensor:
 
 
 class PoLoRA(FactorMomentumOptimizer):
-    """PoLoRA, a rival of `TangentMuon`. Options: `FactorMomentumOptimizer`'s.
+    """PoLoRA, an alternative to `TangentMuon`. Options: `FactorMomentumOptimizer`'s.
 
     The step looks ahead. Weight decay, which the authors do not have, is that of the factors.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for each parameter of its pairs, and whether a saved state is that."""
+"""The optimizer states of pairs, and checks of saved states."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

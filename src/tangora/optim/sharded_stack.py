@@ -1,4 +1,4 @@
-"""A stack whose factors or states are in parts on several processes: fetched for a step, and cut again after it."""
+"""A stack whose factors or states are sharded over processes: gathered for a step, and sharded again after it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches as users give them: what they are checked for, and their mean loss."""
+"""The user's batches: their checks and their mean loss."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -29,7 +29,7 @@ _group: list[object] = []
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
-    """Let messages about missing ranks name a public function, the outermost one in progress."""
+    """Let messages about missing ranks name the outermost public function that is running."""
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,7 +51,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 @contextlib.contextmanager
 def failing_together(what: str, device: torch.device | None = None) -> Iterator[None]:
-    """Begin a reading with all ranks, and raise on all of them what one raises, so that none waits for another."""
+    """Start a measurement on all ranks; an error on one rank is raised on all, so that no rank waits."""
     if several_ranks():
         _meet(_functions[0] if _functions else what)
     failure: Exception | None = None

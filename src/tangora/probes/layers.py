@@ -1,4 +1,4 @@
-r"""Layers whose gradient can be read from their input $X$ and output $Y$ alone: $G = (\partial L/\partial Y)^\top X$.
+r"""Layers whose gradient follows from their input $X$ and output $Y$ alone: $G = (\partial L/\partial Y)^\top X$.
 
 Nothing here touches a weight, so quantized layers of any backend work like the others. $G$ is $m \times n$ in the
 orientation of the update $s B A$: for an embedding, whose update is $(B A)^\top$, that is features by vocabulary.
@@ -102,7 +102,7 @@ class ProbedLayer:
 def probed_layers(
     model: nn.Module, *, adapter_name: str | None = None, names: Sequence[str] | None = None
 ) -> list[ProbedLayer]:
-    """List the layers of a model whose gradient can be read.
+    """List the layers of a model whose gradient can be measured.
 
     Args:
         model: A PEFT model, whose adapted layers are listed, or a plain model, all of whose linear layers are.

@@ -1,4 +1,4 @@
-"""Models made ready for training with a recipe: a base model, or one that has its adapter already."""
+"""Preparation of a model for a recipe: a base model, or a model with an adapter."""
 
 import copy
 import logging
@@ -183,7 +183,7 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
 
 
 def check_fit(entry: Recipe, model: Any) -> None:
-    """Raise unless a model has what a recipe trains, with its adapter if it needs one."""
+    """Raise `InputError` unless a model fits a recipe, including its adapter."""
     check_kind("model", model, nn.Module, "a loaded model")
     bare = unwrapped(model)
     there = has_adapter(bare)

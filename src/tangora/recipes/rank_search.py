@@ -1,4 +1,4 @@
-"""The first phase of a recipe that trains in two: how long it is, and how fast it learns."""
+"""The first phase of a recipe with two phases: its length and learning rate."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A recipe: everything that makes a method, but for the model, the data and the rank."""
+"""A recipe: a complete method, except the model, the data and the rank."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -89,7 +89,7 @@ class Recipe:
 
     @property
     def default_learning_rate(self) -> float:
-        """The second smallest of the grid: safe, and seldom far from the best."""
+        """The second-smallest value of the grid: safe, and seldom far from the best."""
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
 
     def with_options(self, **options: Any) -> "Recipe":
@@ -194,7 +194,7 @@ class Recipe:
         )
 
     def check_fit(self, model: "torch.nn.Module") -> None:
-        """Raise `InputError` unless a model has what this method trains: its kind of adapter, with its PEFT options."""
+        """Raise `InputError` unless a model fits this method: the kind of adapter and its PEFT options."""
         from tangora.recipes.prepare import check_fit
 
         check_fit(self, model)

@@ -1,4 +1,4 @@
-"""The table of methods. Full fine-tuning's grid of learning rates serves all methods that follow full fine-tuning."""
+"""The table of methods. Methods that approximate full fine-tuning use its grid of learning rates."""
 
 from functools import cache, partial
 from types import MappingProxyType
