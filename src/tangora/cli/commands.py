@@ -96,6 +96,15 @@ def compare_command(
             "--tiny",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        option(
+            RESOURCES,
+            "",
+            "Print what would run and how much memory it would need; run, download and write nothing.",
+            "--dry-run",
+        ),
+    ] = False,
     **values: Any,
 ) -> None:
     r"""Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
@@ -119,6 +128,12 @@ def compare_command(
     settings = chosen_tasks(planned, tasks)
     resources = from_flags(Resources, values)
     check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
+    if dry_run:
+        from tangora.cli.forecasts import print_forecasts
+        from tangora.experiments.forecast import forecast
+
+        print_forecasts(forecast(settings))
+        return
     from tangora.cli.results import print_outcome, print_tasks
     from tangora.experiments.compare import compare, compare_tasks
 
