@@ -295,25 +295,18 @@ def stand_in(values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
         _check_tasks(plan["tasks"], source)
         own = _without(block, "title")
         tasks = {
-            name: CompareSettings.overridden(_without(task, "paper"), own)
+            name: _given(CompareSettings.overridden(_without(task, "paper"), own))
             for name, task in plan["tasks"].items()
         }
-    made = CompareSettings.overridden(plan, block) | {"tasks": tasks}
-    if isinstance(tasks, dict):
-        made["tasks"] = {name: _given(task) for name, task in tasks.items()}
-    return _given(made)
+    return _given(CompareSettings.overridden(plan, block) | {"tasks": tasks})
 
 
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def _given(values: Any) -> Any:
-    return (
-        {key: value for key, value in values.items() if value is not None}
-        if isinstance(values, dict)
-        else values
-    )
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _check_tasks(tasks: Any, source: str) -> None:
