@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from rich.markup import escape
 
 from tangora.cli.output import console
-from tangora.experiments.forecast import Forecast, RecipeForecast
+from tangora.experiments.comparison.paper import Paper
+from tangora.experiments.forecast import Forecast
+from tangora.experiments.run.estimate import Memory
 from tangora.report import formats
 from tangora.report.report_table import terminal_table
 
@@ -17,6 +19,10 @@ _MEMORY = {
     "activations": "activa-\ntions",
     "total": "total",
 }
+_HOW_TO_READ = (
+    "Activations: the most of a forward pass, all examples at full length. Total: at a backward pass's peak, where "
+    "gradients and activations need not be whole."
+)
 
 
 def print_forecasts(forecasts: Mapping[str, Forecast]) -> None:
@@ -31,19 +37,23 @@ def _print(name: str, found: Forecast) -> None:
     settings = found.settings
     title = f"{name}: {settings.heading}" if name and name != settings.heading else settings.heading
     console.print(f"[bold]{escape(title)}[/bold]")
-    for key, value in forecast_facts(found).items():
-        console.print(f"{key:<10} {escape(value)}", soft_wrap=True)
-    columns = ["recipe", "learning rates", *(_MEMORY.values() if found.missing is None else ())]
-    rows = [
-        [each.recipe, ", ".join(map(formats.learning_rate, each.learning_rates)), *_sizes(each)]
-        for each in found.recipes
+    for key, value in _facts(found).items():
+        console.print(f"{key:<9} {escape(value)}", soft_wrap=True)
+    grids = [
+        [each.recipe, ", ".join(map(formats.learning_rate, each.learning_rates))] for each in found.recipes
     ]
-    console.print(terminal_table("", columns, rows, caption=_caption(found), wrapped=(1,), tight=True))
+    console.print(terminal_table("", ["recipe", "learning rates"], grids))
+    sizes = [[each.recipe, *_sizes(each.memory)] for each in found.recipes if each.memory is not None]
+    if sizes:
+        console.print(
+            terminal_table("Memory of one run, estimated", ["recipe", *_MEMORY.values()], sizes, tight=True)
+        )
+        console.print(_HOW_TO_READ)
     if found.paper is not None:
-        _print_paper(found)
+        _print_paper(found.paper)
 
 
-def forecast_facts(found: Forecast) -> dict[str, str]:
+def _facts(found: Forecast) -> dict[str, str]:
     """Say what all runs share."""
     settings = found.settings
     tested = f", tested on {settings.test_data}" if settings.test_data else ""
@@ -62,6 +72,7 @@ def forecast_facts(found: Forecast) -> dict[str, str]:
         "runs": _runs(found),
         "seeds": ", ".join(map(str, settings.seeds)),
         "adapter": f"rank {settings.rank}, alpha {settings.alpha:g}, on {_targets(settings.target_modules)}",
+        **({} if found.missing is None else {"memory": f"unknown ({found.missing})"}),
     }
 
 
@@ -93,38 +104,17 @@ def _runs(found: Forecast) -> str:
     return f"{found.runs}{further if found.further_runs else ''}"
 
 
-def _sizes(each: RecipeForecast) -> list[str]:
-    return [] if each.memory is None else [formats.size(getattr(each.memory, key)) for key in _MEMORY]
+def _sizes(memory: Memory) -> list[str]:
+    return [formats.size(getattr(memory, key)) for key in _MEMORY]
 
 
-def _caption(found: Forecast) -> str:
-    if found.missing is not None:
-        return f"memory: unknown ({found.missing})"
-    return (
-        "Estimated for one run. activations: the most of a forward pass, all examples at full length; total: at the "
-        "peak of a backward pass, where gradients and activations need not be whole."
-    )
-
-
-def _print_paper(found: Forecast) -> None:
-    paper = found.paper
-    assert paper is not None
-    recipes = list(dict.fromkeys(name for numbers in paper.results.values() for name in numbers))
+def _print_paper(paper: Paper) -> None:
+    numbers = [*paper.results.values()]
+    recipes = dict.fromkeys(name for column in numbers for name in column)
     rows = [
-        [
-            name,
-            *(
-                f"{numbers[name]:g}" if name in numbers else formats.MISSING
-                for numbers in paper.results.values()
-            ),
-        ]
+        [name, *(f"{column[name]:g}" if name in column else formats.MISSING for column in numbers)]
         for name in recipes
     ]
-    console.print(
-        terminal_table(
-            f"Published: {paper.source}",
-            ["recipe", *paper.results],
-            rows,
-            caption=" ".join(paper.notes) or None,
-        )
-    )
+    console.print(terminal_table("Published", ["recipe", *paper.results], rows))
+    for note in (paper.source, *paper.notes):
+        console.print(escape(note))
