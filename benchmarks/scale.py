@@ -208,7 +208,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
         ),
         "methods": _methods(models, ranks),
         "passes": _table(
-            ["model", "as it is", "`bf16=True`", "checkpointing", "checkpointing, `bf16=True`"],
+            ["model", "default", "`bf16=True`", "checkpointing", "checkpointing, `bf16=True`"],
             [[name, *_gib(*each["counted_passes"].values())] for name, each in models.items()],
         ),
         "messages": _messages(models, ranks),

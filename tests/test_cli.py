@@ -118,7 +118,7 @@ def test_curvature_of_a_run_and_report(call, small, tmp_path, monkeypatch):
     code, out, err = call("curvature", tmp_path / "run", *arguments)
     assert code == 0, err
     assert "tangent space" in out
-    assert "must not be compared" in " ".join(out.split())
+    assert "Do not compare" in " ".join(out.split())
     page = (tmp_path / "out" / "curvature.html").read_bytes()
     (tmp_path / "out" / "curvature.html").unlink()
     code, again, _ = call("report", tmp_path / "out")
@@ -433,7 +433,7 @@ WRONG = {
     "device": (["train", "--device", "gpu", "-o", "o"], "cpu, cuda, cuda:N or mps", "got 'gpu'"),
     "moved command": (
         ["reproduce", "toy", "--quick", "--set", "steps=3"],
-        "tangora reproduce has moved",
+        "tangora reproduce is no longer",
         "python -m reproductions NAME",
     ),
     "uniform model": (["export", "r", "--merge", "--uniform", "-o", "o"], "--uniform", "--merge"),

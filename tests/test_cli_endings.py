@@ -51,7 +51,7 @@ def test_an_interrupted_training_says_from_where_it_goes_on(
     with monkeypatch.context() as patch:
         interrupted_at(patch, 3, how)
         code, _, err = call(*arguments)
-    assert (code, err) == (expected, "interrupted; the same command goes on from step 2\n")
+    assert (code, err) == (expected, "interrupted; the same command continues from step 2\n")
     assert signal.getsignal(signal.SIGTERM) is before
     assert call(*arguments)[0] == 0
     code, out, err = call(*arguments)
@@ -64,7 +64,7 @@ def test_an_interrupted_training_without_checkpoints_says_so(call, small, tmp_pa
     code, _, err = call("train", *flags(small, tmp_path / "out", steps=2), "--recipe=lora")
     assert (code, err) == (
         130,
-        "interrupted; the same command begins again; --save-every keeps checkpoints\n",
+        "interrupted; the same command starts from the beginning; --save-every keeps checkpoints\n",
     )
 
 
@@ -114,7 +114,7 @@ def test_a_comparison_with_failed_runs_names_retry(call, small, tmp_path, monkey
         patch.setattr(pool.Pool, "_record", record)
         code, out, _ = call(*arguments)
     assert code == 1
-    assert "--retry makes them again" in out
+    assert "--retry runs them again" in out
     assert call(*arguments)[0] == 1
     assert call(*arguments, "--retry")[0] == 0
 

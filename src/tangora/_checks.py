@@ -10,11 +10,11 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line and says what would be allowed."""
+    """An argument is invalid. The message is one line: the argument, its value, and what is allowed."""
 
 
 class OtherRankError(InputError):
-    """An error of another process, which reports it itself."""
+    """An error of another process, which prints its own message."""
 
 
 def near_hint(name: str, allowed: Iterable[str]) -> str:
@@ -66,13 +66,13 @@ def check_installed(package: str, name: str) -> None:
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
-    """Raise `InputError` unless a value can seed a generator, here and in the libraries that are used."""
+    """Raise `InputError` unless a value is a valid seed, here and in the libraries used."""
     check_whole(name, seed, low=0)
     check_number(name, seed, high=2**32 - 1)
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
-    """Raise `InputError` unless a value is of a kind."""
+    """Raise `InputError` unless a value has the given type."""
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {allowed}; got {shown(value)}")
 
@@ -93,7 +93,7 @@ def check_path(name: str, value: Any) -> Path:
 
 
 def shown(value: object) -> str:
-    """Return a value for a message of one line: as Python writes it if that is short, else what it is."""
+    """Return a value for an error message: its repr if that is short, otherwise its type."""
     written = repr(value) if isinstance(value, _WRITTEN) else ""
     if written and len(written) <= 80 and "\n" not in written:
         return written
@@ -101,12 +101,12 @@ def shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of somebody else's error, or its type if it says nothing."""
+    """Return the first line of another library's error, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def on_one_line(error: BaseException, most: int | None = None) -> str:
-    """Return all that somebody else's error says, on one line of so many letters; its type if it says nothing."""
+    """Return another library's error on one line of at most so many letters; its type if it has no message."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 

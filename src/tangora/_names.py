@@ -37,7 +37,7 @@ DATA: dict[str, str] = {
     "bbc-news": "2125 news articles in five classes",
     "chatterbot": "about 700 short English conversations, trivia and programming questions among them",
     "digits": "8x8 images of the digits 5 to 9",
-    "digits-permuted": "8x8 images of all ten digits, their pixels in another order",
+    "digits-permuted": "8x8 images of all ten digits, with permuted pixels",
     "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
 }
 """Data that needs no hub, and what it is."""

@@ -133,7 +133,7 @@ def test_a_base_with_an_adapter_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(), lora("q_proj"))
     path = save_adapter(model, tmp_path / "a")
     for base in (model, model.get_base_model()):
-        with pytest.raises(InputError, match="base holds an adapter already"):
+        with pytest.raises(InputError, match="base already has an adapter"):
             load_adapter(base, path)
 
 

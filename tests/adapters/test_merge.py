@@ -275,7 +275,7 @@ class Custom(hf.PreTrainedModel):
 def test_a_class_that_would_load_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="another second"):
         save_merged(trained(Custom(hf.BertConfig()).double(), lora("first")), tmp_path / "out")
-    with pytest.raises(InputError, match=r"cannot write this Custom.*second\.bias"):
+    with pytest.raises(InputError, match=r"cannot save this Custom.*second\.bias"):
         save_merged(trained(Custom(hf.BertConfig(num_labels=3)).double(), lora("first")), tmp_path / "out")
     resized = tiny_llama()
     resized.lm_head = nn.Linear(16, 7, bias=False)

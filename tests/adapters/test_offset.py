@@ -638,7 +638,7 @@ def test_states_of_another_rank_are_refused(tmp_path):
         plain().load_adapter(str(tmp_path), "default")
     other = tmp_path / "other"
     plain(r=3).save_pretrained(other)
-    with pytest.raises(InputError, match=r"has rank 3 in .*q_proj, and adapter 'default' has rank 2: make"):
+    with pytest.raises(InputError, match=r"has rank 3 in .*q_proj, but adapter 'default' has rank 2: create"):
         plain().load_adapter(str(other), "default")
 
 
@@ -714,15 +714,15 @@ def test_factors_must_fit():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: adapted_layer("attention"), r"MultiheadAttention, whose forward pass has no place"),
+        (lambda: adapted_layer("attention"), r"MultiheadAttention, whose forward pass"),
         (lambda: plain("float32", init_lora_weights="olora"), "changed the base weights"),
         (
             lambda: plain(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
-            r"another forward pass \(ALora\)",
+            r"forward pass .*\(ALora\)",
         ),
         (
             lambda: get_peft_model(Holder(Experts()), LoraConfig(r=2, target_parameters=["it.weight"])),
-            "no plain pair: target_parameters",
+            "plain pair .*: target_parameters",
         ),
         (
             lambda: get_peft_model(
@@ -742,7 +742,7 @@ def test_factors_must_fit():
                 tiny_llama(tie_word_embeddings=True),
                 LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True),
             ),
-            "tied to another layer",
+            "tied to those of another layer",
         ),
         (
             lambda: get_peft_model(

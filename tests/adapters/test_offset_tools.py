@@ -135,7 +135,7 @@ def test_each_copy_has_the_offset_of_the_adapter_it_was_made_from():
 @pytest.mark.messages
 def test_arrow_does_not_route_to_an_offset():
     model = started()
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be routed to"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be routed to"):
         model.add_adapter("router", LoraConfig(arrow_config=peft.ArrowConfig()))
     assert set(model.peft_config) == {"default"}
 
@@ -186,12 +186,12 @@ def test_detaching_leaves_the_copy_its_offset():
 def test_a_config_with_an_offset_is_of_no_use_without_it():
     model = started()
     config = copy.deepcopy(model.peft_config["default"])
-    with pytest.raises(InputError, match="'default' was made from the config"):
+    with pytest.raises(InputError, match="'default' was created from the config"):
         get_peft_model(base_of(), config)
-    with pytest.raises(InputError, match="'other' was made from the config"):
+    with pytest.raises(InputError, match="'other' was created from the config"):
         peft.inject_adapter_in_model(config, base_of(), adapter_name="other")
     detach_offset(model, "default")
-    with pytest.raises(InputError, match="'ref' was made from the config"):
+    with pytest.raises(InputError, match="'ref' was created from the config"):
         model.add_adapter("ref", config)
     assert set(model.peft_config) == {"default"}
     assert not any("ref" in key for key in model.state_dict())
@@ -232,7 +232,9 @@ COMBINATIONS = [
 def test_no_combination_with_an_offset(kind, order):
     model = with_second()
     before = model.state_dict().keys()
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be combined with others"):
+    with pytest.raises(
+        InputError, match=r"'default' has an initial product .* cannot be combined with others"
+    ):
         model.add_weighted_adapter(order, [0.5] * len(order), "both", combination_type=kind, density=0.5)
     assert model.state_dict().keys() == before
     assert set(model.peft_config) == {"default", "second"}
@@ -267,9 +269,9 @@ def test_no_files_are_swapped_into_an_offset(name, tmp_path):
     train(model, seed=5)
     before = factors(model)
     for folder in ("own", "plain"):
-        with pytest.raises(InputError, match="'default' carries an offset and cannot be swapped"):
+        with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be swapped"):
             hotswap_adapter(model, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be prepared"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be prepared"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert same(factors(model), before)
 
@@ -301,11 +303,11 @@ def test_no_tool_takes_the_trained_pair_for_the_update(name, tmp_path):
     model = with_second(name)
     layer = find_pairs(model, "default")[0].layer
     assert not layer.supports_lora_conversion("default")
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be read"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be read"):
         layer.get_delta_weight("default")
     assert layer.get_delta_weight("second").isfinite().all()
     before = logits(model, "default", name)
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be read"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be read"):
         reduce_intruder_dimension(model, new_adapter_name="reduced", logging_sink=None)
     for tool in (convert_to_lora, lambda m, rank: save_as_lora(str(tmp_path), m, rank)):
         with pytest.raises(TypeError, match="LoRA"):
@@ -319,9 +321,9 @@ def test_a_layer_does_not_make_its_adapter_anew(name):
     model = train(started(name))
     before = run(model, name)
     layer = find_pairs(model, "default")[0].layer
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be made anew"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be created again"):
         layer.update_layer("default", 2, 4, config=LoraConfig(r=2, use_dora="dora" in name))
-    with pytest.raises(InputError, match="'default' carries an offset and cannot be made anew"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot be created again"):
         layer.update_layer(adapter_name="default", r=2, lora_alpha=4, config=LoraConfig(r=2))
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("default", LoraConfig(r=2))
@@ -332,7 +334,7 @@ def test_a_layer_does_not_make_its_adapter_anew(name):
 def test_loftq_does_not_replace_a_trained_pair():
     model = started("nf4")
     before = factors(model)
-    with pytest.raises(InputError, match="'default' carries an offset and cannot get LoftQ's factors"):
+    with pytest.raises(InputError, match=r"'default' has an initial product .* cannot get LoftQ's factors"):
         peft.replace_lora_weights_loftq(model, "unused.safetensors")
     assert same(factors(model), before)
 

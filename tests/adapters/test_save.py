@@ -291,7 +291,7 @@ def test_ranks_that_cannot_be_had_are_refused(tmp_path):
     for bad, message in ((0, r"rank must be a number in \[1"), (1.5, "rank must be a whole number")):
         with pytest.raises(InputError, match=message):
             save_adapter(adapted(), tmp_path / "adapter", rank=bad)
-    with pytest.raises(InputError, match=r"rank must be left out, because .*q_proj is no plain pair: Kasa"):
+    with pytest.raises(InputError, match=r"rank must be omitted, because .*q_proj .*: Kasa"):
         save_adapter(adapted("kasa"), tmp_path / "adapter", rank=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -329,7 +329,7 @@ def test_the_card_says_what_is_known_and_no_path(tmp_path):
         "| note | read from train.jsonl \\| see https://example.org/a/b |",
         "| versions: transformers | 5 |",
         "| betas | 0.9, 0.999 |",
-        "Cut to rank 1 by singular values",
+        "Truncated to rank 1 by singular values",
         'AutoModelForCausalLM.from_pretrained("someone/some-model")',
     ):
         assert line in text
@@ -363,7 +363,7 @@ def test_a_tokenizer_is_saved_with_an_adapter_and_never_lost(tmp_path):
         save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert (again.padding_side, again.chat_template) == (tokenizer.padding_side, tokenizer.chat_template)
-    with pytest.raises(InputError, match=r"holds .* beside the adapter, which would be lost"):
+    with pytest.raises(InputError, match=r"holds .* in addition to the adapter"):
         save_adapter(model, tmp_path / "a")
 
 
@@ -397,7 +397,8 @@ def test_a_scaling_that_no_file_can_hold_is_refused(tmp_path):
 @pytest.mark.messages
 def test_a_start_is_only_for_changed_bases(tmp_path):
     with pytest.raises(
-        InputError, match="initial must be empty, because the initialization True left the base weights"
+        InputError,
+        match="initial must be empty, because the initialization True did not change the base weights",
     ):
         save_adapter(adapted(), tmp_path / "adapter", initial=initial_factors(adapted("pissa")))
 
@@ -441,7 +442,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     model = adapted()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(InputError, match="is no model folder"):
+    with pytest.raises(InputError, match="is not a saved model"):
         save_merged(model, tmp_path / "thesis")
     model.merge_adapter()
     with pytest.raises(InputError, match="is merged into"):
@@ -480,13 +481,13 @@ def test_a_folder_with_something_else_is_refused_and_kept(tmp_path):
     model = train(adapted())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
-    with pytest.raises(InputError, match="exists and is no adapter folder; choose another path"):
+    with pytest.raises(InputError, match="exists but is not a saved adapter"):
         save_adapter(model, tmp_path / "thesis")
-    with pytest.raises(InputError, match="is no adapter folder"):
+    with pytest.raises(InputError, match="is not a saved adapter"):
         save_adapter(model, tmp_path / "thesis" / "chapter.tex")
     checkpoint = save_adapter(model, tmp_path / "checkpoint").path
     (checkpoint / "optimizer.pt").write_text("state")
-    with pytest.raises(InputError, match=r"holds optimizer\.pt beside the adapter, which would be lost"):
+    with pytest.raises(InputError, match=r"holds optimizer\.pt in addition to the adapter"):
         save_adapter(model, checkpoint)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
     assert (checkpoint / "optimizer.pt").exists()
@@ -550,7 +551,7 @@ def test_a_changed_base_needs_its_start(name, tmp_path):
 def test_the_start_of_another_model_is_refused(tmp_path):
     model = adapted("pissa")
     for other in (adapted("pissa", r=3), adapted("pissa", target_modules=["k_proj"])):
-        with pytest.raises(InputError, match=r"initial holds no factors of .*q_proj"):
+        with pytest.raises(InputError, match=r"initial has no factors of .*q_proj"):
             save_adapter(model, tmp_path / "adapter", initial=initial_factors(other))
     assert list(tmp_path.iterdir()) == []
 
@@ -582,9 +583,9 @@ def test_what_is_no_model_with_one_active_adapter_is_refused(tmp_path):
 
 @pytest.mark.messages
 def test_a_missing_adapter_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"holds no adapter \(adapter_config.json is missing\)"):
+    with pytest.raises(InputError, match=r"contains no adapter \(adapter_config.json is missing\)"):
         load_adapter(tiny_llama(), tmp_path)
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         load_adapter(tiny_llama(), tmp_path / "nowhere")
 
 
@@ -631,5 +632,5 @@ def test_a_start_that_was_not_trained_is_not_saved_as_zeros(tmp_path):
 
 def test_a_rank_for_an_adapter_without_pairs_is_refused(tmp_path):
     model = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(InputError, match=r"this adapter \(IA3\) holds no LoRA pair; got 1"):
+    with pytest.raises(InputError, match=r"this adapter \(IA3\) has no LoRA pair; got 1"):
         save_adapter(model, tmp_path / "out", rank=1)

@@ -164,12 +164,12 @@ def test_what_has_no_uniform_form_is_refused(tmp_path):
     config = LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], kasa_config=KasaConfig(), rank_pattern={"q_proj": 3}
     )
-    with pytest.raises(InputError, match=r"uniform .*q_proj is no plain pair: Kasa"):
+    with pytest.raises(InputError, match=r"uniform .*q_proj .*: Kasa"):
         save_adapter(get_peft_model(tiny_llama(), config), tmp_path / "a", uniform=True)
     holder = nn.Sequential(*(Holder(nn.Linear(4, 4)) for _ in range(3)))
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["it"], alpha_pattern={"0.it": 2**17})
     model = randomize(get_peft_model(holder, config, autocast_adapter_dtype=False)).half()
-    with pytest.raises(InputError, match=r"float16 has no room for the factors of .*0\.it"):
+    with pytest.raises(InputError, match=r"float16 cannot represent the factors of .*0\.it"):
         save_adapter(model, tmp_path / "a", uniform=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -136,7 +136,7 @@ def test_overlap_of_subspaces():
 
 @pytest.mark.messages
 def test_bad_input():
-    with pytest.raises(InputError, match="at least two with labels to be compared; got 1"):
+    with pytest.raises(InputError, match="at least two batches with labels; got 1"):
         batch_statistics(quadratic([1.0]))
     for options in ({"probes": 1}, {"top": 0}):
         with pytest.raises(InputError, match=next(iter(options))):

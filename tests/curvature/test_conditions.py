@@ -216,9 +216,7 @@ def test_an_operation_without_second_derivative_is_named(cache_graph):
     ):
         operator.matvec(v)
     operator, v = mlp_operator(lambda output: Once.apply(output).mean(), cache_graph=cache_graph)
-    with pytest.raises(
-        InputError, match="Once: a function with a backward pass of its own has no second derivative"
-    ):
+    with pytest.raises(InputError, match=r"Once: a function .* has no second derivative"):
         operator.matvec(v)
     exact, _ = mlp_operator(lambda output: output.square().mean())
     differences, _ = mlp_operator(
@@ -300,7 +298,7 @@ def test_models_without_anything_to_move_are_refused(make, over, message):
 def test_wrong_batches_vectors_and_choices_are_refused():
     made = shared_problem("bert")
     for batches, options, message in (
-        (made.batches[0], {}, "put it into a list"),
+        (made.batches[0], {}, "got a single batch"),
         (None, {}, "batches must be a list"),
         (made.batches, {"over": "factor"}, "over must be one of"),
         (made.batches, {"over": int}, "over must be one of"),
@@ -331,7 +329,7 @@ def test_half_precision_and_hidden_float32_are_told():
     half = adapted("bert", torch.bfloat16)
     randomize(half)
     batch = batch_of("bert")
-    with pytest.warns(UserWarning, match=r"half precision is rough, at best to 1 %: dtype=torch\.float32"):
+    with pytest.warns(UserWarning, match=r"half precision .* 1 %: use dtype=torch\.float32"):
         rough = Hessian(half, [batch])
     assert rough.dtype == torch.float32
     exact = Hessian(half, [batch], dtype=torch.float64)
@@ -401,7 +399,7 @@ def test_pairs_that_are_none_are_told():
     config = LoraConfig(r=2, target_modules=["linear", "conv"], init_lora_weights=False)
     with pytest.warns(UserWarning, match="groups"):  # PEFT's own
         model = get_peft_model(Experts(), config)
-    with pytest.warns(UserWarning, match=r"left out of the curvature.*groups.*conv"):
+    with pytest.warns(UserWarning, match=r"excluded from the curvature.*groups.*conv"):
         operator = Hessian(model, [torch.randn(3, 4)], loss_fn=lambda model, x: model(x))
     assert list(operator.space.layout) == [find_pairs_quietly(model)[0].name]
 

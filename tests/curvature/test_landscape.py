@@ -80,7 +80,7 @@ class Wall(Quadratic):
 
 
 def test_losses_that_are_not_finite_are_recorded_and_told():
-    with pytest.warns(UserWarning, match="2 of 5 losses are not finite: take a smaller span than 2"):
+    with pytest.warns(UserWarning, match="2 of 5 losses are not finite: use a smaller span than 2"):
         found = landscape(Wall([symmetric(3, 0)]), "random", span=2.0, points=5)
     assert found.non_finite == 2
     assert found.losses.isinf().tolist() == [True, False, False, False, True]

@@ -293,7 +293,7 @@ def test_quantized_base_weights(wide):
 
 
 def test_dora_merged_inactive_and_ambiguous_adapters_are_refused():
-    with pytest.raises(InputError, match="DoRA, which takes its norm as a constant"):
+    with pytest.raises(InputError, match="DoRA, which treats its norm as a constant"):
         operator_of(adapted_layer("linear", use_dora=True), "linear")
     merged = adapted_layer("linear")
     merged.merge_adapter()

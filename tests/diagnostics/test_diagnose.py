@@ -467,7 +467,7 @@ def adalora():
         (bert, {"starts": ["lora-gaa"]}, "starts must be one of .*did you mean lora-ga"),
         (bert, {"target_modules": ["nothing"]}, "no linear layer called nothing"),
         (bert, {"adapter_name": "x"}, "adapter_name must be one of"),
-        (lambda: adapted(bert()), {"target_modules": ["query"]}, "target_modules is for models without"),
+        (lambda: adapted(bert()), {"target_modules": ["query"]}, "target_modules is only for models without"),
         (lambda: adapted(bert()), {"rank": 17}, "rank must be at most 16"),
         (lambda: merged(adapted(bert())), {}, "merged into .*unmerge_adapter first"),
         (lambda: disabled(adapted(bert())), {}, "disabled"),

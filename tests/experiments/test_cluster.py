@@ -24,7 +24,7 @@ def test_a_machine_that_does_not_see_the_folder_says_so(classifier, tmp_path):
     found = remote()
     assert isinstance(found, Refusal)
     assert (
-        f"does not see the output folder {folder.path}: choose an --output on a file system" in found.reason
+        f"cannot access the output folder {folder.path}: choose an --output on a file system" in found.reason
     )
     assert not folder.path.exists()
 
@@ -54,7 +54,7 @@ def test_a_run_with_a_record_is_not_made_again(classifier, tmp_path):
         ({"cluster": "ray", "cluster_options": "gpu=1"}, "unknown key 'gpu'.*gpus.*; allowed: address, gpus"),
         ({"cluster": "ray", "cluster_options": "gpus=2"}, "gpus: .* less than or equal to 1; got '2'"),
         ({"cluster": "ray", "max_hours": 2}, "max_hours needs jobs with a cluster"),
-        ({"cluster": "slurm", "cluster_options": "time=5", "max_memory": 2}, "give cluster_options mem="),
+        ({"cluster": "slurm", "cluster_options": "time=5", "max_memory": 2}, "set cluster_options mem="),
     ],
 )
 def test_wrong_options_are_named(given, error):
@@ -70,5 +70,5 @@ def test_options_are_read_from_the_command_line():
 
 
 def test_a_device_of_this_machine_is_refused(classifier):
-    with pytest.raises(InputError, match="device 'cuda:1' is one of this machine's"):
+    with pytest.raises(InputError, match="device 'cuda:1' belongs to this machine"):
         engine_for(Resources(cluster="ray"), [plan(classifier, device="cuda:1")])

@@ -232,7 +232,7 @@ def test_again_and_another_configuration(run, tmp_path):
         ({"radius": -1}, "radius: .*greater than or equal to 0"),
         ({"split": "tset"}, "split must be one of train, validation, test; got 'tset'"),
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"adapter": "/nowhere"}, "is a run, which has its own"),
+        ({"adapter": "/nowhere"}, "is a run with its own adapter"),
         ({"layers": "nothing"}, "nothing"),
     ],
 )

@@ -60,12 +60,14 @@ def test_an_interrupted_run_measures_every_step_once(classifier, tmp_path):
 
 @pytest.mark.messages
 def test_settings_that_do_not_go_together(classifier, tmp_path):
-    with pytest.raises(InputError, match=r"curvature_examples needs .*curvature_every; got 4 alone"):
+    with pytest.raises(
+        InputError, match=r"curvature_examples needs .*curvature_every; got only curvature_examples = 4"
+    ):
         validated(RunSettings, {"curvature_examples": 4})
     with pytest.raises(
         InputError, match="curvature_every: input should be greater than or equal to 1; got 0"
     ):
         validated(RunSettings, {"curvature_every": 0})
     dora = RunSettings(**{**classifier, **BUDGET, "recipe": "dora", "curvature_every": 2})
-    with pytest.raises(InputError, match="uses DoRA, which takes its norm as a constant"):
+    with pytest.raises(InputError, match="uses DoRA, which treats its norm as a constant"):
         train(dora, tmp_path / "out")

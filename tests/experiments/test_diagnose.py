@@ -91,7 +91,7 @@ def test_a_saved_adapter_is_looked_at_where_it_ended(classifier, adapter, tmp_pa
         ({"rank": 33}, "rank must be at most 32"),
         ({"budget_rank": 33}, "budget_rank must be at most 32"),
         ({"text_column": "sentence"}, "sentence"),
-        ({"adapter": "/nowhere"}, "/nowhere holds no adapter"),
+        ({"adapter": "/nowhere"}, "/nowhere contains no adapter"),
         ({"starts": "lora,olora"}, "starts must be one of"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"num_validation": 10**6}, "too few for --num-validation 1000000"),

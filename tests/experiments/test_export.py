@@ -160,11 +160,11 @@ def test_an_export_never_replaces_the_runs_own_adapter(run):
 
 @pytest.mark.messages
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "settings.json").write_text('{"recipes": ["lora"]}')
-    with pytest.raises(InputError, match="holds a comparison"):
+    with pytest.raises(InputError, match="contains a comparison"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "settings.json").write_text('{"recipe": "full"}')
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="contains no adapter"):
         export(tmp_path, tmp_path / "out")

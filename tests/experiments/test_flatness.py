@@ -88,7 +88,8 @@ def test_what_has_no_hessian_says_why(classifier, tmp_path):
 @pytest.mark.messages
 def test_examples_need_the_measurement(classifier):
     with pytest.raises(
-        InputError, match="curvature_examples needs curvature or curvature_every; got 8 alone"
+        InputError,
+        match="curvature_examples needs curvature or curvature_every; got only curvature_examples = 8",
     ):
         validated(RunSettings, classifier | {"curvature_examples": 8})
 

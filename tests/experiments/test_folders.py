@@ -65,7 +65,7 @@ def test_a_finished_run_is_not_told_again_for_other_data_or_another_model(small,
     record = train(settings, tmp_path / "out")
     assert train(settings, tmp_path / "out") == record
     change(small)
-    with pytest.raises(InputError, match=f"the {name} changed since .*out was begun"):
+    with pytest.raises(InputError, match=f"the {name} changed since .*out was created"):
         train(settings, tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "settings.json").read_text())
     del kept[f"{name}_fingerprint"]  # an older version kept the data's in the record alone
@@ -238,7 +238,9 @@ def test_a_full_disk_loses_no_trained_adapter(small, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     with monkeypatch.context() as patch:
         full_below(patch, tmp_path / "out", tmp_path / "temporary" / "nothing")
-        with pytest.raises(InputError, match=r"no space left on device; the weights so far are in .*adapter"):
+        with pytest.raises(
+            InputError, match=r"no space left on device; the current weights are in .*adapter"
+        ):
             train(settings, tmp_path / "out")
     (kept,) = (tmp_path / "temporary").glob("*/adapter")
     one, other = (
@@ -263,7 +265,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(small, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(InputError, match="the same command goes on from step 2"):
+        with pytest.raises(InputError, match="the same command continues from step 2"):
             train(settings, tmp_path / "out")
     assert last_checkpoint(tmp_path / "out" / "checkpoints").name == "checkpoint-2"
     assert train(settings, tmp_path / "out").status == "finished"

@@ -54,7 +54,7 @@ def test_what_is_cut_off_is_told_logged_and_recorded(small, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="tangora"):
         record = train(settings.model_copy(update={"num_train": 10}), tmp_path / "out")
     sentence = (
-        "10 of 10 training examples are cut to 2 tokens (longest 3); the end is lost; raise --max-length"
+        "10 of 10 training examples are cut to 2 tokens (longest 3); the end is lost; increase --max-length"
     )
     assert sentence in record.notes
     assert sentence in (tmp_path / "out" / "log.txt").read_text()
@@ -72,7 +72,7 @@ def test_a_comparison_says_what_is_cut_and_refuses_what_leaves_nothing_before_it
     ]
     alike = tmp_path / "alike.jsonl"
     alike.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match="leaves only 1 different"):
+    with pytest.raises(InputError, match="only 1 different"):
         compare(CompareSettings(**own | {"data": str(alike)}), tmp_path / "alike")
     assert not (tmp_path / "alike").exists()
 
@@ -86,12 +86,12 @@ def test_conversations_need_a_word_about_the_template(tmp_path):
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
     chat = values | {"data": str(tmp_path / "chat.jsonl")}
-    with pytest.raises(InputError, match="holds conversations: give --chat-template"):
+    with pytest.raises(InputError, match="contains conversations: pass --chat-template"):
         train(RunSettings(**chat), tmp_path / "out")
-    with pytest.raises(InputError, match="the model's has none"):
+    with pytest.raises(InputError, match="tokenizer has none"):
         train(RunSettings(**chat, chat_template=True), tmp_path / "out")
     record = train(RunSettings(**chat, chat_template=False), tmp_path / "plain")
     assert record.status == "finished"
     labelled = load_run_task(RunSettings(**write_classifier(tmp_path)))
-    with pytest.raises(InputError, match="holds labels: leave it out"):
+    with pytest.raises(InputError, match="has labels: omit it"):
         check_chat(labelled, True)

@@ -199,7 +199,7 @@ def test_bad_plans_are_named():
     plan = read_plan({"tasks": {"a": {"recipes": ["lora"]}}})
     with pytest.raises(InputError, match="tasks must be one of a; got 'b'"):
         chosen_tasks(plan, "b")
-    with pytest.raises(InputError, match="tasks chooses from a plan with several"):
+    with pytest.raises(InputError, match="tasks selects from a plan with several"):
         chosen_tasks(settings(), "a")
 
 

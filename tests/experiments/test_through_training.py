@@ -157,10 +157,10 @@ def test_the_preset_makes_one_run_for_each_seed():
 
 @pytest.mark.messages
 def test_spaces_of_no_curvature():
-    with pytest.raises(InputError, match="curvature_spaces needs curvature_every; got weights alone"):
+    with pytest.raises(InputError, match="curvature_spaces needs curvature_every; got only weights"):
         validated(RunSettings, {"curvature_spaces": "weights"})
     with pytest.raises(
-        InputError, match=r"curvature_layers needs curvature or curvature_every; got '\*' alone"
+        InputError, match=r"curvature_layers needs curvature or curvature_every; got only curvature_layers"
     ):
         validated(RunSettings, {"curvature_layers": "*"})
     with pytest.raises(InputError, match="curvature_spaces"):

@@ -194,7 +194,7 @@ def test_an_error_of_one_process_is_that_of_all(trained):
     folder, _, ((_, first), (_, second)) = trained
     for name, said in {
         "remainder": "must be a multiple of their number, 2; got 7",
-        "device": "one GPU each; got 'cuda:1'",
+        "device": "one GPU; got 'cuda:1'",
         "other seeds": "seed differs between processes",
         "first": "belongs to another configuration: seed is 0 there and 7 here",
         "second": "only here",
@@ -216,10 +216,10 @@ def test_an_error_of_one_process_is_that_of_all(trained):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "there is one: start it with torchrun"),
+        ({}, "there is only one: start it with torchrun"),
         ({"recipe": "full"}, "recipe full trains it"),
-        ({"recipe": "pissa"}, "reads whole base weights"),
-        ({"recipe": "dora"}, "reads whole base weights"),
+        ({"recipe": "pissa"}, "needs whole base weights"),
+        ({"recipe": "dora"}, "needs whole base weights"),
         ({"curvature": True}, "cannot be used with curvature"),
         ({"measure_every": 1}, "cannot be used with measure_every"),
     ],

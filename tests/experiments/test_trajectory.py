@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_a_divergence(classifier, tmp_path, mon
 
     def explode(self, step):
         if step == 2:
-            raise InputError("batch 0 has loss inf; the gradient is not defined")
+            raise InputError("batch 0 has loss inf; its gradient is not defined")
         return measure(self, step)
 
     monkeypatch.setattr(Trajectory, "measure", explode)
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_a_divergence(classifier, tmp_path, mon
     record = train(settings, tmp_path)
     assert (record.status, record.error) == (
         "diverged",
-        "step 2: batch 0 has loss inf; the gradient is not defined",
+        "step 2: batch 0 has loss inf; its gradient is not defined",
     )
 
 
@@ -164,7 +164,7 @@ def test_one_step_is_not_training(classifier, tmp_path):
         ({"accumulate": 2}, "is of another run: accumulate is 1 there and 2 here"),
         ({"max_length": 8}, "is of another run: max_length is 16 there and 8 here"),
         ({"num_train": 100}, "was trained on other examples: data is .* num_train 200 and 100"),
-        ({"measure_every": 3}, "has no snapshot of step 3, but of 2, 4, 5"),
+        ({"measure_every": 3}, "has no snapshot of step 3, only of 2, 4, 5"),
         ({"steps": 6}, "has no snapshot of step 6"),
         ({"target_modules": "query,value"}, r"has \d+ layers and this run \d+: target_modules"),
         ({"target_modules": "query,word_embeddings"}, r"has no layer .*word_embeddings: target_modules"),
@@ -201,10 +201,10 @@ def test_settings_that_do_not_go_together(classifier, reference, tmp_path):
     train(lora, tmp_path / "b")
     measured = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "b")})
     with pytest.raises(
-        InputError, match=r"must be a finished run of recipe full; .* holds one of lora, finished"
+        InputError, match=r"must be a finished run of recipe full; .* contains a run of lora, finished"
     ):
         train(measured, tmp_path / "c")
     assert not (tmp_path / "c").exists()  # so that the right reference can be given
     missing = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "nothing")})
-    with pytest.raises(InputError, match=r"is no finished run: record\.json is missing"):
+    with pytest.raises(InputError, match=r"is not a finished run: record\.json is missing"):
         train(missing, tmp_path / "c")

@@ -25,7 +25,7 @@ R, ALPHA = 3, 6.0
 GRADIENT = ("lora-ga", "lora-one", "lora-one-v1", "one-step")
 OFFSET = ("orthogonal", "pissa", "lora-ga", "lora-one-v1")
 OPTIONS = {"one-step": {"step": 0.05}}
-TRAINED = pytest.mark.filterwarnings("ignore:adapter .* is trained")
+TRAINED = pytest.mark.filterwarnings("ignore:adapter .* has been trained")
 ACCURATE = {"power_iterations": 8, "oversampling": 12}
 
 
@@ -306,7 +306,7 @@ def test_erasing_training_is_said_and_another_start_is_not(method):
         for pair in find_pairs(model):
             pair.B.add_(1e-4)
     assert is_trained(model)
-    with pytest.warns(UserWarning, match="adapter 'default' is trained"):
+    with pytest.warns(UserWarning, match="adapter 'default' has been trained"):
         start(model, method)
     assert not is_trained(model)
 
@@ -502,8 +502,8 @@ def nan_loss(model, batch):
 
 BATCHES = {"batches": batches_of("bert")}
 WRONG = {
-    "no batches": ("lora-ga", {}, "initialization 'lora-ga' reads gradients: give batches"),
-    "one batch": ("lora-one", {"batches": batch_of("bert")}, "a single batch: put it into a list"),
+    "no batches": ("lora-ga", {}, "initialization 'lora-ga' needs gradients: pass `batches`"),
+    "one batch": ("lora-one", {"batches": batch_of("bert")}, "got a single batch"),
     "method": ("lora-gaa", {}, "method must be one of .*did you mean lora-ga"),
     "option": ("lora-one", {**BATCHES, "scale": 1}, "'lora-one' takes gamma, .*got 'scale'"),
     "no options": ("lora", {"gamma": 1}, "'lora' takes no options; got 'gamma'"),

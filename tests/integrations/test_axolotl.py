@@ -56,7 +56,7 @@ def test_a_recipe_brings_its_peft_options_and_unfused_layers(module):
     [
         ({"tangora_recipe": None}, "needs tangora_recipe"),
         ({"tangora_recipe": "tangnt"}, "did you mean tangent"),
-        ({"tangora_lr": 1.0}, "tangora_lr is no option"),
+        ({"tangora_lr": 1.0}, "tangora_lr is not an option"),
         ({"optimizer": "muon"}, "optimizer: muon and tangora_recipe both choose"),
         ({"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio: 16.0 and tangora_recipe"),
         ({"adapter": None}, "needs adapter: lora"),

@@ -77,9 +77,9 @@ def test_a_recipe_brings_its_peft_options(trained):
     [
         ({"tangora_recipe": None}, "tangora_recipe is missing"),
         ({"tangora_recipe": "tangnt"}, "did you mean tangent"),
-        ({"tangora_lr": 1}, "tangora_lr is no option"),
+        ({"tangora_lr": 1}, "tangora_lr is not an option"),
         ({"stage": "ppo"}, "stage must be one of pt, sft, rm, dpo, kto with a recipe; got ppo"),
-        ({"use_mca": True}, "use_mca trains without"),
+        ({"use_mca": True}, "use_mca does not use the trainer"),
         ({"finetuning_type": "oft"}, "does not fit finetuning_type oft"),
         ({"tangora_recipe": "full"}, "full does not fit finetuning_type lora"),
     ],
@@ -93,7 +93,7 @@ def test_options_that_do_not_fit_are_refused_in_one_line(trained, changes, match
 
 def test_engines_chosen_by_the_environment_are_refused(trained, monkeypatch):
     monkeypatch.setenv("USE_RAY", "1")
-    with pytest.raises(InputError, match="use_ray trains without"):
+    with pytest.raises(InputError, match="use_ray does not use the trainer"):
         llamafactory.train(GIVEN)
 
 

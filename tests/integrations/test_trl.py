@@ -183,9 +183,9 @@ def test_a_recipe_initializes_with_the_loss_of_dpo(tmp_path, peft_config):
 
 
 def test_gradients_of_what_grpo_generates_later_are_refused(tmp_path):
-    with pytest.raises(InputError, match="GRPOTrainer makes its inputs while it trains"):
+    with pytest.raises(InputError, match="GRPOTrainer generates its inputs"):
         tangora.apply_recipe(made("grpo", tmp_path), "lora-ga").train()
-    with pytest.raises(InputError, match="GRPOTrainer makes its inputs while it trains: use a method"):
+    with pytest.raises(InputError, match=r"GRPOTrainer generates its inputs.*: use a method"):
         tangora.apply_recipe(made("grpo", tmp_path), "odelora-heun").train()
     trainer = tangora.apply_recipe(made("grpo", tmp_path), "orthogonal+tangent-muon")
     trainer.train()
@@ -215,13 +215,13 @@ def test_trainers_that_cannot_take_a_recipe_stay_as_they_were(tmp_path):
         assert all(vars(trainer)[key] is held[key] for key in held)
     tangora.apply_recipe(trainer, "tangent")
     assert isinstance(trainer, kind)
-    with pytest.raises(InputError, match=r"a tangora\.Trainer already"):
+    with pytest.raises(InputError, match=r"already a tangora\.Trainer"):
         tangora.apply_recipe(trainer, "tangent")
-    with pytest.raises(InputError, match="has an optimizer already"):
+    with pytest.raises(InputError, match="already has an optimizer"):
         tangora.apply_recipe(by_optimizers("sft", tmp_path), "tangent")
-    with pytest.raises(InputError, match="both name an optimizer"):
+    with pytest.raises(InputError, match="both select an optimizer"):
         tangora.apply_recipe(by_factory("sft", tmp_path), "tangent")
-    with pytest.raises(InputError, match="LlamaForCausalLM has none: make the trainer with peft_config="):
+    with pytest.raises(InputError, match="LlamaForCausalLM has none: pass peft_config="):
         tangora.apply_recipe(made("sft", tmp_path, tiny_llama()), "tangent")
     with pytest.raises(InputError, match=r"must be a transformers\.Trainer"):
         tangora.apply_recipe(tiny_llama(), "tangent")

@@ -170,7 +170,7 @@ def test_losses_that_do_not_add_up_need_batches_of_equal_size(kind):
 def test_batches_of_equal_size_that_do_not_add_up_weigh_alike_with_a_warning():
     *what, big = REFUSED["two means"]
     model, parts = made(*what), split(big, [2, 2, 1])[:2]
-    with pytest.warns(UserWarning, match="weigh alike"):
+    with pytest.warns(UserWarning, match="equal weight"):
         found = mean_loss(model, parts)
     assert found == pytest.approx(sum(model(**part).loss.item() for part in parts) / 2, rel=1e-12)
 

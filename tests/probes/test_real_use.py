@@ -204,7 +204,7 @@ def test_a_stream_that_changes_is_refused(read, change):
     loader = DataLoader(Stream(batches_of("bert", 3), CHANGES[change]))
     model = adapted("bert")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(InputError, match="same in every pass"):
+    with pytest.raises(InputError, match="same batches in every pass"):
         READINGS[read](model, loader)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 

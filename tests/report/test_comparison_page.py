@@ -129,9 +129,9 @@ def test_what_was_measured_on_the_way_is_drawn():
 
 
 def test_what_is_missing_is_said_first(page):
-    assert "or more are left" not in "".join(page.text)
+    assert "or more remain" not in "".join(page.text)
     text = render_page(make_comparison([make_record()], missing=["a", "b"]))
-    assert text.index("1 run is done, 2 or more are left") < text.index("Verdict")
+    assert text.index("1 run is done, 2 or more remain") < text.index("Verdict")
 
 
 def test_trouble_is_grouped_with_its_reason(page):
@@ -245,7 +245,7 @@ def test_one_learning_rate_each_is_no_sweep():
     ]
     page = Page(render_page(make_comparison([*one, make_record("lora", 1e-3, validation=0.5)])))
     rows = {line[0]: line[1:] for line in page.tables["robustness-table"][1:]}
-    assert rows["full"][1:3] == ["1e-4, the only one tried", "–"]
+    assert rows["full"][1:3] == ["1e-4, the only rate tried", "–"]
     assert rows["lora"][1:3] == ["3e-4 only", "–"]
 
 

@@ -199,17 +199,17 @@ def test_the_factors_come_last_and_with_their_sentence(page):
     ]
     assert curvature_sentences(whole())[0].startswith("In the tangent space")
     assert sum(FACTORS in sentence for sentence in curvature_sentences(whole())) == 1
-    assert "".join(page.text).count("must not be compared") >= 2
+    assert "".join(page.text).count("Do not compare") >= 2
     for figure in figures(whole()):
         if len(figure.panels) > 1 and figure.panels[-1].title == "factors A, B":
             assert FACTORS in figure.caption
     without = record([spectrum()])
     assert all(FACTORS not in sentence for sentence in curvature_sentences(without))
-    assert "must not be compared" not in render_curvature(without)
+    assert "Do not compare" not in render_curvature(without)
 
 
 def test_factors_alone_are_no_record():
-    with pytest.raises(ValueError, match="factors must stand beside"):
+    with pytest.raises(ValueError, match="factors must be measured together"):
         record([spectrum("factors")])
     with pytest.raises(ValueError, match="more than once"):
         record([spectrum(), spectrum()])
@@ -222,17 +222,18 @@ def test_findings():
         "eigenvalues make up 70 % of it."
     )
     assert sentences[1] == (
-        "The point is no minimum: some direction curves down by 0.5 or more, 12 % of the largest curvature."
+        "The current weights are not a minimum: in some direction the curvature is negative, with size 0.5 or more, "
+        "12 % of the largest curvature."
     )
     joined = " ".join(sentences)
     for words in (
-        "the loss can rise from 0.5000 to 0.7500 at least",
+        "the loss can increase from 0.5000 to 0.7500 at least",
         "predict 0.7000",
         "In the tangent space the Gauss–Newton part alone has largest eigenvalue 3 and trace 10 ± 0.5.",
         "In the tangent space the empirical Fisher matrix has largest eigenvalue 2 and trace 10 ± 0.5.",
         "Over 4 mini-batches the largest curvature is 5.5 on average, with a standard deviation of 1.29",
         "mainly in pooler (25 %), bert.layer.2.dense (21 %) and bert.layer.2.query (18 %)",
-        "All numbers are for the 32 training examples that were read.",
+        "All numbers are for 32 training examples.",
     ):
         assert words in joined
     assert "None" not in joined

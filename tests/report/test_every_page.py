@@ -125,7 +125,7 @@ def test_a_record_gives_the_same_page_again(record, load, render, write, tmp_pat
     path = save_json(record, tmp_path / "record.json")
     assert load(path) == record
     assert write(load(path), tmp_path / "page.html").read_bytes() == render(record).encode()
-    for content, word in (("{}", "no valid"), ("{", "not valid JSON"), (None, "cannot be read")):
+    for content, word in (("{}", "not a valid"), ("{", "not valid JSON"), (None, "cannot be read")):
         path.unlink() if content is None else path.write_text(content)
         with pytest.raises(InputError, match=word):
             load(path)

@@ -81,7 +81,7 @@ def test_means_and_intervals_over_the_seeds_of_the_judged_runs():
 def test_factors_stand_last_and_with_the_sentence():
     shown = section(comparison())
     assert shown.table.headers[-2:] == ["λ max, factors", "trace, factors"]
-    assert any("not to be compared between the rows" in note for note in shown.notes)
+    assert any("do not compare these figures" in note for note in shown.notes)
     whole = make_comparison([make_record("full", 1e-4, 0, flatness=flat(lora=False))])
     assert not any("factors" in name or "tangent" in name for name in section(whole).table.headers)
     assert not any("compared" in note for note in section(whole).notes)
@@ -91,7 +91,7 @@ def test_the_page_has_the_table_only_where_it_was_measured():
     shown = Page(render_page(comparison()))
     assert shown.open == []
     assert [row[0] for row in shown.tables["flatness-table"]] == ["recipe", "full", "lora"]
-    assert "not to be compared" in "".join(shown.text)
+    assert "do not compare" in "".join(shown.text)
     assert "flatness-gap" in {attrs.get("id") for _, attrs in shown.tags}
     assert "flatness-table" not in Page(render_page(realistic())).tables
     assert not has_flatness(realistic())

@@ -137,15 +137,15 @@ def change(**changes):
     [
         (break_json, "is not valid JSON"),
         (break_encoding, "is not valid JSON"),
-        (lambda path: path.write_text("[1]"), "must hold a JSON object; got list"),
+        (lambda path: path.write_text("[1]"), "must contain a JSON object; got list"),
         (lambda path: path.unlink(), "cannot be read: No such file"),
         (change(schema_version=4), "has schema_version 4; this tangora reads 1 to 3"),
         (change(schema_version=None), "has schema_version None"),
         (
             change(stage="rehearsal"),
-            "is no valid Record at stage: Input should be 'trial', 'sweep' or 'final'",
+            "is not a valid Record at stage: Input should be 'trial', 'sweep' or 'final'",
         ),
-        (change(surprise=1), "is no valid Record at surprise"),
+        (change(surprise=1), "is not a valid Record at surprise"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, damage, message):

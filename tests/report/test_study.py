@@ -125,7 +125,7 @@ def test_tasks_without_records_wait(study, tmp_path):
     waiting = make_comparison([], title="Later", missing=["a"])
     text = write_study(study | {"later": waiting}, tmp_path / "a.html", "Study", "").read_text()
     assert "later/report.html" not in text
-    assert "0 runs are done, 1 or more are left" in text
+    assert "0 runs are done, 1 or more remain" in text
     assert "later" not in Page(text).tables["results-table"][0]
     alone = write_study({"later": waiting}, tmp_path / "b.html", "Study", "").read_text()
     assert "No task has a record yet." in alone

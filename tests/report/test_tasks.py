@@ -130,7 +130,7 @@ def test_sentences():
         "Of 12 pairs of recipes on a task, 10 differ significantly after correction for all of them."
     )
     assert found[2].startswith("Mean ranks over 2 tasks: good 1.0, ")
-    assert found[2].endswith("; fewer than 5 tasks cannot tell such ranks from chance.")
+    assert found[2].endswith("; fewer than 5 tasks are too few to separate such ranks from chance.")
     same = tasks_verdict(matrix([task(t, dict.fromkeys(("lora", "a", "b"), 0.5)) for t in "vwxyz"]))
     assert "no recipe wins or loses; 10 ties" in same[0]
     assert "no more than chance explains (Friedman, p = " in same[2]

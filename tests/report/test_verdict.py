@@ -45,7 +45,7 @@ def test_a_clear_win():
         f"tangent has the best test accuracy, 0.9600 (95 % interval {formats.interval(row.interval)}, 3 seeds), "
         "significantly better than lora (+0.0500)."
     )
-    assert caution == "Every chosen learning rate lies inside its grid, and no run diverged or failed."
+    assert caution == "Every chosen learning rate is inside its grid, and no run diverged or failed."
 
 
 def test_a_win_that_does_not_stand_up_to_correction():
@@ -63,11 +63,11 @@ def test_a_win_that_does_not_stand_up_to_correction():
 def test_one_seed_claims_nothing():
     found = sentences(runs("lora", [0.90]) + runs("tangent", [0.95]) + runs("full", [0.94]))
     assert (
-        "no difference from lora can be told from noise; the best of the others: tangent (+0.0500)"
+        "no difference from lora can be separated from noise; the best of the others: tangent (+0.0500)"
         in found[0]
     )
     assert "1 seed, no interval" in found[1]
-    assert "one seed per recipe cannot tell that from noise" in found[2]
+    assert "one seed per recipe cannot separate this from noise" in found[2]
 
 
 def test_better_and_worse_are_both_named():
@@ -138,10 +138,10 @@ SAID = {
     "full alone differs": (
         [LORA, runs("full", BETTER), runs("a", NOISY), runs("b", NOISY)],
         0,
-        "No recipe but full fine-tuning is significantly different from lora; ",
+        "No recipe except full fine-tuning is significantly different from lora; ",
     ),
     "full is worse": ([LORA_BEST, runs("full", CLEAR)], 1, "there is no gap to close"),
-    "full is level": ([LORA, runs("full", NOISY)], 1, "no share of that gap is given"),
+    "full is level": ([LORA, runs("full", NOISY)], 1, "no share of that gap is shown"),
     "one rate": ([[make_record("full")]], -1, "only one learning rate was tried for full"),
 }
 
@@ -170,7 +170,7 @@ def test_caution():
         make_record("full", 1e-4, status="out_of_memory", error="too big"),
     ]
     caution = sentences(records)[-1]
-    assert "lora (low end), whose best learning rate lies at its edge" in caution
+    assert "lora (low end), whose best learning rate is at its end" in caution
     assert "of 6 runs, 1 diverged (lora), 1 ran out of memory (full) and 1 failed (x)" in caution
 
 
@@ -256,7 +256,7 @@ def test_one_seed_cannot_decide():
     )
     assert (found.recipe, found.decided, found.candidates) == ("b", False, ())
     sentence = recommendation_sentence(found)
-    assert "cannot be decided with one seed" in sentence
+    assert "impossible with one seed" in sentence
     assert "b at 3e-3" in sentence
     # a recipe with one seed is no candidate beside others with several
     assert advised(runs("a", CLEAR), runs("b", [0.99])).candidates == ("a",)

@@ -293,5 +293,5 @@ def test_corrupt_files_are_named(tmp_path):
     with pytest.raises(InputError, match="not valid JSON"):
         load_record(path)
     path.write_text('{"name": 1}', encoding="utf-8")
-    with pytest.raises(InputError, match="no valid reproduction"):
+    with pytest.raises(InputError, match="not a valid reproduction"):
         load_record(path)

@@ -176,11 +176,11 @@ def test_bad_input(tmp_path):
         CurvatureCallback(batches, every=0)
     with pytest.raises(InputError, match=r"trace_products must be a number in \[6"):
         CurvatureCallback(batches, every=1, trace_products=3)
-    with pytest.raises(InputError, match="over must be a list of tangent, weights, factors; got 'tangent'"):
+    with pytest.raises(InputError, match=r"over must be a list of .*tangent.*; got 'tangent'"):
         CurvatureCallback(batches, every=1, over="tangent")
     with pytest.raises(InputError, match="did you mean tangent"):
         CurvatureCallback(batches, every=1, over=["tangents"])
-    with pytest.raises(InputError, match="put it into a list"):
+    with pytest.raises(InputError, match="got a single batch"):
         CurvatureCallback(batches[0], every=1)
     options["model"].requires_grad_(False)
     with pytest.raises(InputError, match="no trainable LoRA factors"):

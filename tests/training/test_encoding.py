@@ -165,7 +165,7 @@ OTHER_PROMPT = TEMPLATE.replace("green {% endif %}", "green sun{% endif %}")
 @pytest.mark.parametrize(
     ("template", "example", "message"),
     [
-        (None, TWO_TURNS, "needs a tokenizer with a chat template, and the model's has none"),
+        (None, TWO_TURNS, "needs a tokenizer with a chat template"),
         (TEMPLATE, {"prompt": "", "completion": "news"}, "plain text has none"),
         ("{{ raise_exception('no system') }}", conversation("s 1", "u 1", "a 2"), "refuses a conversation"),
         (OTHER_PROMPT, TWO_TURNS, "an answer does not follow its generation prompt"),

@@ -1,5 +1,7 @@
 """Rows to examples: their contents, their labels, and what a message says about a bad one."""
 
+import re
+
 import pytest
 
 from tangora._checks import InputError
@@ -110,8 +112,8 @@ def test_labels_are_in_their_order_and_written_in_one_way(tmp_path):
 def test_rare_and_alike_classes_are_told(tmp_path):
     task = load_task(labelled(tmp_path, ["good", "bad", "Good"] * 6 + ["odd"]))
     told = "\n".join(task.notes)
-    assert "a single example, which no method can learn and prove: odd" in told
-    assert "capital letters only: Good, good" in told
+    assert re.search("a single example, .*: odd", told)
+    assert "differ only in capital letters: Good, good" in told
 
 
 @pytest.mark.messages
@@ -140,7 +142,7 @@ BAD_LINES = [
     ('{"text": "b"}', ":2: this example has no column 'label'; it has text"),
     ('{"text": 3, "label": 1}', ":2: column 'text' must hold text; got 3"),
     ('{"text": "  ", "label": 1}', ":2: column 'text' must hold text"),
-    ('{"text": "a", "label": 0.5}', ":2: column 'label' .* regression"),
+    ('{"text": "a", "label": 0.5}', ":2: column 'label' .*regression"),
     ('{"text": "a", "label": null}', ":2: column 'label' .* whole number; got None"),
     ('{"text": "\\ud800", "label": 1}', ":2: column 'text' must hold Unicode text; surrogates"),
     ('{"text": {"long": "' + 999 * "a" + '"}, "label": 1}', r":2: column 'text'.*got .{80}\.\.\.$"),
@@ -154,7 +156,7 @@ FIRST_LINES = [
     ('{"messages": ["hello"]}', "messages with role and content; got 'hello'"),
     ('{"messages": [{"role": "user", "content": null}]}', "text as role and content"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "must end with a message of the assistant"),
-    ('{"messages": [{"role": "assistant", "content": "a"}]}', "another; its roles are assistant"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "its roles are assistant"),
 ]
 
 
@@ -188,7 +190,7 @@ def test_bad_images_are_named(tmp_path, pixels):
         ({"label_column": "labl"}, "did you mean label"),
         ({"kind": "causal", "label_column": "label"}, "label_column is for kind='classification'"),
         ({"kind": "classification", "prompt_column": "text"}, "prompt_column and completion_column are for"),
-        ({"text_column": "text", "prompt_column": "text"}, "give either text_column, or"),
+        ({"text_column": "text", "prompt_column": "text"}, "pass either text_column, or"),
         ({"seed": -1}, "seed must be"),
     ],
 )

@@ -38,7 +38,8 @@ def test_cut_texts_are_counted_in_every_split():
     )
     data = Task("own", "classification", tuple(first), tuple(second), tuple(third[:3]))
     assert notes(data, 5) == [
-        f"{cut} of {count} {name} examples are cut to 5 tokens (longest {longest}); the end is lost; raise --max-length"
+        f"{cut} of {count} {name} examples are cut to 5 tokens (longest {longest}); "
+        "the end is lost; increase --max-length"
         for name, cut, count, longest in (("training", 2, 6, 7), ("validation", 2, 6, 7))
     ]
 
@@ -59,20 +60,18 @@ def test_prompts_lose_their_beginning_before_completions_lose_their_end():
 @pytest.mark.messages
 def test_cutting_that_leaves_the_same_of_all_is_refused():
     filler = " ".join(["red"] * 20)
-    with pytest.raises(InputError, match=r"10 of 10 training .*longest 21\), which leaves only 1 different"):
+    with pytest.raises(InputError, match=r"10 of 10 training .*longest 21\), so that only 1 different"):
         notes(labelled([f"{filler} {number}" for number in range(10)]), 8)
-    with pytest.raises(InputError, match="leaves only 1 different"):
+    with pytest.raises(InputError, match="only 1 different"):
         notes(pairs([f"{number} {filler}" for number in range(10)]), 8)
-    with pytest.raises(InputError, match="leaves only 1 different"):  # of the prompts nothing is left
+    with pytest.raises(InputError, match="only 1 different"):  # of the prompts nothing is left
         notes(pairs([f"{number} ?" for number in range(10)], filler), 8)
     assert notes(labelled([f"{number} {filler}" for number in range(10)]), 8)
 
 
 @pytest.mark.messages
 def test_a_tokenizer_that_does_not_know_the_words_is_refused():
-    with pytest.raises(InputError, match="does not know the words of the data: 100% of the training tokens"):
+    with pytest.raises(InputError, match="the words of the data: 100% of the training tokens"):
         notes(labelled([f"unheard of{number}" for number in "abcdef"]), 8)
-    with pytest.raises(
-        InputError, match=r"does not belong to the model: it gives token \d+, and the model knows 5"
-    ):
+    with pytest.raises(InputError, match=r"does not belong to the model: .* token \d+, .* 5 tokens"):
         check_fit(labelled(["1 2", "3"]), tiny_tokenizer(), max_length=8, vocabulary=5)

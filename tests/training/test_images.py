@@ -155,15 +155,15 @@ def test_images_of_a_file(cached, digits, tmp_path):
 @pytest.mark.messages
 def test_messages(cached, digits, monkeypatch):
     scaler = vit.SCALER
-    with pytest.raises(InputError, match="needs a model that reads images, such as vit-digits"):
+    with pytest.raises(InputError, match="need an image model, such as vit-digits"):
         encode(digits.test[:2], tiny_tokenizer(), kind="classification", max_length=8)
-    with pytest.raises(InputError, match="needs data of images, such as digits"):
+    with pytest.raises(InputError, match="needs image data, such as digits"):
         encode(labelled_examples(), scaler, kind="classification", max_length=8)
     with pytest.raises(InputError, match="image 0 must have the model's 1 x 8 x 8 pixels; got 1 x 1 x 1"):
         encode([{"pixels": [[[0.5]]], "label": 0}], scaler, kind="classification", max_length=8)
     with pytest.raises(InputError, match="kind must be 'classification', got 'causal'"):
         load_task("digits", kind="causal")
-    with pytest.raises(InputError, match="model 'vit-digits' reads images"):
+    with pytest.raises(InputError, match="model 'vit-digits' is an image model"):
         load_model("vit-digits", kind="causal")
     absent = PackagedFiles("scikit-learn", "1.9.1", "no_such_module", "digits.csv.gz", extra="tasks")
     monkeypatch.setattr("tangora.training.models.digits.DIGITS", absent)

@@ -110,14 +110,14 @@ def test_loading_is_silent_and_restores_verbosity(bert_folder, capfd):
         ("minilm-l6", {"kind": "classification", "num_labels": 2.5}, "num_labels must be a whole number"),
         ("minilm-l6", {"kind": "classification", "labels": ["a", "a"]}, "2 different names; got a, a"),
         ("minilm-l6", {"kind": "classification", "labels": ["a", "b"], "num_labels": 3}, "labels, 2; got 3"),
-        ("minilm-l6", {"kind": "causal", "num_labels": 3}, "leave them out for 'causal'"),
+        ("minilm-l6", {"kind": "causal", "num_labels": 3}, "omit them for 'causal'"),
         ("minilm-l6", {"kind": "causal", "dtype": torch.int8}, "dtype must be a floating-point type"),
         ("minilm-l6", {"kind": "causal", "seed": -1}, "seed must be"),
         ("./nowhere", {"kind": "causal"}, "no such file or folder; use a packaged model .smollm2-135m"),
         ("nowhere.gguf", {"kind": "causal"}, "no such file or folder"),
-        ("no/such-model", {"kind": "causal"}, r"hub is switched off \(HF_HUB_OFFLINE\).*; use a packaged"),
+        ("no/such-model", {"kind": "causal"}, r"hub access is disabled \(HF_HUB_OFFLINE\).*; use a packaged"),
         ("smollm-135m", {"kind": "causal"}, "did you mean smollm2-135m"),
-        ("not a name!", {"kind": "causal"}, "no valid hub name"),
+        ("not a name!", {"kind": "causal"}, "not a valid hub name"),
     ],
 )
 def test_messages(name, options, message):
@@ -143,11 +143,11 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         ("bert", {"kind": "classification", "num_labels": 3}),
         ("llama", {"kind": "causal"}),
     ):
-        with pytest.raises(InputError, match="has no tokenizer") as caught:
+        with pytest.raises(InputError, match=r"has no .*tokenizer") as caught:
             load_model(str(tmp_path / name), **options)
         assert "\n" not in str(caught.value)
     tiny_tokenizer().save_pretrained(tmp_path / "llama")  # one of another model
-    with pytest.raises(InputError, match="knows 26 tokens, the model 300; save the tokenizer"):
+    with pytest.raises(InputError, match="26 tokens, the model 300; save the tokenizer"):
         load_model(str(tmp_path / "llama"), kind="causal")
 
 
@@ -155,7 +155,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 def test_a_folder_with_an_adapter_is_no_model(tmp_path):
     for name in ("adapter_config.json", "config.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match="holds an adapter; give its base model"):
+    with pytest.raises(InputError, match="contains an adapter; pass its base model"):
         load_model(str(tmp_path), kind="causal")
 
 

@@ -136,7 +136,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     ("texts", "labels", "message"),
     [
         (["a", None], [1, 2], "column 'text' must hold text; got None"),
-        (["a", "b"], [1.0, 0.5], "column 'label' .* regression"),
+        (["a", "b"], [1.0, 0.5], "column 'label' .*regression"),
         ([b"good", b"\xff\xfe"], [1, 2], "a value cannot be read; 'utf-8' codec"),
     ],
 )

@@ -86,8 +86,8 @@ def test_named_columns_win_and_their_case_does_not_matter():
     [
         ("a,b", {}, r"\(from the first line\) are a, b; give --text-column NAME and --label-column NAME to"),
         ("I loved it,positive", {}, "are 'I loved it', positive; give"),
-        ("title,body,label", {}, "the text, .* give --text-column title or --text-column body"),
-        ("review,sentiment,rating", {}, "give --label-column sentiment or --label-column rating"),
+        ("title,body,label", {}, "the text, .* pass --text-column title or --text-column body"),
+        ("review,sentiment,rating", {}, "pass --label-column sentiment or --label-column rating"),
         ("question,response,output", {}, "--completion-column response or --completion-column output"),
         ("a,b,label", {}, "recognised as the text.* a, b, label; give --text-column NAME$"),
         ("a,b,c", {"text": "a", "kind": "classification"}, "the label .*; give --label-column NAME$"),

@@ -40,7 +40,7 @@ def test_contradictory_texts_are_told_and_never_in_two_splits(tmp_path):
     task = load_task(write_jsonl(tmp_path / "f.jsonl", rows))
     told = "\n".join(task.notes)
     assert "30 texts have different labels" in told
-    assert "30 of 70 examples repeat another's text" in told
+    assert "30 of 70 examples repeat the text" in told
     texts = keys((*task.train, *task.validation, *task.test))
     assert len(set(texts)) == len(texts) == 40
 

@@ -204,7 +204,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(InputError, match="did you mean tangent"):
         tangora.Trainer(**options, recipe="tangant")
     optimizer = TangentAdam(options["model"], lr=RATE)
-    with pytest.raises(InputError, match="recipe and optimizers both name an optimizer"):
+    with pytest.raises(InputError, match="recipe and optimizers both select an optimizer"):
         tangora.Trainer(**options, recipe="lora", optimizers=(optimizer, None))
     with pytest.raises(InputError, match="needs lr"):
         tangora.optimizer_factory(TangentAdam)

@@ -146,7 +146,7 @@ def _why_not_plain(layer: LoraLayer, adapter: str, A: Any, B: Any) -> str | None
     if kind == "ParamWrapper":
         return "target_parameters (several matrices in one pair)"
     if variant and not variant.startswith(_PLAIN_VARIANTS):
-        return f"{variant.removesuffix('Variant')} (another forward pass)"
+        return f"{variant.removesuffix('Variant')} (its forward pass is not that of plain LoRA)"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         return "convolution with groups (block-diagonal, not a matrix product)"
     if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)):

@@ -25,10 +25,10 @@ def check_replaceable(target: Path, *, what: str, marker: str, known: Callable[[
         return
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     if not target.is_dir() or (held and marker not in held):
-        raise InputError(f"{target} exists and is no {what} folder; choose another path")
+        raise InputError(f"{target} exists but is not a saved {what}; choose another path")
     if unknown := sorted(name for name in held if not known(name)):
         raise InputError(
-            f"{target} holds {unknown[0]} beside the {what}, which would be lost; choose another path"
+            f"{target} holds {unknown[0]} in addition to the {what}; it would be deleted: choose another path"
         )
 
 

@@ -34,9 +34,9 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     """
     folder = check_path("path", path) / (options.get("subfolder") or "")
     if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)")
+        raise InputError(f"{folder} contains no adapter ({CONFIG_FILE} is missing)")
     if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise InputError(f"{folder} holds no weights ({_WEIGHTS[0]} is missing)")
+        raise InputError(f"{folder} contains no weights ({_WEIGHTS[0]} is missing)")
     bare = unwrapped(base)
     check_kind(
         "base", bare, nn.Module, "a loaded base model, such as AutoModelForCausalLM.from_pretrained(name)"
@@ -44,7 +44,8 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     for name, module in bare.named_modules():
         if isinstance(module, (BaseTunerLayer, PeftModel)):
             raise InputError(
-                f"base holds an adapter already ({name or type(module).__name__}): load the original model, or call "
+                f"base already has an adapter ({name or type(module).__name__}): load the original "
+                "model, or call "
                 "load_adapter of the PEFT model"
             )
     mapping = options.get("key_mapping") or getattr(bare, "_checkpoint_conversion_mapping", {})
@@ -59,7 +60,7 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:  # PEFT looks a module to save up before it asks whether the file has it
-        raise InputError(f"{folder} lacks {error.args[0]}, which its config names") from error
+        raise InputError(f"{folder} lacks {error.args[0]}, which its config mentions") from error
     except InputError:
         raise
     except NoMatchingPeftModuleError as error:
@@ -93,15 +94,15 @@ def _check_taken(model: PeftModel, folder: Path, mapping: dict[str, str], option
         config.rank_pattern = ranks
     if answer.unexpected_keys:
         raise InputError(
-            f"{folder} holds {answer.unexpected_keys[0]}, which has no place in the model: it belongs to another base, "
-            "or its config does not name that layer"
+            f"{folder} holds {answer.unexpected_keys[0]}, which does not exist in the model: the "
+            "adapter belongs to another base, or its config does not name that layer"
         )
     state, absent = model.state_dict(keep_vars=True), set(answer.missing_keys)
     loaded = {tensor.data_ptr() for key, tensor in state.items() if key not in absent}
     for key, parameter in named_adapter_parameters(model, name):
         if key in absent and parameter.data_ptr() not in loaded:  # several methods share one bank of vectors
-            raise InputError(f"{folder} lacks {key}: it belongs to another base, or was not written whole")
-        if key not in absent and not parameter.isfinite().all():
             raise InputError(
-                f"{folder} holds values in {key} that are no finite numbers: its training diverged"
+                f"{folder} lacks {key}: the adapter belongs to another base, or its file is incomplete"
             )
+        if key not in absent and not parameter.isfinite().all():
+            raise InputError(f"{folder} holds values in {key} that are not finite: its training diverged")

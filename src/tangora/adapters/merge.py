@@ -66,8 +66,8 @@ def _save_merged(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     bare = _mergeable(model)
     if not isinstance(base := unwrapped(bare.get_base_model()), PreTrainedModel):
         raise InputError(
-            f"save_merged needs a transformers model as base; got {type(base).__name__}: "
-            "take merged_model(model) and save its state_dict"
+            f"save_merged needs a transformers model as base; got {type(base).__name__}: save the "
+            "state_dict of merged_model(model) instead"
         )
     target = Path(path).resolve()
     check_replaceable(
@@ -87,22 +87,23 @@ def _mergeable(model: nn.Module) -> PeftModel:
     integers = any(not parameter.is_floating_point() for parameter in bare.parameters())
     if integers or getattr(base, "quantization_method", None) or getattr(base, "hf_quantizer", None):
         raise InputError(
-            "a quantized base cannot be merged without quantizing the sum again: save_adapter, load the base in "
-            "floating point, load_adapter, and merge that"
+            "a quantized base cannot be merged without a second quantization: call save_adapter, load "
+            "the base in floating point, call load_adapter, and merge that model"
         )
     check_unmerged(bare)
     if not hasattr(bare.base_model, "merge_and_unload"):
         config: Any = bare.active_peft_config
         raise InputError(
-            f"an adapter of kind {config.peft_type.value} changes no weights: save_adapter it instead"
+            f"an adapter of kind {config.peft_type.value} changes no weights, so it cannot be merged: "
+            "use save_adapter instead"
         )
     for name, module in bare.named_modules():
         layer: Any = getattr(module, "base_layer", None)
         mode, dilation = getattr(layer, "padding_mode", "zeros"), getattr(layer, "dilation", 1)
         if mode != "zeros" or set(dilation if isinstance(dilation, tuple) else (dilation,)) != {1}:
             raise InputError(
-                f"{name} has padding mode {mode!r} and dilation {dilation}, which its adapter does not follow, so "
-                "that no kernel can do both: save_adapter instead"
+                f"{name} has padding mode {mode!r} and dilation {dilation}, which its adapter does not "
+                "use, so one kernel cannot represent both: use save_adapter instead"
             )
     check_gathered(bare, "merging")
     return bare
@@ -138,7 +139,7 @@ def _write(merged: Any, folder: Path) -> None:
         merged.save_pretrained(folder)
     except RuntimeError as error:  # modules share weights, and their class does not say so
         raise InputError(
-            f"transformers cannot write this {type(merged).__name__}: take merged_model(model) and save its "
+            f"transformers cannot save this {type(merged).__name__}: take merged_model(model) and save its "
             f"state_dict ({str(error).splitlines()[0]})"
         ) from error
 
@@ -163,8 +164,8 @@ def _check_class(merged: PreTrainedModel, folder: Path) -> None:
 
 def _refuse_class(merged: nn.Module, name: str) -> None:
     raise InputError(
-        f"{type(merged).__name__} would load another {name} than the merged model has: save_adapter instead, or take "
-        "merged_model(model) and save its state_dict"
+        f"{type(merged).__name__} would load another {name} than the merged model has: use save_adapter "
+        "instead, or save the state_dict of merged_model(model)"
     )
 
 

@@ -33,7 +33,8 @@ class OffsetConfig(LoraConfig):
     def __init__(self, config: Any = None, adapter: str = "", **fields: Any):
         if config is None or fields:  # dataclasses.replace gets here
             raise InputError(
-                "the config of an adapter with an offset describes no other adapter: take a LoraConfig of your own"
+                "the config of an adapter with an initial product cannot be used for another adapter: "
+                "create a new LoraConfig"
             )
         # What PEFT has found out about the model comes along. Other adapters with this config start at the offset,
         # whatever this one started from; until then a product of zero lets PEFT take the magnitudes of the base.
@@ -75,9 +76,10 @@ def warn_if_base_changed(model: Any) -> None:
     for adapter, config in configs.items() if isinstance(configs, dict) else ():
         if mutates_base(config):
             warnings.warn(
-                f"PEFT's initialization {config.init_lora_weights!r} of adapter {adapter!r} has changed the base "
-                "weights: to save it for the original base, take initial = tangora.initial_factors(model) before "
-                "training, and save it by tangora.save_adapter(model, path, initial=initial)",
+                f"PEFT's initialization {config.init_lora_weights!r} of adapter {adapter!r} has changed "
+                "the base weights: to save it for the original base, call initial = "
+                "tangora.initial_factors(model) before training, and save with "
+                "tangora.save_adapter(model, path, initial=initial)",
                 stacklevel=3,
             )
 
@@ -161,11 +163,11 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
     config: Any = model.peft_config[adapter_name]
     if mutates_base(config):
         raise InputError(
-            f"the initialization {config.init_lora_weights!r} of adapter {adapter_name!r} changed the base weights; "
-            "make the adapter with init_lora_weights=True"
+            f"the initialization {config.init_lora_weights!r} of adapter {adapter_name!r} changed the "
+            "base weights; create the adapter with init_lora_weights=True"
         )
     for name, reason in found.skipped.items():
-        _refuse(name, f"its adapter is no plain pair: {reason}")
+        _refuse(name, f"its adapter is not a plain pair (A, B): {reason}")
     # X-LoRA's layers read the trained pairs alone
     if type(config) not in (LoraConfig, OffsetConfig) or not isinstance(model.base_model, LoraModel):
         got = type(config).__name__, type(model.base_model).__name__
@@ -173,7 +175,7 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
     check_unfused(model)
     for pair in found.pairs:
         if pair.tied:
-            _refuse(pair.name, "its factors are tied to another layer's")
+            _refuse(pair.name, "its factors are tied to those of another layer")
         if reason := why_no_carrier(pair.layer, adapter_name):
             _refuse(pair.name, reason)
     check_unmerged(model, adapter_name)
@@ -182,8 +184,8 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
 
 def _refuse(name: str, reason: str) -> None:
     raise InputError(
-        f"{name} cannot carry an offset: {reason}; leave it out of target_modules, or take an initialization that "
-        "needs no offset (lora, lora-one)"
+        f"layer {name} cannot be re-initialized without changing the model: {reason}; exclude it from "
+        "target_modules, or use an initialization whose product is not subtracted (lora, lora-one)"
     )
 
 

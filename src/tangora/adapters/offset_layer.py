@@ -37,7 +37,7 @@ _DEAF_TO_VARIANTS_IN_MIXED_BATCHES = {"Embedding", "HqqLoraLinear"}
 # of both pairs would be no better: reduce_intruder_dimension would write it into an adapter with the same offset.
 _METHODS_WITHOUT_OFFSET = {
     "get_delta_weight": "cannot be read by get_delta_weight",
-    "update_layer": "cannot be made anew by update_layer",
+    "update_layer": "cannot be created again by update_layer",
 }
 
 
@@ -126,13 +126,16 @@ def why_no_carrier(layer: nn.Module, adapter: str) -> str | None:
     kind, base = type(layer).__name__, layer.get_base_layer()  # pyright: ignore[reportCallIssue]
     variant = inner_variant(layer.lora_variant.get(adapter))  # pyright: ignore
     if kind not in _CARRIERS or not type(layer).__module__.startswith("peft.tuners.lora"):
-        return f"it is adapted by PEFT's {kind}, whose forward pass has no place for it"
+        return f"it is adapted by PEFT's {kind}, whose forward pass cannot subtract an initial product"
     if variant is not None and "Dora" not in type(variant).__name__:
-        return f"it has another forward pass ({type(variant).__name__.removesuffix('LinearVariant')})"
+        return (
+            "its forward pass is not that of plain LoRA "
+            f"({type(variant).__name__.removesuffix('LinearVariant')})"
+        )
     if hasattr(layer, "lora_arrow"):
-        return "Arrow routes between the trained pairs alone"
+        return "Arrow routes only between the trained pairs"
     if getattr(base, "max_norm", None) is not None:
-        return "max_norm of the embedding rescales the factor itself"
+        return "max_norm of the embedding rescales the factor"
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is split over devices (tensor parallel)"
     return None
@@ -178,8 +181,9 @@ def copy_offset(layer: Any, source: str, adapter: str) -> None:
 def refusal(adapter: str, reason: str) -> InputError:
     """Make the error for what PEFT cannot do with an adapter that has an offset."""
     return InputError(
-        f"adapter {adapter!r} carries an offset and {reason}: write it with tangora.save_adapter, load it on the base "
-        "with tangora.load_adapter(base, path, is_trainable=True), and use that model"
+        f"adapter {adapter!r} has an initial product that is subtracted, and {reason}: save it with "
+        "tangora.save_adapter, load it on the base with tangora.load_adapter(base, path, "
+        "is_trainable=True), and use that model"
     )
 
 
@@ -362,8 +366,9 @@ def _split_state(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
             given = state[key]
             if given.shape != torch.cat([frozen, frozen], dim).shape:
                 raise InputError(
-                    f"{key} must have rank {2 * frozen.shape[dim]}, as the state of a layer with an offset has; "
-                    f"got shape {tuple(given.shape)}: call detach_offset before loading another adapter, or "
+                    f"{key} must have rank {2 * frozen.shape[dim]}, because the layer subtracts an "
+                    f"initial product; got shape {tuple(given.shape)}: call detach_offset before "
+                    "loading another adapter, or "
                     "tangora.load_adapter(base, path, is_trainable=True) on the base model"
                 )
             (both,) = sharded.whole([given])

@@ -19,10 +19,10 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 # modules whose functions take the place of a block's forward pass and read A, B and the scaling themselves
 _FUSED = ("unsloth.kernels", "axolotl.kernels", "axolotl.monkeypatch.lora_kernels")
 _APART = (
-    "merge the inner adapter into the base first (merge_and_unload), or hold both in one model (add_adapter) and save "
-    "each by itself"
+    "merge the inner adapter into the base first (merge_and_unload), or put both into one model "
+    "(add_adapter) and save each separately"
 )
-_GATHER = "gather the full state dict, load it into a model that is not sharded, and take that"
+_GATHER = "gather the full state dict, load it into a model that is not sharded, and use that model"
 
 
 def unwrapped(model: Any) -> Any:
@@ -59,8 +59,9 @@ def check_unfused(model: nn.Module) -> None:
                 "original"
             ):
                 raise InputError(
-                    f"{home.partition('.')[0].capitalize()}'s fused LoRA kernel in {name} computes past its layers, "
-                    "which an initialization reads and changes: make the adapter without it (Axolotl: lora_mlp_kernel, "
+                    f"{home.partition('.')[0].capitalize()}'s fused LoRA kernel in {name} bypasses the "
+                    "layers that an initialization changes: create the adapter without this kernel "
+                    "(Axolotl: lora_mlp_kernel, "
                     "lora_qkv_kernel, lora_o_kernel, lora_embedding_kernel: false; Unsloth: peft.get_peft_model), or "
                     "keep PEFT's initialization"
                 )
@@ -85,8 +86,8 @@ def bare_model(model: nn.Module) -> PeftModel:
     bare = unwrapped(model)
     if isinstance(bare, PeftMixedModel):
         raise InputError(
-            "a mixed model (get_peft_model with mixed=True) cannot be written: give every kind of adapter a PeftModel "
-            "of its own, and merge one before adding the next"
+            "a mixed model (get_peft_model with mixed=True) cannot be saved: use a separate PeftModel "
+            "for every kind of adapter, and merge one before you add the next"
         )
     if not isinstance(bare, PeftModel):
         raise InputError(f"model must be a PeftModel; got {type(bare).__name__}")
@@ -95,7 +96,7 @@ def bare_model(model: nn.Module) -> PeftModel:
         raise InputError(f"the base of the model is itself a PeftModel: {_APART}")
     for name, layer in base.named_modules():
         if isinstance(layer, BaseTunerLayer) and _in_use(layer) and not _owns(bare.base_model, name, layer):
-            raise InputError(f"the base already holds another adapter at {name}: {_APART}")
+            raise InputError(f"the base already has another adapter at {name}: {_APART}")
     return bare
 
 

@@ -77,13 +77,14 @@ def _check_rank(model: PeftModel, model_id: Any, adapter_name: str, *_: Any, **o
         own = pair.A.shape[0]
         if pair.adapter != adapter_name or carried is not None or found in (None, own):
             continue
-        what = f"{file} has rank {found} in {pair.name}, and adapter {adapter_name!r} has rank {own}"
+        what = f"{file} has rank {found} in {pair.name}, but adapter {adapter_name!r} has rank {own}"
         if found == 2 * own:
             raise InputError(
-                f"{what}; files of adapters that tangora.initialize initialized have twice the rank: call it in the "
-                "same way as before that training, or go on with tangora.load_adapter(base, path, is_trainable=True)"
+                f"{what}; an adapter from tangora.initialize is saved with twice the rank: call "
+                "tangora.initialize in the same way as before that training, or continue with "
+                "tangora.load_adapter(base, path, is_trainable=True)"
             )
-        raise InputError(f"{what}: make the adapter with the rank of the file")
+        raise InputError(f"{what}: create the adapter with the rank of the file")
 
 
 def _getter_for_hotswap(key: str) -> Callable[[nn.Module], Any]:
@@ -109,8 +110,8 @@ def _inject_with_offset(inject: Callable[..., None]) -> Callable[..., None]:
             raise refusal(min(carried), "cannot be routed to by Arrow")
         if isinstance(config, OffsetConfig) and config.offset_of not in carried:
             raise InputError(
-                f"adapter {adapter_name!r} was made from the config of an adapter with an offset, which this model "
-                "does not have: give it a LoraConfig of its own"
+                f"adapter {adapter_name!r} was created from the config of an adapter with an initial "
+                "product, which this model does not have: use a separate LoraConfig"
             )
         inject(tuner, model, adapter_name, *args, **kwargs)
         if isinstance(config, OffsetConfig):

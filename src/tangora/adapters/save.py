@@ -146,7 +146,10 @@ def save_adapter(
         check_whole("rank", rank, low=1)
     target = check_path("path", path)
     check_kind(
-        "initial", initial, (Mapping, type(None)), "what initial_factors(model) returned before training"
+        "initial",
+        initial,
+        (Mapping, type(None)),
+        "the return value of initial_factors(model), from before training",
     )
     check_kind("card", card, (Mapping, type(None)), "a dict of facts")
 
@@ -198,7 +201,7 @@ def _save(
         if not found.pairs:
             kind = str(getattr(model.peft_config[active_adapter(model)].peft_type, "value", "other"))
             raise InputError(
-                f"rank must be left out, because this adapter ({kind}) holds no LoRA pair; got {rank}"
+                f"rank must be omitted, because this adapter ({kind}) has no LoRA pair; got {rank}"
             )
     target = path.resolve()
     classifier = classes_of(model) is not None
@@ -259,7 +262,8 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
     name = active_adapter(model)
     if isinstance(model.peft_config[name], OffsetConfig) and not has_offset(model, name):
         raise InputError(
-            f"adapter {name!r} was made from the config of an adapter with an offset; give it a LoraConfig of its own"
+            f"adapter {name!r} was created from the config of an adapter with an initial product; use a "
+            "separate LoraConfig"
         )
     found = discover(model, name)
     for pair in found.pairs:
@@ -269,7 +273,9 @@ def _check_model(model: PeftModel, initial: dict[str, Tensor] | None) -> Discove
 
 def _check_plain(found: Discovery, option: str, value: Any) -> None:
     for name, reason in found.skipped.items():
-        raise InputError(f"{option} must be left out, because {name} is no plain pair: {reason}; got {value}")
+        raise InputError(
+            f"{option} must be omitted, because {name} is not a plain pair (A, B): {reason}; got {value}"
+        )
 
 
 def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
@@ -278,18 +284,19 @@ def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
     if not mutates_base(config):
         if initial:
             raise InputError(
-                f"initial must be empty, because the initialization {start!r} left the base weights alone"
+                f"initial must be empty, because the initialization {start!r} did not change the base weights"
             )
         return
     if not initial:
         raise InputError(
-            f"the initialization {start!r} changed the base weights: pass initial=initial_factors(model), "
-            "taken before training, so that the adapter loads on the untouched base"
+            f"the initialization {start!r} changed the base weights: pass "
+            "initial=initial_factors(model), computed before training, so that the adapter loads on "
+            "the original base"
         )
     if getattr(config, "target_parameters", None):
         raise InputError(
-            f"the initialization {start!r} cannot be saved together with target_parameters: their factors hold "
-            "several matrices; train those in an adapter of their own"
+            f"the initialization {start!r} cannot be saved together with target_parameters: their "
+            "factors contain several matrices; train them in a separate adapter"
         )
 
 
@@ -299,8 +306,9 @@ def _check_scaling(pair: LoraPair) -> None:
     expected = alpha / (math.sqrt(rank) if layer.use_rslora.get(pair.adapter) else rank)
     if not math.isclose(pair.scaling, expected, rel_tol=1e-9):
         raise InputError(
-            f"the scaling of {pair.name} must be {expected:g}, as its rank and alpha say, because the files of an "
-            f"adapter hold no other; got {pair.scaling:g}: undo set_scale or scale_layer first"
+            f"the scaling of {pair.name} must be {expected:g}, as given by its rank and alpha, because "
+            f"an adapter file cannot store another scaling; got {pair.scaling:g}: undo set_scale or "
+            "scale_layer first"
         )
 
 
@@ -340,12 +348,13 @@ def _cut(
 def _of_rank(model: PeftModel, saved: SavedAdapter, rank: int | None) -> str:
     if saved.worst_layer is not None:
         return (
-            f"Cut to rank {rank} by singular values: the update differs from the trained one by "
+            f"Truncated to rank {rank} by singular values: the update differs from the trained one by "
             f"{saved.relative_error:.2e} of its Frobenius norm, in the worst layer by {saved.worst_error:.2e}."
         )
     if has_offset(model, active_adapter(model)) or mutates_base(model.peft_config[active_adapter(model)]):
         return (
-            "Exact: the trained product minus the initial one, by singular values, at twice the rank. A server needs "
-            f"room for rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) writes a smaller one."
+            "Exact: the trained product minus the initial one, by singular values, at twice the rank. "
+            f"A server must allow rank {saved.rank} (vLLM: max_lora_rank); save_adapter(rank=...) "
+            "writes a smaller rank."
         )
     return "Exact: the trained factors, without zero ranks."

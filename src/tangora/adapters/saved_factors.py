@@ -86,9 +86,7 @@ def with_initial(files: AdapterFiles, initial: Mapping[str, Tensor]) -> AdapterF
         if (factor := _FACTOR.match(name)) is None:
             continue
         if name not in initial or initial[name].shape != trained.shape:
-            raise InputError(
-                f"initial holds no factors of {name}: take initial_factors(model) from this model"
-            )
+            raise InputError(f"initial has no factors of {name}: pass initial_factors(model) of this model")
         first = initial[name].to(trained.dtype)
         is_A = factor["letter"] == "A"
         tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)
@@ -275,7 +273,8 @@ def _times(factor: Tensor, ratio: float, layer: str) -> Tensor:
     result = (factor.double() * ratio).to(factor.dtype)
     if not torch.isfinite(result).all() or ((result == 0) & (factor != 0)).any():
         raise InputError(
-            f"uniform must be False, because {factor.dtype} has no room for the factors of {layer} times {ratio:g}; "
+            f"uniform must be False, because {factor.dtype} cannot represent the factors of {layer} "
+            f"times {ratio:g}; "
             "save the model in float32"
         )
     return result

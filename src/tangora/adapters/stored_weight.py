@@ -49,8 +49,9 @@ def keep_layout(layers: Iterable[nn.Module]) -> None:
             rounded += _unpacked(layer)
     if rounded:
         warnings.warn(
-            f"bitsandbytes had repacked {rounded} 4-bit weights for inference on this CPU, which rounds their scales "
-            "to bfloat16: they differ from the saved base; load it again and call tangora before evaluating it",
+            f"bitsandbytes had repacked {rounded} 4-bit weights for inference on this CPU. This rounds "
+            "their scales to bfloat16, so they differ from the saved base; load the base again and "
+            "call tangora before you evaluate it",
             stacklevel=3,
         )
 

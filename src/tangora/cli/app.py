@@ -98,7 +98,7 @@ Output = Annotated[
     option(
         RESOURCES,
         "<folder>",
-        "Output folder; the same command goes on with what is there.",
+        "Output folder; the same command continues an interrupted run.",
         "--output",
         "-o",
     ),
@@ -142,7 +142,7 @@ def _one_line(error: TyperException) -> str:
     if message.startswith("No such command"):
         name = message.split("'")[1]
         known = [each for each, found in context.command.commands.items() if not found.hidden]
-        return f"{command} has no command {name!r}{near_hint(name, known)}; it has {', '.join(known)}"
+        return f"{command} has no command {name!r}{near_hint(name, known)}; allowed: {', '.join(known)}"
     if hasattr(told, "param_type"):
         return f"{command} needs {_shown(told.param)}: {_first_sentence(told.param.help)}"
     if hasattr(told, "param") and told.param is not None:

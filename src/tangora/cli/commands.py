@@ -54,13 +54,17 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
 
     def next_time() -> str:
         step = last_step(output)
-        return f"goes on from step {step}" if step else "begins again; --save-every keeps checkpoints"
+        return (
+            (f"continues from step {step}")
+            if step
+            else "starts from the beginning; --save-every keeps checkpoints"
+        )
 
     there = os.path.isfile(RunFolder(output).record)  # False for what is no name of a file, too
     with interruptible(next_time, failed_elsewhere), notes_printed(), progress_bars() as bars:
         record = train(settings, output, progress=bar_of(bars, settings.recipe, visible=not there))
     if there:
-        console.print(f"already {record.status}: nothing was run; choose another --output to run it again")
+        console.print(f"already {record.status}: nothing to do; choose another --output to run it again")
     print_run(record, output)
 
 
@@ -78,7 +82,7 @@ def compare_command(
         option(
             "Method",
             "<text>",
-            f"Comparison that comes with tangora; other flags change it. One of {', '.join(PRESETS)}.",
+            f"Predefined comparison; other flags change it. One of {', '.join(PRESETS)}.",
             "--preset",
             autocompletion=names_for("preset"),
         ),
@@ -120,7 +124,7 @@ def compare_command(
         --cluster-options time=120,partition=gpu,cpus=8 --output /shared/plan
     """
     if plan is not None and config is not None:
-        raise InputError(f"give one plan, not both {plan} and {config}")
+        raise InputError(f"pass one plan, not both {plan} and {config}")
     source = plan or config
     base = preset(preset_name) if preset_name else {}
     given = CompareSettings.overridden(base, read_yaml(source) if source is not None else {})
@@ -151,7 +155,7 @@ def compare_command(
             study = None
             outcomes = {"": compare(settings, output, **options)}
     if not shown.has_run:
-        console.print("already finished: nothing was run")
+        console.print("already finished: nothing to do")
     if study is None:
         print_outcome(*outcomes.values())
     else:
@@ -191,7 +195,8 @@ def export_command(
         option(
             "Adapter",
             "",
-            "Write one rank and one alpha for all layers, for readers without patterns (GGUF, some servers).",
+            "Write one rank and one alpha for all layers, for programs that do not support rank "
+            "patterns (GGUF, some servers).",
             "--uniform",
         ),
     ] = False,
@@ -207,7 +212,7 @@ def export_command(
       tangora export out --merge --output model
     """
     if uniform and merge:
-        raise InputError("--uniform is for adapters, and --merge writes a whole model; give one of them")
+        raise InputError("--uniform is for adapters, but --merge writes a whole model; pass only one of them")
     settings = adapter_settings(run)
     from tangora.experiments.export_run import export
 
@@ -218,7 +223,8 @@ def export_command(
         console.print("trained on a 4-bit base, merged into the base in full precision")
     if rank is not None:
         console.print(
-            f"cut to rank {rank}: this changes the updates by {exported.relative_error:.2%} of their norm"
+            f"truncated to rank {rank}: this changes the updates by {exported.relative_error:.2%} of "
+            "their norm"
         )
 
 

@@ -220,7 +220,7 @@ def _switched(given: Mapping[str, Any]) -> dict[str, Any]:
         name = key.removeprefix("no_")
         if name in values:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag} and --no-{flag} exclude each other; give one of them")
+            raise InputError(f"--{flag} and --no-{flag} exclude each other; pass only one of them")
         values[name] = False
     return values
 

@@ -28,7 +28,7 @@ _ANYTHING = {"ignore_unknown_options": True, "allow_extra_args": True}
 def reproduce_command() -> None:
     """Say where the experiments of the papers have moved."""
     raise InputError(
-        "tangora reproduce has moved out of the package: in a checkout of tangora's repository, run "
+        "tangora reproduce is no longer part of the package: in a checkout of tangora's repository, run "
         "python -m reproductions NAME, or make reproduce NAME=..."
     )
 
@@ -47,7 +47,7 @@ def report_command(
     """
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is no folder; give the output folder of tangora compare or tangora curvature"
+            f"{folder} is not a folder; pass the output folder of tangora compare or tangora curvature"
         )
     from tangora.experiments.folders import locked
 
@@ -55,8 +55,8 @@ def report_command(
     measured, compared = (folder / CURVATURE_RECORD).is_file(), output.comparison.is_file()
     if not (measured or compared or output.tasks):
         raise InputError(
-            f"{folder} holds no comparison that has ended and no measured curvature; give the output folder of tangora "
-            "compare or tangora curvature"
+            f"{folder} contains no finished comparison and no measured curvature; pass the output "
+            "folder of tangora compare or tangora curvature"
         )
     with interruptible(), contextlib.ExitStack() as held:
         for each in (output, *output.tasks):
@@ -119,7 +119,7 @@ def group_of(entry: Recipe) -> str:
     if entry.search is not None:
         return "Ranks by AdaLoRA, then an optimizer for LoRA"
     if entry.start is None:
-        return "Optimizers for LoRA" if own_optimizer else "LoRA and variants of PEFT, with AdamW"
+        return "Optimizers for LoRA" if own_optimizer else "LoRA and PEFT's variants, with AdamW"
     return "Initializations with an optimizer" if own_optimizer else "Initializations of LoRA, with AdamW"
 
 

@@ -67,7 +67,7 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(_proof_line(outcome.proof))
     if outcome.failed:
         names = ", ".join(record.id for record in outcome.failed)
-        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry makes them again")
+        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry runs them again")
 
 
 def print_tables(comparison: Comparison) -> list[Row]:
@@ -83,10 +83,10 @@ def _proof_line(proof: Proof) -> str:
     """Return the sentence on whether plain PEFT computes with the saved adapter what the trained model did."""
     difference = f"largest difference {proof.difference:.1e}"
     if proof.holds:
-        return f"proof    plain PEFT on the untouched base gives the trained model's logits: {difference}"
+        return f"proof    plain PEFT on the original base gives the trained model's logits: {difference}"
     return (
-        "proof    failed: plain PEFT on the untouched base does not give the trained model's logits: "
-        f"{difference}, and rounding explains {proof.allowed:.1e}; do not use this adapter"
+        "proof    failed: plain PEFT on the original base does not give the trained model's logits: "
+        f"{difference}, but rounding explains only {proof.allowed:.1e}; do not use this adapter"
     )
 
 
@@ -109,7 +109,7 @@ def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
 def print_curvature(files: CurvatureFiles) -> None:
     """Print the tables and the findings of a measurement of curvature."""
     record = files.record
-    count = f"{record.products} products with the matrix over {record.num_examples} examples"
+    count = f"{record.products} matrix–vector products over {record.num_examples} examples"
     _print_found(curvature_tables(record), [*curvature_sentences(record), count])
     pictures = [("picture", path) for path in files.pictures if path.suffix == ".png"]
     _print_files(("report", files.page), ("numbers", files.record_path), *pictures)

@@ -101,8 +101,8 @@ def adapted_layers(
         pairs = [pair for pair in pairs if pair.A.requires_grad or pair.B.requires_grad]
     if not pairs:
         raise InputError(
-            "model has no trainable LoRA factors: load the adapter with is_trainable=True or give adapter_name; "
-            'for a plain model take over="weights"'
+            "model has no trainable LoRA factors: load the adapter with is_trainable=True or pass adapter_name; "
+            'for a plain model use over="weights"'
         )
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
@@ -111,7 +111,9 @@ def adapted_layers(
     kept = set(chosen(names, layers))
     if layers is None and found.skipped:
         odd = "; ".join(sorted({f"{reason} ({name})" for name, reason in found.skipped.items()})[:5])
-        warnings.warn(f"left out of the curvature, because they are no plain LoRA pairs: {odd}", stacklevel=5)
+        warnings.warn(
+            (f"excluded from the curvature, because they are not plain LoRA pairs: {odd}"), stacklevel=5
+        )
     pairs = [pair for pair in pairs if pair.name in kept]
     for pair in pairs:
         _check(pair)
@@ -155,17 +157,21 @@ def _check(pair: LoraPair) -> None:
     name, adapter = pair.name, pair.adapter
     if pair.has_magnitudes:
         raise InputError(
-            f"{name} uses DoRA, which takes its norm as a constant in the backward pass: what autograd gives is not "
-            "the Hessian of the loss; leave the layer out (layers=...) or merge it into a plain model"
+            f"{name} uses DoRA, which treats its norm as a constant in the backward pass, so autograd "
+            "does not compute the Hessian of the loss: exclude the layer (layers=...) or merge the "
+            "adapter into a plain model"
         )
     if not pair.active:
         raise InputError(
-            f"adapter {adapter!r} is not active in {name}, or merged into it: set_adapter or unmerge_adapter first"
+            f"adapter {adapter!r} is not active in {name}, or merged into it: call set_adapter or "
+            "unmerge_adapter first"
         )
     if isinstance(pair.base, _ATTENTION):
         raise InputError(
-            f"{name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward pass: its "
-            "curvature cannot be read, so leave the layer out (layers=...)"
+            f"{name} is part of an nn.MultiheadAttention, whose weights PEFT replaces in each forward "
+            "pass: its curvature cannot be measured, so exclude the layer (layers=...)"
         )
     if pair.scaling == 0:
-        raise InputError(f"the scaling of {name} must not be zero: nothing reaches the weight through it")
+        raise InputError(
+            f"the scaling of {name} must not be zero: with zero the factors have no effect on the weight"
+        )

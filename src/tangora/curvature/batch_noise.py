@@ -133,7 +133,7 @@ def batch_statistics(
             if progress is not None:
                 progress("mini-batches", len(readings), total)
     if len(readings) < 2:
-        raise InputError(f"batches must be at least two with labels to be compared; got {len(readings)}")
+        raise InputError(f"batches must contain at least two batches with labels; got {len(readings)}")
     whole = operator.top_eigenpairs(top, tol=tol, seed=seed)
     return _combined(operator.space.kind, readings, whole, signs.cpu())
 

@@ -14,7 +14,7 @@ from tangora._checks import InputError
 from tangora.probes.stillness import preserved_randomness, still
 
 _FUSED_ATTENTION = ("flash", "flex")
-_CURE = 'differentiation="finite_difference" does without, or replace the operation'
+_CURE = 'differentiation="finite_difference" avoids it, or replace the operation'
 _NO_DERIVATIVE = re.compile(r"derivative for (\S+) is not implemented")
 
 
@@ -62,7 +62,7 @@ def custom_functions(loss: Tensor) -> set[str]:
     names = {node.name().removesuffix("Backward") for node in seen if isinstance(node, BackwardCFunction)}
     if "CheckpointFunction" in names:
         raise InputError(
-            "reentrant checkpointing cannot be differentiated with respect to tensors that stand in for the model's: "
+            "reentrant checkpointing cannot be differentiated with respect to tensors that replace the model's: "
             'enable it with gradient_checkpointing_kwargs={"use_reentrant": False}, or disable it'
         )
     return names
@@ -71,8 +71,9 @@ def custom_functions(loss: Tensor) -> set[str]:
 def refuse_functions(names: Iterable[str], discrepancy: float) -> NoReturn:
     """Raise `InputError`: products differ so much from finite differences that one of these hides a derivative."""
     raise InputError(
-        f"{', '.join(sorted(names))}: a function with a backward pass of its own has no second derivative, and "
-        f"autograd does not notice (the product is off by {discrepancy:.0%} from finite differences): {_CURE}"
+        f"{', '.join(sorted(names))}: a function with a custom backward pass has no second derivative, "
+        f"and autograd does not detect this (the product differs by {discrepancy:.0%} from finite "
+        f"differences): {_CURE}"
     )
 
 

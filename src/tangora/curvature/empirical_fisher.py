@@ -58,7 +58,7 @@ class EmpiricalFisher(SandwichOperator):
         check_choice("per", per, ("label", "sequence"))
         if loss_fn is not None and per == "sequence":
             raise InputError(
-                'per="sequence" is for a model\'s own loss: let loss_fn return one loss per sequence'
+                'per="sequence" works only with the model\'s own loss: return one loss per sequence from loss_fn'
             )
         self.per: Per = per
         recorder = None if loss_fn is None else Recorder(loss_fn, "losses")
@@ -91,8 +91,8 @@ def _check_mean(losses: Tensor, loss: Tensor) -> None:
     tolerance = _AGREEMENT.get(loss.dtype, _ROUGH_AGREEMENT)
     if not abs(mean - expected) <= tolerance * max(abs(expected), 1e-3):
         raise InputError(
-            f"the loss ({expected:.6g}) must be the mean over labels of their single losses ({mean:.6g}): give loss_fn "
-            "that returns (loss, losses)"
+            f"the loss ({expected:.6g}) must be the mean of the losses of single labels ({mean:.6g}): "
+            "pass a loss_fn that returns (loss, losses)"
         )
 
 
@@ -106,7 +106,7 @@ def _label_losses(
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
-        raise InputError("batches must have labels, or give loss_fn that returns (loss, losses)")
+        raise InputError("batches must have labels; otherwise pass a loss_fn that returns (loss, losses)")
     labels = labels.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.is_floating_point():

@@ -56,7 +56,8 @@ class Evaluation:
         held = {p.dtype for p in parameters if p.is_floating_point()}
         if dtype is None and held & {*_HALF}:
             warnings.warn(
-                "curvature in half precision is rough, at best to 1 %: dtype=torch.float32 computes on float32 copies",
+                "curvature in half precision has an error of at least 1 %: use dtype=torch.float32 to "
+                "compute on float32 copies",
                 stacklevel=4,
             )
         self.cast_to = dtype
@@ -167,7 +168,8 @@ class Evaluation:
         if watch.seen:
             self.rounds_to_float32 = True
             warnings.warn(
-                "the model computes in float32 inside although float64 was asked for: expect the accuracy of float32",
+                "the model computes in float32 inside although float64 was requested: the result has "
+                "the accuracy of float32",
                 stacklevel=2,
             )
         self._checked = True

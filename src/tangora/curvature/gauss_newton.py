@@ -83,7 +83,8 @@ def _check_adjoint(
     rounding = 100 * torch.finfo(dual.dtype).eps * sizes
     if abs(forward - backward) > tolerance * max(abs(forward), abs(backward)) + rounding:
         raise InputError(
-            f"{', '.join(sorted(names)) or 'a function'} on the way to the outputs has a backward pass that autograd "
+            f"{', '.join(sorted(names)) or 'a function'} in the computation of the outputs has a "
+            "backward pass that autograd "
             f"cannot differentiate (<w, J v> = {forward:.3g} but <J^T w, v> = {backward:.3g}): {_CURE}"
         )
 
@@ -105,11 +106,13 @@ def loss_curvature_product(loss: Tensor, outputs: Tensor, direction: Tensor) -> 
         (slope,) = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
     if slope is None:
         raise InputError(
-            "the loss does not depend on the outputs: they must be the tensor it is computed from"
+            "the loss does not depend on the outputs: loss_fn must return the tensor from which the "
+            "loss is computed"
         )
     if hidden := custom_functions(loss) - custom_functions(outputs):
         raise InputError(
-            f"the loss uses {', '.join(sorted(hidden))}, whose backward pass hides its curvature: use torch's own loss"
+            f"the loss uses {', '.join(sorted(hidden))}, whose backward pass has no second derivative: "
+            "use torch's own loss"
         )
     if not slope.requires_grad:  # linear in the outputs
         return torch.zeros_like(direction)
@@ -192,7 +195,7 @@ def loss_with_parts(evaluation: Evaluation, batch: Any) -> tuple[float, Tensor, 
     recorder = evaluation.loss_fn
     if recorder is not None and not isinstance(recorder, Recorder):
         raise InputError(
-            "the loss_fn of a space made for another operator returns its loss alone: pass over=... by name"
+            "the loss_fn of a space made for another operator returns only the loss: pass over=... by name"
         )
     seen: list[Any] = []
     with contextlib.ExitStack() as stack:
@@ -206,7 +209,7 @@ def loss_with_parts(evaluation: Evaluation, batch: Any) -> tuple[float, Tensor, 
     first = seen[0]  # a check of the first batch may have run it twice
     parts = first if recorder is not None else getattr(first, "logits", None)
     if not isinstance(parts, Tensor):
-        raise InputError("the model returns no logits: give loss_fn that returns (loss, outputs)")
+        raise InputError("the model returns no logits: pass a loss_fn that returns (loss, outputs)")
     return weight, loss, parts
 
 

@@ -240,8 +240,8 @@ class Hessian(CurvatureOperator):
         self.discrepancy = max(discrepancy, self.discrepancy or 0.0)
         if discrepancy > _WORST_DISCREPANCY:
             raise InputError(
-                f"finite differences change by {discrepancy:.0%} when the step is halved, so they say nothing about "
-                "the Hessian: compute in float32 (dtype=torch.float32) or exactly"
+                f"finite differences change by {discrepancy:.0%} when the step is halved, so they do "
+                "not approximate the Hessian: compute in float32 (dtype=torch.float32) or exactly"
             )
         if discrepancy > _DISCREPANCY_TO_TELL:
             warnings.warn(

@@ -123,7 +123,7 @@ class RiemannianHessian(Hessian):
                 if rank < full:
                     raise InputError(
                         f"the Riemannian Hessian needs factors of full rank, and lora_{letter} of {layer.name} has "
-                        f'rank {rank} of {full} (B = 0 at LoRA\'s initialization): take Hessian(over="tangent") there'
+                        f'rank {rank} of {full} (B = 0 at LoRA\'s initialization): use Hessian(over="tangent") there'
                     )
 
     def _apply(self, flat: Tensor) -> Tensor:

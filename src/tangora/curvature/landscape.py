@@ -112,7 +112,7 @@ def landscape(
     non_finite = int((~losses.isfinite()).sum())
     if non_finite:
         warnings.warn(
-            f"{non_finite} of {losses.numel()} losses are not finite: take a smaller span than {span:g}",
+            f"{non_finite} of {losses.numel()} losses are not finite: use a smaller span than {span:g}",
             stacklevel=2,
         )
     gradient = operator.gradient().double()
@@ -137,7 +137,7 @@ def _directions(
     if directions == "filter" and operator.space.kind != "weights":
         raise InputError(
             "directions 'filter' need the coordinates of weights, over='weights': the rows of A and B change under "
-            "(B R, R^-1 A), which leaves the model as it is, and so would the directions"
+            "(B R, R^-1 A), which does not change the model, so the directions would change, too"
         )
     dimensions = 1 if dimensions is None else dimensions
     check_choice("dimensions", dimensions, (1, 2))

@@ -125,7 +125,9 @@ class CurvatureOperator(ABC):
         product = self._apply(flat)
         self.num_products += 1
         if not product.isfinite().all():
-            raise InputError("the product with the curvature matrix is not finite: the loss overflows nearby")
+            raise InputError(
+                "the product with the curvature matrix is not finite: the loss overflows near these weights"
+            )
         return product if isinstance(vector, Tensor) else self.space.to_dict(product)
 
     @abstractmethod

@@ -103,5 +103,7 @@ def plain_weights(evaluation: Evaluation, layers: Iterable[str] | None = None) -
         wanted = {modules.get(name, name) for name in names}
         named = {name: p for name, p in named.items() if name in wanted}
     if not named:
-        raise InputError("model has no trainable weight matrices: unfreeze some, or name them with layers")
+        raise InputError(
+            "model has no trainable weight matrices: unfreeze some, or name layers with `layers`"
+        )
     return [_Stored(name, p, paths[id(p)]) for name, p in named.items()]

@@ -48,7 +48,7 @@ class Subject:
         unread = {layer.name: why_unread(layer.module) for layer in self.layers if layer.name not in read}
         if len(unread) == len(self.layers):
             name, reason = next(iter(unread.items()))
-            raise InputError(f"no layer's gradient could be read; {name}: {reason}")
+            raise InputError(f"the gradient of no layer could be measured; {name}: {reason}")
         layers = [layer for layer in self.layers if layer.name in read]
         return replace(self, layers=layers, skipped=self.skipped | unread)
 
@@ -74,7 +74,7 @@ def find_subject(
         plain_start = True
     else:
         if names is not None:
-            raise InputError("target_modules is for models without an adapter; this one's layers are known")
+            raise InputError("target_modules is only for models without an adapter; this model has one")
         adapter = _active_adapter(model, found.pairs, adapter_name)
         pairs = [pair for pair in found.pairs if pair.adapter == adapter]
         layers = probed_layers(model, adapter_name=adapter)
@@ -131,7 +131,7 @@ def _linear_layers(model: nn.Module, names: Sequence[str] | None) -> list[Probed
     linear = linear_layers(model)
     chosen = [layer for layer in layers if layer.name in linear]
     if not chosen:
-        raise InputError("model has no linear layer but its head: name layers by target_modules")
+        raise InputError("model has no linear layer except its head: name layers with target_modules")
     return chosen
 
 
@@ -142,13 +142,14 @@ def _active_adapter(model: nn.Module, pairs: list[LoraPair], adapter_name: str |
         raise InputError(f"adapter_name must be given: {len(active)} adapters are active")
     adapter = adapter_name or next(iter(active))
     if adapter not in active:
-        raise InputError(f"adapter {adapter!r} must be active to be diagnosed: call set_adapter first")
+        raise InputError(f"adapter {adapter!r} must be active for a diagnosis: call set_adapter first")
     if any(pair.layer.disable_adapters for pair in pairs):
         raise InputError("the model's adapters are disabled: enable them first")
     if mutates_base(getattr(model, "peft_config", {}).get(adapter)):
         raise InputError(
-            f"PEFT's initialization has changed the base weights of adapter {adapter!r}, so that the base model's "
-            "gradient is lost: save_adapter it, and load_adapter it on the untouched base"
+            f"PEFT's initialization has changed the base weights of adapter {adapter!r}, so the "
+            "gradient of the original base is not available: save the adapter with save_adapter, and "
+            "load it on the original base with load_adapter"
         )
     return adapter
 

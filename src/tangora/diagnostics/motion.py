@@ -308,12 +308,12 @@ def find_tracks(model: nn.Module, names: Sequence[str] | None = None) -> Sequenc
     check_unmerged(model)
     if mutates_base(model.peft_config[adapter]):  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
         raise InputError(
-            f"the initialization of adapter {adapter!r} changed the base weights, so that its motion cannot be "
-            "measured: make the adapter with init_lora_weights=True and tangora.initialize"
+            f"the initialization of adapter {adapter!r} changed the base weights, so its path cannot be "
+            "measured: create the adapter with init_lora_weights=True and call tangora.initialize"
         )
     pairs = discover(model, adapter).pairs
     if not pairs:
-        raise InputError(f"adapter {adapter!r} has no plain pair (A, B) whose motion could be measured")
+        raise InputError(f"adapter {adapter!r} has no plain pair (A, B) whose path can be measured")
     return [AdapterTrack(pair) for pair in pairs]
 
 

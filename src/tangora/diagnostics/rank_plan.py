@@ -140,7 +140,8 @@ def plan_ranks(
     known = isinstance(spectra, Mapping) and all(isinstance(each, LayerGradient) for each in spectra.values())
     if not known:
         raise InputError(
-            "spectra must be spectra by the names of layers, such as {layer.name: layer.gradient for layer in "
+            "spectra must be a dict from layer names to spectra, such as {layer.name: layer.gradient "
+            "for layer in "
             f"diagnosis.layers}}; got {shown(spectra)}"
         )
     limits = _limits(spectra, budget_rank, min_rank, max_rank)

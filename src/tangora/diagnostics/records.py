@@ -149,7 +149,7 @@ class Diagnosis:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"no valid diagnosis: {place}: {first['msg']}") from error
+            raise InputError(f"invalid diagnosis: {place}: {first['msg']}") from error
 
 
 def _missed_energy(layer: LayerDiagnosis) -> float:

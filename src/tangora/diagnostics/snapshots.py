@@ -55,8 +55,8 @@ class Reference:
             known = ", ".join(str(step) for step in sorted(self._files)[:5])
             more = ", ..." if len(self._files) > 5 else ""
             raise InputError(
-                f"reference {self.folder} has no snapshot of step {missing}, but of {known}{more}: "
-                "measure_every and steps must fit together"
+                f"reference {self.folder} has no snapshot of step {missing}, only of {known}{more}: "
+                "choose measure_every and steps that match"
             )
 
     def check_layers(self, tracks: Sequence[Track]) -> None:

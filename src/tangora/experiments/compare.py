@@ -149,12 +149,14 @@ def _check_study(folder: ComparisonFolder) -> None:
     with one_line_errors(folder.path):
         if folder.settings.exists():
             raise InputError(
-                f"{folder.path} belongs to one comparison or run, and a plan of several tasks makes a folder for each; "
-                "choose another --output"
+                f"{folder.path} belongs to a single comparison or run, but a plan of several tasks "
+                "creates one folder per task; choose another --output"
             )
         parts = [ComparisonFolder(path) for path in folder.path.iterdir()] if folder.path.is_dir() else []
         if parts and not any(part.settings.exists() for part in parts):
-            raise InputError(f"{folder.path} exists and is no tangora output folder; choose another --output")
+            raise InputError(
+                f"{folder.path} exists but is not a tangora output folder; choose another --output"
+            )
 
 
 @contextmanager
@@ -164,7 +166,7 @@ def _started(
     resources: Resources | None,
     comparisons: Iterable[CompareSettings],
 ) -> Iterator["_Runner"]:
-    check_one_process("compare", "--jobs makes several runs side by side, on all GPUs of a machine")
+    check_one_process("compare", "--jobs runs several processes in parallel, on all GPUs of a machine")
     check_configuration()
     resources = resources or Resources()
     with ExitStack() as held, engine_for(resources, comparisons, progress) as engine:
@@ -183,7 +185,7 @@ def engine_for(
         return Pool(jobs, Limits(threads, resources.max_memory), progress, gpus)
     for each in comparisons:
         if each.device not in (None, "cuda", "cpu"):
-            raise InputError(f"device {each.device!r} is one of this machine's: leave it out with a cluster")
+            raise InputError(f"device {each.device!r} belongs to this machine: omit it with a cluster")
     if resources.cluster == "ray":
         from tangora.experiments.comparison.on_ray import RayEngine
 
@@ -270,7 +272,7 @@ class _Runner:
             return self._engine.wait()
         except DiskFullError as problem:
             raise InputError(
-                f"{problem}; what has finished is kept: free some space and give the same command again"
+                f"{problem}; finished runs are kept: free some space and run the same command again"
             ) from problem
 
     def _late(self, records: dict[str, Record]) -> bool:
@@ -315,13 +317,16 @@ class _Runner:
         )
         save_json(comparison.model_copy(update={"records": []}), folder.comparison)
         if not records:
-            raise InputError(f"{folder.path}: the time was over before a run had begun; give more hours")
+            raise InputError(
+                f"{folder.path}: --max-hours is too small: no run could start within the time limit; "
+                "increase it"
+            )
         page = write_report(comparison, folder)
         failed = [record for record in records if record.status != "finished"]
         if failed and len(failed) == len(records):
             raise InputError(
-                f"no run finished; {failed[0].id}: {failed[0].error}; all are listed in {page}, and --retry makes them "
-                "again"
+                f"no run finished; {failed[0].id}: {failed[0].error}; {page} lists all of them, and "
+                "--retry runs them again"
             )
         if missing:
             return Outcome(comparison, page)

@@ -69,9 +69,11 @@ class EvaluationSettings(Settings):
     def _needed(self) -> "EvaluationSettings":
         for key in ("max_new_tokens", "stop"):
             if getattr(self, key) is not None and not self.generates:
-                raise ValueError(f"{key} needs exact_match or prompts; got {getattr(self, key)!r} alone")
+                raise ValueError(
+                    f"{key} needs exact_match or prompts; got only {key} = {getattr(self, key)!r}"
+                )
         if self.judge is not None and self.prompts is None:
-            raise ValueError(f"judge needs prompts; got {shlex.join(self.judge)!r} alone")
+            raise ValueError(f"judge needs prompts; got only judge = {shlex.join(self.judge)!r}")
         return self
 
     @property

@@ -42,14 +42,18 @@ def check_output(folder: Path) -> None:
             output = OutputFolder(folder)
             held = {*folder.iterdir()} - {output.lock}
             if held and output.settings not in held:
-                raise InputError(f"{folder} exists and is no tangora output folder; choose another --output")
+                raise InputError(
+                    f"{folder} exists but is not a tangora output folder; choose another --output"
+                )
             if held:
                 read_settings(output.settings)
         elif os.path.lexists(folder):
-            raise InputError(f"{folder} exists and is no folder; choose another --output")
+            raise InputError(f"{folder} exists but is not a folder; choose another --output")
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():
-            raise InputError(f"{folder} cannot be made: {nearest} is no folder; choose another --output")
+            raise InputError(
+                f"{folder} cannot be created: {nearest} is not a folder; choose another --output"
+            )
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"{folder} cannot be written: {nearest} is read-only; choose another --output")
 
@@ -111,11 +115,13 @@ def one_line_errors(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_disk_full(error):
-            raise InputError(f"{folder}: {NO_SPACE}; free some and give the same command again") from error
+            raise InputError(
+                f"{folder}: {NO_SPACE}; free some space and run the same command again"
+            ) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{error.filename or folder}: {os.strerror(error.errno).lower()}") from error
         if isinstance(error, ValueError) and "null byte" in str(error):
-            raise InputError(f"{str(folder)!r} is no name of a folder: {error}") from error
+            raise InputError(f"{str(folder)!r} is not a valid folder name: {error}") from error
         raise
 
 
@@ -133,8 +139,8 @@ def check_origin(
         before, now = found.get(key), origin.get(key)
         if before and now and before != now:
             raise InputError(
-                f"the {name} changed since {folder} was begun: {name} {str(found.get(name))!r} has the fingerprint "
-                f"{now[:12]} now, and had {str(before)[:12]} then; {mend}"
+                f"the {name} changed since {folder} was created: {name} {str(found.get(name))!r} has "
+                f"the fingerprint {now[:12]} now, but had {str(before)[:12]} then; {mend}"
             )
 
 
@@ -149,7 +155,9 @@ def _check_outside(folder: Path, settings: Settings) -> None:
     for key in ("data", "test_data"):
         name = getattr(settings, key, None)
         if name is not None and Path(name).is_dir() and folder.resolve().is_relative_to(Path(name).resolve()):
-            raise InputError(f"{folder} lies in {key} {name!r}, which would change; choose another --output")
+            raise InputError(
+                f"{folder} is inside {key} {name!r}, which would change; choose another --output"
+            )
 
 
 def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> None:

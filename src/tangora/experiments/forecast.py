@@ -88,7 +88,7 @@ def _forecast(settings: CompareSettings) -> Forecast:
         examples,
         planned(settings, []),
         _further(settings),
-        settings.num_steps(num_train) if settings.epochs is None or num_train is not None else None,
+        settings.steps if num_train is None else settings.num_steps(num_train),
         missing,
     )
 

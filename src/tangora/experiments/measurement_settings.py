@@ -67,7 +67,7 @@ class DiagnoseSettings(DataSettings, ModelSettings):
     batch_size: int = Field(default=4, ge=1, description="Examples per batch.")
     exact_norms: bool | None = Field(
         default=None,
-        description="Form the gradients to get exact norms. Default: where they fit into memory.",
+        description="Compute the full gradients for exact norms. Default: if they fit into memory.",
     )
     power_iterations: int = Field(
         default=1,
@@ -125,16 +125,18 @@ class CurvatureSettings(DataSettings):
         description="Names or patterns of layers, separated by commas. Default: all.",
     )
     top: int = Field(default=5, ge=1, description="Number of largest eigenvalues.")
-    gauss_newton: bool = Field(default=False, description="Measure the Gauss-Newton matrix too.")
+    gauss_newton: bool = Field(default=False, description="Also measure the Gauss-Newton matrix.")
     empirical_fisher: bool = Field(
         default=False,
-        description="Measure the empirical Fisher matrix too: second moment of the labels' gradients.",
+        description=(
+            "Also measure the empirical Fisher matrix: the second moment of the gradients of single labels."
+        ),
     )
     per_layer: bool = Field(
         default=False, description="Trace of every layer, and its share of the top eigenvector."
     )
     layer_eigenvalues: bool = Field(
-        default=False, description="Largest eigenvalue of every layer, by an iteration for each."
+        default=False, description="Largest eigenvalue of every layer, with one Lanczos iteration per layer."
     )
     per_batch: bool = Field(default=False, description="Largest eigenvalue and trace of every mini-batch.")
     landscape: bool = Field(default=False, description="Loss along and across the top eigenvectors.")
@@ -144,7 +146,7 @@ class CurvatureSettings(DataSettings):
     radius: float = Field(
         default=0.05,
         ge=0,
-        description="Radius of the ball in which the largest loss is searched for; 0 switches it off.",
+        description="Radius of the ball in which the largest loss is searched; 0: off.",
     )
     num_examples: int = Field(default=32, ge=1, description="Number of examples, the first of the split.")
     batch_size: int = Field(
@@ -156,7 +158,7 @@ class CurvatureSettings(DataSettings):
     max_products: int = Field(
         default=20, ge=2, description="Maximum Hessian-vector products for the eigenvalues."
     )
-    probes: int = Field(default=2, ge=1, description="Random vectors for the spectral density.")
+    probes: int = Field(default=2, ge=1, description="Number of random vectors for the spectral density.")
     steps: int = Field(default=10, ge=2, description="Lanczos steps per random vector.")
     trace_products: int = Field(default=9, ge=6, description="Hessian-vector products for the trace.")
     cache_graph: bool | None = Field(
@@ -171,7 +173,7 @@ class CurvatureSettings(DataSettings):
     def _odd(cls, points: int) -> int:
         if points % 2 == 0:
             raise ValueError(
-                f"landscape_points must be odd, so that the point itself is one of them; got {points}"
+                f"landscape_points must be odd, so that the current weights are one of them; got {points}"
             )
         return points
 
@@ -185,6 +187,6 @@ class CurvatureSettings(DataSettings):
         if self.per_batch and self.num_examples <= self.batch_size:
             raise ValueError(
                 f"per_batch compares mini-batches, and num_examples = {self.num_examples} with batch_size = "
-                f"{self.batch_size} gives one; give more examples or a smaller batch_size"
+                f"{self.batch_size} is only one mini-batch; use more examples or a smaller batch_size"
             )
         return self

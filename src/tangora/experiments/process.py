@@ -46,8 +46,8 @@ def check_configuration() -> None:
         value = os.environ.get(variable, "").lower()
         if value not in {"", "no", "false", "0"}:
             raise InputError(
-                f"accelerate's configuration sets {variable} to {value}, which tangora train and compare do not "
-                f"follow: leave it out there{instead}"
+                f"accelerate's configuration sets {variable} to {value}, which tangora train and "
+                f"compare do not support: remove it there{instead}"
             )
 
 
@@ -59,8 +59,8 @@ def joined(settings: RunSettings) -> Iterator[None]:
     if found is None:
         if settings.fsdp:
             raise InputError(
-                "fsdp shards the base over several processes, and there is one: start it with torchrun or accelerate "
-                "launch, or leave it out"
+                "fsdp shards the base over several processes, but there is only one: start it with "
+                "torchrun or accelerate launch, or omit fsdp"
             )
         yield
         return
@@ -70,7 +70,7 @@ def joined(settings: RunSettings) -> Iterator[None]:
     try:
         state = PartialState(cpu=on_cpu)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes cannot find each other: {on_one_line(error, 160)}") from error
+        raise InputError(f"the processes cannot connect to each other: {on_one_line(error, 160)}") from error
     if state.num_processes != found[1]:
         raise InputError(
             f"{found[0]} {found[1]}, but Accelerate sees {state.num_processes}: start it with torchrun or accelerate "
@@ -119,14 +119,15 @@ def _check_together(settings: RunSettings, size: int) -> None:
         )
     if (settings.device or "cpu") not in {"cpu", "cuda"}:
         raise InputError(
-            f"device must be cpu or cuda where a launcher has started {size} processes, which take one GPU each; got "
+            f"device must be cpu or cuda when a launcher starts {size} processes, because each uses one "
+            "GPU; got "
             f"{settings.device!r}"
         )
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
     if settings.device != "cpu" and torch.cuda.is_available() and here > gpus:
         raise InputError(
-            f"{here} processes were started on this machine, where {gpus} GPUs are visible: start one for each GPU, or "
-            "give --device cpu"
+            f"{here} processes were started on this machine, where {gpus} GPUs are visible: start one "
+            "process per GPU, or pass --device cpu"
         )
 
 

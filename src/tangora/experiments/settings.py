@@ -60,7 +60,11 @@ class DataSettings(Settings):
         "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
     )
     num_train: int | None = Field(
-        default=None, ge=1, description="Training examples. Default: all that are not set aside."
+        default=None,
+        ge=1,
+        description=(
+            "Training examples. Default: all examples that are not in the validation and test sets."
+        ),
     )
     num_validation: int | None = Field(
         default=None,
@@ -75,7 +79,10 @@ class DataSettings(Settings):
     max_length: int = Field(
         default=128,
         ge=2,
-        description="Maximum tokens per example (max_seq_length); longer ones are cut, and counted.",
+        description=(
+            "Maximum tokens per example (max_seq_length); longer examples are truncated, and their number "
+            "is reported."
+        ),
     )
     device: Device = None
 
@@ -128,7 +135,9 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
 
     test_data: str | None = Field(
         default=None,
-        description="Separate test data: its test split, or all of it. Default: examples set aside from data.",
+        description=(
+            "Separate test data: its test split, or all of it. Default: examples split off from data."
+        ),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -151,14 +160,14 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     )
     rank_plan: dict[str, Any] | None = Field(
         default=None,
-        description="rank_plan.json of tangora diagnose: ranks of single layers, with its own rank and alpha.",
+        description="rank_plan.json of tangora diagnose: a rank for every layer; sets rank and alpha.",
     )
     steps: int | None = Field(default=100, ge=1, description="Optimizer steps (max_steps).")
     epochs: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Passes over the training data (num_train_epochs), in place of steps.",
+        description="Passes over the training data (num_train_epochs), instead of steps.",
     )
     batch_size: int = Field(
         default=16,
@@ -220,7 +229,7 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     )
     curvature: bool | None = Field(
         default=None,
-        description="Measure the flatness of the loss at the end of training, and the generalisation gap.",
+        description="Measure the curvature of the loss at the end of training, and the generalisation gap.",
     )
     curvature_examples: int | None = Field(
         default=None,
@@ -271,21 +280,21 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     @model_validator(mode="after")
     def _consistent(self) -> "TaskSettings":
         if self.steps is None and self.epochs is None:
-            raise ValueError("steps must be a number where no epochs are given; got None")
+            raise ValueError("steps must be a number if epochs is not set; got None")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps and epochs exclude each other; got steps = {self.steps} and epochs = {self.epochs:g}"
             )
         if self.measure_gradient is not None and self.measure_every is None:
             raise ValueError(
-                f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
+                f"measure_gradient needs measure_every; got only measure_gradient = {self.measure_gradient}"
             )
         for key in ("curvature_examples", "curvature_layers"):
             if (value := getattr(self, key)) is not None and not (self.curvature or self.curvature_every):
-                raise ValueError(f"{key} needs curvature or curvature_every; got {value!r} alone")
+                raise ValueError(f"{key} needs curvature or curvature_every; got only {key} = {value!r}")
         if self.curvature_spaces is not None and self.curvature_every is None:
             raise ValueError(
-                f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
+                f"curvature_spaces needs curvature_every; got only {','.join(self.curvature_spaces)}"
             )
         return self
 
@@ -344,9 +353,9 @@ class RunSettings(TaskSettings):
     @model_validator(mode="after")
     def _fits_the_recipe(self) -> "RunSettings":
         if self.reference is not None and self.measure_every is None:
-            raise ValueError(f"reference needs measure_every; got reference = {self.reference!r} alone")
+            raise ValueError(f"reference needs measure_every; got only reference = {self.reference!r}")
         if self.dtype != "float32" and self.chosen_recipe.adapter is None:
-            raise ValueError(f"dtype must be float32 where all weights are trained; got {self.dtype!r}")
+            raise ValueError(f"dtype must be float32 if all weights are trained; got {self.dtype!r}")
         check_adapted(self, self.chosen_recipe)
         if self.fsdp:
             _check_sharded(self, self.chosen_recipe)
@@ -374,7 +383,8 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
         return
     if settings.load_in_4bit:
         raise InputError(
-            f"load_in_4bit cannot be used with recipe {chosen.name}: quantized weights cannot be trained; leave one out"
+            f"load_in_4bit cannot be used with recipe {chosen.name}: quantized weights cannot be "
+            "trained; omit one of them"
         )
     if settings.lora_dropout:
         raise InputError(
@@ -385,15 +395,17 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
 
 def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     if chosen.adapter is None:
-        raise InputError(f"fsdp shards the frozen base, and recipe {chosen.name} trains it; leave one out")
+        raise InputError(f"fsdp shards the frozen base, but recipe {chosen.name} trains it; omit one of them")
     if chosen.search is not None:
         raise InputError(
             f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; leave one out"
         )
     if chosen.reads_weight:
         raise InputError(
-            f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"
+            f"fsdp cannot be used with recipe {chosen.name}, which needs whole base weights; omit one of them"
         )
     for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
         if getattr(settings, key):
-            raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; leave one out")
+            raise InputError(
+                f"fsdp cannot be used with {key}, which needs whole base weights; omit one of them"
+            )

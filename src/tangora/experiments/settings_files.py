@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands there twice", key.start_mark
+                    None, None, f"key {key.value!r} occurs twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -71,9 +71,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or give another folder") from None
+        raise InputError(f"{path} is damaged ({error}); restore it, or use another folder") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} is damaged (no keys and values); restore it, or give another folder")
+        raise InputError(f"{path} is damaged (no keys and values); restore it, or use another folder")
     return values
 
 
@@ -83,7 +83,9 @@ def run_file(folder: Path) -> dict[str, Any]:
     if run.settings.is_file():
         return read_settings(run.settings)
     if not run.trial_record.is_file():
-        raise InputError(f"{folder} is no run folder: it has no settings.json, and no record beside it")
+        raise InputError(
+            f"{folder} is not a run folder: it has no settings.json, and its folder has no record"
+        )
     values = read_settings(run.trial_record).get("settings")
     return values if isinstance(values, dict) else {}
 
@@ -97,9 +99,9 @@ def run_settings(folder: Path) -> RunSettings:
     }
     if "recipe" not in known:
         raise InputError(
-            f"{folder} holds a comparison; choose one of its runs, {folder}/runs/NAME"
+            f"{folder} contains a comparison; choose one of its runs, {folder}/runs/NAME"
             if "recipes" in values
-            else f"{folder} holds no run: give an output folder of tangora train, or one of the runs of tangora compare"
+            else f"{folder} contains no run: pass an output folder of tangora train or a run of tangora compare"
         )
     return validated(RunSettings, known, str(folder))
 
@@ -108,5 +110,5 @@ def adapter_settings(folder: Path) -> RunSettings:
     """Read the settings of a finished run with an adapter."""
     settings = run_settings(folder)
     if not RunFolder(folder).adapter.is_dir():
-        raise InputError(f"{folder} holds no adapter: the run has not finished, or trained all weights")
+        raise InputError(f"{folder} contains no adapter: the run has not finished, or trained all weights")
     return settings

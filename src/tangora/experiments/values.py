@@ -66,7 +66,7 @@ class Settings(BaseModel):
         for key in values:
             name = cls.aliases.get(key, key)
             if name in found:
-                raise InputError(f"{found[name]} and {key} are the same setting; give one of them")
+                raise InputError(f"{found[name]} and {key} are the same setting; pass only one of them")
             found[name] = key
         return {name: values[key] for name, key in found.items()}
 

@@ -1,4 +1,4 @@
-r"""Block-wise velocities: the long sides of both factors are cut into blocks, and each is projected on its own.
+r"""Block-wise velocities: the long sides of both factors are split into blocks, and each block is projected separately.
 
 Block $i$ moves some columns $J$ of $A$ and some rows $I$ of $B$, and so the weight within
 $\{B\, H\, E_J + E_I^\top H' A\}$. Its velocity is that whose motion is nearest to the gradient, as if the other blocks
@@ -19,7 +19,7 @@ _ALONE = 1e-9
 
 
 def block_velocity(at: Frame, seen: Coordinates, blocks: int) -> tuple[FactorA, FactorB]:
-    r"""Return the velocity of the factors, for $s = 1$, of blocks that are projected each on its own.
+    r"""Return the velocity of the factors, for $s = 1$, of blocks that are projected separately.
 
     Args:
         seen: $(U^\top g,\; g V^\top)$ of the gradient.

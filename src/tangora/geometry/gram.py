@@ -1,4 +1,4 @@
-r"""Gram matrices of thin factors and what is needed of them: bases, inverses, eigendecompositions.
+r"""Gram matrices of thin factors, and their bases, inverses and eigendecompositions.
 
 Everything is $r \times r$ and held in float64 whatever the factors' dtype: squaring a factor squares its condition
 number, and float32 Gram matrices would lose every direction below a thousandth of the largest.
@@ -129,7 +129,7 @@ def _whiten_by_eigenvectors(matrix: Core, skip: Bool[Tensor, "*b"], cutoff: floa
 
 
 def cholesky_inverse(matrix: Core) -> Core:
-    """Return the inverse of a positive definite matrix, without looking whether it is one."""
+    """Return the inverse of a positive definite matrix, without a check."""
     whitening = _inverse_transposed(torch.linalg.cholesky_ex(matrix).L)
     return whitening @ whitening.mT
 

@@ -36,14 +36,14 @@ class Factors(NamedTuple):
 
 
 def rounded(factors: Factors, stored: torch.dtype) -> Factors:
-    """Round factors as their parameters will, so that what is carried along goes to where they really are."""
+    """Round factors to the dtype of their parameters, so that transported tensors match the rounded factors."""
     return Factors(*(factor.to(stored).to(factor.dtype) for factor in factors))
 
 
 def retract(
     A: FactorA, B: FactorB, at: Frame, tangent: Tangent, step: float | Tensor, kind: Retraction = "auto"
 ) -> Factors:
-    r"""Take the step $Y - h\,\xi$ and come back to rank r.
+    r"""Take the step $Y - h\,\xi$ and retract to rank r.
 
     Args:
         step: $h$, in units of $B A$ (learning rate divided by the scaling $s$).
@@ -73,7 +73,7 @@ def decayed_step(
     decay: float | Tensor,
     kind: Retraction,
 ) -> Factors:
-    r"""Take the step $\gamma Y - h\,\xi$ and come back to rank r in factors that are not far from balanced.
+    r"""Take the step $\gamma Y - h\,\xi$ and retract to rank r, with approximately balanced factors.
 
     Args:
         step: $h$, in units of $B A$.

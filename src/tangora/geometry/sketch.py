@@ -1,4 +1,4 @@
-r"""Randomized low-rank factorisation of a matrix that is only seen through products.
+r"""Randomized low-rank factorisation of a matrix that is available only through products.
 
 $G$ is never formed: $Y = G\,\Omega$ for a thin $\Omega$ shows its column space, $C = Q^\top G$ for orthonormal $Q$
 holds what that column space captures.

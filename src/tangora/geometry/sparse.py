@@ -1,4 +1,4 @@
-r"""Sparse velocities of the factors: least squares with an $\ell_1$ penalty, from what LoRA sees of the gradient.
+r"""Sparse velocities of the factors: least squares with an $\ell_1$ penalty, from the gradients of the factors.
 
 $\min \|B H_A + H_B A - g\|_F^2 + \lambda (\|H_A\|_1 + \|H_B\|_1)$. The gradient of the first part needs
 $(B^\top g,\; g A^\top)$ only, and its Lipschitz constant is exactly $2 (\|A\|_2^2 + \|B\|_2^2)$, so that proximal

@@ -1,4 +1,4 @@
-r"""The steepest direction of the tangent space under the spectral norm: Muon's step, seen only through thin matrices.
+r"""The steepest direction of the tangent space under the spectral norm: Muon's step, computed only with thin matrices.
 
 Muon moves the weights along $\mathrm{msign}(M) = P Q^\top$ of the momentum's singular value decomposition
 $M = P \Sigma Q^\top$. An adapter can move along tangent vectors only, and the projection of $\mathrm{msign}(P_T M)$ is
@@ -115,7 +115,7 @@ def thin_polar(wide: FactorA) -> FactorA:
 
 
 def spectral_direction(at: Frame, cotangent: Cotangent, iterations: int = 1) -> Tangent:
-    r"""Return $(P_T \circ \mathrm{msign})^\tau(P_T M)$, the tangent vector along which Muon's step is followed.
+    r"""Return $(P_T \circ \mathrm{msign})^\tau(P_T M)$, the tangent vector that approximates Muon's step.
 
     Args:
         at: Frame at the current factors.

@@ -1,4 +1,4 @@
-r"""The tangent space of the rank-r matrices at $Y = B A$, seen only through thin matrices.
+r"""The tangent space of the rank-r matrices at $Y = B A$, computed only with thin matrices.
 
 Convention: the adapted weight is $W = W_0 + s B A$ and $g = \partial L/\partial W$. Autograd gives
 $g_A = s B^\top g$ and $g_B = s\, g A^\top$; divided by $s$ they are the **cotangent** $(B^\top g,\; g A^\top)$, all
@@ -35,7 +35,7 @@ class Frame(NamedTuple):
 
 
 class Cotangent(NamedTuple):
-    r"""A matrix $M$ as LoRA sees it, $(B^\top M,\; M A^\top)$; determines $P_T(M)$ uniquely."""
+    r"""A matrix $M$ in the form of LoRA's gradients, $(B^\top M,\; M A^\top)$; determines $P_T(M)$ uniquely."""
 
     A: FactorA
     B: FactorB
@@ -79,7 +79,7 @@ def frame(A: FactorA, B: FactorB) -> Frame:
 
 
 def coordinates(at: Frame, cotangent: Cotangent) -> Coordinates:
-    r"""Express a gradient, as LoRA sees it, in the orthonormal bases.
+    r"""Express LoRA's gradients in the orthonormal bases.
 
     Args:
         cotangent: $(B^\top M,\; M A^\top)$; for a gradient that is $(g_A, g_B)/s$.
@@ -129,7 +129,7 @@ def _inverse(weighted_gram: Core) -> Core:
 
 
 def transport(at: Frame, cotangent: Cotangent, A: FactorA, B: FactorB) -> Cotangent:
-    r"""Carry a tangent vector to new factors by projection.
+    r"""Transport a tangent vector to new factors by projection.
 
     Args:
         at: Frame at the old factors.
@@ -178,7 +178,7 @@ def squared_norm(tangent: Tangent) -> Float[Tensor, "*b"]:
 
 
 def captured_energy(tangent: Tangent, gradient_norm: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-    r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$, the share of the gradient that the adapter can follow.
+    r"""Return $\kappa = \|P_T(g)\|_F^2 / \|g\|_F^2$, the share of the gradient in the adapter's tangent space.
 
     Returns:
         $\kappa \in [0, 1]$; zero where the gradient vanishes.

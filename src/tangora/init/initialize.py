@@ -62,7 +62,7 @@ class Start:
     """Held-out loss by step size, where ``one-step`` searched."""
 
     def __repr__(self) -> str:
-        kept = f", {len(self.skipped)} kept PEFT's own" if self.skipped else ""
+        kept = f", {len(self.skipped)} kept PEFT's initialization" if self.skipped else ""
         step = f", step {self.step:g}" if self.step is not None else ""
         return f"Start({self.method!r}: {len(self.names)} layers{kept}{step}, {self.seconds:.1f} s)"
 
@@ -133,8 +133,8 @@ def initialize(
         check_unfused(inner)
     if is_trained(inner, adapter):
         warnings.warn(
-            f"adapter {adapter!r} is trained, or initialized in another way (B A is not zero): initialization "
-            f"{method!r} erases that",
+            f"adapter {adapter!r} has been trained or initialized (B A is not zero): initialization "
+            f"{method!r} would overwrite it",
             stacklevel=3,
         )
     with _restored_on_error(inner, adapter, pairs), _active(inner, adapter):
@@ -180,8 +180,8 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[Lora
         raise InputError(f"adapter {adapter!r} has no plain LoRA layers to initialize")
     if mutates_base(model.peft_config[adapter]):
         raise InputError(
-            f"PEFT's initialization has changed the base weights of adapter {adapter!r}: make it with "
-            "init_lora_weights=True"
+            f"PEFT's initialization has changed the base weights of adapter {adapter!r}: create the "
+            "adapter with init_lora_weights=True"
         )
     check_unmerged(model)
     return adapter, found.pairs, found.skipped

@@ -47,10 +47,11 @@ def check_options(method: str, options: Mapping[str, Any], *, has_batches: bool)
             )
     if chosen.reads_gradients and not has_batches:
         raise InputError(
-            f"initialization {method!r} reads gradients: give batches, a list of model inputs with labels"
+            f"initialization {method!r} needs gradients: pass `batches`, a list of model inputs with labels"
         )
     if chosen.searches_step and ("step" in options) == (options.get("held_out") is not None):
         raise InputError(
-            f"initialization {method!r} needs either step=... or held_out=batches to search the step on"
+            f"initialization {method!r} needs either step=... or held_out=batches, on which the step "
+            "size is searched"
         )
     return chosen

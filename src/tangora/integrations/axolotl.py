@@ -45,7 +45,7 @@ class TangoraPlugin(BasePlugin):
         known = TangoraArgs.model_fields
         for key in cfg:
             if str(key).startswith("tangora") and key not in known:
-                raise InputError(f"{key} is no option of tangora's plug-in; it has {', '.join(known)}")
+                raise InputError(f"{key} is not an option of tangora's plug-in; allowed: {', '.join(known)}")
         if not cfg.get("tangora_recipe"):
             raise InputError(
                 "tangora's plug-in needs tangora_recipe: the name of a recipe, such as tangent-muon"
@@ -84,5 +84,5 @@ def _check_optimizer(cfg: Any) -> None:
         given.append("optimizer")
     if given:
         raise InputError(
-            f"{given[0]}: {cfg[given[0]]} and tangora_recipe both choose an optimizer: leave one of them out"
+            f"{given[0]}: {cfg[given[0]]} and tangora_recipe both choose an optimizer: omit one of them"
         )

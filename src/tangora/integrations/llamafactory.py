@@ -50,19 +50,19 @@ def train(args: dict[str, Any] | None = None, callbacks: list[Any] | None = None
 
     given = read_args(args)
     if not isinstance(given, dict):
-        raise InputError("give LLaMA-Factory's options in a YAML file, with tangora_recipe among them")
+        raise InputError("pass LLaMA-Factory's options in a YAML file that contains tangora_recipe")
     given = dict(given)
     name, head = given.pop("tangora_recipe", None), given.pop("tangora_head_learning_rate", None)
     for key in given:
         if key.startswith("tangora"):
-            raise InputError(f"{key} is no option; there are tangora_recipe, tangora_head_learning_rate")
+            raise InputError(f"{key} is not an option; allowed: tangora_recipe, tangora_head_learning_rate")
     entry = _recipe(name)
     stage = given.get("stage", "sft")
     if stage not in _TRAINERS:
         raise InputError(f"stage must be one of {', '.join(_TRAINERS)} with a recipe; got {stage}")
     for engine in _ENGINES:
         if given.get(engine) or _is_on(engine.upper()):
-            raise InputError(f"{engine} trains without the trainer that a recipe needs: leave it out")
+            raise InputError(f"{engine} does not use the trainer that a recipe needs: omit it")
     kind = given.get("finetuning_type", "lora")
     if kind != ("full" if entry.adapter is None else "lora"):
         raise InputError(f"tangora_recipe {entry.name} does not fit finetuning_type {kind}")
@@ -126,8 +126,9 @@ def _optimizer(model: nn.Module, config: dict[str, Any]) -> Optimizer:
     entry = _recipe(options.recipe)
     if entry.reads_gradients or not entry.trains:
         raise InputError(
-            f"LLaMA-Factory v1 gives its optimizers no data, which recipe {entry.name} needs: take one whose "
-            "initialization reads no gradients, such as orthogonal+tangent-muon, or LLaMA-Factory v0"
+            f"LLaMA-Factory v1 gives its optimizers no data, which recipe {entry.name} needs: use a "
+            "recipe whose initialization needs no gradients, such as orthogonal+tangent-muon, or use "
+            "LLaMA-Factory v0"
         )
     entry.check_fit(model)
     entry.initialize(model, seed=options.seed)
@@ -135,7 +136,8 @@ def _optimizer(model: nn.Module, config: dict[str, Any]) -> Optimizer:
     made = entry.create_optimizer(model, options.lr, head_lr=options.head_lr, **rest)
     if getattr(made, "multistage", False):
         raise InputError(
-            f"recipe {entry.name} evaluates several gradients per step, which LLaMA-Factory v1 cannot: take v0"
+            f"recipe {entry.name} evaluates several gradients per step, which LLaMA-Factory v1 does not "
+            "support: use v0"
         )
     return made
 

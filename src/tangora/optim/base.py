@@ -362,7 +362,7 @@ class PairOptimizer(Optimizer, ABC):
             return
         broken = [name for (name, _), part in zip(named, parts, strict=True) if not part.isfinite().all()]
         if not agreed(torch.full_like(finite, not broken), gradients):
-            where = "what another process holds"
+            where = "layers of another process"
             if broken:
                 first = broken[0]
                 where = first if isinstance(first, str) else f"layer {first.name} (adapter {first.adapter})"

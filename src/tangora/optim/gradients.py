@@ -32,13 +32,14 @@ class Watch:
             if still and not moving:
                 _refuse_cause(still[0])
                 self._warn(
-                    "no gradient", "no LoRA pair has a gradient, so no pair moves: call loss.backward() first"
+                    "no gradient",
+                    "no LoRA pair has a gradient, so the step would change nothing: call loss.backward() first",
                 )
             elif still:
                 names = some_of([f"{pair.name}{'' if pair.active else ' (adapter off)'}" for pair in still])
                 self._warn(
                     "missing",
-                    f"{len(still)} of {len(pairs)} LoRA pairs have no gradient and do not move: {names}",
+                    f"{len(still)} of {len(pairs)} LoRA pairs have no gradient and are not updated: {names}",
                 )
         self._check_new_adapters(pairs)
 
@@ -59,8 +60,9 @@ class Watch:
             names = some_of(sorted({repr(pair.adapter) for pair in new}))
             self._warn(
                 f"added {names}",
-                f"{len(new)} trainable LoRA pairs of adapter {names} were added after the optimizer was made, and it "
-                "does not train them: make the optimizer anew, or add_param_group({'pairs': ...})",
+                f"{len(new)} trainable LoRA pairs of adapter {names} were added after the optimizer was "
+                "created, so it does not train them: create a new optimizer, or call "
+                "add_param_group({'pairs': ...})",
             )
 
     def _warn(self, key: str, message: str) -> None:
@@ -82,8 +84,8 @@ def _refuse_frozen_factor(still: Sequence[LoraPair]) -> None:
         if pair.A.requires_grad != pair.B.requires_grad:
             frozen, other = ("B", "A") if pair.A.requires_grad else ("A", "B")
             raise InputError(
-                f"factor {frozen} of {pair.name} was frozen after the optimizer was made, and a pair moves with both: "
-                f"make the optimizer anew, and AdamW trains factor {other}"
+                f"factor {frozen} of {pair.name} was frozen after the optimizer was created, but a pair "
+                f"needs both factors: create a new optimizer, and AdamW trains factor {other}"
             )
 
 
@@ -92,21 +94,25 @@ def _refuse_cause(pair: LoraPair) -> None:
     layer: Any = pair.layer
     if not pair.attached:
         raise InputError(
-            f"layer {pair.name} holds other factors than those that the optimizer was made for, and none of these has "
-            "a gradient: make the optimizer after fully_shard, FSDP or whatever else replaces parameters"
+            f"layer {pair.name} has new factors since the optimizer was created, and the old ones have "
+            "no gradient: create the optimizer after fully_shard, FSDP or any other step that replaces "
+            "parameters"
         )
     if pair.adapter not in layer.active_adapters:
         raise InputError(
-            f"the optimizer was made for adapter {pair.adapter!r}, and {', '.join(map(repr, layer.active_adapters))} "
-            f"is active: make an optimizer for that, or call model.set_adapter({pair.adapter!r})"
+            f"the optimizer was created for adapter {pair.adapter!r}, and "
+            f"{', '.join(map(repr, layer.active_adapters))} "
+            "is active: create an optimizer for the active adapter, or call "
+            f"model.set_adapter({pair.adapter!r})"
         )
     if not pair.active:
         state = "disabled" if layer.disable_adapters else "merged into the weights"
         raise InputError(
-            f"adapter {pair.adapter!r} is {state}, so no gradient reaches it: enable or unmerge it before training"
+            f"adapter {pair.adapter!r} is {state}, so it gets no gradient: enable or unmerge it before "
+            "training"
         )
     if not pair.trainable:
         raise InputError(
-            f"the factors of adapter {pair.adapter!r} were frozen after the optimizer was made: call "
+            f"the factors of adapter {pair.adapter!r} were frozen after the optimizer was created: call "
             "requires_grad_(True) on them, or model.set_adapter"
         )

@@ -138,7 +138,9 @@ def prepared(given: dict[str, Any], owner: str, *, named: bool, index: int) -> P
     names = names or [f"parameter {number} of group {index}" for number in range(len(rest))]
     if lone := [pair for pair in pairs if _is_lone(pair)]:
         if len(lone) == len(pairs):
-            raise InputError(f"{owner} moves both factors of a pair, but {_frozen(lone)}: {_TO_DO_WITH_LONE}")
+            raise InputError(
+                f"{owner} trains both factors of a pair, but {_frozen(lone)}: {_TO_DO_WITH_LONE}"
+            )
         warnings.warn(f"{_frozen(lone)}: AdamW trains the other factor", stacklevel=4)
         pairs = [pair for pair in pairs if not _is_lone(pair)]
         alone = [(name, p) for pair in lone for name, p in pair.named_parameters() if p.requires_grad]
@@ -188,7 +190,7 @@ def _why_none(model: nn.Module, pairs: Sequence[LoraPair], skipped: dict[str, st
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return f"DeepSpeed ZeRO-3 has partitioned the parameters; {_SHARD_THE_BASE}"
     if lone := [pair for pair in pairs if _is_lone(pair)]:
-        return f"it moves both factors of a pair, but {_frozen(lone)}; {_TO_DO_WITH_LONE}"
+        return f"it trains both factors of a pair, but {_frozen(lone)}; {_TO_DO_WITH_LONE}"
     if pairs:
         adapters = ", ".join(sorted({repr(pair.adapter) for pair in pairs}))
         return (
@@ -196,9 +198,10 @@ def _why_none(model: nn.Module, pairs: Sequence[LoraPair], skipped: dict[str, st
             "model.set_adapter or requires_grad_(True)"
         )
     if skipped:
-        return f"its adapters are no plain pairs ({by_reason(skipped)}); use torch.optim.AdamW"
+        return f"its adapters are not plain LoRA pairs ({by_reason(skipped)}); use torch.optim.AdamW"
     return (
-        "make the model by peft.get_peft_model(base, LoraConfig(...)), or give parameter groups with 'pairs'; "
+        "create the model with peft.get_peft_model(base, LoraConfig(...)), or pass parameter groups "
+        "with 'pairs'; "
         f"got {type(model).__name__}"
     )
 
@@ -228,6 +231,7 @@ def _not_ours(owner: str, given: Sequence[Tensor], shapes: Sequence[torch.Size])
     changed = [now.shape for now, was in zip(given, shapes, strict=False) if now.shape != was]
     what = f"of shape {tuple(changed[0])}" if changed else f"{len(given)} in number"
     return (
-        f"{owner} was made for {len(shapes)} parameters in a group, and others, {what}, have taken their place: "
-        f"DeepSpeed ZeRO and FSDP1 flatten or partition parameters, which leaves no LoRA pairs; {_SHARD_THE_BASE}"
+        f"{owner} was created for {len(shapes)} parameters in a group, but other parameters, {what}, "
+        "have replaced them: DeepSpeed ZeRO and FSDP1 flatten or partition parameters, which removes "
+        f"the LoRA pairs; {_SHARD_THE_BASE}"
     )

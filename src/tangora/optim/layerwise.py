@@ -49,9 +49,9 @@ class LayerwiseOptimizer(PairOptimizer):
         """
         if not any(self._may_guess(group) for group in self.param_groups if group.pairs):
             raise InputError(
-                f"no step of this {type(self).__name__} compiles, so do not call compile(): steps of TangentMuon, "
-                "TangentAdam and LoRAPro do, but not with retraction='svd', nor LoRAPro's with moments='weight' and a "
-                "retraction other than 'factors'"
+                f"this {type(self).__name__} cannot be compiled: do not call compile(). TangentMuon, "
+                "TangentAdam and LoRAPro support it, except with retraction='svd', and LoRAPro except "
+                "with moments='weight' and a retraction other than 'factors'"
             )
         self._compile_options, self._compiled = options, {}
 

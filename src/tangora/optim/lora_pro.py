@@ -238,8 +238,9 @@ def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[st
     if (jump > 1).any():
         worst = stack.own_pairs[int(jump.argmax())].name
         warnings.warn(
-            f"step {here.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
-            "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero "
+            f"step {here.step} changes A of {worst} by {jump.max():.1f} times its own norm: with B = 0 "
+            "at initialization and retraction='factors' this happens at any learning rate; use "
+            "retraction='auto' or a non-zero "
             "initialization",
             stacklevel=2,
         )

@@ -47,11 +47,11 @@ class MuonAndAdamW(Optimizer):
         groups, others = _as_groups(matrices), _as_groups(rest)
         shapes = [tuple(each.shape) for group in groups for each in group["params"]]
         if not shapes:
-            raise InputError("Muon needs at least one matrix to step; got none")
+            raise InputError("Muon needs at least one matrix; got none")
         other = next((shape for shape in shapes if len(shape) != 2), None)
         if other is not None:
             raise InputError(
-                f"Muon steps matrices only; got a parameter of shape {other}: leave its layer out"
+                f"Muon trains only matrices; got a parameter of shape {other}: exclude its layer"
             )
         own: dict[str, Any] = {
             "lr": lr,

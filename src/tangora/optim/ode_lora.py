@@ -109,7 +109,7 @@ class ODELoRA(PairOptimizer):
     ):
         check_choice("scheme", scheme, SCHEMES)
         if common.get("shard_state"):
-            raise InputError("shard_state must be False for ODELoRA, which keeps no state to be shared")
+            raise InputError("shard_state must be False for ODELoRA, which has no state to shard")
         self.scheme: Scheme = scheme
         self.replay: Callable[[], Any] | None = None
         own = {
@@ -136,8 +136,8 @@ class ODELoRA(PairOptimizer):
         evaluate = closure or self.replay
         if evaluate is None and self.multistage:
             raise InputError(
-                f"step needs a closure, because scheme {self.scheme!r} evaluates the gradient more than once: "
-                "optimizer.step(closure); tangora.Trainer does that by itself"
+                f"step needs a closure, because scheme {self.scheme!r} evaluates the gradient more than "
+                "once: call optimizer.step(closure); tangora.Trainer does this for you"
             )
         loaded = [each.load() for each in gathered]
         field = _ModelField(gathered, evaluate, self._check_finite)
@@ -186,7 +186,8 @@ class ODELoRA(PairOptimizer):
         check_number("tolerance", group["tolerance"], low=0, high=1, open_high=True)
         if group["tolerance"] and self.scheme != "bug":
             raise InputError(
-                f"tolerance must be 0 with scheme {self.scheme!r}: only bug cuts ranks; got {group['tolerance']!r}"
+                f"tolerance must be 0 with scheme {self.scheme!r}: only scheme 'bug' reduces ranks; got "
+                f"{group['tolerance']!r}"
             )
         if group["rebalance_every"] is not None:
             check_whole("rebalance_every", group["rebalance_every"], low=1)

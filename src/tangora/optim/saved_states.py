@@ -42,7 +42,7 @@ def check_loadable(
         if saved.get(FINGERPRINT, group[FINGERPRINT]) != group[FINGERPRINT]:
             raise InputError(
                 f"this state of {owner} was saved for parameters of other shapes, such as an adapter of another rank: "
-                "make the adapter and its initialization as in the saved run, then load"
+                "create the adapter and its initialization as in the saved run, then load the state"
             )
         options = group.with_options(group | saved)
         kept = states_of(group.pairs, lambda pair, options=options: state_shapes(pair, options))
@@ -53,12 +53,14 @@ def check_loadable(
 def _check_state(owner: str, pair: LoraPair, state: Mapping[str, Any], shapes: Shapes) -> None:
     if any(map(is_part_of_another, state.values())):
         raise InputError(
-            f"the state of {pair.name} is one process's part, read by another: save full_state_dict(), called on every "
-            "process, or a distributed checkpoint (torch.distributed.checkpoint)"
+            f"the state of {pair.name} is the part of another process: call full_state_dict() on every "
+            "process and save its result, or save a distributed checkpoint "
+            "(torch.distributed.checkpoint)"
         )
     wrong = [key for key in state if key not in shapes or state[key].numel() != math.prod(shapes[key])]
     if wrong or (state and state.keys() != shapes.keys()):
         raise InputError(
-            f"the state of {pair.name} holds {', '.join(state)}, which is no state of {owner} for {pair}: it was saved "
+            f"the state of {pair.name} has keys {', '.join(state)}, which are not those of {owner} for "
+            f"{pair}: it was saved "
             "by another optimizer or for another adapter"
         )

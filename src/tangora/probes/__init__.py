@@ -1,4 +1,4 @@
-"""Full gradients read through thin products: no gradient of the weights' size is ever held."""
+"""Full gradients measured through thin products: no gradient of the size of a weight is ever stored."""
 
 from tangora.probes.batches import as_batches, mean_loss
 from tangora.probes.gradient import GradientProbe, Reading, Request

@@ -31,7 +31,7 @@ def as_batches(batches: Iterable[Any] | None, what: str = "batches") -> Iterable
     if batches is None:
         raise InputError(f"{what} must be a list of batches or a DataLoader; got None")
     if isinstance(batches, Mapping):
-        raise InputError(f"{what} must be a list of batches; got a single batch: put it into a list")
+        raise InputError(f"{what} must be a list of batches; got a single batch: pass [batch]")
     if isinstance(batches, (str, bytes, Tensor)) or not isinstance(batches, Iterable):
         raise InputError(f"{what} must be a list of batches or a DataLoader; got {shown(batches)}")
     if isinstance(batches, (list, tuple, _Replayed)):
@@ -66,7 +66,8 @@ class _Replayed:
         if seen is not None and not (count == seen[0] and math.isclose(total, seen[1], abs_tol=1e-12)):
             held = f"{count} batches after {seen[0]}" if count != seen[0] else "other examples"
             raise InputError(
-                f"{self._what} must be the same in every pass, and one pass read {held}: give list({self._what})"
+                f"{self._what} must give the same batches in every pass, but one pass read {held}: pass "
+                f"list({self._what})"
             )
 
 

@@ -64,7 +64,7 @@ def failing_together(what: str, device: torch.device | None = None) -> Iterator[
     if failure is not None:
         raise failure
     if failures:
-        raise InputError("another rank could not read its batches; its own message says why")
+        raise InputError("another rank failed to read its batches; see the error message of that rank")
 
 
 def _meet(what: str) -> None:
@@ -83,8 +83,8 @@ def _meet(what: str) -> None:
             missing = _missing(store, keys)
             store.delete_key(own)
             raise InputError(
-                f"{what} reads on all ranks together, and {missing} did not call it within {timeout:g} seconds: call "
-                f"it on every rank, or raise {_TIMEOUT_VARIABLE}"
+                f"{what} must run on all ranks together, but {missing} did not call it within "
+                f"{timeout:g} seconds: call it on every rank, or increase {_TIMEOUT_VARIABLE}"
             )
     _meetings[what] += 1
 
@@ -101,7 +101,7 @@ def _arrive(store: dist.Store, keys: list[str], seconds: float) -> bool:
 
 def _missing(store: dist.Store, keys: list[str]) -> str:
     missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-    return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing) or '(all are here by now)'}"
+    return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing) or '(all ranks have arrived now)'}"
 
 
 def _timeout() -> float:

@@ -159,7 +159,7 @@ class GradientProbe:
                 return 0.0, 0.0  # no label counts here; the mean over none is not a number
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise InputError(f"batch {index} has loss {value}; the gradient is not defined")
+                raise InputError(f"batch {index} has loss {value}; its gradient is not defined")
             scale = _FLOAT16_LOSS_SCALE if _holds(self.model, torch.float16) else 1.0
             self._weight /= scale
             if loss.requires_grad:

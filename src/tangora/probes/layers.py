@@ -129,7 +129,7 @@ def probed_layers(
         wanted = f" called {', '.join(names)}" if names is not None else ""
         odd = next(iter(unreadable_layers(model, names).items()), None)
         reason = f" ({odd[0]}: {odd[1]})" if odd else ""
-        raise InputError(f"model has no linear layer{wanted} whose gradient could be read{reason}")
+        raise InputError(f"model has no linear layer{wanted} whose gradient can be measured{reason}")
     return readable
 
 

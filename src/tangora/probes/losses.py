@@ -67,18 +67,18 @@ class WeightedLoss:
                 self.model, *(_on_device(each, self.model) for each in (first_batch, batch))
             )
             if self._rule < 0 and same_size:
-                warnings.warn(f"{self._odd()}: those of equal size weigh alike here", stacklevel=2)
+                warnings.warn(f"{self._odd()}: batches of equal size have equal weight here", stacklevel=2)
         if self._rule >= 0 and len(counts) == len(first) and first[self._rule]:
             return first[0] * counts[self._rule] / first[self._rule]  # this far all counts were alike
         if not same_size:
-            raise InputError(f"{self._odd()}: make batches of equal size, or give loss_fn")
+            raise InputError(f"{self._odd()}: use batches of equal size, or pass loss_fn")
         return (
             1.0 if several_ranks() else first[0]
         )  # the weight of those before; other ranks may count otherwise
 
     def _odd(self) -> str:
         name = _class(self.model).__name__
-        return f"the loss of {name} on a large batch is no weighted mean of its losses on small batches"
+        return f"the loss of {name} on a large batch is not a weighted mean of its losses on small batches"
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -90,7 +90,7 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise InputError(
-            f"the model returns no loss for a batch of {', '.join(batch)}: add labels or give loss_fn"
+            f"the model returns no loss for a batch of {', '.join(batch)}: add labels or pass loss_fn"
         )
     return loss
 

@@ -84,7 +84,7 @@ def prepare(
     check_seed(seed)
     check_kind("rank_plan", rank_plan, (Mapping, type(None)), "a rank plan, as tangora diagnose writes it")
     if rank_plan and entry.adapter != "lora":
-        raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses its ranks itself")
+        raise InputError(f"rank_plan cannot be used with recipe {entry.name}, which chooses the ranks itself")
     _check_targets(model, target_modules)
     common = {
         "lora_alpha": lora_alpha,
@@ -150,8 +150,8 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
     """Return a model with the adapter that a recipe trains."""
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"with a recipe, model must be a loaded model; got {shown(model)}: load it by from_pretrained or "
-            "tangora.load_model"
+            f"with a recipe, model must be a loaded model; got {shown(model)}: load it with "
+            "from_pretrained or tangora.load_model"
         )
     bare = unwrapped(model)
     adapter_is_there = has_adapter(bare)
@@ -160,7 +160,8 @@ def adapted(entry: Recipe, model: Any, config: LoraConfig | None, *, seed: int) 
     if adapter_is_there:
         if config is not None:
             raise InputError(
-                "peft_config makes the adapter of a base model, and this model has one already: leave peft_config out"
+                "peft_config adds an adapter to a base model, but this model already has one: omit "
+                "peft_config"
             )
         _check_fit(entry, bare)
         return model
@@ -191,8 +192,8 @@ def check_fit(entry: Recipe, model: Any) -> None:
         return
     if not there:
         raise InputError(
-            f"recipe {entry.name!r} trains an adapter, and {type(bare).__name__} has none: make the trainer with "
-            "peft_config=, or give it a model of peft.get_peft_model"
+            f"recipe {entry.name!r} trains an adapter, but {type(bare).__name__} has none: pass "
+            "peft_config=, or a model from peft.get_peft_model"
         )
     _check_fit(entry, bare)
 
@@ -214,8 +215,9 @@ def _with_default_adapter(entry: Recipe, model: nn.Module, seed: int) -> nn.Modu
     kinds = [kind for kind, names in _TASK_TYPES.items() if name in names.values()]
     if not kinds:
         raise InputError(
-            f"recipe {entry.name!r} needs an adapter, and which head {name} has cannot be told from its class: pass "
-            "peft_config=peft.LoraConfig(...), or make the model by peft.get_peft_model"
+            f"recipe {entry.name!r} needs an adapter, but the class {name} does not show which layer is "
+            "the head: pass "
+            "peft_config=peft.LoraConfig(...), or create the model with peft.get_peft_model"
         )
     return prepare(
         entry,
@@ -243,8 +245,9 @@ def _with_options(entry: Recipe, config: Any) -> LoraConfig:
 def _check_fit(entry: Recipe, model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
         raise InputError(
-            f"recipe {entry.name!r} needs a PeftModel; got {type(model).__name__} with an adapter: make it by "
-            "peft.get_peft_model(base, config) instead of add_adapter or inject_adapter_in_model"
+            f"recipe {entry.name!r} needs a PeftModel; got {type(model).__name__} with an adapter: "
+            "create it with peft.get_peft_model(base, config) instead of add_adapter or "
+            "inject_adapter_in_model"
         )
     name = active_adapter(model)
     config: Any = model.peft_config[name]
@@ -254,7 +257,7 @@ def _check_fit(entry: Recipe, model: nn.Module) -> None:
         if getattr(config, option) != value:
             raise InputError(
                 f"recipe {entry.name!r} needs an adapter with {option}={value}; {what} has "
-                f"{getattr(config, option)}: make it by LoraConfig(..., {option}={value})"
+                f"{getattr(config, option)}: create it with LoraConfig(..., {option}={value})"
             )
     _check_start(entry, config, what)
     if entry.start is None:
@@ -262,13 +265,14 @@ def _check_fit(entry: Recipe, model: nn.Module) -> None:
     given = started_by(model, name)
     if given not in (None, entry.start):
         raise InputError(
-            f"recipe {entry.name!r} begins with initialization {entry.start!r}, and {what} has {given!r}: leave out "
+            f"recipe {entry.name!r} begins with initialization {entry.start!r}, but {what} has {given!r}: omit "
             f"tangora.initialize, or use a recipe with {given!r}"
         )
     if given is None and is_trained(model, name):
         raise InputError(
-            f"recipe {entry.name!r} begins with initialization {entry.start!r}, which would erase {what}: it is "
-            "trained, or initialized in another way (B A is not zero); give a new adapter, or go on with "
+            f"recipe {entry.name!r} begins with initialization {entry.start!r}, which would overwrite "
+            f"{what}: it has been trained or initialized (B A is not zero); pass a new adapter, or "
+            "continue with "
             f"dataclasses.replace(tangora.recipe({entry.name!r}), start=None)"
         )
 
@@ -285,7 +289,7 @@ def _check_start(entry: Recipe, config: Any, what: str) -> None:
     if entry.start is not None and mutates_base(config):
         raise InputError(
             f"recipe {entry.name!r} begins with initialization {entry.start!r}, and {what} with PEFT's "
-            f"{config.init_lora_weights!r}, which changes the base weights: leave out init_lora_weights"
+            f"{config.init_lora_weights!r}, which changes the base weights: omit init_lora_weights"
         )
 
 
@@ -326,7 +330,7 @@ def _wrapped(model: nn.Module, config: PeftConfig) -> PeftModel:
         made = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except NoMatchingPeftModuleError as error:  # the head, which is trained whole
         raise InputError(
-            f"target_modules must name layers outside of the head; got {_written(config)}"
+            f"target_modules must name layers other than the head; got {_written(config)}"
         ) from error
     except (ValueError, TypeError, NotImplementedError) as error:
         said = on_one_line(error, 160)

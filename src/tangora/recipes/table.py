@@ -207,7 +207,7 @@ _TABLE = (
     ),
     Recipe(
         "lora-rite",
-        "LoRA-RITE: second moments of the rank's size, the same for every factorization",
+        "LoRA-RITE: second moments of size r, the same for every factorization",
         "arXiv:2410.20625",
         _FULL_GRID,
         _lora_rite,
@@ -361,4 +361,4 @@ def _option(change: str) -> tuple[str, Any]:
     try:
         return name, yaml.safe_load(text)
     except yaml.YAMLError:
-        raise InputError(f"{name}: cannot be read; got {text!r}") from None
+        raise InputError(f"{name}: cannot be parsed; got {text!r}") from None

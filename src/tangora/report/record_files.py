@@ -33,9 +33,10 @@ class Recorded(FrozenModel):
     machine: str = Field(description="Processor, accelerator, threads.")
     commit: str | None = Field(default=None, description="Commit of the code that ran.")
     processes: int = Field(default=1, ge=1, description="Processes that trained together.")
-    launcher: str | None = Field(default=None, description="What has started several processes.")
+    launcher: str | None = Field(default=None, description="Launcher of several processes.")
     model_description: str | None = Field(
-        default=None, description="What the packaged model is; None for another one, or in older records."
+        default=None,
+        description=("Description of the packaged model; None for another model, or in older records."),
     )
     created: IsoTime = Field(description="When it ended, ISO 8601.")
 
@@ -75,7 +76,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {on_one_line(error)}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object; got {type(content).__name__}")
+        raise InputError(f"{path} must contain a JSON object; got {type(content).__name__}")
     return content
 
 
@@ -87,7 +88,7 @@ def checked_content(kind: type[_ModelT], content: dict[str, Any], path: str | Pa
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         where = f" at {place}" if place else ""
-        raise InputError(f"{path} is no valid {what}{where}: {first['msg']}") from error
+        raise InputError(f"{path} is not a valid {what}{where}: {first['msg']}") from error
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:

@@ -162,17 +162,22 @@ class Record(Recorded):
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
     seed: int = Field(description="Seed of initialization, data order and dropout.")
     stage: Stage = Field(
-        description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
-        "shorter, and choose which learning rates the sweep goes on with."
+        description=(
+            "`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs "
+            "are shorter, and select the learning rates for the sweep."
+        )
     )
     status: Status = Field(
-        description="`diverged`: the loss left the finite numbers or exploded; `out_of_memory`: a tensor did not fit; "
-        "`failed`: another exception, or its process was killed."
+        description=(
+            "`diverged`: the loss was not finite or exploded; `out_of_memory`: a tensor did not fit into "
+            "memory; "
+            "`failed`: another exception, or its process was killed."
+        )
     )
     error: str | None = Field(default=None, description="What happened to a run that did not finish.")
-    settings: dict[str, Any] = Field(description="Everything needed to run it again.")
+    settings: dict[str, Any] = Field(description="All settings needed to run it again.")
     notes: list[str] = Field(
-        default_factory=list, description="What was decided about the data, and how much of it was cut off."
+        default_factory=list, description="Notes about the data, such as truncated examples."
     )
     metrics: dict[str, _Metrics] = Field(
         description='Keys "validation" and "test" after training, "before" for the test set before it.'
@@ -212,14 +217,15 @@ class Record(Recorded):
         default=None, description="Curvature at the end of the run; None if it was not measured."
     )
     correct: list[bool] | None = Field(
-        default=None, description="Per test example, in the same order in every run: was it answered right?"
+        default=None,
+        description=("Per test example, in the same order in every run: whether the answer was correct."),
     )
     scores: list[float] | None = Field(
         default=None,
         description="Per test example, in the same order in every run: its share of the test loss (their mean).",
     )
     forgetting: Forgetting | None = Field(
-        default=None, description="What training did to unrelated text; None if it was not measured."
+        default=None, description="Change of the loss on unrelated text; None if it was not measured."
     )
 
     @field_validator("trajectory", "curvature", mode="before")
@@ -245,12 +251,12 @@ class Comparison(FrozenModel):
     schema_version: Literal[1, 2, 3] = _SCHEMA_VERSION
     title: str
     command: str = Field(description="The command line that repeats it.")
-    metric: str = Field(min_length=1, description='The metric that decides, for example "accuracy".')
+    metric: str = Field(min_length=1, description='Metric for selection and ranking, for example "accuracy".')
     higher_is_better: bool
-    settings: dict[str, Any] = Field(description="What all runs share.")
+    settings: dict[str, Any] = Field(description="Settings shared by all runs.")
     records: list[Record] = Field(default_factory=list)
     missing: list[str] = Field(
-        default_factory=list, description="Runs that were planned and have not been made: time ran out."
+        default_factory=list, description="Planned runs that were not run within the time limit."
     )
     created: IsoTime = Field(description="When the comparison was started, ISO 8601.")
     paper: Published | None = Field(
@@ -276,8 +282,8 @@ class Comparison(FrozenModel):
             if len(first) > 1:
                 one, other, *_ = first.values()
                 raise ValueError(
-                    f"the {name} changed between its runs, {other} and {one} for example: they cannot be averaged; "
-                    "compare anew in another folder"
+                    f"the {name} changed between its runs, {other} and {one} for example: they cannot "
+                    "be averaged; run the comparison again in another folder"
                 )
         return self
 

@@ -41,9 +41,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
     except ValueError as error:
-        raise InputError(
-            f"{path} is damaged ({error}); restore it, or begin anew in another folder"
-        ) from error
+        raise InputError(f"{path} is damaged ({error}); restore it, or use another folder") from error
 
 
 class JsonLines:
@@ -161,7 +159,7 @@ class History(TrainerCallback):
         self._first = loss if self._first is None else self._first
         if not math.isfinite(loss) or loss > _EXPLOSION * max(self._first, 1.0):
             raise DivergedError(
-                f"loss {loss:.4g} at step {state.global_step}, {self._first:.4g} at the start"
+                f"loss {loss:.4g} at step {state.global_step}, {self._first:.4g} at the first step"
             )
         if self._on_step is not None:
             self._on_step(state.global_step, loss)

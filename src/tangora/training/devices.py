@@ -33,11 +33,11 @@ def check_device(name: str | None) -> None:
     """Raise `InputError` unless a device is there; asks without starting CUDA, which forbids to fork."""
     kind, _, index = (name or "cpu").partition(":")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' is not available on this machine; leave it out or give cpu")
+        raise InputError("device 'mps' is not available on this machine; omit it or pass cpu")
     count = torch.cuda.device_count() if kind == "cuda" else 0
     if kind == "cuda" and int(index or 0) >= count:
         there = f"cuda:0 to cuda:{count - 1} are" if count > 1 else "cuda:0 is" if count else "no GPU is"
-        raise InputError(f"device {name!r} is not available: {there} visible; leave it out or give cpu")
+        raise InputError(f"device {name!r} is not available: {there} visible; omit it or pass cpu")
 
 
 def device_named(name: str | None) -> torch.device:
@@ -71,8 +71,9 @@ def single_gpu(trainer: transformers.Trainer) -> None:
     if arguments.n_gpu <= 1:
         return
     warnings.warn(
-        f"{arguments.n_gpu} GPUs are visible; only {arguments.device} is used, so that the batch keeps its size. "
-        "CUDA_VISIBLE_DEVICES chooses another; torchrun --nproc-per-node N and accelerate launch use all",
+        f"{arguments.n_gpu} GPUs are visible; only {arguments.device} is used, so that the batch size "
+        "does not change. Select another GPU with CUDA_VISIBLE_DEVICES; torchrun --nproc-per-node N "
+        "and accelerate launch use all GPUs",
         stacklevel=3,
     )
     arguments._n_gpu = 1
@@ -91,7 +92,8 @@ def check_kept(*, given: bool) -> None:
         )
     if "optimizer" in plugin.deepspeed_config:
         raise InputError(
-            "the DeepSpeed configuration names an optimizer, which would replace the recipe's: remove its 'optimizer'"
+            "the DeepSpeed configuration has an optimizer, which would replace the recipe's: remove "
+            "its 'optimizer'"
         )
 
 
@@ -102,12 +104,14 @@ def check_steppable(optimizer: Optimizer) -> None:
     deepspeed, fsdp = _plugin("deepspeed_plugin"), _plugin("fsdp_plugin")
     if deepspeed is not None and deepspeed.zero_stage:
         raise InputError(
-            f"DeepSpeed ZeRO-{deepspeed.zero_stage} partitions flattened parameters, which leaves no LoRA pairs for "
+            f"DeepSpeed ZeRO-{deepspeed.zero_stage} partitions flattened parameters, so there are no "
+            "LoRA pairs for "
             f"{type(optimizer).__name__}: use ZeRO stage 0, {_INSTEAD}"
         )
     if fsdp is not None and fsdp.fsdp_version == 1:
         raise InputError(
-            f"FSDP1 flattens parameters, which leaves no LoRA pairs for {type(optimizer).__name__}: {_INSTEAD}"
+            f"FSDP1 flattens parameters, so there are no LoRA pairs for {type(optimizer).__name__}: "
+            f"{_INSTEAD}"
         )
 
 

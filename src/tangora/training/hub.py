@@ -49,11 +49,11 @@ def _ask(name: str, repo_type: str) -> tuple[str | None, bool]:
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=TIMEOUT)
     except HFValidationError:
-        return "it is no valid hub name", False
+        return "it is not a valid hub name", False
     except OfflineModeIsEnabled:
-        return "the hub is switched off (HF_HUB_OFFLINE) and the name is not in its cache", True
+        return "hub access is disabled (HF_HUB_OFFLINE) and the name is not in the cache", True
     except GatedRepoError:
-        return f"the hub wants you to ask for access to this {repo_type} first", True
+        return f"you must first request access to this {repo_type} on the hub", True
     except RepositoryNotFoundError:
         return f"the hub has no such {repo_type} (or it is private)", False
     # which library carries the requests, and with it the type of its errors, changed twice

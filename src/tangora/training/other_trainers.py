@@ -48,10 +48,10 @@ def apply_recipe(
     check_kind("trainer", trainer, transformers.Trainer, "a transformers.Trainer, such as those of TRL")
     kind = type(trainer)
     if issubclass(kind, Trainer):
-        raise InputError(f"{kind.__name__} is a tangora.Trainer already: give it recipe= when it is made")
+        raise InputError(f"{kind.__name__} is already a tangora.Trainer: pass recipe= to its constructor")
     if trainer.optimizer is not None:
         raise InputError(
-            "the trainer has an optimizer already: leave out optimizers=, and apply the recipe before train()"
+            "the trainer already has an optimizer: omit optimizers=, and apply the recipe before train()"
         )
     entry = checked(recipe, {"optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs})
     if entry is None:
@@ -103,7 +103,9 @@ def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tu
         ... )
     """
     if "lr" not in options:
-        raise InputError("optimizer_factory needs lr=...: the Trainer does not pass its learning rate on")
+        raise InputError(
+            "optimizer_factory needs lr=...: the Trainer does not pass its learning rate to the optimizer"
+        )
 
     class Factory:
         """Called by the Trainer with the model."""
@@ -111,8 +113,9 @@ def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tu
         def __init__(self, *groups: Any, **_: Any):
             if groups:  # Unsloth makes groups for its embedding_learning_rate and loraplus_lr_ratio
                 raise InputError(
-                    f"{shown(optimizer)} finds LoRA pairs in the model, and this trainer gives it parameter groups: "
-                    "leave out what makes them, such as Unsloth's embedding_learning_rate or loraplus_lr_ratio"
+                    f"{shown(optimizer)} needs the model, but this trainer passes parameter groups: "
+                    "omit the options that create them, such as Unsloth's embedding_learning_rate or "
+                    "loraplus_lr_ratio"
                 )
 
         def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> Optimizer:

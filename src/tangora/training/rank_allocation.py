@@ -42,8 +42,8 @@ class AdaLoraAllocation(TrainerCallback):
                 vars(config).update(adalora_schedule(steps))
             elif given != steps:
                 raise InputError(
-                    f"AdaLoRA's schedule ends at step {given}, and its training has {steps} steps: make the "
-                    f"adapter by AdaLoraConfig(total_step={steps}, ...), or set max_steps"
+                    f"AdaLoRA's schedule ends at step {given}, but its training has {steps} steps: "
+                    f"create the adapter with AdaLoraConfig(total_step={steps}, ...), or set max_steps"
                 )
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):

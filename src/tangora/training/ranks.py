@@ -99,7 +99,7 @@ def check_alike(found: dict[str, Any]) -> None:
             if other[key] != value:
                 raise InputError(
                     f"{key} differs between processes: {value!r} in process {rank()} and {other[key]!r} in "
-                    f"process {number}; give all machines the same files and the same command"
+                    f"process {number}; use the same files and the same command on all machines"
                 )
 
 

@@ -94,7 +94,7 @@ def _launcher() -> _Launcher:
                 return launcher
             failure = verdict.reason
     raise InputError(
-        "generated programs run only where they can be isolated, and here they cannot: install bubblewrap (0.8 or "
+        "generated programs run only in isolation, which is not possible here: install bubblewrap (0.8 or "
         f"newer) or util-linux, on a machine or in a container that may create namespaces ({failure})"
     )
 

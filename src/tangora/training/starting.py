@@ -72,9 +72,9 @@ def _uncounted(trainer: transformers.Trainer) -> Iterator[None]:
 def _loss_fn(trainer: transformers.Trainer) -> LossFn | None:
     if makes_inputs(trainer):
         raise InputError(
-            f"the initialization needs gradients of the training loss, and {type(trainer).__name__} makes its inputs "
-            "while it trains: call tangora.initialize(model, method, batches, loss_fn=...) before, or use a recipe "
-            "whose initialization reads no gradients"
+            f"the initialization needs gradients of the training loss, but {type(trainer).__name__} "
+            "generates its inputs during training: call tangora.initialize(model, method, batches, "
+            "loss_fn=...) first, or use a recipe whose initialization needs no gradients"
         )
     computes = getattr(trainer.compute_loss, "__func__", None)
     smoothed = trainer.label_smoother is not None or trainer.compute_loss_func is not None
@@ -91,7 +91,7 @@ def _loss_fn(trainer: transformers.Trainer) -> LossFn | None:
 
 def _batches(trainer: transformers.Trainer, *, whole: bool) -> list[Any]:
     if trainer.train_dataset is None:
-        raise InputError("the initialization reads gradients of training examples: give train_dataset")
+        raise InputError("the initialization needs gradients of training examples: pass train_dataset")
     loader = trainer.get_train_dataloader()
     processes, index = trainer.args.world_size, trainer.args.process_index
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
@@ -108,8 +108,8 @@ def _held_out(trainer: transformers.Trainer, recipe: Recipe, *, whole: bool) -> 
     if data is None or isinstance(data, (dict, torch.utils.data.IterableDataset)):
         got = "none" if data is None else type(data).__name__
         raise InputError(
-            f"recipe {recipe.name!r} searches its step size on other examples: give one eval_dataset with a length; "
-            f"got {got}"
+            f"recipe {recipe.name!r} searches its step size on other examples: pass one eval_dataset "
+            f"with a length; got {got}"
         )
     loader = trainer.get_eval_dataloader()
     size = trainer.args.per_device_eval_batch_size

@@ -115,10 +115,10 @@ class Trainer(transformers.Trainer):
                 raise InputError(f"{name} needs a recipe")
             if peft_config is not None:
                 if "peft_config" not in inspect.signature(super().__init__).parameters:
-                    raise InputError("peft_config needs a recipe, or another trainer that takes it")
+                    raise InputError("peft_config needs a recipe, or another trainer that accepts it")
                 kwargs["peft_config"] = peft_config
         if model is None and kwargs.get("model_init") is None:
-            raise InputError("model must be a model, or model_init a function that makes one; got neither")
+            raise InputError("model must be a model, or model_init a function that returns one; got neither")
         known = transformers.TrainingArguments
         check_kind("args", kwargs.get("args"), (known, type(None)), "a transformers.TrainingArguments")
         given = (value for value in (*args, kwargs.get("args")) if isinstance(value, known))
@@ -138,7 +138,7 @@ class Trainer(transformers.Trainer):
             inner = unwrapped(self.model)
             other = started_by(inner) if isinstance(inner, PeftModel) else None
             if self.recipe.start is None and other is not None:
-                logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
+                logger.warning("recipe %r uses initialization %r", self.recipe.name, other)
             if self.recipe.search is not None:
                 check_two_phases(self, self.recipe.name)
         self.replay_seconds = self.conversion_seconds = 0.0
@@ -165,7 +165,7 @@ class Trainer(transformers.Trainer):
         usual = {field.name: field.default for field in fields(self.args)}
         if self.args.optim != usual["optim"]:
             logger.warning(
-                "recipe %r: its own optimizer; optim of TrainingArguments is not used", recipe.name
+                "recipe %r uses its own optimizer; optim of TrainingArguments is ignored", recipe.name
             )
         default = usual["learning_rate"]
         if given is None and self.args.learning_rate != default:
@@ -199,7 +199,7 @@ class Trainer(transformers.Trainer):
         if self.recipe is None or self.recipe.trains:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
-            raise InputError(f"recipe {self.recipe.name!r} does not train: leave resume_from_checkpoint out")
+            raise InputError(f"recipe {self.recipe.name!r} does not train: omit resume_from_checkpoint")
         start(self, self.recipe)
         logger.warning("recipe %r has initialized the adapter; it takes no training steps", self.recipe.name)
         return TrainOutput(0, math.nan, {})
@@ -276,8 +276,8 @@ class Trainer(transformers.Trainer):
     def _check_multistage(self) -> None:
         if self.accelerator.scaler is not None:
             raise InputError(
-                "fp16 must be False for an optimizer with several gradients per step: GradScaler cannot scale those "
-                "after the first; use bf16"
+                "fp16 must be False for an optimizer with several gradients per step: GradScaler can "
+                "scale only the first; use bf16"
             )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise InputError(
@@ -286,8 +286,9 @@ class Trainer(transformers.Trainer):
             )
         if makes_inputs(self):
             raise InputError(
-                f"an optimizer with several gradients per step needs the same inputs again, and {type(self).__name__} "
-                "makes its inputs while it trains: use a method with one gradient per step, such as tangent-muon"
+                "an optimizer with several gradients per step needs the same inputs again, but "
+                f"{type(self).__name__} generates its inputs during training: use a method with one "
+                "gradient per step, such as tangent-muon"
             )
 
 
@@ -297,8 +298,9 @@ def _check_used(trainer: transformers.Trainer) -> None:
         for name in _OPTIMIZER_OPTIONS:
             if getattr(holder, name, None) not in (None, False):
                 raise InputError(
-                    f"{name} of {type(holder).__name__} asks for another optimizer than the recipe's: leave it out, or "
-                    "leave the recipe out; a head gets a learning rate of its own by head_learning_rate"
+                    f"{name} of {type(holder).__name__} selects another optimizer than the recipe's: "
+                    "omit it, or omit the recipe; head_learning_rate sets the learning rate of a new "
+                    "head"
                 )
 
 
@@ -314,7 +316,7 @@ def checked(recipe: Any, options: dict[str, Any]) -> Recipe | None:
         )
     for key in ("optimizers", "optimizer_cls_and_kwargs"):
         if options.get(key) not in (None, (None, None)):
-            raise InputError(f"recipe and {key} both name an optimizer; give one of them")
+            raise InputError(f"recipe and {key} both select an optimizer; pass only one of them")
     return recipe
 
 

@@ -68,7 +68,8 @@ class RemoteRun:
             task = pickle.loads(self.data.read_bytes())
         except FileNotFoundError:
             return Refusal(
-                f"{platform.node()} does not see the output folder {self.folder.path}: choose an --output on a file "
+                f"{platform.node()} cannot access the output folder {self.folder.path}: choose an "
+                "--output on a file "
                 "system that all nodes share"
             )
         with contextlib.suppress(OSError):  # where there is none such, nothing needs it
@@ -139,7 +140,7 @@ class ClusterEngine(Engine[_Running]):
         except LostError as problem:
             return lost(run.trial, run.task, run.folder, str(problem))
         if isinstance(outcome, Refusal):
-            raise InputError(f"{outcome.reason}; what has finished is kept")
+            raise InputError(f"{outcome.reason}; finished runs are kept")
         if outcome is None:
             self._report(run)
         return outcome

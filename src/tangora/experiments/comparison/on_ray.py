@@ -43,7 +43,7 @@ class RayEngine(ClusterEngine):
         there = ray.cluster_resources().get("GPU", 0)
         self._gpus = (1.0 if there else 0.0) if self._options.gpus is None else self._options.gpus
         if self._gpus and not there:
-            tell_user("the Ray cluster has no GPU now: the runs wait for a node that has one")
+            tell_user("the Ray cluster has no GPU now: the runs wait for a node with a GPU")
         return self
 
     def _connect(self) -> None:
@@ -78,7 +78,7 @@ class RayEngine(ClusterEngine):
         try:
             return ray.get(job)
         except RayTaskError as problem:  # what a run does wrong is in its record
-            return Refusal(f"a Ray worker cannot make runs: {_last_line(problem)}")
+            return Refusal(f"a Ray worker cannot execute runs: {_last_line(problem)}")
         except RayError as problem:
             raise LostError(f"its Ray task ended without a record: {_first_line(problem)}") from problem
 

@@ -150,7 +150,7 @@ class SlurmEngine(ClusterEngine):
         if self._options.executor == "slurm" and time.monotonic() - job.ended < _PATIENCE:
             return None
         raise LostError(
-            f"its job {submitted.job_id} left no record (state {state}): {_last_line(submitted.stderr())}"
+            f"its job {submitted.job_id} wrote no record (state {state}): {_last_line(submitted.stderr())}"
         )
 
     def _cancel(self, job: _Job) -> None:
@@ -198,7 +198,7 @@ def _numbers(folder: ComparisonFolder) -> Path:
 
 def _last_line(text: str | None) -> str:
     lines = [line.strip() for line in (text or "").split("\n") if line.strip()]
-    return lines[-1] if lines else "its node left no output; does it see the output folder?"
+    return lines[-1] if lines else "its node wrote no output; can it access the output folder?"
 
 
 @contextlib.contextmanager
@@ -207,4 +207,4 @@ def _one_line() -> Iterator[None]:
         yield
     except Exception as problem:  # what sbatch says of its options comes as submitit's own
         said = " ".join(str(problem).split())
-        raise InputError(f"Slurm does not take the runs: {said}") from problem
+        raise InputError(f"Slurm rejected the runs: {said}") from problem

@@ -61,7 +61,10 @@ class CompareSettings(TaskSettings):
     extend: int = Field(
         default=0,
         ge=0,
-        description="Learning rates that may be added beyond the end of a grid while the best one lies there.",
+        description=(
+            "Maximum number of learning rates added beyond the end of a grid while the best one is at that "
+            "end."
+        ),
     )
     refine: int = Field(
         default=0,
@@ -140,7 +143,7 @@ class CompareSettings(TaskSettings):
         for name in self.recipes:
             check_adapted(self, recipe(name))
         if self.halving is not None and (self.extend or self.refine):
-            raise ValueError("`halving` cannot be combined with `extend` or `refine`; leave one of them out")
+            raise ValueError("`halving` cannot be combined with `extend` or `refine`; omit one of them")
         return self
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
@@ -230,7 +233,7 @@ class PlanSettings(Settings):
                 raise ValueError(f"tasks need names of letters, digits, '-', '_' and '.'; got {name!r}")
             if name in _NAMES_OF_FILES:
                 raise ValueError(
-                    f"tasks must not be called {name!r}, which is the name of a file beside them"
+                    f"tasks must not be called {name!r}, which is the name of a file in the same folder"
                 )
         return tasks
 
@@ -325,7 +328,9 @@ def chosen_tasks(
     if names is None:
         return settings
     if isinstance(settings, CompareSettings):
-        raise InputError(f"tasks chooses from a plan with several tasks; got {names!r} for one without")
+        raise InputError(
+            f"tasks selects from a plan with several tasks; got {names!r} for a plan without tasks"
+        )
     wanted = separated(names)
     for name in wanted:
         check_choice("tasks", name, tuple(settings.tasks))

@@ -16,7 +16,7 @@ class RayOptions(Settings):
     """What one run takes of a Ray cluster, and which one that is."""
 
     address: str | None = Field(
-        default=None, description="Default: RAY_ADDRESS, a cluster that runs here, or else a new one."
+        default=None, description="Default: RAY_ADDRESS, a cluster running on this machine, or a new one."
     )
     gpus: float | None = Field(
         default=None,
@@ -26,7 +26,7 @@ class RayOptions(Settings):
     )
     cpus: float = Field(default=1, gt=0, description="Cores of one run.")
     retries: int = Field(
-        default=1, ge=0, description="How often a run whose worker or node died starts again."
+        default=1, ge=0, description="Maximum restarts of a run whose worker or node failed."
     )
 
 
@@ -54,16 +54,21 @@ class Resources(Settings):
     jobs: int | None = Field(
         default=None,
         ge=1,
-        description="Parallel runs: each has a GPU of its own, or they share GPUs and cores. Default: the number of "
-        "GPUs, or 1; no limit on a cluster.",
+        description=(
+            "Parallel runs: each has its own GPU, or they share GPUs and cores. Default: the number of "
+            "GPUs, or 1; no limit on a cluster."
+        ),
     )
     cluster: Cluster | None = Field(
         default=None, description="Run on a cluster instead of this machine; needs tangora[cluster]."
     )
     cluster_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="What one run takes there, KEY=VALUE separated by commas: gpus, cpus, retries, address (Ray); "
-        "time in minutes, gpus, cpus, setup and any option of sbatch (Slurm).",
+        description=(
+            "Resources of one run on the cluster, KEY=VALUE separated by commas: gpus, cpus, retries, "
+            "address (Ray); "
+            "time in minutes, gpus, cpus, setup and any option of sbatch (Slurm)."
+        ),
     )
     max_hours: float | None = Field(
         default=None,
@@ -91,16 +96,16 @@ class Resources(Settings):
     def _possible(self) -> "Resources":
         if self.cluster is None:
             if self.cluster_options:
-                raise ValueError("cluster_options need cluster; give ray or slurm, or leave them out")
+                raise ValueError("cluster_options need cluster; pass ray or slurm, or omit cluster_options")
             return self
         _ = self.ray if self.cluster == "ray" else self.slurm
         if self.max_hours is not None and self.jobs is None:
             raise ValueError(
-                "max_hours needs jobs with a cluster, where all runs wait in its queue at once: give both"
+                "max_hours needs jobs with a cluster, because all runs are queued at once: set both"
             )
         if self.max_memory is not None and self.cluster == "slurm":
             raise ValueError(
-                "max_memory is not for Slurm, which has its own limit: give cluster_options mem=..."
+                "max_memory does not apply to Slurm, which has its own limit: set cluster_options mem=..."
             )
         return self
 

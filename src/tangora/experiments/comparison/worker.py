@@ -119,7 +119,7 @@ def died(trial: Trial, task: Task, folder: ComparisonFolder, code: int | None, l
     if code == -signal.SIGKILL:
         how = "was killed (signal 9), most likely by the system because memory ran out"
     elif code is not None and code < 0:
-        how = f"died of signal {-code}"
+        how = f"was killed by signal {-code}"
     else:
         how = f"ended with exit code {code}"
     return _unfinished(trial, task, folder, status, f"its process {how}{f': {last}' if last else ''}")

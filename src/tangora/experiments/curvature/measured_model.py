@@ -21,8 +21,9 @@ from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
 _NOT_KEPT = (
-    "{folder} holds neither an adapter nor a model: the run has not finished, or tangora compare trained all weights, "
-    "which it does not keep; tangora train keeps them, and tangora compare --curvature measures before they go"
+    "{folder} contains neither an adapter nor a model: the run has not finished, or tangora compare "
+    "trained all weights, which it does not save. tangora train saves them; tangora compare "
+    "--curvature measures before they are deleted"
 )
 
 
@@ -42,7 +43,7 @@ class MeasuredModel:
         """Make padded batches of the first examples of a split."""
         examples = getattr(self.task, split)[:num_examples]
         if not examples:
-            raise InputError(f"split {split!r} of {self.task.name} holds no examples")
+            raise InputError(f"split {split!r} of {self.task.name} has no examples")
         return encoded_batches(self.settings, self.loaded, examples, batch_size)
 
 
@@ -62,7 +63,7 @@ def load_measured(source: str, adapter: str | None, changes: dict[str, Any], see
     if not _is_run(source):
         return _from_model(source, adapter, TaskSettings(model=source, **changes), seed)
     if adapter is not None:
-        raise InputError(f"adapter is for models; {source} is a run, which has its own: got {adapter}")
+        raise InputError(f"adapter is only for models; {source} is a run with its own adapter: got {adapter}")
     return _from_run(Path(source), run_settings(Path(source)), changes)
 
 

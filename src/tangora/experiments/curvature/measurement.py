@@ -100,7 +100,7 @@ def _check_sizes(settings: CurvatureSettings, measured: MeasuredModel) -> None:
     if settings.per_batch and there <= settings.batch_size:
         raise InputError(
             f"per_batch compares mini-batches, and {there} {SPLITS[settings.split]} examples with batch_size = "
-            f"{settings.batch_size} give one; give a smaller batch_size"
+            f"{settings.batch_size} are only one mini-batch; use a smaller batch_size"
         )
 
 
@@ -110,8 +110,8 @@ def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list
         return ["tangent", "factors"] if measured.ranks else ["weights"]
     if not measured.ranks and (wrong := [space for space in settings.over if space != "weights"]):
         raise InputError(
-            f"over {wrong[0]} needs a LoRA adapter, and {settings.source} has none: give a run with one, --adapter, or "
-            "--over weights"
+            f"over {wrong[0]} needs a LoRA adapter, but {settings.source} has none: pass a run with an "
+            "adapter, --adapter, or --over weights"
         )
     wanted = set(settings.over)
     if wanted == {"factors"}:

@@ -347,7 +347,7 @@ def _train(run: Run, trainer: Trainer) -> int | None:
 
 def _check_finite(model: nn.Module) -> None:
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise DivergedError("the last step left weights that are not finite")
+        raise DivergedError("the weights are not finite after the last step")
 
 
 def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:

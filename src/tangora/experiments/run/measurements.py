@@ -100,11 +100,12 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
     folder = Path(settings.reference)
     path = RunFolder(folder).record
     if not path.is_file():
-        raise InputError(f"reference {folder} is no finished run: record.json is missing")
+        raise InputError(f"reference {folder} is not a finished run: record.json is missing")
     record = load_record(path)
     if record.recipe != "full" or record.status != "finished":
         raise InputError(
-            f"reference must be a finished run of recipe full; {folder} holds one of {record.recipe}, {record.status}"
+            f"reference must be a finished run of recipe full; {folder} contains a run of "
+            f"{record.recipe}, {record.status}"
         )
     ours = settings.model_dump(mode="json") | {"data_fingerprint": task.fingerprint}
     if record.settings.get("data_fingerprint") != task.fingerprint:

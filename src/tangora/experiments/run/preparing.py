@@ -116,13 +116,13 @@ def check_chat(task: Task, chat_template: bool | str | None) -> None:
     """Raise unless it is clear how the texts of a task are to be written."""
     if chat_template is None and any("messages" in example for example in task.train):
         raise InputError(
-            f"data {task.name!r} holds conversations: give --chat-template to write them with the tokenizer's chat "
-            "template, or --no-chat-template to join the turns by newlines"
+            f"data {task.name!r} contains conversations: pass --chat-template to format them with the "
+            "tokenizer's chat template, or --no-chat-template to join the turns with newlines"
         )
     if chat_template and (task.kind != "causal" or not all(example["prompt"] for example in task.train)):
         raise InputError(
-            f"chat_template is for prompts with completions and for conversations; data {task.name!r} holds "
-            f"{'labels' if task.kind == 'classification' else 'plain text'}: leave it out"
+            f"chat_template is for prompts with completions and for conversations; data {task.name!r} has "
+            f"{'labels' if task.kind == 'classification' else 'plain text'}: omit it"
         )
 
 
@@ -176,8 +176,8 @@ def load_run_base(settings: RunSettings, adapter: Path) -> LoadedModel:
             labels = load_run_task(settings).labels
         except InputError as error:
             raise InputError(
-                f"{adapter} was saved without the names of its classes, by an older version, and the data that holds "
-                f"them cannot be read: {error}"
+                f"{adapter} was saved without the names of its classes, by an older version, and the "
+                f"data with these names cannot be read: {error}"
             ) from error
     loaded = _load(settings, kind, labels)
     if (adapter / "tokenizer_config.json").is_file():
@@ -189,7 +189,7 @@ def _saved_tokenizer(adapter: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     except Exception as error:  # a damaged file ends in any of them
-        raise InputError(f"{adapter} has no tokenizer that can be read: {reason(error)}") from error
+        raise InputError(f"{adapter} has no readable tokenizer: {reason(error)}") from error
 
 
 def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedModel:
@@ -207,7 +207,7 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
     if settings.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
         raise InputError(
             f"gradient_checkpointing cannot be used with model {settings.model!r}: "
-            f"{type(loaded.model).__name__} does not support it; leave it out"
+            f"{type(loaded.model).__name__} does not support it; omit it"
         )
     if settings.fsdp:  # before its first pass, in which FSDP2 notes what has a gradient
         loaded.model.requires_grad_(False)
@@ -305,7 +305,7 @@ def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) 
     for settings in {run.recipe: run for run in runs}.values():
         adapted = _prepared_twin(settings, task, loaded)
         if settings.rank_plan and len(runs) == 1 and not isinstance(adapted, PeftModel):
-            raise InputError(f"rank_plan needs an adapter, and recipe {settings.recipe} has none")
+            raise InputError(f"rank_plan needs an adapter, but recipe {settings.recipe} has none")
     if runs[0].curvature_layers is not None:  # the same for all
         try:
             chosen(target_layers(runs[0], task, loaded), runs[0].curvature_layers)

@@ -73,7 +73,7 @@ def verify_adapter(settings: RunSettings, task: Task, folder: Path) -> Proof:
     try:
         expected = torch.load(run.folder.logits, weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise InputError(f"{run.folder.logits} cannot be read, so that nothing can be proven") from error
+        raise InputError(f"{run.folder.logits} cannot be read, so the export cannot be verified") from error
     difference = float((_logits(run, model) - expected).abs().max())
     return Proof(difference, _ROUNDING[settings.dtype] * max(1.0, float(expected.abs().max())))
 
@@ -129,7 +129,7 @@ def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoint
     if free < needed:
         raise InputError(
             f"{folder}: {NO_SPACE}: this run will write about {needed / 2**20:,.1f} MiB and "
-            f"{free / 2**20:,.1f} MiB are free; free some, or choose another --output"
+            f"{free / 2**20:,.1f} MiB are free; free some space, or choose another --output"
         )
 
 
@@ -142,10 +142,10 @@ def rescued(run: Run, model: Callable[[], nn.Module]) -> Iterator[None]:
         if not is_disk_full(problem) or not is_first():
             raise
         sealed = last_checkpoint(run.folder.checkpoints)  # the one that was cut off goes, and frees its space
-        step = f"goes on from step {step_of(sealed)}" if sealed else "begins again"
+        step = f"continues from step {step_of(sealed)}" if sealed else "begins again"
         place = Path(tempfile.mkdtemp(prefix="tangora-"))
         try:
-            kept = f"the weights so far are in {save_weights(run, model(), RunFolder(place))}"
+            kept = f"the current weights are in {save_weights(run, model(), RunFolder(place))}"
         except (OSError, SafetensorError, RuntimeError):
             shutil.rmtree(place, ignore_errors=True)
             kept = f"{place.parent} is full, too"
@@ -175,7 +175,8 @@ def read_whole(checkpoint: Path | None, step: Callable[[], int]) -> Iterator[Non
             raise
         said = on_one_line(problem, 100)
         raise InputError(
-            f"{checkpoint} cannot be read ({said}); delete it, and the same command goes on from the one before"
+            f"{checkpoint} cannot be read ({said}); delete it, and the same command continues from the "
+            "previous checkpoint"
         ) from problem
 
 

@@ -94,7 +94,7 @@ def missing_sentence(comparison: Comparison) -> str | None:
         return None
     done, left = len(comparison.records), len(comparison.missing)
     are = "is" if done == 1 else "are"
-    return f"{formats.plural(done, 'run')} {are} done, {left} or more are left: the same command continues."
+    return f"{formats.plural(done, 'run')} {are} done, {left} or more remain: the same command continues."
 
 
 def _repeat(judged: Judgement) -> Repeat:

@@ -68,7 +68,7 @@ _COSTS: dict[str, Callable[[Row], Cell | str]] = {
 def costs_table(rows: Sequence[Row]) -> Table:
     """Make the table of what each recipe costs."""
     caption = (
-        "Time and optimizer step: median over the seeds, beneath it the smallest and the largest. "
+        "Time and optimizer step: median over the seeds, below it the smallest and the largest. "
         "Memory: the largest."
     )
     return Table.of("costs", caption, rows, _COSTS).filled()
@@ -81,10 +81,10 @@ def costs_section(judged: Judgement) -> Section:
     charts = []
     for cost, best in fronts:
         names = formats.listing(f"{row.recipe} ({formats.metric(row.test)})" for row in best)
-        says = f"No other recipe is at least as good for less, cheapest first: {names}"
+        says = f"Recipes for which no cheaper recipe is at least as good, cheapest first: {names}"
         charts.append(panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=says))
     drawn = any(_has_length(best, cost) for cost, best in fronts)
-    dotted = "Dotted: the recipes that no other one beats at the same or a lower cost. " if drawn else ""
+    dotted = "Dotted line: recipes that no other recipe beats at the same or a lower cost. " if drawn else ""
     return Section(
         "costs",
         "Quality and cost",
@@ -165,8 +165,8 @@ def time_section(rows: Sequence[Row]) -> Section:
     totals = [f"{row.recipe} {formats.seconds(row.seconds)}" for row in rows if row.seconds is not None]
     chart = Chart(
         "time",
-        "Where the time went",
-        "Seconds per run at the best learning rate; of each part the median over the seeds.",
+        "Time by part",
+        "Seconds per run at the best learning rate; the median over the seeds for each part.",
         figure_json(time_figure(rows)),
         f"Seconds per run: {formats.listing(totals)}" if totals else "",
     )
@@ -233,6 +233,6 @@ def _unequal(judged: Mapping[str, Sequence[Record]]) -> str | None:
     if not parts:
         return None
     return (
-        f"Equal runs of {formats.listing(parts)} took very different times: the machine was probably busy with other "
-        "work, so compare times with care."
+        f"Equal runs of {formats.listing(parts)} took very different times. The machine was probably "
+        "busy with other work, so compare times with care."
     )

@@ -41,13 +41,14 @@ _SHORT = {
     "λ max, tangent": "λ max,\ntangent",
 }
 _FACTORS = (
-    "Factors: these figures are not to be compared between the rows. They belong to the pair (A, B) that a run ended "
-    "with, and change under (B, A) → (BR, R⁻¹A), which leaves the weights, the outputs and all other columns as they "
-    "are. They stand here to be seen next to those that can be compared."
+    "Factors: do not compare these figures between rows. They belong to the final pair (A, B) of a "
+    "run, and change under (B, A) → (BR, R⁻¹A), which changes neither the weights nor the outputs nor "
+    "any other column. They are shown only next to the comparable figures."
 )
 _SPACES = (
-    "Weights: all entries of the adapted layers' weights, the same space for every method. Tangent: the directions in "
-    "which an adapter of that rank can move them at the end point; full fine-tuning has no such space."
+    "Weights: all entries of the adapted layers' weights, the same space for every method. Tangent: "
+    "the directions in which an adapter of that rank can change them at the end point; full "
+    "fine-tuning has no such space."
 )
 _FORGOTTEN: dict[str, Callable[[Forgetting], float]] = {
     "loss before": lambda item: item.before,
@@ -86,8 +87,8 @@ def flatness_section(judged: Judgement) -> Section | None:
     chart = panel_chart(
         "flatness-gap",
         _gap_panel(judged),
-        "Each run behind the results. Runs of one recipe differ only in their seeds; a trend over so few recipes "
-        "proves no cause.",
+        "Each run behind the results. Runs of one recipe differ only in their seeds; a trend over so "
+        "few recipes does not show a cause.",
     )
     notes = _flatness_notes([run.flatness for run in judged.comparison.records if run.flatness is not None])
     table = flatness_table(judged)
@@ -107,9 +108,7 @@ def flatness_table(judged: Judgement) -> Table:
         for header, value in _MEASURES.items()
         if any(value(flat) is not None for flats in measured.values() for flat in flats)
     }
-    caption = (
-        "How flat the loss is at the end of the runs behind the results, next to the generalisation gap."
-    )
+    caption = "Curvature of the loss at the end of the runs behind the results, and the generalisation gap."
     columns = {"recipe": lambda item: item[0], **_means(shown, formats.significant)}
     return Table.of("flatness", caption, measured.items(), columns)
 
@@ -143,15 +142,16 @@ def _flatness_notes(flats: Sequence[Flatness]) -> list[str]:
     radii = sorted({formats.significant(flat.radius) for flat in flats if flat.radius is not None})
     read = (
         f"Curvature of the training loss on the first {formats.listing(examples)}, the same for all runs; the gap is "
-        "the test loss minus the loss on as many training examples. Beneath a number: 95 % interval of the mean, "
-        "Student's over the seeds."
+        "the test loss minus the loss on the same number of training examples. Below a number: 95 % "
+        "interval of the mean, Student's t over the seeds."
     )
     notes = [read, _SPACES]
     if patterns := sorted({flat.weight_layers for flat in flats if flat.weight_layers}):
         notes.append(f"Weights: only those of the layers {formats.listing(patterns)}.")
     if radii:
         notes.append(
-            f"Rise in the ball: the largest rise of that loss that an ascent found within a distance of "
+            "Rise in the ball: the largest increase of that loss found by gradient ascent within a "
+            "distance of "
             f"{formats.listing(radii)} over the weights (Frobenius norm)."
         )
     if any("factors" in flat.spaces for flat in flats):
@@ -198,9 +198,8 @@ def forgetting_section(judged: Judgement) -> Section | None:
         },
     )
     texts = sorted({formats.plural(item.num_texts, "text") for items in found.values() for item in items})
-    notes = [
-        f"Over {formats.listing(texts)}. Beneath a number: 95 % interval of the mean, Student's over the seeds."
-    ]
+    over = formats.listing(texts)
+    notes = [f"Over {over}. Below a number: 95 % interval of the mean, Student's t over the seeds."]
     return Section("forgetting", "Forgetting", table=table, notes=notes)
 
 
@@ -219,5 +218,5 @@ def answers_section(judged: Judgement) -> Section | None:
             "seeds": lambda item: number(len(item[1]), str),
         },
     )
-    note = "Beneath a number: 95 % interval of the mean, Student's over the seeds."
+    note = "Below a number: 95 % interval of the mean, Student's t over the seeds."
     return Section("answers", "Judged answers", table=table, notes=[note])

@@ -149,7 +149,7 @@ def sweep_section(judged: Judgement) -> Section | None:
         return Section("sweep-title", panel.title, charts=[chart], keyed=True)
     table = Table.of(
         "robustness",
-        "How much a recipe depends on its learning rate.",
+        "Sensitivity to the learning rate.",
         found.values(),
         {
             "recipe": lambda item: item.recipe,
@@ -169,8 +169,8 @@ def sweep_section(judged: Judgement) -> Section | None:
     notes = [
         (
             "Rates within 2 %: the learning rates around the best, without a gap and without divergence, whose "
-            f"validation {comparison.metric} is at most 2 % (relative) worse than the best. “Or more”, “or less”: the "
-            "range ends because no further rate was tried."
+            f"validation {comparison.metric} is at most 2 % (relative) worse than the best. “Or more”, "
+            "“or less”: no further rate was tried in that direction."
         ),
         (
             f"The last two columns show the tried rate that is nearest to {CEILING}'s best rate and to 3 times the "
@@ -258,7 +258,7 @@ def rate_ticks(rates: Sequence[float]) -> list[float]:
 def _good_rates(item: Robustness) -> str:
     low, high = formats.learning_rate(item.low), formats.learning_rate(item.high)
     if item.single:
-        return f"{low}, the only one tried"
+        return f"{low}, the only rate tried"
     if item.width == 1:
         return f"{low}{' or less' if item.open_low else ' or more' if item.open_high else ' only'}"
     return f"{low}{' or less' if item.open_low else ''} to {high}{' or more' if item.open_high else ''}"
@@ -279,7 +279,7 @@ def _widths(found: Sequence[Robustness]) -> str | None:
     if widest.width == 1:
         return "No recipe is within 2 % of its best result at any other learning rate that was tried."
     parts = [
-        f"{name}: {_width(item, 'the best one only', 'a factor of ')}"
+        f"{name}: {_width(item, 'only the best one', 'a factor of ')}"
         for item, name in (
             (widest, f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"),
             *((item, BASELINE) for item in swept if item.recipe == BASELINE and item is not widest),

@@ -121,17 +121,20 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
     use = f"use {found.recipe} at {formats.learning_rate(found.learning_rate)}"
     if not found.decided:
         return (
-            "Recommendation: cannot be decided with one seed per recipe, which tells no difference from noise; best on "
-            f"validation data is {found.recipe} at {formats.learning_rate(found.learning_rate)}."
+            "Recommendation: impossible with one seed per recipe, because differences cannot be "
+            f"separated from noise; the best on validation data is {found.recipe} at "
+            f"{formats.learning_rate(found.learning_rate)}."
         )
     if not found.swept:
         return (
-            f"Recommendation: try more learning rates first; of the rates that were tried, {found.recipe} at "
+            f"Recommendation: try more learning rates first; of the rates tried so far, {found.recipe} at "
             f"{formats.learning_rate(found.learning_rate)} is "
             f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
         )
     if len(found.candidates) == 1:
-        return f"Recommendation: {use}, the best; no other recipe with several seeds is level with it."
+        return (
+            f"Recommendation: {use}, the best; every other recipe with several seeds is significantly worse."
+        )
     cheapest = (
         f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
         "significantly worse than the best"

@@ -58,12 +58,12 @@ def results_section(judged: Judgement) -> Section:
     notes = [
         f"{direction} {comparison.metric} is better. Learning rates are chosen on validation data, never on test.",
         (
-            "Beneath a number: its 95 % interval, and the p-value of no difference. ↑ ↓ beside a learning rate: it "
-            f"lies at the high or low end of its grid. vs {BASELINE}, vs {CEILING}: difference in test "
+            "Below a number: its 95 % interval, and the p-value of no difference. ↑ ↓ next to a "
+            f"learning rate: it is at the high or low end of its grid. vs {BASELINE}, vs {CEILING}: difference in test "
             f"{comparison.metric}. Gap closed: the difference from {BASELINE} as a share of {CEILING} minus {BASELINE}."
         ),
         *(
-            f"No share of the gap is given: {reason}."
+            f"No share of the gap is shown: {reason}."
             for reason in sorted({row.gap_closed_missing for row in rows if row.gap_closed_missing})
         ),
     ]
@@ -103,7 +103,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
 def _legend(comparison: Comparison, rows: Sequence[Row]) -> str | None:
     lines = []
     if any(row.edge for row in rows):
-        lines.append("↑ ↓: the learning rate lies at the high or low end of its grid")
+        lines.append("↑ ↓: the learning rate is at the high or low end of its grid")
     if any(row.seconds is not None and row.num_seeds > 1 for row in rows):
         lines.append("time, opt. step: medians over the runs")
     return "\n".join([*lines, *busy_sentences(runs_behind(comparison, rows))]) or None

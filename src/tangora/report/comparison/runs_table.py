@@ -24,7 +24,7 @@ def runs_section(judged: Judgement) -> Section:
     result = {run.id for behind in judged.runs.values() for run in behind}
     table = Table.of(
         "runs",
-        "Every run, also those that went wrong. “In result” marks the runs behind the test numbers above.",
+        "Every run, including failed ones. “In result” marks the runs behind the test numbers above.",
         runs,
         {
             "recipe": lambda run: run.recipe,
@@ -124,7 +124,7 @@ def trouble_section(judged: Judgement) -> Section | None:
         },
         words=("status", "learning rates", "seeds", "reason"),
     )
-    return Section("trouble", "Runs that went wrong", table=table)
+    return Section("trouble", "Failed runs", table=table)
 
 
 def _flat_run(run: Record, *, in_result: bool) -> dict[str, Any]:

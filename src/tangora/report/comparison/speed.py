@@ -159,14 +159,15 @@ def speed_verdict(found: Mapping[str, Speed]) -> list[str]:
     if lora.window is not None and lora.window < _FEW_STEPS:
         return [
             (
-                f"Which recipe first reaches {goal}, cannot be told: with so few steps the training loss is a mean "
+                f"It is not clear which recipe first reaches {goal}: with so few steps the training "
+                "loss is a mean "
                 f"over only {formats.plural(lora.window, 'step')}, about as noisy as a single batch. Evaluate on "
                 "validation data during training (`evaluate_every`) to compare speed."
             )
         ]
     arrived = [item for item in found.values() if item.all_reached]
     if not arrived:
-        return [f"No recipe reaches {goal}, with every seed, {BASELINE} included."]
+        return [f"No recipe, {BASELINE} included, reaches {goal} with every seed."]
     names = [item.recipe for item in arrived]
     who = "All recipes" if len(arrived) == len(found) else f"Only {formats.listing(names)}"
     with_every = f"{who} {'reaches' if len(names) == 1 else 'reach'} {goal}, with every seed"

@@ -52,7 +52,7 @@ def load_study(folder: str | Path) -> tuple[dict[str, Comparison], str, str]:
     path = folder / _STUDY_FILE
     found = [task.path.name for task in ComparisonFolder(folder).tasks]
     if not found:
-        raise InputError(f"{folder} holds no comparison.json, nor does a folder in it")
+        raise InputError(f"{folder} contains no comparison.json, and neither does any of its subfolders")
     shared = (
         read_record(_StudyFile, path, "study") if path.is_file() else _StudyFile(title=folder.resolve().name)
     )
@@ -131,13 +131,14 @@ def _results(found: TaskMatrix) -> Section:
         columns["mean rank"] = lambda recipe: number(ranks.get(recipe), "{:.2f}".format)
     for task in found.tasks:
         columns[task] = lambda recipe, task=task: _result_cell(found, task, recipe)
-    caption = f"Test metric of each recipe on each task, and what it is against {BASELINE}."
+    caption = f"Test metric of each recipe on each task, and its difference from {BASELINE}."
     table = Table.of("results", caption, _recipes(found), columns)
     notes = [
         (
-            f"Beneath a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie or ▼ loss. A "
-            "win or a loss has a p-value below 0.05 after Holm's correction over all recipes and tasks; one seed "
-            "cannot tell."
+            f"Below a number: its 95 % interval, and the difference from {BASELINE} with ▲ win, = tie "
+            "or ▼ loss. A "
+            "win or a loss has a p-value below 0.05 after Holm's correction over all recipes and "
+            "tasks; with one seed there is no test."
         ),
         "Mean rank: 1 is best; over the tasks, among the recipes that have a result on every one.",
     ]
@@ -171,7 +172,7 @@ def _pairs(found: TaskMatrix) -> Section | None:
     }
     table = Table.of(
         "pairs",
-        "Tasks that the recipe of the row wins – ties – loses against that of the column.",
+        "Tasks on which the recipe of the row wins – ties – loses against the recipe of the column.",
         found.recipes,
         {"recipe": str, **columns},
     )
@@ -240,7 +241,7 @@ def tasks_verdict(found: TaskMatrix) -> list[str]:
 def _against_lora(found: TaskMatrix) -> str:
     tested = [duel for duel in found.against_lora if duel.p_value is not None]
     if not tested:
-        return f"No recipe can be compared with {BASELINE}: that takes at least two seeds of both."
+        return f"No recipe can be compared with {BASELINE}: this needs at least two seeds of both."
     counts = {name: found.count_against_lora(name) for name in found.recipes if name != BASELINE}
     parts = []
     for name, count in counts.items():
@@ -281,6 +282,6 @@ def _chance(found: TaskMatrix) -> str:
             f"fewer than {MIN_TASKS} tasks" if len(found.tasks) < MIN_TASKS else None,
             "fewer than 3 recipes" if len(found.mean_ranks) < 3 else None,
         )
-        return f"{formats.listing(few)} cannot tell such ranks from chance"
+        return f"{formats.listing(few)} are too few to separate such ranks from chance"
     how = "more than chance explains" if p < ALPHA else "no more than chance explains"
     return f"they differ by {how} (Friedman, {formats.p_value(p)})"

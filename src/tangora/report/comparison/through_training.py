@@ -48,7 +48,7 @@ _QUANTITIES = {
     "gradient_stable_rank": _Quantity("Stable rank", "Of G: ‖G‖² (Frobenius) over ‖G‖² (spectral)."),
     "captured_energy": _Quantity(
         "Captured energy κ",
-        "Share of ‖G‖² in the tangent space: what the adapter can follow. Full fine-tuning follows all of it.",
+        "Share of ‖G‖² in the tangent space: the gradient energy captured. Full fine-tuning uses all of it.",
     ),
     "reachable_energy": _Quantity(
         "Reachable energy",

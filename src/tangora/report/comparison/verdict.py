@@ -24,7 +24,8 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
     nearest = _amounts(_tied(others))
     if not tested:
         return (
-            f"With {_unknown(others[0])} no difference from {BASELINE} can be told from noise; the best of the others: "
+            f"With {_unknown(others[0])} no difference from {BASELINE} can be separated from noise; the "
+            "best of the others: "
             f"{nearest}."
         )
     better, worse = [row for row in tested if row.side > 0], [row for row in tested if row.side < 0]
@@ -35,7 +36,7 @@ def _against_lora(judged: Sequence[Row]) -> str | None:
     ]
     # the sentence on the gap says it of full fine-tuning
     apart = any(row.recipe == CEILING and row.side != 0 for row in judged)
-    none = "No recipe but full fine-tuning" if apart else "No recipe"
+    none = "No recipe except full fine-tuning" if apart else "No recipe"
     if not parts and len(others) == 1:
         return f"{others[0].recipe} is not significantly different from {BASELINE} ({_distance(others[0])})."
     if not parts:
@@ -142,15 +143,18 @@ def _gap(judged: Sequence[Row]) -> str | None:
         return None
     amount = formats.difference(full.difference)
     if full.p_value is None:
-        return f"Full fine-tuning differs from {BASELINE} by {amount}; {_unknown(full)} cannot tell that from noise."
+        return (
+            f"Full fine-tuning differs from {BASELINE} by {amount}; {_unknown(full)} cannot separate this "
+            "from noise."
+        )
     noise = f"{amount}, 95 % interval {formats.interval(full.difference_interval, sign=True)}"
     if full.side > 0:
         return f"Full fine-tuning is significantly better than {BASELINE} ({noise}){_closest(judged)}."
     if full.side < 0:
         return f"Full fine-tuning is significantly worse than {BASELINE} ({noise}): there is no gap to close."
     return (
-        f"Full fine-tuning is not significantly different from {BASELINE} ({noise}), so no share of that gap is "
-        "given."
+        f"Full fine-tuning is not significantly different from {BASELINE} ({noise}), so no share of "
+        "that gap is shown."
     )
 
 
@@ -168,13 +172,13 @@ def _closest(judged: Sequence[Row]) -> str:
 def _caution(rows: Sequence[Row]) -> str:
     if concerns := formats.sentences(*_narrow_grids(rows), _trouble(rows)):
         return f"Note: {'; '.join(concerns)}."
-    return "Every chosen learning rate lies inside its grid, and no run diverged or failed."
+    return "Every chosen learning rate is inside its grid, and no run diverged or failed."
 
 
 def _narrow_grids(rows: Sequence[Row]) -> Iterator[str]:
     if at_edge := [f"{row.recipe} ({row.edge} end)" for row in rows if row.edge]:
         names = formats.listing(at_edge)
-        yield f"a wider grid may change the result of {names}, whose best learning rate lies at its edge"
+        yield f"a wider grid may change the result of {names}, whose best learning rate is at its end"
     if single := [row.recipe for row in rows if row.num_learning_rates == 1]:
         yield f"only one learning rate was tried for {formats.listing(single)}"
 

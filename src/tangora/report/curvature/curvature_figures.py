@@ -28,9 +28,9 @@ SPACE_NAMES: dict[SpaceName, str] = {
     "factors": "factors A, B",
 }
 FACTORS = (
-    "Figures over the factors A and B belong to this pair of factors, not to the model: they change under "
-    "(B, A) → (BR, R⁻¹A), which leaves every weight, every output and the figures over the tangent space as they are. "
-    "They must not be compared across methods, ranks, scalings or initializations."
+    "Figures over the factors A and B belong to this pair of factors, not to the model: they change "
+    "under (B, A) → (BR, R⁻¹A), which changes neither a weight nor an output nor the figures over the "
+    "tangent space. Do not compare them across methods, ranks, scalings or initializations."
 )
 
 
@@ -50,17 +50,18 @@ def figures(record: CurvatureRecord) -> list[Figure]:
             record,
             "eigenvalues",
             "Largest eigenvalues",
-            "In descending order; the band is the residual, within which an eigenvalue lies for certain.",
+            "In descending order; the band is the residual: an exact eigenvalue is certainly within it.",
             ("number", "eigenvalue"),
             _eigenvalues,
         ),
         _over_spaces(
             record,
             "counts",
-            "How many directions curve how much",
-            "Number of directions whose curvature is at least so large, upwards and downwards, from stochastic Lanczos "
-            "quadrature without smoothing; the band reaches from the smallest to the largest probe. Small numbers of "
-            "directions are the less certain.",
+            "Number of directions by curvature",
+            "Number of directions with at least the given positive or negative curvature, from "
+            "stochastic Lanczos "
+            "quadrature without smoothing; the band shows the smallest and the largest probe. Small "
+            "numbers of directions are less certain.",
             ("curvature at least", "directions"),
             _counts,
             xscale="log",
@@ -192,8 +193,8 @@ def _layers(shown: Sequence[LayerCurvature]) -> Figure:
     return Figure(
         "layers",
         "Layer by layer",
-        f"{SPACE_NAMES[shown[0].space].capitalize()}: where the eigenvector of the largest eigenvalue lies, and each "
-        "layer's own block of the Hessian. Layers outside of the blocks stand at −1.",
+        f"{SPACE_NAMES[shown[0].space].capitalize()}: the layers' shares of the top eigenvector, and "
+        "each layer's own block of the Hessian. Layers outside the blocks are at −1.",
         [replace(panel, yscale=_scale(panel.series)) for panel in panels],
     )
 
@@ -216,7 +217,7 @@ def _batches(noise: BatchNoise) -> Figure:
     return Figure(
         "batches",
         "Mini-batches",
-        f"Curvature of each mini-batch alone, {SPACE_NAMES[noise.space]}.",
+        f"Curvature of each mini-batch, {SPACE_NAMES[noise.space]}.",
         [
             panel("λ max", [one.largest.value for one in noise.batches], noise.largest.mean),
             panel("trace", [one.trace.value for one in noise.batches], noise.trace.mean),
@@ -232,7 +233,7 @@ def _landscape(landscape: LandscapeRecord) -> list[Figure]:
             Figure(
                 "lines",
                 "The loss along single directions",
-                f"Displacements of the point, {space}; their length in Frobenius norm.",
+                f"Displacements from the current weights, {space}; their length in Frobenius norm.",
                 [Panel("loss", "distance", "loss", series)],
             )
         )
@@ -242,7 +243,8 @@ def _landscape(landscape: LandscapeRecord) -> list[Figure]:
             Figure(
                 "plane",
                 "The loss over two directions",
-                f"Displacements of the point in the middle, {space}; their length in Frobenius norm.",
+                f"Displacements from the current weights (in the middle), {space}; their length in "
+                "Frobenius norm.",
                 [Panel("loss", *plane.directions, heatmap=heat)],
             )
         )

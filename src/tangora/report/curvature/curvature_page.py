@@ -30,18 +30,19 @@ _MAX_LAYERS = 8
 _NARROW = ("over", "directions", "λ max", "residual", "trace", "‖H‖", "products")
 """Columns of the table of spaces that 80 characters have room for."""
 _SHARPNESS = (
-    "The largest rise of the loss that an ascent found within a ball of displacements: a lower bound of the largest "
-    "there is. To second order: what gradient and Hessian alone say."
+    "The largest increase of the loss that gradient ascent found within a ball of displacements: a "
+    "lower bound of the true maximum. To second order: the prediction of gradient and Hessian alone."
 )
 _SPACES = (
-    "Tangent space: the directions in which the adapter can move the weights, in orthonormal coordinates. Its figures "
-    "depend on the weights alone. Full weights: every entry of the chosen layers' matrices; the directions that full "
-    "fine-tuning has, for every method."
+    "Tangent space: the directions in which the adapter can change the weights, in orthonormal "
+    "coordinates. Its figures depend only on the weights. Full weights: every entry of the chosen "
+    "layers' matrices; these are the directions of full fine-tuning, for every method."
 )
 _NUMBERS = (
-    "λ max: the largest eigenvalue. Residual: the norm of H v − λ v; an eigenvalue lies that close. Lowest node: of "
-    "the quadrature; the smallest eigenvalue is no larger. ± at a trace or norm: the standard error of its random "
-    "probes, at best a rough one where there are few of them. ‖H‖: Frobenius norm. ‖g‖: the gradient's norm in the "
+    "λ max: the largest eigenvalue. Residual: the norm of H v − λ v; an exact eigenvalue is within "
+    "this distance. Lowest node: of the quadrature; an upper bound of the smallest eigenvalue. ± at a "
+    "trace or norm: the standard error of its random "
+    "probes, imprecise if there are few probes. ‖H‖: Frobenius norm. ‖g‖: the gradient's norm in the "
     "same coordinates. Products: with the matrix, over all examples."
 )
 _WHERE: dict[SpaceName, str] = {
@@ -50,7 +51,7 @@ _WHERE: dict[SpaceName, str] = {
     "factors": "over the factors A and B",
 }
 _FLAT = 1e-3  # curvature downwards, relative to the largest, below which the point passes for a minimum
-_FINITE = "Products were made by finite differences of gradients: they carry their error."
+_FINITE = "Products are finite differences of gradients and contain their error."
 
 
 def write_curvature(record: CurvatureRecord, path: str | Path) -> Path:
@@ -112,7 +113,7 @@ def curvature_sentences(record: CurvatureRecord) -> list[str]:
         _of_batches(record.batch_noise),
         _of_layers(record.layers),
         _of_factors(record.of("factors")),
-        f"All numbers are for the {formats.plural(record.num_examples, f'{record.split} example')} that were read.",
+        f"All numbers are for {formats.plural(record.num_examples, f'{record.split} example')}.",
     )
 
 
@@ -133,7 +134,10 @@ def _of_low_end(spectrum: Spectrum) -> str | None:
     ratio = down / spectrum.largest if spectrum.largest > 0 else math.inf
     if spectrum.operator != "hessian" or down <= 0 or ratio < _FLAT:
         return None
-    text = f"The point is no minimum: some direction curves down by {formats.significant(down)} or more"
+    text = (
+        "The current weights are not a minimum: in some direction the curvature is negative, with size "
+        f"{formats.significant(down)} or more"
+    )
     if math.isinf(ratio):
         return f"{text}."
     return f"{text}, {formats.small_share(ratio)} of the largest curvature."
@@ -152,7 +156,8 @@ def _of_ball(ball: SharpnessRecord) -> str | None:
     if ball.space == "factors":
         return None
     return (
-        f"Within a distance of {formats.significant(ball.radius)} {_WHERE[ball.space]} the loss can rise from "
+        f"Within a distance of {formats.significant(ball.radius)} {_WHERE[ball.space]} the loss can "
+        "increase from "
         f"{formats.metric(ball.loss)} to {formats.metric(ball.loss + ball.rise)} at least; gradient and Hessian alone "
         f"predict {formats.metric(ball.loss + ball.second_order)}."
     )
@@ -163,8 +168,8 @@ def _of_batches(noise: BatchNoise | None) -> str | None:
         return None
     return (
         f"Over {len(noise.batches)} mini-batches the largest curvature is {formats.significant(noise.largest.mean)} "
-        f"on average, with a standard deviation of {formats.significant(noise.largest.deviation)}; that of the mean "
-        f"loss is {formats.significant(noise.whole.value)}."
+        f"on average, with a standard deviation of {formats.significant(noise.largest.deviation)}; the "
+        f"curvature of the mean loss is {formats.significant(noise.whole.value)}."
     )
 
 
@@ -174,7 +179,7 @@ def _of_layers(layers: Sequence[LayerCurvature]) -> str | None:
         return None
     top = sorted(shown, key=lambda layer: -layer.eigenvector_share)[:3]
     parts = [f"{layer.name} ({formats.small_share(layer.eigenvector_share)})" for layer in top]
-    return f"The direction of the largest curvature lies mainly in {formats.listing(parts)}."
+    return f"The direction of the largest curvature is mainly in {formats.listing(parts)}."
 
 
 def _of_factors(factors: Spectrum | None) -> str | None:
@@ -248,9 +253,7 @@ def layer_curvature_table(record: CurvatureRecord) -> Table:
     if any(layer.largest is not None for layer in record.layers):
         columns["λ max"] = lambda layer: formats.significant(layer.largest and layer.largest.value)
         columns["residual"] = lambda layer: "" if layer.largest is None else _residual(layer.largest)
-    caption = (
-        "Each layer's part in the eigenvector of the largest eigenvalue, and its own block of the Hessian."
-    )
+    caption = "Each layer's share of the top eigenvector, and its own block of the Hessian."
     return Table.of("layer-numbers", caption, record.layers, columns, sortable=False)
 
 
@@ -273,7 +276,7 @@ def batch_table(record: CurvatureRecord) -> Table:
         rows.append(["mean", "", largest, "", trace, formats.significant(noise.batch_sharpness)])
     return Table.texts(
         "batch-numbers",
-        "Curvature of each alone; beside the means the standard deviation over the batches.",
+        "Curvature of each mini-batch; next to the means, the standard deviation over the batches.",
         ["batch", "weight", "λ max", "residual", "trace", "along its gradient"],
         rows,
         sortable=False,
@@ -303,7 +306,7 @@ def curvature_tables(record: CurvatureRecord) -> list[RichTable]:
     found = {
         "Curvature of the loss": space_table(record).only(dict(zip(_NARROW, _NARROW, strict=True))),
         "Largest eigenvalues": eigenvalue_table(record),
-        f"Where the top eigenvector lies, of {len(layers)} layers": replace(
+        f"Shares of the top eigenvector in {len(layers)} layers": replace(
             table, rows=[table.rows[index] for index in top]
         ),
         "Mini-batches": batch_table(record),

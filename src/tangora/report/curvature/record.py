@@ -149,7 +149,7 @@ class CurvatureRecord(Measurement):
         if len(set(keys)) < len(keys):
             raise ValueError("a space is recorded more than once")
         if {space for space, _ in keys} == {"factors"}:
-            raise ValueError("factors must stand beside the tangent space or the weights")
+            raise ValueError("factors must be measured together with the tangent space or the weights")
         return self
 
     @property

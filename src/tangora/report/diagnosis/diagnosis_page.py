@@ -35,18 +35,19 @@ _MAX_CURVES = 12
 _WORTH_IT = 0.01  # what a rank plan must promise more, as a share of the gradient's energy
 _ROW, _MARGIN = 24, 150
 _CAPTURED = (
-    "Captured energy: the squared norm of the gradient's projection on the directions in which the adapter can move "
-    "the weight, over that of the gradient. Averages weight each layer with its gradient's energy, its part in the "
-    "first-order decrease of the loss: the adapter's at its own weights, all others at the base model's."
+    "Captured energy: the squared norm of the gradient's projection onto the adapter's tangent space, "
+    "divided by that of the gradient. Averages weight each layer with its gradient's energy, its share "
+    "of the first-order decrease of the loss: the adapter's at its own weights, all others at the base "
+    "model's."
 )
 _BEST = (
-    "Best: what any adapter of this rank could capture, the energy of the first 2 × rank singular values of the "
-    "gradient. LoRA-GA is built to reach it."
+    "Best: the most that any adapter of this rank can capture, the energy of the first 2 × rank "
+    "singular values of the gradient. LoRA-GA is designed to reach it."
 )
 _SAMPLE = (
-    "The gradient is the mean over the examples that were read. The initializations computed from it (LoRA-GA, "
-    "LoRA-One), the best and the rank plan fit these examples and capture less of the gradient on others, the less the "
-    "fewer were read. Columns “on other examples” show how much."
+    "The gradient is the mean over the given examples. The initializations computed from it (LoRA-GA, "
+    "LoRA-One), the best and the rank plan fit these examples and capture less of the gradient on "
+    "other examples. The difference is larger with fewer examples. Columns “on other examples” show it."
 )
 
 _Read: TypeAlias = Callable[[LayerDiagnosis], Any]
@@ -73,7 +74,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
     diagnosis = record.diagnosis
     captured = Chart(
         "captured",
-        "What each layer's adapter captures",
+        "Energy captured in each layer",
         "Share of the energy of each layer's gradient that an adapter captures, in percent. The table of all "
         "layers below has the same numbers.",
         figure_json(captured_figure(diagnosis)),
@@ -121,7 +122,8 @@ def diagnosis_sentences(diagnosis: Diagnosis) -> list[str]:
         _of_ranks(kind_rows(diagnosis)[-1]),
         _of_plan(diagnosis.plan),
         _of_missed(diagnosis),
-        "These shares are about the first step of training on this data; they do not predict the final result.",
+        "These shares describe the first step of training on these data; they do not predict the final "
+        "result.",
     )
 
 
@@ -168,7 +170,7 @@ def _of_ranks(row: KindRow) -> str:
     largest = {row.ranks_needed[share]: share for share in SHARES}
     parts = [
         f"{share} % of the energy "
-        + (f"only beyond rank {row.known_rank}" if rank is None else f"from rank {rank} on")
+        + (f"only beyond rank {row.known_rank}" if rank is None else f"from rank {rank}")
         for rank, share in largest.items()
     ]
     return f"With one rank for all layers, adapters can capture {formats.listing(parts)}."
@@ -194,8 +196,8 @@ def _of_plan(plan: RankPlan) -> str:
     if not plan.at_limit:
         return text
     return (
-        f"{text} {formats.plural(len(plan.at_limit), 'layer')} got the largest rank that was examined; a larger "
-        "num_values may find more."
+        f"{text} {formats.plural(len(plan.at_limit), 'layer')} got the largest examined rank; a larger "
+        "num_values may increase it."
     )
 
 
@@ -205,7 +207,10 @@ def _of_missed(diagnosis: Diagnosis) -> str:
         for layer in diagnosis.starving(3)
     ]
     whom = "the adapter" if diagnosis.totals.adapter is not None else "the first initialization"
-    return f"What {whom} misses is largest in {formats.listing(parts)}, as shares of the whole gradient's energy."
+    return (
+        f"The energy missed by {whom} is largest in {formats.listing(parts)}, as shares of the whole "
+        "gradient's energy."
+    )
 
 
 def _notes(diagnosis: Diagnosis) -> list[str]:
@@ -216,7 +221,7 @@ def _notes(diagnosis: Diagnosis) -> list[str]:
         f"{formats.small_share(totals.energy_error)}."
     )
     cosine = (
-        "Cosine: between the gradient and the step that plain LoRA gradients make of it; over all layers "
+        "Cosine: between the gradient and the step that plain LoRA gradients give; over all layers "
         f"{formats.significant(totals.cosine)}. The square root of the captured energy is the best possible."
     )
     return formats.sentences(
@@ -233,7 +238,7 @@ def views(diagnosis: Diagnosis) -> dict[str, tuple[str, _Read]]:
     """List what the heat map of captured energy can show: its name, and where it is read."""
     found: dict[str, tuple[str, _Read]] = {}
     if diagnosis.totals.adapter is not None:
-        found["adapter"] = "the adapter as it stands", attrgetter("adapter.captured_energy")
+        found["adapter"] = "the current adapter", attrgetter("adapter.captured_energy")
     for start in diagnosis.starts:
         found[start] = (
             f"{start_name(start).full} initialization",
@@ -326,9 +331,9 @@ def reach_panel(diagnosis: Diagnosis) -> Panel:
         shares, hover = [0.0, *reachable_shares([layer.gradient for layer in layers])], "rank %{x}: %{y:.1%}"
         series.append(Series(name, range(len(shares)), shares, style="smooth", look=looks[name], hover=hover))
     return Panel(
-        "What a higher rank would capture",
+        "Energy captured at higher ranks",
         "rank",
-        "share of the gradient within reach",
+        "share of the gradient",
         series,
         xrange=(0, 1.03 * limit),
         layout={"height": 440, "showlegend": True, "yaxis": {"range": [0, 1.02], "tickformat": ".0%"}},

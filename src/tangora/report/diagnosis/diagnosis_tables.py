@@ -248,7 +248,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     )
     return [
         _short_kinds(diagnosis),
-        worst.rich("Layers with the largest missed parts, as shares of the whole gradient's energy"),
+        worst.rich("Layers with the most missed energy, as shares of the whole gradient's energy"),
     ]
 
 

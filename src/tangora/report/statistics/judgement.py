@@ -227,7 +227,7 @@ def _no_gap(full: Row | None, lora: Row | None) -> str | None:
     if full is None or full.test is None or lora is None or lora.test is None:
         return f"{CEILING} or {BASELINE} has no test result"
     if full.p_value is None:
-        return "the noise of the gap is not known: a single seed, or the same difference for every seed"
+        return "the uncertainty of the gap is unknown: a single seed, or the same difference for every seed"
     if full.side:
         return None if full.side > 0 else f"{CEILING} is worse than {BASELINE}"
     return f"{CEILING} is not significantly better than {BASELINE}"

@@ -130,8 +130,8 @@ def check_chat_template(tokenizer: Any) -> None:
     """Raise unless a tokenizer has a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            "chat_template needs a tokenizer with a chat template, and the model's has none; leave it out, or set it "
-            "to false for the plain format"
+            "chat_template needs a tokenizer with a chat template, but this model's tokenizer has "
+            "none; omit it, or set it to false for the plain format"
         )
 
 
@@ -151,7 +151,8 @@ def _rendered(example: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, boo
             done = len(after)
         elif last:
             raise InputError(
-                "the tokenizer's chat template cannot be trained with: an answer does not follow its generation prompt "
+                "the tokenizer's chat template is not usable for training: an answer does not follow "
+                "its generation prompt "
                 f"{before[-40:]!r}; set chat_template to false for the plain format"
             )
     return pieces
@@ -161,9 +162,7 @@ def _messages(example: Mapping[str, Any]) -> list[dict[str, str]]:
     if "messages" in example:
         return example["messages"]
     if not example["prompt"]:
-        raise InputError(
-            "chat_template needs prompts or messages; plain text has none: leave chat_template out"
-        )
+        raise InputError("chat_template needs prompts or messages; plain text has none: omit chat_template")
     turns = (("user", example["prompt"]), ("assistant", example["completion"]))
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -190,14 +189,12 @@ def _tokenize(
 
 def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[Encoding]:
     if not isinstance(scaler, ImageScaler):
-        raise InputError(
-            "data of images needs a model that reads images, such as vit-digits; this one reads text"
-        )
+        raise InputError("image data need an image model, such as vit-digits; this is a text model")
     wanted = scaler.shape
     images = []
     for number, example in enumerate(examples):
         if PIXELS not in example:
-            raise InputError("a model that reads images needs data of images, such as digits; this is text")
+            raise InputError("an image model needs image data, such as digits; these data are text")
         image = torch.tensor(example[PIXELS], dtype=torch.float32)
         if image.shape != wanted:
             raise InputError(

@@ -93,8 +93,8 @@ def _conversation(row: RawRow, column: str) -> Example:
     messages = [_message(turn, where) for turn in turns]
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise InputError(
-            f"{where} must end with a message of the assistant that answers another; "
-            f"its roles are {listed([message['role'] for message in messages])}"
+            f"{where} must end with a message of the assistant that follows another message; its roles "
+            f"are {listed([message['role'] for message in messages])}"
         )
     prompt = "\n".join(message["content"] for message in messages[:-1])
     return {"prompt": prompt, "completion": messages[-1]["content"], "messages": messages}
@@ -135,7 +135,7 @@ def _label(row: RawRow, column: str) -> str:
     value, where = _value(row, column)
     if isinstance(value, float) and math.isfinite(value):
         if not value.is_integer():
-            raise _misfit(where, "text or a whole number, as regression is not supported", value)
+            raise _misfit(where, "text or a whole number (regression is not supported)", value)
         value = int(value)  # pandas makes 1.0 of 1 where another row has none
     if not isinstance(value, (str, int)) or not str(value).strip():
         raise _misfit(where, "text or a whole number", value)
@@ -197,7 +197,7 @@ def _check_classes(found: Sequence[str], names: Sequence[str], where: str) -> No
     for name in sorted(numbers):
         if (other := same.setdefault(numbers[name], name)) != name:
             raise InputError(
-                f"{where} must write a class in one way; {other!r} and {name!r} are the same number"
+                f"{where} must write each class in one way; {other!r} and {name!r} are the same number"
             )
 
 
@@ -214,12 +214,14 @@ def class_notes(found: Sequence[str], names: Sequence[str]) -> list[str]:
     counts = Counter(found)
     notes = [f"{len(names)} classes: {listed([f'{name} ({counts[name]})' for name in names])}"]
     if alone := [name for name in names if counts[name] == 1]:
-        notes.append(f"classes with a single example, which no method can learn and prove: {listed(alone)}")
+        notes.append(
+            f"classes with a single example, which cannot be both trained and tested: {listed(alone)}"
+        )
     if absent := [name for name in names if not counts[name]]:
         notes.append(f"classes without an example: {listed(absent)}")
     folded = Counter(name.casefold() for name in names)
     if alike := [name for name in names if folded[name.casefold()] > 1]:
-        notes.append(f"classes that differ in capital letters only: {listed(alike)}")
+        notes.append(f"classes that differ only in capital letters: {listed(alike)}")
     return notes
 
 

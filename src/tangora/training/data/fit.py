@@ -36,9 +36,12 @@ def check_fit(
             kept = {_seen(encoding) for encoding in encode(examples, tokenizer, **how)}
             if len(kept) < len({*map(tuple, texts)}) / 2:
                 raise InputError(
-                    f"{told}, which leaves only {len(kept)} different ones; raise --max-length, or shorten the texts"
+                    f"{told}, so that only {len(kept)} different examples remain; increase "
+                    "--max-length, or shorten the texts"
                 )
-        notes.append(f"{told}; {_lost(turns, tokenizer, task.kind, max_length)} is lost; raise --max-length")
+        notes.append(
+            f"{told}; {_lost(turns, tokenizer, task.kind, max_length)} is lost; increase --max-length"
+        )
     return notes
 
 
@@ -75,11 +78,13 @@ def _check_known(texts: Sequence[Sequence[int]], tokenizer: Any, vocabulary: int
     total, unknown = sum(map(len, texts)), tokenizer.unk_token_id
     if (largest := max(map(max, filter(None, texts)), default=0)) >= vocabulary:
         raise InputError(
-            f"the tokenizer does not belong to the model: it gives token {largest}, and the model knows {vocabulary}"
+            f"the tokenizer does not belong to the model: it produces token {largest}, but the model's "
+            f"vocabulary has {vocabulary} tokens"
         )
     share = sum(tokens.count(unknown) for tokens in map(list, texts)) / max(total, 1)
     if unknown is not None and unknown != tokenizer.eos_token_id and share > _MOST_UNKNOWN:
         raise InputError(
-            f"the model's tokenizer does not know the words of the data: {share:.0%} of the training tokens are "
-            f"{tokenizer.unk_token!r}; use a model whose tokenizer knows them"
+            f"the model's tokenizer does not contain the words of the data: {share:.0%} of the training "
+            "tokens are "
+            f"{tokenizer.unk_token!r}; use a model whose tokenizer contains them"
         )

@@ -104,7 +104,7 @@ class _Generator:
         answer = entry["answer"]
         if not isinstance(answer, str) or not answer.strip():
             raise InputError(
-                f"{PREFIX}{self.name} has problems without a written answer, which cannot be learned from"
+                f"{PREFIX}{self.name} has problems without a text answer, so it cannot be used for training"
             )
         thought = entry["metadata"].get("answer_cot")
         if thought is None:

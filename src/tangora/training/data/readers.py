@@ -76,7 +76,7 @@ def read_folder(path: Path) -> RawData:
     """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``."""
     files = sorted(path.glob("*/*.txt"))
     if not files:
-        raise InputError(f"data folder {path} must hold <label>/*.txt; it holds none")
+        raise InputError(f"data folder {path} must contain <label>/*.txt; it contains none")
     rows = [RawRow(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in files]
     return RawData({"train": rows}, name=path.name)
 
@@ -84,7 +84,7 @@ def read_folder(path: Path) -> RawData:
 def _read_article(path: Path) -> str:
     """Return a text in UTF-8, or failing that in Latin-1, as one article of BBC News needs."""
     if not path.is_file():  # a folder, a pipe, a link that leads nowhere
-        raise InputError(f"{path} must be a text file; it is none")
+        raise InputError(f"{path} must be a text file; it is not")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -216,9 +216,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             raise InputError(f"{path}:{before + 1}: the first line must name the columns; it is empty")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(
-                f"{path}:1: the header must name different columns; {twice!r} stands there twice"
-            )
+            raise InputError(f"{path}:1: the header must name different columns; {twice!r} occurs twice")
         for values in reader:
             # DictReader files surplus cells under None and fills missing ones with None
             if None in values or None in values.values():

@@ -99,11 +99,11 @@ def recognise(data: RawData, given: Columns, kind: Kind | None) -> Layout:
 def _check_given(given: Columns, kind: Kind | None) -> None:
     asked = given.prompt or given.completion
     if given.text and asked:
-        raise InputError("give either text_column, or prompt_column and completion_column; not both")
+        raise InputError("pass either text_column, or prompt_column and completion_column; not both")
     if kind == "classification" and asked:
         raise InputError("prompt_column and completion_column are for kind='causal'; use text_column")
     if given.label and (kind == "causal" or asked):
-        raise InputError("label_column is for kind='classification'; leave it out for 'causal'")
+        raise InputError("label_column is for kind='classification'; omit it for 'causal'")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Finder:
         if len(found) > 1:
             flags = " or ".join(f"--{role}-column {_quoted(column)}" for column in found)
             raise InputError(
-                f"{self.data.name}: several columns may be the {role}, {listed(found)}; give {flags}"
+                f"{self.data.name}: several columns may be the {role}, {listed(found)}; pass {flags}"
             )
         return found[0] if found else None
 
@@ -266,8 +266,8 @@ def _plain_text(finder: _Finder, given: Columns) -> Layout:
     if len(texts) != 1:
         raise InputError(
             f"{finder.data.name}: no columns are recognised; {finder.header()}; give --text-column NAME "
-            "and --label-column NAME to classify texts, --prompt-column NAME and --completion-column NAME to learn "
-            "answers, or --text-column NAME and --kind causal to learn plain text"
+            "and --label-column NAME to classify texts, --prompt-column NAME and --completion-column "
+            "NAME to train on answers, or --text-column NAME and --kind causal to train on plain text"
         )
     return Layout("causal", text=texts)
 
@@ -282,7 +282,7 @@ def _check_no_label_is_left(data: RawData, layout: Layout) -> None:
         name = _quoted(rest[0])
         raise InputError(
             f"{data.name}: is {name} the label of {_quoted(layout.text[0])}? give --label-column {name} to classify, "
-            "or --kind causal to train a language model on the texts alone"
+            "or --kind causal to train a language model on only the texts"
         )
 
 

@@ -156,5 +156,5 @@ def _refuse(name: str, total: int, available: Mapping[str, int], counts: Counts)
     if total > sum(available.values()):
         has += f" among {total}"
     if not _fits(available, proposed):
-        raise InputError(f"training, validation and test need an example each; {name} has {has or 'none'}")
+        raise InputError(f"training, validation and test each need an example; {name} has {has or 'none'}")
     raise InputError(f"{name} has {has}, too few for {counts.flags()}; these sizes fit: {proposed.flags()}")

@@ -108,10 +108,10 @@ def load_task(
     columns = Columns(text_column, label_column, prompt_column, completion_column)
     if any(name is not None and name.startswith(PREFIX) for name in (spec, test_spec)):
         if test_spec is not None:
-            raise InputError(f"{PREFIX} tasks bring their own test problems; leave test_data out")
+            raise InputError(f"{PREFIX} tasks have their own test problems; omit test_data")
         if kind == "classification" or columns != Columns():
             raise InputError(
-                f"{PREFIX} tasks are causal and have no columns to choose; leave kind and columns out"
+                f"{PREFIX} tasks are causal and have no columns to choose; omit kind and columns"
             )
         return Task(spec, "causal", *generate_splits(spec.removeprefix(PREFIX), counts, seed))
     data, packaged = read_data(spec), spec in BUILT_IN_DATA
@@ -136,7 +136,9 @@ def _notes(pools: dict[str, list[Example]], labels: tuple[str, ...], splits: Spl
     notes = class_notes([labels[example["label"]] for example in every], labels) if labels else []
     same, contradictory = repeats(every)
     if same:
-        notes.append(f"{same} of {len(every)} examples repeat another's text or prompt and are left out")
+        notes.append(
+            f"{same} of {len(every)} examples repeat the text or prompt of another example and are excluded"
+        )
     if contradictory:
         notes.append(f"{contradictory} texts have different labels in different places; one of each is kept")
     trained = {example["label"] for example in splits.train} if labels else set()

@@ -139,9 +139,7 @@ def load_model(
 def _label_names(kind: Kind, num_labels: int | None, labels: Sequence[str] | None) -> tuple[str, ...]:
     if kind == "causal":
         if num_labels is not None or labels is not None:
-            raise InputError(
-                "num_labels and labels are for kind='classification'; leave them out for 'causal'"
-            )
+            raise InputError("num_labels and labels are for kind='classification'; omit them for 'causal'")
         return ()
     if labels is None:
         if num_labels is None:
@@ -172,12 +170,15 @@ def _resolve(name: str) -> _Source:
     path = local_path(name)
     if path is not None and path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"model {name!r} is a file, but not .gguf; give the folder with its config.json")
+            raise InputError(
+                f"model {name!r} is a file, but not .gguf; pass the folder that contains its config.json"
+            )
         return _Source(name, str(dequantized(path)), True)
     if path is not None:
         if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
             raise InputError(
-                f"model folder {name!r} holds an adapter; give its base model, and the adapter as adapter"
+                f"model folder {name!r} contains an adapter; pass its base model as `model`, and the "
+                "adapter as `adapter`"
             )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; {_ALLOWED}")
@@ -226,7 +227,7 @@ def _load_scaler(source: _Source, kind: Kind) -> ImageScaler | None:
         return None
     if kind != "classification":
         raise InputError(
-            f"model {source.name!r} reads images, which need kind='classification'; got {kind!r}"
+            f"model {source.name!r} is an image model, which needs kind='classification'; got {kind!r}"
         )
     return load_scaler(source.path, config, source.name, local=source.local)
 
@@ -235,9 +236,7 @@ def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, local_files_only=source.local)
     except Exception as error:  # a damaged file ends in any of them
-        raise InputError(
-            f"model {source.name!r} has no tokenizer that can be read: {_reason(error)}"
-        ) from error
+        raise InputError(f"model {source.name!r} has no readable tokenizer: {_reason(error)}") from error
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
@@ -285,8 +284,8 @@ def _load_weights(
     except Exception as error:  # a damaged or impossible config.json ends in any of them
         if "fsdp_plan" in str(error):
             raise InputError(
-                f"model {source.name!r} cannot be sharded: transformers has no plan for it (it has one for most "
-                "decoders, such as Llama, Qwen, Gemma and Mistral); leave fsdp out"
+                f"model {source.name!r} cannot be sharded: transformers has no sharding plan for it (it "
+                "has one for most decoders, such as Llama, Qwen, Gemma and Mistral); omit fsdp"
             ) from error
         raise InputError(
             f"model {source.name!r} cannot be loaded for kind={kind!r}: {_reason(error)}"
@@ -336,7 +335,8 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     known, vocabulary = len(tokenizer), _vocabulary(model)
     if known < vocabulary / 2:
         raise InputError(
-            f"model {name!r} has no tokenizer of its own: the one found knows {known} tokens, the model {vocabulary}; "
+            f"model {name!r} has no tokenizer: the tokenizer that was found has {known} tokens, the "
+            f"model {vocabulary}; "
             "save the tokenizer into the model's folder with tokenizer.save_pretrained"
         )
 
