@@ -30,7 +30,7 @@ def lora_muon_step(A: FactorA, B: FactorB, momentum: Cotangent, *, step_size: fl
 
 
 class LoRAMuon(FactorMomentumOptimizer):
-    r"""LoRA-Muon, like `TangentMuon` a spectral method; weight decay is on $B A$. Options: `FactorMomentumOptimizer`'s."""
+    r"""LoRA-Muon, a spectral method like `TangentMuon`; weight decay on $B A$. Options: `FactorMomentumOptimizer`'s."""
 
     def _step_stack(self, stack: PairStack, here: Loaded, group: dict[str, Any]) -> tuple[FactorA, FactorB]:
         momentum = self._averaged(stack, here.gradient, group["momentum"])
