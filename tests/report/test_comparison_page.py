@@ -232,8 +232,8 @@ def test_very_different_times_of_equal_runs_are_said():
 
 
 def test_dotted_is_explained_only_where_something_is_dotted(text):
-    assert "Dotted:" in text
-    assert "Dotted:" not in render_page(make_comparison([make_record()]))
+    assert "Dotted line:" in text
+    assert "Dotted line:" not in render_page(make_comparison([make_record()]))
 
 
 def test_one_learning_rate_each_is_no_sweep():

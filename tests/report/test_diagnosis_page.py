@@ -197,7 +197,7 @@ def test_other_examples():
 
 
 def test_shares_of_one_rank_are_merged():
-    assert "80 % of the energy from rank 1 on and 90 % of the energy only beyond rank 2." in " ".join(
+    assert "80 % of the energy from rank 1 and 90 % of the energy only beyond rank 2." in " ".join(
         diagnosis_sentences(diagnosis(NAMES[:1]))
     )
     (sharp,) = diagnosis(NAMES[:1]).layers
@@ -205,7 +205,7 @@ def test_shares_of_one_rank_are_merged():
     (sentence,) = [
         s for s in diagnosis_sentences(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
     ]
-    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1 on."
+    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1."
 
 
 def test_model_and_data_come_first():

@@ -20,8 +20,8 @@ _MEMORY = {
     "total": "total",
 }
 _HOW_TO_READ = (
-    "Activations: the most of a forward pass, all examples at full length. Total: at a backward pass's peak, where "
-    "gradients and activations need not be whole."
+    "Activations: the maximum of a forward pass, all examples at full length. Total: at the peak of a "
+    "backward pass, when gradients and activations need not be complete."
 )
 
 
@@ -86,7 +86,7 @@ def _examples(found: Forecast) -> str:
     names = ("training", "validation", "test")
     known = [f"{number} {name}" for number, name in zip(given, names, strict=True) if number is not None]
     if not known:
-        return "as many as there are (not read: the data are on the hub)"
+        return "all available (not read: the data are on the hub)"
     return f"{formats.listing(known)}{'' if found.examples else ' (not read: the data are on the hub)'}"
 
 
@@ -99,8 +99,8 @@ def _steps(found: Forecast) -> str:
 
 def _runs(found: Forecast) -> str:
     if found.settings.halving is not None:
-        return f"{found.runs} or more, as halving decides"
-    further = f", and at most {found.further_runs} where grids are extended or refined"
+        return f"{found.runs} or more, depending on halving"
+    further = f", and at most {found.further_runs} more if grids are extended or refined"
     return f"{found.runs}{further if found.further_runs else ''}"
 
 

@@ -102,7 +102,7 @@ def _memory(
     settings: CompareSettings, kind: Kind | None, num_labels: int
 ) -> tuple[dict[str, Memory], str | None]:
     if kind is None:
-        return {}, "the data are on the hub, and the plan does not say of what kind they are"
+        return {}, "the data are on the hub, and the plan does not set their kind"
     try:
         config = read_config(settings.model)
     except InputError as problem:

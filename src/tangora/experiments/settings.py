@@ -60,11 +60,7 @@ class DataSettings(Settings):
         "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
     )
     num_train: int | None = Field(
-        default=None,
-        ge=1,
-        description=(
-            "Training examples. Default: all examples that are not in the validation and test sets."
-        ),
+        default=None, ge=1, description="Training examples. Default: all that are not in other splits."
     )
     num_validation: int | None = Field(
         default=None,
@@ -79,10 +75,7 @@ class DataSettings(Settings):
     max_length: int = Field(
         default=128,
         ge=2,
-        description=(
-            "Maximum tokens per example (max_seq_length); longer examples are truncated, and their number "
-            "is reported."
-        ),
+        description="Maximum tokens per example (max_seq_length); longer ones are truncated and counted.",
     )
     device: Device = None
 
@@ -135,9 +128,7 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
 
     test_data: str | None = Field(
         default=None,
-        description=(
-            "Separate test data: its test split, or all of it. Default: examples split off from data."
-        ),
+        description="Separate test data: its test split, or all of it. Default: split off from data.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -377,15 +368,13 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
     for key in ("measure_every", "curvature_every") if chosen.search else ():
         if getattr(settings, key):
             raise InputError(
-                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; omit "
-                "one of them"
+                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; omit one"
             )
     if chosen.adapter is not None:
         return
     if settings.load_in_4bit:
         raise InputError(
-            f"load_in_4bit cannot be used with recipe {chosen.name}: quantized weights cannot be "
-            "trained; omit one of them"
+            f"load_in_4bit cannot be used with recipe {chosen.name}: quantized weights cannot be trained; omit one"
         )
     if settings.lora_dropout:
         raise InputError(
@@ -396,18 +385,15 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
 
 def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     if chosen.adapter is None:
-        raise InputError(f"fsdp shards the frozen base, but recipe {chosen.name} trains it; omit one of them")
+        raise InputError(f"fsdp shards the frozen base, but recipe {chosen.name} trains it; omit one")
     if chosen.search is not None:
         raise InputError(
-            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; "
-            "omit one of them"
+            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; omit one"
         )
     if chosen.reads_weight:
         raise InputError(
-            f"fsdp cannot be used with recipe {chosen.name}, which needs whole base weights; omit one of them"
+            f"fsdp cannot be used with recipe {chosen.name}, which needs whole base weights; omit one"
         )
     for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
         if getattr(settings, key):
-            raise InputError(
-                f"fsdp cannot be used with {key}, which needs whole base weights; omit one of them"
-            )
+            raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; omit one")

@@ -48,10 +48,10 @@ class Memory:
 def estimate(
     runs: Sequence[RunSettings], config: PretrainedConfig, kind: Kind, num_labels: int = 2
 ) -> list[Memory]:
-    """Estimate the memory of runs on one model: what torch's operations make and keep, without the libraries' own.
+    """Estimate the memory of runs on one model: the tensors of torch's operations, without memory of the libraries.
 
-    A step's own copies and a start that reads gradients are not counted: they come when activations are gone, or
-    before there is an optimizer. Layers in 4 bits are made whole one at a time, which is not counted either.
+    Copies within a step and initializations that need gradients are not counted: they exist after the
+    activations, or before the optimizer. Layers in 4 bits are made whole one at a time, which is not counted either.
 
     Args:
         runs: Whose batch size, longest example, adapter and optimizer are counted.

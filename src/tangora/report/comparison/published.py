@@ -1,4 +1,4 @@
-"""What a paper prints for the same methods, beside the results; another setting, and part of no statistic."""
+"""Published numbers of the same methods, next to the results; they are part of no statistic."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,8 +33,8 @@ def published_section(comparisons: Sequence[Comparison]) -> Section | None:
         notes=[
             f"Published: {formats.listing(sources)}.",
             (
-                "The published numbers are of another setting (learning rates, seeds, code, examples of its own) and "
-                "are part of no statistic on this page. Shares are in percent."
+                "The published numbers are from another setting (other learning rates, seeds, code and "
+                "examples) and are part of no statistic on this page. Shares are in percent."
             ),
             *dict.fromkeys(note for paper in papers for note in paper.notes),
         ],

@@ -33,7 +33,7 @@ class _Quantity:
 
 
 _QUANTITIES = {
-    "gradient_loss": _Quantity("Training loss", "On the examples whose gradient is read.", tabled=False),
+    "gradient_loss": _Quantity("Training loss", "On the examples used for the gradient.", tabled=False),
     "gradient_norm": _Quantity(
         "Gradient norm",
         "‖G‖ of all adapted layers together; G is the gradient of the whole weight, with every method.",
@@ -66,7 +66,7 @@ _QUANTITIES = {
     ),
     "weights_trace": _Quantity("Trace over the weights", "Of the same Hessian; an estimate."),
     "tangent_top_eigenvalue": _Quantity(
-        "λ max in the tangent space", "Over the directions in which the adapter can move.", "log"
+        "λ max in the tangent space", "Over the adapter's tangent space.", "log"
     ),
     "tangent_trace": _Quantity(
         "Trace in the tangent space", "Of the same Hessian; an estimate.", pictured=False
@@ -80,8 +80,8 @@ _NOTES = (
         "the layers."
     ),
     (
-        "G is read on examples drawn once per seed, in evaluation mode, and the Hessian on the first training "
-        "examples: neither is that of a training batch."
+        "G is computed on examples drawn once per seed, in evaluation mode, and the Hessian on the "
+        "first training examples: neither is that of a training batch."
     ),
 )
 
@@ -122,7 +122,7 @@ def through_training_section(judged: Judgement, name: str = "through-training") 
     ]
     return Section(
         name,
-        "How the gradient changes through training",
+        "Gradient and curvature during training",
         table=_table(judged, name),
         charts=charts,
         keyed=True,
@@ -217,7 +217,7 @@ def _table(judged: Judgement, name: str) -> Table:
     for key, quantity in _QUANTITIES.items():
         if quantity.tabled:
             columns[quantity.title] = partial(_way, judged, key)
-    caption = "At the start → at the end of training, means over the seeds; beneath, the extremes on the way."
+    caption = "First → last value, means over the seeds; below, the extremes during training."
     return Table.of(name, caption, judged.runs, columns).filled()
 
 
