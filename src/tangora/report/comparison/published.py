@@ -13,7 +13,7 @@ _SHARES = {"accuracy", "exact_match"}
 
 
 def published_section(comparisons: Sequence[Comparison]) -> Section | None:
-    """Show published results of one or several tasks, and what was found here."""
+    """Show published results of one or several tasks, next to the results of this comparison."""
     shown = [comparison for comparison in comparisons if comparison.paper is not None]
     if not shown:
         return None
