@@ -39,6 +39,7 @@ class RunFolder(OutputFolder):
     curvature = _In("curvature.jsonl")
     snapshots = _In("snapshots")  # weights of full fine-tuning at the measured points
     model = _In("model")  # where all weights are trained
+    benchmarks = _In("benchmarks")  # programs that were generated for them
     logits = _In("logits.pt")  # of the trained model, on a few test examples
 
     @property
@@ -56,6 +57,7 @@ class ComparisonFolder(OutputFolder):
     report = _In("report.html")
     picture = _In("picture.png")
     summary = _In("summary.csv")
+    benchmarks = _In("benchmarks.csv")
 
     @property
     def tasks(self) -> list["ComparisonFolder"]:

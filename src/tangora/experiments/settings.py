@@ -1,16 +1,22 @@
 """What a run needs to know, validated: every error names the key, the value and what is allowed."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
-from tangora.experiments.values import Device, Seed, Separated, Settings, Targets
+from tangora.experiments.values import (
+    Device,
+    Seed,
+    Separated,
+    Settings,
+    Targets,
+    checked_rank_plan,
+    read_rank_plan,
+)
 from tangora.recipes import Recipe, recipe
 
 
@@ -176,6 +182,22 @@ class TaskSettings(DataSettings, ModelSettings):
         default=False,
         description="Measure the loss on unrelated text before and after training (causal models).",
     )
+    benchmarks: Annotated[list[str] | None, Separated] = Field(
+        default=None,
+        min_length=1,
+        description="Tasks of lm-eval, evaluated after training, separated by commas (causal models; needs lm-eval).",
+    )
+    benchmark_limit: int | None = Field(
+        default=None, ge=1, description="Examples of each benchmark. Default: all."
+    )
+    benchmark_path: str | None = Field(
+        default=None, description="Folder with further tasks for lm-eval, as YAML files (include_path)."
+    )
+    execute_code: bool = Field(
+        default=False,
+        description="Run the programs generated for code benchmarks, in a sandbox, and count those that pass. Default: "
+        "programs are only written to files.",
+    )
     evaluate_every: int | None = Field(
         default=None,
         ge=1,
@@ -228,10 +250,10 @@ class TaskSettings(DataSettings, ModelSettings):
         if values.get("epochs") is not None:
             values = {"steps": None} | values
         if isinstance(values.get("rank_plan"), dict):
-            return values | {"rank_plan": _checked_plan(values["rank_plan"])}
+            return values | {"rank_plan": checked_rank_plan(values["rank_plan"])}
         if not isinstance(values.get("rank_plan"), str):
             return values
-        plan = _read_plan(values["rank_plan"])
+        plan = read_rank_plan(values["rank_plan"])
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -245,6 +267,15 @@ class TaskSettings(DataSettings, ModelSettings):
         if wanted:
             check_installed("bitsandbytes", "load_in_4bit")
         return wanted
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _evaluable(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None:
+            check_installed("lm_eval", "benchmarks", "'tangora[eval]'")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"benchmarks must differ from each other; got {twice[0]} twice")
+        return names
 
     @model_validator(mode="after")
     def _consistent(self) -> "TaskSettings":
@@ -262,6 +293,9 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
             )
+        for key in ("benchmark_limit", "benchmark_path", "execute_code"):
+            if getattr(self, key) and not self.benchmarks:
+                raise ValueError(f"{key} needs benchmarks; got {getattr(self, key)!r} alone")
         if self.curvature_layers is not None and not self.curvature:
             raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
@@ -361,25 +395,3 @@ def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
         if getattr(settings, key):
             raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; leave one out")
-
-
-def _read_plan(path: str) -> dict[str, Any]:
-    try:
-        plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"rank_plan cannot be read: {error}") from None
-    return _checked_plan(plan)
-
-
-def _checked_plan(plan: Any) -> dict[str, Any]:
-    keys = ("rank_pattern", "alpha_pattern")
-    if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
-        raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
-    for key, number, what in (
-        ("rank_pattern", int, "whole numbers"),
-        ("alpha_pattern", (int, float), "numbers"),
-    ):
-        for name, value in plan[key].items():
-            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
-    return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}

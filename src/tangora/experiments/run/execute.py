@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ from tangora.experiments.run.saving import (
 )
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
+    benchmark_results,
     example_losses,
     test_metrics,
     unrelated_loss,
@@ -51,7 +52,7 @@ from tangora.experiments.run.scoring import (
 )
 from tangora.experiments.settings import RunSettings
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
-from tangora.report.run_records import Flatness, Forgetting, Stage
+from tangora.report.run_records import Benchmark, Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
     Durations,
@@ -84,6 +85,7 @@ class _Result:
     evaluation_seconds: float = 0.0
     flatness: Flatness | None = None
     forgetting: Forgetting | None = None
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     peak_bytes: int | None = None
 
 
@@ -146,6 +148,8 @@ def execute(
             after = unrelated_loss(run, model)
             assert after is not None
             result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
+        if stage != "trial":  # those choose by validation data, and are not reported
+            result.benchmarks = _benchmarks(run, model, result)
         if settings.curvature:
             run.tell("curvature", run.num_steps)
             result.flatness = measure_flatness(run, model, result.metrics["test"]["loss"])
@@ -179,6 +183,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
+        benchmarks=result.benchmarks,
     )
 
 
@@ -336,3 +341,13 @@ def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:
     if "right" in each:
         result.correct = each["right"].tolist()
     result.evaluation_seconds += time.perf_counter() - began
+
+
+def _benchmarks(run: Run, model: nn.Module, result: _Result) -> dict[str, Benchmark]:
+    if not run.settings.benchmarks:
+        return {}
+    run.tell("benchmarks", run.num_steps)
+    began = time.perf_counter()
+    found = benchmark_results(run, model)
+    result.evaluation_seconds += time.perf_counter() - began
+    return found

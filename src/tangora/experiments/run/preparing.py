@@ -20,6 +20,7 @@ from tangora.curvature.adapted import chosen
 from tangora.experiments.folders import check_output
 from tangora.experiments.settings import DataSettings, RunSettings
 from tangora.experiments.settings_files import read_settings
+from tangora.training.benchmarks import load_benchmarks
 from tangora.training.data import Encoding, Task, collator, encode, load_task
 from tangora.training.data.encoding import check_chat_template
 from tangora.training.data.fit import check_fit
@@ -267,7 +268,11 @@ def _json(path: Path) -> dict[str, Any]:
 def check_against_data(settings: RunSettings, task: Task) -> None:
     """Check the settings against the data, before a model is loaded."""
     if task.kind == "classification":
-        for key, what in (("exact_match", "generated answers"), ("forgetting", "the loss on unrelated text")):
+        for key, what in (
+            ("exact_match", "generated answers"),
+            ("forgetting", "the loss on unrelated text"),
+            ("benchmarks", "answers to lm-eval's tasks"),
+        ):
             if getattr(settings, key):
                 raise InputError(f"{key} is about {what} of causal models; {task.name} is for classification")
     elif settings.head_learning_rate is not None:
@@ -285,13 +290,16 @@ def check_against_data(settings: RunSettings, task: Task) -> None:
 
 def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) -> Task:
     """Check that the recipes of some runs can be prepared on a model, and that it can read their data."""
+    shared = runs[0]
+    if shared.benchmarks:
+        load_benchmarks(shared.benchmarks, shared.benchmark_path, execute_code=shared.execute_code)
     for settings in {run.recipe: run for run in runs}.values():
         adapted = _prepared_twin(settings, task, loaded)
         if settings.rank_plan and len(runs) == 1 and not isinstance(adapted, PeftModel):
             raise InputError(f"rank_plan needs an adapter, and recipe {settings.recipe} has none")
-    if runs[0].curvature_layers is not None:  # the same for all
+    if shared.curvature_layers is not None:
         try:
-            chosen(target_layers(runs[0], task, loaded), runs[0].curvature_layers)
+            chosen(target_layers(shared, task, loaded), shared.curvature_layers)
         except InputError as problem:
             raise InputError(f"curvature_{problem}") from None
-    return with_notes_on_cuts(runs[0], task, loaded)
+    return with_notes_on_cuts(shared, task, loaded)
