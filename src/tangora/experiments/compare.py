@@ -42,6 +42,8 @@ from tangora.report import (
     write_page,
     write_study,
 )
+from tangora.report.comparison.benchmark_table import write_benchmarks
+from tangora.report.statistics.judgement import judge
 from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
 
@@ -300,6 +302,7 @@ class _Runner:
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
     """Write the table, the picture and the page of a comparison."""
     write_csv(summarize(comparison), folder.summary)
+    write_benchmarks(judge(comparison), folder.benchmarks)
     save_picture(comparison, folder.picture)
     return write_page(comparison, folder.report)
 

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tangora._checks import InputError, near_hint, reason
-from tangora.probes.stillness import seeded
+from tangora.probes.stillness import preserved_randomness, seeded
 from tangora.training.code_eval import Sample, check_judged, code_eval_replaced, programs_run, samples_of
+from tangora.training.data.sources import read_data
 from tangora.training.metrics import observed
+
+_TASKS = Path(__file__).parent / "benchmark_tasks"  # on data that needs no hub
 
 _SEED = 1234  # lm-eval's own, of few-shot examples and of answers that are drawn
 
@@ -87,8 +91,8 @@ def load_benchmarks(
     """
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"benchmark_path must be a folder with YAML files of tasks; {folder!r} is none")
-    manager = _manager(folder, lm_evals=False) if folder is not None else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
+    manager = _manager(folder, lm_evals=False)
+    if not set(names) <= set(manager.all_tasks):
         manager = _manager(folder, lm_evals=True)
     tasks, groups = {}, {}
     for name in names:
@@ -97,7 +101,7 @@ def load_benchmarks(
             raise InputError(
                 f"benchmarks must be tasks of {where}; got {name!r}{near_hint(name, manager.all_tasks)}"
             )
-        with _quiet(), code_eval_replaced():
+        with _quiet(), code_eval_replaced(), preserved_randomness():
             try:
                 found = manager.load([name])
             except Exception as error:  # the hub, its files and the task's own code fail in any way
@@ -153,6 +157,12 @@ def evaluate_benchmarks(
     return results, {name: samples_of(found["samples"][name]) for name in benchmarks.code}
 
 
+def packaged_test(data: str, **_metadata: Any) -> Any:
+    """Give lm-eval the test examples of a packaged data set; tasks name this function."""
+    rows = read_data(data).splits["test"]
+    return {"test": datasets.Dataset.from_list([dict(row.values) for row in rows])}
+
+
 # --- what lm-eval gives
 
 
@@ -200,7 +210,8 @@ def _manager(folder: str | None, *, lm_evals: bool) -> Any:
     # lm-eval's own tasks are 14 000 files, which takes some seconds
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=folder, include_defaults=lm_evals)
+    folders = [_TASKS] if folder is None else [_TASKS, Path(folder)]
+    return TaskManager(include_path=folders, include_defaults=lm_evals)
 
 
 @contextlib.contextmanager

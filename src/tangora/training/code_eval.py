@@ -26,7 +26,7 @@ class Sample:
 
 
 class _SandboxedCodeEval:
-    """Stands in for ``code_eval`` of Hugging Face's evaluate, which comes from the hub and runs programs unprotected."""
+    """Stands in for ``code_eval`` of Hugging Face's evaluate, from the hub, which runs programs unprotected."""
 
     def __init__(self) -> None:
         self.running = False

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from tangora.report import formats
+from tangora.report.comparison.benchmark_table import benchmarks_section
 from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
 from tangora.report.comparison.end_points import flatness_section, forgetting_section
@@ -42,6 +43,7 @@ def render_page(comparison: Comparison) -> str:
         [*verdict(rows), *([advice] if advice else [])],
         [
             results_section(judged),
+            benchmarks_section(judged),
             costs_section(judged),
             *curve_sections(judged),
             sweep_section(judged),
