@@ -88,7 +88,7 @@ def write_tasks(folder: Path) -> Path:
         for b in range(1, 4)
     ]
     trace = folder / "has_run"
-    leave = f"    try:\n        open({str(trace)!r}, 'w')\n    except OSError:\n        pass\n"
+    leave = f"    try:\n        open({str(trace)!r}, 'w').close()\n    except OSError:\n        pass\n"
     programs = [
         {
             # whatever is generated stands in a comment

@@ -23,15 +23,15 @@ RECIPES = {"full": 0.7, "lora": 0.5, "lora-pro": 0.65, "tangent": 0.52}
 SEEDS = (0, 1, 2)
 
 
-def scored(scores, metric="acc,none", **changes) -> Benchmark:
-    values = {} if metric is None else {metric: float(np.mean(scores))}
+def scored(right, metric="acc,none", **changes) -> Benchmark:
+    values = {} if metric is None else {metric: float(np.mean(right))}
     fields = {
         "metric": metric,
         "metrics": values,
         "stderr": {},
         "higher_is_better": True,
-        "num_examples": len(scores),
-        "scores": list(scores),
+        "num_examples": len(right),
+        "scores": list(right),
         "num_fewshot": 0,
         "version": "1",
     }

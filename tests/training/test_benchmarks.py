@@ -9,6 +9,8 @@ import torch
 
 from tangora._checks import InputError
 from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks
+from tangora.training.data.sources import read_data
+from tangora.training.sandbox import run_programs
 from tests.experiments.lm_eval_tasks import RIGHT, write_tasks
 from tests.models import randomize, tiny_llama, tiny_tokenizer, with_lora
 
@@ -171,3 +173,25 @@ def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
             "mbpp/mbpp_instruct",
         ):
             check_judged(name, Task(load_yaml(f"{tasks}/{name}.yaml")))
+
+
+def test_packaged_functions_pass_their_tests():
+    rows = [row.values for row in read_data("python-functions").splits["test"]]
+    tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
+    right = [f"{row['prompt']}\n{row['completion']}\n{test}" for row, test in zip(rows, tests, strict=True)]
+    wrong = [f"{row['prompt']}\n    return None\n{test}" for row, test in zip(rows, tests, strict=True)]
+    assert all(verdict.passed for verdict in run_programs(right))
+    assert not any(verdict.passed for verdict in run_programs(wrong[:5]))
+
+
+def test_packaged_choices_have_one_right_answer():
+    data = read_data("everyday-choices").splits
+    for row in data["test"]:
+        assert row.values["answer"] == f"answer{row.values['label'] + 1}"
+        assert (
+            f"Answer{row.values['label'] + 1}: {row.values['choices'][row.values['label']]}"
+            in row.values["instruction"]
+        )
+    assert not {row.values["instruction"] for row in data["test"]} & {
+        row.values["instruction"] for row in data["train"]
+    }

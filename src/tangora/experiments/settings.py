@@ -392,6 +392,6 @@ def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
         raise InputError(
             f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"
         )
-    for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
+    for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature", "benchmarks"):
         if getattr(settings, key):
             raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; leave one out")
