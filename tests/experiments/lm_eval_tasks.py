@@ -75,6 +75,10 @@ metric_list:
   - metric: exact_match
 """
 
+_OWN_JUDGE = (
+    _OWN_WAY.replace("tiny_unprotected", "tiny_own_judge") + "process_results: !function builtins.exec\n"
+)
+
 RIGHT = [True, False, True, True]
 """Which of the programs of ``tiny_code`` pass."""
 
@@ -103,6 +107,7 @@ def write_tasks(folder: Path) -> Path:
         ("few", _FEW, sums),
         ("code", _CODE, programs),
         ("unprotected", _OWN_WAY, programs),
+        ("own_judge", _OWN_JUDGE, programs),
     ):
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))

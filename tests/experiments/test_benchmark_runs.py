@@ -85,7 +85,7 @@ def test_nothing_is_run_where_a_benchmark_cannot_be(generator, classifier, folde
             train(RunSettings(**small, **SHORT, recipe="lora", **more), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    refused(r"'tiny_sum' \(did you mean tiny_sums\?\)", benchmarks=["tiny_sum"], benchmark_path=folder)
+    refused(r"'hellaswagg' \(did you mean hellaswag\?\)", benchmarks=["hellaswagg"])
     refused(
         "benchmark_path must be a folder", benchmarks=["tiny_sums"], benchmark_path=str(tmp_path / "none")
     )

@@ -141,12 +141,14 @@ def test_no_program_leaves_a_trace(folder, tmp_path):
 
 @pytest.mark.messages
 def test_errors(folder, tmp_path):
-    with pytest.raises(InputError, match=r"'tiny_sum' \(did you mean tiny_sums\?\)"):
-        load_benchmarks(["tiny_sum"], folder)
+    with pytest.raises(InputError, match=r"'hellaswagg' \(did you mean hellaswag\?\)"):
+        load_benchmarks(["hellaswagg"])
     with pytest.raises(InputError, match="benchmark_path must be a folder"):
         load_benchmarks(["tiny_sums"], str(tmp_path / "none"))
     with pytest.raises(InputError, match="execute_code cannot be used with benchmark tiny_unprotected"):
         load_benchmarks(["tiny_unprotected"], folder, execute_code=True)
+    with pytest.raises(InputError, match="benchmark tiny_own_judge cannot be used"):
+        load_benchmarks(["tiny_own_judge"], folder)
     broken = write_tasks(tmp_path / "broken")
     (broken / "sums.jsonl").unlink()
     with pytest.raises(InputError, match="benchmark tiny_sums cannot be loaded"):
@@ -158,7 +160,7 @@ def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.tasks.manager import TaskManager
 
-    from tangora.training.code_eval import check_judged, code_eval_replaced
+    from tangora.training.code_eval import check_code, code_eval_replaced, writes_code
 
     class Task:
         def __init__(self, config):
@@ -172,7 +174,9 @@ def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
             "mbpp/mbpp",
             "mbpp/mbpp_instruct",
         ):
-            check_judged(name, Task(load_yaml(f"{tasks}/{name}.yaml")))
+            task = Task(load_yaml(f"{tasks}/{name}.yaml"))
+            assert writes_code(task)
+            check_code(name, task, execute_code=True)
 
 
 def test_packaged_functions_pass_their_tests():

@@ -21,7 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tangora._checks import InputError, near_hint, reason
 from tangora.probes.stillness import preserved_randomness, seeded
-from tangora.training.code_eval import Sample, check_judged, code_eval_replaced, programs_run, samples_of
+from tangora.training.code_eval import (
+    Sample,
+    check_code,
+    code_eval_replaced,
+    programs_run,
+    samples_of,
+    writes_code,
+)
 from tangora.training.data.sources import read_data
 from tangora.training.metrics import observed
 
@@ -49,16 +56,15 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Loaded tasks, in the order in which they were asked for."""
+    """Loaded tasks and groups of tasks."""
 
     tasks: Mapping[str, Any]
     groups: Mapping[str, Any]
-    names: Sequence[str]
 
     @property
     def code(self) -> list[str]:
         """Tasks whose answers are programs."""
-        return [name for name, task in self.tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+        return [name for name, task in self.tasks.items() if writes_code(task)]
 
     def reported(self) -> list[str]:
         """List what has a result of its own: tasks, and in place of its parts a group that averages them."""
@@ -88,6 +94,9 @@ def load_benchmarks(
         names: Tasks, groups of tasks, or tags.
         folder: Folder with further tasks as YAML files, which win over lm-eval's of the same name.
         execute_code: Whether programs are to be run, which takes tasks that leave this to ``code_eval``.
+
+    Raises:
+        InputError: If there is no such task, its data cannot be loaded, or it would run programs unprotected.
     """
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"benchmark_path must be a folder with YAML files of tasks; {folder!r} is none")
@@ -108,9 +117,9 @@ def load_benchmarks(
                 raise InputError(f"benchmark {name} cannot be loaded: {reason(error)}") from error
         tasks |= found["tasks"]
         groups |= found["groups"]
-    loaded = Benchmarks(tasks, groups, names)
-    for name in loaded.code if execute_code else ():
-        check_judged(name, tasks[name])
+    loaded = Benchmarks(tasks, groups)
+    for name in loaded.code:
+        check_code(name, tasks[name], execute_code=execute_code)
     return loaded
 
 
@@ -167,27 +176,25 @@ def packaged_test(data: str, **_metadata: Any) -> Any:
 
 
 def _result(found: Mapping[str, Any], name: str, parts: Sequence[str]) -> BenchmarkResult:
-    values = {key: value for key, value in found["results"][name].items() if "," in key}
-    metrics = {
-        key: float(value) for key, value in values.items() if _is_number(value) and "_stderr," not in key
-    }
-    metrics = {key: value for key, value in metrics.items() if not key.startswith("bypass,")}
-    errors = {
-        key: float(error)
-        for key in metrics
-        if _is_number(error := values.get("_stderr,".join(key.rsplit(",", 1))))
-    }
+    # metric,filter and metric_stderr,filter; bypass is that of programs that are not judged
+    values = {tuple(key.rsplit(",", 1)): value for key, value in found["results"][name].items() if "," in key}
+    numbers = {key: float(value) for key, value in values.items() if _is_number(value) and key[0] != "bypass"}
+    metrics = {key: value for key, value in numbers.items() if not key[0].endswith("_stderr")}
     first = next(iter(metrics), None)
     logged = [example for part in parts for example in found["samples"][part]]
     better = found["higher_is_better"].get(name, {})
     return BenchmarkResult(
-        metric=first,
-        metrics=metrics,
-        stderr=errors,
+        metric=first and ",".join(first),
+        metrics={",".join(key): value for key, value in metrics.items()},
+        stderr={
+            f"{metric},{filtered}": error
+            for metric, filtered in metrics
+            if (error := numbers.get((f"{metric}_stderr", filtered))) is not None
+        },
         # a metric may have the name of its function there
-        higher_is_better=bool(better.get(first and first.split(",")[0], all(better.values()))),
+        higher_is_better=bool(better.get(first and first[0], all(better.values()))),
         num_examples=sum(found["n-samples"][part]["effective"] for part in parts),
-        scores=None if first is None else _scores(logged, *first.split(",")),
+        scores=_scores(logged, *first) if first else None,
         num_fewshot=found["n-shot"].get(name),
         version=str(found["versions"].get(name)),
     )

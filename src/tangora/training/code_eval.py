@@ -83,16 +83,29 @@ def programs_run() -> Iterator[None]:
         _CODE_EVAL.running = False
 
 
-def check_judged(name: str, task: Any) -> None:
-    """Raise unless programs can be isolated here, and a task leaves it to ``code_eval`` to run them."""
+def writes_code(task: Any) -> bool:
+    """Tell whether a task's answers are programs."""
+    return bool(getattr(task, "UNSAFE_CODE", False)) or _leaves_it_to_code_eval(task)
+
+
+def check_code(name: str, task: Any, *, execute_code: bool) -> None:
+    """Raise where a task would run programs by itself, or they are to be run and cannot be isolated."""
+    if callable(task.get_config("process_results")):  # which lm-eval calls whatever the metrics are
+        raise InputError(f"benchmark {name} cannot be used: it would run programs by itself and unprotected")
+    if not execute_code:
+        return
     run_program("")  # says what is missing where programs cannot be isolated
-    functions = [each["metric"] for each in task.get_config("metric_list") or ()]
-    held = [value for each in functions for value in getattr(each, "__globals__", {}).values()]
-    if not any(value is _CODE_EVAL for value in held):
+    if not _leaves_it_to_code_eval(task):
         raise InputError(
             f"execute_code cannot be used with benchmark {name}, which would run programs by itself and unprotected; "
             "leave one of them out"
         )
+
+
+def _leaves_it_to_code_eval(task: Any) -> bool:
+    functions = [each["metric"] for each in task.get_config("metric_list") or ()]
+    held = [value for each in functions for value in getattr(each, "__globals__", {}).values()]
+    return any(value is _CODE_EVAL for value in held)
 
 
 def samples_of(logged: Sequence[Mapping[str, Any]]) -> list[Sample]:

@@ -52,11 +52,13 @@ def unjudged_sentences(comparison: Comparison) -> list[str]:
         for name, found in record.benchmarks.items()
         if found.metric is None
     }
+    if not names:
+        return []
     sentence = (
         f"Programs for {formats.listing(names)} were generated and not run: they are in the folders benchmarks of the "
         "runs, and --execute-code runs them in a sandbox."
     )
-    return [sentence] if names else []
+    return [sentence]
 
 
 def benchmark_scores(judged: Judgement) -> list[BenchmarkScore]:
