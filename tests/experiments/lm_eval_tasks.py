@@ -3,6 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from tangora._checks import InputError
+from tangora.training.sandbox import run_program
+
 _SUMS = """
 task: tiny_sums
 output_type: multiple_choice
@@ -81,6 +86,14 @@ _OWN_JUDGE = (
 
 RIGHT = [True, False, True, True]
 """Which of the programs of ``tiny_code`` pass."""
+
+
+def skip_without_sandbox() -> None:
+    """Skip a test that runs programs where they cannot be isolated."""
+    try:
+        run_program("")
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def write_tasks(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from tangora.experiments.settings import RunSettings
 from tangora.experiments.train import train
 from tangora.experiments.values import validated
 from tangora.report import load_record
-from tests.experiments.lm_eval_tasks import RIGHT, write_tasks
+from tests.experiments.lm_eval_tasks import RIGHT, skip_without_sandbox, write_tasks
 
 pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
 
@@ -47,6 +47,7 @@ def test_the_record_holds_them(generator, folder, tmp_path, name):
 
 
 def test_programs_are_written_and_run_only_if_that_is_wanted(generator, folder, tmp_path, call):
+    skip_without_sandbox()
     command = ["--benchmarks", "tiny_code,tiny_sums", "--benchmark-path", folder, "--benchmark-limit", "3"]
     flags = [
         part

@@ -11,7 +11,7 @@ from tangora._checks import InputError
 from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks
 from tangora.training.data.sources import read_data
 from tangora.training.sandbox import run_programs
-from tests.experiments.lm_eval_tasks import RIGHT, write_tasks
+from tests.experiments.lm_eval_tasks import RIGHT, skip_without_sandbox, write_tasks
 from tests.models import randomize, tiny_llama, tiny_tokenizer, with_lora
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
@@ -116,6 +116,7 @@ def test_programs_are_not_run_unless_that_is_wanted(folder, monkeypatch):
 
 
 def test_programs_are_judged_by_the_sandbox(folder, tmp_path):
+    skip_without_sandbox()
     loaded = load_benchmarks(["tiny_code"], folder, execute_code=True)
     results, samples = evaluate_benchmarks(loaded, adapted(), tiny_tokenizer(), execute_code=True)
     found = results["tiny_code"]
@@ -129,6 +130,7 @@ def test_programs_are_judged_by_the_sandbox(folder, tmp_path):
 
 
 def test_no_program_leaves_a_trace(folder, tmp_path):
+    skip_without_sandbox()
     traces = write_tasks(tmp_path / "own")
     for execute_code in (False, True):
         loaded = load_benchmarks(["tiny_code"], str(traces), execute_code=execute_code)
@@ -145,17 +147,19 @@ def test_errors(folder, tmp_path):
         load_benchmarks(["hellaswagg"])
     with pytest.raises(InputError, match="benchmark_path must be a folder"):
         load_benchmarks(["tiny_sums"], str(tmp_path / "none"))
-    with pytest.raises(InputError, match="execute_code cannot be used with benchmark tiny_unprotected"):
-        load_benchmarks(["tiny_unprotected"], folder, execute_code=True)
     with pytest.raises(InputError, match="benchmark tiny_own_judge cannot be used"):
         load_benchmarks(["tiny_own_judge"], folder)
     broken = write_tasks(tmp_path / "broken")
     (broken / "sums.jsonl").unlink()
     with pytest.raises(InputError, match="benchmark tiny_sums cannot be loaded"):
         load_benchmarks(["tiny_sums"], str(broken))
+    skip_without_sandbox()
+    with pytest.raises(InputError, match="execute_code cannot be used with benchmark tiny_unprotected"):
+        load_benchmarks(["tiny_unprotected"], folder, execute_code=True)
 
 
 def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
+    skip_without_sandbox()
     # their data are on the hub, their functions here
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.tasks.manager import TaskManager
@@ -180,6 +184,7 @@ def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
 
 
 def test_packaged_functions_pass_their_tests():
+    skip_without_sandbox()
     rows = [row.values for row in read_data("python-functions").splits["test"]]
     tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
     right = [f"{row['prompt']}\n{row['completion']}\n{test}" for row, test in zip(rows, tests, strict=True)]

@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from tangora._checks import InputError, near_hint, reason
 from tangora.probes.stillness import preserved_randomness, seeded
 from tangora.training.code_eval import (
-    Sample,
+    GeneratedProgram,
     check_code,
     code_eval_replaced,
+    programs_of,
     programs_run,
-    samples_of,
     writes_code,
 )
 from tangora.training.data.sources import read_data
@@ -131,7 +131,7 @@ def evaluate_benchmarks(
     limit: int | None = None,
     batch_size: int = 16,
     execute_code: bool = False,
-) -> tuple[dict[str, BenchmarkResult], dict[str, list[Sample]]]:
+) -> tuple[dict[str, BenchmarkResult], dict[str, list[GeneratedProgram]]]:
     """Evaluate a causal model as lm-eval does: zero-shot, unless a task says otherwise, and greedily.
 
     Args:
@@ -139,7 +139,7 @@ def evaluate_benchmarks(
         execute_code: Whether to run the programs that a model writes, in the sandbox.
 
     Returns:
-        The results, and of each task whose answers are programs the samples.
+        The results, and of each task whose answers are programs these.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -163,7 +163,7 @@ def evaluate_benchmarks(
         )
     assert found is not None
     results = {name: _result(found, name, benchmarks.parts(name)) for name in benchmarks.reported()}
-    return results, {name: samples_of(found["samples"][name]) for name in benchmarks.code}
+    return results, {name: programs_of(found["samples"][name]) for name in benchmarks.code}
 
 
 def packaged_test(data: str, **_metadata: Any) -> Any:

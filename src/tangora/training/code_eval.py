@@ -14,7 +14,7 @@ from tangora.training.sandbox import Verdict, run_program
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedProgram:
     """A program that a model has written, and what is run after it."""
 
     example: int
@@ -108,7 +108,7 @@ def _leaves_it_to_code_eval(task: Any) -> bool:
     return any(value is _CODE_EVAL for value in held)
 
 
-def samples_of(logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
+def programs_of(logged: Sequence[Mapping[str, Any]]) -> list[GeneratedProgram]:
     """Gather the programs among the answers that lm-eval has logged, with the verdicts of those that were run."""
     found = []
     for example in logged:
@@ -116,14 +116,14 @@ def samples_of(logged: Sequence[Mapping[str, Any]]) -> list[Sample]:
             test = str(example["target"])
             verdict = _CODE_EVAL.verdicts.get(_joined(program, test))
             told = (None, None) if verdict is None else (verdict.passed, verdict.reason)
-            found.append(Sample(int(example["doc_id"]), program, test, *told))
+            found.append(GeneratedProgram(int(example["doc_id"]), program, test, *told))
     return found
 
 
-def write_samples(samples: Sequence[Sample], path: Path) -> None:
+def write_programs(programs: Sequence[GeneratedProgram], path: Path) -> None:
     """Write programs as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(vars(sample)) + "\n" for sample in samples), encoding="utf-8")
+    path.write_text("".join(json.dumps(vars(each)) + "\n" for each in programs), encoding="utf-8")
 
 
 def _joined(program: str, test: str) -> str:

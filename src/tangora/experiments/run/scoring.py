@@ -9,7 +9,7 @@ from tangora.experiments.run.preparing import Run
 from tangora.report.run_records import Benchmark
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
 from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks
-from tangora.training.code_eval import write_samples
+from tangora.training.code_eval import write_programs
 from tangora.training.data import Example
 from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
 from tangora.training.ranks import is_first
@@ -57,7 +57,7 @@ def benchmark_results(run: Run, model: nn.Module) -> dict[str, Benchmark]:
     settings = run.settings
     if not settings.benchmarks:
         return {}
-    results, samples = evaluate_benchmarks(
+    results, programs = evaluate_benchmarks(
         load_benchmarks(settings.benchmarks, settings.benchmark_path),
         model,
         run.loaded.tokenizer,
@@ -65,8 +65,8 @@ def benchmark_results(run: Run, model: nn.Module) -> dict[str, Benchmark]:
         batch_size=_batch_size(run),
         execute_code=settings.execute_code,
     )
-    for name, written in samples.items() if is_first() else ():
-        write_samples(written, run.folder.benchmarks / f"{name}.jsonl")
+    for name, written in programs.items() if is_first() else ():
+        write_programs(written, run.folder.benchmarks / f"{name}.jsonl")
     return {name: Benchmark(**asdict(result)) for name, result in results.items()}
 
 
