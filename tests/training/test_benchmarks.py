@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tangora._checks import InputError
-from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks
+from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks, packaged_test
 from tangora.training.data.sources import read_data
 from tangora.training.sandbox import run_programs
 from tests.experiments.lm_eval_tasks import RIGHT, skip_without_sandbox, write_tasks
@@ -185,10 +185,10 @@ def test_lm_evals_own_code_tasks_can_be_judged(monkeypatch):
 
 def test_packaged_functions_pass_their_tests():
     skip_without_sandbox()
-    rows = [row.values for row in read_data("python-functions").splits["test"]]
+    rows = packaged_test("python-functions")["test"]
     tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    right = [f"{row['prompt']}\n{row['completion']}\n{test}" for row, test in zip(rows, tests, strict=True)]
-    wrong = [f"{row['prompt']}\n    return None\n{test}" for row, test in zip(rows, tests, strict=True)]
+    right = [f"{row['prompt']}{row['completion']}\n{test}" for row, test in zip(rows, tests, strict=True)]
+    wrong = [f"{row['prompt']}    return None\n{test}" for row, test in zip(rows, tests, strict=True)]
     assert all(verdict.passed for verdict in run_programs(right))
     assert not any(verdict.passed for verdict in run_programs(wrong[:5]))
 

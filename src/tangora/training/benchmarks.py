@@ -168,8 +168,10 @@ def evaluate_benchmarks(
 
 def packaged_test(data: str, **_metadata: Any) -> Any:
     """Give lm-eval the test examples of a packaged data set; tasks name this function."""
-    rows = read_data(data).splits["test"]
-    return {"test": datasets.Dataset.from_list([dict(row.values) for row in rows])}
+    rows = [dict(row.values) for row in read_data(data).splits["test"]]
+    # the newline between a prompt and its completion belongs to what is given
+    ended = [row | {"prompt": f"{row['prompt']}\n"} if "prompt" in row else row for row in rows]
+    return {"test": datasets.Dataset.from_list(ended)}
 
 
 # --- what lm-eval gives
