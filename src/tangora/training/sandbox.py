@@ -3,28 +3,29 @@
 Every program runs in an interpreter of its own, in namespaces of its own that bubblewrap or ``unshare`` creates:
 
 - no network, not even the machine's own ports; no process but its own is visible or can be signalled;
-- of all files only the interpreter and the system's libraries, read-only; no home folder, no data, no ``/proc``; an
-  empty ``/tmp`` of 64 MiB, in memory, which is also the working folder and is gone afterwards;
+- of all files only the interpreter and the system's libraries, read-only; no home folder, no data, no ``/proc``;
+  an empty ``/tmp`` of 64 MiB in memory, which is also home and working folder, and is gone afterwards;
 - no variable of this process's environment, nothing on standard input, no output (a program may print without end);
-- limits on memory, processor time, sizes and numbers of files, and processes with threads; when the time is over, or the
-  program ends, the kernel kills every process that is left; when memory is short, these are the first to go.
+- limits on memory, processor time, sizes and numbers of files, and on processes, as which threads count. When the
+  time is over, or the program ends, the kernel kills every process that is left; when memory is short, these first.
 
-A program passes when it reaches its own last line and exits with status 0. ``sys.exit`` or ``os._exit`` before the tests
-fail: process 1 of the sandbox, whose memory the program cannot read, has drawn a random token that the interpreter gives
-back only behind the last line.
+A program passes when it gets past its own last line and exits with status 0. ``sys.exit`` or ``os._exit`` before the
+tests fail: the process that waits for the program, and whose memory the program cannot read, draws a random token,
+which the interpreter gives back only behind the last line.
 
-What this does not protect from. An error in the kernel: whoever runs programs that are made to attack should do so in a
-virtual machine. The memory limit holds for each of at most 32 processes, not for their sum. Program and tests share an
-interpreter, as in HumanEval: a program can replace built-in functions that the tests call, or return objects that equal
-everything, and one written against this very file could search its own memory for the token. Programs have the standard
-library alone.
+What this does not protect from: errors in the kernel (run programs that are made to attack in a virtual machine); more
+memory than the limit in all, which holds for each of at most 32 processes; and tests that are fooled. Program and tests
+share an interpreter, as in HumanEval's own harness: a program can replace built-in functions that its tests call, or
+return objects that equal everything, and one written against this very file could search its memory for the token.
+
+Programs have the standard library alone, and a fixed hash seed: sets of strings have the same order in every run.
 """
 
 import functools
 import json
 import math
 import os
-import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ _LIBRARIES = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
 _DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom"]
 _MIB = 2**20
 _FILES_MIB = 64
-_FILES = 4096
+_FILES = 4096  # bubblewrap has no such limit
 _PROCESSES = 32  # threads count; the standard pool of threads has at most 32
 _SPARE_SECONDS = 60  # for the start of the sandbox on a busy machine
 _PROBE = "import decimal, json, math, random, re"  # the standard library can be read from inside
@@ -53,7 +54,7 @@ class Verdict:
     reason: str
 
 
-def run_program(source: str, *, seconds: float = 10, memory_mib: int = 1024) -> Verdict:
+def run_program(source: str, *, seconds: float | int = 10, memory_mib: int = 1024) -> Verdict:
     """Run a program with its tests in a sandbox; refuse where there can be none."""
     check_number("seconds", seconds, low=0, open_low=True)
     check_whole("memory_mib", memory_mib, low=64)
@@ -61,7 +62,7 @@ def run_program(source: str, *, seconds: float = 10, memory_mib: int = 1024) -> 
 
 
 def run_programs(
-    sources: Iterable[str], *, jobs: int = 1, seconds: float = 10, memory_mib: int = 1024
+    sources: Iterable[str], *, jobs: int = 1, seconds: float | int = 10, memory_mib: int = 1024
 ) -> list[Verdict]:
     """Run programs, ``jobs`` at a time."""
     check_whole("jobs", jobs, low=1)
@@ -101,7 +102,7 @@ def _launcher() -> _Launcher:
 def _launchers() -> list[_Launcher]:
     """List the ways of isolation in order of preference."""
     # root of a user namespace would stay root to the kernel, which does not count root's processes
-    namespaces = "unshare --mount --net --pid --ipc --uts --fork --kill-child".split()
+    namespaces = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
     if os.geteuid() == 0:
         return [_Launcher(namespaces, _paths(), root=True)]
     return [_Launcher(_bubblewrap(), []), _Launcher([*namespaces, "--user", "--map-root-user"], _paths())]
@@ -109,7 +110,15 @@ def _launchers() -> list[_Launcher]:
 
 def _bubblewrap() -> list[str]:
     """Return bubblewrap's command, which mounts what `sandboxed_program` would."""
-    command = "bwrap --unshare-all --disable-userns --uid 65534 --gid 65534 --die-with-parent --as-pid-1".split()
+    command = [
+        "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--disable-userns",
+        "--die-with-parent",
+        "--as-pid-1",
+    ]
+    command += ["--uid", "65534", "--gid", "65534"]
     for path in _paths():
         command += ["--ro-bind-try", path, path]
     for device in _DEVICES:
@@ -122,7 +131,7 @@ def _paths() -> list[str]:
     return [*_LIBRARIES, os.path.realpath(sys.base_prefix)]
 
 
-def _run(launcher: _Launcher, source: str, seconds: float, memory_mib: int) -> Verdict:
+def _run(launcher: _Launcher, source: str, seconds: float | int, memory_mib: int) -> Verdict:
     """Run a program by one way of isolation; raise `OSError` if it could not be started."""
     request = {
         "source": source,
@@ -131,7 +140,7 @@ def _run(launcher: _Launcher, source: str, seconds: float, memory_mib: int) -> V
         "devices": _DEVICES,
         "room": f"size={_FILES_MIB}m,nr_inodes={_FILES},mode=0777",
         # of its own for each program, since the kernel counts the processes of a user
-        "uid": random.SystemRandom().randrange(20_000, 60_000) if launcher.root else None,
+        "uid": 20_000 + secrets.randbelow(40_000) if launcher.root else None,
         "limits": {
             "RLIMIT_AS": memory_mib * _MIB,
             "RLIMIT_CPU": math.ceil(seconds) + 1,
@@ -143,12 +152,13 @@ def _run(launcher: _Launcher, source: str, seconds: float, memory_mib: int) -> V
     }
     # the kernel's out-of-memory killer takes processes with this score first
     command = ["choom", "--adjust", "1000", "--", *launcher.command, *_interpreter()]
-    program = shutil.which(command[0])
-    if program is None or shutil.which(launcher.command[0]) is None:
-        raise FileNotFoundError(f"{launcher.command[0]} is not installed")
+    for program in ("choom", launcher.command[0]):
+        if shutil.which(program) is None:
+            raise FileNotFoundError(f"{program} is not installed")
     try:
         done = subprocess.run(
             command,
+            check=False,
             input=json.dumps(request),
             capture_output=True,
             text=True,
