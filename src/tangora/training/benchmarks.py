@@ -11,11 +11,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -141,9 +141,7 @@ def evaluate_benchmarks(
     Returns:
         The results, and of each task whose answers are programs these.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
+    HFLM = import_module("lm_eval.models.huggingface").HFLM
     for name, task in benchmarks.tasks.items():  # as `lm_eval.simple_evaluate` prepares them
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -155,13 +153,12 @@ def evaluate_benchmarks(
             around.enter_context(each)
         if execute_code:
             around.enter_context(programs_run())
-        found = lm_eval.evaluate(
+        found = import_module("lm_eval").evaluate(
             lm=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
             task_dict={"tasks": dict(benchmarks.tasks), "groups": dict(benchmarks.groups)},
             limit=limit,
             confirm_run_unsafe_code=True,  # by the sandbox, which stands in for what would run it
         )
-    assert found is not None
     results = {name: _result(found, name, benchmarks.parts(name)) for name in benchmarks.reported()}
     return results, {name: programs_of(found["samples"][name]) for name in benchmarks.code}
 
@@ -186,7 +183,7 @@ def _result(found: Mapping[str, Any], name: str, parts: Sequence[str]) -> Benchm
     logged = [example for part in parts for example in found["samples"][part]]
     better = found["higher_is_better"].get(name, {})
     return BenchmarkResult(
-        metric=first and ",".join(first),
+        metric=",".join(first) if first else None,
         metrics={",".join(key): value for key, value in metrics.items()},
         stderr={
             f"{metric},{filtered}": error
@@ -203,11 +200,11 @@ def _result(found: Mapping[str, Any], name: str, parts: Sequence[str]) -> Benchm
 
 
 def _scores(logged: Sequence[Mapping[str, Any]], metric: str, filtered: str) -> list[float] | None:
-    values = [example.get(metric) for example in logged if example["filter"] == filtered]
+    values: list[Any] = [example.get(metric) for example in logged if example["filter"] == filtered]
     return [float(value) for value in values] if values and all(map(_is_number, values)) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return hasattr(value, "__float__") and math.isfinite(float(value))
 
 
@@ -217,16 +214,14 @@ def _is_number(value: Any) -> bool:
 @functools.cache
 def _manager(folder: str | None, *, lm_evals: bool) -> Any:
     # lm-eval's own tasks are 14 000 files, which takes some seconds
-    from lm_eval.tasks import TaskManager
-
     folders = [_TASKS] if folder is None else [_TASKS, Path(folder)]
-    return TaskManager(include_path=folders, include_defaults=lm_evals)
+    return import_module("lm_eval.tasks").TaskManager(include_path=folders, include_defaults=lm_evals)
 
 
 @contextlib.contextmanager
-def _with_weights_as_tied(model: nn.Module) -> Iterator[None]:
+def _with_weights_as_tied(model: Any) -> Iterator[None]:
     # lm-eval ties the weights of a model anew, which raises where an adapter lies on one of them
-    model.tie_weights = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    model.tie_weights = lambda: None
     try:
         yield
     finally:

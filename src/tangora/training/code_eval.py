@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -61,8 +62,7 @@ _CODE_EVAL = _SandboxedCodeEval()
 @contextlib.contextmanager
 def code_eval_replaced() -> Iterator[None]:
     """Give tasks that are loaded the sandbox in place of ``code_eval``."""
-    import evaluate
-
+    evaluate: Any = import_module("evaluate")
     load = evaluate.load
     evaluate.load = lambda path, *args, **options: (
         _CODE_EVAL if path == "code_eval" else load(path, *args, **options)
