@@ -12,12 +12,12 @@ from unittest import mock
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from start_memory import LiveTensors
+from tangora.experiments.run.estimate import LiveTensors
 from tangora.geometry.guess import guessing
 from tangora.optim import base, gathering, layerwise, stack
 
@@ -32,21 +32,6 @@ def meta_model(config: PretrainedConfig, rank: int, dtype: torch.dtype = torch.b
         model.config.use_cache = False
         adapted = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
     return adapted.train()  # pyright: ignore
-
-
-def materialize(model: nn.Module) -> None:
-    """Give a model's parameters and buffers fresh memory on the CPU: fake memory under `FakeTensorMode`."""
-    for module in model.modules():
-        for name, each in module._parameters.items():
-            if each is not None:
-                module._parameters[name] = nn.Parameter(_fresh(each), each.requires_grad)
-        for name, each in module._buffers.items():
-            if each is not None:
-                module._buffers[name] = _fresh(each)
-
-
-def _fresh(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
 
 
 def passes_peak(model: nn.Module, batch: tuple[int, int], *, checkpointing: bool = False) -> int:

@@ -142,15 +142,6 @@ def padded(rows: int, processes: int) -> int:
     return processes * -(-rows // processes)
 
 
-def nf4_bytes(weights: int) -> int:
-    """Return the bytes of a layer of so many weights in NF4 with double quantization.
-
-    Four bits each, one byte for every 64 of them, four for every 256 of those, and two tables.
-    """
-    blocks = -(-weights // 64)
-    return weights // 2 + blocks + FLOAT * -(-blocks // 256) + FLOAT * (16 + 256 + 1)
-
-
 def read_by_start(shapes: Iterable[Shape]) -> int:
     """Return the size of the products with gradients that ``initialize(model, "lora-ga")`` reads in its first pass."""
     size = 0

@@ -33,8 +33,8 @@ from record import (
     spread,
     target_records,
 )
-from start_memory import LiveTensors
 from tangora.curvature import Hessian
+from tangora.experiments.run.estimate import LiveTensors
 from tangora.training.models import load_model
 
 GRADIENT = "LoRA gradient"

@@ -18,8 +18,9 @@ import typer
 from formulas import FLOAT, STATES, state
 from optimizer_step import state_bytes
 from record import Target, environment, print_table, print_targets, save_record, target_records
-from start_memory import MB, LiveTensors, Settings, base_model, batches_for
+from start_memory import MB, Settings, base_model, batches_for
 from tangora.adapters import find_pairs
+from tangora.experiments.run.estimate import LiveTensors
 from tangora.recipes import recipe
 
 STEPS = 2

@@ -24,10 +24,11 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import formulas
-from fake_steps import fake_memory, materialize, meta_model, passes_peak, step_peak
+from fake_steps import fake_memory, meta_model, passes_peak, step_peak
 from formulas import FLOAT, HALF, STATES, Messages
 from record import environment, save_record
 from tangora import find_pairs
+from tangora.experiments.run.estimate import materialize, nf4_bytes
 from tangora.optim import gathering
 from tangora.recipes import recipe
 
@@ -70,7 +71,7 @@ def computed(config: PretrainedConfig, ranks: Sequence[int], processes: int) -> 
         "weights": sum(p.numel() for p in base),
         "adapted_layers": len(pairs),
         "bfloat16": HALF * sum(p.numel() for p in base),
-        "nf4": sum(map(formulas.nf4_bytes, adapted.values())) + HALF * others,
+        "nf4": sum(map(nf4_bytes, adapted.values())) + HALF * others,
         "largest_layer": HALF * max(adapted.values()),
         "block": HALF * sum(adapted.values()) // blocks,
         "outside_blocks": HALF * others,

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +24,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from record import Target, environment, print_table, print_targets, save_record, target_records
+from tangora.experiments.run.estimate import LiveTensors
 from tangora.init import initialize
 from tangora.training.models import load_model
 
@@ -160,34 +159,6 @@ CASES: dict[str, Callable[[Any, list[Batch], Settings], None]] = {
     START: start,
     PEFT: start_by_peft,
 }
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have made and that are still alive."""
-
-    def __init__(self, known: list[Tensor]):
-        super().__init__()
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def _count(self, storage: Any) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        weakref.finalize(storage, self._freed, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
 
 
 def resident(field: str) -> float:

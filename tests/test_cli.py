@@ -51,6 +51,62 @@ def test_compare_and_report(call, small, tmp_path):
     assert call("report", tmp_path / "out")[0] == 0
 
 
+@pytest.fixture
+def plan(small, tmp_path):
+    """A plan that cannot be run here, and its stand-in."""
+    shared = {"recipes": ["lora", "tangent"], "seeds": [0], "model": "someone/large", "data": "someone/data"}
+    paper = {"source": "a paper", "results": {"one": {"lora": 12.5, "tangent": 77.25}}, "notes": "of old"}
+    tiny = small | {"kind": None, "steps": 2, "batch_size": 4, "learning_rates": [1e-3], "recipes": ["lora"]}
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps(shared | {"tasks": {"one": {"kind": "causal"}}, "paper": paper, "tiny": tiny}))
+    return path
+
+
+def test_a_dry_run_prints_and_touches_nothing(call, plan, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call("compare", plan, "--dry-run", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert sorted(tmp_path.rglob("*")) == before
+    for shown in ("someone/large", "someone/data", "12.5", "77.25", "a paper", "unknown"):
+        assert shown in " ".join(out.split())
+    code, out, err = call("compare", plan, "--tiny", "--dry-run", "--output", tmp_path / "o")
+    assert code == 0, err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not any(shown in out for shown in ("someone/large", "12.5", "unknown", "tangent"))
+
+
+def test_a_stand_in_runs_without_published_results(call, plan, tmp_path):
+    code, out, err = call("compare", plan, "--tiny", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert "lora" in out
+    comparison = json.loads((tmp_path / "out" / "one" / "comparison.json").read_text())
+    assert (comparison["paper"], comparison["settings"]["steps"]) == (None, 2)
+    assert "77.25" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_published_results_are_kept_with_a_comparison(call, small, plan, tmp_path):
+    values = small | {"paper": json.loads(plan.read_text())["paper"], "recipes": ["lora"], "seeds": [0]}
+    plan.write_text(json.dumps(values | {"steps": 2, "batch_size": 4, "learning_rates": [1e-3]}))
+    code, _, err = call("compare", plan, "--output", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["paper"]["results"] == {
+        "one": {"lora": 12.5, "tangent": 77.25}
+    }
+    assert "paper" not in json.loads((tmp_path / "out" / "settings.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "77.25" in page
+    (tmp_path / "out" / "report.html").unlink()
+    assert call("report", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "report.html").read_text() == page
+
+
+def test_a_stand_in_that_is_not_there_is_one_line(call, tmp_path):
+    code, _, err = call("compare", "--recipes", "lora", "--tiny", "--output", tmp_path / "out")
+    assert code == 2
+    assert "tiny needs a block" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_curvature_of_a_run_and_report(call, small, tmp_path, monkeypatch):
     # pictures take most of the time
     monkeypatch.setattr(
@@ -202,7 +258,8 @@ def test_help_has_an_example_and_fits(call, monkeypatch, command):
 def test_every_setting_has_one_flag_under_one_heading(call, monkeypatch, command):
     _, panels = help_of(call, monkeypatch, command)
     shown = [flag for flags in panels.values() for flag in flags]
-    fields = FLAGS[command].model_fields.keys() - {"source"}
+    known = FLAGS[command].model_fields
+    fields = {key for key in known if not known[key].exclude} - {"source"}
     assert sorted({f"--{key.replace('_', '-')}" for key in fields}) == sorted(
         set(shown) & {f"--{key.replace('_', '-')}" for key in fields}
     )

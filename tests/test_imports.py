@@ -112,6 +112,7 @@ QUICK = {
     "unknown recipes": (2, ["compare", "--recipes", "lora,lorra", "--output", "out"]),
     "bad rates": (2, ["compare", "--recipes", "lora", "--learning-rates", "1e-3,fast", "--output", "out"]),
     "unknown preset": (2, ["compare", "--preset", "quick", "--output", "out"]),
+    "no stand-in": (2, ["compare", "--recipes", "lora", "--tiny", "--output", "out"]),
     "missing plan": (2, ["compare", "nowhere.yaml", "--output", "out"]),
     "missing config": (2, ["train", "--config", "nowhere.yaml", "--output", "out"]),
     "missing rank plan": (2, ["train", "--rank-plan", "nowhere.json", "--output", "out"]),

@@ -14,7 +14,7 @@ from tangora.experiments.folders import claimed
 from tangora.experiments.provenance import provenance
 from tangora.experiments.settings_files import PRESETS, preset
 from tangora.report import load_comparison, summarize
-from tangora.training.data import load_task
+from tangora.training.data import is_hub_data, load_task
 from tangora.training.models import PACKAGED_MODELS
 from tests.experiments.small import write_classifier, write_generator
 
@@ -189,18 +189,43 @@ def test_the_report_can_be_written_again(done, tmp_path):
     assert write_report(loaded, ComparisonFolder(tmp_path)).exists()
 
 
+def tasks_of(name, *, tiny=False):
+    plan = read_plan(preset(name), tiny=tiny)
+    return list(plan.tasks.values()) if isinstance(plan, PlanSettings) else [plan]
+
+
+STAND_INS = [name for name in PRESETS if "tiny" in preset(name)]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name):
-    plan = read_plan(preset(name))
-    for task in plan.tasks.values() if isinstance(plan, PlanSettings) else [plan]:
+    for task in tasks_of(name):
         assert set(task.learning_rates) <= set(task.recipes)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("paper-")])
+def test_presets_of_papers_have_published_numbers_and_a_stand_in_of_all_recipes(name):
+    stand_ins = tasks_of(name, tiny=True)
+    for task in tasks_of(name):
+        assert task.paper is not None
+        assert all(0 < number < 100 for column in task.paper.results.values() for number in column.values())
+        assert {*task.recipes} & {*next(iter(task.paper.results.values()))}
+    assert stand_ins[0].recipes == tasks_of(name)[0].recipes
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_stand_ins_need_no_hub(name):
+    for task in tasks_of(name, tiny=True):
+        assert task.model in MODELS
+        assert not is_hub_data(task.data)
+        assert task.test_data is None
+        assert task.paper is None
 
 
 def test_the_generated_data_of_presets_exists():
     pytest.importorskip("reasoning_gym")
     for name in PRESETS:
-        plan = read_plan(preset(name))
-        for task in plan.tasks.values() if isinstance(plan, PlanSettings) else [plan]:
+        for task in [*tasks_of(name), *(tasks_of(name, tiny=True) if name in STAND_INS else ())]:
             if task.data.startswith("reasoning-gym:"):
                 assert len(load_task(task.data, num_train=2, num_validation=2, num_test=2).test) == 2
 

@@ -2,15 +2,13 @@
 
 import json
 import random
-from importlib.resources import files
 
 import pytest
 import torch
-import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tangora.experiments.comparison.plan import CompareSettings, PlanSettings, read_plan
+from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_run_task
 from tangora.experiments.settings_files import preset
@@ -190,10 +188,8 @@ def test_commonsense(commonsense, tmp_path, name):
 @pytest.mark.parametrize("name", ["paper-code", "paper-commonsense"])
 def test_stand_ins_need_no_hub(name):
     pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
-    values = yaml.safe_load(files("tangora.experiments").joinpath("presets", f"{name}.yaml").read_text())
-    tiny = values.pop("tiny")
-    values.pop("paper", None)
-    plan = read_plan(CompareSettings.overridden(values, tiny))
+    plan = read_plan(preset(name), tiny=True)
+    assert not isinstance(plan, PlanSettings)
     task = load_run_task(plan)
     assert len(task.test) == plan.num_test
     loaded = load_benchmarks(plan.benchmarks)

@@ -1,5 +1,6 @@
 """Which runs a comparison calls for, as a function of those that have ended."""
 
+import copy
 import math
 
 import pytest
@@ -202,3 +203,76 @@ def test_bad_plans_are_named():
         chosen_tasks(plan, "b")
     with pytest.raises(InputError, match="tasks chooses from a plan with several"):
         chosen_tasks(settings(), "a")
+
+
+PUBLISHED = {"source": "a paper", "results": {"one": {"lora": 80.1}, "Second": {"lora": 70.0, "full": 71}}}
+PLAN = {
+    "title": "two",
+    "recipes": ["lora"],
+    "text_column": "text",
+    "tasks": {"one": {"steps": 7}, "two": {"title": "second"}},
+    "paper": PUBLISHED,
+}
+
+
+def papers(plan):
+    assert isinstance(plan, PlanSettings)
+    return {name: task.paper and task.paper.results for name, task in plan.tasks.items()}
+
+
+def test_published_results_go_to_the_tasks_they_name_and_are_no_setting():
+    plan = read_plan(PLAN)
+    assert papers(plan) == {"one": {"one": {"lora": 80.1}}, "two": {"Second": {"lora": 70.0, "full": 71.0}}}
+    assert papers(chosen_tasks(plan, "two")) == {"two": {"Second": {"lora": 70.0, "full": 71.0}}}
+    alone = read_plan({"recipes": ["lora"], "paper": PUBLISHED | {"notes": "of another year"}})
+    assert isinstance(alone, CompareSettings)
+    assert alone.paper is not None
+    assert (alone.paper.notes, [*alone.paper.results]) == (["of another year"], ["one", "Second"])
+    assert "paper" not in alone.model_dump()
+
+
+def test_a_stand_in_takes_the_place_of_what_it_names():
+    plan = read_plan(PLAN | {"tiny": {"max_steps": 2, "text_column": None}}, {"rank": 3}, tiny=True)
+    assert isinstance(plan, PlanSettings)
+    assert [(t.steps, t.text_column, t.rank, t.paper) for t in plan.tasks.values()] == [
+        (2, None, 3, None)
+    ] * 2
+    assert plan.title == "two (stand-in)"
+    tasks = {"small": {"data": "digits", "title": "small"}}
+    other = read_plan(PLAN | {"tiny": {"title": "tiny", "tasks": tasks, "steps": 3}}, tiny=True)
+    assert isinstance(other, PlanSettings)
+    assert [(name, t.data, t.steps, t.text_column) for name, t in other.tasks.items()] == [
+        ("small", "digits", 3, "text")
+    ]
+    assert other.title == "tiny"
+    assert isinstance(read_plan(PLAN | {"tiny": {"tasks": None}}, tiny=True), CompareSettings)
+    assert read_plan(PLAN | {"tiny": {"rank": 2}}) == read_plan(PLAN)
+
+
+def test_a_stand_in_does_not_change_the_plan():
+    plan = PLAN | {"tiny": {"steps": 2, "tasks": None}}
+    before = copy.deepcopy(plan)
+    read_plan(plan, tiny=True)
+    assert plan == before
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tiny": None}, r"plan\.yaml: tiny needs a block `tiny`"),
+        ({"tiny": [1]}, r"plan\.yaml: tiny must be settings by name, .*; got \[1\]"),
+        ({"tiny": {"paper": {}}}, "without `tiny` and `paper`"),
+        ({"tiny": {"stepz": 2}}, r"plan\.yaml: one: unknown key 'stepz' \(did you mean steps\?\)"),
+        ({"paper": {"source": "x"}}, r"plan\.yaml: paper: results must be given"),
+        ({"paper": PUBLISHED | {"sorce": "x"}}, r"plan\.yaml: paper: unknown key 'sorce' .*source"),
+        (
+            {"paper": PUBLISHED | {"results": {"three": {"lora": 1}}}},
+            r"plan\.yaml: paper: .*\(one, two\); got 'three'",
+        ),
+        ({"paper": PUBLISHED | {"results": {"two": {}, "second": {}}}}, "two columns for task two"),
+    ],
+)
+def test_bad_blocks_are_named(changed, message):
+    with pytest.raises(InputError, match=message):
+        read_plan(PLAN | changed, source="plan.yaml", tiny="tiny" in changed)

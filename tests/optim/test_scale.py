@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import formulas
 import scale
-from fake_steps import fake_memory, materialize, meta_model, passes_peak, step_peak
+from fake_steps import fake_memory, meta_model, passes_peak, step_peak
 from record import rounded
-from start_memory import LiveTensors
 from tangora import find_pairs, initialize, recipe
+from tangora.experiments.run.estimate import LiveTensors, materialize, nf4_bytes
 from tangora.optim import gathering, layerwise
 from tangora.probes import GradientProbe
 from tangora.recipes import recipes
@@ -137,7 +137,7 @@ def test_nf4_layers_take_the_bytes_of_the_formula():
         of_blocks = weight.quant_state
         kept = [weight, of_blocks.absmax, of_blocks.code, of_blocks.offset]
         kept += [of_blocks.state2.absmax, of_blocks.state2.code]
-        assert sum(each.numel() * each.element_size() for each in kept) == formulas.nf4_bytes(256 * rows)
+        assert sum(each.numel() * each.element_size() for each in kept) == nf4_bytes(256 * rows)
 
 
 def test_lora_ga_reads_what_the_formula_says(monkeypatch):

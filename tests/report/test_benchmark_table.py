@@ -14,7 +14,8 @@ from tangora.report.comparison.benchmark_table import (
     write_benchmarks,
 )
 from tangora.report.comparison.comparison_page import render_page
-from tangora.report.run_records import Benchmark, Record
+from tangora.report.comparison.published import published_section
+from tangora.report.run_records import Benchmark, Published, Record
 from tangora.report.statistics.intervals import estimate, holm
 from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import make_comparison, make_record
@@ -160,6 +161,22 @@ def test_programs_that_were_not_run_have_no_score(tmp_path):
     write_benchmarks(judge(comparison), tmp_path / "benchmarks.csv")
     assert not (tmp_path / "benchmarks.csv").exists()
     assert "humaneval" in render_page(comparison)
+
+
+def test_published_numbers_stand_beside_the_benchmark_of_that_name():
+    paper = Published(source="a paper", results={"BoolQ": {"lora": 61.5}, "loss": {"lora": 0.3}})
+
+    def column(comparison, header):
+        section = published_section([comparison.model_copy(update={"paper": paper})])
+        index = list(section.table.headers).index(header)
+        return [row[index].value for row in section.table.rows]
+
+    measured = compared().model_copy(update={"settings": {"benchmarks": ["boolq", "piqa_"]}})
+    assert column(measured, "BoolQ, here") == [pytest.approx(100 * table("lora", "boolq").mean())]
+    unjudged = compared(lambda recipe, seed: {"boolq": scored([0.0] * 5, metric=None, scores=None)})
+    assert column(unjudged.model_copy(update={"settings": {"benchmarks": ["boolq"]}}), "BoolQ, here") == [
+        None
+    ]
 
 
 def test_no_benchmarks_no_section():

@@ -8,6 +8,7 @@ import pytest
 from tangora._checks import InputError
 from tangora._names import MODELS
 from tangora.report import (
+    Published,
     TimeSplit,
     formats,
     recommendation,
@@ -19,6 +20,7 @@ from tangora.report import (
 )
 from tangora.report.comparison.costs import busy_sentences
 from tangora.report.comparison.learning_rates import rate_verdict, robustness
+from tangora.report.comparison.published import published_section
 from tangora.report.comparison.speed import speed_verdict, speeds
 from tangora.report.layout import packed_plotly
 from tangora.report.run_records import Forgetting, MachineLoad
@@ -273,3 +275,42 @@ def test_nothing_is_written_without_records(tmp_path):
     with pytest.raises(InputError):
         write_page(make_comparison([]), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+PAPER = {
+    "source": "arXiv:0000.00000, table 1",
+    "results": {"MRPC": {"lora": 68.38, "lora-pro": 86.6, "adalora": 68.14}, "average": {"lora": 82.08}},
+    "notes": ["One learning rate for all."],
+}
+
+
+def test_published_results_stand_beside_ours_and_change_nothing_else(text):
+    comparison = realistic().model_copy(update={"paper": Published(**PAPER)})
+    written = render_page(comparison)
+    page, before = Page(written), Page(text)
+    header, *lines = page.tables["published-table"]
+    assert header == ["recipe", "MRPC, published", "MRPC, here", "average, published"]
+    ours = {row.recipe: f"{100 * row.test:.4g}" for row in realistic_rows() if row.test is not None}
+    assert lines == [
+        ["lora", "68.38", ours["lora"], "82.08"],
+        ["lora-pro", "86.6", ours["lora-pro"], formats.MISSING],
+        ["adalora", "68.14", formats.MISSING, formats.MISSING],
+    ]
+    for said in (PAPER["source"], *PAPER["notes"], "another setting"):
+        assert said in written
+    assert {name: table for name, table in page.tables.items() if name != "published-table"} == before.tables
+    assert verdict(judge(comparison).rows) == verdict(realistic_rows())
+    assert "published-table" not in before.tables
+
+
+def test_published_losses_are_not_in_percent():
+    comparison = realistic().model_copy(
+        update={"paper": Published(source="x", results={"GSM8K": {"lora": 0.5}}), "metric": "loss"}
+    )
+    (section,) = [published_section([comparison])]
+    assert section is not None
+    assert section.table is not None
+    (row,) = section.table.rows
+    losses = {each.recipe: each.test for each in judge(comparison).rows}
+    assert row[2].value == losses["lora"]
+    assert published_section([realistic()]) is None

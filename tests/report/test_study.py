@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tangora._checks import InputError
-from tangora.report import formats, load_study, summarize, write_study
+from tangora.report import Published, formats, load_study, summarize, write_study
 from tangora.report.comparison.differences import differences_figure
 from tangora.report.comparison.study import tasks_verdict
 from tangora.report.drawing.pictures import draw_picture
@@ -203,3 +203,20 @@ def test_one_recipe_far_off_does_not_hide_the_others(tmp_path):
 def test_without_a_baseline_nothing_is_drawn(tmp_path):
     study = {"a": make_comparison([make_record("tangent", seed=s) for s in range(2)])}
     assert len(write_study(study, tmp_path / "report.html", "One", "").read_text()) < 100_000
+
+
+def test_published_results_of_all_tasks_are_one_table(tmp_path):
+    def with_paper(title, column):
+        results = {column: {"lora": 81.5, "tangent": 79}}
+        return task(title, 0.81).model_copy(update={"paper": Published(source="a paper", results=results)})
+
+    tasks = {"one": with_paper("One", "One"), "two": with_paper("Two", "Two"), "three": task("Three", 0.8)}
+    page = Page(write_study(tasks, tmp_path / "report.html", "study", "").read_text())
+    header, *lines = page.tables["published-table"]
+    assert header == ["recipe", "One, published", "One, here", "Two, published", "Two, here"]
+    assert lines == [["lora", "81.5", "80.1", "81.5", "80.1"], ["tangent", "79", "81.1", "79", "81.1"]]
+    same = {"one": with_paper("One", "x"), "two": with_paper("Two", "x")}
+    again = Page(write_study(same, tmp_path / "same.html", "study", "").read_text()).tables["published-table"]
+    assert again[0] == ["recipe", "x, published", "x, here", "Two: x, published", "Two: x, here"]
+    none = Page(write_study({"three": task("Three", 0.8)}, tmp_path / "none.html", "study", "").read_text())
+    assert "published-table" not in none.tables

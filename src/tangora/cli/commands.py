@@ -87,6 +87,24 @@ def compare_command(
         str | None,
         option("Model and data", "<list>", "Tasks of the plan to run, separated by commas. Default: all."),
     ] = None,
+    tiny: Annotated[
+        bool,
+        option(
+            "Model and data",
+            "",
+            "Run the stand-in of the preset or plan (its block `tiny`): models and data that end in minutes.",
+            "--tiny",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        option(
+            RESOURCES,
+            "",
+            "Print what would run and how much memory it would need; run, download and write nothing.",
+            "--dry-run",
+        ),
+    ] = False,
     **values: Any,
 ) -> None:
     r"""Compare methods, each with its own learning-rate sweep and several seeds; writes report.html.
@@ -106,10 +124,16 @@ def compare_command(
     source = plan or config
     base = preset(preset_name) if preset_name else {}
     given = CompareSettings.overridden(base, read_yaml(source) if source is not None else {})
-    planned = read_plan(given, given_for(CompareSettings, values), str(source or ""))
+    planned = read_plan(given, given_for(CompareSettings, values), str(source or ""), tiny=tiny)
     settings = chosen_tasks(planned, tasks)
     resources = from_flags(Resources, values)
     check_paths(*(settings.tasks.values() if isinstance(settings, PlanSettings) else [settings]))
+    if dry_run:
+        from tangora.cli.forecasts import print_forecasts
+        from tangora.experiments.forecast import forecast
+
+        print_forecasts(forecast(settings))
+        return
     from tangora.cli.results import print_outcome, print_tasks
     from tangora.experiments.compare import compare, compare_tasks
 

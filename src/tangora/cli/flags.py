@@ -144,8 +144,10 @@ def _place(annotation: Any) -> int:
 def _flags(settings: type[Settings]) -> dict[str, Any]:
     """Return the annotation of a parameter for each setting, and for each of their other names."""
     parent: Any = settings.__base__
-    fields = settings.model_fields
     panels, panel = {}, None
+    fields = {
+        key: field for key, field in settings.model_fields.items() if not field.exclude
+    }  # only in files
     for key in fields:
         panel = settings.groups.get(key, panel)
         panels[key] = panel

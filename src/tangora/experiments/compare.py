@@ -31,6 +31,7 @@ from tangora.experiments.run.saving import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
 from tangora.report import (
     Comparison,
+    Published,
     Recommendation,
     Record,
     load_record,
@@ -281,6 +282,7 @@ class _Runner:
             records=records,
             missing=missing,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            paper=settings.paper and Published(**settings.paper.model_dump()),
         )
         save_json(comparison.model_copy(update={"records": []}), folder.comparison)
         if not records:

@@ -242,6 +242,16 @@ class Record(Recorded):
         return ([points] if points else []) if isinstance(points, dict) else points
 
 
+class Published(FrozenModel):
+    """What a paper prints for the methods of a comparison."""
+
+    source: str = Field(description="Which paper, table and setting.")
+    results: dict[str, dict[str, float]] = Field(
+        description="As printed, by the table's column and by recipe; the first column is what the runs measure."
+    )
+    notes: list[str] = Field(default_factory=list, description="What else a reader must know.")
+
+
 class Comparison(FrozenModel):
     """Several recipes on one task, each with its own learning-rate sweep."""
 
@@ -256,6 +266,9 @@ class Comparison(FrozenModel):
         default_factory=list, description="Runs that were planned and have not been made: time ran out."
     )
     created: IsoTime = Field(description="When the comparison was started, ISO 8601.")
+    paper: Published | None = Field(
+        default=None, description="Published results to be shown; no statistic has them."
+    )
 
     @model_validator(mode="after")
     def _check_records_differ(self) -> "Comparison":

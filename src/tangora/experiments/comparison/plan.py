@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, shown
 from tangora._names import Kind
+from tangora.experiments.comparison.paper import Paper, by_task
 from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
 from tangora.experiments.values import Seed, Settings, separated, validated
 from tangora.recipes import recipe
@@ -80,6 +81,11 @@ class CompareSettings(TaskSettings):
     title: str | None = Field(
         default=None, description="Heading of the report; default: recipes, data and model."
     )
+    paper: Paper | None = Field(
+        default=None,
+        exclude=True,  # belongs to the report, and changes nothing of what is run
+        description="Published results, shown beside these; only in a plan.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +101,11 @@ class CompareSettings(TaskSettings):
             grid = _listed("learning_rates", rates, float)
             values["learning_rates"] = dict.fromkeys(values.get("recipes", ()), grid)
         return values
+
+    @field_validator("paper", mode="before")
+    @classmethod
+    def _published(cls, paper: Any) -> Any:
+        return validated(Paper, paper, "paper") if isinstance(paper, dict) else paper
 
     @field_validator("recipes")
     @classmethod
@@ -221,16 +232,28 @@ class PlanSettings(Settings):
 
 
 def read_plan(
-    values: Mapping[str, Any], flags: Mapping[str, Any] | None = None, source: str = ""
+    values: Mapping[str, Any],
+    flags: Mapping[str, Any] | None = None,
+    source: str = "",
+    *,
+    tiny: bool = False,
 ) -> CompareSettings | PlanSettings:
-    """Make the settings of one comparison, or of several where there are ``tasks``."""
+    """Make the settings of one comparison, or of several where there are ``tasks``.
+
+    Args:
+        values: The plan. Its block ``tiny`` is for the same plan as a stand-in, its block ``paper`` for the report.
+        flags: Settings that override those of the plan, in every task.
+        source: Name of the plan's file, for errors.
+        tiny: Whether to read the plan's stand-in.
+    """
+    values = stand_in(values, source) if tiny else _without(values, "tiny")
     flags, tasks = dict(flags or {}), values.get("tasks")
     if "tasks" not in values:
         return validated(CompareSettings, CompareSettings.overridden(values, flags), source)
-    if not isinstance(tasks, dict) or not all(isinstance(own, dict) for own in tasks.values()):
-        raise InputError(f"{f'{source}: ' if source else ''}tasks must be settings by name; got {tasks!r}")
+    _check_tasks(tasks, source)
+    assert isinstance(tasks, dict)
     titles = {"title": title} if (title := flags.pop("title", values.get("title"))) else {}
-    shared = {key: value for key, value in values.items() if key not in ("tasks", "title")}
+    shared = _without(values, "tasks", "title", "paper")
     made = {
         str(name): validated(
             CompareSettings,
@@ -239,7 +262,56 @@ def read_plan(
         )
         for name, own in tasks.items()
     }
+    if (paper := values.get("paper")) is not None:
+        paper = validated(Paper, paper, f"{source}: paper".lstrip(": "))
+        columns = by_task(paper, {name: task.heading for name, task in made.items()}, source)
+        made = {
+            name: task.model_copy(update={"paper": columns.get(name, task.paper)})
+            for name, task in made.items()
+        }
     return validated(PlanSettings, {"tasks": made} | titles, source)
+
+
+def stand_in(values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """Return a plan with its block ``tiny`` over it: the same on models and data with which it ends in minutes.
+
+    Tasks of the block take the place of the plan's; without any, its settings override those of all tasks. A setting
+    that is null is as by default. Published results are left out, since nothing here can be compared with them.
+    """
+    place = f"{source}: " if source else ""
+    block = values.get("tiny")
+    if block is None:
+        raise InputError(
+            f"{place}tiny needs a block `tiny` with the settings that replace others; there is none"
+        )
+    if not isinstance(block, dict) or {"tiny", "paper"} & block.keys():
+        raise InputError(
+            f"{place}tiny must be settings by name, without `tiny` and `paper`; got {shown(block)}"
+        )
+    plan, tasks = _without(values, "tiny", "paper"), block.get("tasks")
+    if "title" in plan:
+        plan["title"] = f"{plan['title']} (stand-in)"
+    if "tasks" not in block and "tasks" in plan:
+        _check_tasks(plan["tasks"], source)
+        own = _without(block, "title")
+        tasks = {
+            name: _given(CompareSettings.overridden(_without(task, "paper"), own))
+            for name, task in plan["tasks"].items()
+        }
+    return _given(CompareSettings.overridden(plan, block) | {"tasks": tasks})
+
+
+def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _check_tasks(tasks: Any, source: str) -> None:
+    if not isinstance(tasks, dict) or not all(isinstance(own, dict) for own in tasks.values()):
+        raise InputError(f"{f'{source}: ' if source else ''}tasks must be settings by name; got {tasks!r}")
 
 
 def chosen_tasks(

@@ -10,6 +10,7 @@ from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
 from tangora.report.comparison.end_points import flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
+from tangora.report.comparison.published import published_section
 from tangora.report.comparison.recommendation import recommend, recommendation_sentence
 from tangora.report.comparison.results_table import results_section
 from tangora.report.comparison.runs_table import runs_section, trouble_section
@@ -44,6 +45,7 @@ def render_page(comparison: Comparison) -> str:
         [
             results_section(judged),
             benchmarks_section(judged),
+            published_section([comparison]),
             costs_section(judged),
             *curve_sections(judged),
             sweep_section(judged),

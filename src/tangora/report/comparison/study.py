@@ -12,6 +12,7 @@ from tangora.report import formats
 from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
 from tangora.report.comparison.differences import differences_section, save_differences
+from tangora.report.comparison.published import published_section
 from tangora.report.comparison.results_table import flat_row
 from tangora.report.drawing.panels import recipe_styles
 from tangora.report.layout import Repeat, Section, render
@@ -94,7 +95,7 @@ def _page(comparisons: Mapping[str, Comparison], found: TaskMatrix, title: str, 
         ["tangora comparisons", f"{len(comparisons)} tasks", f"{len(styles)} recipes", f"{num_runs} runs"],
         max((comparison.created for comparison in comparisons.values()), default=""),
         tasks_verdict(found),
-        [*(sections if found.tasks else []), tasks],
+        [*(sections if found.tasks else []), published_section([*comparisons.values()]), tasks],
         Repeat(command, {}) if command else None,
         heading="Verdict",
         styles=styles,

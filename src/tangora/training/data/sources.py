@@ -38,6 +38,16 @@ def read_data(spec: str) -> RawData:
     return _read_hub(spec)
 
 
+def is_hub_data(spec: str) -> bool:
+    """Tell whether a data set is neither built in nor generated, nor a file or folder."""
+    return (
+        spec not in BUILT_IN_DATA
+        and not spec.startswith(PREFIX)
+        and not is_data_path(spec)
+        and not local_path(spec)
+    )
+
+
 def _allowed() -> str:
     return (
         f"use {', '.join(BUILT_IN_DATA)}, {PREFIX}<dataset>, a "

@@ -42,7 +42,7 @@ PACKAGED_MODELS: dict[str, PackagedFiles] = {
 
 _ALLOWED = f"use a packaged model ({', '.join(PACKAGED_MODELS)}), a local folder, a .gguf file or a hub name"
 
-_AUTO: dict[str, Any] = {
+AUTO_MODELS: dict[str, Any] = {
     "causal": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
     "images": transformers.AutoModelForImageClassification,
@@ -124,7 +124,7 @@ def load_model(
         torch.default_generator.manual_seed(seed)
         scaler = _load_scaler(source, kind)
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
-        auto = _AUTO["images" if scaler is not None else kind]
+        auto = AUTO_MODELS["images" if scaler is not None else kind]
         model, new = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
         if shards > 1 and new:
             _draw_whole(model, auto, new, seed)

@@ -63,6 +63,12 @@ def _make(folder: Path) -> None:
     SCALER.save_pretrained(folder)
 
 
+def vit_config(num_labels: int, width: int = 64, depth: int = 4) -> ViTConfig:
+    """Return the configuration of ``vit-digits``, or of a model of another size."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
+    return ViTConfig.from_dict(_ARCHITECTURE | sizes | {"num_labels": num_labels})
+
+
 def _adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=_LEARNING_RATE)
 
@@ -81,8 +87,7 @@ def pretrain(
     Patches of 2 x 2 pixels and 4 heads, 136 thousand weights at width 64 and depth 4; one cycle of the learning rate.
     On one thread, so that the same processor finds the same weights.
     """
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
-    config = ViTConfig.from_dict(_ARCHITECTURE | sizes | {"num_labels": int(labels.max()) + 1})
+    config = vit_config(int(labels.max()) + 1, width, depth)
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = ViTForImageClassification(config).train()
