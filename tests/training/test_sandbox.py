@@ -173,7 +173,7 @@ def test_no_program_passes_without_its_tests(name, outside):
 def test_no_program_takes_more_than_its_share(name, outside):
     if name == "many files" and not sandbox._launcher().paths:
         pytest.skip("bubblewrap limits the size of a folder, not the number of files in it")
-    verdict = run(LARGE[name], outside, memory_mib=256, seconds=30)
+    verdict = run(LARGE[name], outside, memory_mib=128, seconds=30)
     assert not verdict.passed
     assert verdict.reason != "timed out"
 
@@ -208,6 +208,16 @@ def test_a_process_that_is_left_is_killed_and_changes_no_verdict(outside):
         time.sleep(100)
     """
     assert run(textwrap.dedent(left), outside).passed
+
+
+@isolated
+def test_a_strict_umask_changes_nothing():
+    before = os.umask(0o077)
+    try:
+        assert run_program(GOOD).passed
+        assert run_program(WELCOME["standard library"]).passed
+    finally:
+        os.umask(before)
 
 
 @isolated

@@ -55,22 +55,20 @@ def _build_root(paths: list[str], devices: list[str], room: str) -> None:
         os.makedirs(os.path.dirname("/new" + path), exist_ok=True)
         if os.path.islink("/old" + path):
             os.symlink(os.readlink("/old" + path), "/new" + path)
-        elif os.path.isdir("/old" + path):
+            continue
+        if os.path.isdir("/old" + path):
             os.makedirs("/new" + path, exist_ok=True)
-            _mount("/old" + path, "/new" + path, flags=_BIND)
         else:
             os.close(os.open("/new" + path, os.O_CREAT))
-            _mount("/old" + path, "/new" + path, flags=_BIND)
-    everything = (ctypes.c_uint64 * 4)(
-        _READ_ONLY | _NO_SETUID
-    )  # attributes to set, to clear, propagation, namespace
+        _mount("/old" + path, "/new" + path, flags=_BIND)
+    # attributes to set, to clear, propagation, namespace
+    everything = (ctypes.c_uint64 * 4)(_READ_ONLY | _NO_SETUID)
     size = ctypes.c_size_t(ctypes.sizeof(everything))
     _call("syscall", _MOUNT_SETATTR, _AT_FDCWD, b"/new", _AT_RECURSIVE, ctypes.byref(everything), size)
     _mount("tmpfs", "/new/tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, room)
     _call("umount2", b"/old", _DETACH)
-    os.chroot(
-        "/new"
-    )  # not the root of the namespace: there the kernel creates no user namespace, which has all rights
+    # outside the root of its mount namespace, no process may create a user namespace, in which it would have all rights
+    os.chroot("/new")
 
 
 def _give_up_rights(uid: int | None) -> None:
@@ -135,6 +133,7 @@ def main() -> None:
     """Do what standard input asks for, and answer on standard output: a line before the program, and a verdict."""
     if os.getpid() != 1:  # before anything is mounted or run
         raise OSError("the process is in no namespace of its own")
+    os.umask(0o022)  # the program is another user than the one that makes its folders
     os.setsid()  # what started this process is no longer in its group, which the program can signal
     answer = os.dup(1)
     asked = json.load(sys.stdin)
