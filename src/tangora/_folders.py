@@ -58,6 +58,8 @@ class ComparisonFolder(OutputFolder):
     picture = _In("picture.png")
     summary = _In("summary.csv")
     benchmarks = _In("benchmarks.csv")
+    measured = _In("through-training.csv")  # what was measured on the way of the runs behind the results
+    measured_picture = _In("through-training.png")
 
     @property
     def tasks(self) -> list["ComparisonFolder"]:

@@ -103,12 +103,16 @@ def test_forgetting_is_shown_when_it_was_measured():
 
 
 def test_what_was_measured_on_the_way_is_drawn():
-    points = [{"step": 0, "captured_energy": 0.1}, {"step": 4, "captured_energy": 0.5}]
+    points = [
+        {"step": 0, "captured_energy": 0.1, "effective_rank": 1.0},
+        {"step": 4, "captured_energy": 0.5, "effective_rank": 2.5},
+    ]
     page = Page(
         render_page(make_comparison([make_record(seed=seed, trajectory=points) for seed in range(2)]))
     )
     figures = {attrs["id"]: attrs for _, attrs in page.tags if attrs.get("class") == "plot"}
-    assert "0.5" in figures["alignment-captured_energy"]["aria-label"]
+    assert "0.5" in figures["through-training-captured_energy"]["aria-label"]
+    assert "2.5" in figures["alignment-effective_rank"]["aria-label"]
     assert "alignment-cosine" not in figures
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 import tangora
 from tangora import InputError
 from tangora.adapters import find_pairs
-from tangora.diagnostics.gradient_reading import gradient_views
+from tangora.diagnostics.gradient_views import gradient_views
 from tangora.training.callbacks import DivergedError
 from tangora.training.curvature import CurvatureCallback, CurvaturePoint, curvature_point, read_curvature
 from tangora.training.data import collator, encode

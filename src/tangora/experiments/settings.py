@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tangora._checks import InputError, check_installed
 from tangora._names import Kind, Tracker
+from tangora.experiments.benchmark_settings import BenchmarkSettings
 from tangora.experiments.values import (
     Device,
     Seed,
@@ -84,10 +85,11 @@ class DataSettings(Settings):
         return self.device in (None, "cuda")
 
 
-class TaskSettings(DataSettings, ModelSettings):
+class TaskSettings(DataSettings, ModelSettings, BenchmarkSettings):
     """Model, data and training budget: what all methods of a comparison share."""
 
     groups: ClassVar[Mapping[str, str]] = {
+        "benchmarks": "Evaluation",
         "model": "Model and data",
         "device": "Output and resources",
         "test_data": "Model and data",
@@ -182,22 +184,6 @@ class TaskSettings(DataSettings, ModelSettings):
         default=False,
         description="Measure the loss on unrelated text before and after training (causal models).",
     )
-    benchmarks: Annotated[list[str] | None, Separated] = Field(
-        default=None,
-        min_length=1,
-        description="Tasks of lm-eval, evaluated after training, separated by commas (causal models; needs lm-eval).",
-    )
-    benchmark_limit: int | None = Field(
-        default=None, ge=1, description="Examples of each benchmark. Default: all."
-    )
-    benchmark_path: str | None = Field(
-        default=None, description="Folder with further tasks for lm-eval, as YAML files (include_path)."
-    )
-    execute_code: bool = Field(
-        default=False,
-        description="Run the programs generated for code benchmarks, in a sandbox, and count those that pass. Default: "
-        "programs are only written to files.",
-    )
     evaluate_every: int | None = Field(
         default=None,
         ge=1,
@@ -206,7 +192,7 @@ class TaskSettings(DataSettings, ModelSettings):
     measure_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full. Default: none.",
+        description="Steps between measured points of the trajectory. Default: none.",
     )
     measure_gradient: int | None = Field(
         None, ge=1, description="Training examples for the gradient at every measured step."
@@ -215,6 +201,12 @@ class TaskSettings(DataSettings, ModelSettings):
         None,
         ge=1,
         description="Steps between measurements of the Hessian (largest eigenvalue, trace). Default: none.",
+    )
+    curvature_spaces: Annotated[list[Literal["weights", "tangent", "factors"]] | None, Separated] = Field(
+        default=None,
+        min_length=1,
+        description="Spaces of the Hessian during training, separated by commas: weights, tangent, factors. Default: "
+        "tangent,factors. Without an adapter: always weights.",
     )
     curvature: bool | None = Field(
         default=None,
@@ -227,8 +219,8 @@ class TaskSettings(DataSettings, ModelSettings):
     )
     curvature_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers whose weights the final Hessian covers, such as *.layers.29.*. "
-        "Default: all adapted layers.",
+        description="Pattern of the layers that the Hessian covers, at the end over weights only, such as "
+        "*.layers.29.*. Default: all adapted layers.",
     )
     save_every: int | None = Field(
         default=None,
@@ -240,20 +232,18 @@ class TaskSettings(DataSettings, ModelSettings):
         description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _completed(cls, values: Any) -> Any:
-        # the plan itself is kept, so that a record says what was run; rank and alpha are its own unless given
-        if not isinstance(values, dict):
-            return values
-        values = cls.spelled(values)
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the rank plan, whose rank and alpha hold unless others are given; the record keeps what it says."""
+        values = super().completed(values)
         if values.get("epochs") is not None:
             values = {"steps": None} | values
-        if isinstance(values.get("rank_plan"), dict):
-            return values | {"rank_plan": checked_rank_plan(values["rank_plan"])}
-        if not isinstance(values.get("rank_plan"), str):
+        plan = values.get("rank_plan")
+        if isinstance(plan, dict):
+            return values | {"rank_plan": checked_rank_plan(plan)}
+        if not isinstance(plan, str):
             return values
-        plan = read_rank_plan(values["rank_plan"])
+        plan = read_rank_plan(plan)
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -268,15 +258,6 @@ class TaskSettings(DataSettings, ModelSettings):
             check_installed("bitsandbytes", "load_in_4bit")
         return wanted
 
-    @field_validator("benchmarks")
-    @classmethod
-    def _evaluable(cls, names: list[str] | None) -> list[str] | None:
-        if names is not None:
-            check_installed("lm_eval", "benchmarks", "'tangora[eval]'")
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"benchmarks must differ from each other; got {twice[0]} twice")
-        return names
-
     @model_validator(mode="after")
     def _consistent(self) -> "TaskSettings":
         if self.steps is None and self.epochs is None:
@@ -289,15 +270,13 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
             )
-        if self.curvature_examples is not None and not (self.curvature or self.curvature_every):
+        for key in ("curvature_examples", "curvature_layers"):
+            if (value := getattr(self, key)) is not None and not (self.curvature or self.curvature_every):
+                raise ValueError(f"{key} needs curvature or curvature_every; got {value!r} alone")
+        if self.curvature_spaces is not None and self.curvature_every is None:
             raise ValueError(
-                f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
+                f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
             )
-        for key in ("benchmark_limit", "benchmark_path", "execute_code"):
-            if getattr(self, key) and not self.benchmarks:
-                raise ValueError(f"{key} needs benchmarks; got {getattr(self, key)!r} alone")
-        if self.curvature_layers is not None and not self.curvature:
-            raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
     def num_steps(self, num_train: int) -> int:
@@ -338,6 +317,10 @@ class RunSettings(TaskSettings):
         description="Shard the frozen base over the processes of torchrun or accelerate launch (FSDP2); adapters stay "
         "whole.",
     )
+    snapshots: bool = Field(
+        default=True,
+        description="Save the weights of full fine-tuning at every measured point, for --reference of other runs.",
+    )
     reference: str | None = Field(
         default=None,
         description="Output folder of full fine-tuning with snapshots, to measure distances to it.",
@@ -371,7 +354,12 @@ class RunSettings(TaskSettings):
 
 
 def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
-    """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
+    """Raise `InputError` if settings ask for something of an adapter that a recipe does not have, or not throughout."""
+    for key in ("measure_every", "curvature_every") if chosen.search else ():
+        if getattr(settings, key):
+            raise InputError(
+                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; leave one out"
+            )
     if chosen.adapter is not None:
         return
     if settings.load_in_4bit:
@@ -388,6 +376,10 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
 def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     if chosen.adapter is None:
         raise InputError(f"fsdp shards the frozen base, and recipe {chosen.name} trains it; leave one out")
+    if chosen.search is not None:
+        raise InputError(
+            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; leave one out"
+        )
     if chosen.reads_weight:
         raise InputError(
             f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._names import Status
+from tangora.curvature.space_curvature import SpaceCurvature
 from tangora.report.record_files import FrozenModel, IsoTime, Recorded, checked_content, read_json
 
 _SCHEMA_VERSION = 3
@@ -21,6 +22,15 @@ _SCHEMA_VERSION = 3
 
 _READ = (1, 2, 3)
 
+
+SPREAD_OVER_LAYERS = (
+    "gradient_norm",
+    "gradient_stable_rank",
+    "gradient_effective_rank",
+    "captured_energy",
+    "reachable_energy",
+)
+"""What a measured point of a trajectory also has as ``_mean``, ``_low`` and ``_high`` over layers."""
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -47,7 +57,7 @@ class EvaluationRecord(FrozenModel):
 class TimeSplit(FrozenModel):
     """Where the wall-clock time of a run went, in seconds."""
 
-    start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
+    start: Seconds = Field(description="The initialization: probing gradients, initializing adapters.")
     forward_backward: Seconds = Field(description="All forward and backward passes of training.")
     optimizer: Seconds = Field(description="All optimizer steps, without forward and backward.")
     evaluation: Seconds = Field(description="All evaluations.")
@@ -64,7 +74,7 @@ class MemoryUse(FrozenModel):
     peak_bytes: Count | None = Field(
         default=None,
         description="Peak during training only: allocated on a GPU, resident on a CPU in a process of its own; None "
-        "where it cannot be measured.",
+        "where it cannot be measured, or points on the way were, which take memory of their own.",
     )
     optimizer_state_bytes: Count = Field(description="All tensors in the optimizer's state.")
     adapter_bytes: Count = Field(description="All trained parameters.")
@@ -83,17 +93,6 @@ class MachineLoad(FrozenModel):
         return max(self.before, self.after) > self.processors + 0.5
 
 
-class SpaceFlatness(FrozenModel):
-    """Curvature of the training loss over one space of directions."""
-
-    size: Count = Field(description="Dimension.")
-    largest: float = Field(description="Largest eigenvalue of the Hessian.")
-    residual: float = Field(ge=0, description="Norm of H v - λ v: an eigenvalue lies that close.")
-    trace: float = Field(description="Estimate.")
-    trace_error: float | None = Field(description="Its standard error.")
-    products: Count = Field(description="Matrix products that it took.")
-
-
 class Flatness(FrozenModel):
     """How flat the training loss is where a run ended, and how far the test loss lies above it.
 
@@ -107,7 +106,7 @@ class Flatness(FrozenModel):
     num_examples: Count = Field(
         description="The first training examples, the curvature of whose loss is measured."
     )
-    spaces: dict[Literal["weights", "tangent", "factors"], SpaceFlatness] = Field(
+    spaces: dict[Literal["weights", "tangent", "factors"], SpaceCurvature] = Field(
         description="`weights`: all entries of the adapted layers' weights, for every method; `tangent`: the "
         "directions in which an adapter can move them; `factors`: the entries of A and B."
     )
@@ -122,6 +121,15 @@ class Flatness(FrozenModel):
     missing: str | None = Field(default=None, description="Why the curvature was not measured.")
     products: Count = Field(description="Products with the Hessian.")
     seconds: Seconds = Field(description="That it took; not part of the run's time.")
+
+    @field_validator("spaces", mode="before")
+    @classmethod
+    def _present_names(cls, spaces: Any) -> Any:
+        # older records have another name for the top eigenvalue
+        for found in spaces.values() if isinstance(spaces, dict) else ():
+            if isinstance(found, dict) and "largest" in found:
+                found["top_eigenvalue"] = found.pop("largest")
+        return spaces
 
     @property
     def gap(self) -> float:
@@ -175,7 +183,7 @@ class Record(Recorded):
     )
     recipe: str = Field(min_length=1, description="Name of the recipe.")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    seed: int = Field(description="Seed of start, data order and dropout.")
+    seed: int = Field(description="Seed of initialization, data order and dropout.")
     stage: Stage = Field(
         description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
         "shorter, and choose which learning rates the sweep goes on with."
@@ -210,13 +218,18 @@ class Record(Recorded):
     trainable_parameters: Count
     trajectory: list[_Metrics] = Field(
         default_factory=list,
-        description="Measured points of the trajectory, in order: `step`, and totals over the layers, such as "
-        "`captured_energy`; empty if none was measured.",
+        description="Measured points of the trajectory, in order: `step`, totals over the layers, such as "
+        "`captured_energy`, and of some the spread over layers: `…_mean`, and `…_low` and `…_high`, the 10th and 90th "
+        "percentile; empty if none was measured.",
     )
     curvature: list[_Metrics] = Field(
         default_factory=list,
         description="Measured points of the Hessian, in order: `step`, largest eigenvalues and traces; empty if none "
         "was measured.",
+    )
+    measurement_seconds: Seconds = Field(
+        default=0.0,
+        description="That the measured points of trajectory and curvature took; not part of the run's time.",
     )
     flatness: Flatness | None = Field(
         default=None, description="Curvature at the end of the run; None if it was not measured."

@@ -87,12 +87,10 @@ class CompareSettings(TaskSettings):
         description="Published results, shown beside these; only in a plan.",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _lists(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = cls.spelled(values)
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read lists that are given as text, and one grid for all recipes."""
+        values = super().completed(values)
         for key, kind in (("recipes", str), ("seeds", int)):
             if key in values:
                 values[key] = _listed(key, values[key], kind)
@@ -187,8 +185,8 @@ class CompareSettings(TaskSettings):
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
         if recipe(name).adapter is None:
-            # nothing to be aligned, whole models as snapshots, steps below bfloat16's
-            shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
+            # snapshots would be whole models, and steps lie below bfloat16's
+            shared |= {"snapshots": False, "dtype": "float32"}
         return validated(RunSettings, shared | own)
 
 

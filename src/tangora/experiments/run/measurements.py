@@ -2,24 +2,35 @@
 
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from torch import nn
 
 from tangora._checks import InputError
 from tangora._folders import RunFolder
-from tangora.curvature import Eigenpairs, Hessian
+from tangora.curvature import Hessian
 from tangora.curvature.adapted import chosen
-from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
+from tangora.curvature.space_curvature import space_curvature
+from tangora.diagnostics import (
+    Reference,
+    Trajectory,
+    TrajectoryPoint,
+    WeightTrack,
+    find_tracks,
+    fingerprint,
+    write_snapshot,
+)
 from tangora.experiments.run.preparing import Run, target_layers
+from tangora.experiments.run.scoring import metrics_on
 from tangora.experiments.settings import RunSettings
 from tangora.report import load_record
-from tangora.report.run_records import Flatness, SpaceFlatness
+from tangora.report.run_records import SPREAD_OVER_LAYERS, Flatness
 from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
 from tangora.training.curvature import CurvatureCallback, read_curvature
 from tangora.training.data import Task
-from tangora.training.metrics import evaluate
 
 _NUM_DURING, _NUM_AT_THE_END = 16, 32
 """Examples for the Hessian: during training one batch by default, whose graph is kept from product to product."""
@@ -30,8 +41,7 @@ _SHARED = ("seed", "batch_size", "accumulate", "max_length")
 _RADIUS = 0.05
 """Of the ball, the radius that Foret et al. (2021, arXiv:2010.01412) use."""
 
-_TOLERANCE = 1e-2
-_TOP_PRODUCTS, _TRACE_PRODUCTS = 20, 12
+_BUDGET = {"top_products": 20, "trace_products": 12}
 _ASCENT, _KRYLOV = 3, 4
 
 
@@ -41,11 +51,6 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
     if settings.measure_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
-    if whole and settings.measure_gradient:
-        raise InputError(
-            f"measure_gradient needs an adapter, and recipe {settings.recipe} has none; "
-            f"got {settings.measure_gradient}"
-        )
     tracks = find_tracks(model, target_layers(settings, task, run.loaded) if whole else None)
     reference = check_reference(settings, task)
     if reference is not None:
@@ -53,8 +58,10 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
     batches = None
     if settings.measure_gradient:
         batches = run.dealt(run.sampled(settings.measure_gradient))
-    followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
-    weights = [track for track in tracks if isinstance(track, WeightTrack)]
+    followed = Trajectory(
+        model, tracks, reference=reference, batches=batches, rank=settings.rank, seed=settings.seed
+    )
+    weights = [track for track in tracks if isinstance(track, WeightTrack)] if settings.snapshots else []
     base = fingerprint(weights) if weights else ""
 
     def save(step: int) -> None:
@@ -71,13 +78,17 @@ def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
     if settings.curvature_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
+    layers = None if settings.curvature_layers is None else [settings.curvature_layers]
+    if whole:  # looked at in the layers that an adapter would have
+        layers = chosen(target_layers(settings, run.task, run.loaded), layers)
     return CurvatureCallback(
         # the first ones, so that all methods and seeds are measured on the same
         run.dealt(run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING])),
         every=settings.curvature_every,
         path=run.folder.curvature,
-        over=("weights",) if whole else ("tangent", "factors"),
-        layers=target_layers(settings, run.task, run.loaded) if whole else None,
+        over=("weights",) if whole else settings.curvature_spaces or ("tangent", "factors"),
+        layers=layers,
+        trace_products=_BUDGET["trace_products"],
         seed=settings.seed,
     )
 
@@ -114,8 +125,26 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
 
 
 def trajectory_points(folder: RunFolder) -> list[dict[str, float]]:
-    """Return the totals of a run's measured points."""
-    return [{"step": point.step} | point.totals.known() for point in read_trajectory(folder.trajectory)]
+    """Return the totals of a run's measured points, with the spread over layers of what each layer has."""
+    return [
+        {"step": point.step, **_loss(point), **point.totals.known(), **_spread(point)}
+        for point in read_trajectory(folder.trajectory)
+    ]
+
+
+def _loss(point: TrajectoryPoint) -> dict[str, float]:
+    return {} if point.gradient_loss is None else {"gradient_loss": point.gradient_loss}
+
+
+def _spread(point: TrajectoryPoint) -> dict[str, float]:
+    # mean, and the 10th and the 90th percentile
+    found = {}
+    for key in SPREAD_OVER_LAYERS:
+        values = [value for layer in point.layers.values() if (value := getattr(layer, key)) is not None]
+        if values:
+            low, high = np.quantile(values, [0.1, 0.9]).tolist()
+            found |= {f"{key}_mean": fmean(values), f"{key}_low": low, f"{key}_high": high}
+    return found
 
 
 def curvature_points(folder: RunFolder) -> list[dict[str, float]]:
@@ -131,10 +160,8 @@ def measure_flatness(run: Run, model: nn.Module, test_loss: float) -> Flatness:
     began = time.perf_counter()
     settings, task = run.settings, run.task
     examples = task.train[: settings.curvature_examples or _NUM_AT_THE_END]
-    seen = run.encoded(task.train[: len(task.test)])
-    train = evaluate(model, *seen, kind=task.kind, batch_size=2 * settings.batch_size)
     values: dict[str, Any] = {
-        "train_loss": train["loss"],
+        "train_loss": metrics_on(run, model, task.train[: len(task.test)])["loss"],
         "test_loss": test_loss,
         "num_examples": len(examples),
         "spaces": {},
@@ -153,12 +180,13 @@ def _curvature(run: Run, model: nn.Module, batches: list[Any]) -> dict[str, Any]
     if not adapted:  # looked at in the layers that an adapter would have
         layers = chosen(target_layers(run.settings, run.task, run.loaded), layers)
     weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
-    found, pairs = _space(weights)
+    found, pairs = space_curvature(weights, **_BUDGET)
     ball = weights.sharpness(_RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
     weights.release()
     spaces = {"weights": found}
     for space in ("tangent", "factors") if adapted else ():
-        spaces[space], _ = _space(Hessian(model, batches, over=space, cache_graph=True))
+        operator = Hessian(model, batches, over=space, cache_graph=True)
+        spaces[space], _ = space_curvature(operator, **_BUDGET)
     return {
         "spaces": spaces,
         "weight_layers": run.settings.curvature_layers,
@@ -166,17 +194,3 @@ def _curvature(run: Run, model: nn.Module, batches: list[Any]) -> dict[str, Any]
         "rise": ball.rise,
         "products": sum(found.products for found in spaces.values()) + ball.products,
     }
-
-
-def _space(operator: Hessian) -> tuple[SpaceFlatness, Eigenpairs]:
-    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_TOP_PRODUCTS)
-    trace = operator.trace(products=_TRACE_PRODUCTS)
-    flatness = SpaceFlatness(
-        size=operator.size,
-        largest=float(pairs.values[0]),
-        residual=float(pairs.residuals[0]),
-        trace=trace.value,
-        trace_error=trace.standard_error,
-        products=operator.num_products,
-    )
-    return flatness, pairs
