@@ -480,7 +480,10 @@ finally:
         ),
         ("train --schedule co", {"cosine", "constant"}),
         ("train --model smol", {"smollm2-135m"}),
-        ("compare --preset paper-", {"paper-chat", "paper-glue", "paper-math"}),
+        (
+            "compare --preset paper-",
+            {"paper-chat", "paper-code", "paper-commonsense", "paper-glue", "paper-math"},
+        ),
         ("rep", {"report"}),  # not the command that has moved
         ("train --gradient-", {"--gradient-checkpointing"}),
     ],

@@ -59,10 +59,12 @@ def check_whole(name: str, value: int, *, low: int) -> None:
         raise InputError(f"{name} must be a whole number; got {shown(value)}")
 
 
-def check_installed(package: str, name: str) -> None:
-    """Raise `InputError` unless an optional package is installed."""
+def check_installed(package: str, name: str, source: str | None = None) -> None:
+    """Raise `InputError` unless an optional package is installed; pip finds it under its name or in a source."""
     if importlib.util.find_spec(package) is None:
-        raise InputError(f"{name} needs {package}, which is not installed; run: pip install {package}")
+        raise InputError(
+            f"{name} needs {package}, which is not installed; run: pip install {source or package}"
+        )
 
 
 def check_seed(seed: int, name: str = "seed") -> None:

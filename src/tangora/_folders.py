@@ -40,6 +40,7 @@ class RunFolder(OutputFolder):
     snapshots = _In("snapshots")  # weights of full fine-tuning at the measured points
     model = _In("model")  # where all weights are trained
     answers = _In("answers.jsonl")  # to the prompts of its settings
+    benchmarks = _In("benchmarks")  # programs that were generated for them
     logits = _In("logits.pt")  # of the trained model, on a few test examples
 
     @property
@@ -57,6 +58,7 @@ class ComparisonFolder(OutputFolder):
     report = _In("report.html")
     picture = _In("picture.png")
     summary = _In("summary.csv")
+    benchmarks = _In("benchmarks.csv")
     measured = _In("through-training.csv")  # what was measured on the way of the runs behind the results
     measured_picture = _In("through-training.png")
 

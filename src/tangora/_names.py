@@ -38,6 +38,8 @@ DATA: dict[str, str] = {
     "chatterbot": "about 700 short English conversations, trivia and programming questions among them",
     "digits": "8x8 images of the digits 5 to 9",
     "digits-permuted": "8x8 images of all ten digits, with permuted pixels",
+    "python-functions": "136 short Python functions to complete, with tests; stands in for CodeFeedback and HumanEval",
+    "everyday-choices": "questions with four answers each, which things fit; stands in for commonsense_170k",
     "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
 }
 """Data that needs no hub, and what it is."""

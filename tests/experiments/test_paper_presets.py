@@ -12,7 +12,10 @@ from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_run_task
 from tangora.experiments.settings_files import preset
+from tangora.training.answers import answers_match
+from tangora.training.benchmarks import load_benchmarks
 from tangora.training.callbacks import read_history
+from tests.experiments.lm_eval_tasks import write_tasks
 from tests.models import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
 
 SMALL = {
@@ -101,6 +104,50 @@ def chat(tmp_path):
     }
 
 
+def speaker(folder):
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    benchmarks = {"benchmark_path": str(write_tasks(folder / "tasks"))}
+    return {"model": str(folder / "model"), **SMALL, **benchmarks, "accumulate": 1, "learning_rates": {}}
+
+
+@pytest.fixture
+def code(tmp_path):
+    """Questions with answers, as CodeFeedback has them; the programs of a task are only written down."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
+    rows = [
+        {"query": f"{a} + {b}", "answer": f"red = {a} + {b}\nblue", "resource": "oss", "lang": "python"}
+        for a in range(8)
+        for b in range(8)
+    ]
+    return {
+        "data": write_lines(tmp_path / "code.jsonl", rows),
+        "benchmarks": ["tiny_code"],
+        **speaker(tmp_path),
+    }
+
+
+@pytest.fixture
+def commonsense(tmp_path):
+    """Questions with a sentence as their output and its last word as their answer."""
+    pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
+    rows = [
+        {
+            "instruction": f"{a} + {b} red: {a + b} blue: {a}",
+            "input": "",
+            "output": "cat = red",
+            "answer": "red",
+        }
+        for a in range(8)
+        for b in range(8)
+    ]
+    return {
+        "data": write_lines(tmp_path / "170k.jsonl", rows),
+        "benchmarks": ["tiny_sums"],
+        **speaker(tmp_path),
+    }
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_glue(glue, tmp_path, name):
     plan = read_plan(preset("paper-glue"))
@@ -140,3 +187,48 @@ def test_chat(chat, tmp_path, name):
     (answered,) = read_history(tmp_path / "run" / "answers.jsonl")
     assert (answered["id"], len(answered["answers"]), answered["recipe"]) == ("81", 2, name)
     assert plan.metric == "loss"
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "lora-pro"])
+def test_code(code, tmp_path, name):
+    plan = read_plan(preset("paper-code") | code)
+    assert not isinstance(plan, PlanSettings)
+    settings = plan.run(name, 1e-3, 0)
+    task = load_run_task(settings)
+    assert {"blue" in example["completion"] and "+" in example["prompt"] for example in task.train} == {True}
+    record = execute(settings, task, tmp_path / "run", run_id="run")
+    assert record.status == "finished", record.error
+    assert record.benchmarks["tiny_code"].metric is None
+    assert (tmp_path / "run" / "benchmarks" / "tiny_code.jsonl").is_file()
+    assert plan.metric == "loss"
+    assert set(preset("paper-code")["benchmarks"]) == {"humaneval", "mbpp"}
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-one"])
+def test_commonsense(commonsense, tmp_path, name):
+    plan = read_plan(preset("paper-commonsense") | commonsense | {"epochs": None, "steps": 2})
+    assert not isinstance(plan, PlanSettings)
+    settings = plan.run(name, 1e-3, 0)
+    task = load_run_task(settings)
+    assert all("red:" in example["prompt"] for example in task.train)
+    # the sentence that the model learns is right, and so is the answer alone
+    assert answers_match(["cat = red", "red"], task.test[:2]).all()
+    assert not answers_match(["cat = blue", "cat"], task.test[:2]).any()
+    record = execute(settings, task, tmp_path / "run", run_id="run")
+    assert record.status == "finished", record.error
+    assert record.metrics["test"]["exact_match"] == sum(record.correct) / len(task.test)
+    assert record.benchmarks["tiny_sums"].num_examples == 12
+    assert plan.metric == "exact_match"
+    assert len(preset("paper-commonsense")["benchmarks"]) == 8
+
+
+@pytest.mark.parametrize("name", ["paper-code", "paper-commonsense"])
+def test_stand_ins_need_no_hub(name):
+    pytest.importorskip("lm_eval", reason="needs the extra eval, lm-eval")
+    plan = read_plan(preset(name), tiny=True)
+    assert not isinstance(plan, PlanSettings)
+    task = load_run_task(plan)
+    assert len(task.test) == plan.num_test
+    loaded = load_benchmarks(plan.benchmarks)
+    assert [len(each.eval_docs) for each in loaded.tasks.values()] == [len(task.test)]
+    assert plan.model == "smollm2-135m"

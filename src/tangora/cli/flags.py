@@ -54,10 +54,16 @@ _PATHS: dict[str, Callable[[str], bool]] = {
     "test_data": is_data_path,
     "adapter": bool,
     "reference": bool,
+    "benchmark_path": bool,
 }
 """Settings that may name files or folders, and when they do."""
 
-_SHOWN = {"rank_plan": "<file>", "adapter": "<folder>", "reference": "<folder>"}
+_SHOWN = {
+    "rank_plan": "<file>",
+    "adapter": "<folder>",
+    "reference": "<folder>",
+    "benchmark_path": "<folder>",
+}
 """What the help shows as the value of a setting, where that is more than its type."""
 
 _INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference": "record.json"}

@@ -72,6 +72,7 @@ def _facts(found: Forecast) -> dict[str, str]:
         "runs": _runs(found),
         "seeds": ", ".join(map(str, settings.seeds)),
         "adapter": f"rank {settings.rank}, alpha {settings.alpha:g}, on {_targets(settings.target_modules)}",
+        **({"lm-eval": ", ".join(settings.benchmarks)} if settings.benchmarks else {}),
         **({} if found.missing is None else {"memory": f"unknown ({found.missing})"}),
     }
 

@@ -26,6 +26,7 @@ from tangora.report import (
     summarize,
     verdict,
 )
+from tangora.report.comparison.benchmark_table import rich_benchmarks, unjudged_sentences
 from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_sentences, curvature_tables
 from tangora.report.statistics.judgement import judge
@@ -45,12 +46,29 @@ def print_run(record: Record, output: Path) -> None:
     console.print(table)
     if record.status != "finished":
         raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
+    for line in benchmark_lines(record, output):
+        console.print(escape(line))
     if record.flatness is not None:
         console.print(f"gap      {record.flatness.gap:.4f}, test loss minus training loss")
         _print_found([], flatness_sentences(record.flatness))
     folder = RunFolder(output)
     saved = next((path for path in (folder.adapter, folder.model) if path.exists()), output)
     _print_files(("saved", saved), ("metrics", folder.metrics))
+
+
+def benchmark_lines(record: Record, output: Path) -> list[str]:
+    """Write what a run reached on benchmarks, a line for each."""
+    lines = []
+    for name, found in record.benchmarks.items():
+        if found.value is None:
+            file = RunFolder(output).benchmarks / f"{name}.jsonl"
+            said = f"{found.num_examples} programs in {file}, not run; --execute-code runs them in a sandbox"
+        else:
+            error = found.stderr.get(found.metric or "")
+            margin = "" if error is None else f" ± {error:.4f}"
+            said = f"{found.metric} {found.value:.4f}{margin} ({found.num_examples} examples)"
+        lines.append(f"{name}  {said}")
+    return lines
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -74,6 +92,10 @@ def print_tables(comparison: Comparison) -> list[Row]:
     """Print the table of a comparison, and that of the flatness where it was measured; return the rows."""
     judged = judge(comparison)
     console.print(rich_table(judged.rows, comparison))
+    if (benchmarks := rich_benchmarks(judged)) is not None:
+        console.print(benchmarks)
+    for sentence in unjudged_sentences(comparison):
+        console.print(escape(sentence))
     if has_flatness(comparison):
         console.print(rich_flatness(judged))
     return judged.rows

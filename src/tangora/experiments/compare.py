@@ -46,6 +46,8 @@ from tangora.report import (
     write_page,
     write_study,
 )
+from tangora.report.comparison.benchmark_table import write_benchmarks
+from tangora.report.statistics.judgement import judge
 from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
 from tangora.training.devices import visible_gpus
@@ -347,6 +349,7 @@ def _left_record(folder: ComparisonFolder, trial: Trial) -> Record | None:
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
     """Write the table, the pictures and the page of a comparison."""
     write_csv(summarize(comparison), folder.summary)
+    write_benchmarks(judge(comparison), folder.benchmarks)
     save_picture(comparison, folder.picture)
     write_measured(comparison, folder)
     return write_page(comparison, folder.report)

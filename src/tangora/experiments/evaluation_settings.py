@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from tangora.experiments.values import Settings
+from tangora.experiments.benchmark_settings import BenchmarkSettings
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(BenchmarkSettings):
     """Which answers a model generates, how long they may be, and who judges them."""
 
     aliases: ClassVar[Mapping[str, str]] = {"stop_strings": "stop"}

@@ -13,7 +13,7 @@ from pydantic import (
 
 from tangora._checks import check_choice
 from tangora._names import DIAGNOSED_STARTS, SpaceName
-from tangora.experiments.settings import DataSettings, ModelSettings
+from tangora.experiments.data_settings import DataSettings, ModelSettings
 from tangora.experiments.values import Seed, Separated, Targets
 
 CURVATURE_RECORD = "curvature.json"

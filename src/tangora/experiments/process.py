@@ -151,7 +151,9 @@ def log_to(path: Path) -> Iterator[None]:
     """Send messages and Python warnings to a file, so that the terminal shows progress only."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("tangora", "py.warnings", "transformers", "peft")]
+    loggers = [
+        logging.getLogger(name) for name in ("tangora", "py.warnings", "transformers", "peft", "lm_eval")
+    ]
     levels = [logger.level for logger in loggers]
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.disable_default_handler()

@@ -150,6 +150,29 @@ class Forgetting(FrozenModel):
         return self.after - self.before
 
 
+class Benchmark(FrozenModel):
+    """What the trained model reached on one task of lm-eval, or on a group of tasks."""
+
+    metric: str | None = Field(
+        description="The first metric of the task, as lm-eval names it (`metric,filter`); None where programs were "
+        "generated and not run."
+    )
+    metrics: _Metrics = Field(description="All metrics that are numbers.")
+    stderr: _Metrics = Field(description="Their standard errors, as lm-eval estimates them.")
+    higher_is_better: bool = Field(description="Of the first metric.")
+    num_examples: Count
+    scores: list[float] | None = Field(
+        description="Per example, in the same order in every run, the first metric; None where it is no mean of them."
+    )
+    num_fewshot: int | None = Field(description="Solved examples in each prompt.")
+    version: str = Field(description="Of the task, in lm-eval.")
+
+    @property
+    def value(self) -> float | None:
+        """The first metric."""
+        return None if self.metric is None else self.metrics[self.metric]
+
+
 class Record(Recorded):
     """One run: a recipe, a learning rate and a seed."""
 
@@ -226,6 +249,9 @@ class Record(Recorded):
     )
     forgetting: Forgetting | None = Field(
         default=None, description="Change of the loss on unrelated text; None if it was not measured."
+    )
+    benchmarks: dict[str, Benchmark] = Field(
+        default_factory=dict, description="Tasks of lm-eval, by name; empty if none was evaluated."
     )
 
     @field_validator("trajectory", "curvature", mode="before")

@@ -173,6 +173,9 @@ def _is_right(text: str, example: Mapping[str, Any]) -> bool:
     answer = text.strip() if "\n" in expected else final_answer(text)
     if answer == expected:
         return True
+    # where the answer is "answer2", the completion may be the sentence that says so
+    if answer and "\n" not in expected and answer == final_answer(example["completion"]):
+        return True
     if (number := _number(expected)) is not None and _number(answer) == number:
         return True
     problem = example.get(PROBLEM)

@@ -16,7 +16,8 @@ class Paper(Settings):
     results: dict[str, dict[str, float]] = Field(
         min_length=1,
         description="By column of the table, such as GSM8K or a task's name, and by recipe: numbers as printed, in "
-        "percent where they are shares. The comparison's own results stand beside its first column.",
+        "percent where they are shares. A column with the name of a benchmark stands beside its results, else the "
+        "first one beside those of the comparison's metric.",
     )
     notes: list[str] = Field(
         default_factory=list,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from tangora._checks import InputError
 from tangora._folders import RunFolder
 from tangora.adapters import find_pairs, load_adapter
+from tangora.experiments.data_settings import DataSettings
 from tangora.experiments.folders import check_origin, kept_origin
 from tangora.experiments.provenance import origin_of
 from tangora.experiments.run.preparing import encoded_batches, load_base, load_run_task
-from tangora.experiments.settings import DataSettings, RunSettings, TaskSettings
+from tangora.experiments.settings import RunSettings, TaskSettings
 from tangora.experiments.settings_files import run_settings
 from tangora.training.data import Task
 from tangora.training.data.chat_templates import use_chat_template

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ from tangora.experiments.run.saving import (
 )
 from tangora.experiments.run.scoring import (
     NUM_UNRELATED,
+    benchmark_results,
     example_losses,
     test_metrics,
     unrelated_loss,
@@ -52,7 +53,7 @@ from tangora.experiments.run.scoring import (
 )
 from tangora.experiments.settings import RunSettings
 from tangora.report import EvaluationRecord, Record, StepRecord, TimeSplit
-from tangora.report.run_records import Flatness, Forgetting, Stage
+from tangora.report.run_records import Benchmark, Flatness, Forgetting, Stage
 from tangora.training.callbacks import (
     DivergedError,
     Durations,
@@ -86,6 +87,7 @@ class _Result:
     evaluation_seconds: float = 0.0
     flatness: Flatness | None = None
     forgetting: Forgetting | None = None
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     peak_bytes: int | None = None
 
 
@@ -149,18 +151,7 @@ def execute(
                 save_with_logits(run, model)
             elif keep_model:
                 from_first(lambda: save_weights(run, model, run.folder))
-        run.tell("evaluation", run.num_steps)
-        _evaluate(run, model, result)
-        if settings.prompts is not None and stage != "trial":
-            run.tell("answers", run.num_steps)
-            result.evaluation_seconds += answer_prompts(run, model)
-        if known is not None:
-            after = unrelated_loss(run, model)
-            assert after is not None
-            result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
-        if settings.curvature:
-            run.tell("curvature", run.num_steps)
-            result.flatness = measure_flatness(run, model, result.metrics["test"]["loss"])
+        _evaluate(run, model, result, stage, known)
     except (DivergedError, FloatingPointError) as problem:
         result.status, result.error = "diverged", str(problem)
     spent = durations.total()
@@ -192,6 +183,7 @@ def execute(
         scores=result.scores,
         flatness=result.flatness,
         forgetting=result.forgetting,
+        benchmarks=result.benchmarks,
     )
 
 
@@ -350,7 +342,9 @@ def _check_finite(model: nn.Module) -> None:
         raise DivergedError("the weights are not finite after the last step")
 
 
-def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:
+def _evaluate(run: Run, model: nn.Module, result: _Result, stage: Stage, known: float | None) -> None:
+    """Measure all that a run reports of its end; ``known`` is the loss on unrelated text before training."""
+    run.tell("evaluation", run.num_steps)
     began = time.perf_counter()
     result.metrics["validation"] = validation_metrics(run, model, answers=True)
     result.metrics["test"], each = test_metrics(run, model)
@@ -358,3 +352,25 @@ def _evaluate(run: Run, model: nn.Module, result: _Result) -> None:
     if "right" in each:
         result.correct = each["right"].tolist()
     result.evaluation_seconds += time.perf_counter() - began
+    if run.settings.prompts is not None and stage != "trial":
+        run.tell("answers", run.num_steps)
+        result.evaluation_seconds += answer_prompts(run, model)
+    if known is not None:
+        after = unrelated_loss(run, model)
+        assert after is not None
+        result.forgetting = Forgetting(before=known, after=after, num_texts=NUM_UNRELATED)
+    if stage != "trial":  # those choose by validation data, and are not reported
+        result.benchmarks = _benchmarks(run, model, result)
+    if run.settings.curvature:
+        run.tell("curvature", run.num_steps)
+        result.flatness = measure_flatness(run, model, result.metrics["test"]["loss"])
+
+
+def _benchmarks(run: Run, model: nn.Module, result: _Result) -> dict[str, Benchmark]:
+    if not run.settings.benchmarks:
+        return {}
+    run.tell("benchmarks", run.num_steps)
+    began = time.perf_counter()
+    found = benchmark_results(run, model)
+    result.evaluation_seconds += time.perf_counter() - began
+    return found

@@ -17,10 +17,12 @@ from tangora._types import Progress
 from tangora.adapters import discover
 from tangora.adapters.card import MODEL_CONFIG
 from tangora.curvature.adapted import chosen
+from tangora.experiments.data_settings import DataSettings
 from tangora.experiments.folders import check_output
-from tangora.experiments.settings import DataSettings, RunSettings
+from tangora.experiments.settings import RunSettings
 from tangora.experiments.settings_files import read_settings
 from tangora.training.answers import conversation
+from tangora.training.benchmarks import load_benchmarks
 from tangora.training.data import Encoding, Task, collator, encode, load_task
 from tangora.training.data.chat_templates import use_chat_template
 from tangora.training.data.encoding import check_chat_template, encode_prompts
@@ -275,6 +277,7 @@ _CAUSAL = {
     "prompts": "generated answers",
     "packing": "the sequences",
     "forgetting": "the loss on unrelated text",
+    "benchmarks": "answers to lm-eval's tasks",
 }
 """Settings that are for causal models alone, and what they are about."""
 
@@ -302,17 +305,20 @@ def check_against_data(settings: RunSettings, task: Task) -> None:
 
 def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) -> Task:
     """Check that the recipes of some runs can be prepared on a model, and that it can read their data."""
+    shared = runs[0]
+    if shared.benchmarks:
+        load_benchmarks(shared.benchmarks, shared.benchmark_path, execute_code=shared.execute_code)
     for settings in {run.recipe: run for run in runs}.values():
         adapted = _prepared_twin(settings, task, loaded)
         if settings.rank_plan and len(runs) == 1 and not isinstance(adapted, PeftModel):
             raise InputError(f"rank_plan needs an adapter, but recipe {settings.recipe} has none")
-    if runs[0].curvature_layers is not None:  # the same for all
+    if shared.curvature_layers is not None:
         try:
-            chosen(target_layers(runs[0], task, loaded), runs[0].curvature_layers)
+            chosen(target_layers(shared, task, loaded), shared.curvature_layers)
         except InputError as problem:
             raise InputError(f"curvature_{problem}") from None
-    task = with_notes_on_cuts(runs[0], task, loaded)
-    _check_with_weights(runs[0], task, loaded)
+    task = with_notes_on_cuts(shared, task, loaded)
+    _check_with_weights(shared, task, loaded)
     return task
 
 

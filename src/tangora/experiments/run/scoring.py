@@ -1,13 +1,18 @@
-"""A run's model on the validation and test examples of its task."""
+"""A run's model on the validation and test examples of its task, on unrelated text, and on benchmarks."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import Tensor, nn
 
 from tangora.experiments.run.preparing import Run
+from tangora.report.run_records import Benchmark
 from tangora.training.answers import answers_match, generate_completions, summarize_answers
+from tangora.training.benchmarks import evaluate_benchmarks, load_benchmarks
+from tangora.training.code_eval import write_programs
 from tangora.training.data import Example
 from tangora.training.metrics import evaluate, forgetting_loss, metrics_of, predictions, unrelated_texts
+from tangora.training.ranks import is_first
 
 NUM_UNRELATED = 32
 """Texts that forgetting is measured on."""
@@ -50,6 +55,24 @@ def unrelated_loss(run: Run, model: nn.Module) -> float | None:
         max_length=run.settings.max_length,
         batch_size=_batch_size(run),
     )
+
+
+def benchmark_results(run: Run, model: nn.Module) -> dict[str, Benchmark]:
+    """Evaluate on tasks of lm-eval; programs are written to a file for each task."""
+    settings = run.settings
+    if not settings.benchmarks:
+        return {}
+    results, programs = evaluate_benchmarks(
+        load_benchmarks(settings.benchmarks, settings.benchmark_path),
+        model,
+        run.loaded.tokenizer,
+        limit=settings.benchmark_limit,
+        batch_size=_batch_size(run),
+        execute_code=settings.execute_code,
+    )
+    for name, written in programs.items() if is_first() else ():
+        write_programs(written, run.folder.benchmarks / f"{name}.jsonl")
+    return {name: Benchmark(**asdict(result)) for name, result in results.items()}
 
 
 def _answers(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tangora._folders import ComparisonFolder
 from tangora.report import formats
+from tangora.report.comparison.benchmark_table import benchmarks_section
 from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import alignment_section, curve_sections, loss_curves, loss_panel
 from tangora.report.comparison.end_points import answers_section, flatness_section, forgetting_section
@@ -49,6 +50,7 @@ def render_page(comparison: Comparison) -> str:
         [*verdict(rows), *([advice] if advice else [])],
         [
             results_section(judged),
+            benchmarks_section(judged),
             published_section([comparison]),
             costs_section(judged),
             *curve_sections(judged),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from tangora.report import formats
+from tangora.report.comparison.benchmark_table import benchmark_scores
 from tangora.report.layout import Section
 from tangora.report.report_table import Cell, Table, number
 from tangora.report.run_records import Comparison
@@ -44,15 +45,25 @@ def published_section(comparisons: Sequence[Comparison]) -> Section | None:
 def _columns(comparison: Comparison) -> dict[str, Callable[[str], Cell | str]]:
     assert comparison.paper is not None
     columns: dict[str, Callable[[str], Cell | str]] = {}
-    here = _results(comparison)
+    here, measured = _results(comparison), _benchmarks(comparison)
     for column, numbers in comparison.paper.results.items():
         columns[f"{column}, published"] = lambda name, numbers=numbers: number(
             numbers.get(name), "{:g}".format
         )
-        if here is not None:  # what the runs measure is the first column
-            columns[f"{column}, here"] = lambda name, found=here: number(found.get(name), "{:.4g}".format)
-            here = None
+        found = measured.get(column.casefold(), here)
+        if found is not None:
+            columns[f"{column}, here"] = lambda name, found=found: number(found.get(name), "{:.4g}".format)
+        here = None  # what the runs measure is the first column, unless that is a benchmark
     return columns
+
+
+def _benchmarks(comparison: Comparison) -> dict[str, dict[str, float]]:
+    # by name in lower case; without results where programs were not run
+    found = {name.casefold(): {} for name in comparison.settings.get("benchmarks") or ()}
+    for score in benchmark_scores(judge(comparison)) if comparison.records else ():
+        scale = 100 if 0 <= score.value <= 1 else 1
+        found.setdefault(score.benchmark.casefold(), {})[score.recipe] = scale * score.value
+    return found
 
 
 def _results(comparison: Comparison) -> Mapping[str, float]:

@@ -76,6 +76,9 @@ def _details(run: Record, shared: Mapping[str, str]) -> str:
             lines.append(
                 f"{split}: " + ", ".join(f"{name} {formats.metric(v)}" for name, v in values.items())
             )
+    for name, found in run.benchmarks.items():
+        values = [f"{metric} {formats.metric(value)}" for metric, value in found.metrics.items()]
+        lines.append(f"{name}: {', '.join(values) or 'generated, not run'}")
     memory = run.memory
     sizes = {
         "peak": memory.peak_bytes,
@@ -135,6 +138,8 @@ def _flat_run(run: Record, *, in_result: bool) -> dict[str, Any]:
         cells |= {f"{split}_{name}": value for name, value in values.items()}
     cells |= {f"seconds_{part}": value for part, value in run.time} | dict(run.memory)
     cells["trainable_parameters"] = run.trainable_parameters
+    for name, found in run.benchmarks.items():
+        cells |= {f"{name}_{metric}": value for metric, value in found.metrics.items()}
     if run.forgetting:
         cells |= {"forgetting_before": run.forgetting.before, "forgetting_after": run.forgetting.after}
     return cells | {"error": run.error or ""}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from scipy.optimize import root_scalar
@@ -44,11 +44,28 @@ def sample(runs: Sequence[Record], metric: str) -> Sample | None:
     # Other metrics (macro F1) are no means over examples, and cannot be resampled by them.
     for field in ("correct", "scores"):
         scores = _by_example([getattr(run, field, None) for run, _ in tested])
-        if scores is not None and np.allclose(
-            scores.mean(axis=1), means, rtol=_SAME_METRIC, atol=_SAME_METRIC
-        ):
+        if _have_means(scores, means):
             return Sample(seeds, scores, bounds)
     return Sample(seeds, means[:, None], bounds)
+
+
+def benchmark_sample(runs: Sequence[Record], name: str) -> Sample | None:
+    """Gather what the runs of one recipe reached on a benchmark, by example where the metric is a mean over them."""
+    found = {run.seed: run.benchmarks[name] for run in runs if name in run.benchmarks}
+    values = {seed: each.value for seed, each in found.items() if each.value is not None}
+    if not values or not all(map(math.isfinite, values.values())):
+        return None
+    means = np.array(list(values.values()))
+    scores = _by_example([found[seed].scores for seed in values])
+    if not _have_means(scores, means):
+        return Sample(tuple(values), means[:, None])
+    return Sample(tuple(values), scores, (0.0, 1.0) if _are_answers(scores) else (-math.inf, math.inf))
+
+
+def _have_means(scores: Scores | None, means: Scores) -> TypeGuard[Scores]:
+    return scores is not None and np.allclose(
+        scores.mean(axis=1), means, rtol=_SAME_METRIC, atol=_SAME_METRIC
+    )
 
 
 def _by_example(recorded: Sequence[Any]) -> Scores | None:

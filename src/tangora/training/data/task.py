@@ -124,7 +124,9 @@ def load_task(
         tested, _ = to_examples(other, tested_layout, labels)
         pools |= {"test": tested.get("test") or tested["train"]}
         notes.append(f"{other.name}: {tested_layout.sentence(other.columns)}")
-    splits = make_splits(pools, counts.filled() if packaged else counts, seed, data.name)
+    splits = make_splits(
+        pools, counts.filled() if packaged and "test" not in pools else counts, seed, data.name
+    )
     if packaged:
         return Task(spec, layout.kind, *splits, labels)
     notes += _notes(pools, labels, splits)
