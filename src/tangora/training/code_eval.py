@@ -97,8 +97,8 @@ def check_code(name: str, task: Any, *, execute_code: bool) -> None:
     run_program("")  # says what is missing where programs cannot be isolated
     if not _leaves_it_to_code_eval(task):
         raise InputError(
-            f"execute_code cannot be used with benchmark {name}, which would run programs by itself and unprotected; "
-            "leave one of them out"
+            f"execute_code cannot be used with benchmark {name}, which would run programs itself and "
+            "unprotected; omit one of them"
         )
 
 
