@@ -195,7 +195,7 @@ def test_a_reference_on_another_model_is_named(classifier, reference, tmp_path):
 @pytest.mark.messages
 def test_settings_that_do_not_go_together(classifier, reference, tmp_path):
     for key, value in (("reference", "full"), ("measure_gradient", 4)):
-        with pytest.raises(InputError, match=f"{key} needs measure_every; got {key} = {value!r} alone"):
+        with pytest.raises(InputError, match=f"{key} needs measure_every; got only {key} = {value!r}"):
             validated(RunSettings, {key: value})
     lora = RunSettings(**classifier, recipe="lora", steps=1, batch_size=8)
     train(lora, tmp_path / "b")
