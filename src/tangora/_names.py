@@ -34,6 +34,8 @@ DATA: dict[str, str] = {
     "bbc-news": "2125 news articles in five classes",
     "digits": "8x8 images of the digits 5 to 9",
     "digits-permuted": "8x8 images of all ten digits, their pixels in another order",
+    "mnist-5k": "5000 digits of MNIST, shrunk to 8x8",
+    "textures": "8x8 patches from photographs of brick, grass and gravel",
     "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
 }
 """Data that needs no hub, and what it is."""

@@ -68,7 +68,7 @@ def test_hub_data_set_with_config(monkeypatch):
         ("bbcnews", r"did you mean bbc-news\?.*hub is switched off"),
         ("org/name", r"hub is switched off \(HF_HUB_OFFLINE\).*use bbc-news"),
         ("org/name/config", "hub is switched off"),
-        (".", r"must hold <label>/\*\.txt; it holds none"),
+        (".", r"must hold <label>/\*\.txt or images, <label>/\*\.png; it holds none"),
     ],
 )
 def test_unknown_data(monkeypatch, tmp_path, spec, message):

@@ -1,7 +1,7 @@
 """Texts to token numbers, in the plain format or by a chat template; images to pixels; both to padded batches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole, reason
-from tangora.training.data.recognise import PIXELS
+from tangora.training.data.images import IMAGE, PIXELS, holds_image
 from tangora.training.models import KINDS, ImageScaler, Kind
 
 IGNORED = -100  # label of a token that counts for no loss, in torch and transformers
@@ -35,8 +35,8 @@ def encode(
     kind: Kind,
     max_length: int,
     chat_template: bool = False,
-) -> list[Encoding]:
-    """Turn examples into token numbers, or images into scaled pixels.
+) -> Sequence[Encoding]:
+    """Turn examples into token numbers, or images into scaled pixels: encoded ones each time that they are asked for.
 
     A causal example becomes ``prompt + newline + completion + eos``, so that base and instruct models are trained on
     the same text, or what the tokenizer's chat template makes of it; the loss counts completions (with their eos)
@@ -46,7 +46,7 @@ def encode(
     check_whole("max_length", max_length, low=2)
     if not examples:
         raise InputError("examples must hold at least one example; got none")
-    if isinstance(tokenizer, ImageScaler) or PIXELS in examples[0]:
+    if isinstance(tokenizer, ImageScaler) or holds_image(examples[0]):
         return _encode_images(examples, tokenizer)
     if kind == "classification":
         return _encode_labelled(examples, tokenizer, max_length)
@@ -189,21 +189,48 @@ def _tokenize(
     return encoded["input_ids"]
 
 
-def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[Encoding]:
+class _Pictures(Sequence[Encoding]):
+    """Images that are decoded when they are looked up, as all of them together may not fit into memory."""
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], scaler: ImageScaler):
+        self._examples, self._scaler = examples, scaler
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoding: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoding]: ...
+    def __getitem__(self, index: int | slice) -> Encoding | list[Encoding]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        image, label = self._examples[index][IMAGE], self._examples[index]["label"]
+        pixels = self._scaler.prepared(image.decoded())
+        _check_shape(image.where, pixels, self._scaler)
+        return {"pixel_values": pixels, "labels": label}
+
+
+def _check_shape(where: str, image: Tensor, scaler: ImageScaler) -> None:
+    if image.shape != scaler.shape:
+        raise InputError(
+            f"{where} must have the model's {_written(scaler.shape)} pixels; got {_written(image.shape)}"
+        )
+
+
+def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> Sequence[Encoding]:
     if not isinstance(scaler, ImageScaler):
         raise InputError(
             "data of images needs a model that reads images, such as vit-digits; this one reads text"
         )
-    wanted = scaler.shape
+    if not all(map(holds_image, examples)):
+        raise InputError("a model that reads images needs data of images, such as digits; this is text")
+    if IMAGE in examples[0]:
+        return _Pictures(examples, scaler)
     images = []
     for number, example in enumerate(examples):
-        if PIXELS not in example:
-            raise InputError("a model that reads images needs data of images, such as digits; this is text")
         image = torch.tensor(example[PIXELS], dtype=torch.float32)
-        if image.shape != wanted:
-            raise InputError(
-                f"image {number} must have the model's {_written(wanted)} pixels; got {_written(image.shape)}"
-            )
+        _check_shape(f"image {number}", image, scaler)
         images.append(image)
     scaled = scaler(torch.stack(images))
     return [
