@@ -99,7 +99,10 @@ def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
 
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
-    loaded = load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
+    labels = task.labels or None
+    loaded = load_model(
+        settings.model, kind=task.kind, labels=labels, prompts=settings.prompts, seed=settings.seed
+    )
     loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:
         return loaded, load_adapter(loaded.model, settings.adapter)

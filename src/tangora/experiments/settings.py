@@ -30,15 +30,15 @@ class DataSettings(Settings):
     data: str = Field(
         default="bbc-news",
         description="Data set: packaged name, reasoning-gym:NAME, local file (.jsonl .json .csv .tsv .parquet), folder "
-        "of LABEL/*.txt, or hub name: owner/name or owner/name/config.",
+        "of LABEL/*.txt or LABEL/*.png, or hub name: owner/name or owner/name/config.",
     )
     kind: Kind | None = Field(
         default=None, description="Type of task. Default: recognised from the columns of the data."
     )
     text_column: str | None = Field(
         default=None,
-        description="Column of the text; a,b for sentence pairs, a|b for the first column that exists. Default, as for "
-        "the other columns: recognised by its name.",
+        description="Column of the text, or of images; a,b for sentence pairs, a|b for the first column that exists. "
+        "Default, as for the other columns: recognised by its name.",
     )
     label_column: str | None = Field(default=None, description="Column of the label, for classification.")
     prompt_column: str | None = Field(
@@ -51,6 +51,11 @@ class DataSettings(Settings):
         default=None,
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
         "it; no-chat-template joins their turns by newlines instead.",
+    )
+    prompts: str | list[str] | None = Field(
+        default=None,
+        description="Template of a CLIP model's class prompts, {} for the class; a YAML file can list several, whose "
+        "embeddings are averaged. Default: 'a photo of a {}.'",
     )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."
