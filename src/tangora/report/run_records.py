@@ -167,7 +167,8 @@ class Record(Recorded):
         default_factory=list, description="What was decided about the data, and how much of it was cut off."
     )
     metrics: dict[str, _Metrics] = Field(
-        description='Keys "validation" and "test" after training, "before" for the test set before it.'
+        description='Keys "validation" and "test" after training, "before" for the test set before it: in a comparison '
+        "one run has it, if the base model has no new head."
     )
     history: list[StepRecord] = Field(description="Training steps, in order.")
     evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")
