@@ -159,7 +159,10 @@ def test_merged_model_loads(published, trained, pixels, tmp_path):
     save_merged(trained, tmp_path / "merged")
     load(published).tokenizer.save_pretrained(tmp_path / "merged")
     merged = load_model(str(tmp_path / "merged"), kind="classification", labels=LABELS).model
-    torch.testing.assert_close(merged(pixels).logits, expected)
+    assert (load(published).model(pixels).logits - expected).abs().max() > 0.1
+    torch.testing.assert_close(
+        merged(pixels).logits, expected, rtol=1e-3, atol=1e-3
+    )  # summed in another order
 
 
 def test_without_embedded_classes_no_logit_is_a_number(published, pixels):

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, ViTConfig
 
 from tangora._checks import InputError
@@ -19,9 +20,10 @@ from tangora.training.data.images import StoredImage, hub_image
 from tangora.training.data.recognise import Columns, recognise
 from tangora.training.data.sources import from_datasets
 from tangora.training.data.task import Task
+from tangora.training.metrics import predictions
 from tangora.training.models import ImageScaler
 from tangora.training.models.image_scaler import load_scaler
-from tests.models import tiny_tokenizer
+from tests.models import tiny_tokenizer, transformer
 from tests.training.tiny import picture, write_pictures
 
 SIZES = {"num_validation": 6, "num_test": 6}
@@ -150,10 +152,32 @@ def test_pictures_are_decoded_when_they_are_asked_for():
     assert data[3]["labels"] == 1
     assert reads == [3]
     batch = collator(SCALER, "classification")(data[1:3])
-    assert reads == [3, 1, 2]
+    assert sorted(reads) == [1, 2, 3]
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert batch["labels"].tolist() == [1, 0]
     assert torch.equal(batch["pixel_values"][1], data[2]["pixel_values"])
+    loader = DataLoader(data, batch_size=2, collate_fn=collator(SCALER, "classification"))
+    loaded = list(loader)
+    assert [len(each["labels"]) for each in loaded] == [2, 2, 1]
+    assert torch.equal(
+        torch.cat([each["pixel_values"] for each in loaded]), torch.stack([e["pixel_values"] for e in data])
+    )
+
+
+def test_an_evaluation_decodes_each_picture_once():
+    reads = []
+
+    def read(number):
+        reads.append(number)
+        return png(number)
+
+    examples = [{"image": StoredImage("", partial(read, number)), "label": 0} for number in range(5)]
+    data = encode(examples, SCALER, kind="classification", max_length=2)
+    model = transformer("vit", seed=0, num_channels=3)
+    found = predictions(model, data, collator(SCALER, "classification"), kind="classification", batch_size=2)
+    assert sorted(reads) == list(range(5))
+    expected = [model(example["pixel_values"][None]).logits.argmax().item() for example in data]
+    assert found["predicted"].tolist() == expected
 
 
 def test_pixels_are_those_of_the_models_image_processor():

@@ -1,6 +1,7 @@
 """Texts to token numbers, in the plain format or by a chat template; images to pixels; both to padded batches."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
@@ -204,11 +205,29 @@ class _Pictures(Sequence[Encoding]):
     def __getitem__(self, index: slice) -> list[Encoding]: ...
     def __getitem__(self, index: int | slice) -> Encoding | list[Encoding]:
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+            return self.__getitems__(range(*index.indices(len(self))))
         image, label = self._examples[index][IMAGE], self._examples[index]["label"]
         pixels = self._scaler.prepared(image.decoded())
         _check_shape(image.where, pixels, self._scaler)
         return {"pixel_values": pixels, "labels": label}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Encoding]:
+        # torch's loader asks for a batch in this way; Pillow decodes and resizes without Python's lock
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+
+def lengths_of(dataset: Sequence[Encoding]) -> list[int]:
+    """Count the tokens of each encoding; an image counts as one, and is not decoded for that."""
+    if isinstance(dataset, _Pictures):
+        return [1] * len(dataset)
+    return [len(encoding.get("input_ids", (None,))) for encoding in dataset]
+
+
+def encodings_at(dataset: Sequence[Encoding], indices: Sequence[int]) -> list[Encoding]:
+    """Return some encodings."""
+    together = isinstance(dataset, _Pictures)
+    return dataset.__getitems__(indices) if together else [dataset[index] for index in indices]
 
 
 def _check_shape(where: str, image: Tensor, scaler: ImageScaler) -> None:

@@ -293,7 +293,8 @@ def _load_weights(
             "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
         }
     try:
-        if kind == "classification" and "quantization_config" in options:
+        # the classes of a CLIP model are no layer of it
+        if kind == "classification" and "quantization_config" in options and "config" not in options:
             with torch.device("meta"):  # the head is trained whole, which quantized weights cannot be
                 head = head_names(auto.from_config(source.config()))
             options["quantization_config"].llm_int8_skip_modules = head
