@@ -165,6 +165,17 @@ def test_merged_model_loads(published, trained, pixels, tmp_path):
     )  # summed in another order
 
 
+def test_quantized_models_have_the_same_classes(published, pixels):
+    pytest.importorskip("bitsandbytes")
+    whole, small = load(published).model, load(published, quantize_to=torch.device("cpu")).model
+    assert {type(m).__name__ for m in small.modules() if isinstance(m, nn.Linear)} == {"Linear4bit"}
+    assert torch.equal(small.text_embeddings, whole.text_embeddings)
+    assert torch.equal(small.visual_projection.weight, whole.visual_projection.weight)
+    logits, expected = small(pixels).logits, whole(pixels).logits
+    assert not torch.equal(logits, expected)
+    assert torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1] > 0.8
+
+
 def test_without_embedded_classes_no_logit_is_a_number(published, pixels):
     config = load(published).model.config
     bare = PromptedCLIPForImageClassification.from_pretrained(published, config=config).eval()

@@ -1,6 +1,7 @@
 """Pictures of folders, Parquet files and data sets: what is read when, which pixels a model gets, what messages say."""
 
 import io
+import pickle
 from functools import partial
 
 import datasets
@@ -95,6 +96,13 @@ def test_the_same_pictures_are_the_same_data_however_they_are_stored(task, folde
     found = sorted((e["image"].digest, e["label"]) for e in examples["train"])
     own = (*task.train, *task.validation, *task.test)
     assert found == sorted((e["image"].digest, e["label"]) for e in own)
+
+
+def test_a_task_of_pictures_can_be_sent_to_another_process(task):
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.fingerprint == task.fingerprint
+    found = [numpy.asarray(each.test[0]["image"].decoded()) for each in (task, sent)]
+    assert numpy.array_equal(*found)
 
 
 def test_fingerprint_sees_every_byte(task, folder):
