@@ -55,7 +55,7 @@ class DataSettings(Settings):
     prompts: str | list[str] | None = Field(
         default=None,
         description="Template of a CLIP model's class prompts, {} for the class; a YAML file can list several, whose "
-        "embeddings are averaged. Default: 'a photo of a {}.'",
+        "embeddings are averaged. Default: a photo of a {}.",
     )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."

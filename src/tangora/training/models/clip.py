@@ -64,7 +64,7 @@ class PromptedCLIPForImageClassification(CLIPPreTrainedModel):
         Radford et al. (2021), arXiv:2103.00020, section 3.1; fine-tuned as in Ilharco et al. (2023), arXiv:2212.04089.
     """
 
-    config: PromptedCLIPConfig
+    config: PromptedCLIPConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = PromptedCLIPConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
@@ -78,7 +78,9 @@ class PromptedCLIPForImageClassification(CLIPPreTrainedModel):
         self.logit_scale: Tensor
         self.register_buffer("logit_scale", torch.zeros(()))
         self.text_embeddings: Tensor
-        self.register_buffer("text_embeddings", torch.zeros(config.num_labels, config.projection_dim))
+        self.register_buffer(
+            "text_embeddings", torch.zeros(len(config.id2label or {}), config.projection_dim)
+        )
         self.post_init()
 
     @torch.no_grad()
@@ -138,7 +140,7 @@ def classifier_config(
     sizes = {key: value for key, value in vision.to_dict().items() if key in _SIZES}
     return PromptedCLIPConfig(
         **sizes,
-        projection_dim=config.projection_dim,
+        projection_dim=config.projection_dim or vision.projection_dim,
         prompts=list(templates or PROMPTS),
         class_words=[class_words(label) for label in labels],
         id2label=dict(enumerate(labels)),
@@ -193,9 +195,9 @@ def class_words(label: str) -> str:
 
 def embed_classes(model: Any, path: str, tokenizer: Any, name: str, new: set[str], *, local: bool) -> None:
     """Give a classifier the embeddings of its classes, from the text model beside its own weights."""
-    text, info = CLIPTextModelWithProjection.from_pretrained(
-        path, dtype=torch.float32, local_files_only=local, output_loading_info=True
-    )
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": local, "output_loading_info": True}
+    loaded: Any = CLIPTextModelWithProjection.from_pretrained(path, **options)
+    text, info = loaded
     if missing := sorted((new - {"text_embeddings"}) | {*info["missing_keys"]}):
         raise InputError(
             f"model {name!r} lacks {len(missing)} of the weights of a CLIP model, such as {missing[0]}; use one with "
