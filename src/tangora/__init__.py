@@ -55,7 +55,7 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "save_merged",
-    # starts
+    # initialization
     "Start",
     "initialize",
     # measures

@@ -10,10 +10,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Tracker: TypeAlias = Literal["tensorboard", "trackio", "wandb"]
 """Where live curves can be sent."""
 
-Space: TypeAlias = Literal["tangent", "weights", "factors"]
+SpaceName: TypeAlias = Literal["tangent", "weights", "factors"]
 """Directions over which curvature is measured."""
 
-SPACES: tuple[Space, ...] = get_args(Space)
+SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
 
 Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
 """How a run ended."""

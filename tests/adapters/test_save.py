@@ -397,7 +397,7 @@ def test_a_scaling_that_no_file_can_hold_is_refused(tmp_path):
 @pytest.mark.messages
 def test_a_start_is_only_for_changed_bases(tmp_path):
     with pytest.raises(
-        InputError, match="initial must be empty, because the start True left the base weights"
+        InputError, match="initial must be empty, because the initialization True left the base weights"
     ):
         save_adapter(adapted(), tmp_path / "adapter", initial=initial_factors(adapted("pissa")))
 
@@ -550,7 +550,7 @@ def test_a_changed_base_needs_its_start(name, tmp_path):
 def test_the_start_of_another_model_is_refused(tmp_path):
     model = adapted("pissa")
     for other in (adapted("pissa", r=3), adapted("pissa", target_modules=["k_proj"])):
-        with pytest.raises(InputError, match=r"initial holds no start of .*q_proj"):
+        with pytest.raises(InputError, match=r"initial holds no factors of .*q_proj"):
             save_adapter(model, tmp_path / "adapter", initial=initial_factors(other))
     assert list(tmp_path.iterdir()) == []
 

@@ -6,8 +6,9 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from tangora import InputError
 from tangora.curvature.eigenpairs import select
-from tangora.curvature.lanczos import lanczos_eigenpairs, tridiagonalize
+from tangora.curvature.lanczos import Krylov, lanczos_eigenpairs
 from tangora.curvature.power import power_eigenpairs
+from tangora.curvature.products import Products
 from tests.curvature.spectra import (
     Function,
     Rotated,
@@ -40,6 +41,10 @@ def test_the_wanted_pairs_are_found_with_their_residuals(spectrum, which, k, dty
     assert pairs.vectors.shape == (operator.size, k)
     assert orthonormal(pairs.vectors) < (1e-12 if accurate else 2e-6)
     assert (true_residuals(operator, pairs) <= pairs.residuals).all()
+
+
+def tridiagonalize(operator, start, dimension):
+    return Krylov(Products(operator, dimension), dimension, start).tridiagonalize(dimension)
 
 
 def test_the_residual_bound_holds_before_convergence():

@@ -59,7 +59,7 @@ def test_a_maximum_inside_of_the_ball():
 def test_a_whole_krylov_space_gives_the_maximum_of_the_ball():
     H, g = symmetric(12, 0), vector(12, 1)
     exact = maximize_quadratic(H, g, 0.7)
-    values = [maximize_in_krylov_space(H, g, [g], 0.7, steps).value for steps in (1, 2, 4, 12)]
+    values = [maximize_in_krylov_space(H, g, [g], 0.7, dimension).value for dimension in (1, 2, 4, 12)]
     assert values == sorted(values)
     assert values[0] < exact.value * (1 - 1e-3)
     found = maximize_in_krylov_space(H, g, [g], 0.7, 12)

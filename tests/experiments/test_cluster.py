@@ -6,8 +6,8 @@ import pytest
 
 from tangora import InputError, Resources
 from tangora._folders import ComparisonFolder
+from tangora.experiments.compare import engine_for
 from tangora.experiments.comparison.cluster import Refusal, RemoteRun
-from tangora.experiments.comparison.engine import engine_for
 from tangora.experiments.comparison.sweep import due
 from tangora.experiments.comparison.worker import Limits, run_trial
 from tangora.experiments.run.preparing import load_run_task

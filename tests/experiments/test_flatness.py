@@ -36,7 +36,7 @@ def test_every_method_is_measured_over_the_same_weights(compared):
     # what the adapter can reach is a part of all weights
     for name in ("lora", "lora-ga"):
         spaces = flats[name].spaces
-        assert spaces["tangent"].largest <= spaces["weights"].largest * 1.02
+        assert spaces["tangent"].top_eigenvalue <= spaces["weights"].top_eigenvalue * 1.02
 
 
 def test_losses_are_those_of_the_record(compared):
@@ -102,7 +102,7 @@ def test_the_weights_of_some_layers_alone(classifier, tmp_path, recipe):
     ).flatness
     assert part.weight_layers == "*.layer.0.*"
     assert part.spaces["weights"].size < whole.spaces["weights"].size
-    assert part.spaces["weights"].largest < whole.spaces["weights"].largest  # a diagonal block
+    assert part.spaces["weights"].top_eigenvalue < whole.spaces["weights"].top_eigenvalue  # a diagonal block
     for space in part.spaces.keys() - {"weights"}:
         assert part.spaces[space] == whole.spaces[space]
     with pytest.raises(InputError, match="curvature_layers must name layers"):  # known before the training

@@ -8,8 +8,8 @@ import torch
 
 import tangora
 from tangora import CompareSettings, Resources
+from tangora.experiments.compare import engine_for
 from tangora.experiments.comparison import pool
-from tangora.experiments.comparison.engine import engine_for
 from tangora.experiments.settings import RunSettings
 from tangora.training.devices import visible_gpus
 from tests.experiments.seen_gpu import only_tells_its_gpu

@@ -74,7 +74,7 @@ def test_a_run_whose_worker_dies_is_made_again_so_often_and_then_recorded(
     once = Resources(cluster="ray", cluster_options={"retries": 1})
     with on_ray.RayEngine(once, None) as engine:
         engine.start(trial, task, folder)
-        ((_, record),) = engine.wait()
+        (record,) = engine.wait()
     assert (tmp_path / "deaths").read_text() == "xx"
     assert record == load_record(folder.record_of(trial.id))
     assert record.status == "failed"

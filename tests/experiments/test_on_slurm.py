@@ -109,7 +109,7 @@ def test_a_job_that_ends_without_a_record_is_recorded_with_its_state(
     engine._submit_kept()
     (slurm / "queue").write_text("1_0 OUT_OF_MEMORY\n1_1 RUNNING\n")
     monkeypatch.setattr(module_of_slurm, "_PATIENCE", -1.0)
-    errors = {trial.id: record.error for trial, record in engine.wait()}
+    errors = {record.id: record.error for record in engine.wait()}
     running = due(plan(classifier), [])[1].id
     assert engine.running == {running}
     assert "state OUT_OF_MEMORY" in errors[due(plan(classifier), [])[0].id]

@@ -66,7 +66,7 @@ class Killer:
 @pytest.mark.slow
 def test_a_killed_run_is_recorded_and_the_others_go_on(classifier, tmp_path):
     killer = Killer()
-    wanted = plan(classifier, steps=12, seeds=[0])
+    wanted = plan(classifier, recipes=["tangent"], steps=12, seeds=[0])
     outcome = compare(wanted, tmp_path / "out", progress=killer)
     records = {record.id: record for record in outcome.comparison.records}
     dead = records[killer.victim]
@@ -114,7 +114,7 @@ def test_side_by_side_gives_what_one_after_the_other_does(classifier, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(classifier, tmp_path):
-    grid = {"recipes": ["tangent"], "learning_rates": {"tangent": RATES["tangent"]}}
+    grid = {"recipes": ["tangent"], "learning_rates": {"tangent": [1e-3]}}
     wanted, folder = plan(classifier, **grid, steps=8), tmp_path / "cut"
     compare(wanted, tmp_path / "whole")
     cut = process(compare, wanted, folder)

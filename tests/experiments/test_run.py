@@ -31,7 +31,8 @@ def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classif
     record = execute(settings, task, tmp_path, run_id="run")
     assert record.status == "finished", record.error
     assert len(record.history) == 5
-    assert record.history[-1].learning_rate < record.history[2].learning_rate  # the schedule runs
+    if recipe(name).search is None:  # which has two schedules
+        assert record.history[-1].learning_rate < record.history[2].learning_rate  # the schedule runs
     assert record.memory.optimizer_state_bytes > 0
     assert record.time.forward_backward > 0
     assert record.time.optimizer > 0

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:step .* changes A of",
         "ignore:The following rank_pattern keys did not match",  # PEFT, loading an AdaLoRA adapter
+        "ignore:Adapter .default.. \\d+ LoRA tensor",  # AdaLoRA takes some layers their whole rank
     ),
 ]
 
@@ -57,6 +58,7 @@ def cases(folder):
     whole = {
         "measured": RunSettings(**classifier, recipe="lora-ga", evaluate_every=2, **measured),
         "answers": RunSettings(**generator, recipe="adalora", exact_match=True, forgetting=True),
+        "ranks": RunSettings(**generator | {"epochs": 3}, recipe="adalora+tangent"),
         "stages": RunSettings(**generator, recipe="odelora-heun"),
         "one step": RunSettings(**generator, recipe="one-step"),
         "cut off": RunSettings(**classifier, recipe="tangent", save_every=2),

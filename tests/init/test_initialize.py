@@ -446,7 +446,9 @@ def test_ranks_near_and_above_a_layers_smaller_side():
         if method == "lora":
             assert len(start(model, method).names) == 2
             continue
-        with pytest.warns(UserWarning, match=r"1 layers keep the plain LoRA start \(.*two: rank 5 is above"):
+        with pytest.warns(
+            UserWarning, match=r"1 layers keep the plain LoRA initialization \(.*two: rank 5 is above"
+        ):
             done = start(model, method, **options)
         assert list(done.skipped) == ["base_model.model.two"]
         assert (factors_of(model)["base_model.model.two"][1] == 0).all()
@@ -500,7 +502,7 @@ def nan_loss(model, batch):
 
 BATCHES = {"batches": batches_of("bert")}
 WRONG = {
-    "no batches": ("lora-ga", {}, "start 'lora-ga' reads gradients: give batches"),
+    "no batches": ("lora-ga", {}, "initialization 'lora-ga' reads gradients: give batches"),
     "one batch": ("lora-one", {"batches": batch_of("bert")}, "a single batch: put it into a list"),
     "method": ("lora-gaa", {}, "method must be one of .*did you mean lora-ga"),
     "option": ("lora-one", {**BATCHES, "scale": 1}, "'lora-one' takes gamma, .*got 'scale'"),

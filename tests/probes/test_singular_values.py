@@ -223,7 +223,6 @@ def test_norms_are_exact_whatever_the_memory(memory):
         ({"rank": {"other": 2}}, "got 0 for it"),
         ({"oversampling": -1}, "oversampling must be a number"),
         ({"power_iterations": 0.5}, "power_iterations must be a whole number; got 0.5"),
-        ({"tail_probes": 1}, "tail_probes must be a number"),
         ({"batches": {"x": torch.ones(2)}}, "got a single batch: put it into a list"),
         ({"batches": []}, "at least one batch"),
     ],

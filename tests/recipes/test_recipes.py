@@ -19,6 +19,7 @@ from tests.models import tiny_bert, tiny_llama
 
 EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
+    "adalora+tangent-muon", "adalora+tangent", "adalora+lora-pro",
     "p-lora", "lora-pro", "lora-pro-factor", "lora-pro-sgd", "tangent",
     "tangent-muon", "orthogonal+tangent-muon", "full-muon", "factor-muon", "lora-muon", "polora", "lora-rite",
     "lora-ga+tangent-muon",

@@ -125,8 +125,8 @@ def test_the_tables_hold_the_numbers(page):
     assert cells["layer"] == NAMES[0]
     assert cells["m × n"] == "16 × 24"
     assert cells["‖G‖"] == "10"
-    assert cells["plain LoRA start"] == cells["adapter"] == "2.0 %"
-    assert cells["LoRA-GA start"] == "80 %"
+    assert cells["plain LoRA initialization"] == cells["adapter"] == "2.0 %"
+    assert cells["LoRA-GA initialization"] == "80 %"
     assert (cells["rank for 50 %"], cells["rank for 90 %"]) == ("1", "> 2")
     assert cells["planned rank"] == str(found.plan.ranks[NAMES[0]])
     assert "cond BᵀB" not in header  # B is zero
@@ -155,7 +155,9 @@ def test_every_view_can_be_chosen(page):
 
 def test_findings():
     plain = diagnosis_sentences(diagnosis())
-    assert plain[0] == "Plain LoRA of rank 2 captures 2.0 % of the full gradient's energy at its start."
+    assert (
+        plain[0] == "Plain LoRA of rank 2 captures 2.0 % of the full gradient's energy at its initialization."
+    )
     assert plain[1] == (
         "LoRA-GA would capture 80 %, LoRA-One 70 %, PiSSA 10 %, a random orthogonal initialization 5.0 %; no adapter "
         "of this rank can capture more than 85 %."
@@ -174,7 +176,7 @@ def test_a_start_that_pages_have_no_name_for_is_written_by_its_own():
     found = replace(found, layers=layers, totals=totals)
     assert "new 75 %" in diagnosis_sentences(found)[1]
     assert "new" in kind_table(found).headers
-    assert views(found)["new"][0] == "new start"
+    assert views(found)["new"][0] == "new initialization"
     assert len(diagnosis_tables(found)) == 2
 
 

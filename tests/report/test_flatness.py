@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tangora.curvature.space_curvature import SpaceCurvature
 from tangora.report import load_record, render_page, save_json
 from tangora.report.comparison.end_points import (
     flatness_section,
@@ -12,7 +13,7 @@ from tangora.report.comparison.end_points import (
     has_flatness,
     rich_flatness,
 )
-from tangora.report.run_records import Flatness, SpaceFlatness
+from tangora.report.run_records import Flatness
 from tangora.report.statistics.judgement import judge
 from tests.report.pages import Page, in_terminal
 from tests.report.synthetic import make_comparison, make_record, realistic
@@ -21,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 
 def space(largest, trace=10.0):
-    return SpaceFlatness(size=100, largest=largest, residual=0.01, trace=trace, trace_error=0.1, products=20)
+    return SpaceCurvature(100, largest, residual=0.01, trace=trace, trace_error=0.1, products=20)
 
 
 def flat(seed=0, *, lora=True, gap=0.1, **changes):
@@ -129,6 +130,10 @@ def test_old_records_still_load(tmp_path):
     path = save_json(make_record(flatness=flat()), tmp_path / "new.json")
     assert load_record(path).flatness == flat()
     content = json.loads(path.read_text())
+    for found in content["flatness"]["spaces"].values():
+        found["largest"] = found.pop("top_eigenvalue")
+    path.write_text(json.dumps(content))
+    assert load_record(path).flatness == flat()
     del content["flatness"]
     path.write_text(json.dumps(content))
     assert load_record(path).flatness is None

@@ -1,6 +1,6 @@
 """The only readers of PEFT's layer types: which parameters form a pair (A, B), and how an adapter is written."""
 
-from tangora.adapters.adalora import from_adalora
+from tangora.adapters.adalora import from_adalora, is_adalora
 from tangora.adapters.discover import Discovery, discover, find_pairs
 from tangora.adapters.heads import head_names, head_options, head_parameters, linear_layers
 from tangora.adapters.load import load_adapter
@@ -51,6 +51,7 @@ __all__ = [
     "head_options",
     "head_parameters",
     "initial_factors",
+    "is_adalora",
     "linear_layers",
     "load_adapter",
     "merged_model",

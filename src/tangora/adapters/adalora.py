@@ -1,5 +1,6 @@
 """From AdaLoRA's three factors to plain LoRA of the ranks that AdaLoRA found."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +34,7 @@ def from_adalora(model: nn.Module) -> PeftModel:
     Raises:
         InputError: If the model's adapter is not AdaLoRA's, not the only one, or merged. The model is then as it was.
     """
-    model = unwrapped(model)
-    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
-    if not isinstance(config, AdaLoraConfig) or len(model.peft_config) != 1:  # pyright: ignore
-        raise InputError(
-            f"model must be a PEFT model with one adapter, AdaLoRA's; got {type(config).__name__}"
-        )
+    model, config = _only_adalora(model)
     check_unmerged(model)
     name = active_adapter(model)
     factors = {
@@ -54,8 +50,8 @@ def from_adalora(model: nn.Module) -> PeftModel:
     ranks = {path: len(A) for path, (A, _) in factors.items()}
     usual = commonest(ranks.values())
     others = {pattern_key(path): rank for path, rank in ranks.items() if rank != usual}
-    plain = get_peft_model(
-        model.unload(),  # pyright: ignore
+    plain = _in_place_of(
+        model,
         LoraConfig(
             task_type=config.task_type,
             r=usual,
@@ -68,7 +64,6 @@ def from_adalora(model: nn.Module) -> PeftModel:
             fan_in_fan_out=config.fan_in_fan_out,
             bias=config.bias,
         ),
-        adapter_name=name,
     )
     for path, (A, B) in factors.items():
         layer: Any = plain.get_submodule(path)
@@ -78,6 +73,36 @@ def from_adalora(model: nn.Module) -> PeftModel:
         wrapper: Any = plain.get_submodule(path)
         wrapper.modules_to_save[name].load_state_dict(head.state_dict())
     return plain
+
+
+def is_adalora(model: Any) -> bool:
+    """Say whether a model's active adapter is AdaLoRA's."""
+    model = unwrapped(model)
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, AdaLoraConfig)
+
+
+def with_saved_ranks(model: nn.Module, folder: Path) -> PeftModel:
+    """Give an AdaLoRA model's base a new plain LoRA adapter that has the configuration of a saved one."""
+    model, _ = _only_adalora(model)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return _in_place_of(model, config)
+
+
+def _only_adalora(model: Any) -> tuple[PeftModel, AdaLoraConfig]:
+    model = unwrapped(model)
+    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+    if not isinstance(config, AdaLoraConfig) or len(model.peft_config) != 1:
+        raise InputError(
+            f"model must be a PEFT model with one adapter, AdaLoRA's; got {type(config).__name__}"
+        )
+    return model, config
+
+
+def _in_place_of(model: PeftModel, config: Any) -> Any:
+    name = active_adapter(model)
+    base: Any = model.unload()
+    return get_peft_model(base, config, adapter_name=name)
 
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:

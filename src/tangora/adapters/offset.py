@@ -1,8 +1,8 @@
-r"""Starts that need $W_0 - s B_0 A_0$ as their base get it without a change of the base weights.
+r"""Initializations that need $W_0 - s B_0 A_0$ as their base get it without a change of the base weights.
 
-A start that sets $A = A_0$, $B = B_0$ must not change the model. Subtracting the product from the base weight is
-inexact in low precision, impossible in 4 bit, and leaves a base that saved adapters no longer fit. Here every layer
-carries the subtracted pair beside its own.
+An initialization that sets $A = A_0$, $B = B_0$ must not change the model. Subtracting the product from the base
+weight is inexact in low precision, impossible in 4 bit, and leaves a base that saved adapters no longer fit. Here every
+layer carries the subtracted pair beside its own.
 """
 
 import math
@@ -20,7 +20,7 @@ from tangora.adapters.offset_layer import drop_offset, get_offset, put_offset, w
 from tangora.adapters.pair import LoraPair
 from tangora.adapters.peft_models import check_unfused, check_unmerged, unwrapped
 
-# starts for which PEFT overwrites the base weights
+# initializations for which PEFT overwrites the base weights
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -65,7 +65,7 @@ def doubled_rank(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def mutates_base(config: Any) -> bool:
-    """Say whether PEFT's own start, which the config of an adapter names, overwrote the base weights."""
+    """Say whether PEFT's own initialization, which the config of an adapter names, overwrote the base weights."""
     return str(getattr(config, "init_lora_weights", True)).lower().startswith(_MUTATING)
 
 
@@ -104,7 +104,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
 
     Raises:
         InputError: If a layer of the adapter cannot carry an offset, a shape or a name does not fit, the adapter is
-            merged, or its start changed the base weights. The model is then as it was.
+            merged, or its initialization changed the base weights. The model is then as it was.
 
     Example:
         >>> import torch
@@ -161,7 +161,7 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
     config: Any = model.peft_config[adapter_name]
     if mutates_base(config):
         raise InputError(
-            f"the start {config.init_lora_weights!r} of adapter {adapter_name!r} changed the base weights; "
+            f"the initialization {config.init_lora_weights!r} of adapter {adapter_name!r} changed the base weights; "
             "make the adapter with init_lora_weights=True"
         )
     for name, reason in found.skipped.items():
@@ -182,8 +182,8 @@ def _pairs(model: PeftModel, adapter_name: str) -> list[LoraPair]:
 
 def _refuse(name: str, reason: str) -> None:
     raise InputError(
-        f"{name} cannot carry an offset: {reason}; leave it out of target_modules, or take a start that needs no "
-        "offset (lora, lora-one)"
+        f"{name} cannot carry an offset: {reason}; leave it out of target_modules, or take an initialization that "
+        "needs no offset (lora, lora-one)"
     )
 
 

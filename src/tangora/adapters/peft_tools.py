@@ -80,8 +80,8 @@ def _check_rank(model: PeftModel, model_id: Any, adapter_name: str, *_: Any, **o
         what = f"{file} has rank {found} in {pair.name}, and adapter {adapter_name!r} has rank {own}"
         if found == 2 * own:
             raise InputError(
-                f"{what}; files of adapters that tangora.initialize started have twice the rank: call it in the same "
-                "way as before that training, or go on with tangora.load_adapter(base, path, is_trainable=True)"
+                f"{what}; files of adapters that tangora.initialize initialized have twice the rank: call it in the "
+                "same way as before that training, or go on with tangora.load_adapter(base, path, is_trainable=True)"
             )
         raise InputError(f"{what}: make the adapter with the rank of the file")
 

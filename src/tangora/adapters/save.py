@@ -1,9 +1,9 @@
 r"""Write adapters as plain LoRA that loads on the untouched base model with nothing but PEFT.
 
-A start may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an ordinary adapter
-of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolved`). That holds for an
-offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA and its like, which change the base
-weight.
+An initialization may need $W_0 - s B_0 A_0$ as its base. The trained model is then $W_0 + s (B A - B_0 A_0)$: an
+ordinary adapter of rank $2r$ with $A' = [A; A_0]$ and $B' = [B, -B_0]$, written by its singular values (`resolved`).
+That holds for an offset (`attach_offset`), whose layers say so themselves, and for PEFT's PiSSA and its like, which
+change the base weight.
 """
 
 import math
@@ -76,7 +76,7 @@ class SavedAdapter(os.PathLike[str]):
 
 
 def initial_factors(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the adapter's factors, to be taken before training where PEFT's start changed the base weights.
+    """Copy the adapter's factors, to be taken before training where PEFT's initialization changed the base weights.
 
     Args:
         model: PEFT model as `get_peft_model` returned it, possibly wrapped (DDP, torch.compile).
@@ -128,8 +128,8 @@ def save_adapter(
         uniform: Write one rank, one alpha and the scaling alpha / rank for all layers, as readers without patterns
             need it (GGUF, some servers). Every update stays as it is, up to the rounding of the factors: other scalings
             go into $B$, smaller ranks are filled up with zeros. Without patterns and rsLoRA nothing changes.
-        initial: What `initial_factors` returned before training, for PEFT's starts that change the base weights
-            (PiSSA).
+        initial: What `initial_factors` returned before training, for PEFT's initializations that change the base
+            weights (PiSSA).
         card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
         tokenizer: Tokenizer or image processor to save beside the adapter, so that the folder serves it.
 
@@ -138,8 +138,8 @@ def save_adapter(
 
     Raises:
         InputError: If ``model`` is no PEFT model with one active adapter, is flattened (FSDP1, ZeRO-3) or lies on other
-            adapters, if its start changed the base weights and ``initial`` is missing or another adapter's, if a
-            scaling was changed at run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if
+            adapters, if its initialization changed the base weights and ``initial`` is missing or another adapter's, if
+            a scaling was changed at run time, if ``rank`` or ``uniform`` is given and a layer is no plain pair, or if
             ``path`` holds anything but an adapter.
     """
     if rank is not None:
@@ -279,17 +279,17 @@ def _check_start(model: PeftModel, initial: dict[str, Tensor] | None) -> None:
     if not mutates_base(config):
         if initial:
             raise InputError(
-                f"initial must be empty, because the start {start!r} left the base weights alone"
+                f"initial must be empty, because the initialization {start!r} left the base weights alone"
             )
         return
     if not initial:
         raise InputError(
-            f"the start {start!r} changed the base weights: pass initial=initial_factors(model), "
+            f"the initialization {start!r} changed the base weights: pass initial=initial_factors(model), "
             "taken before training, so that the adapter loads on the untouched base"
         )
     if getattr(config, "target_parameters", None):
         raise InputError(
-            f"the start {start!r} cannot be saved together with target_parameters: their factors hold "
+            f"the initialization {start!r} cannot be saved together with target_parameters: their factors hold "
             "several matrices; train those in an adapter of their own"
         )
 

@@ -86,7 +86,9 @@ def with_initial(files: AdapterFiles, initial: Mapping[str, Tensor]) -> AdapterF
         if (factor := _FACTOR.match(name)) is None:
             continue
         if name not in initial or initial[name].shape != trained.shape:
-            raise InputError(f"initial holds no start of {name}: take initial_factors(model) from this model")
+            raise InputError(
+                f"initial holds no factors of {name}: take initial_factors(model) from this model"
+            )
         first = initial[name].to(trained.dtype)
         is_A = factor["letter"] == "A"
         tensors[name] = torch.cat([trained, first if is_A else -first], dim=0 if is_A else 1)

@@ -39,8 +39,8 @@ def keep_layout(layers: Iterable[nn.Module]) -> None:
 
     On a CPU with AVX512-BF16 bitsandbytes (0.49 and later) rewrites a 4-bit weight in place when it is first called in
     evaluation mode: its scales are rounded to bfloat16 for good, the layer then computes in bfloat16, and whatever
-    dequantizes the weight (DoRA, merging, a start) misreads the new layout. That layer's evaluation becomes slower
-    here and stays what it is in training.
+    dequantizes the weight (DoRA, merging, an initialization) misreads the new layout. That layer's evaluation becomes
+    slower here and stays what it is in training.
     """
     rounded = 0
     for layer in layers:

@@ -116,6 +116,8 @@ def group_of(entry: Recipe) -> str:
     if entry.adapter is None:
         return "Full fine-tuning"
     own_optimizer = entry.make_optimizer is not recipe("lora").make_optimizer
+    if entry.search is not None:
+        return "Ranks by AdaLoRA, then an optimizer for LoRA"
     if entry.start is None:
         return "Optimizers for LoRA" if own_optimizer else "LoRA and variants of PEFT, with AdamW"
     return "Initializations with an optimizer" if own_optimizer else "Initializations of LoRA, with AdamW"

@@ -1,6 +1,6 @@
 """What commands print when they have ended: tables, sentences, and where the files are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -47,12 +47,10 @@ def print_run(record: Record, output: Path) -> None:
         raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
     if record.flatness is not None:
         console.print(f"gap      {record.flatness.gap:.4f}, test loss minus training loss")
-        for sentence in flatness_sentences(record.flatness):
-            console.print(escape(sentence))
+        _print_found([], flatness_sentences(record.flatness))
     folder = RunFolder(output)
     saved = next((path for path in (folder.adapter, folder.model) if path.exists()), output)
-    console.print(f"saved    {escape(str(saved))}")
-    console.print(f"metrics  {escape(str(folder.metrics))}")
+    _print_files(("saved", saved), ("metrics", folder.metrics))
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -61,7 +59,7 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(escape(sentence))
     if advice := recommendation_sentence(outcome.recommendation):
         console.print(escape(advice))
-    console.print(f"report   {escape(str(outcome.report))}")
+    _print_files(("report", outcome.report))
     _print_missing(outcome.comparison)
     if outcome.adapter is not None:
         console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
@@ -104,33 +102,33 @@ def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
         if comparison.records:
             console.print(rich_table(summarize(comparison), comparison))
         _print_missing(comparison)
-    for sentence in study_verdict(comparisons):
-        console.print(escape(sentence))
-    console.print(f"report   {escape(str(report))}")
+    _print_found([], study_verdict(comparisons))
+    _print_files(("report", report))
 
 
 def print_curvature(files: CurvatureFiles) -> None:
     """Print the tables and the findings of a measurement of curvature."""
     record = files.record
-    for table in curvature_tables(record):
-        console.print(table)
-    for sentence in curvature_sentences(record):
-        console.print(escape(sentence))
-    console.print(f"{record.products} products with the matrix over {record.num_examples} examples")
-    console.print(f"report   {escape(str(files.page))}")
-    console.print(f"numbers  {escape(str(files.record_path))}")
-    for picture in files.pictures:
-        if picture.suffix == ".png":
-            console.print(f"picture  {escape(str(picture))}")
+    count = f"{record.products} products with the matrix over {record.num_examples} examples"
+    _print_found(curvature_tables(record), [*curvature_sentences(record), count])
+    pictures = [("picture", path) for path in files.pictures if path.suffix == ".png"]
+    _print_files(("report", files.page), ("numbers", files.record_path), *pictures)
 
 
 def print_diagnosis(files: DiagnosisFiles) -> None:
     """Print the tables and the findings of a diagnosis."""
     diagnosis = files.record.diagnosis
-    for table in diagnosis_tables(diagnosis):
+    _print_found(diagnosis_tables(diagnosis), diagnosis_sentences(diagnosis))
+    _print_files(("report", files.page), ("plan", files.plan), ("numbers", files.record_path))
+
+
+def _print_found(tables: Iterable[Table], sentences: Iterable[str]) -> None:
+    for table in tables:
         console.print(table)
-    for sentence in diagnosis_sentences(diagnosis):
+    for sentence in sentences:
         console.print(escape(sentence))
-    console.print(f"report   {escape(str(files.page))}")
-    console.print(f"plan     {escape(str(files.plan))}")
-    console.print(f"numbers  {escape(str(files.record_path))}")
+
+
+def _print_files(*files: tuple[str, Path]) -> None:
+    for what, path in files:
+        console.print(f"{what:<8} {escape(str(path))}")

@@ -77,7 +77,7 @@ class BatchNoise:
         chance_overlap: The same for random subspaces, $k/n$.
     """
 
-    space: _names.Space
+    space: _names.SpaceName
     batches: list[BatchCurvature]
     largest: Spread
     trace: Spread
@@ -88,7 +88,7 @@ class BatchNoise:
     chance_overlap: float
 
 
-class _Reading(NamedTuple):
+class _BatchReading(NamedTuple):
     """What one batch gives."""
 
     weight: float
@@ -126,7 +126,7 @@ def batch_statistics(
     check_whole("top", top, low=1)
     size, total = operator.shape[0], num_batches(operator.batches) or 0
     signs = random_signs((probes, size), seeded_generator(seed), operator.dtype, operator.device)
-    readings: list[_Reading] = []
+    readings: list[_BatchReading] = []
     for weight, batch in operator.per_batch():
         if weight:
             readings.append(_read(weight, batch, signs, top, tol, seed))
@@ -153,7 +153,7 @@ def subspace_overlap(one: Float[Tensor, "n k"], other: Float[Tensor, "n k"]) -> 
 
 def _read(
     weight: float, batch: CurvatureOperator, signs: Tensor, top: int, tol: float, seed: int
-) -> _Reading:
+) -> _BatchReading:
     pairs = batch.top_eigenpairs(top, tol=tol, seed=seed)
     products = torch.stack([(batch @ sign).cpu() for sign in signs])
     gradient = batch.gradient()
@@ -162,10 +162,12 @@ def _read(
     if norm > 0:
         direction = gradient / norm
         directional = float(direction.double() @ (batch @ direction).double())
-    return _Reading(float(weight), pairs.eigenvalues[0], pairs.vectors.cpu(), products, directional)
+    return _BatchReading(float(weight), pairs.eigenvalues[0], pairs.vectors.cpu(), products, directional)
 
 
-def _combined(space: _names.Space, readings: list[_Reading], whole: Eigenpairs, signs: Tensor) -> BatchNoise:
+def _combined(
+    space: _names.SpaceName, readings: list[_BatchReading], whole: Eigenpairs, signs: Tensor
+) -> BatchNoise:
     probes = len(signs)
     weights = torch.tensor([reading.weight for reading in readings], dtype=torch.float64)
     weights /= weights.sum()

@@ -20,7 +20,7 @@ from tangora.curvature.weight_space import WeightSpace, adapted_weights, plain_w
 from tangora.probes import as_batches
 from tangora.probes.collective import failing_together, sum_over_ranks
 
-Over: TypeAlias = _names.Space
+Over: TypeAlias = _names.SpaceName
 Vector: TypeAlias = Tensor | Mapping[str, Tensor]
 """Flat, or named parts."""
 

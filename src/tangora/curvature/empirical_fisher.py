@@ -12,13 +12,12 @@ from tangora._checks import InputError, check_choice
 from tangora.curvature.displaced_loss import DisplacedLoss
 from tangora.curvature.gauss_newton import Recorder, Sandwich, SandwichOperator, loss_with_parts
 from tangora.curvature.operators import HessianArguments
-from tangora.probes.losses import predicts_next_token
+from tangora.probes.losses import IGNORED, predicts_next_token
 
 Per = Literal["label", "sequence"]
 
 _AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-4}  # causal models sum their loss in float32
 _ROUGH_AGREEMENT = 3e-2
-_IGNORED = -100
 
 
 class EmpiricalFisher(SandwichOperator):
@@ -119,9 +118,9 @@ def _label_losses(
     if labels.dim() > 1 and predicts_next_token(model):
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     losses = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=_IGNORED, reduction="none"
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
     )
-    return losses.where(labels.reshape(-1) != _IGNORED, torch.nan).reshape(len(labels), -1)
+    return losses.where(labels.reshape(-1) != IGNORED, torch.nan).reshape(len(labels), -1)
 
 
 def _num_sequences(model: nn.Module, batch: Mapping[str, Any]) -> float:
@@ -131,4 +130,4 @@ def _num_sequences(model: nn.Module, batch: Mapping[str, Any]) -> float:
         return float(len(labels))
     if labels.dim() > 1 and predicts_next_token(model):
         labels = labels[..., 1:]
-    return float((labels.reshape(len(labels), -1) != _IGNORED).any(1).sum())
+    return float((labels.reshape(len(labels), -1) != IGNORED).any(1).sum())

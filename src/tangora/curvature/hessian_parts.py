@@ -20,11 +20,11 @@ from tangora._types import LossFn
 from tangora.curvature.adapted import AdaptedLayer
 from tangora.curvature.displaced_loss import DisplacedLoss, joined
 from tangora.curvature.hessian import Differentiation, Hessian
-from tangora.curvature.operators import Adapter, CurvatureOperator
+from tangora.curvature.operators import AdapterArguments, CurvatureOperator
 from tangora.curvature.spaces import Bases, LowRankSpace, PulledBackSpace, TangentSpace, factor_changes
 
 
-class _HessianOptions(Adapter, total=False):
+class _HessianOptions(AdapterArguments, total=False):
     """What all of these take; see `Hessian`."""
 
     loss_fn: LossFn | None
@@ -57,7 +57,7 @@ class CouplingPart(CurvatureOperator):
         batches: Iterable[Any],
         *,
         loss_fn: LossFn | None = None,
-        **options: Unpack[Adapter],
+        **options: Unpack[AdapterArguments],
     ):
         super().__init__(DisplacedLoss.of(model, batches, loss_fn=loss_fn, twice=False, **options))
 
@@ -100,7 +100,7 @@ class RiemannianHessian(Hessian):
     Arguments are those of `Hessian`, but for ``over``; the second term is exact with ``finite_difference`` too.
 
     Raises:
-        InputError: If a factor has not full rank, as at LoRA's start, $B = 0$: there is no manifold there.
+        InputError: If a factor has not full rank, as at LoRA's initialization, $B = 0$: there is no manifold there.
 
     Source:
         Absil, Mahony, Trumpf (2013), An extrinsic look at the Riemannian Hessian; Vandereycken (2013),
@@ -123,7 +123,7 @@ class RiemannianHessian(Hessian):
                 if rank < full:
                     raise InputError(
                         f"the Riemannian Hessian needs factors of full rank, and lora_{letter} of {layer.name} has "
-                        f'rank {rank} of {full} (B = 0 at the start of LoRA): take Hessian(over="tangent") there'
+                        f'rank {rank} of {full} (B = 0 at LoRA\'s initialization): take Hessian(over="tangent") there'
                     )
 
     def _apply(self, flat: Tensor) -> Tensor:

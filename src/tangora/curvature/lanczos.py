@@ -57,13 +57,6 @@ class Tridiagonal(NamedTuple):
     remainder: float
 
 
-def tridiagonalize(operator: Matrix, start: Float[Tensor, " n"], steps: int) -> Tridiagonal:
-    """Take a number of Lanczos steps, fewer if the Krylov space ends before, from a vector of any norm."""
-    check_whole("steps", steps, low=1)
-    steps = min(steps, size_of(operator))
-    return Krylov(Products(operator, steps), steps, start).tridiagonalize(steps)
-
-
 def lanczos_eigenpairs(
     operator: Matrix,
     k: int = 10,
@@ -175,9 +168,9 @@ class Krylov:
             self.basis[self.count] = vector.div_(self.remainder)
             self.projected[at, at + 1] = self.projected[at + 1, at] = self.remainder
 
-    def tridiagonalize(self, steps: int) -> Tridiagonal:
-        """Step until the Krylov space ends or the number of steps is reached; for a new basis only."""
-        while self.count < steps and not self.broken:
+    def tridiagonalize(self, dimension: int) -> Tridiagonal:
+        """Multiply until the Krylov space ends or has this dimension; for a new basis only."""
+        while self.count < dimension and not self.broken:
             self.step()
         small = torch.from_numpy(self.projected[: self.count, : self.count])
         remainder = 0.0 if self.broken else self.remainder

@@ -100,10 +100,10 @@ def landscape(
     line = torch.cat([-half[1:].flip(0), half])
     losses = torch.empty([points] * len(vectors), dtype=torch.float64)
     for count, place in enumerate(product(range(points), repeat=len(vectors)), 1):
-        steps = [float(line[index]) for index in place]
+        lengths = [float(line[index]) for index in place]
         losses[place] = operator.loss_at(
             sum(
-                (step * vector for step, vector in zip(steps, vectors, strict=True)),
+                (length * vector for length, vector in zip(lengths, vectors, strict=True)),
                 torch.zeros_like(vectors[0]),
             )
         )

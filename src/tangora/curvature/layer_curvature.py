@@ -24,7 +24,7 @@ class LayerCurvature:
     r"""The diagonal block of one layer."""
 
     name: str
-    space: _names.Space
+    space: _names.SpaceName
     size: int
     """Number of its coordinates."""
     largest: Eigenvalue | None

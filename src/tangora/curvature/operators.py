@@ -24,7 +24,7 @@ from tangora.curvature.trace import TraceEstimate, frobenius_norm, hutch_plus_pl
 _TRACES = {"hutch++": hutch_plus_plus, "hutchinson": hutchinson}
 
 
-class Adapter(TypedDict, total=False):
+class AdapterArguments(TypedDict, total=False):
     """Which of a model's parameters move, and in what precision; see `Hessian`."""
 
     layers: Iterable[str] | None
@@ -32,7 +32,7 @@ class Adapter(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class HessianArguments(Adapter, total=False):
+class HessianArguments(AdapterArguments, total=False):
     """The same, in chosen coordinates."""
 
     over: Over | Space
@@ -181,7 +181,8 @@ class CurvatureOperator(ABC):
             tol: Converged when all residuals are at most ``tol`` times the largest absolute value.
             max_products: Budget; default that of the method.
             copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
-                power iteration always does. At LoRA's start, $B = 0$, those over the factors have multiplicity r.
+                power iteration always does. At LoRA's initialization, $B = 0$, those over the factors have multiplicity
+                r.
             seed: Of the random start.
             progress: Called after every product.
 

@@ -47,7 +47,7 @@ class Sharpness:
         products: Products with the Hessian.
     """
 
-    space: _names.Space
+    space: _names.SpaceName
     radius: float
     loss: float
     rise: float

@@ -170,9 +170,9 @@ class _Captured:
         check_whole("products", products, low=4)
         self._product = Products(operator, products, what, progress)
         self._generator = seeded_generator(seed)
-        steps = min(products // 2, self._product.size)
+        dimension = min(products // 2, self._product.size)
         start = self._product.signs(self._generator)
-        self.krylov = Krylov(self._product, steps, start).tridiagonalize(steps)
+        self.krylov = Krylov(self._product, dimension, start).tridiagonalize(dimension)
 
     def estimate(self, inside: float, sample: Callable[[Tensor, Tensor], float]) -> TraceEstimate:
         product = self._product

@@ -55,7 +55,7 @@ def maximize_in_krylov_space(
     gradient: Float[Tensor, " n"],
     starts: Sequence[Float[Tensor, " n"]],
     radius: float,
-    steps: int,
+    dimension: int,
 ) -> BallMaximum:
     r"""Maximise the quadratic over the part of the ball in a block Krylov space of $H$ of so many dimensions.
 
@@ -64,7 +64,7 @@ def maximize_in_krylov_space(
     Starts that are all zero give the step zero.
     """
     pending, basis, images = [*starts], [], []
-    while pending and len(basis) < steps:
+    while pending and len(basis) < dimension:
         vector = _orthonormal(pending.pop(0), basis)
         if vector is None:
             continue

@@ -61,29 +61,31 @@ def diagnose(
     r"""Measure how much of the full gradient LoRA adapters can follow.
 
     For every adapted layer: the spectrum of the base model's gradient; the share $\kappa$ of its energy that the
-    adapter as it stands and each start of `initialize` could follow; the ranks that half or most of it would take; the
-    state of the adapter's factors. And over all layers, how a budget of adapter parameters is best shared out.
+    adapter as it stands and each initialization of `initialize` could follow; the ranks that half or most of it would
+    take; the state of the adapter's factors. And over all layers, how a budget of adapter parameters is best shared
+    out.
 
     Gradients are read through probes, in the memory of LoRA training at some 6 times the adapter's rank; the model is
     left as it was. An adapter that has been trained is measured on its own gradient too, which doubles the time.
 
-    All figures are of the mean gradient over ``batches``. The starts that are made from it are flattered by that, and
-    so are the best share, the ranks and the plan; ``held_out`` shows by how much.
+    All figures are of the mean gradient over ``batches``. The initializations that are made from it are flattered by
+    that, and so are the best share, the ranks and the plan; ``held_out`` shows by how much.
 
     Args:
         model: PEFT model, or a plain one, whose linear layers but the head are looked at; also quantized.
         batches: Model inputs with labels, iterated several times.
-        held_out: Other examples, for a fair view of the starts that are made from ``batches``; one more pass over them.
-        rank: Rank of the starts that are compared; default that of the adapter, or 8.
+        held_out: Other examples, for a fair view of the initializations that are made from ``batches``; one more pass
+            over them.
+        rank: Rank of the initializations that are compared; default that of the adapter, or 8.
         budget_rank: Uniform rank whose parameters the rank plan may spend; default the commonest of these ranks.
         alpha: LoRA's alpha for the rank plan, at ``budget_rank``; default: such that the scaling stays what it is.
-        starts: Which starts to compare: ``lora``, ``orthogonal``, ``pissa``, ``lora-ga``, ``lora-one``.
+        starts: Which initializations to compare: ``lora``, ``orthogonal``, ``pissa``, ``lora-ga``, ``lora-one``.
         target_modules: Layers of a plain model, by the ends of their names; default PEFT's ``all-linear``.
         num_values: Singular values wanted of each gradient, at least twice the largest rank; default 4 times.
         exact_norms: Whether gradients are formed, a few at a time, for their exact norms; otherwise these are estimated
             from random probes. Default: if all gradients together take at most 1 GiB.
         power_iterations: Each takes two more passes over the batches, and makes small singular values more accurate.
-        seed: Of the random vectors and the random starts; the global random state is untouched.
+        seed: Of the random vectors and the random initializations; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.
@@ -181,7 +183,7 @@ def _all_batches(
 
 
 def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Propose:
-    # with starts: the base model's point; without: the adapted one's
+    # with initializations: the base model's point; without: the adapted one's
     numbers = {layer.name: number for number, layer in enumerate(subject.layers)}
 
     def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, tuple[FactorA, FactorB]]:
@@ -194,7 +196,7 @@ def _proposal(subject: Subject, starts: Sequence[str] | None, seed: int) -> Prop
             if factors is not None:
                 proposed[start] = factors
         if ADAPTER in proposed and subject.is_lora_start(layer):
-            proposed.pop("lora", None)  # the adapter is that start
+            proposed.pop("lora", None)  # the adapter is that initialization
         return proposed
 
     return propose
@@ -243,7 +245,7 @@ def _layer(
         gradient=gradient,
         adapter=state,
         starts=shares,
-        # the singular values are estimates from below, and what a start captures is measured
+        # the singular values are estimates from below, and what an initialization captures is measured
         reachable=max(captured_share(gradient.reachable(rank), gradient.energy), *shares.values(), 0.0),
         ranks_needed={str(share): required_rank(gradient, share / 100) for share in SHARES},
         held_out=HeldOut(other.energy, other.energy_error, _shares(other.captured, other.energy, starts))
@@ -253,7 +255,7 @@ def _layer(
 
 
 def _shares(captured: Mapping[str, float], energy: float, starts: Sequence[str]) -> dict[str, float]:
-    # an adapter that has not moved was looked through instead of the start that it is
+    # an adapter that has not moved was looked through instead of the initialization that it is
     energies = {"lora": captured.get(ADAPTER, 0.0)} | dict(captured)
     return {start: captured_share(energies.get(start, 0.0), energy) for start in starts}
 

@@ -1,4 +1,4 @@
-"""The layers of a diagnosis, a PEFT model's pairs or the linear layers that PEFT would adapt, and their starts."""
+"""The layers of a diagnosis, a PEFT model's pairs or linear layers that PEFT would adapt, and their initializations."""
 
 import math
 from collections import Counter
@@ -14,15 +14,15 @@ from tangora._names import DIAGNOSED_STARTS
 from tangora.adapters import LoraPair, check_unmerged, discover, linear_layers, module_weight, mutates_base
 from tangora.geometry.sketch import LowRankSVD
 from tangora.init import start_method
-from tangora.init.start_method import Factors, LayerToStart
+from tangora.init.start_method import LayerToStart, StartFactors
 from tangora.probes import ProbedLayer, probed_layers, why_unread
 from tangora.probes.layers import unreadable_layers
 
 DEFAULT_RANK = 8
 GRADIENT_STARTS = tuple(start for start in DIAGNOSED_STARTS if start_method(start).reads_gradients)
-"""Starts that are made from the gradient, and fit the examples it was read on."""
+"""Initializations that are made from the gradient, and fit the examples it was read on."""
 
-# above this smaller side starts are made by their approximations
+# above this smaller side initializations are made by their approximations
 _EXACT_SIDE = 256
 
 
@@ -32,7 +32,7 @@ class Subject:
 
     layers: list[ProbedLayer]
     ranks: dict[str, int]
-    """Rank of the starts, by the layers' names."""
+    """Rank of the initializations, by the layers' names."""
     skipped: dict[str, str]
     plain_start: bool
     """Whether the adapter, if any, leaves the model as the base is."""
@@ -53,7 +53,7 @@ class Subject:
         return replace(self, layers=layers, skipped=self.skipped | unread)
 
     def is_lora_start(self, layer: ProbedLayer) -> bool:
-        """Tell whether a layer's adapter is the start that LoRA would make."""
+        """Tell whether a layer's adapter is the initialization that LoRA would make."""
         pair = layer.pair
         return self.plain_start and pair is not None and self.ranks[layer.name] == pair.shape[2]
 
@@ -94,8 +94,8 @@ def find_subject(
 
 def start_factors(
     start: str, layer: ProbedLayer, rank: int, gradient: LowRankSVD, seed: int
-) -> Factors | None:
-    """Make the factors of a start, up to their size, which does not matter to what they capture."""
+) -> StartFactors | None:
+    """Make the factors of an initialization, up to their size, which does not matter to what they capture."""
     method = start_method(start)
     if method.reads_gradients and not gradient.S[0] > 0:
         return None
@@ -112,15 +112,15 @@ def start_factors(
     return method.factors(to_start, **options)
 
 
-def _drawn(layer: ProbedLayer, rank: int, generator: torch.Generator) -> Factors:
+def _drawn(layer: ProbedLayer, rank: int, generator: torch.Generator) -> StartFactors:
     A, B = torch.zeros(rank, layer.n), torch.zeros(layer.m, rank)
-    if isinstance(layer.base, nn.Embedding):  # PEFT starts embeddings the other way round
+    if isinstance(layer.base, nn.Embedding):  # PEFT initializes embeddings the other way round
         return A, torch.randn(B.shape, generator=generator)
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator), B
 
 
 def _own_rank(layer: ProbedLayer) -> int:
-    # an adapter may have more than full rank, a start may not
+    # an adapter may have more than full rank, an initialization may not
     return DEFAULT_RANK if layer.pair is None else min(layer.pair.shape)
 
 
@@ -147,8 +147,8 @@ def _active_adapter(model: nn.Module, pairs: list[LoraPair], adapter_name: str |
         raise InputError("the model's adapters are disabled: enable them first")
     if mutates_base(getattr(model, "peft_config", {}).get(adapter)):
         raise InputError(
-            f"PEFT's start has changed the base weights of adapter {adapter!r}, so that the base model's gradient is "
-            "lost: save_adapter it, and load_adapter it on the untouched base"
+            f"PEFT's initialization has changed the base weights of adapter {adapter!r}, so that the base model's "
+            "gradient is lost: save_adapter it, and load_adapter it on the untouched base"
         )
     return adapter
 

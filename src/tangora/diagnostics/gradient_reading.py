@@ -20,7 +20,7 @@ from tangora.diagnostics.motion import Angles, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
-from tangora.init.start_method import Factors
+from tangora.init.start_method import StartFactors
 from tangora.probes import (
     GradientProbe,
     GradientSVD,
@@ -43,7 +43,7 @@ _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
 _VIEW_ITERATIONS = 2  # for a view the leading subspace itself is wanted, and not only its energy
 
-Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, Factors]]
+Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, StartFactors]]
 """``(layer, leading part of its gradient)`` -> adapters by label."""
 
 
@@ -187,7 +187,7 @@ def gradient_views(
     layers = probed_layers(model, adapter_name=pairs[0].adapter)
     angles: dict[str, tuple[Angles | None, Angles | None]] = {}
 
-    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, Factors]:
+    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, StartFactors]:
         assert layer.pair is not None
         A, B, _ = layer.pair.moving_factors()
         leading = gradient.truncate(layer.pair.shape[2])
@@ -264,7 +264,7 @@ def _energy(matrix: Tensor) -> float:
     return float(matrix.double().square().sum())
 
 
-def _stack(proposed: Mapping[str, Factors], svd: LowRankSVD, how: How) -> _Stack:
+def _stack(proposed: Mapping[str, StartFactors], svd: LowRankSVD, how: How) -> _Stack:
     frames = {label: _narrow(bases(A.cpu(), B.cpu()), svd.S.dtype) for label, (A, B) in proposed.items()}
     widths = {label: (U.shape[1], V.shape[0]) for label, (U, V) in frames.items()}
     left = torch.cat([U for U, _ in frames.values()], dim=1) if frames else None

@@ -308,8 +308,8 @@ def find_tracks(model: nn.Module, names: Sequence[str] | None = None) -> Sequenc
     check_unmerged(model)
     if mutates_base(model.peft_config[adapter]):  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
         raise InputError(
-            f"the start of adapter {adapter!r} changed the base weights, so that its motion cannot be measured: "
-            "make the adapter with init_lora_weights=True and tangora.initialize"
+            f"the initialization of adapter {adapter!r} changed the base weights, so that its motion cannot be "
+            "measured: make the adapter with init_lora_weights=True and tangora.initialize"
         )
     pairs = discover(model, adapter).pairs
     if not pairs:

@@ -2,8 +2,8 @@ r"""Which rank a layer needs, and how to share a budget of adapter parameters am
 
 A rank-r adapter moves its weight within a space of directions $U K + J V$, with r columns in $U$ and r rows in $V$. Of
 a gradient with singular values $\sigma_i$ it can capture at most $\sum_{i \le 2r} \sigma_i^2$, and does so when the
-leading singular directions are dealt out to both sides, as LoRA-GA's start does. Everything here counts by that bound:
-it holds at the point where the gradient was read, and says nothing about later steps.
+leading singular directions are dealt out to both sides, as LoRA-GA's initialization does. Everything here counts by
+that bound: it holds at the point where the gradient was read, and says nothing about later steps.
 """
 
 import heapq

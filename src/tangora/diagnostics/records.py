@@ -31,7 +31,7 @@ class AdapterState:
     condition_A: float | None
     r"""Ratio of the extreme eigenvalues of $A A^\top$; ``None`` for a factor without full rank."""
     condition_B: float | None
-    r"""The same of $B^\top B$; ``None`` at the start $B = 0$."""
+    r"""The same of $B^\top B$; ``None`` at the initialization $B = 0$."""
     imbalance: float
     r"""$\|B^\top B - A A^\top\|_F$."""
     relative_imbalance: float
@@ -47,13 +47,13 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The base model's gradient on examples that no start was made from."""
+    """The base model's gradient on examples that no initialization was made from."""
 
     energy: float
     energy_error: float
     """Standard error of the energy; 0 where it is exact."""
     starts: dict[str, float]
-    r"""Captured energy $\kappa$ by start."""
+    r"""Captured energy $\kappa$ by initialization."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class LayerDiagnosis:
     m: int
     n: int
     rank: int
-    """Of the starts."""
+    """Of the initializations."""
     gradient: LayerGradient
     """Of the base model."""
     adapter: AdapterState | None
     """The adapter as it stands; ``None`` for a model without one."""
     starts: dict[str, float]
-    r"""Captured energy $\kappa$ of the base model's gradient by start, at `rank`."""
+    r"""Captured energy $\kappa$ of the base model's gradient by initialization, at `rank`."""
     reachable: float
     r"""The largest $\kappa$ that any adapter of `rank` could have there."""
     ranks_needed: dict[str, int | None]
@@ -121,11 +121,11 @@ class Diagnosis:
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """Names of the starts that were compared."""
+        """Names of the initializations that were compared."""
         return tuple(self.totals.starts)
 
     def starving(self, count: int = 5) -> list[LayerDiagnosis]:
-        """List the layers where the adapter (without one: the first start) misses most energy, in falling order."""
+        """List the layers where the adapter, or without one the first initialization, misses most energy."""
         return sorted(self.layers, key=_missed_energy, reverse=True)[:count]
 
     def missed_share(self, layer: LayerDiagnosis) -> float:

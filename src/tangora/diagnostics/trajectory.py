@@ -31,7 +31,7 @@ class Measures:
     path_length: float
     r"""$\sum_t \|W_{t+1} - W_t\|_F$ over every optimizer step so far."""
     change: float
-    r"""$\|W_t - W_0\|_F$ with the base weight $W_0$ (a start that moves it has a change at step 0)."""
+    r"""$\|W_t - W_0\|_F$ with the base weight $W_0$ (an initialization that moves it has a change at step 0)."""
     imbalance: float | None = None
     r"""$\|B^\top B - A A^\top\|_F$."""
     relative_imbalance: float | None = None

@@ -18,11 +18,12 @@ from tangora._checks import InputError, check_choice, check_kind, check_path
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
 from tangora.adapters.folder import replace_folder, scratch_beside
-from tangora.experiments.comparison.engine import Engine, engine_for
+from tangora.experiments.comparison.engine import Engine
 from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
+from tangora.experiments.comparison.pool import Pool, num_cores
 from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial, due, planned
-from tangora.experiments.comparison.worker import DiskFullError
+from tangora.experiments.comparison.worker import DiskFullError, Limits
 from tangora.experiments.folders import check_origin, claimed, one_line_errors
 from tangora.experiments.process import check_configuration, check_one_process, log_to, tell_user
 from tangora.experiments.provenance import origin_of
@@ -44,6 +45,7 @@ from tangora.report import (
 )
 from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
+from tangora.training.devices import visible_gpus
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,38 @@ def _check_study(folder: ComparisonFolder) -> None:
 
 @contextmanager
 def _started(
-    command: str, progress: Progress | None, resources: Resources | None, tasks: Iterable[CompareSettings]
+    command: str,
+    progress: Progress | None,
+    resources: Resources | None,
+    comparisons: Iterable[CompareSettings],
 ) -> Iterator["_Runner"]:
     check_one_process("compare", "--jobs makes several runs side by side, on all GPUs of a machine")
     check_configuration()
     resources = resources or Resources()
-    with ExitStack() as held, engine_for(resources, tasks, progress) as engine:
+    with ExitStack() as held, engine_for(resources, comparisons, progress) as engine:
         yield _Runner(engine, held, resources, progress, command)
+
+
+def engine_for(
+    resources: Resources, comparisons: Iterable[CompareSettings], progress: Progress | None = None
+) -> Engine:
+    """Make the engine that resources name, for comparisons; a cluster's package is imported here only."""
+    comparisons = list(comparisons)
+    if resources.cluster is None:
+        gpus = visible_gpus() if any(each.any_gpu for each in comparisons) else []
+        jobs = resources.jobs or len(gpus) or 1
+        threads = max(1, num_cores() // jobs) if jobs > 1 else None
+        return Pool(jobs, Limits(threads, resources.max_memory), progress, gpus)
+    for each in comparisons:
+        if each.device not in (None, "cuda", "cpu"):
+            raise InputError(f"device {each.device!r} is one of this machine's: leave it out with a cluster")
+    if resources.cluster == "ray":
+        from tangora.experiments.comparison.on_ray import RayEngine
+
+        return RayEngine(resources, progress)
+    from tangora.experiments.comparison.on_slurm import SlurmEngine
+
+    return SlurmEngine(resources, progress)
 
 
 class _Runner:
@@ -176,8 +203,8 @@ class _Runner:
 
     def prepared(
         self, settings: CompareSettings, folder: ComparisonFolder
-    ) -> tuple[CompareSettings, Task, ComparisonFolder]:
-        # reads the data, claims the folder, and checks all that could fail in every run
+    ) -> tuple[CompareSettings, Task, ComparisonFolder, dict[str, Record]]:
+        # reads the data, claims the folder, reads its records, and checks all that could fail in every run
         check_trackers(settings.report_to or ())
         settings, task = sized(settings, folder.path)
         settings = settings.model_copy(update={"kind": task.kind})
@@ -188,24 +215,26 @@ class _Runner:
             check_against_data(run, task)
         origin = origin_of(settings, task)
         self._held.enter_context(claimed(folder.path, settings, origin))
-        known = []
+        found: dict[str, Record] = {}
         for path in sorted(folder.records.glob("*.json")):
             record = load_record(path)
             check_origin(folder.path, record.settings, origin)
             if self._resources.retry and record.status not in ("finished", "diverged"):
                 path.unlink()
             else:
-                known.append(record)
-        if due(settings, known):
+                found[record.id] = record
+        if due(settings, [*found.values()]):
             # a GPU is the runs', but to quantize takes one
             looked_at = each[0].model_copy(update={} if each[0].load_in_4bit else {"device": "cpu"})
             task = check_recipes(each, task, load_base(looked_at, task))
             tell_user(*task.notes)
         self._count(folder, settings, [])
-        return settings, task, folder
+        return settings, task, folder, found
 
-    def run(self, settings: CompareSettings, task: Task, folder: ComparisonFolder) -> Outcome:
-        # makes all runs that are due and affordable, and writes the report
+    def run(
+        self, settings: CompareSettings, task: Task, folder: ComparisonFolder, found: dict[str, Record]
+    ) -> Outcome:
+        # makes all runs that are due, affordable and not found, and writes the report
         records: dict[str, Record] = {}
         late = False
         while True:
@@ -213,10 +242,9 @@ class _Runner:
             waiting = [
                 trial for trial in due(settings, [*records.values()]) if trial.id not in self._engine.running
             ]
-            known = [trial for trial in waiting if folder.record_of(trial.id).exists()]
-            for trial in known:
-                records[trial.id] = self._counted(load_record(folder.record_of(trial.id)))
-            if known:
+            known = [found.get(trial.id) or _left_record(folder, trial) for trial in waiting]
+            records |= {record.id: self._counted(record) for record in known if record is not None}
+            if any(known):
                 continue
             for trial in waiting:
                 if not self._engine.has_room:
@@ -227,13 +255,13 @@ class _Runner:
                 self._engine.start(trial, task, folder)
             if not self._engine.running:
                 break
-            for trial, record in self._next_ended():
-                self._tell(f"{trial.id}: {record.status}", len(record.history), len(record.history))
-                records[trial.id] = self._counted(record)
+            for record in self._next_ended():
+                self._tell(f"{record.id}: {record.status}", len(record.history), len(record.history))
+                records[record.id] = self._counted(record)
         ended = [records[name] for name in sorted(records)]
         return self._written(settings, task, folder, ended, [trial.id for trial in waiting])
 
-    def _next_ended(self) -> list[tuple[Trial, Record]]:
+    def _next_ended(self) -> list[Record]:
         try:
             return self._engine.wait()
         except DiskFullError as problem:
@@ -295,6 +323,12 @@ class _Runner:
         shutil.rmtree(folder.cluster, ignore_errors=True)
         with log_to(folder.log):
             return Outcome(comparison, page, *_best_adapter(comparison, task, folder))
+
+
+def _left_record(folder: ComparisonFolder, trial: Trial) -> Record | None:
+    # of a run that an earlier command left on a cluster, and that has ended since
+    path = folder.record_of(trial.id)
+    return load_record(path) if path.exists() else None
 
 
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:

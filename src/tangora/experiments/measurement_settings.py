@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from tangora._checks import check_choice
-from tangora._names import DIAGNOSED_STARTS, Space
+from tangora._names import DIAGNOSED_STARTS, SpaceName
 from tangora.experiments.settings import DataSettings, ModelSettings
 from tangora.experiments.values import Seed, Separated, Targets
 
@@ -113,7 +113,7 @@ class CurvatureSettings(DataSettings):
     split: Literal["train", "validation", "test"] = Field(
         default="train", description="Split whose loss is measured."
     )
-    over: Annotated[list[Space] | None, Separated] = Field(
+    over: Annotated[list[SpaceName] | None, Separated] = Field(
         default=None,
         min_length=1,
         description="Parameter spaces, separated by commas: tangent, factors, weights. Default: tangent,factors with "

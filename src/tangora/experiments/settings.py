@@ -223,20 +223,18 @@ class TaskSettings(DataSettings, ModelSettings):
         description="Experiment trackers, separated by commas (report_to); tensorboard writes to the run's folder.",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _completed(cls, values: Any) -> Any:
-        # the plan itself is kept, so that a record says what was run; rank and alpha are its own unless given
-        if not isinstance(values, dict):
-            return values
-        values = cls.spelled(values)
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the rank plan, whose rank and alpha hold unless others are given; the record keeps what it says."""
+        values = super().completed(values)
         if values.get("epochs") is not None:
             values = {"steps": None} | values
-        if isinstance(values.get("rank_plan"), dict):
-            return values | {"rank_plan": _checked_plan(values["rank_plan"])}
-        if not isinstance(values.get("rank_plan"), str):
+        plan = values.get("rank_plan")
+        if isinstance(plan, dict):
+            return values | {"rank_plan": _checked_plan(plan)}
+        if not isinstance(plan, str):
             return values
-        plan = _read_plan(values["rank_plan"])
+        plan = _read_plan(plan)
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -342,7 +340,12 @@ class RunSettings(TaskSettings):
 
 
 def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
-    """Raise `InputError` if settings ask for something of an adapter where a recipe trains all weights."""
+    """Raise `InputError` if settings ask for something of an adapter that a recipe does not have, or not throughout."""
+    for key in ("measure_every", "curvature_every") if chosen.search else ():
+        if getattr(settings, key):
+            raise InputError(
+                f"{key} cannot be used with recipe {chosen.name}, whose ranks change in training; leave one out"
+            )
     if chosen.adapter is not None:
         return
     if settings.load_in_4bit:
@@ -359,6 +362,10 @@ def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:
 def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     if chosen.adapter is None:
         raise InputError(f"fsdp shards the frozen base, and recipe {chosen.name} trains it; leave one out")
+    if chosen.search is not None:
+        raise InputError(
+            f"fsdp cannot be used with recipe {chosen.name}, which changes its adapter in training; leave one out"
+        )
     if chosen.reads_weight:
         raise InputError(
             f"fsdp cannot be used with recipe {chosen.name}, which reads whole base weights; leave one out"

@@ -76,10 +76,15 @@ class Settings(BaseModel):
                 values.pop(other, None)
         return values | own
 
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Put values under the settings' own names, with what follows from them before they are validated."""
+        return cls.spelled(values)
+
     @model_validator(mode="before")
     @classmethod
-    def _own_names(cls, values: Any) -> Any:
-        return cls.spelled(values) if isinstance(values, dict) else values
+    def _completed(cls, values: Any) -> Any:
+        return cls.completed(values) if isinstance(values, dict) else values
 
     def grown_from(self, found: Mapping[str, Any]) -> set[str]:
         """Tell in which keys these settings ask for more of the same than others did."""

@@ -96,7 +96,7 @@ def whiten(matrix: Core, cutoff: float) -> Core:
     r"""Return $Z$ with $Z^\top G Z = I$ on the numerical range of $G$, zero columns elsewhere; $Z Z^\top = G^+$.
 
     $F^\top Z$ then has orthonormal columns. Cholesky where every pivot is safely above the cut-off, eigenvectors
-    for the rest of the stack: $G = 0$ (LoRA's $B = 0$ start) gives $Z = 0$.
+    for the rest of the stack: $G = 0$ (LoRA's $B = 0$ initialization) gives $Z = 0$.
 
     Args:
         matrix: $G$, symmetric positive semi-definite.

@@ -1,4 +1,4 @@
-"""Starts: what a LoRA adapter's factors are before training. One start per file, pure function first."""
+"""Initializations: what a LoRA adapter's factors are before training. One per file, pure function first."""
 
 from tangora.init.initialize import Start, initialize
 from tangora.init.lora_ga import lora_ga

@@ -1,4 +1,4 @@
-"""`initialize`: give the adapter of a PEFT model a start, never changing a base weight."""
+"""`initialize`: give the adapter of a PEFT model an initialization, never changing a base weight."""
 
 import contextlib
 import math
@@ -50,9 +50,9 @@ class Start:
 
     method: str
     names: tuple[str, ...]
-    """Layers that got the start."""
+    """Layers that got the initialization."""
     skipped: Mapping[str, str]
-    """Layers that kept the plain LoRA start, with the reason."""
+    """Layers that kept the plain LoRA initialization, with the reason."""
     seconds: float
     passes: int = 0
     """How often the batches were read for gradients."""
@@ -79,14 +79,14 @@ def initialize(
     progress: Progress | bool = True,
     **options: Any,
 ) -> Start:
-    r"""Give an adapter one of the published starts.
+    r"""Give an adapter one of the published initializations.
 
     Base weights are never changed, so quantized models work and `save_adapter` (as PEFT's own ``save_pretrained``)
     writes an adapter for the original base. Gradients are read through probes in the memory of LoRA training. Call it
     before making the optimizer.
 
     ============= ============================================= ===============================================
-    method        start                                         options (default)
+    method        initialization                                options (default)
     ============= ============================================= ===============================================
     lora          PEFT's: A random, B = 0
     orthogonal    random orthogonal A and B                     size (0.577)
@@ -101,12 +101,12 @@ def initialize(
     fall slowly. ``lora-one`` and ``one-step`` need singular values, too, and read them four times. All take
     ``oversampling``, ``power_iterations`` (None, and 1) and ``one_pass`` (False) of `gradient_svds`.
 
-    With ``torch.distributed`` running, every rank calls it with its own batches, and all get the start that belongs to
-    the mean gradient.
+    With ``torch.distributed`` running, every rank calls it with its own batches, and all get the initialization that
+    belongs to the mean gradient.
 
     Args:
-        model: PEFT model with LoRA, also compiled or inside DistributedDataParallel; the adapter's earlier start or
-            training is lost, the latter with a warning.
+        model: PEFT model with LoRA, also compiled or inside DistributedDataParallel; the adapter's earlier
+            initialization or training is lost, the latter with a warning.
         batches: Model inputs with labels, iterated several times; 8 to 64 examples are enough.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         seed: Seed of everything random; the global random state is untouched.
@@ -115,7 +115,7 @@ def initialize(
         **options: As in the table.
 
     Returns:
-        Which layers got the start.
+        Which layers got the initialization.
 
     Raises:
         InputError: If method, options or batches cannot be used. The model is then as it was.
@@ -167,7 +167,7 @@ def initialize(
     mark_started(inner, adapter, method)
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        warnings.warn(f"{len(skipped)} layers keep the plain LoRA start ({reasons})", stacklevel=3)
+        warnings.warn(f"{len(skipped)} layers keep the plain LoRA initialization ({reasons})", stacklevel=3)
     names = tuple(pair.name for pair, _ in layers)
     passes = max((spectrum.passes for spectrum in spectra.values()), default=0)
     return Start(method, names, skipped, time.perf_counter() - began, passes, options.get("step"), losses)
@@ -177,10 +177,11 @@ def _adapter(model: PeftModel, adapter_name: str | None) -> tuple[str, list[Lora
     adapter = active_adapter(model) if adapter_name is None else adapter_name
     found = discover(model, adapter)
     if not found.pairs:
-        raise InputError(f"adapter {adapter!r} has no plain LoRA layers to start")
+        raise InputError(f"adapter {adapter!r} has no plain LoRA layers to initialize")
     if mutates_base(model.peft_config[adapter]):
         raise InputError(
-            f"PEFT's start has changed the base weights of adapter {adapter!r}: make it with init_lora_weights=True"
+            f"PEFT's initialization has changed the base weights of adapter {adapter!r}: make it with "
+            "init_lora_weights=True"
         )
     check_unmerged(model)
     return adapter, found.pairs, found.skipped
@@ -264,7 +265,7 @@ def _spectra(
 def _layers(
     pairs: list[LoraPair], spectra: Mapping[str, GradientSVD], chosen: StartMethod, seed: int
 ) -> tuple[list[_Layer], dict[str, str]]:
-    # those that can get the start, and why the others cannot
+    # those that can get the initialization, and why the others cannot
     layers, skipped = [], {}
     for index, pair in enumerate(pairs):
         m, n, r = pair.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from tangora._checks import InputError, check_choice, check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scale = Literal["stable", "gd", "unit", "weight_svd"]
@@ -33,7 +33,7 @@ def lora_ga(
     weight_singular_values: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[FactorA, FactorB]:
-    r"""Build LoRA-GA's start.
+    r"""Build LoRA-GA's initialization.
 
     Args:
         gradient: Leading singular triplets of $G$ ($m \times n$), $2r$ of them where $\min(m, n) \ge 2r$.
@@ -90,7 +90,7 @@ def _reads_weight(options: Mapping[str, Any]) -> bool:
     return options.get("scale") == "weight_svd"
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     return lora_ga(
         layer.known_gradient,
         layer.shape[2],

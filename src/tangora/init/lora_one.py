@@ -9,11 +9,11 @@ from typing import Any
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 
 def lora_one(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[FactorA, FactorB]:
-    r"""Build LoRA-One's start.
+    r"""Build LoRA-One's initialization.
 
     With $R = (S_r / (\sigma_1 \gamma))^{1/2}$ it is $B_0 = -U_r R$ and $A_0 = R\, V_r^\top$: the update $s B_0 A_0$ has
     spectral norm $s/\gamma$ in every layer, whatever the size of the gradient.
@@ -36,7 +36,7 @@ def lora_one(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[Fac
 
 
 def lora_one_v1(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[FactorA, FactorB]:
-    r"""Build the start of LoRA-One's slides, $B_0 = -U_r/\sqrt\gamma$ and $A_0 = V_r^\top/\sqrt\gamma$.
+    r"""Build the initialization of LoRA-One's slides, $B_0 = -U_r/\sqrt\gamma$ and $A_0 = V_r^\top/\sqrt\gamma$.
 
     Args:
         gradient: Leading singular triplets of $G$, not of $-G$.
@@ -54,11 +54,11 @@ def lora_one_v1(gradient: LowRankSVD, r: int, *, gamma: float = 128.0) -> tuple[
     return Vh / gamma**0.5, -U / gamma**0.5
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     return lora_one(layer.known_gradient, layer.shape[2], **options)
 
 
-def _start_v1(layer: LayerToStart, **options: Any) -> Factors:
+def _start_v1(layer: LayerToStart, **options: Any) -> StartFactors:
     return lora_one_v1(layer.known_gradient, layer.shape[2], **options)
 
 

@@ -1,4 +1,4 @@
-"""Which start an adapter has, remembered on its model, so that nobody starts it twice or erases training unawares."""
+"""Which initialization an adapter has, remembered on its model, so that none is made twice or erases training."""
 
 import math
 
@@ -12,16 +12,16 @@ _MARK = "_tangora_starts"
 
 
 def mark_started(model: PeftModel, adapter: str, method: str) -> None:
-    """Remember the start that an adapter has just been given, and what its factors were."""
+    """Remember the initialization that an adapter has just been given, and what its factors were."""
     vars(model).setdefault(_MARK, {})[adapter] = method, _size(model, adapter)
 
 
 def started_by(model: nn.Module, adapter_name: str | None = None) -> str | None:
-    """Return the start that `initialize`, or a checkpoint of a training that began with it, gave an adapter.
+    """Return the initialization that `initialize`, or a checkpoint of a training that began with it, gave an adapter.
 
     Returns:
-        Name of the method; ``None`` for PEFT's own start, and for adapters that were loaded. The default adapter is the
-        active one.
+        Name of the method; ``None`` for PEFT's own initialization, and for adapters that were loaded. The default
+        adapter is the active one.
     """
     model = unwrapped(model)
     found = vars(model).get(_MARK, {}).get(adapter_name or active_adapter(model))

@@ -5,7 +5,7 @@ from typing import Any
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
 from tangora.geometry.sketch import LowRankSVD
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 STEP_SIZES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 """What the line search tries, large to small."""
@@ -31,7 +31,7 @@ def one_step(gradient: LowRankSVD, r: int, scaling: float, *, step: float) -> tu
     return root[:, None] * Vh, -U * root
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     return one_step(layer.known_gradient, layer.shape[2], layer.scaling, **options)
 
 

@@ -1,4 +1,4 @@
-"""Random orthogonal factors: the start that needs nothing and gives both factors a full-rank Gram matrix."""
+"""Random orthogonal factors: the initialization that needs nothing and gives both factors a full-rank Gram matrix."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from tangora._checks import check_number
 from tangora._types import FactorA, FactorB
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 
 def orthogonal(
@@ -33,7 +33,7 @@ def orthogonal(
     return size * rows, size * columns
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     return orthogonal(*layer.shape, generator=layer.generator, **options)
 
 

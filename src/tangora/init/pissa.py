@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tangora._checks import check_whole
 from tangora._types import FactorA, FactorB
-from tangora.init.start_method import Factors, LayerToStart, StartMethod, option_types
+from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 from tangora.probes.stillness import seeded
 
 
 def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -> tuple[FactorA, FactorB]:
-    r"""Build PiSSA's start, $B_0 = U_r \sqrt{S_r / s}$ and $A_0 = \sqrt{S_r / s}\, V_r^\top$ of $W_0 = U S V^\top$.
+    r"""Build PiSSA's factors, $B_0 = U_r \sqrt{S_r / s}$ and $A_0 = \sqrt{S_r / s}\, V_r^\top$ of $W_0 = U S V^\top$.
 
     Args:
         weight: $W_0$, ``m x n``, floating point.
@@ -38,7 +38,7 @@ def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None) -
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
-def _start(layer: LayerToStart, **options: Any) -> Factors:
+def _start(layer: LayerToStart, **options: Any) -> StartFactors:
     with seeded(layer.generator.initial_seed()):  # the randomized decomposition knows the global state only
         return pissa(layer.weight(), layer.shape[2], layer.scaling, **options)
 

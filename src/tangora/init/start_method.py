@@ -1,4 +1,4 @@
-"""One row of the table of starts: what a start takes and reads, and the factors that it makes of one layer.
+"""One row of the table of initializations: what it takes and reads, and the factors that it makes of one layer.
 
 Models stay outside: nothing here writes a parameter. `initialize` carries out what the row says, and a diagnosis looks
 at the gradient through the same factors.
@@ -14,25 +14,25 @@ import torch
 from tangora._types import FactorA, FactorB, Weight
 from tangora.geometry.sketch import LowRankSVD
 
-Factors = tuple[FactorA, FactorB]
+StartFactors = tuple[FactorA, FactorB]
 
 
 @dataclass(frozen=True)
 class LayerToStart:
-    """What a start may be made of."""
+    """What an initialization may be made of."""
 
     shape: tuple[int, int, int]
     """``(m, n, r)``."""
     scaling: float
     gradient: LowRankSVD | None
     weight: Callable[[], Weight]
-    drawn: Callable[[], Factors]
-    """PEFT's own start."""
+    drawn: Callable[[], StartFactors]
+    """PEFT's own initialization."""
     generator: torch.Generator
 
     @property
     def known_gradient(self) -> LowRankSVD:
-        """The gradient, for a start whose row asks for directions of it."""
+        """The gradient, for an initialization whose row asks for directions of it."""
         assert self.gradient is not None
         return self.gradient
 
@@ -43,14 +43,14 @@ def _never(options: Mapping[str, Any]) -> bool:  # noqa: ARG001
 
 @dataclass(frozen=True)
 class StartMethod:
-    """One start."""
+    """One initialization."""
 
-    factors: Callable[..., Factors]
+    factors: Callable[..., StartFactors]
     """``(layer, **options)`` -> $(A_0, B_0)$."""
     options: Mapping[str, Any]
     """Types of its options, by name."""
     directions: int = 0
-    """Gradient directions per unit of rank; 0 for starts that do not look at the gradient."""
+    """Gradient directions per unit of rank; 0 for initializations that do not look at the gradient."""
     values: bool = False
     """Whether it weighs directions by singular values, which few passes tell too roughly."""
     offset: bool = False
@@ -77,7 +77,7 @@ class StartMethod:
         return len(self.step_sizes) > 0
 
 
-def option_types(function: Callable[..., Factors], *names: str) -> dict[str, Any]:
-    """Return the types of some parameters of a start's function."""
+def option_types(function: Callable[..., StartFactors], *names: str) -> dict[str, Any]:
+    """Return the types of some parameters of an initialization's function."""
     hints = get_type_hints(function)
     return {name: hints.get(name, Any) for name in names}

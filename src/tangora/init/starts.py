@@ -1,4 +1,4 @@
-"""The table of starts, by their names for `initialize`."""
+"""The table of initializations, by their names for `initialize`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from tangora.init.pissa import PISSA
 from tangora.init.start_method import StartMethod
 
 PROBE_OPTIONS = ("oversampling", "power_iterations", "one_pass")
-"""Options of `gradient_svds` that every start takes that reads gradients."""
+"""Options of `gradient_svds` that every initialization takes that reads gradients."""
 
 _STARTS = {
     "lora": StartMethod(lambda layer: layer.drawn(), {}, any_rank=True, any_sharding=True),
@@ -26,27 +26,31 @@ _STARTS = {
 
 
 def starts() -> tuple[str, ...]:
-    """List the starts, by their names for `initialize`."""
+    """List the initializations, by their names for `initialize`."""
     return tuple(_STARTS)
 
 
 def start_method(name: str) -> StartMethod:
-    """Look a start up in the table."""
+    """Look an initialization up in the table."""
     check_choice("method", name, tuple(_STARTS))
     return _STARTS[name]
 
 
 def check_options(method: str, options: Mapping[str, Any], *, has_batches: bool) -> StartMethod:
-    """Look up a start and check what it is given."""
+    """Look up an initialization and check what it is given."""
     chosen = start_method(method)
     allowed = (*chosen.options, *(PROBE_OPTIONS if chosen.reads_gradients else ()))
     for key in options:
         if key not in allowed:
-            raise InputError(f"start {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}")
+            raise InputError(
+                f"initialization {method!r} takes {', '.join(allowed) or 'no options'}; got {key!r}"
+            )
     if chosen.reads_gradients and not has_batches:
         raise InputError(
-            f"start {method!r} reads gradients: give batches, a list of model inputs with labels"
+            f"initialization {method!r} reads gradients: give batches, a list of model inputs with labels"
         )
     if chosen.searches_step and ("step" in options) == (options.get("held_out") is not None):
-        raise InputError(f"start {method!r} needs either step=... or held_out=batches to search the step on")
+        raise InputError(
+            f"initialization {method!r} needs either step=... or held_out=batches to search the step on"
+        )
     return chosen

@@ -239,6 +239,7 @@ def _warn_of_a_jump(stack: PairStack, here: Loaded, H_A: FactorA, group: dict[st
         worst = stack.own_pairs[int(jump.argmax())].name
         warnings.warn(
             f"step {here.step} changes A of {worst} by {jump.max():.1f} times its own norm: starting from B = 0 with "
-            "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero start",
+            "retraction='factors' does this whatever the learning rate; use retraction='auto' or a non-zero "
+            "initialization",
             stacklevel=2,
         )

@@ -5,7 +5,7 @@ step of an ODE solver, whose stages each evaluate the gradient of the same batch
 ``docs/theory/ode_lora.md``.
 
 Source: Gao & Tan (2026), ODELoRA: Training Low-Rank Adaptation by Solving Ordinary Differential Equations,
-arXiv:2602.07479. Only its abstract could be had: the gauge, the start, the guard and everything but Euler and
+arXiv:2602.07479. Only its abstract could be had: the gauge, the initialization, the guard and everything but Euler and
 Runge-Kutta in the factors are this project's.
 """
 
@@ -40,7 +40,7 @@ class ODELoRA(PairOptimizer):
     (always at PEFT's $B = 0$), all stages are taken in $W$ and retracted to rank r instead: the same flow at the same
     order, with balanced factors, and for ``euler`` exactly ``bug``.
 
-    Meant for PEFT's own start, $B = 0$, which needs no singular values to begin with.
+    Meant for PEFT's own initialization, $B = 0$, which needs no singular values to begin with.
 
     ==================== ========= ===== ==========================================================================
     scheme               gradients order step

@@ -21,7 +21,7 @@ from tangora.adapters import unwrapped
 from tangora.probes.collective import several_ranks
 from tangora.probes.stillness import preserved_randomness
 
-_IGNORED = -100
+IGNORED = -100  # label of a token that counts for no loss, in torch and transformers
 _TOLERANCE = {
     torch.float64: 3e-6,
     torch.float32: 3e-5,
@@ -136,7 +136,7 @@ def _counts(model: nn.Module, batch: Mapping[str, Any]) -> tuple[float, ...]:
         return rows, counted
     if labels.dim() < 2:
         return counted, rows
-    shifted = float((labels[..., 1:] != _IGNORED).sum())
+    shifted = float((labels[..., 1:] != IGNORED).sum())
     if predicts_next_token(model):
         return shifted, counted, rows
     return counted, shifted, rows
@@ -153,7 +153,7 @@ def _length(batch: Mapping[str, Any]) -> int:
 def _ignored(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     if _loss_name(model) != "ForSemanticSegmentation":
-        return _IGNORED
+        return IGNORED
     return getattr(config, "semantic_loss_ignore_index", getattr(config, "loss_ignore_index", 255))
 
 
@@ -170,7 +170,7 @@ def _takes_loss_from_transformers(model: nn.Module) -> bool:
     return "loss_function" in inspect.unwrap(_class(model).forward).__code__.co_names  # pyright: ignore
 
 
-_Trial = tuple[Mapping[str, Any], Mapping[str, Any]]
+_Batches = tuple[Mapping[str, Any], Mapping[str, Any]]
 """Two batches, whose loss together is compared with their losses apart."""
 
 
@@ -180,8 +180,8 @@ def _right_count(model: nn.Module, first: Mapping[str, Any], batch: Mapping[str,
     larger = max(first, batch, key=lambda each: num_rows(model, each))
     trusted = _takes_loss_from_transformers(model) and _loss_name(model) not in _PER_SEQUENCE
     # where the guess is hardly wrong, two rows tell, and cost little next to the reading itself
-    trials = _parts(model, larger, 1)[-1:] if trusted else [(first, batch), *_parts(model, larger, None)]
-    found = [errors for trial in trials if (errors := _errors(model, *trial))]
+    candidates = _parts(model, larger, 1)[-1:] if trusted else [(first, batch), *_parts(model, larger, None)]
+    found = [errors for candidate in candidates if (errors := _errors(model, *candidate))]
     if not found:  # batches that can be neither joined nor split
         return 0 if trusted else -1
     worst = [max(errors) for errors in zip(*found, strict=True)]
@@ -190,7 +190,7 @@ def _right_count(model: nn.Module, first: Mapping[str, Any], batch: Mapping[str,
     return next(index for index, error in enumerate(worst) if error <= max(10 * min(worst), _EQUAL))
 
 
-def _parts(model: nn.Module, batch: Mapping[str, Any], most: int | None) -> list[_Trial]:
+def _parts(model: nn.Module, batch: Mapping[str, Any], most: int | None) -> list[_Batches]:
     # the row with the most labels and (at most so many) others; with half of its labels left out, wrong counts show
     rows, labels = num_rows(model, batch), batch.get("labels")
     singles = [_rows(batch, [row], rows) for row in range(rows)]
@@ -200,14 +200,14 @@ def _parts(model: nn.Module, batch: Mapping[str, Any], most: int | None) -> list
     row, others = singles[fullest], _rows(batch, rest, rows)
     if row is None or others is None:
         return []
-    trials: list[_Trial] = [(row, others)]
+    candidates: list[_Batches] = [(row, others)]
     if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
         if not (labels.is_cpu or _takes_loss_from_transformers(model)):
-            return trials  # a loss that knows no such label would end the process on a GPU
+            return candidates  # a loss that knows no such label would end the process on a GPU
         masked = row["labels"].clone()
         masked[0, : masked.shape[1] // 2] = _ignored(model)
-        trials.append(({**row, "labels": masked}, others))
-    return trials
+        candidates.append(({**row, "labels": masked}, others))
+    return candidates
 
 
 def _rows(batch: Mapping[str, Any], chosen: Sequence[int], rows: int) -> dict[str, Any] | None:

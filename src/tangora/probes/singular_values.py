@@ -29,6 +29,7 @@ from tangora.probes.gradient import GradientProbe, Request
 from tangora.probes.layers import ProbedLayer, probed_layers
 
 _OVERSAMPLING = 8
+_TAIL_PROBES = 8  # random vectors that estimate the energy outside the triplets
 # Of an adaptive reading: where the wanted triplets hold more than this share of the energy, the directions of one pass
 # capture at least 95 % of what those of four passes do (benchmarks/start_time.json)
 _ENOUGH = 0.7
@@ -59,7 +60,6 @@ def gradient_svds(
     oversampling: int | None = None,
     power_iterations: int | None = 1,
     one_pass: bool = False,
-    tail_probes: int = 8,
     seed: int = 0,
     loss_fn: LossFn | None = None,
     progress: Progress | bool = True,
@@ -80,7 +80,6 @@ def gradient_svds(
             sketches, and two more only if the wanted triplets seem to hold less than 70 % of the gradients' energy.
             That is for their directions; singular values of slowly falling spectra want power iterations.
         one_pass: Read the gradient once only (no replay of batches), at a larger error; no power iterations.
-        tail_probes: Random vectors that estimate the energy outside the triplets; at least 2.
         seed: Seed of the random vectors; the global random state is neither used nor changed.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
 
@@ -94,7 +93,6 @@ def gradient_svds(
     for name, value, low in (
         ("oversampling", oversampling, 0),
         ("power_iterations", power_iterations, 0),
-        ("tail_probes", tail_probes, 2),
     ):
         if value is not None:
             check_whole(name, value, low=low)
@@ -112,11 +110,11 @@ def gradient_svds(
         draw = _Gaussian(probe, seed)
         wanted = {name: r + _oversampling(r, oversampling, adaptive) for name, r in ranks.items()}
         if one_pass:
-            spectra = _one_pass(probe, batches, draw, wanted, tail_probes)
+            spectra = _one_pass(probe, batches, draw, wanted)
         elif adaptive:
-            spectra = _as_few_passes(probe, batches, draw, wanted, tail_probes, ranks)
+            spectra = _as_few_passes(probe, batches, draw, wanted, ranks)
         else:
-            spectra = _several_passes(probe, batches, draw, wanted, tail_probes, passes)
+            spectra = _several_passes(probe, batches, draw, wanted, passes)
         return {name: spectrum for name, spectrum in spectra.items() if name in probe.reached}
 
 
@@ -159,7 +157,6 @@ def _several_passes(
     batches: Iterable[Any],
     draw: "_Gaussian",
     wanted: dict[str, int],
-    tail_probes: int,
     passes: int,
 ) -> dict[str, GradientSVD]:
     right = {name: draw.right(name, width) for name, width in wanted.items()}
@@ -169,7 +166,7 @@ def _several_passes(
         right = {name: orthonormalize(reading.left.T) for name, reading in readings.items()}
     basis = _bases(probe, batches, right)
     requests = {
-        name: Request(right=draw.tail(name, tail_probes), left=Q)  # fresh vectors, independent of Q
+        name: Request(right=draw.tail(name, _TAIL_PROBES), left=Q)  # fresh vectors, independent of Q
         for name, Q in basis.items()
     }
     readings = probe.read(batches, requests)
@@ -191,11 +188,11 @@ def _from_basis(basis: Tensor, seen: Tensor, tail: Tensor, passes: int) -> Gradi
 
 
 def _one_pass(
-    probe: GradientProbe, batches: Iterable[Any], draw: "_Gaussian", wanted: dict[str, int], tail_probes: int
+    probe: GradientProbe, batches: Iterable[Any], draw: "_Gaussian", wanted: dict[str, int]
 ) -> dict[str, GradientSVD]:
     requests = {
         name: Request(
-            right=torch.cat([draw.right(name, width), draw.tail(name, tail_probes)], dim=1),
+            right=torch.cat([draw.right(name, width), draw.tail(name, _TAIL_PROBES)], dim=1),
             left=draw.left(name, 2 * width),
         )
         for name, width in wanted.items()
@@ -204,9 +201,9 @@ def _one_pass(
     for name, reading in probe.read(batches, requests).items():
         probes = requests[name].left
         assert probes is not None
-        svd = svd_from_one_pass(reading.right[:, :-tail_probes], reading.left, probes.T)
-        energies = reading.right[:, -tail_probes:].square().sum(0)  # unbiased, each of them
-        error = energies.std() / tail_probes**0.5
+        svd = svd_from_one_pass(reading.right[:, :-_TAIL_PROBES], reading.left, probes.T)
+        energies = reading.right[:, -_TAIL_PROBES:].square().sum(0)  # unbiased, each of them
+        error = energies.std() / _TAIL_PROBES**0.5
         spectra[name] = GradientSVD(svd, float(energies.mean()), float(error))
     return spectra
 
@@ -216,13 +213,10 @@ def _as_few_passes(
     batches: Iterable[Any],
     draw: "_Gaussian",
     wanted: dict[str, int],
-    tail_probes: int,
     ranks: Mapping[str, int],
 ) -> dict[str, GradientSVD]:
     """Read products from both sides in one pass, or dense gradients where these are smaller; iterate in two more."""
-    requests = {
-        name: _both_sides(probe.layers[name], draw, width, tail_probes) for name, width in wanted.items()
-    }
+    requests = {name: _both_sides(probe.layers[name], draw, width) for name, width in wanted.items()}
     spectra, tails = {}, {}
     for name, reading in probe.read(batches, requests).items():
         if requests[name].dense:
@@ -231,7 +225,7 @@ def _as_few_passes(
             continue
         probes = requests[name].left
         assert probes is not None
-        sketch, tails[name] = reading.right[:, :-tail_probes], reading.right[:, -tail_probes:]
+        sketch, tails[name] = reading.right[:, :-_TAIL_PROBES], reading.right[:, -_TAIL_PROBES:]
         svd = svd_from_one_pass(sketch, reading.left, probes.T)
         outside, error = outside_energy(orthonormalize(sketch), tails[name])
         spectra[name] = GradientSVD(svd, float(svd.S.square().sum() + outside), float(error))
@@ -244,12 +238,12 @@ def _as_few_passes(
     }
 
 
-def _both_sides(layer: ProbedLayer, draw: "_Gaussian", width: int, tail_probes: int) -> Request:
+def _both_sides(layer: ProbedLayer, draw: "_Gaussian", width: int) -> Request:
     width = min(width, layer.m, layer.n)
     left = min(_LEFT_SHARE * width // 4, layer.m)
-    if (width + tail_probes) * layer.m + left * layer.n >= layer.m * layer.n:
+    if (width + _TAIL_PROBES) * layer.m + left * layer.n >= layer.m * layer.n:
         return Request(dense=True)
-    return Request(right=draw.shared(0, layer.n, width + tail_probes), left=draw.shared(1, layer.m, left))
+    return Request(right=draw.shared(0, layer.n, width + _TAIL_PROBES), left=draw.shared(1, layer.m, left))
 
 
 def _share(spectra: Mapping[str, GradientSVD], ranks: Mapping[str, int]) -> float:

@@ -95,7 +95,8 @@ def prepare(
     if task_type == "SEQ_CLS":
         common |= head_options(model)
     if entry.adapter == "adalora":
-        config = _adalora_config(r, total_steps, common | dict(entry.options))
+        steps = total_steps if entry.search is None else entry.search.num_steps(total_steps)
+        config = _adalora_config(r, steps, common | dict(entry.options))
     else:
         scaled = {"use_rslora": False} | dict(entry.options)
         plan = _single_layers(rank_plan or {}, {"r": r, "lora_alpha": lora_alpha} | scaled)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tangora._checks import InputError, check_choice, check_kind, check_number
+from tangora.recipes.rank_search import RankSearch
 
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import tangora.init
 
 Adapter = Literal["lora", "adalora"] | None
+_SEARCH_OPTIONS = {"search_fraction": float, "search_lr": float}
 MakeOptimizer = Callable[..., "torch.optim.Optimizer"]
 
 
@@ -55,21 +57,23 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Options of PEFT's configuration beyond rank, alpha and targets."""
     start: str | None = None
-    """Name of the start for `tangora.initialize`; ``None`` for PEFT's own."""
+    """Name of the initialization for `tangora.initialize`; ``None`` for PEFT's own."""
     start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     trains: bool = True
-    """Whether training follows the start."""
+    """Whether training follows the initialization."""
+    search: RankSearch | None = None
+    """A first phase in which AdaLoRA finds the ranks; the recipe's optimizer then trains plain LoRA of these ranks."""
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether the start needs batches."""
+        """Whether the initialization needs batches."""
         from tangora.init import start_method
 
         return self.start is not None and start_method(self.start).reads_gradients
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the start, or PEFT's adapter, computes with whole base weights before training."""
+        """Whether the initialization, or PEFT's adapter, computes with whole base weights before training."""
         from tangora.init import start_method
 
         if self.start is None:
@@ -78,7 +82,7 @@ class Recipe:
 
     @property
     def searches_step(self) -> bool:
-        """Whether the start has a step size that is searched on held-out batches."""
+        """Whether the initialization has a step size that is searched on held-out batches."""
         from tangora.init import start_method
 
         return self.start is not None and start_method(self.start).searches_step
@@ -89,7 +93,7 @@ class Recipe:
         return self.learning_rates[min(1, len(self.learning_rates) - 1)]
 
     def with_options(self, **options: Any) -> "Recipe":
-        """Change options of this method's optimizer and start, for ablations.
+        """Change options of this method's optimizer, initialization and search for ranks, for ablations.
 
         Args:
             **options: Such as ``gauge="zero"`` for LoRA-Pro, which ``lora-pro@gauge=zero`` stands for.
@@ -104,7 +108,8 @@ class Recipe:
 
         of_optimizer = self._optimizer_options()
         of_start = dict(start_method(self.start).options) if self.start is not None else {}
-        known = of_optimizer | of_start
+        of_search = {} if self.search is None else _SEARCH_OPTIONS
+        known = of_optimizer | of_start | of_search
         if not known:
             given = "@".join(f"{name}={value}" for name, value in options.items())
             raise InputError(f"recipe {self.name} has no options of its own; got @{given}")
@@ -114,12 +119,16 @@ class Recipe:
         written = [f"{name}={value}" for name, value in options.items()]
         for_optimizer = {name: value for name, value in options.items() if name in of_optimizer}
         for_start = {name: value for name, value in options.items() if name in of_start}
+        for_search = {
+            name.removeprefix("search_"): value for name, value in options.items() if name in of_search
+        }
         return replace(
             self,
             name="@".join([self.name, *written]),
             summary=f"{self.summary}; {', '.join(written)}",
             make_optimizer=partial(self.make_optimizer, **for_optimizer),
             start_options=MappingProxyType(dict(self.start_options) | for_start),
+            search=self.search and replace(self.search, **for_search),
         )
 
     def _optimizer_options(self) -> dict[str, Any]:
@@ -154,8 +163,9 @@ class Recipe:
         Args:
             model: Base model, changed in place as PEFT does.
             task_type: PEFT's task type, ``SEQ_CLS`` or ``CAUSAL_LM``.
-            total_steps: Number of optimizer steps that will follow (AdaLoRA's budget schedule needs it).
-            seed: Seed of the adapter's random start; the caller's random state is untouched.
+            total_steps: Number of optimizer steps that will follow, those of a search for ranks included (AdaLoRA's
+                budget schedule needs it).
+            seed: Seed of the adapter's random initialization; the caller's random state is untouched.
             target_modules: What PEFT should adapt.
             lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
             rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
@@ -199,17 +209,17 @@ class Recipe:
         seed: int = 0,
         progress: "tangora._types.Progress | bool" = False,
     ) -> "tangora.init.Start | None":
-        """Give the adapter this method's start.
+        """Give the adapter this method's initialization.
 
         Args:
-            batches: Model inputs with labels, for starts that read gradients.
-            held_out: Others, for a start that is tuned on them (``one-step``).
+            batches: Model inputs with labels, for initializations that read gradients.
+            held_out: Others, for an initialization that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
             progress: Whether to draw a progress bar, or what is called after each batch instead.
 
         Returns:
-            What was done; ``None`` where PEFT's own start stays.
+            What was done; ``None`` where PEFT's own initialization stays.
         """
         if self.start is None:
             return None
@@ -229,7 +239,8 @@ class Recipe:
         """Make the optimizer.
 
         Args:
-            model: What `prepare` returned, possibly wrapped.
+            model: What `prepare` returned, possibly wrapped. A recipe that searches for ranks gets the AdamW of that
+                phase for its AdaLoRA adapter, and its own optimizer for what `from_adalora` makes of that.
             head_lr: That of a new head; default: what the method does, which for most is ``lr``.
 
         Returns:
@@ -241,7 +252,14 @@ class Recipe:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(f"model must have trainable parameters; {type(model).__name__} has none")
         check_number("lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
-        optimizer = self.make_optimizer(model, lr=lr, **options)
+        make = self.make_optimizer
+        if self.search is not None:
+            from tangora.adapters import is_adalora
+            from tangora.recipes.baselines import adamw
+
+            if is_adalora(model):
+                make, lr = adamw, self.search.lr
+        optimizer = make(model, lr=lr, **options)
         if head_lr is not None:
             from tangora.recipes.baselines import set_head_rate
 

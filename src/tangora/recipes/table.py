@@ -5,12 +5,14 @@ from types import MappingProxyType
 from typing import Any
 
 from tangora._checks import InputError, check_choice, check_kind
+from tangora.recipes.rank_search import RankSearch
 from tangora.recipes.recipe import Later, Recipe
 
 _FULL_GRID = (3e-5, 1e-4, 3e-4, 1e-3)
 _LORA_GRID = (3e-4, 1e-3, 3e-3, 1e-2)
-# Plain descent on the full weights: in 30 steps MiniLM learnt little of BBC News at 0.03 and nothing at 3. The start is
-# PEFT's B = 0: from an orthogonal or LoRA-GA's start the loss fell by a quarter of that or less at the same rate.
+# Plain descent on the full weights: in 30 steps MiniLM learnt little of BBC News at 0.03 and nothing at 3. The
+# initialization is PEFT's B = 0: from an orthogonal one or LoRA-GA's the loss fell by a quarter of that or less at the
+# same rate.
 _ODE_GRID = (1e-1, 3e-1, 1.0)
 _MUON_GRID = (1e-2, 2e-2, 4e-2)
 _HEAD_LR = 1e-3
@@ -257,7 +259,7 @@ _TABLE = (
     ),
     Recipe(
         "orthogonal+tangent-muon",
-        "orthogonal factors as a start, TangentMuon",
+        "orthogonal factors as initialization, TangentMuon",
         "https://spaces.ac.cn/archives/10266 and this project",
         _MUON_GRID,
         _tangent_muon,
@@ -289,6 +291,33 @@ _TABLE = (
         options=_options(use_rslora=True),
         start="lora-one",
     ),
+    Recipe(
+        "adalora+tangent-muon",
+        "AdaLoRA finds the ranks in the first third of the steps, TangentMuon trains on",
+        "arXiv:2303.10512 and this project",
+        _MUON_GRID,
+        _tangent_muon,
+        adapter="adalora",
+        search=RankSearch(),
+    ),
+    Recipe(
+        "adalora+tangent",
+        "AdaLoRA finds the ranks in the first third of the steps, TangentAdam trains on",
+        "arXiv:2303.10512 and this project",
+        _FULL_GRID,
+        _tangent,
+        adapter="adalora",
+        search=RankSearch(),
+    ),
+    Recipe(
+        "adalora+lora-pro",
+        "AdaLoRA finds the ranks in the first third of the steps, LoRA-Pro trains on",
+        "arXiv:2303.10512, 2407.18242",
+        _FULL_GRID,
+        _lora_pro(moments="weight"),
+        adapter="adalora",
+        search=RankSearch(),
+    ),
 )
 
 
@@ -305,7 +334,8 @@ def recipe(name: str) -> Recipe:
     """Look up a method.
 
     Args:
-        name: Its name, as in ``tangora list``; options of its optimizer or start may follow: ``lora-pro@gauge=zero``.
+        name: Its name, as in ``tangora list``; options of its optimizer, initialization or search for ranks may follow:
+            ``lora-pro@gauge=zero``.
 
     Raises:
         InputError: If there is none of this name (the message lists all), or it has no such option.

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._names import Status
+from tangora.curvature.space_curvature import SpaceCurvature
 from tangora.report.record_files import FrozenModel, IsoTime, Recorded, checked_content, read_json
 
 _SCHEMA_VERSION = 3
@@ -47,7 +48,7 @@ class EvaluationRecord(FrozenModel):
 class TimeSplit(FrozenModel):
     """Where the wall-clock time of a run went, in seconds."""
 
-    start: Seconds = Field(description="The start: probing gradients, initializing adapters.")
+    start: Seconds = Field(description="The initialization: probing gradients, initializing adapters.")
     forward_backward: Seconds = Field(description="All forward and backward passes of training.")
     optimizer: Seconds = Field(description="All optimizer steps, without forward and backward.")
     evaluation: Seconds = Field(description="All evaluations.")
@@ -83,17 +84,6 @@ class MachineLoad(FrozenModel):
         return max(self.before, self.after) > self.processors + 0.5
 
 
-class SpaceFlatness(FrozenModel):
-    """Curvature of the training loss over one space of directions."""
-
-    size: Count = Field(description="Dimension.")
-    largest: float = Field(description="Largest eigenvalue of the Hessian.")
-    residual: float = Field(ge=0, description="Norm of H v - λ v: an eigenvalue lies that close.")
-    trace: float = Field(description="Estimate.")
-    trace_error: float | None = Field(description="Its standard error.")
-    products: Count = Field(description="Matrix products that it took.")
-
-
 class Flatness(FrozenModel):
     """How flat the training loss is where a run ended, and how far the test loss lies above it.
 
@@ -107,7 +97,7 @@ class Flatness(FrozenModel):
     num_examples: Count = Field(
         description="The first training examples, the curvature of whose loss is measured."
     )
-    spaces: dict[Literal["weights", "tangent", "factors"], SpaceFlatness] = Field(
+    spaces: dict[Literal["weights", "tangent", "factors"], SpaceCurvature] = Field(
         description="`weights`: all entries of the adapted layers' weights, for every method; `tangent`: the "
         "directions in which an adapter can move them; `factors`: the entries of A and B."
     )
@@ -122,6 +112,15 @@ class Flatness(FrozenModel):
     missing: str | None = Field(default=None, description="Why the curvature was not measured.")
     products: Count = Field(description="Products with the Hessian.")
     seconds: Seconds = Field(description="That it took; not part of the run's time.")
+
+    @field_validator("spaces", mode="before")
+    @classmethod
+    def _present_names(cls, spaces: Any) -> Any:
+        # older records have another name for the top eigenvalue
+        for found in spaces.values() if isinstance(spaces, dict) else ():
+            if isinstance(found, dict) and "largest" in found:
+                found["top_eigenvalue"] = found.pop("largest")
+        return spaces
 
     @property
     def gap(self) -> float:
@@ -152,7 +151,7 @@ class Record(Recorded):
     )
     recipe: str = Field(min_length=1, description="Name of the recipe.")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    seed: int = Field(description="Seed of start, data order and dropout.")
+    seed: int = Field(description="Seed of initialization, data order and dropout.")
     stage: Stage = Field(
         description="`sweep` runs choose the learning rate, `final` runs repeat it with other seeds; `trial` runs are "
         "shorter, and choose which learning rates the sweep goes on with."

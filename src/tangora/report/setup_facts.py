@@ -7,7 +7,7 @@ from tangora._names import MODELS
 from tangora.report.record_files import Measurement
 from tangora.report.run_records import Comparison, Record
 
-_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
@@ -45,14 +45,14 @@ def setup_line(comparison: Comparison) -> str:
 
 
 def _examples(settings: Mapping[str, Any], records: Sequence[Record]) -> str:
-    counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in _SPLITS}
+    counts: dict[str, Any] = {name: settings.get(f"num_{name}") for name in SPLITS}
     for record in records:
         if tested := len(record.correct or record.scores or ()):
             counts["test"] = tested
         if record.num_examples:
             counts = {**counts, **record.num_examples}
             break
-    return ", ".join(f"{counts[name]} {what}" for name, what in _SPLITS.items() if counts.get(name))
+    return ", ".join(f"{counts[name]} {what}" for name, what in SPLITS.items() if counts.get(name))
 
 
 def _settings(comparison: Comparison) -> dict[str, Any]:

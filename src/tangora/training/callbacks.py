@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +18,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tangora._checks import InputError, check_whole
 from tangora._names import Tracker
 from tangora.diagnostics import Trajectory, TrajectoryPoint
-from tangora.recipes.prepare import adalora_schedule
 from tangora.training.ranks import from_first, gathered, is_first
 
 _SEAL = "complete"
@@ -106,15 +105,17 @@ class Durations(TrainerCallback):
     def __init__(self, spent: Callable[[], dict[str, float]]):
         self._spent = spent
         self._before: dict[str, float] = {}
+        self._counts = False
 
     def total(self) -> dict[str, float]:
         """Return seconds by name, those before the checkpoint that training went on from included."""
         return {name: seconds + self._before.get(name, 0.0) for name, seconds in self._spent().items()}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
-        """Take over the sums of the checkpoint that training goes on from."""
-        if state.global_step:
+        """Take over the sums of the checkpoint that training goes on from, but for a second phase of this process."""
+        if state.global_step and not self._counts:
             self._before = _from_checkpoint(args, state, _SECONDS)
+        self._counts = True
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Keep the sums with the checkpoint."""
@@ -249,29 +250,6 @@ def read_trajectory(path: str | Path) -> list[TrajectoryPoint]:
     return TypeAdapter(list[TrajectoryPoint]).validate_python(read_history(Path(path)))
 
 
-class AdaLoraAllocation(TrainerCallback):
-    """Sets or checks AdaLoRA's schedule and allocates ranks after every step: PEFT leaves both to the training loop."""
-
-    def __init__(self, schedule: Literal["set", "check"] | None = None):
-        self._schedule = schedule
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):
-        """Set the schedule, or refuse another."""
-        for config in model.peft_config.values():
-            given = getattr(config, "total_step", state.max_steps)
-            if self._schedule == "set":
-                vars(config).update(adalora_schedule(state.max_steps))
-            elif self._schedule == "check" and given != state.max_steps:
-                raise InputError(
-                    f"AdaLoRA's schedule ends at step {given}, and training has {state.max_steps} steps: make the "
-                    f"adapter by AdaLoraConfig(total_step={state.max_steps}, ...), or set max_steps"
-                )
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any):
-        """Let AdaLoRA see the gradients of this step."""
-        model.base_model.update_and_allocate(state.global_step)
-
-
 def check_trackers(names: Sequence[Tracker]) -> None:
     """Check that trackers can be used, before any time has been spent."""
     available = get_available_reporting_integrations()
@@ -301,7 +279,7 @@ class SealedCheckpoints(TrainerCallback):
         """Seal the checkpoint that has just been written, once every process has written its part."""
         gathered(None)
         if is_first():
-            (_checkpoint(args, state) / _SEAL).touch()
+            (checkpoint_folder(args, state) / _SEAL).touch()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -319,16 +297,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    # the one that training goes on from, or that the Trainer has just written
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the checkpoint that training goes on from, or that the Trainer has just written."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _to_checkpoint(args: TrainingArguments, state: TrainerState, name: str, content: Any) -> None:
     if not is_first():
         return
-    (_checkpoint(args, state) / name).write_text(json.dumps(content), encoding="utf-8")
+    (checkpoint_folder(args, state) / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _from_checkpoint(args: TrainingArguments, state: TrainerState, name: str) -> Any:
-    return json.loads((_checkpoint(args, state) / name).read_text(encoding="utf-8"))
+    return json.loads((checkpoint_folder(args, state) / name).read_text(encoding="utf-8"))

@@ -12,37 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tangora._checks import InputError, check_choice, check_whole
 from tangora._folders import RunFolder
+from tangora._names import SPACES
 from tangora._types import LossFn
 from tangora.curvature import Hessian
 from tangora.curvature.displaced_loss import Over
+from tangora.curvature.space_curvature import SpaceCurvature, space_curvature
 from tangora.probes import as_batches, gradient_norms, probed_layers
 from tangora.training.callbacks import DivergedError, JsonLines, read_history
 
-_SPACES = ("tangent", "factors", "weights")
-# the error of an eigenvalue is of the order of the square of its residual
-_TOLERANCE = 1e-2
-_MAX_PRODUCTS = 40
-
-
-@dataclass(frozen=True)
-class SpaceCurvature:
-    r"""The Hessian of the mean loss in one kind of coordinates.
-
-    Attributes:
-        size: Their number.
-        top_eigenvalue: $\lambda_{\max}$.
-        residual: $\|H v - \lambda v\|$ of its eigenvector; some eigenvalue is at most that far away.
-        trace: Estimate of the trace.
-        trace_error: Its standard error.
-        products: Products with the Hessian that both took.
-    """
-
-    size: int
-    top_eigenvalue: float
-    residual: float
-    trace: float
-    trace_error: float
-    products: int
+_TOP_PRODUCTS = 40
 
 
 @dataclass(frozen=True)
@@ -66,7 +44,7 @@ class CurvaturePoint:
 
     def known(self) -> dict[str, float]:
         """Return the values that there are, by name; those of a space after its name."""
-        own = {"loss": self.loss, "gradient_norm": self.gradient_norm}
+        own: dict[str, Any] = {"loss": self.loss, "gradient_norm": self.gradient_norm}
         if self.captured_energy is not None:
             own["captured_energy"] = self.captured_energy
         keys = "top_eigenvalue", "trace", "trace_error"
@@ -90,7 +68,8 @@ def curvature_point(
     batches = as_batches(batches)
     how: dict[str, Any] = {"layers": None if layers is None else list(layers), "loss_fn": loss_fn}
     operators = {name: Hessian(model, batches, over=name, **how) for name in over}
-    spaces = {name: _of_space(operator, trace_products, seed) for name, operator in operators.items()}
+    budget: dict[str, Any] = {"top_products": _TOP_PRODUCTS, "trace_products": trace_products, "seed": seed}
+    spaces = {name: space_curvature(operator, **budget)[0] for name, operator in operators.items()}
     first = next(iter(operators.values()))
     if "tangent" not in operators and "factors" not in operators:
         return CurvaturePoint(step, first.loss(), float(first.gradient().double().norm()), None, spaces)
@@ -101,19 +80,6 @@ def curvature_point(
     captured = float(tangent.gradient().double().norm())
     return CurvaturePoint(
         step, first.loss(), norm, min((captured / norm) ** 2, 1.0) if norm > 0 else 0.0, spaces
-    )
-
-
-def _of_space(operator: Hessian, trace_products: int, seed: int) -> SpaceCurvature:
-    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_MAX_PRODUCTS, seed=seed)
-    trace = operator.trace(products=trace_products, seed=seed)
-    return SpaceCurvature(
-        size=operator.size,
-        top_eigenvalue=float(pairs.values[0]),
-        residual=float(pairs.residuals[0]),
-        trace=trace.value,
-        trace_error=trace.standard_error or 0.0,
-        products=operator.num_products,
     )
 
 
@@ -143,9 +109,9 @@ class CurvatureCallback(TrainerCallback):
         check_whole("every", every, low=1)
         check_whole("trace_products", trace_products, low=6)
         if isinstance(over, str) or not over:
-            raise InputError(f"over must be a list of {', '.join(_SPACES)}; got {over!r}")
+            raise InputError(f"over must be a list of {', '.join(SPACES)}; got {over!r}")
         for name in over:
-            check_choice("over", name, _SPACES)
+            check_choice("over", name, SPACES)
         self._batches = as_batches(batches)
         self._every = every
         self._path = None if path is None else Path(path)

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole
+from tangora.probes.losses import IGNORED
 from tangora.training.data import Encoding, collator, encode, load_task
-from tangora.training.data.encoding import IGNORED, Collator, encodings_at, lengths_of
+from tangora.training.data.encoding import Collator, encodings_at, lengths_of
 from tangora.training.models import KINDS, Kind
 from tangora.training.ranks import dealt_alike, gathered
 

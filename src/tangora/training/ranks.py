@@ -59,12 +59,11 @@ def failing_as_one() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    said = None if failure is None else _said(failure)
-    if failure is None and (others := [each for each in gathered(said) if each is not None]):
-        raise OtherRankError(others[0])
+    found = gathered(None if failure is None else _said(failure))
     if failure is not None:
-        gathered(said)
         raise failure
+    if others := [each for each in found if each is not None]:
+        raise OtherRankError(others[0])
 
 
 def gathered(part: T) -> list[T]:

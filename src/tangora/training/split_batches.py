@@ -10,8 +10,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tangora.probes.losses import IGNORED
 from tangora.training.data import Encoding
-from tangora.training.data.encoding import IGNORED, Collator
+from tangora.training.data.encoding import Collator
 from tangora.training.ranks import num_ranks, rank
 from tangora.training.trainer import Trainer
 

@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
@@ -15,19 +17,21 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer_utils import TrainOutput
 
 from tangora._checks import InputError, check_kind, check_number, shown
-from tangora.adapters import unwrapped, warn_if_base_changed
+from tangora.adapters import is_adalora, unwrapped, warn_if_base_changed
 from tangora.init import started_by
 from tangora.optim import PairOptimizer
 from tangora.probes.stillness import RandomState, preserved_randomness
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
 from tangora.recipes.prepare import adapted
-from tangora.training.callbacks import AdaLoraAllocation
 from tangora.training.devices import check_kept, check_steppable, single_gpu
+from tangora.training.rank_allocation import AdaLoraAllocation, restored_adalora
 from tangora.training.starting import expect_started, makes_inputs, start
+from tangora.training.two_phases import check_two_phases, phase_of, train_in_two_phases
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +77,12 @@ class Trainer(transformers.Trainer):
         peft_config: Of the adapter that a base model gets, completed by the recipe (``use_rslora``, ``use_dora``);
             default: rank 8, alpha 16, all linear layers.
 
+    A recipe that searches for ranks (``adalora+tangent-muon``) trains in two phases, each with a schedule of its own:
+    AdaLoRA by AdamW, then plain LoRA of the ranks found, which takes the model's place in ``model``.
+
     Attributes:
         replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
+        conversion_seconds: Time spent on making plain LoRA of AdaLoRA.
 
     Raises:
         InputError: If ``recipe`` is no recipe, does not fit the model, or comes together with ``optimizers`` or
@@ -131,12 +139,18 @@ class Trainer(transformers.Trainer):
             other = started_by(inner) if isinstance(inner, PeftModel) else None
             if self.recipe.start is None and other is not None:
                 logger.warning("recipe %r trains from initialization %r", self.recipe.name, other)
-        self.replay_seconds = 0.0
+            if self.recipe.search is not None:
+                check_two_phases(self, self.recipe.name)
+        self.replay_seconds = self.conversion_seconds = 0.0
         self._update: list[_MicroBatch] = []
         self._update_is_whole = False
-        if hasattr(getattr(self.model, "base_model", None), "update_and_allocate"):
+        if is_adalora(self.model):
             schedule = "set" if self._adapter_is_made and self._peft_config is None else "check"
-            self.add_callback(AdaLoraAllocation(schedule if self.recipe else None))
+            search = self.recipe and self.recipe.search
+            options = {"num_steps": search.num_steps} if search else {}
+            allocation = AdaLoraAllocation(schedule if self.recipe else None, **options)
+            # before all others, so that a timer among them counts its time
+            self.callback_handler.callbacks.insert(0, allocation)
 
     def _adapted(self, model: Any) -> Any:
         if self.recipe is None:
@@ -179,6 +193,9 @@ class Trainer(transformers.Trainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train; a recipe without training (``one-step``) only initializes the adapter: no step, no loss."""
+        if self.recipe is not None and self.recipe.search is not None:
+            train = partial(super().train, *args, **kwargs)
+            return train_in_two_phases(self, self.recipe.search, train, resume_from_checkpoint)
         if self.recipe is None or self.recipe.trains:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
@@ -190,7 +207,8 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.recipe is not None:
             expect_started(self.model, self.recipe)  # pyright: ignore[reportArgumentType]
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (is_adalora(self.model) and restored_adalora(self.model, Path(resume_from_checkpoint))):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = bare_optimizer(self.optimizer)
@@ -220,6 +238,13 @@ class Trainer(transformers.Trainer):
         if not isinstance(bare_optimizer(optimizer), PairOptimizer):  # which say it themselves
             warn_if_base_changed(self.model)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Make the scheduler: of all steps, or of each phase of a recipe that has two."""
+        if self.recipe is None or self.recipe.search is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        with phase_of(self, self.recipe.search, num_training_steps) as steps:
+            return super().create_scheduler(steps, optimizer)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Evaluate the gradient of a micro-batch, and keep it for the further stages of the optimizer's step."""

@@ -11,17 +11,18 @@ import pickle
 import platform
 import time
 import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
 from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
+from tangora.experiments.comparison.engine import Engine
 from tangora.experiments.comparison.pool import Pool
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import DiskFullError, Limits, lost, run_trial
@@ -86,7 +87,7 @@ class RemoteRun:
     def _in_process(self, task: Task) -> Record:
         with Pool(limits=self.limits, gpus=visible_gpus()) as pool:
             pool.start(self.trial, task, self.folder)
-            ((_, record),) = pool.wait()
+            (record,) = pool.wait()
         return record
 
 
@@ -99,53 +100,12 @@ class _Running:
     seen: int  # bytes of its history
 
 
-class ClusterEngine(ABC):
+class ClusterEngine(Engine[_Running]):
     """Makes runs on a cluster, which decides when and where each one starts."""
 
     def __init__(self, jobs: int | None, limits: Limits, progress: Progress | None):
-        self._jobs, self._limits, self._progress = jobs, limits, progress
-        self._running: dict[str, _Running] = {}
+        super().__init__(jobs, limits, progress)
         self._data: dict[Path, Path] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    @property
-    def running(self) -> set[str]:
-        """Names of the runs that wait or go on."""
-        return set(self._running)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another run can be handed over."""
-        return self._jobs is None or len(self._running) < self._jobs
-
-    def start(self, trial: Trial, task: Task, folder: ComparisonFolder) -> None:
-        """Hand a run over."""
-        folder = ComparisonFolder(folder.path.absolute())
-        if folder.path not in self._data:
-            self._data[folder.path] = _written(task, folder)
-        remote = RemoteRun(trial, folder, self._data[folder.path], str(Path.cwd()), self._limits)
-        seen = _size(folder.run(trial.id).metrics)
-        self._running[trial.id] = _Running(trial, task, folder, self._submit(remote), seen)
-
-    def wait(self) -> list[tuple[Trial, Record]]:
-        """Wait until a run ends, and report the progress of all of them until then."""
-        while True:
-            ended: list[tuple[Trial, Record]] = []
-            for name, run in list(self._running.items()):
-                record = self._record(run)
-                if record is None:
-                    self._report(run)
-                else:
-                    del self._running[name]
-                    ended.append((run.trial, record))
-            if ended:
-                return ended
-            time.sleep(_ASK_EVERY)
 
     def stop(self) -> None:
         """End all runs; they leave no record."""
@@ -165,6 +125,14 @@ class ClusterEngine(ABC):
     def _cancel(self, job: Any) -> None:
         """End a run."""
 
+    def _begun(self, trial: Trial, task: Task, folder: ComparisonFolder) -> _Running:
+        folder = ComparisonFolder(folder.path.absolute())
+        if folder.path not in self._data:
+            self._data[folder.path] = _written(task, folder)
+        remote = RemoteRun(trial, folder, self._data[folder.path], str(Path.cwd()), self._limits)
+        seen = _size(folder.run(trial.id).metrics)
+        return _Running(trial, task, folder, self._submit(remote), seen)
+
     def _record(self, run: _Running) -> Record | None:
         try:
             outcome = self._outcome(run.job)
@@ -172,7 +140,12 @@ class ClusterEngine(ABC):
             return lost(run.trial, run.task, run.folder, str(problem))
         if isinstance(outcome, Refusal):
             raise InputError(f"{outcome.reason}; what has finished is kept")
+        if outcome is None:
+            self._report(run)
         return outcome
+
+    def _pause(self) -> None:
+        time.sleep(_ASK_EVERY)
 
     def _report(self, run: _Running) -> None:
         path = run.folder.run(run.trial.id).metrics

@@ -1,64 +1,71 @@
-"""Where the runs of a comparison are made: on this machine, or on a cluster with an engine of its own."""
+"""What makes the runs of a comparison: processes on this machine, or a cluster."""
 
-from collections.abc import Iterable
-from typing import Protocol, Self
+from abc import ABC, abstractmethod
+from typing import Generic, Self, TypeVar
 
-from tangora._checks import InputError
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
-from tangora.experiments.comparison.plan import CompareSettings
-from tangora.experiments.comparison.pool import Pool, num_cores
-from tangora.experiments.comparison.resources import Resources
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import Limits
 from tangora.report import Record
 from tangora.training.data import Task
-from tangora.training.devices import visible_gpus
+
+_RunT = TypeVar("_RunT")
 
 
-class Engine(Protocol):
-    """Takes runs, and gives back their records as they end; left early, it ends what goes on."""
+class Engine(ABC, Generic[_RunT]):
+    """Takes runs, and gives back their records as they end; left early, it ends what goes on.
+
+    Subclasses hold of each run what they need to follow it.
+    """
+
+    def __init__(self, jobs: int | None, limits: Limits, progress: Progress | None):
+        self._jobs, self._limits, self._progress = jobs, limits, progress
+        self._running: dict[str, _RunT] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def running(self) -> set[str]:
-        """Names of the runs that it has."""
-        ...
+        """Names of the runs that wait or go on."""
+        return set(self._running)
 
     @property
     def has_room(self) -> bool:
-        """Whether it takes another run."""
-        ...
+        """Whether another run can be started."""
+        return self._jobs is None or len(self._running) < self._jobs
 
     def start(self, trial: Trial, task: Task, folder: ComparisonFolder) -> None:
-        """Take a run."""
-        ...
+        """Start a run, or hand it over."""
+        self._running[trial.id] = self._begun(trial, task, folder)
 
-    def wait(self) -> list[tuple[Trial, Record]]:
-        """Wait until runs end."""
-        ...
+    def wait(self) -> list[Record]:
+        """Wait until runs end, and report the progress of all of them until then."""
+        while True:
+            found = {name: self._record(run) for name, run in self._running.items()}
+            ended = {name: record for name, record in found.items() if record is not None}
+            if ended:
+                for name in ended:
+                    del self._running[name]
+                return [*ended.values()]
+            self._pause()
 
-    def __enter__(self) -> Self: ...
+    @abstractmethod
+    def stop(self) -> None:
+        """End all runs at once; they leave no record."""
 
-    def __exit__(self, *_: object) -> None: ...
+    @abstractmethod
+    def _begun(self, trial: Trial, task: Task, folder: ComparisonFolder) -> _RunT:
+        """Start a run, and return what it is followed by."""
 
+    @abstractmethod
+    def _record(self, run: _RunT) -> Record | None:
+        """Return the record of a run that has ended; report the progress of one that goes on."""
 
-def engine_for(
-    resources: Resources, tasks: Iterable[CompareSettings], progress: Progress | None = None
-) -> Engine:
-    """Make the engine that resources name, for comparisons; a cluster's package is imported here only."""
-    tasks = list(tasks)
-    if resources.cluster is None:
-        gpus = visible_gpus() if any(task.any_gpu for task in tasks) else []
-        jobs = resources.jobs or len(gpus) or 1
-        threads = max(1, num_cores() // jobs) if jobs > 1 else None
-        return Pool(jobs, Limits(threads, resources.max_memory), progress, gpus)
-    for task in tasks:
-        if task.device not in (None, "cuda", "cpu"):
-            raise InputError(f"device {task.device!r} is one of this machine's: leave it out with a cluster")
-    if resources.cluster == "ray":
-        from tangora.experiments.comparison.on_ray import RayEngine
-
-        return RayEngine(resources, progress)
-    from tangora.experiments.comparison.on_slurm import SlurmEngine
-
-    return SlurmEngine(resources, progress)
+    @abstractmethod
+    def _pause(self) -> None:
+        """Wait until it is worth looking at the runs again."""

@@ -19,7 +19,6 @@ from tangora._folders import ComparisonFolder
 from tangora._types import Progress
 from tangora.experiments.comparison.cluster import ClusterEngine, LostError, Refusal, RemoteRun
 from tangora.experiments.comparison.resources import Resources
-from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import Limits
 from tangora.experiments.process import tell_user
 from tangora.report import Record
@@ -82,7 +81,7 @@ class SlurmEngine(ClusterEngine):
             self._kept.append(job)
         return job
 
-    def wait(self) -> list[tuple[Trial, Record]]:
+    def wait(self) -> list[Record]:
         """Submit the runs that have been taken, and wait until one ends."""
         self._submit_kept()
         return super().wait()

@@ -81,12 +81,10 @@ class CompareSettings(TaskSettings):
         default=None, description="Heading of the report; default: recipes, data and model."
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _lists(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = cls.spelled(values)
+    def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Read lists that are given as text, and one grid for all recipes."""
+        values = super().completed(values)
         for key, kind in (("recipes", str), ("seeds", int)):
             if key in values:
                 values[key] = _listed(key, values[key], kind)

@@ -18,6 +18,7 @@ from typing import Any
 
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
+from tangora.experiments.comparison.engine import Engine
 from tangora.experiments.comparison.sweep import Trial
 from tangora.experiments.comparison.worker import DiskFullError, Limits, died, work
 from tangora.report import Record, load_record, save_json
@@ -36,7 +37,7 @@ class _Running:
     gpu: str | None
 
 
-class Pool:
+class Pool(Engine[_Running]):
     """Makes runs side by side, ``progress("ID: what", done, total)`` for each.
 
     A run that does not name another device has one of the GPUs to itself, or shares it with as few as possible.
@@ -49,54 +50,12 @@ class Pool:
         progress: Progress | None = None,
         gpus: Sequence[str] = (),
     ):
-        self._jobs, self._progress, self._gpus = jobs, progress, gpus
-        self._limits = limits or Limits()
-        self._running: dict[str, _Running] = {}
+        super().__init__(jobs, limits or Limits(), progress)
+        self._gpus = gpus
         forks = not gpus and "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload([work.__module__])
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    @property
-    def running(self) -> set[str]:
-        """Names of the runs that are going on."""
-        return set(self._running)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another run can be started."""
-        return len(self._running) < self._jobs
-
-    def start(self, trial: Trial, task: Task, folder: ComparisonFolder) -> None:
-        """Start a run."""
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=work, args=(trial, task, folder, self._limits, theirs), name=trial.id, daemon=True
-        )
-        gpu = self._gpu_for(trial)
-        with _without_main(), _seeing(gpu):
-            process.start()
-        theirs.close()
-        self._running[trial.id] = _Running(trial, task, folder, process, ours, gpu)
-        if self._progress is not None:
-            self._progress(f"{trial.id}: starting", 0, trial.settings.steps or 0)
-
-    def wait(self) -> list[tuple[Trial, Record]]:
-        """Wait until a run ends, and report the progress of all of them until then."""
-        ended: list[tuple[Trial, Record]] = []
-        while not ended:
-            wait([run.told for run in self._running.values()])
-            for name, run in list(self._running.items()):
-                if self._has_ended(run):
-                    del self._running[name]
-                    ended.append((run.trial, self._record(run)))
-        return ended
 
     def stop(self) -> None:
         """End all runs at once; they leave no record."""
@@ -106,6 +65,22 @@ class Pool:
             run.process.join()
             run.told.close()
         self._running.clear()
+
+    def _begun(self, trial: Trial, task: Task, folder: ComparisonFolder) -> _Running:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=work, args=(trial, task, folder, self._limits, theirs), name=trial.id, daemon=True
+        )
+        gpu = self._gpu_for(trial)
+        with _without_main(), _seeing(gpu):
+            process.start()
+        theirs.close()
+        if self._progress is not None:
+            self._progress(f"{trial.id}: starting", 0, trial.settings.steps or 0)
+        return _Running(trial, task, folder, process, ours, gpu)
+
+    def _pause(self) -> None:
+        wait([run.told for run in self._running.values()])
 
     def _gpu_for(self, trial: Trial) -> str | None:
         if not self._gpus or not trial.settings.any_gpu:
@@ -129,7 +104,9 @@ class Pool:
                 self._progress(f"{run.trial.id}: {words}", done, total)
         return False
 
-    def _record(self, run: _Running) -> Record:
+    def _record(self, run: _Running) -> Record | None:
+        if not self._has_ended(run):
+            return None
         run.process.join()
         run.told.close()
         path = run.folder.record_of(run.trial.id)

@@ -13,7 +13,7 @@ import torch
 
 from tangora._checks import InputError
 from tangora._folders import OutputFolder
-from tangora._names import SPACES, Space
+from tangora._names import SPACES, SpaceName
 from tangora._types import Progress
 from tangora.curvature import (
     CurvatureOperator,
@@ -41,10 +41,10 @@ from tangora.report.curvature import (
     write_curvature,
 )
 from tangora.report.curvature.record import OPERATORS, Operator
+from tangora.report.setup_facts import SPLITS
 from tangora.training.devices import check_device
 
 PAGE, PICTURES = "curvature.html", "pictures"
-_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 _PEFT = "base_model.model."
 # products that one largest eigenvalue is expected to take
 _ITERATIONS = 12
@@ -94,17 +94,17 @@ def _check_sizes(settings: CurvatureSettings, measured: MeasuredModel) -> None:
     there = len(getattr(measured.task, settings.split))
     if "num_examples" in settings.model_fields_set and settings.num_examples > there:
         raise InputError(
-            f"num_examples must be at most {there}, the number of {_SPLITS[settings.split]} examples; got "
+            f"num_examples must be at most {there}, the number of {SPLITS[settings.split]} examples; got "
             f"{settings.num_examples}"
         )
     if settings.per_batch and there <= settings.batch_size:
         raise InputError(
-            f"per_batch compares mini-batches, and {there} {_SPLITS[settings.split]} examples with batch_size = "
+            f"per_batch compares mini-batches, and {there} {SPLITS[settings.split]} examples with batch_size = "
             f"{settings.batch_size} give one; give a smaller batch_size"
         )
 
 
-def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list[Space]:
+def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list[SpaceName]:
     # those that do not depend on the choice of factors first
     if settings.over is None:
         return ["tangent", "factors"] if measured.ranks else ["weights"]
@@ -122,7 +122,7 @@ def _chosen_spaces(settings: CurvatureSettings, measured: MeasuredModel) -> list
 def _measure(
     settings: CurvatureSettings,
     measured: MeasuredModel,
-    spaces: list[Space],
+    spaces: list[SpaceName],
     command: str,
     progress: Progress | None,
 ) -> CurvatureRecord:
@@ -144,7 +144,7 @@ def _measure(
         loss=main.loss(),
         num_examples=sum(len(batch["labels"]) for batch in found.batches),
         num_batches=len(found.batches),
-        split=_SPLITS[settings.split],
+        split=SPLITS[settings.split],
         differentiation=main.differentiation,
         dtype=str(main.dtype).removeprefix("torch."),
         spectra=found.spectra,
@@ -171,7 +171,7 @@ class _Measurement:
     pairs: Eigenpairs
     """Of the main operator, whose spectrum is the first part."""
 
-    def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[Space]):
+    def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[SpaceName]):
         self._settings, self._model, self._spaces = settings, measured.model, spaces
         self.batches = measured.batches(settings.split, settings.num_examples, settings.batch_size)
         self.main: Hessian = self._operator("hessian", spaces[0])
@@ -187,7 +187,7 @@ class _Measurement:
         beside: list[Operator] = [
             name for name, kind in OPERATORS.items() if kind.flag and getattr(settings, kind.flag)
         ]
-        spectra: list[tuple[Operator, Space]] = [
+        spectra: list[tuple[Operator, SpaceName]] = [
             *((name, first) for name in beside),
             *(("hessian", space) for space in others),
         ]
@@ -210,7 +210,7 @@ class _Measurement:
         ]
         return parts
 
-    def _operator(self, name: Operator, space: Space) -> Any:
+    def _operator(self, name: Operator, space: SpaceName) -> Any:
         settings = self._settings
         options: dict[str, Any] = {"cache_graph": settings.cache_graph} if name == "hessian" else {}
         dtype = torch.float64 if settings.float64 else None
@@ -219,7 +219,7 @@ class _Measurement:
         )
 
     def _spectrum(
-        self, name: Operator, space: Space, operator: CurvatureOperator, progress: Progress
+        self, name: Operator, space: SpaceName, operator: CurvatureOperator, progress: Progress
     ) -> None:
         settings, size = self._settings, operator.shape[0]
         began, before = time.perf_counter(), operator.num_products

@@ -128,16 +128,17 @@ def execute(
     observers = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
     durations = Durations(lambda: _spent(timer, trainer, evaluations))
     trainer = _trainer(run, model, [timer, durations, *(each for each in observers if each is not None)])
-    evaluations = _evaluations(run, model, trainer)
+    evaluations = _evaluations(run, trainer)
     from_first(
         lambda: check_space(
             folder, model, keeps_model=keep_model, checkpoints=settings.save_every is not None
         )
     )
     try:
-        with rescued(run, model) if keep_model else contextlib.nullcontext():
+        with rescued(run, lambda: _model_of(trainer)) if keep_model else contextlib.nullcontext():
             run.tell("training", 0)
             result.peak_bytes = _train(run, trainer) if settings.chosen_recipe.trains else None
+            model = _model_of(trainer)
             _check_finite(model)
             # first of all, what nothing could bring back
             if isinstance(model, PeftModel):
@@ -168,7 +169,7 @@ def execute(
         history=history,
         evaluations=[*read_evaluations(run.folder), *_last(history, result.metrics)],
         time=TimeSplit(
-            start=start_seconds,
+            start=start_seconds + spent["start"],
             forward_backward=spent["forward_backward"],
             optimizer=spent["optimizer"],
             evaluation=spent["evaluation"] + result.evaluation_seconds,
@@ -295,13 +296,19 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
     return trainer
 
 
-def _evaluations(run: Run, model: nn.Module, trainer: Trainer) -> Evaluations | None:
+def _model_of(trainer: Trainer) -> nn.Module:
+    # another one than at the start, where a first phase has found the ranks
+    model: Any = trainer.model
+    return model
+
+
+def _evaluations(run: Run, trainer: Trainer) -> Evaluations | None:
     if run.settings.evaluate_every is None:
         return None
     evaluations = Evaluations(
         run.folder.evaluations,
         run.settings.evaluate_every,
-        lambda: validation_metrics(run, model),
+        lambda: validation_metrics(run, _model_of(trainer)),
         trainer.log,
     )
     trainer.add_callback(evaluations)
@@ -311,6 +318,7 @@ def _evaluations(run: Run, model: nn.Module, trainer: Trainer) -> Evaluations | 
 def _spent(timer: StepTimer, trainer: Trainer, evaluations: Evaluations | None) -> dict[str, float]:
     # gradients of further stages are evaluated inside of the optimizer's step
     return {
+        "start": trainer.conversion_seconds,
         "forward_backward": timer.forward_backward + trainer.replay_seconds,
         "optimizer": max(0.0, timer.optimizer - trainer.replay_seconds),
         "evaluation": evaluations.seconds if evaluations else 0.0,

@@ -9,17 +9,18 @@ from torch import nn
 
 from tangora._checks import InputError
 from tangora._folders import RunFolder
-from tangora.curvature import Eigenpairs, Hessian
+from tangora.curvature import Hessian
 from tangora.curvature.adapted import chosen
+from tangora.curvature.space_curvature import space_curvature
 from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
 from tangora.experiments.run.preparing import Run, target_layers
+from tangora.experiments.run.scoring import metrics_on
 from tangora.experiments.settings import RunSettings
 from tangora.report import load_record
-from tangora.report.run_records import Flatness, SpaceFlatness
+from tangora.report.run_records import Flatness
 from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
 from tangora.training.curvature import CurvatureCallback, read_curvature
 from tangora.training.data import Task
-from tangora.training.metrics import evaluate
 
 _NUM_DURING, _NUM_AT_THE_END = 16, 32
 """Examples for the Hessian: during training one batch by default, whose graph is kept from product to product."""
@@ -30,8 +31,7 @@ _SHARED = ("seed", "batch_size", "accumulate", "max_length")
 _RADIUS = 0.05
 """Of the ball, the radius that Foret et al. (2021, arXiv:2010.01412) use."""
 
-_TOLERANCE = 1e-2
-_TOP_PRODUCTS, _TRACE_PRODUCTS = 20, 12
+_BUDGET = {"top_products": 20, "trace_products": 12}
 _ASCENT, _KRYLOV = 3, 4
 
 
@@ -131,10 +131,8 @@ def measure_flatness(run: Run, model: nn.Module, test_loss: float) -> Flatness:
     began = time.perf_counter()
     settings, task = run.settings, run.task
     examples = task.train[: settings.curvature_examples or _NUM_AT_THE_END]
-    seen = run.encoded(task.train[: len(task.test)])
-    train = evaluate(model, *seen, kind=task.kind, batch_size=2 * settings.batch_size)
     values: dict[str, Any] = {
-        "train_loss": train["loss"],
+        "train_loss": metrics_on(run, model, task.train[: len(task.test)])["loss"],
         "test_loss": test_loss,
         "num_examples": len(examples),
         "spaces": {},
@@ -153,12 +151,13 @@ def _curvature(run: Run, model: nn.Module, batches: list[Any]) -> dict[str, Any]
     if not adapted:  # looked at in the layers that an adapter would have
         layers = chosen(target_layers(run.settings, run.task, run.loaded), layers)
     weights = Hessian(model, batches, over="weights", layers=layers, cache_graph=True)
-    found, pairs = _space(weights)
+    found, pairs = space_curvature(weights, **_BUDGET)
     ball = weights.sharpness(_RADIUS, steps=_ASCENT, random_starts=0, krylov=_KRYLOV, pairs=pairs)
     weights.release()
     spaces = {"weights": found}
     for space in ("tangent", "factors") if adapted else ():
-        spaces[space], _ = _space(Hessian(model, batches, over=space, cache_graph=True))
+        operator = Hessian(model, batches, over=space, cache_graph=True)
+        spaces[space], _ = space_curvature(operator, **_BUDGET)
     return {
         "spaces": spaces,
         "weight_layers": run.settings.curvature_layers,
@@ -166,17 +165,3 @@ def _curvature(run: Run, model: nn.Module, batches: list[Any]) -> dict[str, Any]
         "rise": ball.rise,
         "products": sum(found.products for found in spaces.values()) + ball.products,
     }
-
-
-def _space(operator: Hessian) -> tuple[SpaceFlatness, Eigenpairs]:
-    pairs = operator.top_eigenpairs(1, tol=_TOLERANCE, max_products=_TOP_PRODUCTS)
-    trace = operator.trace(products=_TRACE_PRODUCTS)
-    flatness = SpaceFlatness(
-        size=operator.size,
-        largest=float(pairs.values[0]),
-        residual=float(pairs.residuals[0]),
-        trace=trace.value,
-        trace_error=trace.standard_error,
-        products=operator.num_products,
-    )
-    return flatness, pairs

@@ -135,7 +135,7 @@ def check_space(folder: Path, model: nn.Module, *, keeps_model: bool, checkpoint
 
 
 @contextmanager
-def rescued(run: Run, model: nn.Module) -> Iterator[None]:
+def rescued(run: Run, model: Callable[[], nn.Module]) -> Iterator[None]:
     """If nothing can be written while a run trains or is saved, keep its weights in the system's temporary folder."""
     try:
         yield
@@ -146,7 +146,7 @@ def rescued(run: Run, model: nn.Module) -> Iterator[None]:
         step = f"goes on from step {step_of(sealed)}" if sealed else "begins again"
         place = Path(tempfile.mkdtemp(prefix="tangora-"))
         try:
-            kept = f"the weights so far are in {save_weights(run, model, RunFolder(place))}"
+            kept = f"the weights so far are in {save_weights(run, model(), RunFolder(place))}"
         except (OSError, SafetensorError, RuntimeError):
             shutil.rmtree(place, ignore_errors=True)
             kept = f"{place.parent} is full, too"

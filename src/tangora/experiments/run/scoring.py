@@ -13,10 +13,15 @@ NUM_UNRELATED = 32
 """Texts that forgetting is measured on."""
 
 
+def metrics_on(run: Run, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+    """Evaluate on some examples."""
+    return evaluate(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+
+
 def validation_metrics(run: Run, model: nn.Module, *, answers: bool = False) -> dict[str, float]:
     """Evaluate on the examples that choose the learning rate."""
     examples = run.task.validation
-    metrics = evaluate(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+    metrics = metrics_on(run, model, examples)
     return metrics | (_answers(run, model, examples)[0] if answers else {})
 
 

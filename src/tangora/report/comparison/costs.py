@@ -18,8 +18,8 @@ from tangora.report.statistics.judgement import Judgement, Row
 _UNEQUAL = 2.0  # ratio of the longest to the median run that other work on the machine is a likely cause of
 _LOG_FROM = 20  # ratio of the largest cost to the smallest
 _FRONT = Style(GREY, "dot", "circle", 1.5)
-_PARTS = {
-    "start": ("start", "x"),
+TIME_PARTS = {
+    "start": ("initialization", "x"),
     "forward_backward": ("forward and backward", ""),
     "optimizer": ("optimizer step", "/"),
     "evaluation": ("evaluation", "."),
@@ -181,7 +181,7 @@ def time_figure(rows: Sequence[Row]) -> go.Figure:
     figure = empty_figure("seconds per run", "")
     figure.update_layout(barmode="stack", height=150 + 34 * len(timed), legend={"traceorder": "normal"})
     figure.update_yaxes(type="category", showgrid=False)
-    for part, (title, pattern) in _PARTS.items():
+    for part, (title, pattern) in TIME_PARTS.items():
         for row in timed:
             figure.add_trace(
                 _bar(row.recipe, getattr(row.time, part), title, styles[row.recipe].color, pattern)

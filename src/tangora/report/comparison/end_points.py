@@ -23,12 +23,12 @@ _MEASURES: dict[str, Callable[[Flatness], float | None]] = {
     "train loss": lambda flat: flat.train_loss,
     "test loss": lambda flat: flat.test_loss,
     "generalisation gap": lambda flat: flat.gap,
-    "λ max, weights": lambda flat: _of(flat, "weights", "largest"),
+    "λ max, weights": lambda flat: _of(flat, "weights", "top_eigenvalue"),
     "trace, weights": lambda flat: _of(flat, "weights", "trace"),
     "rise in the ball": lambda flat: flat.rise,
-    "λ max, tangent": lambda flat: _of(flat, "tangent", "largest"),
+    "λ max, tangent": lambda flat: _of(flat, "tangent", "top_eigenvalue"),
     "trace, tangent": lambda flat: _of(flat, "tangent", "trace"),
-    "λ max, factors": lambda flat: _of(flat, "factors", "largest"),
+    "λ max, factors": lambda flat: _of(flat, "factors", "top_eigenvalue"),
     "trace, factors": lambda flat: _of(flat, "factors", "trace"),
 }
 # headers in a terminal, which has no room for all, and shows no factors
@@ -72,7 +72,7 @@ def flatness_sentences(flat: Flatness) -> list[str]:
         return [f"Curvature was not measured: {flat.missing}."]
     names = {"weights": "Over the weights", "tangent": "In the tangent space"}
     return [
-        f"{names[space]} the largest curvature is {formats.significant(found.largest)} and the trace "
+        f"{names[space]} the largest curvature is {formats.significant(found.top_eigenvalue)} and the trace "
         f"{formats.significant(found.trace)}."
         for space, found in flat.spaces.items()
         if space in names
@@ -167,7 +167,8 @@ def _gap_panel(judged: Judgement) -> Panel:
         points = [
             (top, run.flatness.gap, run.seed)
             for run in runs
-            if run.flatness is not None and (top := _of(run.flatness, "weights", "largest")) is not None
+            if run.flatness is not None
+            and (top := _of(run.flatness, "weights", "top_eigenvalue")) is not None
         ]
         hover = "seed %{customdata}<br>λ max %{x:.3g}, gap %{y:.4f}"
         x, y, seeds = ([point[part] for point in points] for part in range(3))

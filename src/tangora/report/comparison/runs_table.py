@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from tangora.report import formats
+from tangora.report.comparison.costs import TIME_PARTS
 from tangora.report.comparison.results_table import flat_row
 from tangora.report.layout import Section, flat
 from tangora.report.report_table import Cell, Table, cell, csv_text, number
@@ -68,7 +69,7 @@ def _error_head(run: Record) -> str:
 
 def _details(run: Record, shared: Mapping[str, str]) -> str:
     # What no other column says, one line each.
-    parts = [f"{name.replace('_', ' ')} {formats.seconds(value)}" for name, value in run.time]
+    parts = [f"{title} {formats.seconds(getattr(run.time, name))}" for name, (title, _) in TIME_PARTS.items()]
     lines = [run.id, f"{num_steps(run)} steps: {', '.join(parts)}"]
     for split, values in run.metrics.items():
         if values:

@@ -21,11 +21,11 @@ from tangora.report.run_records import Comparison, load_comparison
 from tangora.report.setup_facts import setup_facts
 from tangora.report.statistics.intervals import ALPHA
 from tangora.report.statistics.judgement import BASELINE, judge
-from tangora.report.statistics.tasks import MIN_TASKS, Outcome, TaskMatrix, matrix
+from tangora.report.statistics.tasks import MIN_TASKS, DuelOutcome, TaskMatrix, matrix
 
 _STUDY_FILE = "study.json"
 _SIGNS = {"win": "▲", "tie": "=", "loss": "▼"}
-_VERBS: dict[Outcome, str] = {"win": "wins", "loss": "loses"}
+_VERBS: dict[DuelOutcome, str] = {"win": "wins", "loss": "loses"}
 
 
 def write_study(comparisons: Mapping[str, Comparison], path: Path, title: str, command: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tangora._names import Space
+from tangora._names import SpaceName
 from tangora.curvature import BatchNoise, LayerCurvature
 from tangora.report.curvature.record import (
     OPERATORS,
@@ -22,7 +22,7 @@ from tangora.report.layer_places import natural, places
 
 _DECADES = 7
 _LOG_RANGE = 30.0
-SPACE_NAMES: dict[Space, str] = {
+SPACE_NAMES: dict[SpaceName, str] = {
     "tangent": "tangent space",
     "weights": "full weights",
     "factors": "factors A, B",

@@ -15,7 +15,7 @@ from tangora.report.curvature.record import (
     OPERATORS,
     CurvatureRecord,
     SharpnessRecord,
-    Space,
+    SpaceName,
     Spectrum,
     in_order,
 )
@@ -44,7 +44,7 @@ _NUMBERS = (
     "probes, at best a rough one where there are few of them. ‖H‖: Frobenius norm. ‖g‖: the gradient's norm in the "
     "same coordinates. Products: with the matrix, over all examples."
 )
-_WHERE: dict[Space, str] = {
+_WHERE: dict[SpaceName, str] = {
     "tangent": "in the tangent space",
     "weights": "over the full weights of the chosen layers",
     "factors": "over the factors A and B",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tangora._names import SPACES, Space
+from tangora._names import SPACES, SpaceName
 from tangora.curvature import (
     BatchNoise,
     CurvatureOperator,
@@ -65,7 +65,7 @@ class Density(FrozenModel):
 class Spectrum(FrozenModel):
     """The curvature over one space of directions."""
 
-    space: Space
+    space: SpaceName
     operator: Operator
     size: Count = Field(description="Dimension.")
     num_layers: Count
@@ -92,7 +92,7 @@ class Spectrum(FrozenModel):
 class SharpnessRecord(FrozenModel):
     """How far the loss can rise within a ball, as far as an ascent found."""
 
-    space: Space
+    space: SpaceName
     radius: float = Field(gt=0, description="Frobenius norm of the displacement.")
     loss: float
     rise: float = Field(description="The largest rise that was found: a lower bound.")
@@ -119,7 +119,7 @@ class Plane(FrozenModel):
 class LandscapeRecord(FrozenModel):
     """The loss around the point."""
 
-    space: Space
+    space: SpaceName
     lines: list[Line] = Field(default_factory=list)
     plane: Plane | None = None
 
@@ -157,7 +157,7 @@ class CurvatureRecord(Measurement):
         """The first spectrum that does not depend on the choice of factors."""
         return min(self.spectra, key=lambda one: (SPACES.index(one.space), one.operator != "hessian"))
 
-    def of(self, space: Space, operator: Operator = "hessian") -> Spectrum | None:
+    def of(self, space: SpaceName, operator: Operator = "hessian") -> Spectrum | None:
         """Look a spectrum up."""
         return next((one for one in self.spectra if (one.space, one.operator) == (space, operator)), None)
 

@@ -129,7 +129,7 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
     totals, ranks = diagnosis.totals, formats.ranks(layer.rank for layer in diagnosis.layers)
     lora = formats.small_share(totals.starts.get("lora"))
     if diagnosis.plain_start and "lora" in totals.starts:
-        return [f"Plain LoRA of {ranks} captures {lora} of the full gradient's energy at its start."]
+        return [f"Plain LoRA of {ranks} captures {lora} of the full gradient's energy at its initialization."]
     if totals.adapter is None:
         return []
     own = formats.ranks(layer.adapter.rank for layer in diagnosis.layers if layer.adapter)
@@ -235,10 +235,13 @@ def views(diagnosis: Diagnosis) -> dict[str, tuple[str, _Read]]:
     if diagnosis.totals.adapter is not None:
         found["adapter"] = "the adapter as it stands", attrgetter("adapter.captured_energy")
     for start in diagnosis.starts:
-        found[start] = f"{start_name(start).full} start", lambda layer, start=start: layer.starts[start]
+        found[start] = (
+            f"{start_name(start).full} initialization",
+            lambda layer, start=start: layer.starts[start],
+        )
     for start in gradient_starts(diagnosis.layers):
         found[f"{start}/others"] = (
-            f"{start_name(start).full} start, on other examples",
+            f"{start_name(start).full} initialization, on other examples",
             lambda layer, start=start: layer.held_out and layer.held_out.starts[start],
         )
     found["reachable"] = "the best possible at this rank", attrgetter("reachable")

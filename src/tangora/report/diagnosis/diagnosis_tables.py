@@ -20,7 +20,7 @@ _SAYS_NOTHING_AT_START = ("cond BᵀB", "imbalance", "effective rank")
 
 
 class StartName(NamedTuple):
-    """How pages write a start: in full, inside a sentence, and in a narrow column's two lines."""
+    """How pages write an initialization: in full, inside a sentence, and in a narrow column's two lines."""
 
     full: str
     in_sentence: str
@@ -37,7 +37,7 @@ _START_NAMES = {
 
 
 def start_name(start: str) -> StartName:
-    """Look up how pages write a start; by its own name where there is no other."""
+    """Look up how pages write an initialization; by its own name where there is no other."""
     return _START_NAMES.get(start, StartName(start, start, start))
 
 
@@ -86,7 +86,7 @@ def _row(kind: str, layers: Sequence[LayerDiagnosis], energy: float) -> KindRow:
 
 
 def gradient_starts(layers: Sequence[LayerDiagnosis]) -> list[str]:
-    """List the starts that were made from the gradient, and looked at on other examples too."""
+    """List the initializations that were made from the gradient, and looked at on other examples too."""
     other = layers[0].held_out
     return [start for start in GRADIENT_STARTS if other is not None and start in other.starts]
 
@@ -160,7 +160,7 @@ def _kind_columns(diagnosis: Diagnosis) -> list[_Columns]:
 
 
 def _captured(row: KindRow, start: str, *, made: bool) -> list[str]:
-    # on the examples that were read, and on others where the start was made from those
+    # on the examples that were read, and on others where the initialization was made from those
     own, others = row.totals.starts, row.totals.held_out
     return [
         formats.small_share(own[start]),
@@ -187,7 +187,7 @@ def layer_table(diagnosis: Diagnosis) -> Table:
     if diagnosis.totals.adapter is not None:
         columns |= _adapter_columns(plain=diagnosis.plain_start)
     for start in diagnosis.starts:
-        columns[f"{start_name(start).full} start"] = lambda layer, start=start: formats.small_share(
+        columns[f"{start_name(start).full} initialization"] = lambda layer, start=start: formats.small_share(
             layer.starts[start]
         )
         if start in gradient_starts(diagnosis.layers):

@@ -45,7 +45,7 @@ class Estimate:
     df: float
     """Degrees of freedom of the part of the variance that is due to the test examples."""
     over: Over
-    """What would change if the study were repeated."""
+    """What would change if the comparison were repeated."""
     bounds: Interval = (-math.inf, math.inf)
     """The smallest and the largest possible value."""
     proportion: bool = False

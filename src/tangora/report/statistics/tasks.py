@@ -12,12 +12,12 @@ from tangora.report.statistics.intervals import Interval, corrected_p_values
 from tangora.report.statistics.judgement import BASELINE, Judgement, side_of
 from tangora.report.statistics.samples import compare_samples
 
-Outcome = Literal["win", "tie", "loss"]
+DuelOutcome = Literal["win", "tie", "loss"]
 
 MIN_TASKS = 5
 """Fewer tasks are too few for the chi-squared distribution of Friedman's statistic."""
 
-_OUTCOMES: dict[int, Outcome] = {1: "win", 0: "tie", -1: "loss"}
+_OUTCOMES: dict[int, DuelOutcome] = {1: "win", 0: "tie", -1: "loss"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Duel:
     higher_is_better: bool
 
     @property
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> DuelOutcome | None:
         """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None without a p-value."""
         if self.p_value is None:
             return None
@@ -81,16 +81,16 @@ class TaskMatrix:
                 return found if found.ours == ours else found.flipped()
         return None
 
-    def count(self, ours: str, theirs: str) -> dict[Outcome, int]:
+    def count(self, ours: str, theirs: str) -> dict[DuelOutcome, int]:
         """Count over the tasks, with p-values corrected for all pairs."""
         return _count([self.duel(task, ours, theirs) for task in self.tasks])
 
-    def count_against_lora(self, recipe: str) -> dict[Outcome, int]:
+    def count_against_lora(self, recipe: str) -> dict[DuelOutcome, int]:
         """Count over the tasks, with p-values corrected for the recipes against LoRA only."""
         return _count([duel for duel in self.against_lora if duel.ours == recipe])
 
 
-def _count(duels: Sequence[Duel | None]) -> dict[Outcome, int]:
+def _count(duels: Sequence[Duel | None]) -> dict[DuelOutcome, int]:
     outcomes = [duel.outcome for duel in duels if duel is not None]
     return {outcome: outcomes.count(outcome) for outcome in _OUTCOMES.values()}
 

@@ -10,10 +10,9 @@ from torch.utils.data import default_collate
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from tangora._checks import InputError, check_choice, check_whole, reason
+from tangora.probes.losses import IGNORED
 from tangora.training.data.images import IMAGE, PIXELS, holds_image
 from tangora.training.models import KINDS, ImageScaler, Kind
-
-IGNORED = -100  # label of a token that counts for no loss, in torch and transformers
 
 Encoding: TypeAlias = dict[str, Any]
 """``input_ids`` and ``attention_mask`` or ``pixel_values`` of one example, and ``labels``: one, or one per token."""

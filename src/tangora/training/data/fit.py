@@ -5,7 +5,8 @@ from itertools import chain
 from typing import Any
 
 from tangora._checks import InputError
-from tangora.training.data.encoding import IGNORED, encode, encode_turns, labelled_texts
+from tangora.probes.losses import IGNORED
+from tangora.training.data.encoding import encode, encode_turns, labelled_texts
 from tangora.training.data.task import Task
 from tangora.training.models import ImageScaler, Kind
 
