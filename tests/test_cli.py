@@ -423,7 +423,7 @@ finally:
         ),
         ("train --schedule co", {"cosine", "constant"}),
         ("train --model smol", {"smollm2-135m"}),
-        ("compare --preset paper-", {"paper-clip", "paper-glue", "paper-math"}),
+        ("compare --preset paper-", {"paper-chat", "paper-clip", "paper-glue", "paper-math"}),
         ("rep", {"report"}),  # not the command that has moved
         ("train --gradient-", {"--gradient-checkpointing"}),
     ],

@@ -39,6 +39,7 @@ class RunFolder(OutputFolder):
     curvature = _In("curvature.jsonl")
     snapshots = _In("snapshots")  # weights of full fine-tuning at the measured points
     model = _In("model")  # where all weights are trained
+    answers = _In("answers.jsonl")  # to the prompts of its settings
     logits = _In("logits.pt")  # of the trained model, on a few test examples
 
     @property
@@ -56,6 +57,8 @@ class ComparisonFolder(OutputFolder):
     report = _In("report.html")
     picture = _In("picture.png")
     summary = _In("summary.csv")
+    measured = _In("through-training.csv")  # what was measured on the way of the runs behind the results
+    measured_picture = _In("through-training.png")
 
     @property
     def tasks(self) -> list["ComparisonFolder"]:

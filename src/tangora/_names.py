@@ -20,6 +20,9 @@ Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
+CHAT_TEMPLATES = ("alpaca",)
+"""Chat templates for tokenizers that have none."""
+
 DIAGNOSED_STARTS = ("lora", "orthogonal", "pissa", "lora-ga", "lora-one")
 """Initializations that a diagnosis can compare."""
 
@@ -32,6 +35,7 @@ MODELS: dict[str, str] = {
 
 DATA: dict[str, str] = {
     "bbc-news": "2125 news articles in five classes",
+    "chatterbot": "about 700 short English conversations, trivia and programming questions among them",
     "digits": "8x8 images of the digits 5 to 9",
     "digits-permuted": "8x8 images of all ten digits, their pixels in another order",
     "mnist-5k": "5000 digits of MNIST, shrunk to 8x8",

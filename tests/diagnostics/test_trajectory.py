@@ -1,5 +1,6 @@
 """Whole models on their way: against the weights that their layers act with, and gradients of plain autograd."""
 
+import copy
 import json
 import random
 from dataclasses import asdict
@@ -9,10 +10,18 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 from tangora import InputError, initialize
-from tangora.diagnostics import Reference, Trajectory, find_tracks, fingerprint, write_snapshot
-from tangora.diagnostics.gradient_reading import gradient_views
+from tangora.diagnostics import (
+    Reference,
+    Trajectory,
+    find_tracks,
+    fingerprint,
+    gradient_reading,
+    write_snapshot,
+)
+from tangora.diagnostics.gradient_views import gradient_views, weight_views
 from tests.diagnostics.models import (
     adapted,
     bert,
@@ -137,6 +146,9 @@ def test_distance_to_full_fine_tuning(kind, tmp_path):
         assert totals.cosine == pytest.approx(1.0)
 
 
+SHAPE = "gradient_stable_rank", "gradient_effective_rank", "reachable_energy"
+
+
 @pytest.mark.parametrize("task", ["bert", "gpt2"])
 def test_views_of_the_gradient(task):
     options = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True} if task == "gpt2" else {}
@@ -159,6 +171,10 @@ def test_views_of_the_gradient(task):
         assert found.captured_energy == pytest.approx(kappa, rel=rel)
         assert found.alignment_error == pytest.approx(epsilon, rel=rel)
         assert found.gradient_norm == pytest.approx(float(g.norm()), rel=rel)
+        shape = tuple(getattr(found, key) for key in SHAPE)
+        assert shape == pytest.approx(dense.gradient_shape(g, 2), rel=rel)
+        factors = float((3 * B.T @ g).norm()), float((3 * g @ A.T).norm())  # scaling 6 / 2
+        assert (found.gradient_norm_A, found.gradient_norm_B) == pytest.approx(factors, rel=rel)
         # the leading subspace is as accurate as the sketch: rank 2 + 8 of 16 at two power iterations
         assert (found.left_angle, found.mean_left_angle) == pytest.approx(
             (float(left.max()), float(left.mean())), abs=0.05
@@ -170,6 +186,71 @@ def test_views_of_the_gradient(task):
     assert point.totals.captured_energy == pytest.approx(1 - missed / energy, rel=rel)
     assert point.totals.alignment_error == pytest.approx(missed**0.5, rel=rel)
     assert point.totals.left_angle == max(layer.left_angle for layer in point.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "offset", "dora", "dora-offset"])
+def test_gradients_of_factors_are_those_of_autograd(kind):
+    model, _ = model_of(kind)
+    step(model, 0.1, 3)
+    batches = classifier_batches()
+    tracks = find_tracks(model)
+    point = Trajectory(model, tracks, batches=batches).measure(0)
+    model.eval()
+    size = sum(len(batch["labels"]) for batch in batches)
+    loss = sum(len(batch["labels"]) * model(**batch).loss for batch in batches) / size
+    for side in "AB":
+        factors = [getattr(track.pair, side) for track in tracks]
+        norms = [float(each.norm()) for each in torch.autograd.grad(loss, factors, retain_graph=True)]
+        found = [getattr(layer, f"gradient_norm_{side}") for layer in point.layers.values()]
+        assert found == pytest.approx(norms, rel=1e-8)
+        total = getattr(point.totals, f"gradient_norm_{side}")
+        assert total == pytest.approx(float(torch.tensor(norms).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_same_weights_have_the_same_gradient_with_and_without_adapters(family):
+    base, options, batches = bert(), {}, classifier_batches()
+    if family == "gpt2":  # transposed weights
+        base, options, batches = (
+            gpt2(),
+            {"task_type": "CAUSAL_LM", "fan_in_fan_out": True},
+            causal_batches(),
+        )
+    whole = copy.deepcopy(base)
+    model = moved(adapted(base, **options))
+    tracks = find_tracks(model)
+    names = [track.name for track in tracks]
+    own = Trajectory(model, tracks, batches=batches).measure(0)
+    merged = dict(whole.named_modules())
+    with torch.no_grad():
+        for track, weight in zip(tracks, weights(model, tracks), strict=True):
+            stored = merged[track.name].weight
+            stored.copy_(weight.T if isinstance(merged[track.name], Conv1D) else weight)
+    followed = Trajectory(whole, find_tracks(whole, names), batches=batches, rank=2)
+    full = followed.measure(0)
+    rel = 1e-8 if family == "bert" else 1e-4  # transformers takes causal losses in float32
+    assert full.gradient_loss == pytest.approx(own.gradient_loss, rel=rel)
+    for key in ("gradient_norm", *SHAPE):
+        assert getattr(full.totals, key) == pytest.approx(getattr(own.totals, key), rel=rel)
+        for name in names:
+            assert getattr(full.layers[name], key) == pytest.approx(getattr(own.layers[name], key), rel=rel)
+    nothing = "captured_energy", "alignment_error", "gradient_norm_A", "gradient_norm_B", "left_angle"
+    assert all(getattr(full.totals, key) is None for key in nothing)
+
+
+def test_gradients_too_large_to_be_formed_are_estimated(monkeypatch):
+    batches = classifier_batches()
+    exact, sketched = (views_with_limit(batches, monkeypatch, limit) for limit in (2**30, 1))
+    for name, view in sketched.items():
+        assert view.effective_rank is None
+        assert view.stable_rank == pytest.approx(exact[name].stable_rank, rel=0.1)
+        assert view.reachable == pytest.approx(exact[name].reachable, rel=0.05)
+
+
+def views_with_limit(batches, monkeypatch, limit):
+    monkeypatch.setattr(gradient_reading, "_EXACT_LIMIT", limit)
+    model, names = model_of("full")
+    return weight_views(model, find_tracks(model, names), batches, rank=2)[0]
 
 
 def test_the_aligned_start_has_no_angle_and_the_plain_one_no_columns():

@@ -31,7 +31,7 @@ def small(tmp_path_factory):
     return {
         "model": write_clip(folder / "model"),
         "data": write_pictures(folder / "pictures", 60),
-        "prompts": ["a {}.", "the {} sun"],
+        "class_prompts": ["a {}.", "the {} sun"],
         "num_validation": 12,
         "num_test": 12,
         "epochs": 1,

@@ -70,9 +70,12 @@ def test_every_method_is_swept_and_repeated(done):
 def test_alignment_is_recorded_and_drawn(done):
     _, folder, outcome, _ = done
     for record in (run for run in outcome.comparison.records if run.status == "finished"):
-        measured = [point["step"] for point in record.trajectory if "captured_energy" in point]
-        assert measured == ([] if record.recipe == "full" else [0, 3, 6])
-    assert "Alignment over time" in (folder / "report.html").read_text()
+        captured = [point["step"] for point in record.trajectory if "captured_energy" in point]
+        assert captured == ([] if record.recipe == "full" else [0, 3, 6])
+        assert [point["step"] for point in record.trajectory if "gradient_norm" in point] == [0, 3, 6]
+    page = (folder / "report.html").read_text()
+    assert 'id="alignment"' in page
+    assert 'id="through-training"' in page
 
 
 def test_files(done):

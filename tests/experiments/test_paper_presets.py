@@ -12,6 +12,7 @@ from tangora.experiments.comparison.plan import PlanSettings, read_plan
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_run_task
 from tangora.experiments.settings_files import preset
+from tangora.training.callbacks import read_history
 from tests.models import SPECIAL, WORDS, tiny_llama, tiny_tokenizer
 
 SMALL = {
@@ -78,6 +79,28 @@ def mathematics(tmp_path):
     }
 
 
+@pytest.fixture
+def chat(tmp_path):
+    """Llama without a chat template; instructions and their outputs; prompts of two turns."""
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [
+        {"instruction": f"{a} {b} " + "cat " * 30, "output": f"{b} {a}", "instruction_zh": "", "output_zh": ""}
+        for a in WORDS[:8] for b in WORDS[:8]
+    ]  # fmt: skip
+    prompts = [{"prompt": ["red cat", "blue"], "category": "writing", "reference": [], "prompt_id": 81}]
+    return {
+        "model": str(tmp_path / "model"),
+        "data": write_lines(tmp_path / "instructions.jsonl", rows),
+        "prompts": write_lines(tmp_path / "prompts.jsonl", prompts),
+        **SMALL,
+        "accumulate": 2,
+        "max_length": 96,
+        "max_new_tokens": 3,
+        "learning_rates": {},
+    }
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_glue(glue, tmp_path, name):
     plan = read_plan(preset("paper-glue"))
@@ -103,3 +126,17 @@ def test_mathematics(mathematics, tmp_path, name):
     assert record.status == "finished", record.error
     assert record.metrics["test"]["exact_match"] == sum(record.correct) / len(task.test)
     assert plan.metric == "exact_match"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_chat(chat, tmp_path, name):
+    plan = read_plan(preset("paper-chat") | chat)
+    assert not isinstance(plan, PlanSettings)
+    settings = plan.run(name, 1e-3, 0)
+    task = load_run_task(settings)
+    record = execute(settings, task, tmp_path / "run", run_id="run")
+    assert record.status == "finished", record.error
+    assert record.settings["data_format"] == "chat template"
+    (answered,) = read_history(tmp_path / "run" / "answers.jsonl")
+    assert (answered["id"], len(answered["answers"]), answered["recipe"]) == ("81", 2, name)
+    assert plan.metric == "loss"

@@ -45,7 +45,8 @@ def test_measuring_changes_no_bit_of_training(classifier, reference, tmp_path, n
     assert not (tmp_path / "plain" / "trajectory.jsonl").exists()
     points = read_trajectory(tmp_path / "measured" / "trajectory.jsonl")
     assert [point.step for point in points] == measured_steps(5, measuring["measure_every"])
-    assert measured.trajectory == [{"step": p.step} | p.totals.known() for p in points]
+    for point, recorded in zip(points, measured.trajectory, strict=True):
+        assert ({"step": point.step} | point.totals.known()).items() <= recorded.items()
     if name == "full":
         return
     assert points[0].totals.path_length == 0
@@ -196,11 +197,6 @@ def test_settings_that_do_not_go_together(classifier, reference, tmp_path):
     for key, value in (("reference", "full"), ("measure_gradient", 4)):
         with pytest.raises(InputError, match=f"{key} needs measure_every; got {key} = {value!r} alone"):
             validated(RunSettings, {key: value})
-    settings = RunSettings(**classifier, recipe="full", measure_every=1, measure_gradient=4)
-    with pytest.raises(
-        InputError, match="measure_gradient needs an adapter, and recipe full has none; got 4"
-    ):
-        train(settings, tmp_path / "a")
     lora = RunSettings(**classifier, recipe="lora", steps=1, batch_size=8)
     train(lora, tmp_path / "b")
     measured = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "b")})

@@ -52,3 +52,16 @@ def gradient_view(A: Tensor, B: Tensor, g: Tensor, r: int) -> tuple[Tensor, Tens
     U, _, Vh = torch.linalg.svd(g, full_matrices=False)
     kappa = 1 - float(missed.square().sum() / g.square().sum())
     return angles(U[:, :r], B), angles(Vh[:r].T, A.T), kappa, float(missed.norm())
+
+
+def gradient_shape(g: Tensor, r: int) -> tuple[float, float, float]:
+    """Return stable rank, effective rank, and the share of the leading 2r singular values."""
+    values = torch.linalg.svdvals(g)
+    shares = values / values.sum()
+    energies = values.square()
+    effective = torch.exp(-(shares * shares.log()).sum())
+    return (
+        float(energies.sum() / energies[0]),
+        float(effective),
+        float(energies[: 2 * r].sum() / energies.sum()),
+    )

@@ -101,13 +101,29 @@ def test_forgetting_is_shown_when_it_was_measured():
     assert page.tables["forgetting-table"][1][3].startswith("0.6000\n")
 
 
+def test_judged_answers_are_shown():
+    def record(seed, score):
+        made = make_record(seed=seed)
+        return made.model_copy(update={"metrics": made.metrics | {"answers": {"judged": score}}})
+
+    assert "answers-table" not in render_page(realistic())
+    page = Page(render_page(make_comparison([record(0, 5.5), record(1, 6.5)])))
+    assert page.tables["answers-table"][1][0] == "lora"
+    assert page.tables["answers-table"][1][1].startswith("6.0000\n")
+    assert page.tables["answers-table"][1][2] == "2"
+
+
 def test_what_was_measured_on_the_way_is_drawn():
-    points = [{"step": 0, "captured_energy": 0.1}, {"step": 4, "captured_energy": 0.5}]
+    points = [
+        {"step": 0, "captured_energy": 0.1, "effective_rank": 1.0},
+        {"step": 4, "captured_energy": 0.5, "effective_rank": 2.5},
+    ]
     page = Page(
         render_page(make_comparison([make_record(seed=seed, trajectory=points) for seed in range(2)]))
     )
     figures = {attrs["id"]: attrs for _, attrs in page.tags if attrs.get("class") == "plot"}
-    assert "0.5" in figures["alignment-captured_energy"]["aria-label"]
+    assert "0.5" in figures["through-training-captured_energy"]["aria-label"]
+    assert "2.5" in figures["alignment-effective_rank"]["aria-label"]
     assert "alignment-cosine" not in figures
 
 

@@ -3,7 +3,8 @@ import pytest
 from scipy import stats
 
 from tangora.report.statistics.intervals import estimate
-from tangora.report.statistics.samples import Sample, contrast, gap_closed
+from tangora.report.statistics.samples import Sample, contrast, gap_closed, sample
+from tests.report.synthetic import make_record
 
 
 def of(scores, seeds=None):
@@ -97,6 +98,23 @@ def test_the_interval_of_an_accuracy_lies_in_its_bounds_and_has_a_width(num_seed
     assert high - low == pytest.approx(wilson.high - wilson.low, rel=0.25)
     if right == 60:
         assert 0.91 < low < 0.95
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "exact_match"])
+def test_right_answers_are_counted_over_seeds_and_examples(metric):
+    answers = np.random.default_rng(5).random((3, 80)) < 0.4
+    runs = [
+        make_record(seed=seed, correct=row.tolist(), metrics={"test": {"loss": 1.2, metric: row.mean()}})
+        for seed, row in enumerate(answers)
+    ]
+    found = sample(runs, metric)
+    assert (found.scores == answers).all()
+    assert found.bounds == (0.0, 1.0)
+    alone = sample([run.model_copy(update={"correct": None}) for run in runs], metric)
+    # three means show less of the noise than 240 answers
+    (low, high), (least, most) = contrast((1.0, found)).interval, contrast((1.0, alone)).interval
+    assert (low, high) != (least, most)
+    assert (low, high) == contrast((1.0, Sample((0, 1, 2), answers.astype(float), (0.0, 1.0)))).interval
 
 
 def test_differences_keep_to_the_bounds_of_their_metric():

@@ -45,7 +45,7 @@ def clip_logits(clip, pixels, prompts=PROMPTS):
 
 @pytest.mark.parametrize("prompts", [PROMPTS, ("a {}.", "the blue {} + sun", "{} 7")])
 def test_logits_are_clips(published, pixels, prompts):
-    model = load(published, prompts=list(prompts)).model
+    model = load(published, class_prompts=list(prompts)).model
     assert isinstance(model, PromptedCLIPForImageClassification)
     expected = clip_logits(tiny_clip(), pixels, prompts)
     torch.testing.assert_close(model(pixels).logits, expected)
@@ -57,7 +57,9 @@ def test_logits_are_clips(published, pixels, prompts):
 def test_one_template_gives_logits_per_image(published, pixels):
     texts = clip_tokenizer()([f"a photo of a {words}." for words in WORDS], padding=True, return_tensors="pt")
     expected = tiny_clip()(pixel_values=pixels, **texts).logits_per_image
-    torch.testing.assert_close(load(published, prompts="a photo of a {}.").model(pixels).logits, expected)
+    torch.testing.assert_close(
+        load(published, class_prompts="a photo of a {}.").model(pixels).logits, expected
+    )
     torch.testing.assert_close(load(published).model(pixels).logits, expected)
 
 
@@ -138,13 +140,13 @@ def test_card_has_code_that_needs_no_tangora(published, trained, tmp_path):
 
 
 def test_saved_classifier_is_the_same_model(published, pixels, tmp_path):
-    loaded = load(published, prompts=["a {}.", "the {}"])
+    loaded = load(published, class_prompts=["a {}.", "the {}"])
     loaded.model.save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
     expected = loaded.model(pixels).logits
     for again in (
         load_model(str(tmp_path), kind="classification", labels=LABELS),
-        load_model(str(tmp_path), kind="classification", num_labels=3, prompts=["a {}.", "the {}"]),
+        load_model(str(tmp_path), kind="classification", num_labels=3, class_prompts=["a {}.", "the {}"]),
     ):
         assert torch.equal(again.model(pixels).logits, expected)
         assert again.model.config.id2label == dict(enumerate(LABELS))
@@ -188,11 +190,11 @@ def test_without_embedded_classes_no_logit_is_a_number(published, pixels):
     [
         ({"labels": None, "num_labels": 3}, "needs labels"),
         ({"kind": "causal", "labels": None}, "reads images"),
-        ({"prompts": "a photo"}, "one {} for the class.*got 'a photo'"),
-        ({"prompts": ["{} or {}"]}, "got '{} or {}'"),
-        ({"prompts": "{} of {0}"}, r"got '{} of \{0\}'"),
-        ({"prompts": []}, "prompts must be"),
-        ({"prompts": 3}, "prompts must be"),
+        ({"class_prompts": "a photo"}, "one {} for the class.*got 'a photo'"),
+        ({"class_prompts": ["{} or {}"]}, "got '{} or {}'"),
+        ({"class_prompts": "{} of {0}"}, r"got '{} of \{0\}'"),
+        ({"class_prompts": []}, "prompts must be"),
+        ({"class_prompts": 3}, "prompts must be"),
     ],
 )
 def test_what_clip_cannot_be_loaded_with(published, options, message):
@@ -207,7 +209,7 @@ def test_a_saved_classifier_keeps_its_classes(published, tmp_path):
     for options in (
         {"labels": ["one", "two", "three"]},
         {"num_labels": 4},
-        {"labels": LABELS, "prompts": "a {}"},
+        {"labels": LABELS, "class_prompts": "a {}"},
     ):
         with pytest.raises(InputError, match="load the CLIP model that it comes from"):
             load_model(str(tmp_path), kind="classification", **options)
@@ -225,5 +227,5 @@ def test_parts_of_clip_are_refused(published, tmp_path):
 
 @pytest.mark.messages
 def test_prompts_are_for_clip(tmp_path):
-    with pytest.raises(InputError, match="prompts are for CLIP models"):
-        load_model("minilm-l6", kind="classification", num_labels=2, prompts="a {}")
+    with pytest.raises(InputError, match="class_prompts are for CLIP models"):
+        load_model("minilm-l6", kind="classification", num_labels=2, class_prompts="a {}")

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 import tangora
 from tangora import InputError
 from tangora.adapters import find_pairs
-from tangora.diagnostics.gradient_reading import gradient_views
+from tangora.diagnostics.gradient_views import gradient_views
 from tangora.training.callbacks import DivergedError
 from tangora.training.curvature import CurvatureCallback, CurvaturePoint, curvature_point, read_curvature
 from tangora.training.data import collator, encode
@@ -176,7 +176,7 @@ def test_bad_input(tmp_path):
         CurvatureCallback(batches, every=0)
     with pytest.raises(InputError, match=r"trace_products must be a number in \[6"):
         CurvatureCallback(batches, every=1, trace_products=3)
-    with pytest.raises(InputError, match="over must be a list of tangent, factors, weights; got 'tangent'"):
+    with pytest.raises(InputError, match="over must be a list of tangent, weights, factors; got 'tangent'"):
         CurvatureCallback(batches, every=1, over="tangent")
     with pytest.raises(InputError, match="did you mean tangent"):
         CurvatureCallback(batches, every=1, over=["tangents"])

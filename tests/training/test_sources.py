@@ -1,5 +1,7 @@
 """Data sets by name: of packages, of the hub and generated ones; and what a message says of unknown ones."""
 
+import json
+
 import datasets
 import pyarrow
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from tangora._checks import InputError
 from tangora.training.answers import answers_match
 from tangora.training.data import generated, load_task, sources
+from tangora.training.data.conversations import read_chatterbot
 from tangora.training.data.examples import content_key, to_examples
 from tangora.training.data.recognise import Columns, recognise
 from tests.training.tiny import labelled_rows
@@ -75,6 +78,26 @@ def test_unknown_data(monkeypatch, tmp_path, spec, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         load_task(spec)
+
+
+def test_chatterbot():
+    task = load_task("chatterbot", num_train=400, num_validation=32, num_test=64)
+    assert task.kind == "causal"
+    assert (len(task.train), len(task.validation), len(task.test)) == (400, 32, 64)
+    for example in (*task.train, *task.validation, *task.test):
+        roles = [message["role"] for message in example["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_a_dialogue_ends_with_an_answer(tmp_path):
+    said = {"categories": ["x"], "conversations": [["a", "b", "c"], ["a"], ["a", " "], [1, True], ["a"] * 10]}
+    (tmp_path / "some.yml").write_text(json.dumps(said))
+    rows = read_chatterbot(tmp_path, "it").splits["train"]
+    assert [[message["content"] for message in row.values["messages"]] for row in rows] == [
+        ["a", "b"],
+        ["1", "True"],
+    ]
+    assert [row.where for row in rows] == ["some.yml: conversation 1", "some.yml: conversation 4"]
 
 
 def test_bbc_news():

@@ -65,8 +65,7 @@ def equivalent_gradient(
     $\sqrt\kappa$, and no adapter of the same subspaces has a larger one.
     """
     A, B = A.double(), B.double()
-    left = (B.mT @ at.U) @ seen.left.double()  # B' G
-    right = seen.right.double() @ (at.V @ A.mT)  # G A'
+    left, right = _through_factors(A, B, at, seen)
     pushed = right if row_scale is None else right * row_scale.double()[:, None] ** 2
     # g~ / s^2 = B left + pushed A; all products are r x r
     inner = left.square().sum() + (pushed * right).sum()
@@ -76,6 +75,30 @@ def equivalent_gradient(
         + (gram(pushed.mT) * gram(A)).sum()
     )
     return EquivalentGradient(float(inner) * scaling**2, max(float(norm), 0.0) * scaling**4)
+
+
+def factor_gradient_norms(
+    A: FactorA,
+    B: FactorB,
+    at: Frame,
+    seen: Coordinates,
+    *,
+    scaling: float,
+    row_scale: Float[Tensor, " m"] | None = None,
+) -> tuple[float, float]:
+    r"""Return the Frobenius norms of $\partial L / \partial A = s B^\top G$ and $\partial L / \partial B = s G A^\top$.
+
+    They depend on the gauge: $(B R, R^{-1} A)$ is the same weight with other norms.
+    """
+    left, right = _through_factors(A.double(), B.double(), at, seen)
+    right = right if row_scale is None else right * row_scale.double()[:, None]
+    norms = torch.linalg.matrix_norm(left), torch.linalg.matrix_norm(right)
+    return abs(scaling) * float(norms[0]), abs(scaling) * float(norms[1])
+
+
+def _through_factors(A: FactorA, B: FactorB, at: Frame, seen: Coordinates) -> tuple[Tensor, Tensor]:
+    # B' G and G A' from U' G and G V'
+    return (B.mT @ at.U) @ seen.left.double(), seen.right.double() @ (at.V @ A.mT)
 
 
 def cosine(equivalent: EquivalentGradient, total: float) -> float | None:
@@ -94,13 +117,17 @@ def condition_number(factor: FactorA) -> float | None:
 
 
 def effective_rank(A: FactorA, B: FactorB) -> float:
-    r"""Return the exponential of the entropy of the singular values of $B A$, divided by their sum.
+    r"""Return the effective rank of $B A$, see `entropy_rank`."""
+    core = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().mT).R.mT
+    return entropy_rank(torch.linalg.svdvals(core))
+
+
+def entropy_rank(values: Float[Tensor, " k"]) -> float:
+    r"""Return the exponential of the entropy of singular values $\sigma_i / \sum_j \sigma_j$; 0 for a zero matrix.
 
     Source:
         Roy and Vetterli (2007), "The effective rank: a measure of effective dimensionality".
     """
-    core = torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().mT).R.mT
-    values = torch.linalg.svdvals(core)
     if not values[0] > 0:
         return 0.0
     shares = values / values.sum()

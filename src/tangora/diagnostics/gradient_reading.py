@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangora._types import LossFn, Progress
-from tangora.adapters import LoraPair
 from tangora.diagnostics.alignment import bases, captured
-from tangora.diagnostics.motion import Angles, principal_angles
 from tangora.diagnostics.rank_plan import LayerGradient
 from tangora.geometry.sketch import LowRankSVD, outside_energy
 from tangora.geometry.tangent import Coordinates, Frame
@@ -27,21 +25,18 @@ from tangora.probes import (
     ProbedLayer,
     Reading,
     Request,
-    as_batches,
     gradient_svds,
-    probed_layers,
 )
 from tangora.probes.singular_values import within_memory
 
 ADAPTER = "adapter"
 """Label of a model's own adapter."""
 
-_MEMORY = 512 * 2**20  # bytes of dense gradients held at once
+MEMORY = 512 * 2**20  # bytes of dense gradients held at once
 # float32 gradients up to this many bytes in all are formed for their norms, in two or three passes
 _EXACT_LIMIT = 2**30
 _TAIL_PROBES = 8
 _OTHER_STREAM = 1 << 50  # so that no random vectors are used twice
-_VIEW_ITERATIONS = 2  # for a view the leading subspace itself is wanted, and not only its energy
 
 Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, StartFactors]]
 """``(layer, leading part of its gradient)`` -> adapters by label."""
@@ -65,7 +60,7 @@ class How:
 
     def groups(self, layers: Sequence[ProbedLayer]) -> list[Sequence[ProbedLayer]]:
         """Return the layers that are read together in the last passes."""
-        return [*within_memory(layers, _MEMORY)] if self.exact_norms else [layers]
+        return [*within_memory(layers, MEMORY)] if self.exact_norms else [layers]
 
 
 def fit_into_memory(layers: Sequence[ProbedLayer]) -> bool:
@@ -155,57 +150,6 @@ def read_gradients(
             for name, each in wider.items():
                 found[name].held_out = each.energies(readings.pop(name))
     return found, loss
-
-
-@dataclass(frozen=True)
-class GradientView:
-    r"""One trained adapter and the gradient $G$ of its layer where it stands."""
-
-    energy: float
-    r"""$\|G\|_F^2$."""
-    captured: float
-    r"""$\|P_T(G)\|_F^2$."""
-    left: Angles | None
-    r"""Between the columns of $B$ and the $r$ leading left singular vectors of $G$; ``None`` at $B = 0$."""
-    right: Angles | None
-    r"""Between the rows of $A$ and the $r$ leading right singular vectors."""
-
-    @property
-    def alignment_error(self) -> float:
-        r"""$\varepsilon = \|G - P_T(G)\|_F$."""
-        return math.sqrt(max(self.energy - self.captured, 0.0))
-
-
-def gradient_views(
-    model: nn.Module, pairs: Sequence[LoraPair], batches: Iterable[Any], *, seed: int = 0
-) -> tuple[dict[str, GradientView], float]:
-    r"""Read the gradient of the adapted model as it is, and look at it through its adapters.
-
-    Takes seven passes over the batches; the model, its gradients and all random states are left as they were. The
-    energy is exact where all gradients together take at most 1 GiB, else estimated from random probes.
-    """
-    layers = probed_layers(model, adapter_name=pairs[0].adapter)
-    angles: dict[str, tuple[Angles | None, Angles | None]] = {}
-
-    def propose(layer: ProbedLayer, gradient: LowRankSVD) -> dict[str, StartFactors]:
-        assert layer.pair is not None
-        A, B, _ = layer.pair.moving_factors()
-        leading = gradient.truncate(layer.pair.shape[2])
-        angles[layer.name] = principal_angles(leading.U, B), principal_angles(leading.Vh.mT, A.mT)
-        return {ADAPTER: (A, B)}
-
-    how = How(
-        num_values=max(pair.shape[2] for pair in pairs),
-        exact_norms=fit_into_memory(layers),
-        power_iterations=_VIEW_ITERATIONS,
-        seed=seed,
-    )
-    found, loss = read_gradients(model, layers, as_batches(batches), propose, how)
-    views = {
-        name: GradientView(measured.spectrum.energy, measured.captured[ADAPTER], *angles[name])
-        for name, measured in found.items()
-    }
-    return views, loss
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ gradients, training mode and random states stay as they were.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tangora.diagnostics.alignment import captured_share, condition_number, effective_rank, imbalance_norms
-from tangora.diagnostics.gradient_reading import GradientView, gradient_views
+from tangora.diagnostics.gradient_views import GradientView, gradient_views, weight_views
 from tangora.diagnostics.motion import AdapterTrack, Overlap, Track, overlap
 from tangora.diagnostics.snapshots import Reference
 
@@ -24,8 +24,8 @@ class Measures:
     r"""Where one layer, or all of them, stands at one step.
 
     All norms are Frobenius norms of weights ($m \times n$), those over all layers of all of them together. Of condition
-    numbers and largest angles the total is the largest, of relative imbalance and effective rank the mean. A value is
-    ``None`` where it is not defined or was not asked for.
+    numbers and largest angles the total is the largest, of relative imbalance and ranks the mean. A value is ``None``
+    where it is not defined or was not asked for.
     """
 
     path_length: float
@@ -48,7 +48,16 @@ class Measures:
     cosine: float | None = None
     r"""Between $W_t - W_0$ and $W_t^{\text{full}} - W_0$, in [-1, 1]."""
     gradient_norm: float | None = None
-    r"""$\|G\|_F$ at $W_t$, on the examples given."""
+    r"""$\|G\|_F$ at $W_t$, on the examples given; $G = \partial L/\partial W$, the same quantity for every method."""
+    gradient_stable_rank: float | None = None
+    r"""$\|G\|_F^2 / \|G\|_2^2$."""
+    gradient_effective_rank: float | None = None
+    """Exponential of the entropy of the singular values of $G$; where dense gradients fit into 1 GiB together."""
+    gradient_norm_A: float | None = None
+    r"""$\|\partial L/\partial A\|_F$, which changes with the gauge."""
+    gradient_norm_B: float | None = None
+    reachable_energy: float | None = None
+    r"""Most that an adapter of the rank could capture, $\sum_{i \le 2r} \sigma_i^2 / \|G\|_F^2$."""
     captured_energy: float | None = None
     r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$, in [0, 1]."""
     alignment_error: float | None = None
@@ -87,7 +96,8 @@ class Trajectory:
         tracks: From `find_tracks`.
         reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
             layers must have been checked.
-        batches: Examples whose gradient is read at every measured step, seven passes each; needs adapters.
+        batches: Examples whose gradient is read at every measured step; see `gradient_views`.
+        rank: Of the adapters that a model without them could have, for `Measures.reachable_energy`.
         seed: Of the random vectors for that.
     """
 
@@ -98,12 +108,14 @@ class Trajectory:
         *,
         reference: Reference | None = None,
         batches: Iterable[Any] | None = None,
+        rank: int = 8,
         seed: int = 0,
     ):
         self.tracks = tracks
         self._model = model
         self._reference = reference
         self._batches = batches
+        self._rank = rank
         self._seed = seed
         self._whole = 0.0
         self._paths = {track.name: 0.0 for track in tracks}
@@ -148,7 +160,7 @@ class Trajectory:
                 changes[index],
                 **(factors[index] if factors else {}),
                 **_of_overlap(overlaps[index] if overlaps else None),
-                **_of_views(views[index : index + 1]),
+                **_of_views([view] if (view := views.get(track.name)) else []),
             )
             for index, track in enumerate(self.tracks)
         }
@@ -157,7 +169,7 @@ class Trajectory:
             math.hypot(*changes),
             **_over_layers(factors),
             **_of_overlap(sum(overlaps, Overlap()) if overlaps else None),
-            **_of_views(views),
+            **_of_views([*views.values()]),
         )
         return TrajectoryPoint(step, totals, layers, loss)
 
@@ -174,12 +186,15 @@ class Trajectory:
 
         return overlap(track.change(), other, track.shape[0])
 
-    def _gradient(self) -> tuple[list[GradientView], float | None]:
+    def _gradient(self) -> tuple[dict[str, GradientView], float | None]:
+        # by path in the base model
         if self._batches is None:
-            return [], None
+            return {}, None
         pairs = [track.pair for track in self.tracks if isinstance(track, AdapterTrack)]
+        if not pairs:
+            return weight_views(self._model, self.tracks, self._batches, rank=self._rank, seed=self._seed)
         views, loss = gradient_views(self._model, pairs, self._batches, seed=self._seed)
-        return [views[pair.name] for pair in pairs], loss
+        return {pair.path: views[pair.name] for pair in pairs if pair.name in views}, loss
 
 
 def _factors(track: AdapterTrack) -> dict[str, Any]:
@@ -224,15 +239,31 @@ def _of_overlap(sums: Overlap | None) -> dict[str, Any]:
 def _of_views(views: Sequence[GradientView]) -> dict[str, Any]:
     if not views:
         return {}
-    energy, captured = math.fsum(v.energy for v in views), math.fsum(v.captured for v in views)
+    energy = math.fsum(view.energy for view in views)
     found: dict[str, Any] = {
         "gradient_norm": math.sqrt(energy),
-        "captured_energy": captured_share(captured, energy),
-        "alignment_error": math.sqrt(math.fsum(v.alignment_error**2 for v in views)),
+        "gradient_stable_rank": fmean(view.stable_rank for view in views),
+        "gradient_effective_rank": _over(views, "effective_rank", fmean),
+        "gradient_norm_A": _over(views, "norm_A", _hypot),
+        "gradient_norm_B": _over(views, "norm_B", _hypot),
+        "alignment_error": _over(views, "alignment_error", _hypot),
     }
+    for share, part in (("captured_energy", "captured"), ("reachable_energy", "reachable")):
+        total = _over(views, part, math.fsum)
+        found[share] = None if total is None else captured_share(total, energy)
     for side in ("left", "right"):
         angles = [angle for view in views if (angle := getattr(view, side)) is not None]
         if angles:
             found[f"{side}_angle"] = max(angle.largest for angle in angles)
             found[f"mean_{side}_angle"] = fmean(angle.mean for angle in angles)
     return found
+
+
+def _over(views: Sequence[GradientView], key: str, join: Callable[[list[float]], float]) -> float | None:
+    # None where some layer has none
+    values = [getattr(view, key) for view in views]
+    return None if None in values else join(values)
+
+
+def _hypot(values: Iterable[float]) -> float:
+    return math.hypot(*values)

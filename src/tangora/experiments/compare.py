@@ -27,6 +27,7 @@ from tangora.experiments.comparison.worker import DiskFullError, Limits
 from tangora.experiments.folders import check_origin, claimed, one_line_errors
 from tangora.experiments.process import check_configuration, check_one_process, log_to, tell_user
 from tangora.experiments.provenance import origin_of
+from tangora.experiments.run.answering import judged
 from tangora.experiments.run.preparing import check_against_data, check_recipes, load_base, sized
 from tangora.experiments.run.saving import Proof, verify_adapter
 from tangora.experiments.settings import RunSettings
@@ -40,6 +41,7 @@ from tangora.report import (
     save_picture,
     summarize,
     write_csv,
+    write_measured,
     write_page,
     write_study,
 )
@@ -85,7 +87,8 @@ def compare(
     """Run a comparison, or what is missing of it, and write its report.
 
     The output folder holds ``settings.json``, ``comparison.json`` and ``records/``, ``summary.csv``, ``report.html``,
-    ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files.
+    ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files; where runs are measured on
+    their way also ``through-training.csv`` and ``through-training.png``.
 
     Args:
         command: What repeats it, for the report.
@@ -321,6 +324,8 @@ class _Runner:
         if missing:
             return Outcome(comparison, page)
         shutil.rmtree(folder.cluster, ignore_errors=True)
+        if (scored := _judged(comparison, settings.judge, folder)) is not comparison:
+            comparison, page = scored, write_report(scored, folder)
         with log_to(folder.log):
             return Outcome(comparison, page, *_best_adapter(comparison, task, folder))
 
@@ -332,10 +337,25 @@ def _left_record(folder: ComparisonFolder, trial: Trial) -> Record | None:
 
 
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
-    """Write the table, the picture and the page of a comparison."""
+    """Write the table, the pictures and the page of a comparison."""
     write_csv(summarize(comparison), folder.summary)
     save_picture(comparison, folder.picture)
+    write_measured(comparison, folder)
     return write_page(comparison, folder.report)
+
+
+def _judged(comparison: Comparison, judge: Sequence[str] | None, folder: ComparisonFolder) -> Comparison:
+    # those alone that are reported: a judge may cost money
+    rates = {row.recipe: row.learning_rate for row in summarize(comparison)} if judge else {}
+    scored = {}
+    for record in comparison.records:
+        if rates.get(record.recipe) == record.learning_rate:
+            found = judged(record, judge, folder.run(record.id))
+            if found is not record:
+                scored[record.id] = found
+                save_json(found, folder.record_of(record.id))
+    records = [scored.get(record.id, record) for record in comparison.records]
+    return comparison.model_copy(update={"records": records}) if scored else comparison
 
 
 def _best_adapter(

@@ -20,6 +20,7 @@ from tangora.recipes import recipe
 from tangora.report import DiagnosisRecord, save_json, write_diagnosis
 from tangora.report.record_files import write_atomic
 from tangora.training.data import Task
+from tangora.training.data.chat_templates import use_chat_template
 from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
@@ -101,8 +102,13 @@ def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
     labels = task.labels or None
     loaded = load_model(
-        settings.model, kind=task.kind, labels=labels, prompts=settings.prompts, seed=settings.seed
+        settings.model,
+        kind=task.kind,
+        labels=labels,
+        class_prompts=settings.class_prompts,
+        seed=settings.seed,
     )
+    use_chat_template(loaded.tokenizer, settings.chat_template)
     loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:
         return loaded, load_adapter(loaded.model, settings.adapter)

@@ -28,8 +28,8 @@ _MAKERS = {
 }
 """A setting that only one command has, and the command."""
 
-_NO_PART = {"report_to", "save_every", "device", "fsdp", "title"}
-"""Settings that change nothing of what is found."""
+_NO_PART = {"report_to", "save_every", "device", "fsdp", "title", "judge"}
+"""Settings that change nothing of what is found; another judge judges the same answers."""
 
 NO_SPACE = "no space left on device"
 """What the system says of a full disk."""

@@ -1,16 +1,23 @@
 """What a run needs to know, validated: every error names the key, the value and what is allowed."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tangora._checks import InputError, check_installed
-from tangora._names import Kind, Tracker
-from tangora.experiments.values import Device, Seed, Separated, Settings, Targets
+from tangora._checks import InputError, check_choice, check_installed
+from tangora._names import CHAT_TEMPLATES, Kind, Tracker
+from tangora.experiments.evaluation_settings import EvaluationSettings
+from tangora.experiments.values import (
+    Device,
+    Seed,
+    Separated,
+    Settings,
+    Targets,
+    checked_rank_plan,
+    read_rank_plan,
+)
 from tangora.recipes import Recipe, recipe
 
 
@@ -47,15 +54,13 @@ class DataSettings(Settings):
         "the completion.",
     )
     completion_column: str | None = Field(default=None, description="Column of the completion.")
-    chat_template: bool | None = Field(
+    chat_template: bool | str | None = Field(
         default=None,
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
-        "it; no-chat-template joins their turns by newlines instead.",
+        "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
     )
-    prompts: str | list[str] | None = Field(
-        default=None,
-        description="Template of a CLIP model's class prompts, {} for the class; a YAML file can list several, whose "
-        "embeddings are averaged. Default: a photo of a {}.",
+    class_prompts: str | list[str] | None = Field(
+        None, description="Template of CLIP's class prompts, or a list in YAML. Default: a photo of a {}."
     )
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."
@@ -77,27 +82,36 @@ class DataSettings(Settings):
     )
     device: Device = None
 
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, chosen: bool | str | None) -> bool | str | None:
+        if isinstance(chosen, str):
+            check_choice("chat_template", chosen, CHAT_TEMPLATES)
+        return chosen
+
     @property
     def any_gpu(self) -> bool:
         """Whether any GPU will do."""
         return self.device in (None, "cuda")
 
 
-class TaskSettings(DataSettings, ModelSettings):
+class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     """Model, data and training budget: what all methods of a comparison share."""
 
     groups: ClassVar[Mapping[str, str]] = {
+        "exact_match": "Evaluation",
         "model": "Model and data",
         "device": "Output and resources",
         "test_data": "Model and data",
         "rank": "Adapter",
         "steps": "Optimization",
-        "exact_match": "Evaluation",
+        "forgetting": "Evaluation",
         "measure_every": "Measurements",
         "save_every": "Output and resources",
     }
     aliases: ClassVar[Mapping[str, str]] = {
         **DataSettings.aliases,
+        **EvaluationSettings.aliases,
         "r": "rank",
         "lora_r": "rank",
         "lora_alpha": "alpha",
@@ -105,6 +119,7 @@ class TaskSettings(DataSettings, ModelSettings):
         "max_steps": "steps",
         "num_train_epochs": "epochs",
         "per_device_train_batch_size": "batch_size",
+        "padding_free": "packing",
         "gradient_accumulation_steps": "accumulate",
         "lr_scheduler_type": "schedule",
         "warmup_ratio": "warmup",
@@ -156,6 +171,11 @@ class TaskSettings(DataSettings, ModelSettings):
     accumulate: int = Field(
         default=1, ge=1, description="Micro-batches per optimizer step (gradient_accumulation_steps)."
     )
+    packing: bool = Field(
+        default=False,
+        description="Write the examples of a micro-batch one after another, without padding (padding_free); they do "
+        "not attend to each other (causal models).",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay (weight_decay).")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="Learning-rate schedule after the warm-up (lr_scheduler_type)."
@@ -173,10 +193,6 @@ class TaskSettings(DataSettings, ModelSettings):
         default=False,
         description="Recompute activations in the backward pass: less memory, more time (gradient_checkpointing).",
     )
-    exact_match: bool = Field(
-        default=False,
-        description="Generate answers to validation and test prompts and count exact matches (causal models).",
-    )
     forgetting: bool = Field(
         default=False,
         description="Measure the loss on unrelated text before and after training (causal models).",
@@ -189,7 +205,7 @@ class TaskSettings(DataSettings, ModelSettings):
     measure_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between measured points of the trajectory, and snapshots of full. Default: none.",
+        description="Steps between measured points of the trajectory. Default: none.",
     )
     measure_gradient: int | None = Field(
         None, ge=1, description="Training examples for the gradient at every measured step."
@@ -198,6 +214,12 @@ class TaskSettings(DataSettings, ModelSettings):
         None,
         ge=1,
         description="Steps between measurements of the Hessian (largest eigenvalue, trace). Default: none.",
+    )
+    curvature_spaces: Annotated[list[Literal["weights", "tangent", "factors"]] | None, Separated] = Field(
+        default=None,
+        min_length=1,
+        description="Spaces of the Hessian during training, separated by commas: weights, tangent, factors. Default: "
+        "tangent,factors. Without an adapter: always weights.",
     )
     curvature: bool | None = Field(
         default=None,
@@ -210,8 +232,8 @@ class TaskSettings(DataSettings, ModelSettings):
     )
     curvature_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers whose weights the final Hessian covers, such as *.layers.29.*. "
-        "Default: all adapted layers.",
+        description="Pattern of the layers that the Hessian covers, at the end over weights only, such as "
+        "*.layers.29.*. Default: all adapted layers.",
     )
     save_every: int | None = Field(
         default=None,
@@ -231,10 +253,10 @@ class TaskSettings(DataSettings, ModelSettings):
             values = {"steps": None} | values
         plan = values.get("rank_plan")
         if isinstance(plan, dict):
-            return values | {"rank_plan": _checked_plan(plan)}
+            return values | {"rank_plan": checked_rank_plan(plan)}
         if not isinstance(plan, str):
             return values
-        plan = _read_plan(plan)
+        plan = read_rank_plan(plan)
         own = {
             key: plan[made_for]
             for key, made_for in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -261,12 +283,13 @@ class TaskSettings(DataSettings, ModelSettings):
             raise ValueError(
                 f"measure_gradient needs measure_every; got measure_gradient = {self.measure_gradient} alone"
             )
-        if self.curvature_examples is not None and not (self.curvature or self.curvature_every):
+        for key in ("curvature_examples", "curvature_layers"):
+            if (value := getattr(self, key)) is not None and not (self.curvature or self.curvature_every):
+                raise ValueError(f"{key} needs curvature or curvature_every; got {value!r} alone")
+        if self.curvature_spaces is not None and self.curvature_every is None:
             raise ValueError(
-                f"curvature_examples needs curvature or curvature_every; got {self.curvature_examples} alone"
+                f"curvature_spaces needs curvature_every; got {','.join(self.curvature_spaces)} alone"
             )
-        if self.curvature_layers is not None and not self.curvature:
-            raise ValueError(f"curvature_layers needs curvature; got {self.curvature_layers!r} alone")
         return self
 
     def num_steps(self, num_train: int) -> int:
@@ -306,6 +329,10 @@ class RunSettings(TaskSettings):
         default=False,
         description="Shard the frozen base over the processes of torchrun or accelerate launch (FSDP2); adapters stay "
         "whole.",
+    )
+    snapshots: bool = Field(
+        default=True,
+        description="Save the weights of full fine-tuning at every measured point, for --reference of other runs.",
     )
     reference: str | None = Field(
         default=None,
@@ -373,25 +400,3 @@ def _check_sharded(settings: RunSettings, chosen: Recipe) -> None:
     for key in ("load_in_4bit", "measure_every", "curvature_every", "curvature"):
         if getattr(settings, key):
             raise InputError(f"fsdp cannot be used with {key}, which needs whole base weights; leave one out")
-
-
-def _read_plan(path: str) -> dict[str, Any]:
-    try:
-        plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"rank_plan cannot be read: {error}") from None
-    return _checked_plan(plan)
-
-
-def _checked_plan(plan: Any) -> dict[str, Any]:
-    keys = ("rank_pattern", "alpha_pattern")
-    if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
-        raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
-    for key, number, what in (
-        ("rank_pattern", int, "whole numbers"),
-        ("alpha_pattern", (int, float), "numbers"),
-    ):
-        for name, value in plan[key].items():
-            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
-    return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}

@@ -13,6 +13,7 @@ from tangora._types import Progress
 from tangora.experiments.folders import check_origin, claimed
 from tangora.experiments.process import joined, log_to, tell_user
 from tangora.experiments.provenance import origin_of, versions
+from tangora.experiments.run.answering import judged
 from tangora.experiments.run.execute import execute
 from tangora.experiments.run.measurements import check_reference
 from tangora.experiments.run.preparing import check_against_data, sized
@@ -27,7 +28,8 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
 
     The output folder holds ``settings.json``, ``metrics.jsonl`` (a line per step), ``adapter/`` (full
     fine-tuning: ``model/``) and ``record.json``; with ``measure_every`` also ``trajectory.jsonl`` and, for full
-    fine-tuning, ``snapshots/``; with ``curvature_every`` also ``curvature.jsonl``.
+    fine-tuning, ``snapshots/``; with ``curvature_every`` also ``curvature.jsonl``; with ``prompts`` also
+    ``answers.jsonl``. A judge that fails is an error after all that is written; the next call asks it again.
     Called again after an interruption it continues from the last checkpoint, and after the end it returns the record.
 
     Under torchrun or accelerate launch all processes train one model together, as one process would: each batch is
@@ -36,8 +38,8 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
 
     Args:
         progress: Called as ``progress(what, done, total)`` with optimizer steps: ``what`` is ``start``, ``training``,
-            ``loss 0.123`` after every step, ``evaluation`` or ``curvature``. Sentences about the data are logged by
-            ``tangora.notes``.
+            ``loss 0.123`` after every step, ``evaluation``, ``answers`` or ``curvature``. Sentences about the data
+            are logged by ``tangora.notes``.
 
     Returns:
         The record of the run.
@@ -70,10 +72,16 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
         def ended() -> Record:
             save_json(record, folder.record)
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
-            return record
+            return with_judgement(record)
+
+        def with_judgement(record: Record) -> Record:
+            scored = judged(record, settings.judge, folder)
+            if scored is not record:
+                save_json(scored, folder.record)
+            return scored
 
         if (finished := from_first(begun)) is not None:
-            return finished
+            return from_first(lambda: with_judgement(finished))
         tell_user(*_unused_gpus(settings))
         with log_to(folder.log if is_first() else Path(os.devnull)):
             record = execute(

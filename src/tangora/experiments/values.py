@@ -1,7 +1,10 @@
 """What all settings have in common: names, numbers, and one line for what is wrong with them."""
 
+import json
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -163,3 +166,27 @@ def _first_problem(kind: type[Settings], error: ValidationError, source: str) ->
     if first["type"] == "value_error":
         return f"{source}{message}"
     return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+
+
+def read_rank_plan(path: str) -> dict[str, Any]:
+    """Read the ranks of single layers from a file."""
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"rank_plan cannot be read: {error}") from None
+    return checked_rank_plan(plan)
+
+
+def checked_rank_plan(plan: Any) -> dict[str, Any]:
+    """Return what a plan of ranks says, checked."""
+    keys = ("rank_pattern", "alpha_pattern")
+    if not isinstance(plan, dict) or any(not isinstance(plan.get(key), dict) for key in keys):
+        raise ValueError(f"rank_plan must hold {' and '.join(keys)}")
+    for key, number, what in (
+        ("rank_pattern", int, "whole numbers"),
+        ("alpha_pattern", (int, float), "numbers"),
+    ):
+        for name, value in plan[key].items():
+            if not isinstance(value, number) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"rank_plan: {key} must hold {what} above 0; got {value!r} for {name}")
+    return {key: plan[key] for key in (*keys, "r", "lora_alpha", "use_rslora") if key in plan}

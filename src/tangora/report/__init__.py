@@ -1,6 +1,12 @@
 """From the records of a comparison to tables, figures and one self-contained page."""
 
-from tangora.report.comparison.comparison_page import missing_sentence, render_page, save_picture, write_page
+from tangora.report.comparison.comparison_page import (
+    missing_sentence,
+    render_page,
+    save_picture,
+    write_measured,
+    write_page,
+)
 from tangora.report.comparison.recommendation import Recommendation, recommendation, recommendation_sentence
 from tangora.report.comparison.results_table import rich_table, write_csv
 from tangora.report.comparison.study import load_study, study_verdict, write_study
@@ -59,6 +65,7 @@ __all__ = [
     "verdict",
     "write_csv",
     "write_diagnosis",
+    "write_measured",
     "write_page",
     "write_study",
 ]

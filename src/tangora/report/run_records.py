@@ -23,6 +23,15 @@ _SCHEMA_VERSION = 3
 _READ = (1, 2, 3)
 
 
+SPREAD_OVER_LAYERS = (
+    "gradient_norm",
+    "gradient_stable_rank",
+    "gradient_effective_rank",
+    "captured_energy",
+    "reachable_energy",
+)
+"""What a measured point of a trajectory also has as ``_mean``, ``_low`` and ``_high`` over layers."""
+
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Metrics = dict[str, float]
@@ -65,7 +74,7 @@ class MemoryUse(FrozenModel):
     peak_bytes: Count | None = Field(
         default=None,
         description="Peak during training only: allocated on a GPU, resident on a CPU in a process of its own; None "
-        "where it cannot be measured.",
+        "where it cannot be measured, or points on the way were, which take memory of their own.",
     )
     optimizer_state_bytes: Count = Field(description="All tensors in the optimizer's state.")
     adapter_bytes: Count = Field(description="All trained parameters.")
@@ -187,13 +196,18 @@ class Record(Recorded):
     trainable_parameters: Count
     trajectory: list[_Metrics] = Field(
         default_factory=list,
-        description="Measured points of the trajectory, in order: `step`, and totals over the layers, such as "
-        "`captured_energy`; empty if none was measured.",
+        description="Measured points of the trajectory, in order: `step`, totals over the layers, such as "
+        "`captured_energy`, and of some the spread over layers: `…_mean`, and `…_low` and `…_high`, the 10th and 90th "
+        "percentile; empty if none was measured.",
     )
     curvature: list[_Metrics] = Field(
         default_factory=list,
         description="Measured points of the Hessian, in order: `step`, largest eigenvalues and traces; empty if none "
         "was measured.",
+    )
+    measurement_seconds: Seconds = Field(
+        default=0.0,
+        description="That the measured points of trajectory and curvature took; not part of the run's time.",
     )
     flatness: Flatness | None = Field(
         default=None, description="Curvature at the end of the run; None if it was not measured."

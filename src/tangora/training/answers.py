@@ -9,7 +9,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tangora._checks import InputError, check_whole
 from tangora.training.data.encoding import encode_prompts
@@ -26,10 +31,15 @@ def generate_completions(
     examples: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
     batch_size: int = 16,
     chat_template: bool = False,
 ) -> list[str]:
-    """Let a causal model answer prompts, greedily; processes share the batches, and all get the answers."""
+    """Let a causal model answer prompts, greedily; processes share the batches, and all get the answers.
+
+    An answer ends at its end token, or before the first of the ``stop`` strings. By default it may be a little longer
+    than the longest completion.
+    """
     if not examples or not all(example.get("prompt") for example in examples):
         raise InputError("examples must each have a prompt to complete; plain text has none")
     if max_new_tokens is None:
@@ -39,6 +49,7 @@ def generate_completions(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        use_cache=True,  # the Trainer switches it off in the model's configuration
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -50,12 +61,69 @@ def generate_completions(
         for indices, counts in dealt_alike(list(batches)):
             batch = _pad_left([prompts[index] for index in indices], tokenizer.pad_token_id, device_of(model))
             # a sharded model's processes generate until all have ended
-            tokens = model.generate(**batch, generation_config=settings, synced_gpus=num_ranks() > 1)
-            tokens = tokens[:, batch["input_ids"].shape[1] :]
+            length = batch["input_ids"].shape[1]
+            tokens = model.generate(
+                **batch,
+                generation_config=settings,
+                synced_gpus=num_ranks() > 1,
+                stopping_criteria=StoppingCriteriaList([_Stopped(stop, tokenizer, length)] if stop else []),
+            )
             if counts:
-                answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                answered += zip(indices, answers, strict=True)
+                answers = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+                answered += zip(indices, (_before(stop, answer) for answer in answers), strict=True)
     return [text for _, text in sorted(itertools.chain.from_iterable(gathered(answered)))]
+
+
+def conversation(turns: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """Return an example that goes on after so many answers to the user's turns."""
+    said = [text for pair in itertools.zip_longest(turns, answers) for text in pair if text is not None]
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)
+    ]
+    return {
+        "prompt": "\n".join(said),
+        "completion": "",
+        "messages": [*messages, {"role": "assistant", "content": ""}],
+    }
+
+
+def answer_conversations(
+    model: Any, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[str]], **options: Any
+) -> list[list[str]]:
+    """Let a model answer the user's turns one after another, each after its own answers to those before.
+
+    Options are those of `generate_completions`.
+    """
+    answers: list[list[str]] = [[] for _ in conversations]
+    for turn in range(max(map(len, conversations))):
+        open_ones = [number for number, turns in enumerate(conversations) if turn < len(turns)]
+        examples = [conversation(conversations[number][: turn + 1], answers[number]) for number in open_ones]
+        texts = generate_completions(model, tokenizer, examples, **options)
+        for number, text in zip(open_ones, texts, strict=True):
+            answers[number].append(text)
+    return answers
+
+
+class _Stopped(StoppingCriteria):
+    """Ends every answer that holds a stop string.
+
+    transformers' ``stop_strings`` also match across the prompt's end, and know no tokenizers of whole words.
+    """
+
+    def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int):
+        self._stop, self._tokenizer, self._length = stop, tokenizer, length
+
+    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Any:
+        """Tell which rows are done."""
+        del scores, kwargs
+        texts = self._tokenizer.batch_decode(input_ids[:, self._length :], skip_special_tokens=True)
+        ended = [any(each in text for each in self._stop) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _before(stop: Sequence[str], text: str) -> str:
+    ends = [index for each in stop if (index := text.find(each)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def summarize_answers(texts: Sequence[str], right: Bool[Tensor, " n"]) -> dict[str, float]:

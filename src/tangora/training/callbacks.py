@@ -70,6 +70,19 @@ class JsonLines:
             file.write(json.dumps(line) + "\n")
 
 
+class Stopwatch:
+    """Adds up the seconds spent inside of it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
 class StepTimer(TrainerCallback):
     """Splits the time of training into forward + backward (clipping included) and optimizer steps, in seconds."""
 
@@ -207,18 +220,24 @@ class TrajectoryRecorder(TrainerCallback):
         self._trajectory = trajectory
         self._every = every
         self._on_point = on_point
+        self.watch = Stopwatch()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Measure the start, or go on from a checkpoint."""
         self._lines.begin(state.global_step)
-        if state.global_step:
-            self._trajectory.begin(_from_checkpoint(args, state, _SUMS))
-        else:
-            self._trajectory.begin()
-            self._append(0)
+        with self.watch:
+            if state.global_step:
+                self._trajectory.begin(_from_checkpoint(args, state, _SUMS))
+            else:
+                self._trajectory.begin()
+                self._append(0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any):
         """Follow the step, and measure where it led if its turn has come."""
+        with self.watch:
+            self._follow(state)
+
+    def _follow(self, state: TrainerState) -> None:
         self._trajectory.advance()
         step = state.global_step
         if step % self._every and step != state.max_steps:

@@ -18,7 +18,7 @@ from tangora.curvature import Hessian
 from tangora.curvature.displaced_loss import Over
 from tangora.curvature.space_curvature import SpaceCurvature, space_curvature
 from tangora.probes import as_batches, gradient_norms, probed_layers
-from tangora.training.callbacks import DivergedError, JsonLines, read_history
+from tangora.training.callbacks import DivergedError, JsonLines, Stopwatch, read_history
 
 _TOP_PRODUCTS = 40
 
@@ -123,6 +123,7 @@ class CurvatureCallback(TrainerCallback):
             "seed": seed,
         }
         self._on_point = on_point
+        self.watch = Stopwatch()
 
     def on_train_begin(
         self,
@@ -156,7 +157,8 @@ class CurvatureCallback(TrainerCallback):
             raise DivergedError(f"step {step}: {problem}") from problem
 
     def _append(self, model: nn.Module, state: TrainerState) -> None:
-        point = curvature_point(model, self._batches, state.global_step, **self._how)
+        with self.watch:
+            point = curvature_point(model, self._batches, state.global_step, **self._how)
         self._lines.append(asdict(point))
         if self._on_point is not None:
             self._on_point(point)

@@ -36,6 +36,7 @@ class CompareSettings(TaskSettings):
         "learning_rate": "learning_rates",
         "lr": "learning_rates",
         "seed": "seeds",
+        "metric": "judge_by",
     }
 
     recipes: list[str] = Field(
@@ -153,6 +154,11 @@ class CompareSettings(TaskSettings):
         return self.title or f"{names} on {Path(self.data).name} with {Path(self.model).name}"
 
     @property
+    def generates(self) -> bool:
+        """Whether its runs write answers."""
+        return super().generates or self.judge_by == "exact_match"
+
+    @property
     def metric(self) -> str:
         """The metric that decides."""
         return self.judge_by or JUDGES[self.kind or "causal"][0]
@@ -174,8 +180,8 @@ class CompareSettings(TaskSettings):
         shared = {key: getattr(self, key) for key in TaskSettings.model_fields}
         shared["exact_match"] = self.exact_match or self.judge_by == "exact_match"
         if recipe(name).adapter is None:
-            # nothing to be aligned, whole models as snapshots, steps below bfloat16's
-            shared |= {"measure_every": None, "measure_gradient": None, "dtype": "float32"}
+            # snapshots would be whole models, and steps lie below bfloat16's
+            shared |= {"snapshots": False, "dtype": "float32"}
         return validated(RunSettings, shared | own)
 
 

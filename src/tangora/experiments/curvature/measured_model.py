@@ -16,6 +16,7 @@ from tangora.experiments.run.preparing import encoded_batches, load_base, load_r
 from tangora.experiments.settings import DataSettings, RunSettings, TaskSettings
 from tangora.experiments.settings_files import run_settings
 from tangora.training.data import Task
+from tangora.training.data.chat_templates import use_chat_template
 from tangora.training.devices import device_named
 from tangora.training.models import LoadedModel, load_model
 
@@ -68,7 +69,9 @@ def load_measured(source: str, adapter: str | None, changes: dict[str, Any], see
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> MeasuredModel:
     task = load_run_task(settings)
     labels = task.labels or None
-    loaded = load_model(source, kind=task.kind, labels=labels, prompts=settings.prompts, seed=seed)
+    loaded = load_model(
+        source, kind=task.kind, labels=labels, class_prompts=settings.class_prompts, seed=seed
+    )
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
     return _measured(model, loaded, task, settings, Path(source).name)
 
@@ -93,6 +96,7 @@ def _from_run(folder: Path, trained: RunSettings, changes: dict[str, Any]) -> Me
 def _measured(
     model: nn.Module, loaded: LoadedModel, task: Task, settings: TaskSettings, name: str
 ) -> MeasuredModel:
+    use_chat_template(loaded.tokenizer, settings.chat_template)
     model.to(device_named(settings.device))
     pairs = find_pairs(model) if isinstance(model, PeftModel) else []
     ranks = tuple(sorted({pair.shape[2] for pair in pairs}))

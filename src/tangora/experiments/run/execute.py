@@ -20,6 +20,7 @@ from tangora.adapters.heads import head_names
 from tangora.adapters.sharded import unshard_trained
 from tangora.experiments.process import tell_user
 from tangora.experiments.provenance import origin_of, provenance
+from tangora.experiments.run.answering import answer_prompts
 from tangora.experiments.run.machine import (
     load_average,
     machine_load,
@@ -65,6 +66,7 @@ from tangora.training.callbacks import (
     trackers,
 )
 from tangora.training.data import Task
+from tangora.training.data.packing import packing_collator
 from tangora.training.devices import keep_to
 from tangora.training.ranks import failing_as_one, from_first, is_first, num_ranks, rank
 from tangora.training.split_batches import SplitBatchTrainer, share_of
@@ -125,9 +127,15 @@ def execute(
     began = time.perf_counter()
     model = _prepared(run)
     start_seconds, timer = time.perf_counter() - began, StepTimer()
-    observers = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
-    durations = Durations(lambda: _spent(timer, trainer, evaluations))
-    trainer = _trainer(run, model, [timer, durations, *(each for each in observers if each is not None)])
+    watched = [observer(run, model) for observer in (trajectory_recorder, curvature_callback)]
+    observers = [observer for observer in watched if observer is not None]
+    durations = Durations(
+        lambda: (
+            _spent(timer, trainer, evaluations)
+            | {"measurements": sum(each.watch.seconds for each in observers)}
+        )
+    )
+    trainer = _trainer(run, model, [timer, durations, *observers])
     evaluations = _evaluations(run, trainer)
     from_first(
         lambda: check_space(
@@ -147,6 +155,9 @@ def execute(
                 from_first(lambda: save_weights(run, model, run.folder))
         run.tell("evaluation", run.num_steps)
         _evaluate(run, model, result)
+        if settings.prompts is not None and stage != "trial":
+            run.tell("answers", run.num_steps)
+            result.evaluation_seconds += answer_prompts(run, model)
         if known is not None:
             after = unrelated_loss(run, model)
             assert after is not None
@@ -175,10 +186,11 @@ def execute(
             evaluation=spent["evaluation"] + result.evaluation_seconds,
         ),
         load=machine_load(load),
-        memory=memory_use(trainer.optimizer, model, result.peak_bytes),
+        memory=memory_use(trainer.optimizer, model, None if observers else result.peak_bytes),
         gradient_evaluations=getattr(bare_optimizer(trainer.optimizer), "evaluations", len(history)),
         trajectory=trajectory_points(run.folder),
         curvature=curvature_points(run.folder),
+        measurement_seconds=spent["measurements"],
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         correct=result.correct,
         scores=result.scores,
@@ -238,6 +250,8 @@ def _prepared(run: Run) -> nn.Module:
 def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCallback]) -> Trainer:
     settings, steps = run.settings, run.num_steps
     data, collate = run.encoded(run.task.train)
+    if settings.packing:
+        collate = packing_collator()
     arguments = transformers.TrainingArguments(
         output_dir=str(run.folder.checkpoints),
         max_steps=steps,

@@ -2,8 +2,10 @@
 
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from torch import nn
 
@@ -12,12 +14,20 @@ from tangora._folders import RunFolder
 from tangora.curvature import Hessian
 from tangora.curvature.adapted import chosen
 from tangora.curvature.space_curvature import space_curvature
-from tangora.diagnostics import Reference, Trajectory, WeightTrack, find_tracks, fingerprint, write_snapshot
+from tangora.diagnostics import (
+    Reference,
+    Trajectory,
+    TrajectoryPoint,
+    WeightTrack,
+    find_tracks,
+    fingerprint,
+    write_snapshot,
+)
 from tangora.experiments.run.preparing import Run, target_layers
 from tangora.experiments.run.scoring import metrics_on
 from tangora.experiments.settings import RunSettings
 from tangora.report import load_record
-from tangora.report.run_records import Flatness
+from tangora.report.run_records import SPREAD_OVER_LAYERS, Flatness
 from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
 from tangora.training.curvature import CurvatureCallback, read_curvature
 from tangora.training.data import Task
@@ -41,11 +51,6 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
     if settings.measure_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
-    if whole and settings.measure_gradient:
-        raise InputError(
-            f"measure_gradient needs an adapter, and recipe {settings.recipe} has none; "
-            f"got {settings.measure_gradient}"
-        )
     tracks = find_tracks(model, target_layers(settings, task, run.loaded) if whole else None)
     reference = check_reference(settings, task)
     if reference is not None:
@@ -53,8 +58,10 @@ def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None
     batches = None
     if settings.measure_gradient:
         batches = run.dealt(run.sampled(settings.measure_gradient))
-    followed = Trajectory(model, tracks, reference=reference, batches=batches, seed=settings.seed)
-    weights = [track for track in tracks if isinstance(track, WeightTrack)]
+    followed = Trajectory(
+        model, tracks, reference=reference, batches=batches, rank=settings.rank, seed=settings.seed
+    )
+    weights = [track for track in tracks if isinstance(track, WeightTrack)] if settings.snapshots else []
     base = fingerprint(weights) if weights else ""
 
     def save(step: int) -> None:
@@ -71,13 +78,17 @@ def curvature_callback(run: Run, model: nn.Module) -> CurvatureCallback | None:
     if settings.curvature_every is None or not settings.chosen_recipe.trains:
         return None
     whole = not isinstance(model, PeftModel)
+    layers = None if settings.curvature_layers is None else [settings.curvature_layers]
+    if whole:  # looked at in the layers that an adapter would have
+        layers = chosen(target_layers(settings, run.task, run.loaded), layers)
     return CurvatureCallback(
         # the first ones, so that all methods and seeds are measured on the same
         run.dealt(run.batches(run.task.train[: settings.curvature_examples or _NUM_DURING])),
         every=settings.curvature_every,
         path=run.folder.curvature,
-        over=("weights",) if whole else ("tangent", "factors"),
-        layers=target_layers(settings, run.task, run.loaded) if whole else None,
+        over=("weights",) if whole else settings.curvature_spaces or ("tangent", "factors"),
+        layers=layers,
+        trace_products=_BUDGET["trace_products"],
         seed=settings.seed,
     )
 
@@ -114,8 +125,26 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
 
 
 def trajectory_points(folder: RunFolder) -> list[dict[str, float]]:
-    """Return the totals of a run's measured points."""
-    return [{"step": point.step} | point.totals.known() for point in read_trajectory(folder.trajectory)]
+    """Return the totals of a run's measured points, with the spread over layers of what each layer has."""
+    return [
+        {"step": point.step, **_loss(point), **point.totals.known(), **_spread(point)}
+        for point in read_trajectory(folder.trajectory)
+    ]
+
+
+def _loss(point: TrajectoryPoint) -> dict[str, float]:
+    return {} if point.gradient_loss is None else {"gradient_loss": point.gradient_loss}
+
+
+def _spread(point: TrajectoryPoint) -> dict[str, float]:
+    # mean, and the 10th and the 90th percentile
+    found = {}
+    for key in SPREAD_OVER_LAYERS:
+        values = [value for layer in point.layers.values() if (value := getattr(layer, key)) is not None]
+        if values:
+            low, high = np.quantile(values, [0.1, 0.9]).tolist()
+            found |= {f"{key}_mean": fmean(values), f"{key}_low": low, f"{key}_high": high}
+    return found
 
 
 def curvature_points(folder: RunFolder) -> list[dict[str, float]]:

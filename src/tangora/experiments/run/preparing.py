@@ -20,10 +20,15 @@ from tangora.curvature.adapted import chosen
 from tangora.experiments.folders import check_output
 from tangora.experiments.settings import DataSettings, RunSettings
 from tangora.experiments.settings_files import read_settings
+from tangora.training.answers import conversation
 from tangora.training.data import Encoding, Task, collator, encode, load_task
-from tangora.training.data.encoding import check_chat_template
+from tangora.training.data.chat_templates import use_chat_template
+from tangora.training.data.encoding import check_chat_template, encode_prompts
 from tangora.training.data.fit import check_fit
+from tangora.training.data.packing import check_packing
+from tangora.training.data.prompts import read_prompts
 from tangora.training.devices import check_device, device_named
+from tangora.training.metrics import observed
 from tangora.training.models import Kind, LoadedModel, load_model
 from tangora.training.ranks import dealt, num_ranks
 
@@ -107,7 +112,7 @@ def load_run_task(settings: DataSettings) -> Task:
     return task
 
 
-def check_chat(task: Task, chat_template: bool | None) -> None:
+def check_chat(task: Task, chat_template: bool | str | None) -> None:
     """Raise unless it is clear how the texts of a task are to be written."""
     if chat_template is None and any("messages" in example for example in task.train):
         raise InputError(
@@ -193,12 +198,13 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
         settings.model,
         kind=kind,
         labels=labels or None,
-        prompts=settings.prompts,
+        class_prompts=settings.class_prompts,
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
         quantize_to=device if settings.load_in_4bit else None,
         shards=num_ranks() if settings.fsdp else 1,
     )
+    use_chat_template(loaded.tokenizer, settings.chat_template)
     if settings.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
         raise InputError(
             f"gradient_checkpointing cannot be used with model {settings.model!r}: "
@@ -265,10 +271,19 @@ def _json(path: Path) -> dict[str, Any]:
 # --- what cannot work, said before the work
 
 
+_CAUSAL = {
+    "exact_match": "generated answers",
+    "prompts": "generated answers",
+    "packing": "the sequences",
+    "forgetting": "the loss on unrelated text",
+}
+"""Settings that are for causal models alone, and what they are about."""
+
+
 def check_against_data(settings: RunSettings, task: Task) -> None:
     """Check the settings against the data, before a model is loaded."""
     if task.kind == "classification":
-        for key, what in (("exact_match", "generated answers"), ("forgetting", "the loss on unrelated text")):
+        for key, what in _CAUSAL.items():
             if getattr(settings, key):
                 raise InputError(f"{key} is about {what} of causal models; {task.name} is for classification")
     elif settings.head_learning_rate is not None:
@@ -276,6 +291,8 @@ def check_against_data(settings: RunSettings, task: Task) -> None:
             f"head_learning_rate is for classifiers, which get a new head; {task.name} is for a causal model; "
             f"got {settings.head_learning_rate:g}"
         )
+    if settings.prompts is not None:
+        read_prompts(settings.prompts)
     for key in ("start_examples", "curvature_examples", "measure_gradient"):
         wanted, usual = getattr(settings, key), RunSettings.model_fields[key].default
         if wanted is not None and wanted != usual and wanted > len(task.train):
@@ -295,4 +312,17 @@ def check_recipes(runs: Sequence[RunSettings], task: Task, loaded: LoadedModel) 
             chosen(target_layers(runs[0], task, loaded), runs[0].curvature_layers)
         except InputError as problem:
             raise InputError(f"curvature_{problem}") from None
-    return with_notes_on_cuts(runs[0], task, loaded)
+    task = with_notes_on_cuts(runs[0], task, loaded)
+    _check_with_weights(runs[0], task, loaded)
+    return task
+
+
+def _check_with_weights(settings: RunSettings, task: Task, loaded: LoadedModel) -> None:
+    if settings.packing:
+        data, _ = encoded(settings, loaded, [task.train[0], task.train[-1]])
+        with observed(loaded.model):
+            check_packing(loaded.model, data, settings.model)
+    if settings.prompts is not None:  # a template may refuse them, with any answers in between
+        prompts = read_prompts(settings.prompts)
+        opened = [conversation(prompt.turns, ["."] * (len(prompt.turns) - 1)) for prompt in prompts]
+        encode_prompts(opened, loaded.tokenizer, chat_template=bool(settings.chat_template))

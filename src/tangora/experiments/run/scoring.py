@@ -61,6 +61,8 @@ def _answers(
         model,
         run.loaded.tokenizer,
         examples,
+        max_new_tokens=run.settings.max_new_tokens,
+        stop=run.settings.stop or (),
         batch_size=_batch_size(run),
         chat_template=bool(run.settings.chat_template),
     )

@@ -4,15 +4,21 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from tangora._folders import ComparisonFolder
 from tangora.report import formats
 from tangora.report.comparison.costs import costs_section, time_section
-from tangora.report.comparison.curves import curve_sections, loss_curves, loss_panel, measured_sections
-from tangora.report.comparison.end_points import flatness_section, forgetting_section
+from tangora.report.comparison.curves import alignment_section, curve_sections, loss_curves, loss_panel
+from tangora.report.comparison.end_points import answers_section, flatness_section, forgetting_section
 from tangora.report.comparison.learning_rates import sweep_panel, sweep_section
 from tangora.report.comparison.recommendation import recommend, recommendation_sentence
 from tangora.report.comparison.results_table import results_section
 from tangora.report.comparison.runs_table import runs_section, trouble_section
 from tangora.report.comparison.speed import speed_section
+from tangora.report.comparison.through_training import (
+    save_through_training,
+    through_training_csv,
+    through_training_section,
+)
 from tangora.report.comparison.verdict import verdict
 from tangora.report.drawing.panels import Figure, recipe_styles
 from tangora.report.drawing.pictures import save_pictures
@@ -46,9 +52,11 @@ def render_page(comparison: Comparison) -> str:
             *curve_sections(judged),
             sweep_section(judged),
             speed_section(judged),
-            *measured_sections(judged),
+            through_training_section(judged),
+            alignment_section(judged),
             flatness_section(judged),
             forgetting_section(judged),
+            answers_section(judged),
             time_section(rows),
             trouble_section(judged),
             runs_section(judged),
@@ -68,6 +76,14 @@ def save_picture(comparison: Comparison, path: str | Path) -> Path:
     sweep = sweep_panel(judged, "learning rate (ring: chosen, cross: diverged)")
     figure = Figure(path.stem, comparison.title, "", [losses, sweep])
     return save_pictures([figure], path.parent, size=_PANEL_SIZE)[0]
+
+
+def write_measured(comparison: Comparison, folder: ComparisonFolder) -> None:
+    """Write what was measured through training as CSV and as PNG, if anything was."""
+    judged = judge(comparison)
+    if points := through_training_csv(judged):
+        write_atomic(folder.measured, points)
+        save_through_training({comparison.title: judged}, folder.measured_picture)
 
 
 def missing_sentence(comparison: Comparison) -> str | None:

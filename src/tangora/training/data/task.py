@@ -74,9 +74,10 @@ def load_task(
 
     Args:
         spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``digits-permuted`` (all ten, their pixels out of order);
-            ``mnist-5k``; ``textures`` (brick, grass, gravel); ``reasoning-gym:<dataset>[,key=value...]``; a local
-            ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; a local folder of ``<label>/*.txt`` or of
-            images, ``<label>/*.png``; or a hub data set, ``owner/name`` or ``owner/name/config``.
+            ``mnist-5k``; ``textures`` (brick, grass, gravel); ``chatterbot`` (conversations);
+            ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or
+            ``.parquet`` file; a local folder of ``<label>/*.txt`` or of images, ``<label>/*.png``; or a hub data set,
+            ``owner/name`` or ``owner/name/config``.
         kind: ``classification`` or ``causal``; by default the former where there is a label beside a text.
         num_train: Number of training examples in [1, inf); by default all that remain, or 2000 generated ones.
         num_validation: Number of validation examples, in [0, inf); by default a fifth of the data, at most 200, and

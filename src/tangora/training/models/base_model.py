@@ -84,7 +84,7 @@ def load_model(
     kind: Kind,
     num_labels: int | None = None,
     labels: Sequence[str] | None = None,
-    prompts: str | Sequence[str] | None = None,
+    class_prompts: str | Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     quantize_to: torch.device | None = None,
@@ -100,8 +100,8 @@ def load_model(
         name: ``smollm2-135m``, ``minilm-l6``, ``vit-digits``, a local folder, a local ``.gguf`` file, or a hub name.
         num_labels: Number of classes; or give ``labels``.
         labels: Names of the classes, in the order of their numbers. A CLIP model needs them, as they become prompts.
-        prompts: Templates of a CLIP model's class prompts, with ``{}`` for the class; the embeddings of several are
-            averaged. Default: ``a photo of a {}.``
+        class_prompts: Templates of a CLIP model's class prompts, with ``{}`` for the class; the embeddings of several
+            are averaged. Default: ``a photo of a {}.``
         dtype: Floating-point type of the weights.
         seed: Seed of a new head, in [0, inf).
         quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
@@ -136,7 +136,7 @@ def load_model(
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
         auto: Any = _AUTO["images" if scaler is not None else kind]
         storage = _storage(dtype, quantize_to, shards)
-        clip = classifier_config(config, name, label_names, prompts, named=labels is not None)
+        clip = classifier_config(config, name, label_names, class_prompts, named=labels is not None)
         if clip is not None:
             auto, storage["config"] = PromptedCLIPForImageClassification, clip
         model, new = _load_weights(source, kind, auto, label_names, storage)

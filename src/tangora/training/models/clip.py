@@ -132,7 +132,7 @@ def classifier_config(
         return config
     if not isinstance(config, CLIPConfig):
         if templates is not None:
-            raise InputError(f"prompts are for CLIP models, and model {name!r} is none; leave them out")
+            raise InputError(f"class_prompts are for CLIP models, and model {name!r} is none; leave them out")
         return None
     if not named:
         raise InputError(f"model {name!r} is a CLIP model, which needs labels: the classes become prompts")
@@ -158,7 +158,7 @@ def _templates(prompts: str | Sequence[str]) -> tuple[str, ...]:
             or {*"{}"} & {*template.replace("{}", "")}
         ):
             raise InputError(
-                f"prompts must be texts with one {{}} for the class, such as {PROMPTS[0]!r}; got {shown(template)}"
+                f"class_prompts must be texts with one {{}} for the class, as {PROMPTS[0]!r}; got {shown(template)}"
             )
     return tuple(templates)
 
