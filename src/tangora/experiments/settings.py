@@ -59,9 +59,7 @@ class DataSettings(Settings):
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
         "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
     )
-    class_prompts: str | list[str] | None = Field(
-        None, description="Template of CLIP's class prompts, or a list in YAML. Default: a photo of a {}."
-    )
+    class_prompts: str | list[str] | None = Field(None, description="Template(s) of CLIP's prompt for a {}.")
     num_train: int | None = Field(
         default=None, ge=1, description="Training examples. Default: all that are not set aside."
     )
