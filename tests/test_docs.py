@@ -25,6 +25,7 @@ import tangora
 from tangora.training.data import collator, encode
 from tests.experiments.small import write_classifier, write_generator
 from tests.models import with_lora
+from tests.training.tiny import picture, write_clip, write_pictures
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,6 +48,7 @@ STAND_INS = {
     "meta-llama/Meta-Llama-3-70B": "llm",
     "./large": "llm",
     "./my-llm": "llm",
+    "openai/clip-vit-base-patch16": "clip",
     "/shared/plan": "shared/plan",
 }
 """Small models and folders under the names of large ones."""
@@ -127,6 +129,9 @@ def things(tmp_path_factory):
     reviews = [{"review": row["text"], "stars": row["label"]} for row in texts]
     (folder / "reviews.jsonl").write_text(lines_of(reviews))
     (folder / "my-model").symlink_to(folder / "classifier")
+    write_clip(folder / "clip")
+    write_pictures(folder / "photos")
+    picture(0, 0).save(folder / "cat.jpg")
     few = settings | {"model": str(folder / "llm"), "data": str(folder / "data.jsonl"), "steps": 2}
     run = few | {"num_train": 12, "num_validation": 4, "num_test": 4, "batch_size": 4, "curvature_every": 1}
     tangora.train(tangora.RunSettings(recipe="lora", **run, curvature_examples=2), folder / "out")

@@ -40,6 +40,8 @@ DATA: dict[str, str] = {
     "digits-permuted": "8x8 images of all ten digits, with permuted pixels",
     "python-functions": "136 short Python functions to complete, with tests; stands in for CodeFeedback and HumanEval",
     "everyday-choices": "questions with four answers each, which things fit; stands in for commonsense_170k",
+    "mnist-5k": "5000 digits of MNIST, shrunk to 8x8",
+    "textures": "8x8 patches from photographs of brick, grass and gravel",
     "reasoning-gym:": "reasoning-gym:NAME[,key=value...] generates questions and answers, e.g. reasoning-gym:chain_sum",
 }
 """Data that needs no hub, and what it is."""

@@ -44,7 +44,7 @@ def test_every_recipe_trains_and_its_adapter_loads_on_the_untouched_base(classif
 def test_one_step_is_a_start_without_training(classifier, tmp_path):
     settings = RunSettings(**classifier, recipe="one-step", batch_size=8)
     task = load_run_task(settings)
-    record = execute(settings, task, tmp_path, run_id="run", before=True)
+    record = execute(settings, task, tmp_path, run_id="run", before="always")
     assert record.status == "finished", record.error
     assert record.history == []
     assert record.metrics["test"]["loss"] != record.metrics["before"]["loss"]

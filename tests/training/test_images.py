@@ -1,21 +1,24 @@
 """Digits and their model: what is pretrained on what, that both take the way of text, and what a message says."""
 
+import gzip
 import json
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import nn
 from transformers import ViTForImageClassification
 
 from tangora._checks import InputError
 from tangora.adapters import save_adapter
-from tangora.training.data import collator, encode, load_task
+from tangora.training.data import collator, encode, load_task, packaged_images
 from tangora.training.metrics import evaluate, predictions
 from tangora.training.models import ImageScaler, load_model
 from tangora.training.models import digits as vit
 from tangora.training.models.digits import PRETRAINING_DIGITS, TASK_DIGITS, read_digits
-from tangora.training.paths import PackagedFiles, install_command
+from tangora.training.paths import PackagedFiles, install_command, locate
 from tests.models import tiny_tokenizer
 from tests.training.tiny import labelled_examples, rng_state_unchanged
 
@@ -80,6 +83,38 @@ def test_permuted_digits_are_all_images_with_the_same_pixels_elsewhere():
     assert not torch.allclose(sums, permuted_sums)
     by_label = torch.tensor([int(task.labels[example["label"]]) for example in found])
     assert torch.equal(by_label.bincount(), classes.bincount())
+
+
+def pixels_of(task):
+    return torch.tensor([e["pixels"] for split in (task.train, task.validation, task.test) for e in split])
+
+
+def test_mnist_is_shrunk_as_the_digits_were():
+    task = load_task("mnist-5k")
+    assert task.labels == tuple(map(str, range(10)))
+    images = pixels_of(task)
+    assert images.shape == (5000, 1, 8, 8)
+    assert images.min() == 0
+    assert 0.9 < images.max() <= 1
+    # each pixel is the mean of 4 x 4, in a frame of 2: only what MNIST leaves empty itself is empty
+    with gzip.open(locate("mnist-5k", packaged_images._MNIST), "rt") as file:
+        first = torch.tensor([int(cell) for cell in file.readline().split(",")])
+    framed = torch.zeros(32, 32)
+    framed[2:30, 2:30] = first[:-1].view(28, 28) / 255
+    expected = nn.functional.avg_pool2d(framed[None, None], 4)[0]
+    assert min((image - expected).abs().max() for image in images) < 1e-6
+
+
+def test_textures_are_patches_of_the_photographs():
+    task = load_task("textures")
+    assert task.labels == ("brick", "grass", "gravel")
+    assert pixels_of(task).shape == (768, 1, 8, 8)
+    images, numbers = packaged_images.read_textures("textures")
+    assert numbers.tolist() == [0] * 256 + [1] * 256 + [2] * 256
+    with Image.open(locate("textures", packaged_images._TEXTURES) / "grass.png") as picture:
+        photograph = torch.from_numpy(numpy.array(picture.convert("L"), dtype=float))
+    expected = photograph[32:64, 64:96].reshape(8, 4, 8, 4).mean((1, 3)) / 255  # row 1, column 2 of 16 x 16
+    torch.testing.assert_close(torch.from_numpy(images[256 + 16 + 2]), expected)
 
 
 def test_pretraining_repeats(digits):

@@ -71,7 +71,7 @@ def test_hub_data_set_with_config(monkeypatch):
         ("bbcnews", r"did you mean bbc-news\?.*hub access is disabled"),
         ("org/name", r"hub access is disabled \(HF_HUB_OFFLINE\).*use bbc-news"),
         ("org/name/config", "hub access is disabled"),
-        (".", r"must contain <label>/\*\.txt"),
+        (".", r"must contain <label>/\*\.txt or images, <label>/\*\.png; it contains none"),
     ],
 )
 def test_unknown_data(monkeypatch, tmp_path, spec, message):

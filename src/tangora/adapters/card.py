@@ -81,6 +81,36 @@ print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
     trim_blocks=True,
 )
 
+# CLIP classifies by the texts of classes, so that the adapter fits the whole model as it is published
+_USAGE_OF_CLIP = Template(
+    """\
+```python
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
+
+
+adapter = "path or name of this adapter"
+base = CLIPModel.from_pretrained("{{ source }}")
+model = PeftModel.from_pretrained(base, adapter).get_base_model().eval()
+tokenizer = AutoTokenizer.from_pretrained("{{ source }}")
+processor = AutoImageProcessor.from_pretrained(adapter)
+
+# with the names of the classes, as words, and the templates of their prompts
+config, _ = PreTrainedConfig.get_config_dict(adapter, subfolder="{{ folder }}")
+names, prompts = config["class_words"], config["prompts"]
+texts = tokenizer([prompt.format(name) for name in names for prompt in prompts], padding=True, return_tensors="pt")
+images = processor(Image.open("an image"), return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**texts, **images)
+embeddings = outputs.text_embeds.view(len(names), len(prompts), -1).mean(1)
+embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
+print([names[number] for number in (outputs.image_embeds @ embeddings.T).argmax(-1).tolist()])
+```""",
+    trim_blocks=True,
+)
+
 
 def model_card(
     front: Mapping[str, Any],
@@ -90,6 +120,7 @@ def model_card(
     classes: Mapping[int, str] | None = None,
     *,
     images: bool = False,
+    prompted: bool = False,
     architecture: str = "",
 ) -> str:
     """Write the card."""
@@ -111,7 +142,7 @@ def model_card(
     sections = [
         f"# LoRA adapter for {title or 'a model without a name'}",
         f"{rank} The base weights were not changed: only PEFT is needed to load it.",
-        f"## Use\n\n{_usage(config, path, facts, bool(classes), images)}",
+        f"## Use\n\n{_usage(config, path, facts, bool(classes), images, prompted)}",
         f"## Training\n\n{_table(shown)}" if shown else "",
         f"## Adapter\n\n{_table(_of_adapter(config))}",
         f"## Versions\n\n{_table(_versions())}",
@@ -134,7 +165,12 @@ def _last(path: str) -> str:
 
 
 def _usage(
-    config: Mapping[str, Any], path: str, facts: Mapping[str, Any], classified: bool, images: bool
+    config: Mapping[str, Any],
+    path: str,
+    facts: Mapping[str, Any],
+    classified: bool,
+    images: bool,
+    prompted: bool,
 ) -> str:
     # PEFT has no task type of its own for images
     classifier = "ImageClassification" if images else "SequenceClassification"
@@ -143,6 +179,8 @@ def _usage(
         f"AutoModelFor{kind[task]}" if (task := str(config.get("task_type") or "")) in kind else "AutoModel"
     )
     source = path if path and path == _without_paths(path) else "path or name of the base model"
+    if prompted:
+        return _USAGE_OF_CLIP.render(source=source, folder=MODEL_CONFIG)
     inputs = None if images else _INPUTS.get(str(facts.get("format")))
     return _USAGE.render(
         classified=classified,

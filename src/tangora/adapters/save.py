@@ -252,6 +252,7 @@ def _card(
         facts,
         classes_of(model),
         images=getattr(base, "main_input_name", "") == "pixel_values",
+        prompted=hasattr(getattr(base, "config", None), "class_words"),
         architecture=type(unwrapped(base)).__name__,
     )
 

@@ -26,15 +26,15 @@ class DataSettings(Settings):
     data: str = Field(
         default="bbc-news",
         description="Data set: packaged name, reasoning-gym:NAME, local file (.jsonl .json .csv .tsv .parquet), folder "
-        "of LABEL/*.txt, or hub name: owner/name or owner/name/config.",
+        "of LABEL/*.txt or LABEL/*.png, or hub name: owner/name or owner/name/config.",
     )
     kind: Kind | None = Field(
         default=None, description="Type of task. Default: recognised from the columns of the data."
     )
     text_column: str | None = Field(
         default=None,
-        description="Column of the text; a,b for sentence pairs, a|b for the first column that exists. Default, as for "
-        "the other columns: recognised by its name.",
+        description="Column of the text, or of images; a,b for sentence pairs, a|b for the first column that exists. "
+        "Default, as for the other columns: recognised by its name.",
     )
     label_column: str | None = Field(default=None, description="Column of the label, for classification.")
     prompt_column: str | None = Field(
@@ -47,6 +47,9 @@ class DataSettings(Settings):
         default=None,
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
         "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
+    )
+    class_prompts: str | list[str] | None = Field(
+        default=None, description="Template(s) of CLIP's prompt for a class, such as: a photo of a {}."
     )
     num_train: int | None = Field(
         default=None,

@@ -100,7 +100,14 @@ def _check_sizes(settings: DiagnoseSettings, task: Task) -> None:
 
 
 def _load_model(settings: DiagnoseSettings, task: Task) -> tuple[LoadedModel, nn.Module]:
-    loaded = load_model(settings.model, kind=task.kind, labels=task.labels or None, seed=settings.seed)
+    labels = task.labels or None
+    loaded = load_model(
+        settings.model,
+        kind=task.kind,
+        labels=labels,
+        class_prompts=settings.class_prompts,
+        seed=settings.seed,
+    )
     use_chat_template(loaded.tokenizer, settings.chat_template)
     loaded.model.to(device_named(settings.device))  # pyright: ignore[reportArgumentType]
     if settings.adapter is not None:

@@ -24,8 +24,7 @@ PRESETS = tuple(sorted(_PRESETS))
 def preset(name: str) -> dict[str, Any]:
     """Return the settings of a comparison that comes with tangora, those of its stand-in and its paper among them."""
     check_choice("preset", name, PRESETS)
-    values = yaml.safe_load(_PRESETS[name].read_text(encoding="utf-8"))
-    return {key: value for key, value in values.items() if key not in ("paper", "tiny")}
+    return yaml.safe_load(_PRESETS[name].read_text(encoding="utf-8"))
 
 
 class _Loader(yaml.SafeLoader):

@@ -89,7 +89,7 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
                 task,
                 folder.path,
                 run_id="run",
-                before=True,
+                before="always",
                 keep_model=True,
                 progress=progress if is_first() else None,
             )

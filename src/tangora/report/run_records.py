@@ -203,7 +203,8 @@ class Record(Recorded):
         default_factory=list, description="Notes about the data, such as truncated examples."
     )
     metrics: dict[str, _Metrics] = Field(
-        description='Keys "validation" and "test" after training, "before" for the test set before it.'
+        description='Keys "validation" and "test" after training, "before" for the test set before it: in a comparison '
+        "one run has it, if the base model has no new head."
     )
     history: list[StepRecord] = Field(description="Training steps, in order.")
     evaluations: list[EvaluationRecord] = Field(description="Evaluations during training, in order.")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tangora._checks import InputError, check_choice, check_whole
 from tangora.probes.losses import IGNORED
 from tangora.training.data import Encoding, collator, encode, load_task
-from tangora.training.data.encoding import Collator
+from tangora.training.data.encoding import Collator, encodings_at, lengths_of
 from tangora.training.models import KINDS, Kind
 from tangora.training.ranks import dealt_alike, gathered
 
@@ -65,9 +65,9 @@ def predictions(
     device = device_of(model)
     measured: list[tuple[list[int], dict[str, Tensor]]] = []
     with observed(model):
-        lengths = [len(encoding.get("input_ids", (None,))) for encoding in dataset]  # 1 of an image
-        for indices, counts in dealt_alike(list(length_batches(lengths, batch_size))):
-            batch = {name: value.to(device) for name, value in collate([dataset[i] for i in indices]).items()}
+        for indices, counts in dealt_alike(list(length_batches(lengths_of(dataset), batch_size))):
+            encodings = encodings_at(dataset, indices)
+            batch = {name: value.to(device) for name, value in collate(encodings).items()}
             labels = batch.pop("labels")
             values = measure(model(**batch).logits, labels)
             if counts:

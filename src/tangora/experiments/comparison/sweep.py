@@ -6,7 +6,7 @@ been: nothing else remembers where it was.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tangora.experiments.comparison.plan import CompareSettings
 from tangora.experiments.settings import RunSettings
@@ -28,6 +28,8 @@ class Trial:
 
     settings: RunSettings
     stage: Stage
+    before: bool = False
+    """Whether it also measures the base model, for all."""
 
     @property
     def id(self) -> str:
@@ -41,12 +43,10 @@ class Trial:
 def due(settings: CompareSettings, records: Sequence[Record]) -> list[Trial]:
     """List the runs that have to be made now."""
     known = {record.id: record for record in records}
-    return [
-        trial
-        for name in settings.recipes
-        for trial in _wanted(_Sweep(settings, name, known))
-        if trial.id not in known
-    ]
+    wanted = [trial for name in settings.recipes for trial in _wanted(_Sweep(settings, name, known))]
+    # all begin with the same base model, which one of them measures
+    first = next((trial for trial in wanted if trial.stage != "trial"), None)
+    return [replace(trial, before=trial is first) for trial in wanted if trial.id not in known]
 
 
 def planned(settings: CompareSettings, records: Sequence[Record]) -> int:

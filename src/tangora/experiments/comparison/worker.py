@@ -76,6 +76,7 @@ def _run_alone(trial: Trial, task: Task, folder: ComparisonFolder, progress: Pro
                 run.path,
                 run_id=trial.id,
                 stage=trial.stage,
+                before="if it has no new head" if trial.before else "never",
                 is_checked=True,
                 progress=progress,
             )

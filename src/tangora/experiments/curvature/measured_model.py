@@ -70,7 +70,10 @@ def load_measured(source: str, adapter: str | None, changes: dict[str, Any], see
 
 def _from_model(source: str, adapter: str | None, settings: TaskSettings, seed: int) -> MeasuredModel:
     task = load_run_task(settings)
-    loaded = load_model(source, kind=task.kind, labels=task.labels or None, seed=seed)
+    labels = task.labels or None
+    loaded = load_model(
+        source, kind=task.kind, labels=labels, class_prompts=settings.class_prompts, seed=seed
+    )
     model = load_adapter(loaded.model, adapter, is_trainable=True) if adapter is not None else loaded.model
     return _measured(model, loaded, task, settings, Path(source).name)
 

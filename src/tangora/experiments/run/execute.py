@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from tangora._folders import RunFolder
 from tangora._types import Progress
+from tangora.adapters.heads import head_names
 from tangora.adapters.sharded import unshard_trained
 from tangora.experiments.process import tell_user
 from tangora.experiments.provenance import origin_of, provenance
@@ -98,7 +99,7 @@ def execute(
     *,
     run_id: str,
     stage: Stage = "final",
-    before: bool = False,
+    before: Literal["never", "always", "if it has no new head"] = "never",
     keep_model: bool = False,
     is_checked: bool = False,
     progress: Progress | None = None,
@@ -108,6 +109,8 @@ def execute(
     Checkpoints of an earlier, interrupted call are continued. The folder then holds ``metrics.jsonl``, the adapter (or
     for full fine-tuning the model), ``logits.pt`` for `verify_adapter`, and ``trajectory.jsonl``, ``snapshots/``
     and ``curvature.jsonl`` of a run that is measured. Checkpoints stay: they may go when the record is written.
+
+    ``before`` says when the base model is evaluated on the test examples: with a new head it knows nothing of them.
     """
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,8 @@ def execute(
         task = task if is_checked else check_recipes([settings], task, loaded)
     tell_user(*task.notes, *_sharing(settings))
     run = Run(settings, task, loaded, RunFolder(folder), progress)
-    result = _Result(metrics={"before": test_metrics(run, loaded.model)[0]} if before else {})
+    measured = before == "always" or (before != "never" and not head_names(loaded.model))
+    result = _Result(metrics={"before": test_metrics(run, loaded.model)[0]} if measured else {})
     known = unrelated_loss(run, loaded.model) if settings.forgetting else None
     began = time.perf_counter()
     model = _prepared(run)

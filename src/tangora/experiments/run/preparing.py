@@ -60,7 +60,7 @@ class Run:
         if self.progress is not None:
             self.progress(what, done, self.num_steps)
 
-    def encoded(self, examples: Sequence[Any]) -> tuple[list[Encoding], Any]:
+    def encoded(self, examples: Sequence[Any]) -> tuple[Sequence[Encoding], Any]:
         """Encode examples as model inputs; the second value makes a batch of some."""
         return encoded(self.settings, self.loaded, examples)
 
@@ -81,7 +81,7 @@ class Run:
 
 def encoded(
     settings: DataSettings, loaded: LoadedModel, examples: Sequence[Any]
-) -> tuple[list[Encoding], Any]:
+) -> tuple[Sequence[Encoding], Any]:
     """Encode examples as model inputs; the second value makes a batch of some."""
     data = encode(
         examples,
@@ -200,6 +200,7 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
         settings.model,
         kind=kind,
         labels=labels or None,
+        class_prompts=settings.class_prompts,
         dtype=getattr(torch, settings.dtype),
         seed=settings.seed,
         quantize_to=device if settings.load_in_4bit else None,

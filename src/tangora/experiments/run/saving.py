@@ -29,6 +29,7 @@ from tangora.experiments.run.preparing import Run, load_base
 from tangora.experiments.settings import RunSettings
 from tangora.training.callbacks import last_checkpoint, step_of
 from tangora.training.data import Task
+from tangora.training.data.images import holds_image
 from tangora.training.ranks import is_first
 
 _NUM_EXAMPLES = 8
@@ -85,7 +86,7 @@ def data_format(run: Run) -> str:
     first = run.task.train[0]
     if run.task.kind == "causal":
         return "prompt + newline + completion + eos" if first["prompt"] else "plain text"
-    if "pixels" in first:
+    if holds_image(first):
         return "images"
     return "pair of texts" if "text_pair" in first else "text"
 

@@ -16,6 +16,9 @@ from tangora.report.run_records import Comparison
 from tangora.report.setup_facts import setup_line
 from tangora.report.statistics.judgement import BASELINE, CEILING, Judgement, Row, runs_behind
 
+ZERO_SHOT = "zero-shot"
+"""Name of the row of the untrained base model."""
+
 _EDGE_MARKS = {"low": " ↓", "high": " ↑", None: ""}
 
 
@@ -48,11 +51,24 @@ def _rate(row: Row) -> str:
     return formats.learning_rate(row.learning_rate) + _EDGE_MARKS[row.edge]
 
 
+def _with_untrained(rows: Sequence[Row], comparison: Comparison) -> list[Row]:
+    """Add a row of the base model's test metric before training, where one run has measured it."""
+    metric, better = comparison.metric, comparison.higher_is_better
+    found = [record.metrics["before"] for record in comparison.records if "before" in record.metrics]
+    added = [
+        Row(ZERO_SHOT, metric, better, 0, 0, 0, 0, test=metrics[metric])
+        for metrics in found
+        if metric in metrics
+    ]
+    return [*rows, *added[:1]]
+
+
 def results_section(judged: Judgement) -> Section:
     """Show how good each recipe is."""
     comparison, rows = judged.comparison, judged.rows
     caption = "Each recipe at the learning rate that is best on validation data."
-    table = Table.of("results", caption, rows, _quality(comparison.metric)).filled()
+    shown = _with_untrained(rows, comparison)
+    table = Table.of("results", caption, shown, _quality(comparison.metric)).filled()
     resampled = sorted({row.interval_over for row in rows if row.interval_over})
     direction = "Higher" if comparison.higher_is_better else "Lower"
     notes = [
@@ -67,6 +83,8 @@ def results_section(judged: Judgement) -> Section:
             for reason in sorted({row.gap_closed_missing for row in rows if row.gap_closed_missing})
         ),
     ]
+    if len(shown) > len(rows):
+        notes.append(f"{ZERO_SHOT}: the base model before any training, measured once.")
     if resampled:
         notes.append(
             f"Intervals are Student's t over {formats.listing(resampled)}, paired in differences where seeds agree; "
@@ -93,7 +111,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
     return terminal_table(
         f"{comparison.title}\n{setup_line(comparison)}".strip(),
         list(columns),
-        [[write(row) for write in columns.values()] for row in rows],
+        [[write(row) for write in columns.values()] for row in _with_untrained(rows, comparison)],
         caption=_legend(comparison, rows),
         wrapped=(0, 2),  # in a narrow terminal only names and intervals wrap; numbers stay whole
         tight=True,

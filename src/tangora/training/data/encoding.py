@@ -1,7 +1,8 @@
 """Texts to token numbers, in the plain format or by a chat template; images to pixels; both to padded batches."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from tangora._checks import InputError, check_choice, check_whole, reason
 from tangora.probes.losses import IGNORED
-from tangora.training.data.recognise import PIXELS
+from tangora.training.data.images import IMAGE, PIXELS, holds_image
 from tangora.training.models import KINDS, ImageScaler, Kind
 
 Encoding: TypeAlias = dict[str, Any]
@@ -34,8 +35,8 @@ def encode(
     kind: Kind,
     max_length: int,
     chat_template: bool = False,
-) -> list[Encoding]:
-    """Turn examples into token numbers, or images into scaled pixels.
+) -> Sequence[Encoding]:
+    """Turn examples into token numbers, or images into scaled pixels: encoded ones each time that they are asked for.
 
     A causal example becomes ``prompt + newline + completion + eos``, so that base and instruct models are trained on
     the same text, or what the tokenizer's chat template makes of it; the loss counts completions (with their eos)
@@ -45,7 +46,7 @@ def encode(
     check_whole("max_length", max_length, low=2)
     if not examples:
         raise InputError("examples must hold at least one example; got none")
-    if isinstance(tokenizer, ImageScaler) or PIXELS in examples[0]:
+    if isinstance(tokenizer, ImageScaler) or holds_image(examples[0]):
         return _encode_images(examples, tokenizer)
     if kind == "classification":
         return _encode_labelled(examples, tokenizer, max_length)
@@ -187,19 +188,64 @@ def _tokenize(
     return encoded["input_ids"]
 
 
-def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> list[Encoding]:
+class _Pictures(Sequence[Encoding]):
+    """Images that are decoded when they are looked up, as all of them together may not fit into memory."""
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], scaler: ImageScaler):
+        self._examples, self._scaler = examples, scaler
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoding: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoding]: ...
+    def __getitem__(self, index: int | slice) -> Encoding | list[Encoding]:
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
+        image, label = self._examples[index][IMAGE], self._examples[index]["label"]
+        pixels = self._scaler.prepared(image.decoded())
+        _check_shape(image.where, pixels, self._scaler)
+        return {"pixel_values": pixels, "labels": label}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Encoding]:
+        # torch's loader asks for a batch in this way; Pillow decodes and resizes without Python's lock
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+
+def lengths_of(dataset: Sequence[Encoding]) -> list[int]:
+    """Count the tokens of each encoding; an image counts as one, and is not decoded for that."""
+    if isinstance(dataset, _Pictures):
+        return [1] * len(dataset)
+    return [len(encoding.get("input_ids", (None,))) for encoding in dataset]
+
+
+def encodings_at(dataset: Sequence[Encoding], indices: Sequence[int]) -> list[Encoding]:
+    """Return some encodings."""
+    together = isinstance(dataset, _Pictures)
+    return dataset.__getitems__(indices) if together else [dataset[index] for index in indices]
+
+
+def _check_shape(where: str, image: Tensor, scaler: ImageScaler) -> None:
+    if image.shape != scaler.shape:
+        raise InputError(
+            f"{where} must have the model's {_written(scaler.shape)} pixels; got {_written(image.shape)}"
+        )
+
+
+def _encode_images(examples: Sequence[Mapping[str, Any]], scaler: Any) -> Sequence[Encoding]:
     if not isinstance(scaler, ImageScaler):
         raise InputError("image data need an image model, such as vit-digits; this is a text model")
-    wanted = scaler.shape
+    if not all(map(holds_image, examples)):
+        raise InputError("an image model needs image data, such as digits; these data are text")
+    if IMAGE in examples[0]:
+        return _Pictures(examples, scaler)
     images = []
     for number, example in enumerate(examples):
-        if PIXELS not in example:
-            raise InputError("an image model needs image data, such as digits; these data are text")
         image = torch.tensor(example[PIXELS], dtype=torch.float32)
-        if image.shape != wanted:
-            raise InputError(
-                f"image {number} must have the model's {_written(wanted)} pixels; got {_written(image.shape)}"
-            )
+        _check_shape(f"image {number}", image, scaler)
         images.append(image)
     scaled = scaler(torch.stack(images))
     return [

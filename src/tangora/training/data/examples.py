@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 import numpy
 
 from tangora._checks import InputError
+from tangora.training.data.images import IMAGE, PIXELS, StoredImage
 from tangora.training.data.readers import RawData, RawRow, excerpt, listed
-from tangora.training.data.recognise import PIXELS, Layout
+from tangora.training.data.recognise import Layout
 
 Example: TypeAlias = dict[str, Any]
-"""``text`` (``text_pair``) or ``pixels`` with ``label``, a number; or ``prompt``, ``completion``, which also has the
-final ``answer``, the generated ``problem`` or the ``messages`` where there are any; plain text has an empty prompt.
+"""``text`` (``text_pair``), ``pixels`` or ``image`` with ``label``, a number; or ``prompt``, ``completion``, which also
+has the final ``answer``, the generated ``problem`` or the ``messages`` where there are any; plain text has an empty
+prompt.
 """
 
 # names of roles in ShareGPT's format, and those of transformers
@@ -60,8 +62,8 @@ def _labelled(
 
 
 def _content(row: RawRow, layout: Layout) -> Example:
-    if layout.images:
-        return _pixels(row)
+    if layout.image is not None:
+        return _pixels(row) if layout.image == PIXELS else {IMAGE: _image(row, layout.image)}
     return {
         role: _text(row, column) for role, column in zip(("text", "text_pair"), layout.text, strict=False)
     }
@@ -128,6 +130,14 @@ def _pixels(row: RawRow) -> Example:
     if image.ndim != 3 or not image.size or not (image.min() >= 0 and image.max() <= 1):
         raise _misfit(where, "channels of rows of numbers in [0, 1]", value)
     return {PIXELS: image.tolist()}
+
+
+def _image(row: RawRow, column: str) -> StoredImage:
+    value, where = _value(row, column)
+    if not isinstance(value, StoredImage):
+        raise _misfit(where, "an image", value)
+    _ = value.digest  # read once, so that a file that is no image is found before training
+    return value
 
 
 def _label(row: RawRow, column: str) -> str:
@@ -229,6 +239,8 @@ def content_key(example: Mapping[str, Any]) -> str:
     """Return what makes two examples the same for a split: their question, image, or text, whatever its spacing."""
     if PIXELS in example:
         return repr(example[PIXELS])
+    if IMAGE in example:
+        return example[IMAGE].digest
     text = example.get("text") or example.get("prompt") or example["completion"]
     return " ".join(f"{text} {example.get('text_pair', '')}".split())
 

@@ -1,4 +1,4 @@
-"""Reads rows with their places: JSON Lines, JSON, CSV with any usual separator, Parquet, and folders of texts.
+"""Reads rows with their places: JSON Lines, JSON, CSV with any usual separator, Parquet, folders of texts or images.
 
 With Python's own readers of JSON and CSV, as those of `datasets` change what they read: a label "01" becomes 1 and a
 date a time, columns that a row lacks are filled, types of CSV are guessed, and the line of a row is forgotten.
@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from tangora._checks import InputError, reason
+from tangora.training.data.images import IMAGE_SUFFIXES, image_cell, image_file
 from tangora.training.paths import DATA_SUFFIXES
 
 _SEPARATORS = ",;\t|"
@@ -73,11 +74,20 @@ def read_file(path: Path) -> RawData:
 
 
 def read_folder(path: Path) -> RawData:
-    """Read a folder of ``<label>/*.txt`` into rows of ``text`` and ``label``."""
-    files = sorted(path.glob("*/*.txt"))
-    if not files:
-        raise InputError(f"data folder {path} must contain <label>/*.txt; it contains none")
-    rows = [RawRow(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in files]
+    """Read a folder of ``<label>/*.txt``, or of images, into rows of ``text`` or ``image``, and ``label``."""
+    found = sorted(path.glob("*/*"))
+    texts = [file for file in found if file.suffix == ".txt"]
+    images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    if texts and images:
+        raise InputError(
+            f"data folder {path} must contain texts or images; it contains both, such as {texts[0]} and {images[0]}"
+        )
+    if not texts and not images:
+        raise InputError(
+            f"data folder {path} must contain <label>/*.txt or images, <label>/*.png; it contains none"
+        )
+    rows = [RawRow(str(file), {"text": _read_article(file), "label": file.parent.name}) for file in texts]
+    rows += [RawRow(str(file), {"image": image_file(file), "label": file.parent.name}) for file in images]
     return RawData({"train": rows}, name=path.name)
 
 
@@ -253,7 +263,10 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     for index in range(table.num_rows):
         where = f"{path}: row {index}"
         try:
-            values = {name: table[name][index].as_py() for name in table.column_names}
+            values = {
+                name: image_cell(table[name][index].as_py(), f"{where}: column {name!r}")
+                for name in table.column_names
+            }
         except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a date beyond Python's
             raise InputError(f"{where}: a value cannot be read; {reason(error)}") from error
         yield RawRow(where, values)

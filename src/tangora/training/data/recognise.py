@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from tangora._checks import InputError, check_choice
+from tangora.training.data.images import IMAGE, PIXELS, StoredImage
 from tangora.training.data.readers import RawData, listed
 from tangora.training.models import Kind
-
-PIXELS = "pixels"  # column of images: channels, rows and columns of numbers in [0, 1]
 
 # fmt: off
 _TEXTS = (
@@ -64,16 +63,14 @@ class Layout:
     context: str | None = None  # the ``input`` of an instruction, which may be empty
     completion: str | None = None
     chat: str | None = None  # conversations
-    images: bool = False  # whether pixels are classified, not texts
+    image: str | None = None  # of images that are classified in place of texts
 
     def sentence(self, present: Sequence[str]) -> str:
         """Return a sentence that lists the columns by their role, and those that are not used."""
-        roles = {field.name: getattr(self, field.name) for field in fields(self)[1:-1]}
+        roles = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         used = {
             role: (name,) if isinstance(name, str) else tuple(name) for role, name in roles.items() if name
         }
-        if self.images:
-            used["image"] = (PIXELS,)
         told = ", ".join(f"{role} = {' and '.join(map(repr, names))}" for role, names in used.items())
         taken = {name for names in used.values() for name in names}
         rest = [repr(name) for name in present if name not in taken]
@@ -163,6 +160,20 @@ class _Finder:
         found = self.known(_TEXTS, "text", without=without) or (self.only_other(label) if label else None)
         return (found,) if found else ()
 
+    def image(self, given: Columns) -> str | None:
+        """Return the column of images, unless the user named a column of texts."""
+        found = [column for column in self.present if column == PIXELS or self._holds_images(column)]
+        if given.text is not None:
+            return next((name for name in self.texts(given, None) if name in found), None)
+        if len(found) > 1 and IMAGE not in found:
+            flags = " or ".join(f"--text-column {_quoted(column)}" for column in found)
+            raise InputError(f"{self.data.name}: several columns hold images, {listed(found)}; give {flags}")
+        return IMAGE if IMAGE in found else next(iter(found), None)
+
+    def _holds_images(self, column: str) -> bool:
+        values = (row.values.get(column) for row in self.data.splits["train"])
+        return isinstance(next((value for value in values if value is not None), None), StoredImage)
+
     def taken(self, given: Columns) -> tuple[str, ...]:
         """Return the columns that the user named as text."""
         return self.texts(given, None) if given.text is not None else ()
@@ -181,7 +192,7 @@ def _kind(finder: _Finder, given: Columns) -> Kind:
     if given.text is None and _exchange(finder) and not _has_text_and_label(finder):
         return "causal"
     label = finder.known(_LABELS, "label", without=finder.taken(given))
-    if label and (PIXELS in finder.present or finder.texts(given, label) or label == "label"):
+    if label and (finder.image(given) or finder.texts(given, label) or label == "label"):
         return "classification"
     return "causal"
 
@@ -205,18 +216,18 @@ def _labelled(finder: _Finder, given: Columns) -> Layout:
     )
     if label in finder.taken(given):
         raise InputError(f"{finder.data.name}: text_column and label_column must differ; both are {label!r}")
-    images = PIXELS in finder.present and given.text is None
-    texts = () if images else finder.texts(given, label)
-    if label is None or not (texts or images):
+    image = finder.image(given)
+    texts = () if image else finder.texts(given, label)
+    if label is None or not (texts or image):
         missing = [
             f"--{role}-column NAME" for role, found in (("text", texts), ("label", label)) if not found
         ]
-        missing = ["--label-column NAME"] if images else missing
+        missing = ["--label-column NAME"] if image else missing
         raise InputError(
-            f"{finder.data.name}: no column is recognised as the {'label' if texts or images else 'text'} of a "
+            f"{finder.data.name}: no column is recognised as the {'label' if texts or image else 'text'} of a "
             f"classification; {finder.header()}; give {' '.join(missing)}"
         )
-    return Layout("classification", text=texts, label=label, images=images)
+    return Layout("classification", text=texts, label=label, image=image)
 
 
 def _causal(finder: _Finder, given: Columns) -> Layout:
@@ -258,7 +269,7 @@ def _causal(finder: _Finder, given: Columns) -> Layout:
 
 def _plain_text(finder: _Finder, given: Columns) -> Layout:
     """Return the column of plain text, unless another one looks like its label."""
-    if PIXELS in finder.present and given.text is None:
+    if finder.image(given):
         raise InputError("images can only be classified; kind must be 'classification', got 'causal'")
     texts = finder.texts(given, None)
     if not texts and len(finder.present) == 1 and _plain(finder.present[0]) not in _NO_TEXTS:

@@ -1,9 +1,10 @@
 """Finds a data set by its name: a built-in one, a file or folder, or a data set of the hub."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -11,6 +12,8 @@ import torch
 from tangora._checks import InputError, near_hint, reason
 from tangora.training.data.conversations import read_chatterbot
 from tangora.training.data.generated import PREFIX
+from tangora.training.data.images import hub_image
+from tangora.training.data.packaged_images import TEXTURES, read_mnist, read_textures
 from tangora.training.data.readers import RawData, RawRow, read_file, read_folder
 from tangora.training.hub import hub_problem, offline
 from tangora.training.models.digits import TASK_DIGITS, read_digits
@@ -54,7 +57,8 @@ def is_hub_data(spec: str) -> bool:
 def _allowed() -> str:
     return (
         f"use {', '.join(BUILT_IN_DATA)}, {PREFIX}<dataset>, a "
-        f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of <label>/*.txt, or a hub data set"
+        f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, a folder of <label>/*.txt or "
+        "<label>/*.png, or a hub data set"
     )
 
 
@@ -75,11 +79,26 @@ def _read_digits(name: str, *, classes: Collection[int], permuted: bool = False)
     if permuted:
         order = torch.randperm(images[0].numel(), generator=torch.Generator().manual_seed(0))
         images = images.flatten(1)[:, order].view_as(images)
+    return _image_rows(name, images.tolist(), [str(int(digit)) for digit in digits], tuple(map(str, classes)))
+
+
+def _read_mnist(name: str) -> RawData:
+    images, digits = read_mnist(name)
+    classes = tuple(map(str, range(10)))
+    return _image_rows(name, images[:, None].tolist(), [classes[digit] for digit in digits], classes)
+
+
+def _read_textures(name: str) -> RawData:
+    images, numbers = read_textures(name)
+    return _image_rows(name, images[:, None].tolist(), [TEXTURES[number] for number in numbers], TEXTURES)
+
+
+def _image_rows(name: str, images: list[Any], labels: list[str], classes: tuple[str, ...]) -> RawData:
     rows = [
-        RawRow(f"{name}: image {number}", {"pixels": image.tolist(), "label": str(int(digit))})
-        for number, (image, digit) in enumerate(zip(images, digits, strict=True))
+        RawRow(f"{name}: image {number}", {"pixels": image, "label": label})
+        for number, (image, label) in enumerate(zip(images, labels, strict=True))
     ]
-    return RawData({"train": rows}, tuple(map(str, classes)), name)
+    return RawData({"train": rows}, classes, name)
 
 
 def _read_conversations(name: str) -> RawData:
@@ -94,6 +113,9 @@ BUILT_IN_DATA: dict[str, Callable[[str], RawData]] = {
     "digits-permuted": partial(_read_digits, classes=range(10), permuted=True),
     "python-functions": _read_packaged,
     "everyday-choices": _read_packaged,
+    # other handwriting, and no digits at all
+    "mnist-5k": _read_mnist,
+    "textures": _read_textures,
 }
 """Readers of the data that needs no hub, by its name."""
 
@@ -138,7 +160,10 @@ def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
     """Turn data sets into rows, with the names of classes in place of their numbers."""
     features = splits["train"].features
     classes = {key: value for key, value in features.items() if isinstance(value, datasets.ClassLabel)}
-    rows = {split: list(_named_rows(data, classes, f"{name}/{split}")) for split, data in splits.items()}
+    images = [key for key, value in features.items() if isinstance(value, datasets.Image)]
+    rows = {
+        split: list(_named_rows(data, classes, images, f"{name}/{split}")) for split, data in splits.items()
+    }
     if not rows["train"]:
         raise InputError(f"data set {name!r} must have training examples with a label; it has none")
     names = tuple(next(iter(classes.values())).names) if len(classes) == 1 else ()
@@ -146,10 +171,13 @@ def from_datasets(splits: Mapping[str, datasets.Dataset], name: str) -> RawData:
 
 
 def _named_rows(
-    data: datasets.Dataset, classes: Mapping[str, datasets.ClassLabel], name: str
+    data: datasets.Dataset, classes: Mapping[str, datasets.ClassLabel], images: Sequence[str], name: str
 ) -> Iterator[RawRow]:
-    """Yield the rows whose labels are known."""
-    for index, record in enumerate(data):
+    """Yield the rows whose labels are known; images stay where they are, encoded."""
+    encoded = {
+        key: data.select_columns([key]).cast_column(key, datasets.Image(decode=False)) for key in images
+    }
+    for index, record in enumerate(data.remove_columns(list(images))):
         values = dict(record)
         if all(values[key] is not None and values[key] >= 0 for key in classes):
             where = f"{name}: row {index}"
@@ -159,4 +187,5 @@ def _named_rows(
                         f"{where}: column {key!r} must be in [-1, {len(label.names) - 1}]; got {values[key]}"
                     )
             values |= {key: label.int2str(values[key]) for key, label in classes.items()}
+            values |= {key: hub_image(column, key, index, where) for key, column in encoded.items()}
             yield RawRow(where, values)

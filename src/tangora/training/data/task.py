@@ -11,6 +11,7 @@ from functools import cached_property
 from tangora._checks import InputError, check_choice, check_kind, check_seed
 from tangora.training.data.examples import Example, class_notes, repeats, to_examples
 from tangora.training.data.generated import PREFIX, PROBLEM, generate_splits
+from tangora.training.data.images import StoredImage
 from tangora.training.data.readers import listed
 from tangora.training.data.recognise import Columns, recognise
 from tangora.training.data.sources import BUILT_IN_DATA, read_data
@@ -48,7 +49,11 @@ class Task:
             for split in (self.train, self.validation, self.test)
         ]
         content = [self.kind, self.labels, *splits]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=_digest).encode()).hexdigest()
+
+
+def _digest(value: StoredImage) -> str:
+    return value.digest
 
 
 def load_task(
@@ -69,10 +74,10 @@ def load_task(
 
     Args:
         spec: ``bbc-news``; ``digits`` (images of 5 to 9); ``digits-permuted`` (all ten, their pixels out of order);
-            ``chatterbot`` (conversations);
+            ``mnist-5k``; ``textures`` (brick, grass, gravel); ``chatterbot`` (conversations);
             ``reasoning-gym:<dataset>[,key=value...]``; a local ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or
-            ``.parquet`` file; a local folder of ``<label>/*.txt``; or a hub data set, ``owner/name`` or
-            ``owner/name/config``.
+            ``.parquet`` file; a local folder of ``<label>/*.txt`` or of images, ``<label>/*.png``; or a hub data set,
+            ``owner/name`` or ``owner/name/config``.
         kind: ``classification`` or ``causal``; by default the former where there is a label beside a text.
         num_train: Number of training examples in [1, inf); by default all remaining examples, or 2000 generated ones.
         num_validation: Number of validation examples, in [0, inf); by default a fifth of the data, at most 200, and
@@ -81,8 +86,8 @@ def load_task(
             and generated data. Of a data set with a test split, all of it, at most 500.
         seed: Says which example goes where, or which are generated; in [0, inf).
         test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
-        text_column: Column of the text; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is the first that a
-            data set has, and columns that are not given are recognised by their usual names.
+        text_column: Column of the text, or of the images; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is
+            the first that a data set has, and columns that are not given are recognised by their usual names.
 
     Returns:
         The task; the same for the same arguments. The test examples do not depend on ``num_train``.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CLIPConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +29,11 @@ from tangora.adapters.sharded import local, share
 from tangora.adapters.stored_weight import keep_layout
 from tangora.training.hub import hub_problem
 from tangora.training.models.cached import dequantized
+from tangora.training.models.clip import (
+    PromptedCLIPForImageClassification,
+    classifier_config,
+    embed_classes,
+)
 from tangora.training.models.digits import DIGITS, VIT_DIGITS, pretrained_vit
 from tangora.training.models.image_scaler import ImageScaler, load_scaler
 from tangora.training.paths import PackagedFiles, is_model_path, local_path, locate
@@ -79,6 +84,7 @@ def load_model(
     kind: Kind,
     num_labels: int | None = None,
     labels: Sequence[str] | None = None,
+    class_prompts: str | Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     quantize_to: torch.device | None = None,
@@ -87,12 +93,15 @@ def load_model(
     """Load a model for classification or for causal language modelling.
 
     A classification head that the weights do not have is drawn with ``seed``, so that all methods start equal;
-    the caller's random state is untouched.
+    the caller's random state is untouched. A CLIP model classifies images by the text embeddings of a prompt for each
+    class, which are computed here once and stay frozen; its text model is left out (see the guide on data).
 
     Args:
         name: ``smollm2-135m``, ``minilm-l6``, ``vit-digits``, a local folder, a local ``.gguf`` file, or a hub name.
         num_labels: Number of classes; or give ``labels``.
-        labels: Names of the classes, in the order of their numbers.
+        labels: Names of the classes, in the order of their numbers. A CLIP model needs them, as they become prompts.
+        class_prompts: Templates of a CLIP model's class prompts, with ``{}`` for the class; the embeddings of several
+            are averaged. Default: ``a photo of a {}.``
         dtype: Floating-point type of the weights.
         seed: Seed of a new head, in [0, inf).
         quantize_to: Device to load to with linear layers quantized to 4 bits (NF4 of bitsandbytes, computing in
@@ -122,10 +131,17 @@ def load_model(
     # weights that the files lack are drawn on the CPU; nothing on another device is drawn
     with _silenced(progress=not source.local), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        scaler = _load_scaler(source, kind)
+        config = _config_of_images(source, kind)
+        scaler = None if config is None else load_scaler(source.path, config, name, local=source.local)
         tokenizer: Any = _load_tokenizer(source) if scaler is None else scaler
-        auto = AUTO_MODELS["images" if scaler is not None else kind]
-        model, new = _load_weights(source, kind, auto, label_names, _storage(dtype, quantize_to, shards))
+        auto: Any = AUTO_MODELS["images" if scaler is not None else kind]
+        storage = _storage(dtype, quantize_to, shards)
+        clip = classifier_config(config, name, label_names, class_prompts, named=labels is not None)
+        if clip is not None:
+            auto, storage["config"] = PromptedCLIPForImageClassification, clip
+        model, new = _load_weights(source, kind, auto, label_names, storage)
+        if isinstance(config, CLIPConfig):
+            embed_classes(model, source.path, _load_tokenizer(source), name, new, local=source.local)
         if shards > 1 and new:
             _draw_whole(model, auto, new, seed)
     if quantize_to is not None:
@@ -217,8 +233,8 @@ def _silenced(*, progress: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_scaler(source: _Source, kind: Kind) -> ImageScaler | None:
-    """Return how a model wants its images; nothing if it reads text."""
+def _config_of_images(source: _Source, kind: Kind) -> Any:
+    """Return the config of a model that reads images; nothing if it reads text."""
     try:
         config = source.config()
     except Exception:  # the tokenizer or the weights will say what is wrong
@@ -229,7 +245,7 @@ def _load_scaler(source: _Source, kind: Kind) -> ImageScaler | None:
         raise InputError(
             f"model {source.name!r} is an image model, which needs kind='classification'; got {kind!r}"
         )
-    return load_scaler(source.path, config, source.name, local=source.local)
+    return config
 
 
 def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
@@ -269,14 +285,15 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, set[str]]:
     """Return the model and the names of weights that were drawn, unless these are most of it."""
     options: dict[str, Any] = storage | {"local_files_only": source.local, "output_loading_info": True}
-    if kind == "classification":
+    if kind == "classification" and "config" not in options:  # which would have the classes
         options |= {
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,  # a head of another number of classes is drawn anew
         }
     try:
-        if kind == "classification" and "quantization_config" in options:
+        # the classes of a CLIP model are no layer of it
+        if kind == "classification" and "quantization_config" in options and "config" not in options:
             with torch.device("meta"):  # the head is trained whole, which quantized weights cannot be
                 head = head_names(auto.from_config(source.config()))
             options["quantization_config"].llm_int8_skip_modules = head

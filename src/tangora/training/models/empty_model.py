@@ -28,7 +28,9 @@ def _llama_2_7b() -> PretrainedConfig:
 
 
 def _t5_base() -> PretrainedConfig:
-    return T5Config(vocab_size=32128, d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    config = T5Config(vocab_size=32128, d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    config.decoder_start_token_id = 0
+    return config
 
 
 _PUBLISHED = {
