@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-OTHER_PROGRAMS = {"make", "pip", "vllm", "python", "llama-server", "ollama", "accelerate", "cd"}
+OTHER_PROGRAMS = {"make", "pip", "vllm", "python", "llama-server", "ollama", "accelerate", "torchrun", "cd"}
 """Programs whose commands are not run here."""
 
 OTHER_PACKAGES = ("vllm", "unsloth", "distributed_config")
@@ -74,7 +74,7 @@ SMALLER = {
 """Fewer steps, and what stands for the dots of a guide."""
 
 FEW = ["--num-train=12", "--num-validation=4", "--num-test=4", "--max-length=16", "--batch-size=4"]
-RUN = [*FEW, "--steps=2", "--start-examples=4"]
+RUN = [*FEW, "--steps=4", "--start-examples=4"]
 COMPARISON = [*RUN, "--seeds=0", "--learning-rates=1e-3", "--extend=0", "--refine=0", "--jobs=1"]
 CURVATURE = [
     "--num-examples=2",
@@ -192,28 +192,30 @@ def run_python(script, namespace, name):
 def arguments_of(line):
     """Return a command of tangora's as a list with small things in it; nothing for another program's."""
     words = shlex.split(line, comments=True)
-    if not words:
-        return None
-    launcher = ["-m", "tangora.cli"]
-    if words[0] == "torchrun" and "tangora.cli" in words:  # one process stands for several
+    if words[:1] == ["torchrun"] and "tangora.cli" in words:  # one process stands for several
         words = ["tangora", *(word for word in words[words.index("-m") + 2 :] if word != "--fsdp")]
-    if words[0] != "tangora":
-        assert words[0] in OTHER_PROGRAMS | {"torchrun"}, line
-        assert launcher[1] not in words or words[0] in ("accelerate", "python"), line
+    if words[:1] != ["tangora"]:
+        assert not words or words[0] in OTHER_PROGRAMS, line
         return None
     words = [STAND_INS.get(word, word) for word in words[1:]]
-    command = words[0]
     for flag in ("--cluster", "--cluster-options", "--epochs"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    if command == "curvature" and words[1] == "llm":
-        words += FEW
-    small = SMALL.get(command, [])
-    if command == "compare" and "--preset" in words:
-        small = [*small, "--recipes=lora", "--model=classifier", "--data=reviews.csv"]
+    return [*words, *smaller(words)]
+
+
+def smaller(words):
+    """Return the flags that make a command short."""
+    flags = [*SMALL.get(words[0], [])]
+    if words[0] == "compare" and "--preset" in words:
+        flags += ["--recipes=lora", "--model=classifier", "--data=reviews.csv"]
+    if "through-training" in words:
+        flags += ["--measure-gradient=4", "--curvature-examples=2"]
     if any(word.startswith("--curvature") for word in words):
-        small = [*small, "--curvature-examples=2"]
-    return [*words, *small]
+        flags.append("--curvature-examples=2")
+    if words[:2] == ["curvature", "llm"]:
+        flags = [*FEW, *flags]
+    return ["--dry-run"] if "--tiny" in words else flags  # the stand-ins of a preset take minutes
 
 
 def move_away(output):

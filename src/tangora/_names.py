@@ -13,7 +13,8 @@ Tracker: TypeAlias = Literal["tensorboard", "trackio", "wandb"]
 SpaceName: TypeAlias = Literal["tangent", "weights", "factors"]
 """Directions over which curvature is measured."""
 
-SPACES: tuple[SpaceName, ...] = get_args(SpaceName)
+# not read from the type: typing gives one object for the same names in any order
+SPACES: tuple[SpaceName, ...] = ("tangent", "weights", "factors")
 
 Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
 """How a run ended."""
