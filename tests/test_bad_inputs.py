@@ -127,7 +127,6 @@ more
 OTHERS = """
 train --recipe=full --dtype=bfloat16
 train --recipe=full --rank-plan={plan}
-train --recipe=full --measure-every=1 --measure-gradient=4
 train --reference={run}
 train --measure-every=1 --reference={run}
 train --measure-every=1 --reference={nowhere}

@@ -52,8 +52,12 @@ def test_trained_parameters_and_states_are_what_a_run_records(task, tmp_path, na
     found = estimate([settings], read(settings), kind, len(data.labels) or 2)[0]
     record = execute(settings, data, tmp_path / "run", run_id="run")
     assert record.status == "finished", record.error
-    assert found.state == record.memory.optimizer_state_bytes
-    assert found.trained == found.gradients == record.memory.adapter_bytes
+    if settings.chosen_recipe.search is not None:  # the first phase has more parameters
+        assert found.state >= record.memory.optimizer_state_bytes
+        assert found.trained == found.gradients >= record.memory.adapter_bytes
+    else:
+        assert found.state == record.memory.optimizer_state_bytes
+        assert found.trained == found.gradients == record.memory.adapter_bytes
 
 
 def held(settings, task, kind):

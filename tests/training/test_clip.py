@@ -189,7 +189,7 @@ def test_without_embedded_classes_no_logit_is_a_number(published, pixels):
     ("options", "message"),
     [
         ({"labels": None, "num_labels": 3}, "needs labels"),
-        ({"kind": "causal", "labels": None}, "reads images"),
+        ({"kind": "causal", "labels": None}, "image model"),
         ({"class_prompts": "a photo"}, "one {} for the class.*got 'a photo'"),
         ({"class_prompts": ["{} or {}"]}, "got '{} or {}'"),
         ({"class_prompts": "{} of {0}"}, r"got '{} of \{0\}'"),

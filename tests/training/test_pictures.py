@@ -295,7 +295,7 @@ def test_a_row_without_its_picture_is_named(tmp_path):
 def test_texts_and_pictures_do_not_mix(folder):
     (folder / "red_cat" / "note.txt").write_text("a text")
     with pytest.raises(
-        InputError, match=r"must hold texts or images; it holds both, such as .*note\.txt and"
+        InputError, match=r"texts or images; it contains both, such as .*note\.txt and"
     ):
         load_task(folder)
 
@@ -321,9 +321,9 @@ def test_columns_of_pictures(tmp_path):
 
 @pytest.mark.messages
 def test_pictures_need_a_model_that_reads_them(task):
-    with pytest.raises(InputError, match="needs a model that reads images"):
+    with pytest.raises(InputError, match="need an image model"):
         encode(task.train, tiny_tokenizer(), kind="classification", max_length=8)
-    with pytest.raises(InputError, match="needs data of images"):
+    with pytest.raises(InputError, match="needs image data"):
         encode([{"text": "a", "label": 0}], SCALER, kind="classification", max_length=8)
     with pytest.raises(InputError, match="1 or 3 channels, and the model takes 4"):
         ImageScaler((0.0,) * 4, (1.0,) * 4, 8, 8).prepared(picture(0, 0))

@@ -452,7 +452,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, case):
 
 @pytest.mark.messages
 def test_what_shows_when_training_begins(tmp_path):
-    with pytest.raises(InputError, match="schedule ends at step 20, and its training has 2 steps"):
+    with pytest.raises(InputError, match=r"at step 20, .*2 steps"):
         made(tmp_path, adalora(), recipe="adalora").train()
     with pytest.raises(InputError, match="pass train_dataset"):
         made(tmp_path, recipe="lora-ga", train_dataset=None).create_optimizer()

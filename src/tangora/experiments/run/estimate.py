@@ -84,6 +84,11 @@ def _estimate(
         attach_offset(model, "default", {})
     trained = [each for each in model.parameters() if each.requires_grad]
     state = _state_bytes(settings, model, trained) if recipe.trains else 0
+    if recipe.search is not None:  # one phase after the other
+        second = settings.model_copy(
+            update={"recipe": recipe.name.removeprefix("adalora+").partition("@")[0]}
+        )
+        state = max(state, _estimate(second, config, kind, num_labels, known).state)
     frozen = [*model.buffers(), *(each for each in model.parameters() if not each.requires_grad)]
     weights = num_bytes(each for each in frozen if id(each) not in linear)
     weights += sum(nf4_bytes(each.numel()) for each in frozen if id(each) in linear)
