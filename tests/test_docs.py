@@ -47,6 +47,10 @@ STAND_INS = {
     "meta-llama/Meta-Llama-3-8B": "llm",
     "meta-llama/Meta-Llama-3-70B": "llm",
     "./large": "llm",
+    "code.jsonl": "data.jsonl",
+    "arc_easy,hellaswag": "everyday_choices",
+    "boolq,piqa": "everyday_choices",
+    "humaneval": "python_functions",
     "./my-llm": "llm",
     "openai/clip-vit-base-patch16": "clip",
     "/shared/plan": "shared/plan",
@@ -209,13 +213,16 @@ def smaller(words):
     flags = [*SMALL.get(words[0], [])]
     if words[0] == "compare" and "--preset" in words:
         flags += ["--recipes=lora", "--model=classifier", "--data=reviews.csv"]
-    if "through-training" in words:
-        flags += ["--measure-gradient=4", "--curvature-examples=2"]
+    if "--measure-gradient" in words:
+        flags.append("--measure-gradient=4")
+    if "--benchmarks" in words:
+        flags.append("--benchmark-limit=2")
     if any(word.startswith("--curvature") for word in words):
         flags.append("--curvature-examples=2")
     if words[:2] == ["curvature", "llm"]:
         flags = [*FEW, *flags]
-    return ["--dry-run"] if "--tiny" in words else flags  # the stand-ins of a preset take minutes
+    # stand-ins of a preset, and what is measured on the way, take minutes
+    return ["--dry-run"] if {"--tiny", "through-training"} & {*words} else flags
 
 
 def move_away(output):
