@@ -77,6 +77,9 @@ SMALLER = {
 }
 """Fewer steps, and what stands for the dots of a guide."""
 
+FORECAST = {"--preset", "--benchmarks", "--measure-every", "--tiny", "--cluster"}
+"""With these a comparison has too many runs, or long ones."""
+
 FEW = ["--num-train=12", "--num-validation=4", "--num-test=4", "--max-length=16", "--batch-size=4"]
 RUN = [*FEW, "--steps=4", "--start-examples=4"]
 COMPARISON = [*RUN, "--seeds=0", "--learning-rates=1e-3", "--extend=0", "--refine=0", "--jobs=1"]
@@ -202,27 +205,25 @@ def arguments_of(line):
         assert not words or words[0] in OTHER_PROGRAMS, line
         return None
     words = [STAND_INS.get(word, word) for word in words[1:]]
+    few = smaller(words)
     for flag in ("--cluster", "--cluster-options", "--epochs"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    return [*words, *smaller(words)]
+    return [*words, *few]
 
 
 def smaller(words):
-    """Return the flags that make a command short."""
+    """Return the flags that make a command short; comparisons of more than a few runs are only checked."""
+    if words[0] == "compare" and FORECAST & {*words}:
+        return ["--dry-run"]
     flags = [*SMALL.get(words[0], [])]
-    if words[0] == "compare" and "--preset" in words:
-        flags += ["--recipes=lora", "--model=classifier", "--data=reviews.csv"]
+    if any(word.startswith("--curvature") for word in words):
+        flags.append("--curvature-examples=2")
     if "--measure-gradient" in words:
         flags.append("--measure-gradient=4")
     if "--benchmarks" in words:
         flags.append("--benchmark-limit=2")
-    if any(word.startswith("--curvature") for word in words):
-        flags.append("--curvature-examples=2")
-    if words[:2] == ["curvature", "llm"]:
-        flags = [*FEW, *flags]
-    # stand-ins of a preset, and what is measured on the way, take minutes
-    return ["--dry-run"] if {"--tiny", "through-training"} & {*words} else flags
+    return [*FEW, *flags] if words[:2] == ["curvature", "llm"] else flags
 
 
 def move_away(output):

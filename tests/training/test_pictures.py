@@ -294,9 +294,7 @@ def test_a_row_without_its_picture_is_named(tmp_path):
 @pytest.mark.messages
 def test_texts_and_pictures_do_not_mix(folder):
     (folder / "red_cat" / "note.txt").write_text("a text")
-    with pytest.raises(
-        InputError, match=r"texts or images; it contains both, such as .*note\.txt and"
-    ):
+    with pytest.raises(InputError, match=r"texts or images; it contains both, such as .*note\.txt and"):
         load_task(folder)
 
 
