@@ -29,7 +29,7 @@ pytestmark = pytest.mark.messages
 @pytest.fixture(scope="module")
 def cluster():
     """Start Ray with two cores; return its address."""
-    os.environ["RAY_worker_niceness"] = "0"  # else other tests on these cores stop its workers
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else other tests on these cores stop its workers
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
