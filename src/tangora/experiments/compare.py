@@ -328,8 +328,8 @@ class _Runner:
         failed = [record for record in records if record.status != "finished"]
         if failed and len(failed) == len(records):
             raise InputError(
-                f"no run finished; {failed[0].id}: {failed[0].error}; {page} lists all of them, and "
-                "--retry runs them again"
+                f"no run finished; {failed[0].id} {failed[0].status.replace('_', ' ')}: {failed[0].error}; "
+                f"{page} lists all of them, and --retry runs them again"
             )
         if missing:
             return Outcome(comparison, page)
