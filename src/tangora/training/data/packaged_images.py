@@ -1,7 +1,7 @@
 """Small grey images inside Python packages, at the size that ``vit-digits`` reads."""
 
 import numpy
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from numpy import ndarray
 from PIL import Image
 from pyarrow import csv
@@ -48,7 +48,7 @@ def read_textures(name: str) -> tuple[Float[ndarray, "n 8 8"], Int[ndarray, " n"
     return numpy.concatenate(images), numbers
 
 
-def _shrunk(images: Float[ndarray, "n h w"]) -> Float[ndarray, "n p q"]:
+def _shrunk(images: Real[ndarray, "n h w"]) -> Float[ndarray, "n p q"]:
     number, height, width = images.shape
     blocks = images.reshape(number, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
     return blocks.mean((2, 4)) / _BRIGHTEST
