@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from tangora._checks import InputError, reason
 from tangora._names import Kind
 from tangora.training.models.base_model import AUTO_MODELS, PACKAGED_MODELS
+from tangora.training.models.clip import classifier_config
 from tangora.training.models.digits import VIT_DIGITS, vit_config
 from tangora.training.paths import is_model_path, local_path, locate
 
@@ -82,12 +83,12 @@ def empty_model(
 ) -> PreTrainedModel:
     """Make a model of a configuration on the meta device, as `load_model` would load it."""
     auto = AUTO_MODELS["images" if reads_images(config) and kind == "classification" else kind]
-    if kind == "classification":
+    if isinstance(config, CLIPConfig):
+        labels = tuple(map(str, range(num_labels)))
+        config = classifier_config(config, str(config.name_or_path), labels, None, named=True) or config
+    elif kind == "classification":
         config.num_labels = num_labels
     if getattr(config, "pad_token_id", None) is None:  # decoders need one to classify
         config.pad_token_id = 0
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
-    if isinstance(config, CLIPConfig):  # of which transformers keeps the vision model alone
-        model.base_model_prefix = "vision_model"
-    return model
+        return auto.from_config(config, dtype=dtype)
