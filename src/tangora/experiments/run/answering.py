@@ -35,7 +35,7 @@ def answer_prompts(run: Run, model: nn.Module) -> float:
         [prompt.turns for prompt in prompts],
         max_new_tokens=settings.max_new_tokens or _MAX_NEW_TOKENS,
         stop=settings.stop or (),
-        batch_size=2 * settings.batch_size,  # no gradients are kept
+        batch_size=run.evaluation_batch_size,
         chat_template=bool(settings.chat_template),
     )
     origin = {"recipe": settings.recipe, "seed": settings.seed}

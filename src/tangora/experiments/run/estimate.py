@@ -8,7 +8,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from transformers import PretrainedConfig
 from tangora._names import Kind
 from tangora.adapters import attach_offset, linear_layers
 from tangora.experiments.run.machine import num_bytes
+from tangora.experiments.run.preparing import prepare_as
 from tangora.experiments.settings import RunSettings
 from tangora.init import start_method
+from tangora.recipes import Recipe
 from tangora.training.models.empty_model import empty_model, reads_images
 
 _FLOAT = 4
@@ -78,17 +80,15 @@ def _estimate(
     recipe = settings.chosen_recipe
     base = _base(settings, config, kind, num_labels)
     linear = {id(layer.weight) for layer in linear_layers(base).values()} if settings.load_in_4bit else set()
-    model = _prepared(settings, base, kind)
+    model = _prepared(recipe, settings, base, kind)
     has_offset = recipe.start is not None and start_method(recipe.start).offset
     if has_offset:
         attach_offset(model, "default", {})
-    trained = [each for each in model.parameters() if each.requires_grad]
-    state = _state_bytes(settings, model, trained) if recipe.trains else 0
-    if recipe.search is not None:  # one phase after the other
-        second = settings.model_copy(
-            update={"recipe": recipe.name.removeprefix("adalora+").partition("@")[0]}
-        )
-        state = max(state, _estimate(second, config, kind, num_labels, known).state)
+    state = _state_bytes(settings, model) if recipe.trains else 0
+    if recipe.search is not None:  # its phases follow each other
+        second = replace(recipe, adapter="lora", search=None)
+        plain = _prepared(second, settings, _base(settings, config, kind, num_labels), kind)
+        state = max(state, _state_bytes(settings, plain))
     frozen = [*model.buffers(), *(each for each in model.parameters() if not each.requires_grad)]
     weights = num_bytes(each for each in frozen if id(each) not in linear)
     weights += sum(nf4_bytes(each.numel()) for each in frozen if id(each) in linear)
@@ -98,7 +98,7 @@ def _estimate(
         with FakeTensorMode():
             materialize(model)
             known[key] = _passes(model, _batch(settings, config, kind), min(settings.accumulate, 2))
-    own, (activations, peak) = num_bytes(trained), known[key]
+    own, (activations, peak) = num_bytes(_trained(model)), known[key]
     return Memory(weights, own, own, state, activations, weights + own + state + peak)
 
 
@@ -111,25 +111,20 @@ def _base(settings: RunSettings, config: PretrainedConfig, kind: Kind, num_label
     return base
 
 
-def _prepared(settings: RunSettings, base: Any, kind: Kind) -> Any:
+def _prepared(recipe: Recipe, settings: RunSettings, base: Any, kind: Kind) -> Any:
+    num_steps = settings.steps or 1000  # says when AdaLoRA moves ranks, not how many there are
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        made = settings.chosen_recipe.prepare(
-            base,
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
-            total_steps=settings.steps or 1000,  # says when AdaLoRA moves ranks, not how many there are
-            target_modules=settings.target_modules,
-            lora_dropout=settings.lora_dropout,
-            rank_plan=settings.rank_plan,
-        )
-    return made.train()
+        return prepare_as(recipe, settings, kind, num_steps, base).train()
 
 
-def _state_bytes(settings: RunSettings, model: nn.Module, trained: Sequence[nn.Parameter]) -> int:
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+def _state_bytes(settings: RunSettings, model: nn.Module) -> int:
     optimizer = settings.chosen_recipe.create_optimizer(model, settings.peak_learning_rate)
     if not optimizer.state:  # torch's own make theirs in the first step
-        for parameter in trained:
+        for parameter in _trained(model):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

@@ -21,6 +21,7 @@ from tangora.experiments.data_settings import DataSettings
 from tangora.experiments.folders import check_output
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.settings_files import read_settings
+from tangora.recipes import Recipe
 from tangora.training.answers import conversation
 from tangora.training.benchmarks import load_benchmarks
 from tangora.training.data import Encoding, Task, collator, encode, load_task
@@ -54,6 +55,11 @@ class Run:
     def num_steps(self) -> int:
         """Number of optimizer steps."""
         return self.settings.num_steps(len(self.task.train))
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Number of examples in a batch without gradients."""
+        return 2 * self.settings.batch_size
 
     def tell(self, what: str, done: int) -> None:
         """Report what goes on after so many optimizer steps."""
@@ -221,12 +227,18 @@ def _load(settings: RunSettings, kind: Kind, labels: tuple[str, ...]) -> LoadedM
 
 def prepare_run(settings: RunSettings, task: Task, model: Any) -> nn.Module:
     """Make a base model ready for training as the settings want it."""
-    return settings.chosen_recipe.prepare(
+    num_steps = settings.num_steps(len(task.train))
+    return prepare_as(settings.chosen_recipe, settings, task.kind, num_steps, model)
+
+
+def prepare_as(recipe: Recipe, settings: RunSettings, kind: Kind, num_steps: int, model: Any) -> nn.Module:
+    """Make a base model ready for a recipe, with an adapter as the settings want it."""
+    return recipe.prepare(
         model,
         r=settings.rank,
         lora_alpha=settings.alpha,
-        task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
-        total_steps=settings.num_steps(len(task.train)),
+        task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
+        total_steps=num_steps,
         seed=settings.seed,
         target_modules=settings.target_modules,
         lora_dropout=settings.lora_dropout,

@@ -20,7 +20,7 @@ NUM_UNRELATED = 32
 
 def metrics_on(run: Run, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
     """Evaluate on some examples."""
-    return evaluate(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+    return evaluate(model, *run.encoded(examples), kind=run.task.kind, batch_size=run.evaluation_batch_size)
 
 
 def validation_metrics(run: Run, model: nn.Module, *, answers: bool = False) -> dict[str, float]:
@@ -33,7 +33,9 @@ def validation_metrics(run: Run, model: nn.Module, *, answers: bool = False) -> 
 def test_metrics(run: Run, model: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Evaluate on the examples that are reported: the mean metrics, and each example's values."""
     examples = run.task.test
-    each = predictions(model, *run.encoded(examples), kind=run.task.kind, batch_size=_batch_size(run))
+    each = predictions(
+        model, *run.encoded(examples), kind=run.task.kind, batch_size=run.evaluation_batch_size
+    )
     if run.task.kind == "classification":
         return metrics_of(each), each | {"right": each["correct"].bool()}
     answered, right = _answers(run, model, examples)
@@ -53,7 +55,7 @@ def unrelated_loss(run: Run, model: nn.Module) -> float | None:
         run.loaded.tokenizer,
         unrelated_texts(run.task.name, NUM_UNRELATED),
         max_length=run.settings.max_length,
-        batch_size=_batch_size(run),
+        batch_size=run.evaluation_batch_size,
     )
 
 
@@ -67,7 +69,7 @@ def benchmark_results(run: Run, model: nn.Module) -> dict[str, Benchmark]:
         model,
         run.loaded.tokenizer,
         limit=settings.benchmark_limit,
-        batch_size=_batch_size(run),
+        batch_size=run.evaluation_batch_size,
         execute_code=settings.execute_code,
     )
     for name, written in programs.items() if is_first() else ():
@@ -86,12 +88,8 @@ def _answers(
         examples,
         max_new_tokens=run.settings.max_new_tokens,
         stop=run.settings.stop or (),
-        batch_size=_batch_size(run),
+        batch_size=run.evaluation_batch_size,
         chat_template=bool(run.settings.chat_template),
     )
     right = answers_match(texts, examples)
     return summarize_answers(texts, right), {"right": right}
-
-
-def _batch_size(run: Run) -> int:
-    return 2 * run.settings.batch_size  # no gradients are kept

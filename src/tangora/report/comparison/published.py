@@ -7,7 +7,7 @@ from tangora.report.comparison.benchmark_table import benchmark_scores
 from tangora.report.layout import Section
 from tangora.report.report_table import Cell, Table, number
 from tangora.report.run_records import Comparison
-from tangora.report.statistics.judgement import judge
+from tangora.report.statistics.judgement import Judgement, judge
 
 _SHARES = {"accuracy", "exact_match"}
 """Metrics that papers print in percent."""
@@ -45,7 +45,8 @@ def published_section(comparisons: Sequence[Comparison]) -> Section | None:
 def _columns(comparison: Comparison) -> dict[str, Callable[[str], Cell | str]]:
     assert comparison.paper is not None
     columns: dict[str, Callable[[str], Cell | str]] = {}
-    here, measured = _results(comparison), _benchmarks(comparison)
+    judged = judge(comparison) if comparison.records else None
+    here, measured = _results(judged), _benchmarks(comparison, judged)
     for column, numbers in comparison.paper.results.items():
         columns[f"{column}, published"] = lambda name, numbers=numbers: number(
             numbers.get(name), "{:g}".format
@@ -57,17 +58,17 @@ def _columns(comparison: Comparison) -> dict[str, Callable[[str], Cell | str]]:
     return columns
 
 
-def _benchmarks(comparison: Comparison) -> dict[str, dict[str, float]]:
+def _benchmarks(comparison: Comparison, judged: Judgement | None) -> dict[str, dict[str, float]]:
     # by name in lower case; without results where programs were not run
     found = {name.casefold(): {} for name in comparison.settings.get("benchmarks") or ()}
-    for score in benchmark_scores(judge(comparison)) if comparison.records else ():
+    for score in benchmark_scores(judged) if judged else ():
         scale = 100 if 0 <= score.value <= 1 else 1
         found.setdefault(score.benchmark.casefold(), {})[score.recipe] = scale * score.value
     return found
 
 
-def _results(comparison: Comparison) -> Mapping[str, float]:
-    if not comparison.records:
+def _results(judged: Judgement | None) -> Mapping[str, float]:
+    if judged is None:
         return {}
-    scale = 100 if comparison.metric in _SHARES else 1
-    return {row.recipe: scale * row.test for row in judge(comparison).rows if row.test is not None}
+    scale = 100 if judged.comparison.metric in _SHARES else 1
+    return {row.recipe: scale * row.test for row in judged.rows if row.test is not None}
