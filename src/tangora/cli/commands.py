@@ -54,11 +54,8 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
 
     def next_time() -> str:
         step = last_step(output)
-        return (
-            (f"continues from step {step}")
-            if step
-            else "starts from the beginning; --save-every keeps checkpoints"
-        )
+        again = "starts from the beginning; --save-every keeps checkpoints"
+        return f"continues from step {step}" if step else again
 
     there = os.path.isfile(RunFolder(output).record)  # False for what is no name of a file, too
     with interruptible(next_time, failed_elsewhere), notes_printed(), progress_bars() as bars:

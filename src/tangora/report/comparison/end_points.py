@@ -45,6 +45,7 @@ _FACTORS = (
     "run, and change under (B, A) → (BR, R⁻¹A), which changes neither the weights nor the outputs nor "
     "any other column. They are shown only next to the comparable figures."
 )
+_BELOW = "Below a number: 95 % interval of the mean, Student's t over the seeds."
 _SPACES = (
     "Weights: all entries of the adapted layers' weights, the same space for every method. Tangent: "
     "the directions in which an adapter of that rank can change them at the end point; full "
@@ -187,19 +188,12 @@ def forgetting_section(judged: Judgement) -> Section | None:
     found = _by_recipe(judged, lambda run: run.forgetting)
     if not found:
         return None
-    table = Table.of(
-        "forgetting",
-        "Loss per token, in nats, on text unrelated to the task.",
-        found.items(),
-        {
-            "recipe": lambda item: item[0],
-            **_means(_FORGOTTEN, formats.metric),
-            "seeds": lambda item: number(len(item[1]), str),
-        },
+    table = _seeds_table(
+        "forgetting", "Loss per token, in nats, on text unrelated to the task.", found, _FORGOTTEN
     )
     texts = sorted({formats.plural(item.num_texts, "text") for items in found.values() for item in items})
     over = formats.listing(texts)
-    notes = [f"Over {over}. Below a number: 95 % interval of the mean, Student's t over the seeds."]
+    notes = [f"Over {over}. {_BELOW}"]
     return Section("forgetting", "Forgetting", table=table, notes=notes)
 
 
@@ -208,15 +202,20 @@ def answers_section(judged: Judgement) -> Section | None:
     found = _by_recipe(judged, lambda run: run.metrics.get("answers", {}).get("judged"))
     if not found:
         return None
-    table = Table.of(
-        "answers",
-        "Mean score that the judge gave the answers of a run.",
-        found.items(),
-        {
-            "recipe": lambda item: item[0],
-            **_means({"score": float}, formats.metric),
-            "seeds": lambda item: number(len(item[1]), str),
-        },
-    )
-    note = "Below a number: 95 % interval of the mean, Student's t over the seeds."
-    return Section("answers", "Judged answers", table=table, notes=[note])
+    caption = "Mean score that the judge gave the answers of a run."
+    table = _seeds_table("answers", caption, found, {"score": float})
+    return Section("answers", "Judged answers", table=table, notes=[_BELOW])
+
+
+def _seeds_table(
+    name: str,
+    caption: str,
+    found: Mapping[str, list[_Item]],
+    measures: Mapping[str, Callable[[_Item], float | None]],
+) -> Table:
+    columns = {
+        "recipe": lambda item: item[0],
+        **_means(measures, formats.metric),
+        "seeds": lambda item: number(len(item[1]), str),
+    }
+    return Table.of(name, caption, found.items(), columns)
