@@ -348,10 +348,11 @@ def _left_record(folder: ComparisonFolder, trial: Trial) -> Record | None:
 
 def write_report(comparison: Comparison, folder: ComparisonFolder) -> Path:
     """Write the table, the pictures and the page of a comparison."""
-    write_csv(summarize(comparison), folder.summary)
-    write_benchmarks(judge(comparison), folder.benchmarks)
+    judged = judge(comparison)
+    write_csv(judged.rows, folder.summary)
+    write_benchmarks(judged, folder.benchmarks)
     save_picture(comparison, folder.picture)
-    write_measured(comparison, folder)
+    write_measured(judged, folder)
     return write_page(comparison, folder.report)
 
 

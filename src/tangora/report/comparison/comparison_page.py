@@ -82,12 +82,11 @@ def save_picture(comparison: Comparison, path: str | Path) -> Path:
     return save_pictures([figure], path.parent, size=_PANEL_SIZE)[0]
 
 
-def write_measured(comparison: Comparison, folder: ComparisonFolder) -> None:
+def write_measured(judged: Judgement, folder: ComparisonFolder) -> None:
     """Write what was measured through training as CSV and as PNG, if anything was."""
-    judged = judge(comparison)
     if points := through_training_csv(judged):
         write_atomic(folder.measured, points)
-        save_through_training({comparison.title: judged}, folder.measured_picture)
+        save_through_training({judged.comparison.title: judged}, folder.measured_picture)
 
 
 def missing_sentence(comparison: Comparison) -> str | None:
