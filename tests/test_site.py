@@ -1,5 +1,6 @@
 """The documentation site: everything exported has a place on it."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -17,3 +18,19 @@ def test_everything_exported_is_on_a_page_of_the_reference_once():
     exported = {f"tangora.{name}" for name in tangora.__all__ if name != "curvature"}
     exported |= {f"tangora.curvature.{name}" for name in curvature.__all__}
     assert exported - set(placed) == set()
+
+
+def test_troubleshooting_quotes_messages_as_they_are():
+    said = [
+        node.value
+        for path in Path(tangora.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (API.parent / "answers" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    parts = [
+        part.strip() for row in rows for quote in re.findall(r"`([^`]+)`", row) for part in quote.split("…")
+    ]
+    assert len(rows) > 60
+    assert [part for part in parts if not any(part in text for text in said)] == []

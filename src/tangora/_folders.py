@@ -16,7 +16,7 @@ class _In:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """What every command finds or leaves in its output folder."""
+    """Files of a command's output folder."""
 
     path: Path
 

@@ -3,7 +3,7 @@
 from typing import Literal, TypeAlias, get_args
 
 Kind: TypeAlias = Literal["classification", "causal"]
-"""What a model is trained for: one label per text or image, or the next token."""
+"""Training objective of a model: one label per text or image, or the next token."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -17,7 +17,7 @@ SpaceName: TypeAlias = Literal["tangent", "weights", "factors"]
 SPACES: tuple[SpaceName, ...] = ("tangent", "weights", "factors")
 
 Status: TypeAlias = Literal["finished", "diverged", "out_of_memory", "failed"]
-"""How a run ended."""
+"""Final state of a run."""
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 

@@ -357,12 +357,12 @@ def test_json_holds_everything():
         Diagnosis.from_dict(content)
 
 
-def test_starving_layers_come_in_order():
+def test_worst_layers_come_in_order():
     found = look(adapted(bert()), classifier_batches())
-    missed = [found.missed_share(layer) for layer in found.starving(len(found.layers))]
+    missed = [found.missed_share(layer) for layer in found.worst_layers(len(found.layers))]
     assert missed == sorted(missed, reverse=True)
     assert sum(missed) == pytest.approx(1 - found.totals.adapter)
-    assert len(found.starving(3)) == 3
+    assert len(found.worst_layers(3)) == 3
 
 
 def test_progress_counts_every_batch():

@@ -195,7 +195,7 @@ class LoraPair:
         r"""Return $W_0 + s (B A - B_0 A_0)$, the weight of the layer without DoRA's magnitudes.
 
         Args:
-            base: What is added to; default `base_weight`.
+            base: Weight to add the update to; default `base_weight`.
         """
         base = self.base_weight() if base is None else base
         whole = base + self.delta_weight().to(base)

@@ -167,7 +167,7 @@ def check_not_sharded(
 
     Args:
         what: The function that needs them whole, for the message.
-        instead: What to do, for the message.
+        instead: Advice for the message.
     """
     for name, parameter in parameters:
         if is_sharded(parameter) or hasattr(parameter, "ds_id"):

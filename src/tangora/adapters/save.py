@@ -62,11 +62,11 @@ class SavedAdapter(os.PathLike[str]):
     rank: int
     """Largest rank of a layer; 0 for an adapter without plain pairs."""
     relative_error: float = 0.0
-    """Frobenius norm of what compression cut off all updates, relative to that of the updates."""
+    """Frobenius norm of the parts that compression cut off, relative to that of all updates."""
     worst_layer: str | None = None
-    """The layer that lost the largest share of its own update."""
+    """Layer that lost the largest share of its own update."""
     worst_error: float = 0.0
-    """That share."""
+    """Share of its own update that this layer lost."""
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -128,9 +128,9 @@ def save_adapter(
         uniform: Write one rank, one alpha and the scaling alpha / rank for all layers, as readers without patterns
             need it (GGUF, some servers). Every update stays as it is, up to the rounding of the factors: other scalings
             go into $B$, smaller ranks are padded with zeros. Without patterns and rsLoRA nothing changes.
-        initial: What `initial_factors` returned before training, for PEFT's initializations that change the base
+        initial: Result of `initial_factors` before training, for PEFT's initializations that change the base
             weights (PiSSA).
-        card: What is known of the training (recipe, seed, data, learning rate, steps, …), for the README.
+        card: Facts of the training (recipe, seed, data, learning rate, steps, …), for the README.
         tokenizer: Tokenizer or image processor to save beside the adapter, so that the folder serves it.
 
     Returns:

@@ -45,7 +45,7 @@ _NAMES: Mapping[str, Iterable[str]] = {
     "preset": PRESETS,
     "device": ("cpu", "cuda", "mps"),
 }
-"""What the TAB key offers for a setting besides files; more is allowed where a setting says so."""
+"""Completions of a setting's value besides files; some settings allow further values."""
 
 _PATHS: dict[str, Callable[[str], bool]] = {
     "model": is_model_path,
@@ -64,10 +64,10 @@ _SHOWN = {
     "reference": "<folder>",
     "benchmark_path": "<folder>",
 }
-"""What the help shows as the value of a setting, where that is more than its type."""
+"""Placeholder of a setting's value in the help, where its type is not enough."""
 
 _INSIDE = {"model": "config.json", "adapter": "adapter_config.json", "reference": "record.json"}
-"""What a folder that they name must hold."""
+"""File that a folder given for the setting must contain."""
 
 
 def takes(*settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:

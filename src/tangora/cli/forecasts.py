@@ -1,4 +1,4 @@
-"""What `tangora compare --dry-run` prints."""
+"""Output of `tangora compare --dry-run`."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What the terminal shows before anything is loaded: the console, and bars."""
+"""The console and progress bars, without heavy imports."""
 
 import contextlib
 import logging
@@ -90,7 +90,7 @@ class ComparisonBars:
 
     @property
     def next_time(self) -> str:
-        """What the same command does after an interruption."""
+        """Behaviour of the same command after an interruption."""
         return f"goes on: {self._ended} of {self._total} runs are done" if self._ended else "begins again"
 
     def __call__(self, what: str, done: int, total: int) -> None:

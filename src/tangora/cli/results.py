@@ -1,4 +1,4 @@
-"""What commands print when they have ended: tables, sentences, and where the files are."""
+"""Printed results of the commands: tables, sentences, and the paths of files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

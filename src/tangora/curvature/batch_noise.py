@@ -1,4 +1,4 @@
-r"""How much the Hessian differs between mini-batches.
+r"""Variation of the Hessian between mini-batches.
 
 $H = \sum_b w_b H_b$ is the mean over $B$ batches, with weights $w_b$ proportional to their labels. What is measured of
 every batch: its largest eigenvalue and trace, its distance $\|H_b - H\|_F^2$ from the mean, the subspace of its leading
@@ -116,7 +116,7 @@ def batch_statistics(
         probes: Random vectors for traces and distances, at least 2.
         top: Dimension $k$ of the leading subspaces that are compared, in [1, n].
         tol: Relative residual at which an eigenpair has converged.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each batch.
 
     Raises:

@@ -177,7 +177,7 @@ def spectral_density(
         operator: See `tangora.curvature.lanczos_eigenpairs`.
         probes: Random vectors; at least 2 for error bars.
         steps: Lanczos steps, and products, for each; no more than the operator's dimension are made.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product.
 
     Raises:

@@ -38,7 +38,7 @@ class DisplacedLoss:
     alone: bool = False
     """Whether this is one batch of many: this rank's own business."""
     reader: str = "curvature"
-    """What errors say is read, such as ``Hessian``."""
+    """Name of the measured quantity in errors, such as ``Hessian``."""
 
     @classmethod
     def of(

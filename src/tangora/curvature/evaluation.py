@@ -31,7 +31,7 @@ class Evaluation:
     Args:
         model: Any model, possibly wrapped by DDP or ``torch.compile``, which are looked through.
         loss_fn: ``loss_fn(model, batch)`` -> scalar; default the model's own loss.
-        dtype: What to compute in: copies of all floating-point tensors stand in. Default the model's own dtypes.
+        dtype: Dtype of the computation, on copies of all floating-point tensors. Default: the model's own dtypes.
         twice: Whether second derivatives are wanted.
     """
 

@@ -122,7 +122,7 @@ def loss_curvature_product(loss: Tensor, outputs: Tensor, direction: Tensor) -> 
 
 @dataclass(frozen=True)
 class Sandwich:
-    r"""What one batch adds, $J^\top M J$ with the Jacobian $J$ of its outputs, and how much it counts."""
+    r"""Contribution of one batch, $J^\top M J$ with the Jacobian $J$ of its outputs, and its weight."""
 
     weight: float
     outputs: Tensor

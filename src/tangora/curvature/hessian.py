@@ -58,7 +58,7 @@ class Hessian(CurvatureOperator):
             the number of labels, so that uneven batches add up to the whole.
         layers: Only these: names, their endings, or patterns with ``*``.
         adapter_name: Only this adapter; default what is trainable.
-        dtype: What to compute in, on copies; default the model's own dtypes.
+        dtype: Dtype of the computation, on copies; default: the model's own dtypes.
         differentiation: ``exact``, by double backward; ``finite_difference`` for models with an operation that has no
             second derivative (fused attention): central differences of gradients, compared at two step sizes.
         cache_graph: Whether to keep the gradient's graph of every batch between products, which halves their cost and
@@ -95,7 +95,7 @@ class Hessian(CurvatureOperator):
         check_choice("differentiation", differentiation, ("exact", "finite_difference"))
         self.differentiation: Differentiation = differentiation
         self.discrepancy: float | None = None
-        """Of finite differences: relative change of a product when the step is halved, the largest seen."""
+        """For finite differences: largest relative change of a product when the step is halved."""
         self._cache_graph = cache_graph
         self._graphs: list[_Graph] = []
         self._verified = False
@@ -131,8 +131,8 @@ class Hessian(CurvatureOperator):
         r"""Look for the largest loss in a ball around the weights.
 
         Args:
-            radius: Of the ball, in the operator's coordinates.
-            **options: Of `tangora.curvature.sharpness.sharpness`.
+            radius: Radius of the ball, in the operator's coordinates.
+            **options: Options of `tangora.curvature.sharpness.sharpness`.
 
         Returns:
             The best point found, and how it compares with the second order.
@@ -151,7 +151,7 @@ class Hessian(CurvatureOperator):
 
         Args:
             directions: ``eigenvectors``, ``gradient``, ``random``, ``filter``, or one or two vectors.
-            **options: Of `tangora.curvature.landscape.landscape`.
+            **options: Options of `tangora.curvature.landscape.landscape`.
 
         Raises:
             InputError: If the directions do not fit the coordinates, or a number is out of range.

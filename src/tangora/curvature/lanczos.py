@@ -86,7 +86,7 @@ def lanczos_eigenpairs(
             Krylov space ends: after convergence continue with random vectors until one adds nothing. Costs
             about as many
             products again.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product with their number and ``max_products``.
 
     Returns:
@@ -242,7 +242,7 @@ class Krylov:
 
 
 class _Found(NamedTuple):
-    """What a search ends with."""
+    """Result of a search."""
 
     krylov: Krylov
     ritz: Ritz
@@ -266,7 +266,7 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class _Search:
-    """Which pairs are looked for, and when they are found."""
+    """Wanted eigenpairs, and the test of their convergence."""
 
     k: int
     which: Which

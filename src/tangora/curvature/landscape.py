@@ -39,7 +39,7 @@ class Landscape:
     r"""Losses on a line or a grid, $L(\theta + \sum_i t_i d_i)$.
 
     Attributes:
-        names: Of the directions.
+        names: Names of the directions.
         coordinates: The $t_i$ of each direction, ascending, with 0 among them.
         losses: One dimension for each direction, float64; infinite or NaN where the loss is.
         loss: At the current weights.

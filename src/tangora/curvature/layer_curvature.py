@@ -50,7 +50,7 @@ def layer_curvatures(
         probes: Random vectors for the traces, at least 2.
         eigenvalues: Whether to find the largest eigenvalue of every block, which takes an iteration for each.
         tol: Relative residual at which an eigenpair has converged.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each layer.
 
     Returns:

@@ -25,7 +25,7 @@ _TRACES = {"hutch++": hutch_plus_plus, "hutchinson": hutchinson}
 
 
 class AdapterArguments(TypedDict, total=False):
-    """Which of a model's parameters move, and in what precision; see `Hessian`."""
+    """Choice of a model's parameters, and the precision; see `Hessian`."""
 
     layers: Iterable[str] | None
     adapter_name: str | None
@@ -55,7 +55,7 @@ class CurvatureOperator(ABC):
 
     @property
     def evaluation(self) -> Evaluation:
-        """How the loss is evaluated."""
+        """Evaluation of the loss: batches, precision and reduction."""
         return self._displaced.evaluation
 
     @property
@@ -85,12 +85,12 @@ class CurvatureOperator(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of vectors."""
+        """Dtype of vectors."""
         return self.space.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of vectors."""
+        """Device of vectors."""
         return self.space.device
 
     @property
@@ -185,7 +185,7 @@ class CurvatureOperator(ABC):
             copies: Whether ``lanczos`` is to look for all copies of multiple eigenvalues, for about twice the products;
                 power iteration always does. At LoRA's initialization, $B = 0$, those over the factors have multiplicity
                 r.
-            seed: Of the random start.
+            seed: Seed of the random start vector.
             progress: Called after every product.
 
         Returns:

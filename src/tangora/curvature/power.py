@@ -53,7 +53,7 @@ def power_eigenpairs(
         tol: An eigenpair has converged when its residual, but for the part along vectors found before, is at most
             ``tol`` times the operator's norm; less than a few roundings is not asked.
         max_products: Budget, at least ``k``; default ``200 k``. What one pair leaves over, the others may use.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product with their number and ``max_products``.
 
     Returns:

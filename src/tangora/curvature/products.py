@@ -27,12 +27,12 @@ class Matrix(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of vectors."""
+        """Dtype of vectors."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Of vectors."""
+        """Device of vectors."""
         ...
 
     def __matmul__(self, vector: Any, /) -> Any:

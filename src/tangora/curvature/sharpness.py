@@ -1,4 +1,4 @@
-r"""How much the loss can rise in a ball around the weights.
+r"""Largest rise of the loss in a ball around the weights.
 
 $S(\rho) = \max_{\|\delta\| \le \rho} L(\theta + \delta) - L(\theta)$, by projected gradient ascent from several starts.
 The maximum of a loss that is not concave cannot be certified, so that the best point found is a lower bound. Next to it
@@ -80,8 +80,8 @@ def sharpness(
             directions, and the maximum of the second-order expansion.
         krylov: Dimension of the space in which that is maximised, at least 2; each takes a product.
         pairs: Leading eigenpairs of the operator, where they are known already; only the first is used.
-        tol: Of the leading eigenpair, where it is not known.
-        seed: Of the random starts.
+        tol: Tolerance of the leading eigenpair, where it is not given.
+        seed: Seed of the random starting points.
         progress: Called after each start.
 
     Returns:

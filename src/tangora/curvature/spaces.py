@@ -29,7 +29,7 @@ class Space(ABC):
 
     Args:
         evaluation: The model that is displaced.
-        layers: What moves; each has a name.
+        layers: Named layers whose weights move.
     """
 
     kind: Any
@@ -73,7 +73,7 @@ class Space(ABC):
 
     @property
     def layout(self) -> dict[str, slice]:
-        """Which part of a flat vector belongs to which layer."""
+        """Slice of a flat vector for each layer."""
         layout: dict[str, slice] = {}
         start = 0
         for name, shape in self._shapes.items():

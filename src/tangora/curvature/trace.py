@@ -92,7 +92,7 @@ def hutchinson(
     Args:
         operator: See `tangora.curvature.lanczos_eigenpairs`.
         products: Number of random vectors, at least 2.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product.
 
     Returns:
@@ -122,7 +122,7 @@ def hutch_plus_plus(
     Args:
         operator: See `tangora.curvature.lanczos_eigenpairs`.
         products: Budget, at least 4; from twice the operator's dimension $n$ on the trace is exact, with $n$ products.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product.
 
     Returns:
@@ -146,7 +146,7 @@ def frobenius_norm(
     Args:
         operator: See `tangora.curvature.lanczos_eigenpairs`.
         products: Budget, at least 4; from $2n$ on the norm is exact, with $n$ products.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         progress: Called after each product.
 
     Returns:

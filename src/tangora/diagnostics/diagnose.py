@@ -85,7 +85,7 @@ def diagnose(
         exact_norms: Whether gradients are formed, a few at a time, for their exact norms; otherwise these are estimated
             from random probes. Default: if all gradients together take at most 1 GiB.
         power_iterations: Each takes two more passes over the batches, and makes small singular values more accurate.
-        seed: Of the random vectors and the random initializations; the global random state is untouched.
+        seed: Seed of the random vectors and the random initializations; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.

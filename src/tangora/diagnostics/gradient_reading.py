@@ -44,7 +44,7 @@ Propose = Callable[[ProbedLayer, LowRankSVD], dict[str, StartFactors]]
 
 @dataclass(frozen=True)
 class How:
-    """How gradients are read."""
+    """Options of reading gradients."""
 
     num_values: int
     """Singular values wanted of each layer."""

@@ -34,7 +34,7 @@ class GradientView:
 
     spectrum: LayerGradient
     rank: int
-    """Of the adapter, or of the one that the layer could have."""
+    """Rank of the adapter, or of the one that the layer could have."""
     captured: float | None = None
     r"""$\|P_T(G)\|_F^2$; ``None``, as all that follows, without an adapter."""
     left: Angles | None = None
@@ -95,7 +95,7 @@ def weight_views(
     """Read the gradient of a model without adapters in the layers that are followed, as `gradient_views` does.
 
     Args:
-        rank: Of the adapters that the model could have.
+        rank: Rank of the adapters that the model could have.
     """
     modules, unreadable = dict(model.named_modules()), unreadable_layers(model, None)
     layers = [

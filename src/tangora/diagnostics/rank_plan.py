@@ -121,7 +121,7 @@ def plan_ranks(
     that remain in the end and buy no whole rank. Should these make it worse than the uniform rank, that is returned.
 
     Args:
-        spectra: By the layers' names in the base model, as PEFT knows them.
+        spectra: Gradient spectra by the layers' names in the base model, as PEFT knows them.
         budget_rank: The uniform rank whose parameters may be spent.
         min_rank: Rank that every layer gets.
         max_rank: Largest rank of a layer; default: as far as its spectrum is known.

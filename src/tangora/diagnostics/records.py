@@ -20,7 +20,7 @@ class AdapterState:
     rank: int
     scaling: float
     gradient: LayerGradient
-    """Of the adapted model; the base model's where the adapter has not moved yet."""
+    """Gradient of the adapted model; the base model's where the adapter's product is still zero."""
     captured_energy: float
     r"""$\kappa = \|P_T(G)\|_F^2 / \|G\|_F^2$."""
     alignment_error: float
@@ -64,9 +64,9 @@ class LayerDiagnosis:
     m: int
     n: int
     rank: int
-    """Of the initializations."""
+    """Rank of the initializations."""
     gradient: LayerGradient
-    """Of the base model."""
+    """Gradient of the base model."""
     adapter: AdapterState | None
     """The adapter as it stands; ``None`` for a model without one."""
     starts: dict[str, float]
@@ -124,12 +124,12 @@ class Diagnosis:
         """Names of the initializations that were compared."""
         return tuple(self.totals.starts)
 
-    def starving(self, count: int = 5) -> list[LayerDiagnosis]:
+    def worst_layers(self, count: int = 5) -> list[LayerDiagnosis]:
         """List the layers where the adapter, or without one the first initialization, misses most energy."""
         return sorted(self.layers, key=_missed_energy, reverse=True)[:count]
 
     def missed_share(self, layer: LayerDiagnosis) -> float:
-        """Return the energy missed in one layer, as a share (in [0, 1]) of the energy of all layers' gradients."""
+        """Return the energy not captured in one layer, as a share in [0, 1] of that of all layers' gradients."""
         total = sum((each.adapter.gradient if each.adapter else each.gradient).energy for each in self.layers)
         return _missed_energy(layer) / total if total > 0 else 0.0
 
@@ -139,7 +139,7 @@ class Diagnosis:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Diagnosis":
-        """Make a diagnosis from what `to_dict` returned.
+        """Make a diagnosis from the result of `to_dict`.
 
         Raises:
             InputError: If something is missing or of the wrong type.

@@ -97,8 +97,8 @@ class Trajectory:
         reference: Full fine-tuning from the same base, whose weights at a measured step are compared with; their
             layers must have been checked.
         batches: Examples whose gradient is read at every measured step; see `gradient_views`.
-        rank: Of the adapters that a model without them could have, for `Measures.reachable_energy`.
-        seed: Of the random vectors for that.
+        rank: Rank of the adapters that a model without them could have, for `Measures.reachable_energy`.
+        seed: Seed of the random vectors for that.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which tasks of lm-eval a run is evaluated on, and how."""
+"""Settings of evaluation on tasks of lm-eval."""
 
 from typing import Annotated
 

@@ -94,11 +94,11 @@ def compare(
     their way also ``through-training.csv`` and ``through-training.png``.
 
     Args:
-        command: What repeats it, for the report.
+        command: Command that repeats it, for the report.
         progress: Called as ``progress("runs", done, total)`` when a run has ended, and as
             ``progress("NAME: what", done, total)`` with the optimizer steps of every run, as `train` does; ``what``
             ends with the status of its record.
-        resources: What it may use, a cluster if it names one; default: this machine, with one run at a time for each
+        resources: This machine, or a cluster if it names one; default: this machine, with one run at a time for each
             GPU, or one.
 
     Returns:

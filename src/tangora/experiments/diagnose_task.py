@@ -27,7 +27,7 @@ from tangora.training.models import LoadedModel, load_model
 
 @dataclass(frozen=True)
 class DiagnosisFiles:
-    """What a diagnosis leaves in its output folder."""
+    """Files of a diagnosis in its output folder."""
 
     record: DiagnosisRecord
     record_path: Path

@@ -10,7 +10,7 @@ from tangora.experiments.benchmark_settings import BenchmarkSettings
 
 
 class EvaluationSettings(BenchmarkSettings):
-    """Which answers a model generates, how long they may be, and who judges them."""
+    """Generated answers: which prompts, their maximal length, and their judge."""
 
     aliases: ClassVar[Mapping[str, str]] = {"stop_strings": "stop"}
 

@@ -32,7 +32,7 @@ _NO_PART = {"report_to", "save_every", "device", "fsdp", "title", "judge"}
 """Settings that change nothing of what is found; another judge judges the same answers."""
 
 NO_SPACE = "no space left on device"
-"""What the system says of a full disk."""
+"""The system's message for a full disk."""
 
 
 def check_output(folder: Path) -> None:

@@ -19,22 +19,22 @@ from tangora.training.models.empty_model import read_config
 
 @dataclass(frozen=True)
 class RecipeForecast:
-    """What one recipe of a comparison would need."""
+    """Forecast for one recipe of a comparison."""
 
     recipe: str
     learning_rates: tuple[float, ...]
     memory: Memory | None
-    """That of one run; `None` where it cannot be told."""
+    """Memory of one run; `None` where it cannot be estimated."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one comparison would run."""
+    """Forecast of one comparison."""
 
     settings: CompareSettings
     recipes: tuple[RecipeForecast, ...]
     examples: tuple[int, int, int] | None
-    """Of training, validation and test; `None` for data that only the hub has."""
+    """Numbers of training, validation and test examples; `None` for data on the hub."""
     runs: int
     """As far as they are known: `halving` decides on further ones."""
     further_runs: int

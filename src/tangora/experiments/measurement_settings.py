@@ -1,4 +1,4 @@
-"""What `tangora diagnose` and `tangora curvature` measure, of which model, on what data."""
+"""Settings of `tangora diagnose` and `tangora curvature`: quantities, model and data."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal

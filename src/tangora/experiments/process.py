@@ -25,7 +25,7 @@ _REPLACED = {
     "ACCELERATE_USE_MEGATRON_LM": "",
     "ACCELERATE_MIXED_PRECISION": "; --dtype bfloat16 keeps the base in half the memory",
 }
-"""What accelerate's configuration may ask for, and what to give instead."""
+"""Settings of accelerate's configuration that have a counterpart here."""
 
 _runs: list[RunSettings] = []  # that processes have begun together, as all of them count
 

@@ -1,4 +1,4 @@
-"""What a run needs to know, validated: every error names the key, the value and what is allowed."""
+"""Validated settings of a run: every error names the key, the value and the allowed values."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What all settings have in common: names, numbers, and one line for what is wrong with them."""
+"""Base of all settings: names, numbers, and validation errors of one line."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from pydantic import (
 from tangora._checks import InputError, near_hint
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""What every random generator takes, NumPy's too."""
+"""Range of seeds that every random generator accepts, NumPy's too."""
 
 _MOST, _LEAST = 10**15, 1e-30
 
@@ -108,7 +108,7 @@ def separated(value: Any) -> Any:
 
 
 Separated = BeforeValidator(separated)
-"""Of a list that may be given as a text with commas."""
+"""Validator of a list that may be given as a text with commas."""
 
 
 def _target_names(targets: str | list[str]) -> str | list[str]:

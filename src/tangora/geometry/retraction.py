@@ -139,7 +139,7 @@ def balanced_product(
     r"""Return balanced factors of the best rank-r approximation of a product of thin matrices.
 
     Args:
-        fallback: What to return where the product is zero.
+        fallback: Result where the product is zero.
 
     Returns:
         $B = U\sqrt{\Sigma}$ and $A = \sqrt{\Sigma} V$, by falling singular value; weights of $A$ have a floor, see

@@ -55,7 +55,7 @@ class Start:
     """Layers that kept the plain LoRA initialization, with the reason."""
     seconds: float
     passes: int = 0
-    """How often the batches were read for gradients."""
+    """Number of passes over the batches for gradients."""
     step: float | None = None
     """Step size of ``one-step``."""
     line_search: Mapping[float, float] = field(default_factory=dict)

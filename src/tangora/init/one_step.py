@@ -8,7 +8,7 @@ from tangora.geometry.sketch import LowRankSVD
 from tangora.init.start_method import LayerToStart, StartFactors, StartMethod, option_types
 
 STEP_SIZES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
-"""What the line search tries, large to small."""
+"""Step sizes of the line search, large to small."""
 
 
 def one_step(gradient: LowRankSVD, r: int, scaling: float, *, step: float) -> tuple[FactorA, FactorB]:

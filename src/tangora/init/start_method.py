@@ -62,7 +62,7 @@ class StartMethod:
     reads_weight: Callable[[Mapping[str, Any]], bool] = _never
     """Whether it is made from the base weight, by its options."""
     step_sizes: Sequence[float] = ()
-    """What is tried for its option ``step`` on the batches of its option ``held_out``, one of which it needs."""
+    """Candidates for option ``step``, compared on the batches of option ``held_out``; one of the two is needed."""
     approximation: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Options that make it in less time from a large weight, for a diagnosis."""
 

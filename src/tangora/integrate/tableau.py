@@ -17,7 +17,7 @@ class Tableau:
     The stated orders are checked against the order conditions, so that a misprint in a coefficient cannot go unnoticed.
 
     Args:
-        name: What it is called in `TABLEAUS` and in messages.
+        name: Name in `TABLEAUS` and in messages.
         a: One row per stage; row $i$ holds the $i$ coefficients left of the diagonal, so the method is explicit.
         b: Weights of the step.
         order: Order of the step, 1 to 4.

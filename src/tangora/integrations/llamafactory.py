@@ -39,7 +39,7 @@ def train(args: dict[str, Any] | None = None, callbacks: list[Any] | None = None
         args: Options of LLaMA-Factory and, beside them, ``tangora_recipe`` and perhaps
             ``tangora_head_learning_rate``; default: the file that the command line names. Its ``learning_rate`` is that
             of the recipe.
-        callbacks: Of transformers.
+        callbacks: Callbacks of transformers.
 
     Raises:
         InputError: If there is no ``tangora_recipe``, or a stage or engine has no trainer that can take it, or an
@@ -102,7 +102,7 @@ class OptimConfig(BaseModel, extra="forbid"):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, ge=0)
     seed: int = 0
-    """Of a random initialization."""
+    """Seed of a random initialization."""
 
 
 def register() -> None:

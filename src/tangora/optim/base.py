@@ -218,7 +218,7 @@ class PairOptimizer(Optimizer, ABC):
         bf16 adapters), and step counters stay on the CPU.
 
         Args:
-            state_dict: What `state_dict` returned, for the same groups.
+            state_dict: Result of `state_dict` for the same groups.
 
         Raises:
             InputError: If a state belongs to another optimizer or to an adapter of another shape; nothing is loaded.

@@ -1,4 +1,4 @@
-"""How processes share a step: all compute with whole tensors and keep their parts, or each computes its own layers.
+"""A step shared by processes: all compute with whole tensors and keep their parts, or each computes its own layers.
 
 Between steps everything is in parts. All processes call these functions together.
 """

@@ -1,4 +1,4 @@
-"""What the optimizers share that average the gradients of both factors: their options and the averages."""
+"""Options and gradient averages shared by the optimizers with momentum on both factors."""
 
 from typing import Any, Unpack
 

@@ -1,4 +1,4 @@
-"""Which layers take their step together as one stack, found anew at every step and kept where nothing has changed."""
+"""Group layers that take their step together as one stack, anew at every step unless nothing has changed."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

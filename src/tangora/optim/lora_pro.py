@@ -85,7 +85,7 @@ class LoRAPro(LayerwiseOptimizer):
         sparsity: Weight of an $\ell_1$ penalty on the factors' directions, in units of the smallest at which nothing
             moves: 0 is LoRA-Pro, 1 no step. Needs ``retraction="factors"`` and no factor moments. The state ``zeros``
             of a factor is the share of its entries that the last step left alone.
-        sparse_iterations: Of proximal gradient descent in a step, at most; each costs as much as a projection.
+        sparse_iterations: Largest number of proximal-gradient iterations in a step; each costs as much as a projection.
         sparse_tolerance: Relative change of the directions at which it ends before.
         blocks: Into how many blocks the long sides of the factors are cut, each projected on its own: 1 is LoRA-Pro;
             more follow the gradient less well, and save nothing. Needs ``retraction="factors"`` and no sparsity.

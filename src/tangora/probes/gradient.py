@@ -94,7 +94,7 @@ class GradientProbe:
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         """Where readings are held."""
         self.dtype = torch.float64 if _holds(self.model, torch.float64) else torch.float32
-        """What readings are computed in, whatever the model's own dtype."""
+        """Dtype of the computation, whatever the model's own dtype."""
         self.loss: float | None = None
         """Mean loss of the last reading."""
         self.reached: set[str] = set()

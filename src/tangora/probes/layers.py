@@ -30,7 +30,7 @@ class ProbedLayer:
     name: str
     """Its path in the model."""
     module: nn.Module
-    """What is called: the layer, or PEFT's wrapper around it."""
+    """The module to call: the layer, or PEFT's wrapper around it."""
     m: int
     """Rows of the gradient."""
     n: int

@@ -47,7 +47,7 @@ class GradientSVD:
     energy_error: float
     """Its standard error; 0 where nothing lies outside the triplets."""
     passes: int = 1
-    """How often the batches were read for it."""
+    """Number of passes over the batches."""
 
 
 @collective

@@ -47,7 +47,7 @@ from tangora.recipes.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 RANK, ALPHA = 8, 16
-"""Of an adapter that is made without a configuration; those of the command line."""
+"""Rank and alpha of an adapter without a configuration, as on the command line."""
 
 # an image classifier's head is new as a text classifier's is, and PEFT has no task type of its own for it
 _TASK_TYPES = {

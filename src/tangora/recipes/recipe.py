@@ -96,7 +96,7 @@ class Recipe:
         """Change options of this method's optimizer, initialization and search for ranks, for ablations.
 
         Args:
-            **options: Such as ``gauge="zero"`` for LoRA-Pro, which ``lora-pro@gauge=zero`` stands for.
+            **options: For example ``gauge="zero"`` for LoRA-Pro, which is the recipe ``lora-pro@gauge=zero``.
 
         Returns:
             The variant, whose name says what was changed.
@@ -166,7 +166,7 @@ class Recipe:
             total_steps: Number of optimizer steps that will follow, those of a search for ranks included (AdaLoRA's
                 budget schedule needs it).
             seed: Seed of the adapter's random initialization; the caller's random state is untouched.
-            target_modules: What PEFT should adapt.
+            target_modules: Layers to adapt, as in ``LoraConfig``.
             lora_dropout: Probability that an input of the adapter is dropped in training, in [0, 1).
             rank_plan: ``rank_pattern`` and ``alpha_pattern`` for single layers, and what they were made for (``r``,
                 ``lora_alpha``, ``use_rslora``), as ``tangora diagnose`` writes them.
@@ -213,13 +213,13 @@ class Recipe:
 
         Args:
             batches: Model inputs with labels, for initializations that need gradients.
-            held_out: Others, for an initialization that is tuned on them (``one-step``).
+            held_out: Further batches, for an initialization that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
             progress: Whether to draw a progress bar, or what is called after each batch instead.
 
         Returns:
-            What was done; ``None`` where PEFT's own initialization stays.
+            Report of the initialization; ``None`` where PEFT's own stays.
         """
         if self.start is None:
             return None
@@ -239,9 +239,9 @@ class Recipe:
         """Make the optimizer.
 
         Args:
-            model: What `prepare` returned, possibly wrapped. A recipe that searches for ranks gets the AdamW of that
+            model: Result of `prepare`, possibly wrapped. A recipe that searches for ranks gets the AdamW of that
                 phase for its AdaLoRA adapter, and its own optimizer for what `from_adalora` makes of that.
-            head_lr: That of a new head; default: what the method does, which for most is ``lr``.
+            head_lr: Learning rate of a new head; default: the recipe's, which for most is ``lr``.
 
         Returns:
             The optimizer of all trainable parameters.

@@ -1,4 +1,4 @@
-"""How numbers are written in tables, sentences and figures. ``None`` becomes a dash."""
+"""Number formats of tables, sentences and figures. ``None`` becomes a dash."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeAlias

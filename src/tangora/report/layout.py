@@ -28,7 +28,7 @@ class Chart:
     caption: str
     figure: dict[str, Any]
     says: str = ""
-    """What it shows, for those who cannot see it."""
+    """Text for readers who cannot see the figure."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Section:
     name: str
     title: str
     sentences: Sequence[str] = ()
-    """What it says, before the numbers."""
+    """Conclusions, before the numbers."""
     table: Table | None = None
     notes: Sequence[str] = ()
-    """How to read it."""
+    """Notes on how to read the section."""
     charts: Sequence[Chart] = ()
     """Several stand side by side."""
     keyed: bool = False
     """Whether the figures share a key of the recipes' marks."""
     caption: str = ""
-    """What is to be seen in all of the figures."""
+    """Caption of all figures together."""
     views: Mapping[str, str] | None = None
     """Names of the traces of the only figure, of which one is shown at a time."""
     details: tuple[str, str] | None = None

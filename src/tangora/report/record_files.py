@@ -21,7 +21,7 @@ IsoTime = Annotated[str, AfterValidator(_check_time)]
 
 
 class FrozenModel(BaseModel):
-    """What all records share: no changes after creation, no unknown fields, NaN as a JSON string."""
+    """Base of all records: no changes after creation, no unknown fields, NaN as a JSON string."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -42,7 +42,7 @@ class Recorded(FrozenModel):
 
 
 class Measurement(Recorded):
-    """What one command found, and wrote on a page of its own."""
+    """Result of one command, with a page of its own."""
 
     schema_version: Literal[1] = 1
     title: str

@@ -23,7 +23,7 @@ class Cell:
     lines: Sequence[str]
     """All but the first are small print."""
     value: _Value = None
-    """What it is sorted by; None comes last."""
+    """Sorting key; None comes last."""
     kind: str = ""
     """CSS class of the text."""
     more: str = ""

@@ -18,7 +18,7 @@ from tangora.curvature.space_curvature import SpaceCurvature
 from tangora.report.record_files import FrozenModel, IsoTime, Recorded, checked_content, read_json
 
 _SCHEMA_VERSION = 3
-"""Of what is written. Older ones are read: 1 lacked optional fields, 2 kept only the last measured points."""
+"""Version of new records. Older ones can be read: 1 lacked optional fields, 2 kept only the last measured points."""
 
 _READ = (1, 2, 3)
 
@@ -30,7 +30,7 @@ SPREAD_OVER_LAYERS = (
     "captured_energy",
     "reachable_energy",
 )
-"""What a measured point of a trajectory also has as ``_mean``, ``_low`` and ``_high`` over layers."""
+"""Quantities for which a trajectory point also has ``_mean``, ``_low`` and ``_high`` over layers."""
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -81,10 +81,10 @@ class MemoryUse(FrozenModel):
 
 
 class MachineLoad(FrozenModel):
-    """How busy the machine was, by the number of processes that ran or wanted to, mean over one minute."""
+    """Load of the machine: the number of runnable processes, mean over one minute."""
 
-    before: float = Field(ge=0, description="Before the run.")
-    after: float = Field(ge=0, description="At its end, the run's own threads among them.")
+    before: float = Field(ge=0, description="Load before the run.")
+    after: float = Field(ge=0, description="Load at its end, including the run's own threads.")
     processors: int = Field(ge=1, description="Logical processors of the machine.")
 
     @property
@@ -94,15 +94,15 @@ class MachineLoad(FrozenModel):
 
 
 class Flatness(FrozenModel):
-    """How flat the training loss is where a run ended, and how far the test loss lies above it.
+    """Flatness of the training loss at the end of a run, and the generalisation gap.
 
     Factors belong to the pair (A, B) that was found, not to the model, and are no measure to compare methods by.
     """
 
     train_loss: float = Field(
-        description="Of the first training examples, as many as are tested, in evaluation mode."
+        description="Loss of the first training examples, as many as are tested, in evaluation mode."
     )
-    test_loss: float = Field(description="Of the test examples.")
+    test_loss: float = Field(description="Loss of the test examples.")
     num_examples: Count = Field(
         description="The first training examples, the curvature of whose loss is measured."
     )
@@ -112,15 +112,17 @@ class Flatness(FrozenModel):
     )
     weight_layers: str | None = Field(
         default=None,
-        description="Pattern of the layers that `weights` and the ball are about; None: all adapted.",
+        description="Pattern of the layers in `weights` and in the ball; None: all adapted.",
     )
-    radius: float | None = Field(default=None, description="Of a ball around the weights, Frobenius norm.")
+    radius: float | None = Field(
+        default=None, description="Radius of the ball around the weights, Frobenius norm."
+    )
     rise: float | None = Field(
         default=None, description="Largest rise of the loss that was found in the ball."
     )
     missing: str | None = Field(default=None, description="Why the curvature was not measured.")
     products: Count = Field(description="Products with the Hessian.")
-    seconds: Seconds = Field(description="That it took; not part of the run's time.")
+    seconds: Seconds = Field(description="Time of the measurement; not part of the run's time.")
 
     @field_validator("spaces", mode="before")
     @classmethod
@@ -140,7 +142,7 @@ class Flatness(FrozenModel):
 class Forgetting(FrozenModel):
     """Loss of a causal model on text that has nothing to do with the task."""
 
-    before: float = Field(description="Mean over tokens, of the original base, in nats.")
+    before: float = Field(description="Loss of the original base, mean over tokens, in nats.")
     after: float = Field(description="The same after training.")
     num_texts: Count
 
@@ -151,7 +153,7 @@ class Forgetting(FrozenModel):
 
 
 class Benchmark(FrozenModel):
-    """What the trained model reached on one task of lm-eval, or on a group of tasks."""
+    """Result of the trained model on one task of lm-eval, or on a group of tasks."""
 
     metric: str | None = Field(
         description="The first metric of the task, as lm-eval names it (`metric,filter`); None where programs were "
@@ -159,13 +161,13 @@ class Benchmark(FrozenModel):
     )
     metrics: _Metrics = Field(description="All metrics that are numbers.")
     stderr: _Metrics = Field(description="Their standard errors, as lm-eval estimates them.")
-    higher_is_better: bool = Field(description="Of the first metric.")
+    higher_is_better: bool = Field(description="Direction of the first metric.")
     num_examples: Count
     scores: list[float] | None = Field(
         description="Per example, in the same order in every run, the first metric; None where it is no mean of them."
     )
     num_fewshot: int | None = Field(description="Solved examples in each prompt.")
-    version: str = Field(description="Of the task, in lm-eval.")
+    version: str = Field(description="Version of the task in lm-eval.")
 
     @property
     def value(self) -> float | None:
@@ -197,7 +199,7 @@ class Record(Recorded):
             "`failed`: another exception, or its process was killed."
         )
     )
-    error: str | None = Field(default=None, description="What happened to a run that did not finish.")
+    error: str | None = Field(default=None, description="Reason why a run did not finish.")
     settings: dict[str, Any] = Field(description="All settings needed to run it again.")
     notes: list[str] = Field(
         default_factory=list, description="Notes about the data, such as truncated examples."
@@ -214,7 +216,7 @@ class Record(Recorded):
     time: TimeSplit
     load: MachineLoad | None = Field(
         default=None,
-        description="How busy the machine was; None where it cannot be told, or in older records.",
+        description="Load of the machine; None where it is unknown, or in older records.",
     )
     memory: MemoryUse
     gradient_evaluations: Count | None = Field(
@@ -235,7 +237,7 @@ class Record(Recorded):
     )
     measurement_seconds: Seconds = Field(
         default=0.0,
-        description="That the measured points of trajectory and curvature took; not part of the run's time.",
+        description="Time of the measured points of trajectory and curvature; not part of the run's time.",
     )
     flatness: Flatness | None = Field(
         default=None, description="Curvature at the end of the run; None if it was not measured."
@@ -263,13 +265,13 @@ class Record(Recorded):
 
 
 class Published(FrozenModel):
-    """What a paper prints for the methods of a comparison."""
+    """Results that a paper publishes for the methods of a comparison."""
 
-    source: str = Field(description="Which paper, table and setting.")
+    source: str = Field(description="Paper, table and setting.")
     results: dict[str, dict[str, float]] = Field(
         description="As printed, by the table's column and by recipe; the first column is what the runs measure."
     )
-    notes: list[str] = Field(default_factory=list, description="What else a reader must know.")
+    notes: list[str] = Field(default_factory=list, description="Further remarks for the reader.")
 
 
 class Comparison(FrozenModel):

@@ -1,4 +1,4 @@
-"""What was compared or measured, and on what: what a reader must know before any number."""
+"""Facts before any number: the compared methods, model, data and settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

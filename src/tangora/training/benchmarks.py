@@ -39,13 +39,13 @@ _SEED = 1234  # lm-eval's own, of few-shot examples and of answers that are draw
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What a model reached on one task of lm-eval, or on one group of tasks."""
+    """Result of a model on one task of lm-eval, or on one group of tasks."""
 
     metric: str | None
     """The first metric, as lm-eval names it; None where programs were generated and not run."""
     metrics: dict[str, float]
     stderr: dict[str, float]
-    """Of the metrics that lm-eval has one for."""
+    """Standard errors of the metrics, where lm-eval gives one."""
     higher_is_better: bool
     num_examples: int
     scores: list[float] | None

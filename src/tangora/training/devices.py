@@ -1,4 +1,4 @@
-"""Which device a run and a Trainer use, and which of Accelerate's engines (DeepSpeed, FSDP1) can train LoRA pairs."""
+"""The device of a run and of a Trainer, and checks of Accelerate's engines (DeepSpeed, FSDP1) for LoRA pairs."""
 
 import os
 import warnings

@@ -21,7 +21,7 @@ def apply_recipe(
     learning_rate: float | None = None,
     head_learning_rate: float | None = None,
 ) -> Trainer:
-    """Let a Trainer train by a recipe that another package has made, as those of TRL or Axolotl are.
+    """Make an existing Trainer, such as one of TRL or Axolotl, train by a recipe.
 
     It becomes what ``class Its(tangora.Trainer, TheirTrainer)`` would have made, with the same initialization, learning
     rate and optimizer; its data, loss, arguments and callbacks stay.
@@ -30,8 +30,8 @@ def apply_recipe(
         trainer: A Trainer that has no optimizer yet, of a PEFT model (or a base model for full fine-tuning). It is
             changed in place: its class becomes a subclass of its own and of `Trainer`.
         recipe: A name such as ``"tangent-muon"``, or what ``tangora.recipe`` returns.
-        learning_rate: Of the recipe's optimizer; default: as for `Trainer`.
-        head_learning_rate: Of a new head; default: the recipe's choice.
+        learning_rate: Peak learning rate of the recipe's optimizer; default: as for `Trainer`.
+        head_learning_rate: Learning rate of a new head; default: the recipe's choice.
 
     Returns:
         The same object.
@@ -82,14 +82,14 @@ def _in_front_of(kind: type[transformers.Trainer]) -> type[Trainer]:
 def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tuple[type, dict[str, Any]]:
     """Wrap an optimizer for the ``optimizer_cls_and_kwargs`` of any Trainer.
 
-    The Trainer then builds it from the whole model, which our optimizers need to see the pairs.
+    The Trainer then builds it from the whole model, in which tangora's optimizers find the LoRA pairs.
 
     Args:
         optimizer: `LoRAPro`, `TangentAdam`, `PreconditionedAdamW`, or any callable of a model.
         **options: Its options; ``lr`` is required, because the Trainer does not pass its own on.
 
     Returns:
-        What ``optimizer_cls_and_kwargs`` takes.
+        Value for ``optimizer_cls_and_kwargs``.
 
     Raises:
         InputError: If ``lr`` is missing.

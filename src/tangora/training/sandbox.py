@@ -48,7 +48,7 @@ _PROBE = "import decimal, json, math, random, re"  # the standard library can be
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a program: whether it passed, otherwise why not, e.g. ``exit status 1: AssertionError``."""
+    """Outcome of a program: whether it passed, and the reason if not, e.g. ``exit status 1: AssertionError``."""
 
     passed: bool
     reason: str

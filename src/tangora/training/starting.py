@@ -1,4 +1,4 @@
-"""What a recipe's initialization reads in a Trainer: a few of its own examples, by its own collator and loss."""
+"""Batches for a recipe's initialization in a Trainer: a few of its own examples, with its own collator and loss."""
 
 import contextlib
 import copy

@@ -54,7 +54,7 @@ class _MicroBatch(NamedTuple):
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` that trains by a recipe: its adapter, initialization, learning rate and optimizer.
 
-    With a recipe, nothing of it is ignored; what cannot be done is refused.
+    Every part of the recipe is applied; a part that does not fit the model or the arguments raises `InputError`.
 
     - *Adapter*: a base model gets a new one (``peft_config``); that of a PEFT model must fit the recipe.
     - *Initialization*: made once, together with the optimizer, from 32 examples of ``train_dataset`` by the Trainer's
@@ -72,17 +72,17 @@ class Trainer(transformers.Trainer):
     Args:
         recipe: A name such as ``"tangent"``, or what ``tangora.recipe`` returns; ``None`` leaves everything as it is.
         learning_rate: Peak learning rate of the recipe's optimizer, in place of that of ``TrainingArguments``.
-        head_learning_rate: Of a new head, which the recipe's optimizer trains whole; default: the recipe's choice,
+        head_learning_rate: Learning rate of a new head, whose weights are all trained; default: the recipe's choice,
             mostly that of the adapter. It follows the same schedule.
-        peft_config: Of the adapter that a base model gets, completed by the recipe (``use_rslora``, ``use_dora``);
-            default: rank 8, alpha 16, all linear layers.
+        peft_config: Configuration of a base model's new adapter, completed by the recipe (``use_rslora``,
+            ``use_dora``); default: rank 8, alpha 16, all linear layers.
 
     A recipe that searches for ranks (``adalora+tangent-muon``) trains in two phases, each with a schedule of its own:
     AdaLoRA by AdamW, then plain LoRA of the ranks found, which takes the model's place in ``model``.
 
     Attributes:
-        replay_seconds: Time spent on gradients of further stages, which is part of that of ``optimizer.step``.
-        conversion_seconds: Time spent on making plain LoRA of AdaLoRA.
+        replay_seconds: Time spent on gradients of further stages, part of the time of ``optimizer.step``.
+        conversion_seconds: Time spent on converting AdaLoRA to plain LoRA.
 
     Raises:
         InputError: If ``recipe`` is no recipe, does not fit the model, or comes together with ``optimizers`` or

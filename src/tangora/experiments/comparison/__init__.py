@@ -1,1 +1,1 @@
-"""What a comparison is made of: which runs it calls for, and how they are made whatever becomes of them."""
+"""The runs of a comparison: their choice, and their execution with recovery from failures."""

@@ -1,4 +1,4 @@
-"""What the engines of clusters share: a run as another machine gets it, and how it is followed from here.
+"""Base of the cluster engines: a run as another machine gets it, and how it is followed from here.
 
 The machines share the output folder: a run's data comes from there and its record goes there, as everywhere. So a run
 whose machine is lost has lost nothing else, and progress is read from the files that it writes.

@@ -1,4 +1,4 @@
-"""What makes the runs of a comparison: processes on this machine, or a cluster."""
+"""Execution of a comparison's runs: processes on this machine, or a cluster."""
 
 from abc import ABC, abstractmethod
 from typing import Generic, Self, TypeVar

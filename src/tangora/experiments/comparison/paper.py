@@ -12,7 +12,7 @@ from tangora.experiments.values import Settings
 class Paper(Settings):
     """Published results."""
 
-    source: str = Field(min_length=1, description="Which paper, table and setting.")
+    source: str = Field(min_length=1, description="Paper, table and setting.")
     results: dict[str, dict[str, float]] = Field(
         min_length=1,
         description="By column of the table, such as GSM8K or a task's name, and by recipe: numbers as printed, in "

@@ -1,4 +1,4 @@
-"""What a comparison is to do: its settings, alone or one of several tasks in a plan."""
+"""Settings of a comparison, alone or as one of several tasks in a plan."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ JUDGES: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "loss"),
     "causal": ("loss", "exact_match"),
 }
-"""What may decide a comparison; the first one does by default."""
+"""Metrics that can decide a comparison; the first one is the default."""
 
 
 class CompareSettings(TaskSettings):

@@ -1,4 +1,4 @@
-"""What a comparison may use: this machine, or a cluster's scheduler; no part of what it is."""
+"""Resources of a comparison: this machine, or a cluster's scheduler. They do not change its results."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Cluster = Literal["ray", "slurm"]
 
 
 class RayOptions(Settings):
-    """What one run takes of a Ray cluster, and which one that is."""
+    """Address of a Ray cluster, and the resources of one run there."""
 
     address: str | None = Field(
         default=None, description="Default: RAY_ADDRESS, a cluster running on this machine, or a new one."
@@ -31,7 +31,7 @@ class RayOptions(Settings):
 
 
 class SlurmOptions(Settings):
-    """What one run's job takes of Slurm; further keys are sbatch's own."""
+    """Resources of one run's Slurm job; further keys are sbatch's own."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class SlurmOptions(Settings):
 
 
 class Resources(Settings):
-    """What a comparison may use; no part of what it is."""
+    """Resources of a comparison. They do not change its results."""
 
     groups: ClassVar[Mapping[str, str]] = {"jobs": "Output and resources"}
 

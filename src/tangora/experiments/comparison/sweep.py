@@ -62,7 +62,7 @@ def planned(settings: CompareSettings, records: Sequence[Record]) -> int:
 
 
 class _Sweep:
-    """What is known of one recipe's runs."""
+    """State of one recipe's sweep."""
 
     def __init__(self, settings: CompareSettings, name: str, known: dict[str, Record]):
         self.settings, self.name, self.known = settings, name, known

@@ -46,7 +46,7 @@ class DiskFullError(OSError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run's process may use: threads of torch, and on a CPU under Linux memory; ``None`` for no limit."""
+    """Limits of a run's process: threads of torch, and memory (on a CPU under Linux); ``None`` for no limit."""
 
     threads: int | None = None
     gigabytes: float | None = None

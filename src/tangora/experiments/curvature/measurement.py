@@ -54,7 +54,7 @@ _KRYLOV, _ASCENT = 4, 3
 
 @dataclass(frozen=True)
 class CurvatureFiles:
-    """What a measurement leaves in its output folder."""
+    """Files of a measurement in its output folder."""
 
     record: CurvatureRecord
     record_path: Path
@@ -169,7 +169,7 @@ class _Measurement:
     """The parts of a measurement at a point, and their results."""
 
     pairs: Eigenpairs
-    """Of the main operator, whose spectrum is the first part."""
+    """Eigenpairs of the main operator, whose spectrum is the first part."""
 
     def __init__(self, settings: CurvatureSettings, measured: MeasuredModel, spaces: list[SpaceName]):
         self._settings, self._model, self._spaces = settings, measured.model, spaces

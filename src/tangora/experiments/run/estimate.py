@@ -32,10 +32,10 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """What training holds, in bytes."""
+    """Memory of training, in bytes."""
 
     weights: int
-    """Of the frozen base, with the product that an initialization subtracts from it."""
+    """Frozen base weights, with the product that an initialization subtracts from them."""
     trained: int
     """Parameters that are trained: adapter and new head, or all."""
     gradients: int
@@ -57,8 +57,8 @@ def estimate(
 
     Args:
         runs: Whose batch size, longest example, adapter and optimizer are counted.
-        config: Of the base model.
-        kind: What the model is made for.
+        config: Configuration of the base model.
+        kind: ``classification`` or ``causal``.
         num_labels: Number of classes.
 
     Raises:

@@ -78,7 +78,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Result:
-    """What a run has found so far."""
+    """Results of a run so far."""
 
     metrics: dict[str, dict[str, float]]
     status: Literal["finished", "diverged"] = "finished"

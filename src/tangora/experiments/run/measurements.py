@@ -1,4 +1,4 @@
-"""What is measured of a run: its trajectory and curvature on the way, and how flat the loss is where it ended."""
+"""Measurements of a run: trajectory and curvature through training, and flatness at its end."""
 
 import time
 from pathlib import Path
@@ -36,10 +36,10 @@ _NUM_DURING, _NUM_AT_THE_END = 16, 32
 """Examples for the Hessian: during training one batch by default, whose graph is kept from product to product."""
 
 _SHARED = ("seed", "batch_size", "accumulate", "max_length")
-"""What makes two runs see the same examples in the same order."""
+"""Settings that fix the examples of a run and their order."""
 
 _RADIUS = 0.05
-"""Of the ball, the radius that Foret et al. (2021, arXiv:2010.01412) use."""
+"""Radius of the ball, as in Foret et al. (2021, arXiv:2010.01412)."""
 
 _BUDGET = {"top_products": 20, "trace_products": 12}
 _ASCENT, _KRYLOV = 3, 4

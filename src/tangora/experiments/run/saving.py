@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the proof of it: plain PEFT computes with the saved adapter what the model did.
+"""Saved adapter of a run, and the proof that plain PEFT computes the model's outputs with it.
 
 Where the disk is full, the weights go to another place rather than nowhere.
 """
@@ -42,7 +42,7 @@ _CHECKPOINTS_AT_ONCE = 3
 
 @dataclass(frozen=True)
 class Proof:
-    """How far plain PEFT's logits with a saved adapter are from the trained model's.
+    """Difference between the logits of plain PEFT with a saved adapter and those of the trained model.
 
     Attributes:
         difference: Largest absolute difference.

@@ -1,4 +1,4 @@
-"""What each recipe reached on benchmarks of lm-eval: on the page, in a terminal and as CSV."""
+"""Results on benchmarks of lm-eval: on the page, in a terminal and as CSV."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""What each recipe costs: time, if the machine was free, and memory; and what no other recipe gives for less."""
+"""Costs of each recipe: time, if the machine was free, and memory; and the recipes on the Pareto front."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Cost:
     name: str
     title: str
     field: str
-    """Of a row; None where it was not measured."""
+    """Attribute of a row; None where it was not measured."""
     write: Callable[[float | None], str]
     unit: str = ""
     """After the numbers of the axis, which plotly shortens by powers of 1000."""

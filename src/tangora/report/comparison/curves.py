@@ -1,4 +1,4 @@
-"""How the runs went: training losses, evaluations, and what was measured on the way of the optimizer."""
+"""Curves of the runs: training losses, evaluations, and measurements through training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

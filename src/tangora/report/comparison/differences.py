@@ -1,4 +1,4 @@
-"""How far every recipe is from LoRA on every task, with what certainty: one line per recipe."""
+"""Differences from LoRA on every task with their intervals, one line per recipe."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How each recipe depends on its learning rate."""
+"""Dependence of each recipe on its learning rate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Robustness:
-    """What a recipe's sweep says about its learning rate, by the validation metric that decides.
+    """Robustness of a recipe to its learning rate, by the validation metric of the sweep.
 
     "Within 2 %" is relative to the best value of the recipe's own sweep: with a best loss of 0.50 up to 0.51, with a
     best accuracy of 0.90 down to 0.882 (1.8 percentage points).
@@ -46,7 +46,7 @@ class Robustness:
     tripled_rate: float | None
     """The rate tried that is nearest to 3 times the best, if within a factor of 1.3."""
     tripled: _Stability
-    """What happened there: all runs that say something finished, or some diverged."""
+    """Stability there: all runs finished, or some diverged."""
 
     @property
     def width(self) -> float:

@@ -1,4 +1,4 @@
-"""How soon a recipe trains as far as LoRA does in all its steps."""
+"""Steps that a recipe needs to reach LoRA's final loss."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ _Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps, losses
 
 @dataclass(frozen=True)
 class Speed:
-    """How soon a recipe reaches LoRA's final loss, at its own best learning rate."""
+    """Steps that a recipe needs, at its own best learning rate, to reach LoRA's final loss."""
 
     recipe: str
     quality: Literal["validation loss", "training loss"]

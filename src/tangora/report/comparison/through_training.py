@@ -1,4 +1,4 @@
-"""How the gradient and the curvature change through training: small multiples, a table, a picture and a CSV file."""
+"""Gradient and curvature through training: small multiples, a table, a picture and a CSV file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -33,7 +33,7 @@ class OperatorKind:
     flag: str | None
     """The setting that asks for it; the Hessian is always measured."""
     subject: str
-    """How a sentence about it begins."""
+    """Subject of sentences about it."""
 
 
 OPERATORS: dict[Operator, OperatorKind] = {
@@ -49,10 +49,10 @@ OPERATORS: dict[Operator, OperatorKind] = {
 class Density(FrozenModel):
     """Stochastic Lanczos quadrature: what is known of all eigenvalues together."""
 
-    nodes: list[list[float]] = Field(description="Of each probe, ascending.")
-    weights: list[list[float]] = Field(description="Of each probe, with sum 1: shares of the directions.")
-    x: list[float] = Field(description="Where the smoothed density is given.")
-    smoothed: list[float] = Field(description="Its values, mean over the probes.")
+    nodes: list[list[float]] = Field(description="Eigenvalue estimates of each probe, ascending.")
+    weights: list[list[float]] = Field(description="Their weights for each probe, with sum 1.")
+    x: list[float] = Field(description="Grid of the smoothed density.")
+    smoothed: list[float] = Field(description="Density at the grid points, mean over the probes.")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "Density":
@@ -70,7 +70,9 @@ class Spectrum(FrozenModel):
     size: Count = Field(description="Dimension.")
     num_layers: Count
     gradient_norm: float = Field(ge=0)
-    eigenvalues: list[Eigenvalue] = Field(min_length=1, description="The largest, in descending order.")
+    eigenvalues: list[Eigenvalue] = Field(
+        min_length=1, description="Largest eigenvalues, in descending order."
+    )
     converged: bool = Field(description="Whether all of them reached the tolerance within the budget.")
     trace: TraceEstimate
     frobenius_norm: TraceEstimate
@@ -90,13 +92,13 @@ class Spectrum(FrozenModel):
 
 
 class SharpnessRecord(FrozenModel):
-    """How far the loss can rise within a ball, as far as an ascent found."""
+    """Largest rise of the loss within a ball that an ascent found."""
 
     space: SpaceName
     radius: float = Field(gt=0, description="Frobenius norm of the displacement.")
     loss: float
     rise: float = Field(description="The largest rise that was found: a lower bound.")
-    second_order: float = Field(description="What the expansion to the second order says.")
+    second_order: float = Field(description="Prediction of the second-order expansion.")
 
 
 class Line(FrozenModel):
@@ -128,12 +130,12 @@ class CurvatureRecord(Measurement):
     """The curvature of the loss at one point, and where it comes from."""
 
     measured: Literal["curvature"] = "curvature"
-    ranks: list[int] = Field(description="Of the adapter's layers, distinct; empty without an adapter.")
+    ranks: list[int] = Field(description="Distinct ranks of the adapter's layers; empty without an adapter.")
     loss: float
     num_examples: Count
     num_batches: Count
-    split: str = Field(description="Where the examples come from.")
-    differentiation: str = Field(description="How products with the Hessian were made.")
+    split: str = Field(description="Source of the examples.")
+    differentiation: str = Field(description="Method of the Hessian-vector products.")
     dtype: str
     spectra: list[Spectrum] = Field(min_length=1)
     layers: list[LayerCurvature] = Field(default_factory=list)

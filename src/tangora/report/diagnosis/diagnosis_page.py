@@ -204,7 +204,7 @@ def _of_plan(plan: RankPlan) -> str:
 def _of_missed(diagnosis: Diagnosis) -> str:
     parts = [
         f"{layer.name} ({formats.small_share(diagnosis.missed_share(layer))})"
-        for layer in diagnosis.starving(3)
+        for layer in diagnosis.worst_layers(3)
     ]
     whom = "the adapter" if diagnosis.totals.adapter is not None else "the first initialization"
     return (

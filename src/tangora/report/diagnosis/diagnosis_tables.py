@@ -20,7 +20,7 @@ _SAYS_NOTHING_AT_START = ("cond BᵀB", "imbalance", "effective rank")
 
 
 class StartName(NamedTuple):
-    """How pages write an initialization: in full, inside a sentence, and in a narrow column's two lines."""
+    """Names of an initialization on pages: in full, inside a sentence, and in two lines of a narrow column."""
 
     full: str
     in_sentence: str
@@ -235,7 +235,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     worst = Table.of(
         "worst",
         "",
-        diagnosis.starving(_MAX_WORST),
+        diagnosis.worst_layers(_MAX_WORST),
         {
             "layer": lambda layer: layer.name,
             "missed": lambda layer: formats.small_share(diagnosis.missed_share(layer)),

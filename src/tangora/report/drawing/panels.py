@@ -1,4 +1,4 @@
-"""What is to be drawn, as data, and how it looks: one colour, dash and marker per recipe. Nothing here draws.
+"""Charts as data, with one colour, dash and marker per recipe. Nothing here draws.
 
 All that a record keeps of it survives strict JSON: tensors and arrays become tuples of plain numbers when an object is
 made, and whatever is not finite becomes ``None``, which figures leave out.
@@ -53,7 +53,7 @@ _DASHES, _MARKERS = list(DASHES), list(MARKERS)[: len(DASHES)]
 
 @dataclass(frozen=True)
 class Style:
-    """How a recipe or a curve is drawn: the colour as ``#rrggbb``, dash and marker by plotly's names."""
+    """Style of a recipe or a curve: the colour as ``#rrggbb``, dash and marker by plotly's names."""
 
     color: str
     dash: str
@@ -169,7 +169,7 @@ class Panel:
     xrange: Annotated[tuple[float, float] | None, _Unrecorded] = None
     xticks: Annotated[Mapping[float, str] | None, _Unrecorded] = None
     layout: Annotated[Mapping[str, Any], _Unrecorded] = field(default_factory=dict)
-    """What a chart of plotly's is told beyond that."""
+    """Further options of plotly's layout."""
 
     def __post_init__(self):
         object.__setattr__(self, "series", tuple(self.series))

@@ -41,11 +41,11 @@ class Estimate:
     variances: tuple[float, ...]
     """Values that the variance of `value` may have."""
     weights: tuple[float, ...]
-    """How probable each of them is."""
+    """Probability of each value."""
     df: float
     """Degrees of freedom of the part of the variance that is due to the test examples."""
     over: Over
-    """What would change if the comparison were repeated."""
+    """The random parts of the comparison that a repetition would draw anew."""
     bounds: Interval = (-math.inf, math.inf)
     """The smallest and the largest possible value."""
     proportion: bool = False

@@ -43,7 +43,7 @@ class Row:
     learning_rate: float | None = None
     """Chosen by the validation metric, never by test; None if no run finished."""
     num_out_of_memory: int = 0
-    """Of the failed ones."""
+    """Failed runs that ran out of memory."""
     edge: Edge | None = None
     """The end of the grid at which the chosen learning rate lies, if it does."""
     test: float | None = None
@@ -67,9 +67,9 @@ class Row:
     validation: float | None = None
     validation_loss: float | None = None
     num_seeds: int = 0
-    """Of which `test` is the mean."""
+    """Number of seeds that `test` is the mean of."""
     time: TimeSplit | None = None
-    """Of each part the median over the runs, as of all that is about time."""
+    """Median of each part over the runs."""
     seconds: float | None = None
     seconds_range: Interval | None = None
     step_milliseconds: float | None = None

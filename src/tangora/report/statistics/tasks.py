@@ -39,7 +39,7 @@ class Duel:
 
     @property
     def outcome(self) -> DuelOutcome | None:
-        """What it is for ours; a win or a loss needs a corrected p-value below 0.05. None without a p-value."""
+        """Win, tie or loss of the first recipe; all but a tie need a corrected p-value below 0.05."""
         if self.p_value is None:
             return None
         side = side_of(self.difference, self.p_corrected, higher_is_better=self.higher_is_better)

@@ -14,7 +14,7 @@ _MOST_VALIDATION, _MOST_TEST = 200, 500  # sizes by default, where the data is l
 
 
 class Counts(NamedTuple):
-    """How many examples each split gets.
+    """Numbers of examples of the three splits.
 
     ``train=None`` is all remaining examples. ``None`` for the others is a fifth of the data, at most 200 and
     500, or of a

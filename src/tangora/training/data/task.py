@@ -84,7 +84,7 @@ def load_task(
             200 of packaged and generated data. Of a data set with a validation split, all of it, at most 200.
         num_test: Number of test examples, in [0, inf); by default a fifth of the data, at most 500, and 500 of packaged
             and generated data. Of a data set with a test split, all of it, at most 500.
-        seed: Says which example goes where, or which are generated; in [0, inf).
+        seed: Seed of the split, or of generated examples; in [0, inf).
         test_spec: Another data set to test on, as ``spec`` names them: its ``test`` split, or all of it.
         text_column: Column of the text, or of the images; ``premise,hypothesis`` for pairs. Here and below, ``a|b`` is
             the first that a data set has, and columns that are not given are recognised by their usual names.
