@@ -88,14 +88,15 @@ def render(
     *,
     heading: str = "Findings",
     look: str = "",
+    brief: _Facts = (),
     setup: _Facts = (),
     notice: str | None = None,
     styles: Mapping[str, Style] | None = None,
 ) -> str:
     """Make a page that needs no network and nothing beside it; the same input gives the same text.
 
-    ``about`` is what is written beneath the title, ``sentences`` the most important results, ``look`` the CSS class of
-    the page, and ``styles`` those of the recipes, in the order of their key.
+    ``about`` is what is written beneath the title, ``brief`` and ``sentences`` the most important results, ``look``
+    the CSS class of the page, and ``styles`` those of the recipes, in the order of their key.
     """
     environment = Environment(
         loader=PackageLoader("tangora.report"),
@@ -117,6 +118,7 @@ def render(
         repeat=repeating,
         settings=[] if repeating is None else flat(repeating.settings),
         look=look,
+        brief=brief,
         setup=setup,
         notice=notice,
         plotly=Markup(packed_plotly()) if any(section.charts for section in shown) else "",

@@ -7,6 +7,7 @@ from pathlib import Path
 from tangora._folders import ComparisonFolder
 from tangora.report import formats
 from tangora.report.comparison.benchmark_table import benchmarks_section
+from tangora.report.comparison.brief import brief
 from tangora.report.comparison.costs import costs_section, time_section
 from tangora.report.comparison.curves import alignment_section, curve_sections, loss_curves, loss_panel
 from tangora.report.comparison.end_points import answers_section, flatness_section, forgetting_section
@@ -41,7 +42,8 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
 def render_page(comparison: Comparison) -> str:
     """Make the report of a comparison; the same comparison gives the same text."""
     judged = judge(comparison)
-    rows, advice = judged.rows, recommendation_sentence(recommend(judged))
+    rows, advised = judged.rows, recommend(judged)
+    advice = recommendation_sentence(advised)
     styles = recipe_styles(judged.recorded)
     return render(
         comparison.title,
@@ -67,6 +69,7 @@ def render_page(comparison: Comparison) -> str:
         ],
         _repeat(judged),
         heading="Verdict",
+        brief=brief(judged, advised),
         setup=setup_facts(comparison),
         notice=missing_sentence(comparison),
         styles={row.recipe: styles[row.recipe] for row in rows},
