@@ -15,6 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import tangora
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = {"bitsandbytes", "reasoning_gym", "sklearn", "tensorboard", "trl", "ray", "submitit"}
@@ -102,3 +104,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert "tangora/py.typed" in names
     assert metadata["Version"] == PROJECT["version"]
     assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_the_package_knows_its_version():
+    assert tangora.__version__ == PROJECT["version"]

@@ -130,11 +130,13 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 
 def __getattr__(name: str) -> Any:
-    # an exported name, or a package such as `tangora.curvature`
+    # an exported name, a package such as `tangora.curvature`, or the version
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         value = import_module(f"{__name__}.{name}")
+    elif name == "__version__":
+        value = import_module("importlib.metadata").version(__name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
