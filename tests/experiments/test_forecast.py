@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tangora import CompareSettings, InputError
+from tangora import CompareSettings, InputError, train
 from tangora._names import MODELS
 from tangora.experiments.comparison.plan import read_plan
 from tangora.experiments.comparison.sweep import due
@@ -14,7 +14,7 @@ from tangora.experiments.run.execute import execute
 from tangora.experiments.run.preparing import load_base, load_run_task, prepare_run
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.settings_files import preset
-from tangora.recipes import recipes
+from tangora.recipes import recipe, recipes
 from tangora.training.models import empty_model, load_model
 from tests.experiments.small import write_classifier, write_generator
 
@@ -178,3 +178,14 @@ def test_a_model_that_is_not_here_is_unknown_and_one_that_does_not_fit_is_an_err
         forecast(CompareSettings(**small))
     with pytest.raises(InputError, match="one: "):
         forecast(read_plan({"tasks": {"one": small}}))
+
+
+def test_rates_of_spectral_steps_depend_on_the_kind_of_model(task, tmp_path):
+    values, kind = task
+    shared = values | {"kind": None, "steps": 1, "num_train": 16}
+    entry = recipe("tangent-muon")
+    found = forecast(CompareSettings(**shared, recipes=["tangent-muon"]))[""]
+    assert found.recipes[0].learning_rates == entry.grid(kind)
+    record = train(RunSettings(**shared, recipe="tangent-muon"), tmp_path / "run")
+    assert record.learning_rate == entry.default_learning_rate(kind)
+    assert train(RunSettings(**shared, recipe="tangent-muon"), tmp_path / "run").id == record.id

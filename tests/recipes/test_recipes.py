@@ -15,7 +15,8 @@ from transformers import (
 
 from tangora import InputError, find_pairs, recipe, recipes
 from tangora.adapters import head_names, head_parameters, load_adapter, save_adapter
-from tests.models import tiny_bert, tiny_llama
+from tangora.recipes.prepare import kind_of
+from tests.models import tiny_bert, tiny_llama, with_lora
 
 EXPECTED = {
     "full", "lora", "rslora", "lora+", "pissa", "dora", "adalora",
@@ -254,3 +255,23 @@ def test_options_in_python_are_checked_like_those_of_a_name():
 def test_bad_options(name, message):
     with pytest.raises(InputError, match=message):
         recipe(name)
+
+
+def test_spectral_steps_have_a_smaller_grid_for_causal_models():
+    entry = recipe("tangent-muon")
+    assert entry.grid() == entry.grid("classification") == entry.learning_rates
+    assert max(entry.grid("causal")) <= min(entry.grid())
+    assert entry.default_learning_rate("causal") == entry.grid("causal")[1] < entry.default_learning_rate()
+    plain = recipe("lora")
+    assert plain.grid("causal") == plain.learning_rates
+    assert recipe("tangent-muon@momentum=0.9").grid("causal") == entry.grid("causal")
+
+
+@pytest.mark.parametrize(
+    ("make", "task_type", "kind"),
+    [(tiny_llama, "CAUSAL_LM", "causal"), (tiny_bert, "SEQ_CLS", "classification")],
+)
+def test_the_kind_of_a_model(make, task_type, kind):
+    assert kind_of(make()) == kind
+    assert kind_of(with_lora(make(), task_type=task_type)) == kind
+    assert kind_of(torch.nn.Linear(2, 2)) == "classification"

@@ -300,7 +300,7 @@ RATES = {
     "given to the Trainer": ({"learning_rate": 2e-3}, {}, 2e-3),
     "the arguments' default, given to the Trainer": ({"learning_rate": 5e-5}, {}, 5e-5),
     "in the arguments": ({}, {"learning_rate": 4e-3}, 4e-3),
-    "nowhere": ({}, {"learning_rate": 5e-5}, recipe("lora").default_learning_rate),
+    "nowhere": ({}, {"learning_rate": 5e-5}, recipe("lora").default_learning_rate()),
 }
 
 
@@ -318,9 +318,14 @@ def test_arguments_can_be_used_for_several_recipes(tmp_path, caplog):
     shared = arguments(tmp_path, learning_rate=5e-5)
     for name in ("lora", "odelora-euler"):
         trainer = tangora.Trainer(with_lora(), shared, train_dataset=DATA, data_collator=COLLATE, recipe=name)
-        assert trainer.args.learning_rate == recipe(name).default_learning_rate
-        assert f"recipe '{name}': learning rate {recipe(name).default_learning_rate:g}" in caplog.text
+        assert trainer.args.learning_rate == recipe(name).default_learning_rate()
+        assert f"recipe '{name}': learning rate {recipe(name).default_learning_rate():g}" in caplog.text
     assert shared.learning_rate == 5e-5
+
+
+def test_the_default_rate_is_that_of_the_kind_of_model(tmp_path):
+    trainer = made(tmp_path, tiny_llama(), changes={"learning_rate": 5e-5}, recipe="tangent-muon")
+    assert trainer.args.learning_rate == recipe("tangent-muon").default_learning_rate("causal")
 
 
 def test_without_training_there_is_none(tmp_path):
@@ -514,4 +519,4 @@ def test_in_front_of_trl(tmp_path, base):
     trainer = SFT(model, config, train_dataset=data, processing_class=tokenizer, recipe="lora-ga+tangent")
     trainer.train()
     assert started_by(trainer.model) == "lora-ga"
-    assert trainer.args.learning_rate == recipe("lora-ga+tangent").default_learning_rate
+    assert trainer.args.learning_rate == recipe("lora-ga+tangent").default_learning_rate()

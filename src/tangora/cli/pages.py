@@ -126,7 +126,9 @@ def group_of(entry: Recipe) -> str:
 def _listing() -> Group:
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for entry in recipes():
-        rates = " ".join(_short(rate) for rate in entry.learning_rates)
+        rates = " ".join(map(_short, entry.learning_rates))
+        if entry.causal_learning_rates:
+            rates += f", for causal models {' '.join(map(_short, entry.causal_learning_rates))}"
         groups.setdefault(group_of(entry), []).append(
             (entry.name, entry.summary, f"{entry.paper}; learning rates {rates}")
         )

@@ -76,6 +76,7 @@ def _forecast(settings: CompareSettings) -> Forecast:
         task = load_run_task(settings)
         examples = (len(task.train), len(task.validation), len(task.test))
         kind, num_labels = task.kind, len(task.labels) or 2
+        settings = settings.model_copy(update={"kind": kind})
         for name in settings.recipes:
             check_against_data(settings.run(name, settings.grid(name)[0], settings.seeds[0]), task)
     memory, missing = _memory(settings, kind, num_labels)

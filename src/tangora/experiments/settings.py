@@ -287,8 +287,8 @@ class RunSettings(TaskSettings):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate, with the recipe's default filled in."""
-        return self.learning_rate or self.chosen_recipe.default_learning_rate
+        """The learning rate, with the recipe's default for the kind of model filled in."""
+        return self.learning_rate or self.chosen_recipe.default_learning_rate(self.kind)
 
 
 def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:

@@ -85,7 +85,7 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
         tell_user(*_unused_gpus(settings))
         with log_to(folder.log if is_first() else Path(os.devnull)):
             record = execute(
-                settings,
+                settings.model_copy(update={"kind": task.kind}),  # which the default learning rate depends on
                 task,
                 folder.path,
                 run_id="run",

@@ -31,6 +31,7 @@ from tangora._checks import (
     on_one_line,
     shown,
 )
+from tangora._names import Kind
 from tangora.adapters import (
     active_adapter,
     discover,
@@ -58,6 +59,17 @@ _TASK_TYPES = {
     "QUESTION_ANS": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 _USUAL = (nn.Linear, nn.Conv2d, Conv1D)
+
+
+def kind_of(model: Any) -> Kind:
+    """Tell by its adapter and its class whether a model predicts tokens; all others count as classifiers."""
+    inner = unwrapped(model)
+    if isinstance(inner, PeftModel):
+        if any(config.task_type == "CAUSAL_LM" for config in inner.peft_config.values()):
+            return "causal"
+        inner = inner.get_base_model()
+    causal = type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return "causal" if causal else "classification"
 
 
 def prepare(

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tangora._checks import InputError, check_choice, check_kind, check_number
+from tangora._names import Kind
 from tangora.recipes.rank_search import RankSearch
 
 # methods are listed and named in settings without torch: what works on a model is imported where it is used
@@ -63,6 +64,8 @@ class Recipe:
     """Whether training follows the initialization."""
     search: RankSearch | None = None
     """A first phase in which AdaLoRA finds the ranks; the recipe's optimizer then trains plain LoRA of these ranks."""
+    causal_learning_rates: tuple[float, ...] = ()
+    """Another default grid for causal language models; empty: the same."""
 
     @property
     def reads_gradients(self) -> bool:
@@ -87,10 +90,14 @@ class Recipe:
 
         return self.start is not None and start_method(self.start).searches_step
 
-    @property
-    def default_learning_rate(self) -> float:
-        """The second-smallest value of the grid: safe, and seldom far from the best."""
-        return self.learning_rates[min(1, len(self.learning_rates) - 1)]
+    def grid(self, kind: Kind | None = None) -> tuple[float, ...]:
+        """Return the default learning rates of a sweep for a kind of model."""
+        return (kind == "causal" and self.causal_learning_rates) or self.learning_rates
+
+    def default_learning_rate(self, kind: Kind | None = None) -> float:
+        """Return the second-smallest value of the grid: safe, and seldom far from the best."""
+        grid = self.grid(kind)
+        return grid[min(1, len(grid) - 1)]
 
     def with_options(self, **options: Any) -> "Recipe":
         """Change options of this method's optimizer, initialization and search for ranks, for ablations.

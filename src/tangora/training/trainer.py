@@ -27,7 +27,7 @@ from tangora.optim import PairOptimizer
 from tangora.probes.stillness import RandomState, preserved_randomness
 from tangora.recipes import Recipe
 from tangora.recipes import recipe as recipe_named
-from tangora.recipes.prepare import adapted
+from tangora.recipes.prepare import adapted, kind_of
 from tangora.training.devices import check_kept, check_steppable, single_gpu
 from tangora.training.rank_allocation import AdaLoraAllocation, restored_adalora
 from tangora.training.starting import expect_started, makes_inputs, start
@@ -173,17 +173,18 @@ class Trainer(transformers.Trainer):
                 "recipe %r: learning rate %g, of TrainingArguments", recipe.name, self.args.learning_rate
             )
             return
+        usual_rate = recipe.default_learning_rate(kind_of(self.model))
         if given is None:
             # the default of TrainingArguments cannot be told from the same number given
             logger.warning(
                 "recipe %r: learning rate %g, the recipe's default; learning_rate= sets another",
                 recipe.name,
-                recipe.default_learning_rate,
+                usual_rate,
             )
         else:
             check_number("learning_rate", given, low=0)
         self.args = copy.copy(self.args)  # the user may train another recipe with the same arguments
-        self.args.learning_rate = recipe.default_learning_rate if given is None else given
+        self.args.learning_rate = usual_rate if given is None else given
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new model, with the recipe's adapter."""

@@ -159,7 +159,7 @@ class CompareSettings(TaskSettings):
 
     def grid(self, name: str) -> list[float]:
         """Return the learning rates of a recipe."""
-        return self.learning_rates.get(name) or list(recipe(name).learning_rates)
+        return self.learning_rates.get(name) or list(recipe(name).grid(self.kind))
 
     @property
     def heading(self) -> str:
