@@ -457,6 +457,31 @@ def test_a_key_of_a_file_is_guessed_like_a_flag(call, tmp_path):
     assert "unknown key 'learning_rte' (did you mean learning_rate?)" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "right"),
+    [
+        (["train", "--data", "nws.csv", "--output", "out"], "nws.csv", "news.csv"),
+        (["train", "--model", "./modle", "--output", "out"], "./modle", "./model"),
+        (["train", "--config", "set.yaml", "--output", "out"], "set.yaml", "sets.yaml"),
+        (["train", "--rank-plan", "in/plan.jsn", "--output", "out"], "in/plan.jsn", "in/plan.json"),
+        (["diagnose", "--adapter", "mdel", "--output", "out"], "mdel", "model"),
+        (["compare", "set.yaml", "--output", "out"], "set.yaml", "sets.yaml"),
+        (["export", "modle", "--output", "out"], "modle", "model"),
+        (["report", "modle"], "modle", "model"),
+    ],
+)
+def test_a_mistyped_path_is_guessed(call, monkeypatch, tmp_path, arguments, wrong, right):
+    monkeypatch.chdir(tmp_path)
+    for name in ("news.csv", "model/config.json", "sets.yaml", "in/plan.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert wrong in err
+    assert f"(did you mean {right}?)" in err
+
+
 # --- completion ---
 
 COMPLETE = """

@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, no_such_path
 from tangora._folders import RunFolder
 from tangora.curvature import Hessian
 from tangora.curvature.adapted import chosen
@@ -100,7 +100,8 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
     folder = Path(settings.reference)
     path = RunFolder(folder).record
     if not path.is_file():
-        raise InputError(f"reference {folder} is not a finished run: record.json is missing")
+        missing = "record.json is missing" if folder.exists() else no_such_path(folder)
+        raise InputError(f"reference {folder} is not a finished run: {missing}")
     record = load_record(path)
     if record.recipe != "full" or record.status != "finished":
         raise InputError(
