@@ -111,7 +111,7 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     head_learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak learning rate of a new classification head. Default: the recipe's, mostly learning_rate.",
+        description="Peak learning rate of a new classification head. Default: the recipe's, mostly --learning-rate.",
     )
     clip: float = Field(default=1.0, gt=0, description="Gradient-clipping norm (max_grad_norm).")
     gradient_checkpointing: bool = Field(
