@@ -75,6 +75,17 @@ def test_a_dry_run_prints_and_touches_nothing(call, plan, tmp_path):
     assert not any(shown in out for shown in ("someone/large", "12.5", "unknown", "tangent"))
 
 
+def test_a_dry_run_names_what_is_measured_besides(call, small, tmp_path):
+    arguments = ["compare", *flags(small), "--recipes=lora", "--dry-run", "--output", tmp_path / "out"]
+    assert "measured" not in call(*arguments)[1]
+    code, out, err = call(*arguments, "--curvature", "--curvature-every=7", "--measure-every=9")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("measured")]
+    assert "trajectory every 9 steps" in line
+    assert "curvature every 7 steps (about 52 Hessian-vector products" in line
+    assert "curvature at the end (about 32 Hessian-vector products" in line
+
+
 def test_a_stand_in_runs_without_published_results(call, plan, tmp_path):
     code, out, err = call("compare", plan, "--tiny", "--output", tmp_path / "out")
     assert code == 0, err
@@ -238,7 +249,7 @@ def help_of(call, monkeypatch, command):
     for line in lines:
         if heading := re.match(r"╭─ ([^─]+) ─", line):
             panels[heading[1]] = []
-        elif flag := re.match(r"│ [* ]*(--[\w-]+)", line):
+        elif flag := re.match(r"│ [* ]{0,4}(--[\w-]+)", line):
             list(panels.values())[-1].append(flag[1])
     return lines, panels
 
@@ -250,7 +261,7 @@ def test_help_has_an_example_and_fits(call, monkeypatch, command):
     assert max(map(len, lines)) <= 80
     assert "Options" not in panels  # every flag has a heading
     # what is explained keeps room to be read
-    rows = [line for line in lines if re.match(r"│ [* ]*--", line)]
+    rows = [line for line in lines if re.match(r"│ [* ]{0,4}--", line)]
     assert all(len(re.split(r"  +", row.strip("│ "))[-1]) > 5 for row in rows)
 
 
