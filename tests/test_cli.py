@@ -75,6 +75,17 @@ def test_a_dry_run_prints_and_touches_nothing(call, plan, tmp_path):
     assert not any(shown in out for shown in ("someone/large", "12.5", "unknown", "tangent"))
 
 
+def test_a_dry_run_names_what_is_measured_besides(call, small, tmp_path):
+    arguments = ["compare", *flags(small), "--recipes=lora", "--dry-run", "--output", tmp_path / "out"]
+    assert "measured" not in call(*arguments)[1]
+    code, out, err = call(*arguments, "--curvature", "--curvature-every=7", "--measure-every=9")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("measured")]
+    assert "trajectory every 9 steps" in line
+    assert "curvature every 7 steps (about 52 Hessian-vector products" in line
+    assert "curvature at the end (about 32 Hessian-vector products" in line
+
+
 def test_a_stand_in_runs_without_published_results(call, plan, tmp_path):
     code, out, err = call("compare", plan, "--tiny", "--output", tmp_path / "out")
     assert code == 0, err
@@ -238,7 +249,7 @@ def help_of(call, monkeypatch, command):
     for line in lines:
         if heading := re.match(r"╭─ ([^─]+) ─", line):
             panels[heading[1]] = []
-        elif flag := re.match(r"│ [* ]*(--[\w-]+)", line):
+        elif flag := re.match(r"│ [* ]{0,4}(--[\w-]+)", line):
             list(panels.values())[-1].append(flag[1])
     return lines, panels
 
@@ -250,7 +261,7 @@ def test_help_has_an_example_and_fits(call, monkeypatch, command):
     assert max(map(len, lines)) <= 80
     assert "Options" not in panels  # every flag has a heading
     # what is explained keeps room to be read
-    rows = [line for line in lines if re.match(r"│ [* ]*--", line)]
+    rows = [line for line in lines if re.match(r"│ [* ]{0,4}--", line)]
     assert all(len(re.split(r"  +", row.strip("│ "))[-1]) > 5 for row in rows)
 
 
@@ -455,6 +466,31 @@ def test_a_key_of_a_file_is_guessed_like_a_flag(call, tmp_path):
     code, _, err = call("train", "--config", tmp_path / "a.yaml", "--output", tmp_path / "out")
     assert code == 2
     assert "unknown key 'learning_rte' (did you mean learning_rate?)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "right"),
+    [
+        (["train", "--data", "nws.csv", "--output", "out"], "nws.csv", "news.csv"),
+        (["train", "--model", "./modle", "--output", "out"], "./modle", "./model"),
+        (["train", "--config", "set.yaml", "--output", "out"], "set.yaml", "sets.yaml"),
+        (["train", "--rank-plan", "in/plan.jsn", "--output", "out"], "in/plan.jsn", "in/plan.json"),
+        (["diagnose", "--adapter", "mdel", "--output", "out"], "mdel", "model"),
+        (["compare", "set.yaml", "--output", "out"], "set.yaml", "sets.yaml"),
+        (["export", "modle", "--output", "out"], "modle", "model"),
+        (["report", "modle"], "modle", "model"),
+    ],
+)
+def test_a_mistyped_path_is_guessed(call, monkeypatch, tmp_path, arguments, wrong, right):
+    monkeypatch.chdir(tmp_path)
+    for name in ("news.csv", "model/config.json", "sets.yaml", "in/plan.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert wrong in err
+    assert f"(did you mean {right}?)" in err
 
 
 # --- completion ---

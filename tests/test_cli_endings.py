@@ -1,10 +1,15 @@
 """How commands end: interrupted, already finished, with a proof that fails, with failed runs."""
 
+import io
 import os
+import re
 import signal
 
 import pytest
+from rich.console import Console
 
+from tangora._checks import InputError
+from tangora.cli import output
 from tangora.experiments.comparison import pool
 from tangora.experiments.run.saving import Proof
 from tests.experiments.small import after_step, ctrl_c, write_classifier
@@ -84,7 +89,9 @@ def test_an_interrupted_comparison_says_how_much_is_done(call, small, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(pool.Pool, "wait", wait)
         code, _, err = call(*arguments)
-    assert (code, err) == (130, "interrupted; the same command goes on: 1 of 2 runs are done\n")
+    told, ended = err.splitlines()  # without a terminal, a line for each run
+    assert re.fullmatch(r"1 of 2 runs: lora-lr0\.001-seed0 finished \(0:00:\d\d\)", told)
+    assert (code, ended) == (130, "interrupted; the same command goes on: 1 of 2 runs are done")
     assert call(*arguments)[0] == 0
     code, out, _ = call(*arguments)
     assert code == 0
@@ -122,9 +129,10 @@ def test_a_comparison_with_failed_runs_names_retry(call, small, tmp_path, monkey
 def test_too_little_memory_is_called_so(small, tmp_path, call):
     code, _, err = call("compare", *flags(small, tmp_path / "out", steps=2), *ONE, "--max-memory=0.01")
     assert code == 2
-    assert "out of memory" in err
-    assert "--retry" in err
-    assert err.count("\n") == 1
+    told, error = err.splitlines()
+    assert "1 of 1 runs: lora-lr0.001-seed0 out of memory (" in told
+    assert "out of memory" in error
+    assert "--retry" in error
 
 
 def test_a_report_waits_for_no_one(call, small, tmp_path):
@@ -140,3 +148,37 @@ def test_a_report_waits_for_no_one(call, small, tmp_path):
             assert code == 2
             assert "is in use by another tangora process" in err
     assert call("report", tmp_path / "out")[0] == 0
+
+
+def test_lines_tell_of_progress_where_no_terminal_shows_bars(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.progress_bars() as bars:
+        follow = output.bar_of(bars, "lora")
+        for second in range(0, 70, 10):
+            now[0] = second
+            follow("training", second, 100)
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["lora: training: 30 of 100 (0:00:30)", "lora: training: 60 of 100 (0:01:00)"]
+    assert not out.strip()
+    monkeypatch.setattr(output.console, "quiet", True)  # of the other processes of a launcher
+    now[0] = 1000
+    follow("training", 99, 100)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_vanish_before_an_error(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(output, "console", Console(file=written, force_terminal=True))
+
+    def fail():
+        with output.progress_bars() as bars:
+            output.bar_of(bars, "lora-ga")
+            raise InputError("no")
+
+    with pytest.raises(InputError):
+        fail()
+    assert "lora-ga" not in written.getvalue().rsplit("\r", 1)[-1]
+    with output.progress_bars() as bars:
+        output.bar_of(bars, "lora-one")("", 1, 1)
+    assert "lora-one" in written.getvalue()

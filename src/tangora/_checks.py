@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+MOST_LISTED = 12
+"""Allowed names that an error lists beside the one that was probably meant."""
+
 
 class InputError(ValueError):
     """An argument is invalid. The message is one line: the argument, its value, and what is allowed."""
@@ -23,12 +26,30 @@ def near_hint(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
-    """Raise `InputError` unless ``value`` is one of ``allowed``."""
+def near_path(path: str | os.PathLike[str]) -> str:
+    """Return `` (did you mean ...?)`` if a path is nearly that of a file or folder beside it, else nothing."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/"))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(os.path.expanduser(folder) or "."), n=1)
+    except (OSError, ValueError):  # no folder, or no name that one could have
+        return ""
+    return f" (did you mean {os.path.join(folder, near[0])}?)" if near else ""
+
+
+def no_such_path(path: str | os.PathLike[str]) -> str:
+    """Return what an error says of a path that does not exist."""
+    return f"there is no such file or folder{near_path(path)}"
+
+
+def check_choice(name: str, value: object, allowed: Collection[object], *, listed_by: str = "") -> None:
+    """Raise `InputError` unless ``value`` is one of ``allowed``, which a command may list."""
     if any(_equal(value, option) for option in allowed):
         return
-    options = ", ".join(repr(option) if option is None else str(option) for option in allowed)
     hint = near_hint(str(value)[:80], [str(option) for option in allowed])
+    if hint and len(allowed) > MOST_LISTED:
+        rest = f"; {listed_by} shows all" if listed_by else ""
+        raise InputError(f"{name} must be one of {len(allowed)} names; got {shown(value)}{hint}{rest}")
+    options = ", ".join(repr(option) if option is None else str(option) for option in allowed)
     raise InputError(f"{name} must be one of {options}; got {shown(value)}{hint}")
 
 

@@ -4,8 +4,9 @@ import copy
 import math
 
 import pytest
+from pydantic import ValidationError
 
-from tangora import CompareSettings, InputError
+from tangora import CompareSettings, InputError, Resources, RunSettings, recipe
 from tangora.experiments.comparison.plan import PlanSettings, chosen_tasks, read_plan
 from tangora.experiments.comparison.sweep import due, planned
 from tangora.report import MemoryUse, Record, TimeSplit
@@ -274,3 +275,33 @@ def test_a_stand_in_does_not_change_the_plan():
 def test_bad_blocks_are_named(changed, message):
     with pytest.raises(InputError, match=message):
         read_plan(PLAN | changed, source="plan.yaml", tiny="tiny" in changed)
+
+
+@pytest.mark.messages
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (RunSettings, {"learningrate": 1}, r"^unknown key 'learningrate' \(did you mean learning_rate\?\)$"),
+        (RunSettings, {"recipe": "tangnt"}, "^recipe must be one of .*did you mean tangent"),
+        (RunSettings, {"steps": "x"}, "^steps: input should be a valid integer.*; got 'x'$"),
+        (RunSettings, {"recipe": recipe("lora")}, "^recipe: .* names of recipes.*'lora'"),
+        (
+            CompareSettings,
+            {"recipes": ["lora", recipe("tangent")]},
+            "^recipes: .* names of recipes.*'tangent'",
+        ),
+        (Resources, {"job": 1}, r"^unknown key 'job' \(did you mean jobs\?\); allowed: jobs, cluster"),
+        (PlanSettings, {"tasks": {"a": {"recipes": ["lora"], "stepz": 1}}}, "^unknown key 'stepz'"),
+    ],
+)
+def test_settings_made_in_python_have_the_errors_of_the_command_line(kind, values, message):
+    with pytest.raises(InputError, match=message) as caught:
+        kind(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_can_be_made_by_pydantic():
+    assert RunSettings.model_validate({"lr": 1e-3, "steps": 3}) == RunSettings(learning_rate=1e-3, steps=3)
+    assert RunSettings.model_validate_json('{"max_steps": 3}').steps == 3
+    with pytest.raises(ValidationError, match="unknown key 'stepz'"):
+        RunSettings.model_validate({"stepz": 3})

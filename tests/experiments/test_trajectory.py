@@ -206,5 +206,5 @@ def test_settings_that_do_not_go_together(classifier, reference, tmp_path):
         train(measured, tmp_path / "c")
     assert not (tmp_path / "c").exists()  # so that the right reference can be given
     missing = lora.model_copy(update={"measure_every": 1, "reference": str(tmp_path / "nothing")})
-    with pytest.raises(InputError, match=r"is not a finished run: record\.json is missing"):
+    with pytest.raises(InputError, match="is not a finished run: there is no such file or folder"):
         train(missing, tmp_path / "c")

@@ -114,6 +114,9 @@ def test_rare_and_alike_classes_are_told(tmp_path):
     told = "\n".join(task.notes)
     assert re.search("a single example, .*: odd", told)
     assert "differ only in capital letters: Good, good" in told
+    task = load_task(labelled(tmp_path, ["business", "sport"] * 6 + ["busines", "odd"]))
+    told = "\n".join(task.notes)
+    assert "busines (did you mean business?), odd" in told
 
 
 @pytest.mark.messages

@@ -84,7 +84,13 @@ def test_named_columns_win_and_their_case_does_not_matter():
 @pytest.mark.parametrize(
     ("columns", "given", "message"),
     [
-        ("a,b", {}, r"\(from the first line\) are a, b; give --text-column NAME and --label-column NAME to"),
+        (
+            "a,b",
+            {},
+            r"\(from the first line, which must be a header\) are a, b; give --text-column NAME and --label-column",
+        ),
+        (f"{'I loved it ' * 20},positive", {}, r"header\) are 'I loved it .{20,80}\.\.\.', positive; give"),
+        (f"{'I loved it ' * 20},positive", {"text": "review"}, r"must be one of I loved .{20,80}\.\.\., pos"),
         ("I loved it,positive", {}, "are 'I loved it', positive; give"),
         ("title,body,label", {}, "the text, .* pass --text-column title or --text-column body"),
         ("review,sentiment,rating", {}, "pass --label-column sentiment or --label-column rating"),

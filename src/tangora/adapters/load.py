@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from tangora._checks import InputError, check_kind, check_path, on_one_line
+from tangora._checks import InputError, check_kind, check_path, no_such_path, on_one_line
 from tangora.adapters.peft_models import named_adapter_parameters, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,7 +34,8 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str], **options: Any) 
     """
     folder = check_path("path", path) / (options.get("subfolder") or "")
     if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"{folder} contains no adapter ({CONFIG_FILE} is missing)")
+        missing = f"{CONFIG_FILE} is missing" if folder.exists() else no_such_path(folder)
+        raise InputError(f"{folder} contains no adapter ({missing})")
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise InputError(f"{folder} contains no weights ({_WEIGHTS[0]} is missing)")
     bare = unwrapped(base)

@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from tangora._checks import InputError
+from tangora._checks import InputError, no_such_path
 from tangora._names import DATA, DIAGNOSED_STARTS, MODELS, SPACES
 from tangora.experiments.settings_files import PRESETS, read_yaml
 from tangora.experiments.values import Settings, validated
@@ -243,6 +243,6 @@ def check_paths(*settings: Settings) -> None:
 def _check_path(key: str, name: str) -> None:
     path, inside = local_path(name), _INSIDE.get(key)
     if path is None:
-        raise InputError(f"{key} {name!r}: there is no such file or folder")
+        raise InputError(f"{key} {name!r}: {no_such_path(name)}")
     if inside is not None and path.is_dir() and not (path / inside).is_file():
         raise InputError(f"{key} {name!r}: this folder has no {inside}")

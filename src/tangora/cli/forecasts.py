@@ -6,8 +6,10 @@ from rich.markup import escape
 
 from tangora.cli.output import console
 from tangora.experiments.comparison.paper import Paper
+from tangora.experiments.comparison.plan import CompareSettings
 from tangora.experiments.forecast import Forecast
 from tangora.experiments.run.estimate import Memory
+from tangora.experiments.run.measurements import PRODUCTS_AT_THE_END, PRODUCTS_DURING
 from tangora.report import formats
 from tangora.report.report_table import terminal_table
 
@@ -72,9 +74,24 @@ def _facts(found: Forecast) -> dict[str, str]:
         "runs": _runs(found),
         "seeds": ", ".join(map(str, settings.seeds)),
         "adapter": f"rank {settings.rank}, alpha {settings.alpha:g}, on {_targets(settings.target_modules)}",
+        **({"measured": told} if (told := _measured(settings)) else {}),
         **({"lm-eval": ", ".join(settings.benchmarks)} if settings.benchmarks else {}),
         **({} if found.missing is None else {"memory": f"unknown ({found.missing})"}),
     }
+
+
+def _measured(settings: CompareSettings) -> str:
+    """List what the runs measure besides, which takes time outside of training."""
+    parts = []
+    if every := settings.measure_every:
+        parts.append(f"trajectory every {every} steps")
+    for when, products in (
+        (f"every {settings.curvature_every} steps" if settings.curvature_every else "", PRODUCTS_DURING),
+        ("at the end" if settings.curvature else "", PRODUCTS_AT_THE_END),
+    ):
+        if when:
+            parts.append(f"curvature {when} (about {products} Hessian-vector products for each space)")
+    return f"{formats.listing(parts)}; this adds to the time of every run" if parts else ""
 
 
 def _targets(targets: str | list[str]) -> str:

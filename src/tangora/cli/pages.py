@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tangora._checks import InputError
+from tangora._checks import InputError, near_path
 from tangora._folders import ComparisonFolder
 from tangora._names import DATA, MODELS
 from tangora.cli.app import Command, app
@@ -47,7 +47,8 @@ def report_command(
     """
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a folder; pass the output folder of tangora compare or tangora curvature"
+            f"{folder} is not a folder{near_path(folder)}; pass the output folder of tangora compare or "
+            "tangora curvature"
         )
     from tangora.experiments.folders import locked
 

@@ -46,7 +46,7 @@ class DataSettings(Settings):
     chat_template: bool | str | None = Field(
         default=None,
         description="Write causal examples with the tokenizer's chat template. Conversations (column messages) need "
-        "it; no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
+        "it; --no-chat-template joins their turns by newlines instead. In YAML also alpaca, for base models.",
     )
     class_prompts: str | list[str] | None = Field(
         default=None, description="Template(s) of CLIP's prompt for a class, such as: a photo of a {}."

@@ -27,7 +27,7 @@ class EvaluationSettings(BenchmarkSettings):
         default=None,
         ge=1,
         description="Maximum tokens of a generated answer (max_new_tokens). Default: a little more than the longest "
-        "completion, for exact_match; 1024 for prompts.",
+        "completion, for --exact-match; 1024 for --prompts.",
     )
     stop: str | list[str] | None = Field(
         default=None,

@@ -52,7 +52,7 @@ class DiagnoseSettings(DataSettings, ModelSettings):
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="LoRA alpha (lora_alpha) at budget_rank, for the rank plan. Default: scaling unchanged.",
+        description="LoRA alpha (lora_alpha) at --budget-rank, for the rank plan. Default: scaling unchanged.",
     )
     target_modules: Targets = "all-linear"
     starts: Annotated[list[str], Separated] = Field(
@@ -150,7 +150,7 @@ class CurvatureSettings(DataSettings):
     )
     num_examples: int = Field(default=32, ge=1, description="Number of examples, the first of the split.")
     batch_size: int = Field(
-        default=8, ge=1, description="Examples per batch; per-batch measures each of these batches."
+        default=8, ge=1, description="Examples per batch; --per-batch measures each of these batches."
     )
     tolerance: float = Field(
         default=1e-2, gt=0, lt=1, description="Relative residual at which an eigenvalue has converged."

@@ -111,7 +111,7 @@ class TaskSettings(DataSettings, ModelSettings, EvaluationSettings):
     head_learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Peak learning rate of a new classification head. Default: the recipe's, mostly learning_rate.",
+        description="Peak learning rate of a new classification head. Default: the recipe's, mostly --learning-rate.",
     )
     clip: float = Field(default=1.0, gt=0, description="Gradient-clipping norm (max_grad_norm).")
     gradient_checkpointing: bool = Field(
@@ -264,6 +264,12 @@ class RunSettings(TaskSettings):
         description="Output folder of full fine-tuning with snapshots, to measure distances to it.",
     )
 
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        check_named("recipe", value)
+        return value
+
     @field_validator("recipe")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -289,6 +295,15 @@ class RunSettings(TaskSettings):
     def peak_learning_rate(self) -> float:
         """The learning rate, with the recipe's default for the kind of model filled in."""
         return self.learning_rate or self.chosen_recipe.default_learning_rate(self.kind)
+
+
+def check_named(key: str, value: Any) -> None:
+    """Raise `InputError` for a recipe in place of its name: the processes of runs find recipes by name."""
+    if isinstance(value, Recipe):
+        raise InputError(
+            f"{key}: runs and comparisons take names of recipes, which tangora list shows, not Recipe objects; "
+            f"got the recipe {value.name!r}; pass its name, or train your own recipe with tangora.Trainer"
+        )
 
 
 def check_adapted(settings: TaskSettings, chosen: Recipe) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tangora._checks import InputError, check_choice
+from tangora._checks import InputError, check_choice, no_such_path
 from tangora._folders import RunFolder
 from tangora.experiments.settings import RunSettings
 from tangora.experiments.values import validated
@@ -47,6 +47,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read settings from a YAML file."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: {no_such_path(path)}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -81,6 +83,8 @@ def run_file(folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
     if run.settings.is_file():
         return read_settings(run.settings)
+    if not run.path.exists():
+        raise InputError(f"run {str(folder)!r}: {no_such_path(folder)}")
     if not run.trial_record.is_file():
         raise InputError(
             f"{folder} is not a run folder: it has no settings.json, and its folder has no record"

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from tangora._checks import InputError, near_hint
+from tangora._checks import MOST_LISTED, InputError, near_hint, no_such_path, shown
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """Range of seeds that every random generator accepts, NumPy's too."""
@@ -30,6 +30,14 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, numbers are finite, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # type checkers take the fields for the arguments
+
+        def __init__(self, /, **values: Any):
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise InputError(_first_problem(type(self), error)) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -64,6 +72,8 @@ class Settings(BaseModel):
         """Put values under the settings' own names."""
         found: dict[str, str] = {}
         for key in values:
+            if not isinstance(key, str):
+                raise InputError(f"settings are given by their names; got {shown(key)} as a name")
             name = cls.aliases.get(key, key)
             if name in found:
                 raise InputError(f"{found[name]} and {key} are the same setting; pass only one of them")
@@ -142,36 +152,40 @@ Targets = Annotated[
 _SettingsT = TypeVar("_SettingsT", bound=Settings)
 
 
-def validated(kind: type[_SettingsT], values: dict[str, Any], source: str = "") -> _SettingsT:
-    """Make settings, with one-line errors."""
+def validated(kind: type[_SettingsT], values: Mapping[str, Any], source: str = "") -> _SettingsT:
+    """Make settings of values from a place, which errors name."""
     try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise InputError(_first_problem(kind, error, f"{source}: " if source else "")) from None
+        return kind(**kind.spelled(values))
+    except InputError as problem:
+        raise InputError(f"{source}: {problem}" if source else str(problem)) from None
 
 
-def _first_problem(kind: type[Settings], error: ValidationError, source: str) -> str:
+def _first_problem(kind: type[Settings], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else "settings"
     if first["type"] == "extra_forbidden":
-        hint = near_hint(key, [*kind.model_fields, *kind.aliases])
-        return f"{source}unknown key {key!r}{hint}; allowed: {', '.join(kind.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+        hint, names = near_hint(key, [*kind.model_fields, *kind.aliases]), [*kind.model_fields]
+        rest = "" if hint and len(names) > MOST_LISTED else f"; allowed: {', '.join(names)}"
+        return f"unknown key {key!r}{hint}{rest}"
+    message, got = first["msg"].removeprefix("Value error, "), shown(first["input"])
     if first["type"] == "missing":
-        return f"{source}{key} must be given: {kind.model_fields[key].description}".rstrip(".")
+        return f"{key} must be given: {kind.model_fields[key].description}".rstrip(".")
     if first["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", message)
-        hint = near_hint(str(first["input"]), allowed)
-        return f"{source}{key} must be one of {', '.join(allowed)}; got {first['input']!r}{hint}"
+        return (
+            f"{key} must be one of {', '.join(allowed)}; got {got}{near_hint(str(first['input']), allowed)}"
+        )
     if first["type"] == "value_error":
-        return f"{source}{message}"
-    return f"{source}{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}"
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}; got {got}"
 
 
 def read_rank_plan(path: str) -> dict[str, Any]:
     """Read the ranks of single layers from a file."""
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"rank_plan {path!r}: {no_such_path(path)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"rank_plan cannot be read: {error}") from None
     return checked_rank_plan(plan)

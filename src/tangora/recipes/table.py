@@ -355,7 +355,7 @@ def recipe(name: str) -> Recipe:
 def _looked_up(name: str) -> Recipe:
     by_name = {entry.name: entry for entry in _TABLE}
     known, *changes = name.split("@")
-    check_choice("recipe", known, tuple(by_name))
+    check_choice("recipe", known, tuple(by_name), listed_by="tangora list")
     return by_name[known].with_options(**dict(map(_option, changes))) if changes else by_name[known]
 
 

@@ -19,7 +19,7 @@ import datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tangora._checks import InputError, near_hint, reason
+from tangora._checks import InputError, near_hint, near_path, reason
 from tangora.probes.stillness import preserved_randomness, seeded
 from tangora.training.code_eval import (
     GeneratedProgram,
@@ -99,7 +99,9 @@ def load_benchmarks(
         InputError: If there is no such task, its data cannot be loaded, or it would run programs unprotected.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"benchmark_path must be a folder with YAML files of tasks; {folder!r} is none")
+        raise InputError(
+            f"benchmark_path must be a folder with YAML files of tasks; {folder!r} is none{near_path(folder)}"
+        )
     manager = _manager(folder, lm_evals=False)
     if not set(names) <= set(manager.all_tasks):
         manager = _manager(folder, lm_evals=True)

@@ -20,7 +20,7 @@ from tangora.curvature.space_curvature import SpaceCurvature, space_curvature
 from tangora.probes import as_batches, gradient_norms, probed_layers
 from tangora.training.callbacks import DivergedError, JsonLines, Stopwatch, read_history
 
-_TOP_PRODUCTS = 40
+TOP_PRODUCTS = 40
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def curvature_point(
     batches = as_batches(batches)
     how: dict[str, Any] = {"layers": None if layers is None else list(layers), "loss_fn": loss_fn}
     operators = {name: Hessian(model, batches, over=name, **how) for name in over}
-    budget: dict[str, Any] = {"top_products": _TOP_PRODUCTS, "trace_products": trace_products, "seed": seed}
+    budget: dict[str, Any] = {"top_products": TOP_PRODUCTS, "trace_products": trace_products, "seed": seed}
     spaces = {name: space_curvature(operator, **budget)[0] for name, operator in operators.items()}
     first = next(iter(operators.values()))
     if "tangent" not in operators and "factors" not in operators:

@@ -41,7 +41,7 @@ def hub_problem(name: str, repo_type: str) -> tuple[str | None, bool]:
     asking = threading.Thread(target=lambda: found.append(_ask(name, repo_type)), daemon=True)
     asking.start()
     asking.join(TIMEOUT)
-    late = f"the hub cannot be reached (no answer in {TIMEOUT:g} s) and the name is not in its cache"
+    late = f"the hub cannot be reached (no answer in {TIMEOUT:g} s), and the name is not in its cache"
     return found[0] if found else (late, True)
 
 
@@ -51,12 +51,12 @@ def _ask(name: str, repo_type: str) -> tuple[str | None, bool]:
     except HFValidationError:
         return "it is not a valid hub name", False
     except OfflineModeIsEnabled:
-        return "hub access is disabled (HF_HUB_OFFLINE) and the name is not in the cache", True
+        return "hub access is disabled (HF_HUB_OFFLINE), and the name is not in the cache", True
     except GatedRepoError:
         return f"you must first request access to this {repo_type} on the hub", True
     except RepositoryNotFoundError:
         return f"the hub has no such {repo_type} (or it is private)", False
     # which library carries the requests, and with it the type of its errors, changed twice
     except Exception as error:
-        return f"the hub cannot be reached ({type(error).__name__}) and the name is not in its cache", True
+        return f"the hub cannot be reached ({type(error).__name__}), and the name is not in its cache", True
     return None, False

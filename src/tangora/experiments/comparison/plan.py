@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from tangora._checks import InputError, check_choice, shown
 from tangora._names import Kind
 from tangora.experiments.comparison.paper import Paper, by_task
-from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted
+from tangora.experiments.settings import RunSettings, TaskSettings, check_adapted, check_named
 from tangora.experiments.values import Seed, Settings, separated, validated
 from tangora.recipes import recipe
 
@@ -108,6 +108,13 @@ class CompareSettings(TaskSettings):
     @classmethod
     def _published(cls, paper: Any) -> Any:
         return validated(Paper, paper, "paper") if isinstance(paper, dict) else paper
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        for value in values if isinstance(values, list) else [values]:
+            check_named("recipes", value)
+        return values
 
     @field_validator("recipes")
     @classmethod

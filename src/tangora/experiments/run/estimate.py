@@ -106,7 +106,10 @@ def _base(settings: RunSettings, config: PretrainedConfig, kind: Kind, num_label
     base: Any = empty_model(config, kind, num_labels, getattr(torch, settings.dtype))
     base.config.use_cache = False
     if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # newer versions of transformers warn of the older name
+        name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(base, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
         base.enable_input_require_grads()
     return base
 

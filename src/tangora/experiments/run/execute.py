@@ -254,9 +254,7 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
         warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         max_grad_norm=settings.clip,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        # the other kind finds no gradient where a frozen base has embedded the tokens
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **_checkpointing(settings.gradient_checkpointing),
         use_cpu=settings.device == "cpu" or (num_ranks() > 1 and not torch.cuda.is_available()),
         seed=settings.seed,
         data_seed=settings.seed,
@@ -300,6 +298,16 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    if not wanted:
+        return {}
+    # newer versions of transformers warn of the older name
+    newer = hasattr(transformers.TrainingArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
+    # the other kind finds no gradient where a frozen base has embedded the tokens
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _model_of(trainer: Trainer) -> nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
-from tangora._checks import InputError
+from tangora._checks import InputError, no_such_path
 from tangora._folders import RunFolder
 from tangora.curvature import Hessian
 from tangora.curvature.adapted import chosen
@@ -29,7 +29,7 @@ from tangora.experiments.settings import RunSettings
 from tangora.report import load_record
 from tangora.report.run_records import SPREAD_OVER_LAYERS, Flatness
 from tangora.training.callbacks import TrajectoryRecorder, measured_steps, read_trajectory
-from tangora.training.curvature import CurvatureCallback, read_curvature
+from tangora.training.curvature import TOP_PRODUCTS, CurvatureCallback, read_curvature
 from tangora.training.data import Task
 
 _NUM_DURING, _NUM_AT_THE_END = 16, 32
@@ -43,6 +43,9 @@ _RADIUS = 0.05
 
 _BUDGET = {"top_products": 20, "trace_products": 12}
 _ASCENT, _KRYLOV = 3, 4
+
+PRODUCTS_DURING, PRODUCTS_AT_THE_END = TOP_PRODUCTS + _BUDGET["trace_products"], sum(_BUDGET.values())
+"""Most Hessian-vector products for one space, at a measured step and at the end of a run."""
 
 
 def trajectory_recorder(run: Run, model: nn.Module) -> TrajectoryRecorder | None:
@@ -100,7 +103,8 @@ def check_reference(settings: RunSettings, task: Task) -> Reference | None:
     folder = Path(settings.reference)
     path = RunFolder(folder).record
     if not path.is_file():
-        raise InputError(f"reference {folder} is not a finished run: record.json is missing")
+        missing = "record.json is missing" if folder.exists() else no_such_path(folder)
+        raise InputError(f"reference {folder} is not a finished run: {missing}")
     record = load_record(path)
     if record.recipe != "full" or record.status != "finished":
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from tangora._checks import InputError
+from tangora._checks import InputError, near_hint
 from tangora.training.data.images import IMAGE, PIXELS, StoredImage
 from tangora.training.data.readers import RawData, RawRow, excerpt, listed
 from tangora.training.data.recognise import Layout
@@ -224,8 +224,9 @@ def class_notes(found: Sequence[str], names: Sequence[str]) -> list[str]:
     counts = Counter(found)
     notes = [f"{len(names)} classes: {listed([f'{name} ({counts[name]})' for name in names])}"]
     if alone := [name for name in names if counts[name] == 1]:
+        guessed = [f"{name}{near_hint(name, [each for each in names if each != name])}" for name in alone]
         notes.append(
-            f"classes with a single example, which cannot be both trained and tested: {listed(alone)}"
+            f"classes with a single example, which cannot be both trained and tested: {listed(guessed)}"
         )
     if absent := [name for name in names if not counts[name]]:
         notes.append(f"classes without an example: {listed(absent)}")

@@ -19,7 +19,7 @@ def check_fit(
     """Check that a model can read a task's texts, and count those that are too long."""
     if isinstance(tokenizer, ImageScaler):
         return []
-    notes = []
+    cut, longest, affected = [], 0, []
     for name, examples in (("training", task.train), ("validation", task.validation), ("test", task.test)):
         if not examples:
             continue
@@ -30,19 +30,24 @@ def check_fit(
         long = [len(tokens) for tokens in texts if len(tokens) > max_length]
         if not long:
             continue
-        told = f"{len(long)} of {len(texts)} {name} examples are cut to {max_length} tokens (longest {max(long)})"
+        told = f"{len(long)} of {len(texts)} {name}"
         if name == "training":
             how = {"kind": task.kind, "max_length": max_length, "chat_template": chat_template}
             kept = {_seen(encoding) for encoding in encode(examples, tokenizer, **how)}
             if len(kept) < len({*map(tuple, texts)}) / 2:
                 raise InputError(
-                    f"{told}, so that only {len(kept)} different examples remain; increase "
-                    "--max-length, or shorten the texts"
+                    f"{told} examples are cut to {max_length} tokens (longest {max(long)}), so that only {len(kept)} "
+                    "different examples remain; increase --max-length, or shorten the texts"
                 )
-        notes.append(
-            f"{told}; {_lost(turns, tokenizer, task.kind, max_length)} is lost; increase --max-length"
-        )
-    return notes
+        cut.append(told)
+        longest = max(longest, *long)
+        affected += turns
+    if not cut:
+        return []
+    lost = _lost(affected, tokenizer, task.kind, max_length)
+    splits = " and ".join(filter(None, [", ".join(cut[:-1]), cut[-1]]))
+    told = f"{splits} examples are cut to {max_length} tokens (longest {longest}); {lost} is lost"
+    return [f"{told}; increase --max-length"]
 
 
 def _turns(

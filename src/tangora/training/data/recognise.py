@@ -35,6 +35,7 @@ _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "u
 _COMPLETIONS = ("completion", "response", "output", "solution", "answer", "assistant")
 _CONTEXTS = ("input", "context")
 _NO_TEXTS = {*_LABELS, *_CHATS, *_PROMPTS, *_COMPLETIONS}
+_LONGEST_NAME = 60
 _NUMBERING = re.compile(r"|index|idx|id|.*_(id|idx)|unnamed:_\d+")
 
 
@@ -73,7 +74,7 @@ class Layout:
         }
         told = ", ".join(f"{role} = {' and '.join(map(repr, names))}" for role, names in used.items())
         taken = {name for names in used.values() for name in names}
-        rest = [repr(name) for name in present if name not in taken]
+        rest = [repr(_short(name)) for name in present if name not in taken]
         return f"columns: {told}" + (f"; not used: {listed(rest)}" if rest else "")
 
 
@@ -118,7 +119,7 @@ class _Finder:
         for name in wanted.split("|"):
             if len(near := [column for column in self.present if _plain(column) == _plain(name)]) == 1:
                 return near[0]
-        check_choice(f"{self.data.name}: {argument}", wanted, self.present)
+        check_choice(f"{self.data.name}: {argument}", wanted, [*map(_short, self.present)])
         raise AssertionError
 
     def known(self, names: Sequence[str], role: str, *, without: Sequence[str] = ()) -> str | None:
@@ -180,8 +181,9 @@ class _Finder:
 
     def header(self) -> str:
         """Return a sentence of which columns there are."""
-        table = " (from the first line)" if self.data.name.lower().endswith((".csv", ".tsv")) else ""
-        return f"its columns{table} are {listed([_quoted(column) for column in self.present]) or 'none'}"
+        is_table = self.data.name.lower().endswith((".csv", ".tsv"))
+        place = " (from the first line, which must be a header)" if is_table else ""
+        return f"its columns{place} are {listed([*map(_quoted, map(_short, self.present))]) or 'none'}"
 
 
 def _kind(finder: _Finder, given: Columns) -> Kind:
@@ -304,6 +306,11 @@ def _is_number(text: str) -> bool:
 def _plain(name: str) -> str:
     """Return a column's name as it is compared: without case, blanks around it, and kinds of spaces inside."""
     return re.sub(r"[\s-]+", "_", str(name).strip().casefold())
+
+
+def _short(name: str) -> str:
+    """Return a column's name, or the beginning of one that is a whole text, as in a file without a header."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _quoted(name: str) -> str:

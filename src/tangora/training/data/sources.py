@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 
-from tangora._checks import InputError, near_hint, reason
+from tangora._checks import InputError, near_hint, near_path, no_such_path, reason
 from tangora.training.data.conversations import read_chatterbot
 from tangora.training.data.generated import PREFIX
 from tangora.training.data.images import hub_image
@@ -40,7 +40,7 @@ def read_data(spec: str) -> RawData:
     if (path := local_path(spec)) is not None:
         return read_folder(path) if path.is_dir() else read_file(path)
     if is_data_path(spec):
-        raise InputError(f"data {spec!r}: there is no such file or folder; {_allowed()}")
+        raise InputError(f"data {spec!r}: {no_such_path(spec)}; {_allowed()}")
     return _read_hub(spec)
 
 
@@ -139,8 +139,8 @@ def _read_hub(spec: str) -> RawData:
                     raise
         problems.append(problem)
         unreachable = cached
-    hint = near_hint(spec, [*BUILT_IN_DATA, PREFIX.rstrip(":")])
-    raise InputError(f"data {spec!r}{hint} is no local file or folder, and {problems[0]}; {_allowed()}")
+    hint = near_hint(spec, [*BUILT_IN_DATA, PREFIX.rstrip(":")]) or near_path(spec)
+    raise InputError(f"data {spec!r}{hint} is not a local file or folder; {problems[0]}; {_allowed()}")
 
 
 def _load_from_hub(name: str, config: str | None, *, local: bool) -> RawData:

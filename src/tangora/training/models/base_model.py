@@ -21,6 +21,8 @@ from tangora._checks import (
     check_seed,
     check_whole,
     near_hint,
+    near_path,
+    no_such_path,
     reason,
 )
 from tangora._names import KINDS, Kind
@@ -201,7 +203,7 @@ def _resolve(name: str) -> _Source:
         return _Source(name, str(path), True)
     # no hub name looks like these, nor like a packaged name
     if is_model_path(name):
-        raise InputError(f"model {name!r}: there is no such file or folder; {_ALLOWED}")
+        raise InputError(f"model {name!r}: {no_such_path(name)}; {_ALLOWED}")
     return _Source(name, name, _is_cached_only(name))
 
 
@@ -214,8 +216,8 @@ def _is_cached_only(name: str) -> bool:
         with contextlib.suppress(OSError, ValueError):
             _Source(name, name, True).config()
             return True
-    hint = near_hint(name, PACKAGED_MODELS)
-    raise InputError(f"model {name!r}{hint} is no local file or folder, and {problem}; {_ALLOWED}")
+    hint = near_hint(name, PACKAGED_MODELS) or near_path(name)
+    raise InputError(f"model {name!r}{hint} is not a local file or folder; {problem}; {_ALLOWED}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import transformers
 from transformers import CLIPConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, T5Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from tangora._checks import InputError, reason
+from tangora._checks import InputError, no_such_path, reason
 from tangora._names import Kind
 from tangora.training.models.base_model import AUTO_MODELS, PACKAGED_MODELS
 from tangora.training.models.clip import classifier_config
@@ -57,7 +57,7 @@ def read_config(name: str) -> PretrainedConfig:
         return vit_config(2)
     path = locate(name, PACKAGED_MODELS[name]) if name in PACKAGED_MODELS else local_path(name)
     if path is None and is_model_path(name):
-        raise InputError(f"model {name!r}: there is no such file or folder")
+        raise InputError(f"model {name!r}: {no_such_path(name)}")
     try:
         return _from_files(name if path is None else path)
     except Exception as error:  # a damaged file ends in any of them
