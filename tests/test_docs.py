@@ -245,6 +245,19 @@ def run_bash(script, call, place):
         assert code == 0, f"{line}\n{err}"
 
 
+def test_links_have_titles_and_lead_to_what_the_site_can_show():
+    for page in PAGES:
+        links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page.read_text("utf-8"))
+        assert [text for text, _ in links if re.fullmatch(r"[a-z_]+\.md", text)] == [], page
+        # files outside of docs are copied as plain text, which has no anchors
+        beyond = [
+            link
+            for _, link in links
+            if "#" in link and ROOT / "docs" not in (page.parent / link.split("#")[0]).resolve().parents
+        ]
+        assert page == ROOT / "README.md" or [link for link in beyond if link.startswith("../")] == [], page
+
+
 PAGES_WITH_BLOCKS = [page for page in PAGES if blocks(page)]
 
 
