@@ -32,12 +32,11 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add what pages link to outside of docs, and the page of the command line."""
     pages = [page for page in files if page.is_documentation_page()]
-    for path in sorted({path for page in pages for path in _linked(page)}):
-        for file in _listed(path):
-            where = f"{FILES}/{file.relative_to(ROOT).as_posix()}"
-            files.append(
-                File.generated(config, where if file.suffix != ".md" else f"{where}.txt", abs_src_path=file)
-            )
+    linked = {path for page in pages for path in _linked(page)}
+    for file in sorted({file for path in linked for file in _listed(path)}):
+        where = f"{FILES}/{_name(file)}" + (".txt" if file.suffix == ".md" else "")
+        files.append(File.generated(config, where, abs_src_path=file))
+    for path in sorted(linked):
         if path.is_dir():
             files.append(
                 File.generated(config, f"{FILES}/{_name(path)}/index.html", content=_folder_page(path))
