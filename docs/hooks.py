@@ -18,17 +18,25 @@ DOUBLE_STRUCK = re.compile(r'(?<=<mi) mathvariant="double-struck">(\w)')  # whic
 BLACKBOARD = {"R": ">ℝ", "E": ">𝔼"}
 COMMAND_LINE = "api/command-line.md"
 FILES = "files"  # where the site keeps what pages link to outside of docs
+MARKUP = re.compile(r"([\\`*_{}\[\]#|])")
+
+
+def on_config(config: Any) -> Any:
+    """Show the version at the foot of every page."""
+    import tangora
+
+    config.copyright = f"tangora {tangora.__version__}, {config.copyright}"
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add what pages link to outside of docs, and the page of the command line."""
     pages = [page for page in files if page.is_documentation_page()]
-    for path in sorted({path for page in pages for path in _linked(page)}):
-        for file in _listed(path):
-            where = f"{FILES}/{file.relative_to(ROOT).as_posix()}"
-            files.append(
-                File.generated(config, where if file.suffix != ".md" else f"{where}.txt", abs_src_path=file)
-            )
+    linked = {path for page in pages for path in _linked(page)}
+    for file in sorted({file for path in linked for file in _listed(path)}):
+        where = f"{FILES}/{_name(file)}" + (".txt" if file.suffix == ".md" else "")
+        files.append(File.generated(config, where, abs_src_path=file))
+    for path in sorted(linked):
         if path.is_dir():
             files.append(
                 File.generated(config, f"{FILES}/{_name(path)}/index.html", content=_folder_page(path))
@@ -103,7 +111,7 @@ def _command_line() -> Iterator[str]:
     yield "Every flag is also a key of a YAML file (`--config`), with underscores in place of hyphens.\n"
     for name, command in group.commands.items():
         text, examples = (*re.split("Examples?:", re.sub(r"\[/?dim\]", "", command.help or "")), "")[:2]
-        yield f"## tangora {name}\n\n{text.strip()}\n"
+        yield f"## tangora {name}\n\n{_plain(text.strip())}\n"
         if examples.strip():
             yield f"```bash\n{inspect.cleandoc(examples)}\n```\n"
         panels: dict[str, list[str]] = {}
@@ -119,5 +127,10 @@ def _row(parameter: Any) -> str:
     flags = [name for name in parameter.opts if name.startswith("-")]
     names = ", ".join(f"`{name}`" for name in flags or [parameter.metavar])
     value = f" `{parameter.metavar}`" if flags and parameter.metavar else ""
-    text = " ".join((parameter.help or "").split())
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in (names + value, text)) + " |"
+    text = _plain(" ".join((parameter.help or "").split()))
+    return "| " + (names + value).replace("|", r"\|") + f" | {text} |"
+
+
+def _plain(text: str) -> str:
+    """Keep Markdown from reading marks in a help text, such as asterisks in a pattern; its marks are Rich's."""
+    return MARKUP.sub(r"\\\1", html.escape(text.replace(r"\[", "["), quote=False))

@@ -1,7 +1,8 @@
 """Every command and script of README and docs runs, with small models under the names of large ones and few steps.
 
 The blocks of a page run in their order in one folder. In guides a block of Python may use the usual names (`model`,
-`batches`, ...) without making them; the blocks of a tutorial share what they make, as a reader's would.
+`batches`, ...) without making them; the blocks of a tutorial share what they make, as a reader's would, until shell
+commands end the session.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ CHAT = (
 
 STAND_INS = {
     "smollm2-135m": "llm",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "llm",
     "meta-llama/Meta-Llama-3-8B": "llm",
     "meta-llama/Meta-Llama-3-70B": "llm",
     "./large": "llm",
@@ -243,6 +245,19 @@ def run_bash(script, call, place):
         assert code == 0, f"{line}\n{err}"
 
 
+def test_links_have_titles_and_lead_to_what_the_site_can_show():
+    for page in PAGES:
+        links = re.findall(r"\[([^\]]+)\]\(([^)\s]+)\)", page.read_text("utf-8"))
+        assert [text for text, _ in links if re.fullmatch(r"[a-z_]+\.md", text)] == [], page
+        # files outside of docs are copied as plain text, which has no anchors
+        beyond = [
+            link
+            for _, link in links
+            if "#" in link and ROOT / "docs" not in (page.parent / link.split("#")[0]).resolve().parents
+        ]
+        assert page == ROOT / "README.md" or [link for link in beyond if link.startswith("../")] == [], page
+
+
 PAGES_WITH_BLOCKS = [page for page in PAGES if blocks(page)]
 
 
@@ -260,6 +275,7 @@ def test_what_a_page_says_runs(page, things, place, call, monkeypatch):
     for number, (language, block) in enumerate(blocks(page)):
         if language == "bash":
             run_bash(block, call, place)
+            shared = {"__name__": "page"}
         elif not any(word in block for word in OTHER_PACKAGES):
             names = shared if tutorial else {**usual_names(things), "__name__": "page"}
             if "save_adapter" in block and not tutorial:

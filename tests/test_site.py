@@ -3,6 +3,9 @@
 import ast
 import re
 from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
 
 import tangora
 from tangora import curvature
@@ -14,10 +17,22 @@ def test_everything_exported_is_on_a_page_of_the_reference_once():
     placed = re.findall(
         r"^::: (\S+)$", "\n".join(page.read_text() for page in API.glob("*.md")), re.MULTILINE
     )
-    assert len(placed) == len(set(placed))
-    exported = {f"tangora.{name}" for name in tangora.__all__ if name != "curvature"}
-    exported |= {f"tangora.curvature.{name}" for name in curvature.__all__}
-    assert exported - set(placed) == set()
+    objects = [resolve_name(name) for name in placed]
+    assert len(objects) == len({id(each) for each in objects})
+    exported = [getattr(tangora, name) for name in tangora.__all__ if name != "curvature"]
+    exported += [getattr(curvature, name) for name in curvature.__all__]
+    assert [each for each in exported if not any(each is one for one in objects)] == []
+
+
+def test_the_reference_shows_no_module_in_place_of_a_function_with_its_name():
+    griffe = pytest.importorskip("griffe", reason="needs the extra docs")
+    package = griffe.load(
+        "tangora", search_paths=[Path(tangora.__file__).parent.parent], resolve_aliases=True
+    )
+    placed = re.findall(
+        r"^::: tangora\.(\S+)$", "\n".join(page.read_text() for page in API.glob("*.md")), re.MULTILINE
+    )
+    assert [name for name in placed if package[name].is_module] == []
 
 
 def test_troubleshooting_quotes_messages_as_they_are():

@@ -48,7 +48,9 @@ class Recipe:
     name: str
     """Its name for ``tangora.recipe`` and the command line."""
     summary: str
+    """What it is, in a line, for lists and pages."""
     paper: str
+    """Its source: an arXiv identifier or an address."""
     learning_rates: tuple[float, ...]
     """Default grid for a sweep, ascending, in units of the method's own optimizer."""
     make_optimizer: MakeOptimizer
@@ -60,6 +62,7 @@ class Recipe:
     start: str | None = None
     """Name of the initialization for `tangora.initialize`; ``None`` for PEFT's own."""
     start_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Options of that initialization."""
     trains: bool = True
     """Whether training follows the initialization."""
     search: RankSearch | None = None
