@@ -153,7 +153,7 @@ def model_card(
 def _without_paths(text: str) -> str:
     """Shorten absolute paths to their last part, so that a card does not describe the machine that wrote it.
 
-    Example:
+    Examples:
         >>> _without_paths("/home/me/data/train.jsonl, see https://example.org/a/b")
         'train.jsonl, see https://example.org/a/b'
     """

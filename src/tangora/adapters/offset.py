@@ -109,7 +109,7 @@ def attach_offset(model: PeftModel, adapter_name: str, factors: Mapping[str, tup
         fit, the adapter is
             merged, or its initialization changed the base weights. The model is then as it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))

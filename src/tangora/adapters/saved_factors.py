@@ -209,7 +209,7 @@ def truncate(
     factors $Q_B P_k \Sigma_k^{1/2}$ and $\Sigma_k^{1/2} Q_k^\top Q_A^\top$, which are balanced
     (Eckart and Young, 1936).
 
-    Example:
+    Examples:
         >>> B, A = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.eye(2)
         >>> B1, A1, values = truncate(B, A, 1)
         >>> (B1 @ A1).round(), values

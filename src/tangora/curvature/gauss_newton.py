@@ -237,7 +237,7 @@ class GaussNewton(SandwichOperator):
     Raises:
         InputError: If the model or the batches allow no curvature, or there are no outputs that the loss is made of.
 
-    Example:
+    Examples:
         >>> import torch
         >>> def loss_fn(model, batch):
         ...     outputs = model(batch)

@@ -67,7 +67,7 @@ class Hessian(CurvatureOperator):
     Raises:
         InputError: If the model or the batches allow no Hessian; one sentence says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))

@@ -88,13 +88,13 @@ def diagnose(
         seed: Seed of the random vectors and the random initializations; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
-        progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.
+        progress: Whether to draw a progress bar on a terminal, or a function called after each batch instead.
 
     Raises:
         InputError: If an argument is out of range, the model has no layer to look at, or its adapter is merged,
             disabled or began by changing the base weights.
 
-    Example:
+    Examples:
         >>> diagnosis = tangora.diagnose(model, batches)  # doctest: +SKIP
         >>> diagnosis.totals.starts  # doctest: +SKIP
         {'lora': 0.014, 'orthogonal': 0.031, 'pissa': 0.052, 'lora-ga': 0.63, 'lora-one': 0.61}

@@ -131,7 +131,7 @@ def plan_ranks(
     Raises:
         InputError: If a rank is out of range, or needs more singular values than are known.
 
-    Example:
+    Examples:
         >>> flat = LayerGradient(8, 8, (1.0,) * 8, energy=8.0)
         >>> strong = LayerGradient(8, 8, (2.0,) * 8, energy=32.0)
         >>> plan_ranks({"a": strong, "b": flat}, 2).ranks

@@ -85,17 +85,15 @@ def initialize(
     writes an adapter for the original base. Gradients are read through probes in the memory of LoRA training. Call it
     before making the optimizer.
 
-    ============= ============================================= ===============================================
-    method        initialization                                options (default)
-    ============= ============================================= ===============================================
-    lora          PEFT's: A random, B = 0
-    orthogonal    random orthogonal A and B                     size (0.577)
-    pissa         principal directions of the weight            niter (None: exact)
-    lora-ga       singular directions of the gradient           direction (ArB2r), scale (stable), stable_gamma (16)
-    lora-one      rank-r step of gradient descent               gamma (128)
-    lora-one-v1   its directions, the model starts at the base  gamma (128)
-    one-step      the step itself, not to be trained further    step, or held_out batches to search it on
-    ============= ============================================= ===============================================
+    | method | initialization | options (default) |
+    |---|---|---|
+    | ``lora`` | PEFT's: A random, B = 0 | |
+    | ``orthogonal`` | random orthogonal A and B | ``size`` (0.577) |
+    | ``pissa`` | principal directions of the weight | ``niter`` (None: exact) |
+    | ``lora-ga`` | singular directions of the gradient | ``direction`` (ArB2r), ``scale``, ``stable_gamma`` (16) |
+    | ``lora-one`` | rank-r step of gradient descent | ``gamma`` (128) |
+    | ``lora-one-v1`` | its directions, the model starts at the base | ``gamma`` (128) |
+    | ``one-step`` | the step itself, not to be trained further | ``step``, or ``held_out`` batches to search it on |
 
     LoRA-GA and ``lora-one-v1`` need directions of the gradient and read the batches once, or three times where spectra
     fall slowly. ``lora-one`` and ``one-step`` need singular values, too, and read them four times. All take
@@ -111,7 +109,7 @@ def initialize(
         loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
         seed: Seed of everything random; the global random state is untouched.
         adapter_name: Which adapter; default the active one.
-        progress: Whether to draw a progress bar on a terminal, or what is called after each batch instead.
+        progress: Whether to draw a progress bar on a terminal, or a function called after each batch instead.
         **options: As in the table.
 
     Returns:
@@ -120,7 +118,7 @@ def initialize(
     Raises:
         InputError: If method, options or batches cannot be used. The model is then as it was.
 
-    Example:
+    Examples:
         >>> tangora.initialize(model, "lora-ga", batches)  # doctest: +SKIP
     """
     began = time.perf_counter()

@@ -76,7 +76,7 @@ class ODELoRA(PairOptimizer):
     Attributes:
         replay: Evaluates loss and gradients again when `step` gets no closure; set by `tangora.Trainer`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from tangora import ODELoRA

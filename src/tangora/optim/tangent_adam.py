@@ -105,7 +105,7 @@ class TangentAdam(LayerwiseOptimizer):
         **common: ``betas``, ``eps``, ``weight_decay``, ``maximize``, ``foreach`` and ``on_nonfinite``, see
             `tangora.optim.PairOptimizer`; the decay is that of $B A$.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from tangora import TangentAdam

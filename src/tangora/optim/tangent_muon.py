@@ -75,6 +75,7 @@ class TangentMuon(LayerwiseOptimizer):
     Args:
         lr: How far a step moves a layer at rank 8: its output by about this share of the root mean square of its
             input, at most. It must decay towards the end of training, since steps do not shrink with the gradient.
+            On causal language models begin with 0.005.
         momentum: Decay rate of the momentum.
         nesterov: Whether the step looks ahead along $\beta M + (1 - \beta) g$.
         iterations: Alternating projections between the spectral ball and the tangent space.

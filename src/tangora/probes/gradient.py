@@ -76,7 +76,7 @@ class GradientProbe:
             the big one.
         progress: Called after every batch of each reading.
 
-    Example:
+    Examples:
         >>> with GradientProbe(model, probed_layers(model)) as probe:  # doctest: +SKIP
         ...     readings = probe.read(batches, {"lm_head": Request(right=omega)})
     """

@@ -226,7 +226,7 @@ class Recipe:
             held_out: Further batches, for an initialization that is tuned on them (``one-step``).
             loss_fn: ``loss_fn(model, batch)``; default the model's own loss.
             seed: Seed of what is random in it.
-            progress: Whether to draw a progress bar, or what is called after each batch instead.
+            progress: Whether to draw a progress bar, or a function called after each batch instead.
 
         Returns:
             Report of the initialization; ``None`` where PEFT's own stays.

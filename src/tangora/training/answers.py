@@ -146,7 +146,7 @@ def final_answer(text: str) -> str:
     That is the line after the first ``####`` (GSM8K), or after the last ``The answer is:`` (MetaMathQA), or else the
     last line that is not empty.
 
-    Example:
+    Examples:
         >>> final_answer("Half of 84 is 42.\n#### 42")
         '42'
     """

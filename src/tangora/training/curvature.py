@@ -89,7 +89,7 @@ class CurvatureCallback(TrainerCallback):
     Points are measured at the start, every ``every`` steps and at the end. Works with any Hugging Face Trainer. Under
     ``torch.distributed`` every rank reads its own batches, and the first one writes.
 
-    Example:
+    Examples:
         >>> trainer.add_callback(CurvatureCallback(batches, every=50))  # doctest: +SKIP
     """
 

@@ -40,7 +40,7 @@ def apply_recipe(
         InputError: If ``trainer`` is no Trainer, has an optimizer or a recipe already, or has a base model where the
             recipe needs an adapter; else as `Trainer` does. The Trainer is then as it was.
 
-    Example:
+    Examples:
         >>> import trl, tangora  # doctest: +SKIP
         >>> trainer = trl.DPOTrainer(model, args=config, train_dataset=pairs)  # doctest: +SKIP
         >>> tangora.apply_recipe(trainer, "tangent-muon").train()  # doctest: +SKIP
@@ -94,7 +94,7 @@ def optimizer_factory(optimizer: Callable[..., Optimizer], **options: Any) -> tu
     Raises:
         InputError: If ``lr`` is missing.
 
-    Example:
+    Examples:
         >>> import transformers, tangora
         >>> trainer = transformers.Trainer(  # doctest: +SKIP
         ...     model,

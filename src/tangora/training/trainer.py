@@ -89,7 +89,7 @@ class Trainer(transformers.Trainer):
             ``optimizer_cls_and_kwargs``; if another argument of this class comes without it; or if DeepSpeed or FSDP1
             would leave no LoRA pairs to train, or DeepSpeed would replace the optimizer that was given.
 
-    Example:
+    Examples:
         >>> import tangora
         >>> trainer = tangora.Trainer(  # doctest: +SKIP
         ...     base_model, arguments, train_dataset=data, recipe="lora-ga", learning_rate=3e-4

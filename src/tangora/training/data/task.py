@@ -95,7 +95,7 @@ def load_task(
     Raises:
         InputError: If the data set cannot be found or read, or has too few examples.
 
-    Example:
+    Examples:
         >>> task = load_task("bbc-news", num_train=300)
         >>> len(task.train), len(task.validation), len(task.test)
         (300, 200, 500)

@@ -116,7 +116,7 @@ def load_model(
     Raises:
         InputError: If the model cannot be found or is none of this kind.
 
-    Example:
+    Examples:
         >>> load_model("minilm-l6", kind="classification", labels=["good", "bad"]).model.config.num_labels
         2
     """

@@ -185,7 +185,7 @@ def _check_same(
 def class_words(label: str) -> str:
     """Write the name of a class as words.
 
-    Example:
+    Examples:
         >>> class_words("AnnualCrop"), class_words("parking_lot"), class_words("stop")
         ('Annual Crop', 'parking lot', 'stop')
     """
