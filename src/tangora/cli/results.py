@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from tangora._checks import InputError
 from tangora._folders import RunFolder
@@ -19,6 +18,7 @@ from tangora.report import (
     Row,
     diagnosis_sentences,
     diagnosis_tables,
+    formats,
     missing_sentence,
     recommendation_sentence,
     rich_table,
@@ -30,19 +30,18 @@ from tangora.report.comparison.benchmark_table import rich_benchmarks, unjudged_
 from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_sentences, curvature_tables
 from tangora.report.statistics.judgement import judge
+from tangora.report.terminal_table import TerminalTable
 
 
 def print_run(record: Record, output: Path) -> None:
     """Print what a run measured."""
-    table = Table(
-        title=f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}", box=None
+    names = dict.fromkeys(key for split in record.metrics.values() for key in split)
+    values = [[split.get(name) for split in record.metrics.values()] for name in names]
+    table = TerminalTable(
+        f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}",
+        ["", *("test, before" if split == "before" else split for split in record.metrics)],
+        [[name, *map(formats.metric, row)] for name, row in zip(names, values, strict=True)],
     )
-    for heading in ("", *record.metrics):
-        shown = "test, before" if heading == "before" else heading
-        table.add_column(shown, justify="right" if heading else "left")
-    for name in dict.fromkeys(key for split in record.metrics.values() for key in split):
-        cells = (split.get(name) for split in record.metrics.values())
-        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in cells))
     console.print(table)
     if record.status != "finished":
         raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
@@ -144,7 +143,7 @@ def print_diagnosis(files: DiagnosisFiles) -> None:
     _print_files(("report", files.page), ("plan", files.plan), ("numbers", files.record_path))
 
 
-def _print_found(tables: Iterable[Table], sentences: Iterable[str]) -> None:
+def _print_found(tables: Iterable[TerminalTable], sentences: Iterable[str]) -> None:
     for table in tables:
         console.print(table)
     for sentence in sentences:

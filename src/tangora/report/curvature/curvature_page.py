@@ -6,8 +6,6 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.table import Table as RichTable
-
 from tangora.curvature import BatchNoise, Eigenvalue, LayerCurvature, TraceEstimate
 from tangora.report import formats
 from tangora.report.curvature.curvature_figures import FACTORS, SPACE_NAMES, figures, spectrum_name
@@ -25,6 +23,7 @@ from tangora.report.layout import Section, render, repeat
 from tangora.report.record_files import write_atomic
 from tangora.report.report_table import Table
 from tangora.report.setup_facts import subject_facts
+from tangora.report.terminal_table import TerminalTable
 
 _MAX_LAYERS = 8
 _NARROW = ("over", "directions", "λ max", "residual", "trace", "‖H‖", "products")
@@ -299,7 +298,7 @@ def _sharpness_table(record: CurvatureRecord) -> Table:
     )
 
 
-def curvature_tables(record: CurvatureRecord) -> list[RichTable]:
+def curvature_tables(record: CurvatureRecord) -> list[TerminalTable]:
     """Make the tables for a terminal."""
     layers, table = record.layers, layer_curvature_table(record)
     top = sorted(range(len(layers)), key=lambda index: -layers[index].eigenvector_share)[:_MAX_LAYERS]
