@@ -79,12 +79,20 @@ def print_outcome(outcome: Outcome) -> None:
     _print_files(("report", outcome.report))
     _print_missing(outcome.comparison)
     if outcome.adapter is not None:
-        console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
+        console.print(f"adapter  {escape(str(outcome.adapter))} ({escape(adapter_words(outcome))})")
     if outcome.proof is not None:
         console.print(_proof_line(outcome.proof))
     if outcome.failed:
         names = ", ".join(record.id for record in outcome.failed)
         console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry runs them again")
+
+
+def adapter_words(outcome: Outcome) -> str:
+    """Name the recipe of the adapter, and say why it is not the recommended one, if so."""
+    name, advice = outcome.adapter_recipe or "", outcome.recommendation
+    if advice is None or not advice.decided or advice.recipe == name:
+        return name
+    return f"{name}; {advice.recipe}, which is recommended, has no adapter"
 
 
 def print_tables(comparison: Comparison) -> list[Row]:
