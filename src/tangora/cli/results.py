@@ -65,7 +65,9 @@ def benchmark_lines(record: Record, output: Path) -> list[str]:
         else:
             error = found.stderr.get(found.metric or "")
             margin = "" if error is None else f" ± {error:.4f}"
-            said = f"{found.metric} {found.value:.4f}{margin} ({found.num_examples} examples)"
+            said = (
+                f"{found.metric} {found.value:.4f}{margin} ({formats.plural(found.num_examples, 'example')})"
+            )
         lines.append(f"{name}  {said}")
     return lines
 
@@ -84,7 +86,9 @@ def print_outcome(outcome: Outcome) -> None:
         console.print(_proof_line(outcome.proof))
     if outcome.failed:
         names = ", ".join(record.id for record in outcome.failed)
-        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry runs them again")
+        console.print(
+            f"failed   {formats.plural(len(outcome.failed), 'run')} ({escape(names)}); --retry runs them again"
+        )
 
 
 def adapter_words(outcome: Outcome) -> str:
@@ -138,7 +142,10 @@ def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
 def print_curvature(files: CurvatureFiles) -> None:
     """Print the tables and the findings of a measurement of curvature."""
     record = files.record
-    count = f"{record.products} matrix–vector products over {record.num_examples} examples"
+    count = (
+        f"{formats.plural(record.products, 'matrix–vector product')} over "
+        f"{formats.plural(record.num_examples, 'example')}"
+    )
     _print_found(curvature_tables(record), [*curvature_sentences(record), count])
     pictures = [("picture", path) for path in files.pictures if path.suffix == ".png"]
     _print_files(("report", files.page), ("numbers", files.record_path), *pictures)

@@ -162,7 +162,7 @@ def speed_verdict(found: Mapping[str, Speed]) -> list[str]:
                 f"It is not clear which recipe first reaches {goal}: with so few steps the training "
                 "loss is a mean "
                 f"over only {formats.plural(lora.window, 'step')}, about as noisy as a single batch. Evaluate on "
-                "validation data during training (`evaluate_every`) to compare speed."
+                "validation data during training (--evaluate-every) to compare speed."
             )
         ]
     arrived = [item for item in found.values() if item.all_reached]
