@@ -167,7 +167,8 @@ def _of_batches(noise: BatchNoise | None) -> str | None:
     return (
         f"Over {formats.plural(len(noise.batches), 'mini-batch', 'mini-batches')} the largest curvature is "
         f"{formats.significant(noise.largest.mean)} on average, with a standard deviation of "
-        f"{formats.significant(noise.largest.deviation)}; the curvature of the mean loss is {formats.significant(noise.whole.value)}."
+        f"{formats.significant(noise.largest.deviation)}; the curvature of the mean loss is "
+        f"{formats.significant(noise.whole.value)}."
     )
 
 

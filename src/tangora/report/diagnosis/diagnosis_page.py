@@ -339,5 +339,6 @@ def reach_panel(diagnosis: Diagnosis) -> Panel:
         "share of the gradient",
         series,
         xrange=(0, 1.03 * limit),
+        xwhole=True,
         layout={"height": 440, "showlegend": True, "yaxis": {"range": [0, 1.02], "tickformat": ".0%"}},
     )
