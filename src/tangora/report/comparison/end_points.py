@@ -98,7 +98,14 @@ def flatness_section(judged: Judgement) -> Section | None:
 
 def rich_flatness(judged: Judgement) -> TerminalTable:
     """Make the table of end points for a terminal."""
-    return flatness_table(judged).only(_SHORT).rich("End points", wrapped=range(len(_SHORT)), tight=True)
+    table = flatness_table(judged)
+    shown = table.only(_SHORT)
+    more = (
+        "The page's table of end points has more columns."
+        if len(shown.headers) < len(table.headers)
+        else None
+    )
+    return shown.rich("End points", caption=more, wrapped=range(len(shown.headers)), tight=True)
 
 
 def flatness_table(judged: Judgement) -> Table:

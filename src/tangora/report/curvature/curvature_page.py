@@ -311,4 +311,5 @@ def curvature_tables(record: CurvatureRecord) -> list[TerminalTable]:
         "Mini-batches": batch_table(record),
         "Sharpness in a ball": _sharpness_table(record),
     }
-    return [table.rich(title) for title, table in found.items() if table.rows]
+    more = {"Curvature of the loss": "The page also has the lowest node and the gradient's norm."}
+    return [table.rich(title, caption=more.get(title)) for title, table in found.items() if table.rows]
