@@ -25,7 +25,7 @@ class OutputFolder:
     checkpoints = _In("checkpoints")  # of the Trainer, until the record is written
     lock = _In(".lock")
     cluster = _In("cluster")  # of a comparison while other machines work at it
-    adapter = _In("adapter")  # of a comparison the best one
+    adapter = _In("adapter")  # of a comparison that of the recommended recipe
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def comparison(settings, recipes=("lora", "full"), seeds=(0, 1)):
 
 
 def recipes_shown(rows, found):
-    return [str(cell) for cell in rich_table(rows, found).columns[0].cells]
+    return [row[0] for row in rich_table(rows, found).rows]
 
 
 def test_one_run_measures_the_base_model(small):

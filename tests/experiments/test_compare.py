@@ -84,6 +84,8 @@ def test_files(done):
         assert (folder / name).stat().st_size > 0 or name == "log.txt"
     assert (outcome.adapter / "adapter_config.json").exists()
     assert outcome.proof.difference <= 1e-5
+    advised = outcome.recommendation.recipe
+    assert outcome.adapter_recipe == advised or advised == "full"
     assert outcome.adapter_recipe in ("lora", "tangent")
 
 

@@ -134,7 +134,7 @@ def test_page_terminal_and_csv(tmp_path):
     assert list(section.table.headers) == ["recipe", "boolq acc", "piqa_ acc", "average"]
     assert [row[0].lines[0] for row in section.table.rows] == [row.recipe for row in judged.rows]
     assert 'id="benchmarks-table"' in render_page(comparison)
-    assert rich_benchmarks(judged).row_count == len(RECIPES)
+    assert len(rich_benchmarks(judged).rows) == len(RECIPES)
     write_benchmarks(judged, tmp_path / "benchmarks.csv")
     text = (tmp_path / "benchmarks.csv").read_text()
     assert section.downloads["benchmarks.csv"] == text

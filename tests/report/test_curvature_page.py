@@ -227,7 +227,7 @@ def test_findings():
     )
     joined = " ".join(sentences)
     for words in (
-        "the loss can increase from 0.5000 to 0.7500 at least",
+        "the loss can rise from 0.5000 to at least 0.7500",
         "predict 0.7000",
         "In the tangent space the Gauss–Newton part alone has largest eigenvalue 3 and trace 10 ± 0.5.",
         "In the tangent space the empirical Fisher matrix has largest eigenvalue 2 and trace 10 ± 0.5.",

@@ -169,6 +169,40 @@ def test_findings():
     assert all("None" not in sentence for sentence in plain + trained)
 
 
+def test_a_trained_adapter_is_not_at_its_first_step():
+    for found, first in ((diagnosis(), True), (diagnosis(adapter=None), True)):
+        assert ("the first step of training on" in diagnosis_sentences(found)[-1]) == first
+    trained = diagnosis_sentences(diagnosis(adapter=0.4, plain=False))[-1]
+    assert "the first step" not in trained
+    assert "the adapter's present weights" in trained
+
+
+def test_different_ranks_are_not_called_one():
+    found = diagnosis()
+    layers = tuple(replace(each, rank=1 + index % 2) for index, each in enumerate(found.layers))
+    assert "no adapter of these ranks can capture" in diagnosis_sentences(replace(found, layers=layers))[1]
+    assert "no adapter of this rank can capture" in diagnosis_sentences(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("uniform", "planned", "shown"),
+    [
+        (0.9991, 0.9993, "99.9 % of the gradient's energy, as rank "),
+        (0.5, 0.503, "50.3 % of the gradient's energy instead of 50.0 %"),
+        (0.5, 0.6, "60.0 % of the gradient's energy instead of 50.0 %"),
+    ],
+)
+def test_equal_shares_are_written_once(uniform, planned, shown):
+    found = diagnosis()
+    plan = replace(
+        found.plan, uniform_captured_energy=uniform, captured_energy=planned, rank_pattern={"a": 1}
+    )
+    found = replace(found, plan=plan)
+    (sentence,) = [each for each in diagnosis_sentences(found) if "adapter parameters (rank " in each]
+    assert shown in sentence
+    assert shown in html.unescape(render_diagnosis(record(found)))
+
+
 def test_a_start_that_pages_have_no_name_for_is_written_by_its_own():
     found = diagnosis()
     layers = tuple(replace(each, starts=each.starts | {"new": 0.75}) for each in found.layers)
@@ -197,7 +231,7 @@ def test_other_examples():
 
 
 def test_shares_of_one_rank_are_merged():
-    assert "80 % of the energy from rank 1 and 90 % of the energy only beyond rank 2." in " ".join(
+    assert "80 % of the energy from rank 1 on and 90 % of the energy only beyond rank 2." in " ".join(
         diagnosis_sentences(diagnosis(NAMES[:1]))
     )
     (sharp,) = diagnosis(NAMES[:1]).layers
@@ -205,7 +239,7 @@ def test_shares_of_one_rank_are_merged():
     (sentence,) = [
         s for s in diagnosis_sentences(diagnosis(NAMES[:1], layers=(sharp,))) if s.startswith("With one rank")
     ]
-    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1."
+    assert sentence == "With one rank for all layers, adapters can capture 90 % of the energy from rank 1 on."
 
 
 def test_model_and_data_come_first():

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from tangora.recipes import recipes
 from tangora.report import (
     EvaluationRecord,
     StepRecord,
@@ -15,7 +16,8 @@ from tangora.report.comparison.costs import COSTS, front, pareto_panel, time_fig
 from tangora.report.comparison.curves import evaluation_curves, loss_curves, loss_panel, smooth
 from tangora.report.comparison.learning_rates import rate_ticks, sweep_panel
 from tangora.report.drawing.charts import panel_figure
-from tangora.report.drawing.panels import recipe_styles
+from tangora.report.drawing.panels import Figure, Panel, Series, Style, recipe_styles
+from tangora.report.drawing.pictures import draw_picture
 from tangora.report.statistics.judgement import judge
 from tests.report.synthetic import (
     HOSTILE,
@@ -210,3 +212,29 @@ def test_the_same_picture_twice(tmp_path):
     comparison = make_comparison([make_record(), make_record("full")])
     paths = [save_picture(comparison, tmp_path / name) for name in ("a.png", "b.png")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_known_recipes_look_the_same_whatever_they_are_compared_with():
+    names = [entry.name for entry in recipes()]
+    together = recipe_styles(names)
+    assert len(set(together.values())) == len(names)
+    for name in names:
+        assert recipe_styles([name]) == {name: together[name]}
+    # an unknown one never takes the style of a known one beside it
+    mixed = recipe_styles([*names, *(f"own {index}" for index in range(20))])
+    assert len(set(mixed.values())) == len(names) + 20
+    assert together.items() <= mixed.items()
+    assert together["full"].color == together["lora"].color
+    assert together["full"].dash != together["lora"].dash
+    assert together["full"].marker != together["lora"].marker
+
+
+@pytest.mark.parametrize(
+    ("ends", "step"), [((1, 3), 1), ((0, 10), 2), ((1, 15), 5), ((0, 120), 20), ((5, 5), 1)]
+)
+def test_axes_that_count_have_whole_ticks(ends, step):
+    panel = Panel("", "number", "", [Series("a", ends, (0.5, 1.5))], xwhole=True)
+    axis = panel_figure(panel, {"a": Style("#000000", "solid", "circle")}).layout.xaxis
+    assert (axis.tick0, axis.dtick) == (0, step)
+    (axes,) = draw_picture(Figure("f", "", "", [panel])).axes
+    assert all(tick == int(tick) for tick in axes.get_xticks())

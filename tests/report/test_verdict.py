@@ -201,18 +201,23 @@ def test_the_cheapest_of_those_not_significantly_worse_is_recommended():
     low, high = found.difference_interval
     assert found.difference == pytest.approx(-0.01)
     assert low < -0.01 < 0 < high
-    assert recommendation_sentence(found).startswith(
-        "Recommendation: use cheap at 2e-4, the cheapest (10.0 s per run) of the 2 recipes that are not significantly "
-        "worse than the best, best (difference −0.0100, 95 % interval "
+    assert found.choice == ("cheap", "time", 2)
+    assert recommendation_sentence(found) == (
+        "Recommendation: use cheap at 2e-4: it is not significantly worse than the best, best (difference −0.0100, "
+        f"95 % interval {formats.interval((low, high), sign=True)}); of these 2 recipes it is the fastest "
+        "(10.0 s per run)."
     )
 
 
 def test_the_best_may_be_the_cheapest_or_the_only_one_left():
     found = advised(runs("best", NOISY, time=taking(5)), runs("dear", CLEAR, time=taking(10)))
     assert (found.recipe, found.best, found.difference) == ("best", "best", None)
-    assert recommendation_sentence(found).endswith("and the best itself.")
+    assert recommendation_sentence(found) == (
+        "Recommendation: use best at 2e-4: it has the best test result, and 1 other recipe is not significantly "
+        "worse; of these 2 recipes it is the fastest (5.0 s per run)."
+    )
     found = advised(runs("a", BETTER, time=taking(9)), runs("b", [0.5, 0.51, 0.52], time=taking(1)))
-    assert found.candidates == ("a",)
+    assert (found.candidates, found.choice) == (("a",), None)
     assert recommendation_sentence(found).startswith("Recommendation: use a at 2e-4, the best; ")
 
 
@@ -222,22 +227,76 @@ def test_one_slow_run_does_not_make_a_recipe_dear():
     assert advised(records, runs("y", CLEAR, time=taking(20))).recipe == "x"
 
 
-def test_memory_decides_between_equal_times():
-    def memory(peak):
-        return MemoryUse(peak_bytes=peak, optimizer_state_bytes=1, adapter_bytes=1)
+def needing(peak, state=1):
+    return MemoryUse(peak_bytes=peak, optimizer_state_bytes=state, adapter_bytes=1)
 
+
+BUSY = MachineLoad(before=9.0, after=9.0, processors=2)
+DECIDED = {
+    "time": ({"a": (10, 900), "b": (20, 100), "c": (30, 100)}, ("a", "time", 3), "it is the fastest (10.0 s"),
+    "memory": (
+        {"a": (10.0, 900), "b": (10.4, 100), "c": (11.0, 1)},
+        ("b", "memory", 2),
+        "of the 2 cheapest of these 3 recipes, within 5 % of each other in time, it needs the least memory (100 B ",
+    ),
+    "memory of all": (
+        {"a": (10.0, 900), "b": (10.4, 100), "c": (10.2, 800)},
+        ("b", "memory", 3),
+        "these 3 recipes are within 5 % of each other in time, and it needs the least memory (100 B peak memory)",
+    ),
+    "test result": (
+        {"a": (10.0, 722), "b": (10.4, 710), "c": (11.0, 1)},
+        ("a", "test result", 2),
+        "of the 2 cheapest of these 3 recipes, within 5 % of each other in time and memory, the best test result",
+    ),
+    "test result of all": (
+        {"a": (10.0, 722), "b": (10.4, 710), "c": (10.2, 715)},
+        ("a", "test result", 3),
+        "these 3 recipes are within 5 % of each other in time and memory, and the best test result decides",
+    ),
+    "busy, memory": (
+        {"a": (None, 900), "b": (None, 100), "c": (None, 800)},
+        ("b", "memory", 3),
+        "of these 3 recipes it needs the least memory (100 B peak memory); the machine was too busy",
+    ),
+    "busy, test result": (
+        {"a": (None, 722), "b": (None, 710), "c": (None, 715)},
+        ("a", "test result", 3),
+        "within 5 % of each other in memory, and the best test result decides; the machine was too busy",
+    ),
+    "busy, test result of some": (
+        {"a": (None, 722), "b": (None, 710), "c": (None, 900)},
+        ("a", "test result", 2),
+        "of the 2 cheapest of these 3 recipes, within 5 % of each other in memory, the best test result",
+    ),
+}
+
+
+@pytest.mark.parametrize(("costs", "choice", "words"), DECIDED.values(), ids=DECIDED)
+def test_what_decided_is_what_is_said(costs, choice, words):
+    tests = {"a": NOISY, "b": [0.915, 0.91, 0.92], "c": CLEAR}
+    found = advised(*(
+        runs(
+            name,
+            tests[name],
+            time=taking(seconds or 10),
+            load=BUSY if seconds is None else None,
+            memory=needing(peak),
+        )
+        for name, (seconds, peak) in costs.items()
+    ))  # fmt: skip
+    assert found.choice == choice
+    assert found.recipe == found.candidates[0] == choice[0]
+    assert words in recommendation_sentence(found)
+
+
+def test_where_no_peak_is_known_the_optimizer_state_is_compared():
     found = advised(
-        runs("a", CLEAR, time=taking(10.0), memory=memory(900)),
-        runs("b", NOISY, time=taking(10.4), memory=memory(100)),
-        runs("c", CLEAR, time=taking(11.0), memory=memory(1)),
+        runs("a", NOISY, time=taking(10), memory=needing(None, 2_000_000)),
+        runs("b", CLEAR, time=taking(10), memory=needing(None, 1_000_000)),
     )
-    assert found.candidates == ("b", "a", "c")
-    assert "(10.4 s per run, within 5 % of the fastest, 10.0 s)" in recommendation_sentence(found)
-
-
-def test_the_better_one_of_equally_cheap_ones_is_recommended():
-    found = advised(runs("a", CLEAR, time=taking(10.0)), runs("b", NOISY, time=taking(10.1)))
-    assert (found.recipe, found.best) == ("b", "b")
+    assert found.choice == ("b", "memory", 2)
+    assert "it needs the least memory (1.0 MB optimizer state)" in recommendation_sentence(found)
 
 
 def test_significantly_worse_is_meant_after_correction():

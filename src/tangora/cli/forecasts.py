@@ -11,7 +11,7 @@ from tangora.experiments.forecast import Forecast
 from tangora.experiments.run.estimate import Memory
 from tangora.experiments.run.measurements import PRODUCTS_AT_THE_END, PRODUCTS_DURING
 from tangora.report import formats
-from tangora.report.report_table import terminal_table
+from tangora.report.terminal_table import TerminalTable
 
 _MEMORY = {
     "weights": "frozen\nweights",
@@ -44,11 +44,11 @@ def _print(name: str, found: Forecast) -> None:
     grids = [
         [each.recipe, ", ".join(map(formats.learning_rate, each.learning_rates))] for each in found.recipes
     ]
-    console.print(terminal_table("", ["recipe", "learning rates"], grids))
+    console.print(TerminalTable("", ["recipe", "learning rates"], grids, wrapped=(0, 1)))
     sizes = [[each.recipe, *_sizes(each.memory)] for each in found.recipes if each.memory is not None]
     if sizes:
         console.print(
-            terminal_table("Memory of one run, estimated", ["recipe", *_MEMORY.values()], sizes, tight=True)
+            TerminalTable("Memory of one run, estimated", ["recipe", *_MEMORY.values()], sizes, tight=True)
         )
         console.print(_HOW_TO_READ)
     if found.paper is not None:
@@ -133,6 +133,6 @@ def _print_paper(paper: Paper) -> None:
         [name, *(f"{column[name]:g}" if name in column else formats.MISSING for column in numbers)]
         for name in recipes
     ]
-    console.print(terminal_table("Published", ["recipe", *paper.results], rows))
+    console.print(TerminalTable("Published", ["recipe", *paper.results], rows))
     for note in (paper.source, *paper.notes):
         console.print(escape(note))

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from tangora._checks import InputError
 from tangora._folders import RunFolder
@@ -19,6 +18,7 @@ from tangora.report import (
     Row,
     diagnosis_sentences,
     diagnosis_tables,
+    formats,
     missing_sentence,
     recommendation_sentence,
     rich_table,
@@ -30,19 +30,18 @@ from tangora.report.comparison.benchmark_table import rich_benchmarks, unjudged_
 from tangora.report.comparison.end_points import flatness_sentences, has_flatness, rich_flatness
 from tangora.report.curvature import curvature_sentences, curvature_tables
 from tangora.report.statistics.judgement import judge
+from tangora.report.terminal_table import TerminalTable
 
 
 def print_run(record: Record, output: Path) -> None:
     """Print what a run measured."""
-    table = Table(
-        title=f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}", box=None
+    names = dict.fromkeys(key for split in record.metrics.values() for key in split)
+    values = [[split.get(name) for split in record.metrics.values()] for name in names]
+    table = TerminalTable(
+        f"{record.recipe}, learning rate {record.learning_rate:g}, seed {record.seed}",
+        ["", *("test, before" if split == "before" else split for split in record.metrics)],
+        [[name, *map(formats.metric, row)] for name, row in zip(names, values, strict=True)],
     )
-    for heading in ("", *record.metrics):
-        shown = "test, before" if heading == "before" else heading
-        table.add_column(shown, justify="right" if heading else "left")
-    for name in dict.fromkeys(key for split in record.metrics.values() for key in split):
-        cells = (split.get(name) for split in record.metrics.values())
-        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in cells))
     console.print(table)
     if record.status != "finished":
         raise InputError(f"training {record.status}: {record.error}; try a smaller learning rate")
@@ -66,7 +65,9 @@ def benchmark_lines(record: Record, output: Path) -> list[str]:
         else:
             error = found.stderr.get(found.metric or "")
             margin = "" if error is None else f" ± {error:.4f}"
-            said = f"{found.metric} {found.value:.4f}{margin} ({found.num_examples} examples)"
+            said = (
+                f"{found.metric} {found.value:.4f}{margin} ({formats.plural(found.num_examples, 'example')})"
+            )
         lines.append(f"{name}  {said}")
     return lines
 
@@ -80,12 +81,22 @@ def print_outcome(outcome: Outcome) -> None:
     _print_files(("report", outcome.report))
     _print_missing(outcome.comparison)
     if outcome.adapter is not None:
-        console.print(f"adapter  {escape(str(outcome.adapter))} ({outcome.adapter_recipe})")
+        console.print(f"adapter  {escape(str(outcome.adapter))} ({escape(adapter_words(outcome))})")
     if outcome.proof is not None:
         console.print(_proof_line(outcome.proof))
     if outcome.failed:
         names = ", ".join(record.id for record in outcome.failed)
-        console.print(f"failed   {len(outcome.failed)} runs ({escape(names)}); --retry runs them again")
+        console.print(
+            f"failed   {formats.plural(len(outcome.failed), 'run')} ({escape(names)}); --retry runs them again"
+        )
+
+
+def adapter_words(outcome: Outcome) -> str:
+    """Name the recipe of the adapter, and say why it is not the recommended one, if so."""
+    name, advice = outcome.adapter_recipe or "", outcome.recommendation
+    if advice is None or not advice.decided or advice.recipe == name:
+        return name
+    return f"{name}; {advice.recipe}, which is recommended, has no adapter"
 
 
 def print_tables(comparison: Comparison) -> list[Row]:
@@ -131,7 +142,10 @@ def print_tasks(comparisons: Mapping[str, Comparison], report: Path) -> None:
 def print_curvature(files: CurvatureFiles) -> None:
     """Print the tables and the findings of a measurement of curvature."""
     record = files.record
-    count = f"{record.products} matrix–vector products over {record.num_examples} examples"
+    count = (
+        f"{formats.plural(record.products, 'matrix–vector product')} over "
+        f"{formats.plural(record.num_examples, 'example')}"
+    )
     _print_found(curvature_tables(record), [*curvature_sentences(record), count])
     pictures = [("picture", path) for path in files.pictures if path.suffix == ".png"]
     _print_files(("report", files.page), ("numbers", files.record_path), *pictures)
@@ -144,7 +158,7 @@ def print_diagnosis(files: DiagnosisFiles) -> None:
     _print_files(("report", files.page), ("plan", files.plan), ("numbers", files.record_path))
 
 
-def _print_found(tables: Iterable[Table], sentences: Iterable[str]) -> None:
+def _print_found(tables: Iterable[TerminalTable], sentences: Iterable[str]) -> None:
     for table in tables:
         console.print(table)
     for sentence in sentences:

@@ -18,6 +18,7 @@ from tangora._checks import InputError, check_choice, check_kind, check_path
 from tangora._folders import ComparisonFolder
 from tangora._types import Progress
 from tangora.adapters.folder import replace_folder, scratch_beside
+from tangora.experiments.comparison.best_adapter import by_preference
 from tangora.experiments.comparison.engine import Engine
 from tangora.experiments.comparison.plan import JUDGES, CompareSettings, PlanSettings
 from tangora.experiments.comparison.pool import Pool, num_cores
@@ -47,6 +48,7 @@ from tangora.report import (
     write_study,
 )
 from tangora.report.comparison.benchmark_table import write_benchmarks
+from tangora.report.comparison.recommendation import recommend
 from tangora.report.statistics.judgement import judge
 from tangora.training.callbacks import check_trackers
 from tangora.training.data import Task
@@ -55,7 +57,7 @@ from tangora.training.devices import visible_gpus
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a comparison: all records, the page, and the best adapter with its recipe and proof, if any."""
+    """The result of a comparison: all records, the page, and the adapter to use with its recipe and proof, if any."""
 
     comparison: Comparison
     report: Path
@@ -70,7 +72,7 @@ class Outcome:
 
     @property
     def proven(self) -> bool:
-        """Whether the best adapter, if there is one, does what the trained model did."""
+        """Whether the adapter to use, if there is one, does what the trained model did."""
         return self.proof is None or self.proof.holds
 
     @property
@@ -90,8 +92,9 @@ def compare(
     """Run a comparison, or what is missing of it, and write its report.
 
     The output folder holds ``settings.json``, ``comparison.json`` and ``records/``, ``summary.csv``, ``report.html``,
-    ``picture.png``, ``adapter/`` (the best one) and ``runs/`` with every run's own files; where runs are measured on
-    their way also ``through-training.csv`` and ``through-training.png``.
+    ``picture.png``, ``adapter/`` and ``runs/`` with every run's own files; where runs are measured on their way also
+    ``through-training.csv`` and ``through-training.png``. ``adapter/`` is that of the recommended recipe, of the seed
+    with the best validation metric; where that recipe has no adapter, of the next one that has.
 
     Args:
         command: Command that repeats it, for the report.
@@ -102,7 +105,7 @@ def compare(
             GPU, or one.
 
     Returns:
-        Records, report and best adapter. If the time limit was reached, those of the finished runs: the same
+        Records, report and the adapter to use. If the time limit was reached, those of the finished runs: the same
         call continues.
 
     Raises:
@@ -373,17 +376,14 @@ def _judged(comparison: Comparison, judge: Sequence[str] | None, folder: Compari
 def _best_adapter(
     comparison: Comparison, task: Task, folder: ComparisonFolder
 ) -> tuple[Path | None, str | None, Proof | None]:
-    for row in summarize(comparison):
-        runs = [
-            r for r in comparison.records if r.recipe == row.recipe and r.learning_rate == row.learning_rate
-        ]
-        for record in runs:
-            source = folder.run(record.id)
-            if record.status == "finished" and source.adapter.exists():
-                with scratch_beside(folder.adapter) as scratch:
-                    replace_folder(shutil.copytree(source.adapter, scratch), folder.adapter)
-                # a record of an older version lacks what has been added since
-                values = {k: value for k, value in record.settings.items() if k in RunSettings.model_fields}
-                proof = verify_adapter(RunSettings(**values), task, source.path)
-                return folder.adapter, row.recipe, proof
+    found = judge(comparison)
+    for record in by_preference(found, recommend(found)):
+        source = folder.run(record.id)
+        if source.adapter.exists():
+            with scratch_beside(folder.adapter) as scratch:
+                replace_folder(shutil.copytree(source.adapter, scratch), folder.adapter)
+            # a record of an older version lacks what has been added since
+            values = {k: value for k, value in record.settings.items() if k in RunSettings.model_fields}
+            proof = verify_adapter(RunSettings(**values), task, source.path)
+            return folder.adapter, record.recipe, proof
     return None, None, None

@@ -14,6 +14,7 @@ import torch
 from tangora._launched import launcher
 from tangora._names import MODELS
 from tangora.experiments.settings import TaskSettings
+from tangora.report.formats import plural
 from tangora.training.data import Task
 from tangora.training.models.base_model import PACKAGED_MODELS
 from tangora.training.paths import local_path
@@ -47,7 +48,7 @@ def versions() -> dict[str, str]:
 def _machine() -> str:
     """Return processor architecture, number of threads and accelerator; nothing that names a host."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {accelerator}"
+    return f"{platform.machine()}, {plural(torch.get_num_threads(), 'thread')}, {accelerator}"
 
 
 @cache

@@ -139,9 +139,9 @@ def sentences(*said: str | None) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
-def plural(number: int, noun: str) -> str:
-    """Write a number of things."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def plural(number: int, noun: str, several: str | None = None) -> str:
+    """Write a number of things, of which several end with an s or as given."""
+    return f"{number} {noun}" if number == 1 else f"{number} {several or f'{noun}s'}"
 
 
 def listing(names: Iterable[str]) -> str:

@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
-from rich import box
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from tangora.report import formats
+from tangora.report.terminal_table import TerminalTable
 
 _Value: TypeAlias = float | str | None
 _Item = TypeVar("_Item")
@@ -89,10 +86,10 @@ class Table:
         found = {str(row[index].value): row[index].lines[0] for row in self.rows}
         return list(found.items()) if index == 0 else sorted(found.items())
 
-    def rich(self, title: str, **options: Any) -> RichTable:
+    def rich(self, title: str, **options: Any) -> TerminalTable:
         """Lay the table out for a terminal."""
         rows = [["\n".join(cell.lines) for cell in row] for row in self.rows]
-        return terminal_table(title, self.headers, rows, **options)
+        return TerminalTable(title, self.headers, rows, **options)
 
     def only(self, headers: Mapping[str, str]) -> "Table":
         """Keep some columns, under shorter headers."""
@@ -111,38 +108,6 @@ class Table:
             if any(row[index].lines[0] != formats.MISSING for row in self.rows)
         }
         return self.only(filled)
-
-
-def terminal_table(
-    title: str,
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    caption: str | None = None,
-    wrapped: Sequence[int] = (0,),
-    tight: bool = False,
-) -> RichTable:
-    """Lay out a table whose first column is a name; in a narrow terminal only some columns wrap."""
-    table = RichTable(
-        title=Text(title),
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0 if tight else (0, 1, 0, 0),
-    )
-    for index, header in enumerate(headers):
-        table.add_column(
-            Text(header),
-            justify="right" if index else "left",
-            overflow="fold",
-            no_wrap=index not in wrapped,
-            min_width=None if index or tight else 8,
-        )
-    for row in rows:
-        table.add_row(*(Text(text) for text in row))  # Text, so that brackets in a name are no markup
-    return table
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -35,7 +35,7 @@ def setup_line(comparison: Comparison) -> str:
     facts = dict(setup_facts(comparison))
     write = {
         "examples": "{} examples",
-        "steps": "{} steps",
+        "steps": "{} step" if facts.get("steps") == "1" else "{} steps",
         "batch size": "batch size {}",
         "rank": "rank {}",
         "alpha": "alpha {}",

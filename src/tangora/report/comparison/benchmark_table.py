@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table as RichTable
 
 from tangora.report import formats
 from tangora.report.layout import Section
@@ -16,6 +15,7 @@ from tangora.report.run_records import Benchmark, Comparison, Record
 from tangora.report.statistics.intervals import Interval, corrected_p_values
 from tangora.report.statistics.judgement import BASELINE, CEILING, Judgement
 from tangora.report.statistics.samples import Sample, benchmark_sample, compare_samples, contrast
+from tangora.report.terminal_table import TerminalTable
 
 _AVERAGE = "average"
 
@@ -178,7 +178,7 @@ def benchmarks_section(judged: Judgement) -> Section | None:
     return Section("benchmarks", "Benchmarks", sentences, table, notes, downloads=downloads)
 
 
-def rich_benchmarks(judged: Judgement) -> RichTable | None:
+def rich_benchmarks(judged: Judgement) -> TerminalTable | None:
     """Make the table of benchmarks for a terminal."""
     scores = benchmark_scores(judged)
     if not scores:

@@ -47,7 +47,11 @@ def render_page(comparison: Comparison) -> str:
     styles = recipe_styles(judged.recorded)
     return render(
         comparison.title,
-        ["tangora comparison", f"{len(rows)} recipes", f"{len(comparison.records)} runs"],
+        [
+            "tangora comparison",
+            formats.plural(len(rows), "recipe"),
+            formats.plural(len(comparison.records), "run"),
+        ],
         comparison.created,
         [*verdict(rows), *([advice] if advice else [])],
         [

@@ -85,12 +85,13 @@ def costs_section(judged: Judgement) -> Section:
         charts.append(panel_chart(f"pareto-{cost.name}", pareto_panel(rows, cost), says=says))
     drawn = any(_has_length(best, cost) for cost, best in fronts)
     dotted = "Dotted line: recipes that no other recipe beats at the same or a lower cost. " if drawn else ""
+    bars = "Bars: 95 % intervals." if charts and any(row.interval for row in rows) else ""
     return Section(
         "costs",
         "Quality and cost",
         sentences=busy_sentences(judged.runs),
         table=costs_table(rows),
-        notes=[f"{dotted}Bars: 95 % intervals."] if charts else [],
+        notes=[f"{dotted}{bars}".strip()] if dotted or bars else [],
         charts=charts,
         keyed=True,
     )

@@ -88,7 +88,7 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def loss_panel(title: str, losses: Sequence[Series]) -> Panel:
     """Draw the training losses."""
-    return Panel(title, "optimizer step", "training loss", losses, layout={"height": 440})
+    return Panel(title, "optimizer step", "training loss", losses, xwhole=True, layout={"height": 440})
 
 
 def curve_sections(judged: Judgement) -> list[Section]:
@@ -135,7 +135,7 @@ def _points(run: Record, key: str) -> dict[int, float]:
 
 
 def _chart(name: str, title: str, curves: Sequence[Series]) -> Chart:
-    panel = Panel(title, "optimizer step", "", curves, layout={"height": 300})
+    panel = Panel(title, "optimizer step", "", curves, xwhole=True, layout={"height": 300})
     return panel_chart(name, panel, says=_last_values(curves))
 
 

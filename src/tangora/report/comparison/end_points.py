@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import TypeVar
 
 import numpy as np
-from rich.table import Table as RichTable
 
 from tangora.report import formats
 from tangora.report.drawing.charts import panel_chart
@@ -16,6 +15,7 @@ from tangora.report.report_table import Cell, Table, cell, number
 from tangora.report.run_records import Comparison, Flatness, Forgetting, Record
 from tangora.report.statistics.intervals import estimate
 from tangora.report.statistics.judgement import Judgement
+from tangora.report.terminal_table import TerminalTable
 
 _Item = TypeVar("_Item")
 
@@ -96,9 +96,16 @@ def flatness_section(judged: Judgement) -> Section | None:
     return Section("flatness", "End points", table=table, notes=notes, charts=[chart], keyed=True)
 
 
-def rich_flatness(judged: Judgement) -> RichTable:
+def rich_flatness(judged: Judgement) -> TerminalTable:
     """Make the table of end points for a terminal."""
-    return flatness_table(judged).only(_SHORT).rich("End points", tight=True)
+    table = flatness_table(judged)
+    shown = table.only(_SHORT)
+    more = (
+        "The page's table of end points has more columns."
+        if len(shown.headers) < len(table.headers)
+        else None
+    )
+    return shown.rich("End points", caption=more, wrapped=range(len(shown.headers)), tight=True)
 
 
 def flatness_table(judged: Judgement) -> Table:

@@ -47,6 +47,8 @@ class Robustness:
     """The rate tried that is nearest to 3 times the best, if within a factor of 1.3."""
     tripled: _Stability
     """Stability there: all runs finished, or some diverged."""
+    tripled_value: float | None
+    """Validation metric there, mean over the runs that finished."""
 
     @property
     def width(self) -> float:
@@ -94,6 +96,7 @@ def _robustness(row: Row, records: Sequence[Record], full_rate: float | None) ->
         full_carries_over=None if carried is None else good[rates.index(carried)],
         tripled_rate=tripled_rate,
         tripled=tripled,
+        tripled_value=next((point.mean for point in points if point.learning_rate == tripled_rate), None),
     )
 
 
@@ -140,9 +143,8 @@ def sweep_section(judged: Judgement) -> Section | None:
     chart = panel_chart(
         "sweep",
         panel,
-        f"Mean validation {comparison.metric} over the seeds, with bars from the smallest to the largest. A "
-        f"ring marks the chosen learning rate ({best} mean); a cross marks runs that diverged, which have no "
-        "value and are drawn at the worst one.",
+        f"{_plotted(judged)} A ring marks the chosen learning rate ({best} mean); a cross marks runs that diverged, "
+        "which have no value and are drawn at the worst one.",
         f"Chosen: {formats.listing(chosen)}" if chosen else "",
     )
     if not found:
@@ -155,14 +157,19 @@ def sweep_section(judged: Judgement) -> Section | None:
             "recipe": lambda item: item.recipe,
             "best rate": lambda item: number(item.learning_rate, formats.learning_rate),
             "rates within 2 %": lambda item: cell(_good_rates(item), value=item.low),
-            "largest / smallest": lambda item: cell(_width(item, formats.MISSING), value=item.width),
+            "largest / smallest": lambda item: cell(
+                formats.MISSING if item.width == 1 else _width(item), value=item.width
+            ),
             f"at {CEILING}'s best rate": lambda item: cell(
                 {True: "within 2 %", False: "worse", None: formats.MISSING}[item.full_carries_over],
                 formats.learning_rate(item.full_rate),
                 value=item.full_rate,
             ),
             "at 3 times its best": lambda item: cell(
-                item.tripled, formats.learning_rate(item.tripled_rate), value=item.tripled_rate or ""
+                {"finished": "no divergence"}.get(item.tripled, item.tripled),
+                formats.learning_rate(item.tripled_rate),
+                _value_there(item, comparison.metric),
+                value=item.tripled_rate or "",
             ),
         },
     )
@@ -175,10 +182,21 @@ def sweep_section(judged: Judgement) -> Section | None:
         (
             f"The last two columns show the tried rate that is nearest to {CEILING}'s best rate and to 3 times the "
             "recipe's own, within a factor of 1.3: whether its result is within 2 % of the recipe's best, and whether "
-            "training finished."
+            f"training diverged, with the validation {comparison.metric} that it reached."
         ),
     ]
     return Section("sweep-title", panel.title, rate_verdict(found), table, notes, [chart], keyed=True)
+
+
+def _plotted(judged: Judgement) -> str:
+    metric = judged.comparison.metric
+    if any(len(p.validation) > 1 for found in judged.recorded.values() for p in sweep_points(found, metric)):
+        return f"Mean validation {metric} over the seeds, with bars from the smallest to the largest."
+    return f"Validation {metric}, of one seed."
+
+
+def _value_there(item: Robustness, metric: str) -> str:
+    return formats.MISSING if item.tripled_value is None else f"{metric} {formats.metric(item.tripled_value)}"
 
 
 def sweep_panel(judged: Judgement, xlabel: str = "learning rate") -> Panel:
@@ -278,28 +296,34 @@ def _widths(found: Sequence[Robustness]) -> str | None:
     widest = max(swept, key=lambda item: item.width)
     if widest.width == 1:
         return "No recipe is within 2 % of its best result at any other learning rate that was tried."
-    parts = [
-        f"{name}: {_width(item, 'only the best one', 'a factor of ')}"
-        for item, name in (
-            (widest, f"{widest.recipe} has the widest range of learning rates within 2 % of its best result"),
-            *((item, BASELINE) for item in swept if item.recipe == BASELINE and item is not widest),
-        )
-    ]
-    return f"{'; '.join(parts)}."
+    lora = next((item for item in swept if item.recipe == BASELINE and item is not widest), None)
+    text = (
+        f"{widest.recipe} has the widest range of learning rates within 2 % of its best result: the largest is "
+        f"{_width(widest)} times the smallest"
+    )
+    if lora is None:
+        return f"{text}."
+    if lora.width == 1:
+        return f"{text}. {BASELINE} has no second learning rate within 2 % of its best result."
+    return f"{text}; for {BASELINE} {_width(lora)} times."
 
 
-def _width(item: Robustness, none: str, unit: str = "") -> str:
-    bound = "at least " if item.open_low or item.open_high else ""
-    return none if item.width == 1 else f"{bound}{unit}{item.width:.3g}"
+def _width(item: Robustness) -> str:
+    return f"{'at least ' if item.open_low or item.open_high else ''}{item.width:.3g}"
 
 
 def _carried(found: Sequence[Robustness]) -> str | None:
-    parts = [
-        f"{formats.listing(names)} {'is' if len(names) == 1 else 'are'} {how}"
-        for how, wanted in (("within 2 % of the best result", True), ("worse than that", False))
-        if (names := [item.recipe for item in found if item.full_carries_over is wanted])
-    ]
-    return f"At the best learning rate of {CEILING}, {' and '.join(parts)}." if parts else None
+    near, far = ([item.recipe for item in found if item.full_carries_over is each] for each in (True, False))
+    if not near and not far:
+        return None
+    own = f"within 2 % of {'its' if len(near or far) == 1 else 'their'} own best result"
+    parts = [f"{_are(near)} {own}"] if near else []
+    parts += [f"{_are(far)} not"] if near and far else [f"{_are(far)} not {own}"] if far else []
+    return f"At the best learning rate of {CEILING}, {' and '.join(parts)}."
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{formats.listing(names)} {'is' if len(names) == 1 else 'are'}" if names else ""
 
 
 def _tripled(found: Sequence[Robustness]) -> str | None:
@@ -307,8 +331,6 @@ def _tripled(found: Sequence[Robustness]) -> str | None:
     tried = sum(item.tripled != "not tried" for item in found)
     if not tried:
         return None
-    names = formats.listing(diverged) if diverged else "none"
+    who = formats.listing(diverged) if diverged else "no recipe"
     verb = "diverge" if len(diverged) > 1 else "diverges"
-    return (
-        f"At about 3 times the best learning rate, {names} of {formats.plural(tried, 'recipe')} tried {verb}."
-    )
+    return f"At about 3 times its own best learning rate, {who} {verb} ({formats.plural(tried, 'recipe')} tried there)."

@@ -1,8 +1,9 @@
 """The recipe to use, and why."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from tangora.report import formats
 from tangora.report.run_records import Comparison
@@ -12,6 +13,19 @@ from tangora.report.statistics.samples import compare_samples
 
 _SAME_COST = 1.05
 """Ratio of two median times, or of two memories, within which they count as equal."""
+
+
+_Criterion = Literal["time", "memory", "test result"]
+
+
+class Choice(NamedTuple):
+    """What chose among candidates."""
+
+    recipe: str
+    by: _Criterion
+    """What told it from the last candidates beside it."""
+    among: int
+    """Number of the last candidates, which were equal in what was compared before."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,10 @@ class Recommendation:
     """Whether each candidate, and what is worse, had more than one learning rate to choose from."""
     seconds: float | None = None
     """Median time per run of `recipe`; None where a busy machine made times say nothing."""
-    least_seconds: float | None = None
-    """The smallest of all candidates; times within 5 % of it count as equal."""
+    memory: str | None = None
+    """What was compared of its memory, in words; None where it is not known."""
+    choice: Choice | None = None
+    """What decided between several candidates."""
 
 
 def recommendation(comparison: Comparison) -> Recommendation | None:
@@ -63,7 +79,8 @@ def recommend(found: Judgement) -> Recommendation | None:
     best, *others = tested
     differences = {row.recipe: compare_samples(samples[row.recipe], samples[best.recipe]) for row in others}
     corrected = corrected_p_values({name: each.p_value for name, each in differences.items()})
-    candidates = _cheapest_first([best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)])
+    equal = [best, *(row for row in others if corrected.get(row.recipe, 1.0) >= ALPHA)]
+    candidates = _cheapest_first(equal)
     chosen = candidates[0]
     assert chosen.learning_rate is not None
     difference = differences.get(chosen.recipe)
@@ -77,7 +94,8 @@ def recommend(found: Judgement) -> Recommendation | None:
         difference_interval=difference and difference.interval,
         swept=all(row.num_learning_rates > 1 for row in tested),
         seconds=chosen.seconds,
-        least_seconds=min((row.seconds for row in candidates if row.seconds is not None), default=None),
+        memory=_memory_words(chosen),
+        choice=_choose(equal) if len(equal) > 1 else None,
     )
 
 
@@ -93,15 +111,22 @@ def _by_validation(rows: Sequence[Row]) -> Recommendation | None:
 
 
 def _cheapest_first(rows: Sequence[Row]) -> list[Row]:
-    left, ordered = list(rows), []
+    left, ordered = {row.recipe: row for row in rows}, []
     while left:
-        equal = left
-        for cost in (_seconds, _memory):
-            limit = _SAME_COST * min(map(cost, equal))
-            equal = [row for row in equal if cost(row) <= limit]
-        ordered.append(equal[0])
-        left.remove(equal[0])
+        ordered.append(left.pop(_choose([*left.values()]).recipe))
     return ordered
+
+
+def _choose(rows: Sequence[Row]) -> Choice:
+    # rows are ordered by their test results: the first of those that cost the same is the best
+    costs: dict[_Criterion, Callable[[Row], float]] = {"time": _seconds, "memory": _memory}
+    for by, cost in costs.items():
+        limit = _SAME_COST * min(map(cost, rows))
+        equal = [row for row in rows if cost(row) <= limit]
+        if len(equal) == 1:
+            return Choice(equal[0].recipe, by, len(rows))
+        rows = equal
+    return Choice(rows[0].recipe, "test result", len(rows))
 
 
 def _seconds(row: Row) -> float:
@@ -112,6 +137,14 @@ def _memory(row: Row) -> float:
     # where no peak is known, the optimizer's state is what recipes differ in
     known = row.optimizer_state_bytes if row.peak_bytes is None else row.peak_bytes
     return math.inf if known is None else known
+
+
+def _memory_words(row: Row) -> str | None:
+    if row.peak_bytes is not None:
+        return f"{formats.size(row.peak_bytes)} peak memory"
+    if row.optimizer_state_bytes is not None:
+        return f"{formats.size(row.optimizer_state_bytes)} optimizer state"
+    return None
 
 
 def recommendation_sentence(found: Recommendation | None) -> str | None:
@@ -131,24 +164,45 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
             f"{formats.learning_rate(found.learning_rate)} is "
             f"{'the best' if found.recipe == found.best else 'not significantly worse than the best'}."
         )
-    if len(found.candidates) == 1:
+    if found.choice is None:
         return (
             f"Recommendation: {use}, the best; every other recipe with several seeds is significantly worse."
         )
-    cheapest = (
-        f"Recommendation: {use}, the cheapest ({_cost(found)}) of the {len(found.candidates)} recipes that are not "
-        "significantly worse than the best"
-    )
+    busy = "; the machine was too busy to compare times" if found.seconds is None else ""
+    return f"Recommendation: {use}: {_level(found)}; {_reason(found, found.choice)}{busy}."
+
+
+def _level(found: Recommendation) -> str:
+    # who are the candidates, and how far the chosen one is from the best of them
     if found.difference is None:
-        return f"{cheapest}, and the best itself."
+        others = len(found.candidates) - 1
+        return (
+            f"it has the best test result, and {formats.plural(others, 'other recipe')} "
+            f"{'is' if others == 1 else 'are'} not significantly worse"
+        )
     noise = formats.interval(found.difference_interval, sign=True)
     known = "" if found.difference_interval is None else f", 95 % interval {noise}"
-    return f"{cheapest}, {found.best} (difference {formats.difference(found.difference)}{known})."
+    return (
+        f"it is not significantly worse than the best, {found.best} (difference "
+        f"{formats.difference(found.difference)}{known})"
+    )
 
 
-def _cost(found: Recommendation) -> str:
-    if found.seconds is None:
-        return "in memory; the machine was too busy to compare times"
-    # what reads the same is the same
-    least, took = formats.seconds(found.least_seconds), f"{formats.seconds(found.seconds)} per run"
-    return took if took.startswith(least) else f"{took}, within 5 % of the fastest, {least}"
+def _reason(found: Recommendation, choice: Choice) -> str:
+    number = len(found.candidates)
+    of = f"of these {number} recipes"
+    if choice.by == "time":
+        return f"{of} it is the fastest ({formats.seconds(found.seconds)} per run)"
+    if choice.by == "memory":
+        decides, equal = (
+            f"it needs the least memory ({found.memory})",
+            None if found.seconds is None else "time",
+        )
+    else:
+        decides = "the best test result decides"
+        equal = "memory" if found.seconds is None else "time and memory"
+    if equal is None:
+        return f"{of} {decides}"
+    if choice.among == number:
+        return f"these {number} recipes are within 5 % of each other in {equal}, and {decides}"
+    return f"of the {choice.among} cheapest {of}, within 5 % of each other in {equal}, {decides}"

@@ -5,16 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from tangora.report import formats
 from tangora.report.comparison.costs import busy_sentences
 from tangora.report.layout import Section
 from tangora.report.record_files import write_atomic
-from tangora.report.report_table import Cell, Table, cell, csv_text, number, terminal_table
+from tangora.report.report_table import Cell, Table, cell, csv_text, number
 from tangora.report.run_records import Comparison
 from tangora.report.setup_facts import setup_line
 from tangora.report.statistics.judgement import BASELINE, CEILING, Judgement, Row, runs_behind
+from tangora.report.terminal_table import TerminalTable
 
 ZERO_SHOT = "zero-shot"
 """Name of the row of the untrained base model."""
@@ -94,7 +93,7 @@ def results_section(judged: Judgement) -> Section:
     return Section("results", "Results", table=table, notes=notes)
 
 
-def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
+def rich_table(rows: Sequence[Row], comparison: Comparison) -> TerminalTable:
     """Make the table of results for a terminal."""
     columns: dict[str, Callable[[Row], str]] = {
         "recipe": lambda row: row.recipe,
@@ -108,7 +107,7 @@ def rich_table(rows: Sequence[Row], comparison: Comparison) -> RichTable:
         "opt.\nstep": lambda row: formats.milliseconds(row.step_milliseconds),
         "opt.\nstate": lambda row: formats.size(row.optimizer_state_bytes),
     }
-    return terminal_table(
+    return TerminalTable(
         f"{comparison.title}\n{setup_line(comparison)}".strip(),
         list(columns),
         [[write(row) for write in columns.values()] for row in _with_untrained(rows, comparison)],

@@ -70,7 +70,7 @@ def _error_head(run: Record) -> str:
 def _details(run: Record, shared: Mapping[str, str]) -> str:
     # What no other column says, one line each.
     parts = [f"{title} {formats.seconds(getattr(run.time, name))}" for name, (title, _) in TIME_PARTS.items()]
-    lines = [run.id, f"{num_steps(run)} steps: {', '.join(parts)}"]
+    lines = [run.id, f"{formats.plural(num_steps(run), 'step')}: {', '.join(parts)}"]
     for split, values in run.metrics.items():
         if values:
             lines.append(

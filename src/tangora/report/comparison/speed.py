@@ -145,9 +145,12 @@ def speed_section(judged: Judgement) -> Section | None:
             "Over the seeds that reach it, each recipe at its own best learning rate: mean of the steps, median of the "
             "times. Time: the initialization, and training steps at the run's average speed, without evaluations."
         ),
-        f"Differences in this table have not been tested for significance.{averaged}",
+        (
+            "The table is about the loss; a recipe that reaches it soon is not always better by the test metric. "
+            f"Differences in this table have not been tested for significance.{averaged}"
+        ),
     ]
-    return Section("speed", f"Speed to {BASELINE}'s quality", speed_verdict(found), table, notes)
+    return Section("speed", f"Speed to {BASELINE}'s final loss", speed_verdict(found), table, notes)
 
 
 def speed_verdict(found: Mapping[str, Speed]) -> list[str]:
@@ -162,7 +165,7 @@ def speed_verdict(found: Mapping[str, Speed]) -> list[str]:
                 f"It is not clear which recipe first reaches {goal}: with so few steps the training "
                 "loss is a mean "
                 f"over only {formats.plural(lora.window, 'step')}, about as noisy as a single batch. Evaluate on "
-                "validation data during training (`evaluate_every`) to compare speed."
+                "validation data during training (--evaluate-every) to compare speed."
             )
         ]
     arrived = [item for item in found.values() if item.all_reached]

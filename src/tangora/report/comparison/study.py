@@ -101,7 +101,12 @@ def _page(comparisons: Mapping[str, Comparison], found: TaskMatrix, title: str, 
     num_runs = sum(len(comparison.records) for comparison in comparisons.values())
     return render(
         title,
-        ["tangora comparisons", f"{len(comparisons)} tasks", f"{len(styles)} recipes", f"{num_runs} runs"],
+        [
+            "tangora comparisons",
+            formats.plural(len(comparisons), "task"),
+            formats.plural(len(styles), "recipe"),
+            formats.plural(num_runs, "run"),
+        ],
         max((comparison.created for comparison in comparisons.values()), default=""),
         tasks_verdict(found),
         [*(sections if found.tasks else []), published_section([*comparisons.values()]), tasks],

@@ -157,7 +157,13 @@ def _panels(judged: Judgement, name: str = "") -> dict[str, Panel]:
         if series:
             layout = {"height": 280} if name else {}
             found[key] = Panel(
-                quantity.title, "optimizer step", "", series, yscale=quantity.scale, layout=layout
+                quantity.title,
+                "optimizer step",
+                "",
+                series,
+                yscale=quantity.scale,
+                xwhole=True,
+                layout=layout,
             )
     return found
 

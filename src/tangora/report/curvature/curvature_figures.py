@@ -53,6 +53,7 @@ def figures(record: CurvatureRecord) -> list[Figure]:
             "In descending order; the band is the residual: an exact eigenvalue is certainly within it.",
             ("number", "eigenvalue"),
             _eigenvalues,
+            xwhole=True,
         ),
         _over_spaces(
             record,
@@ -95,13 +96,14 @@ def _over_spaces(
     *,
     xscale: Scale = "linear",
     yscale: Scale | None = None,
+    xwhole: bool = False,
 ) -> Figure:
     # the factors get axes of their own: nobody shall compare them with the rest
     by_space: dict[str, list[Series]] = {}
     for spectrum in in_order(record.spectra):
         by_space.setdefault(SPACE_NAMES[spectrum.space], []).extend(draw(spectrum))
     panels = [
-        Panel(space, *labels, series, xscale=xscale, yscale=yscale or _scale(series))
+        Panel(space, *labels, series, xscale=xscale, yscale=yscale or _scale(series), xwhole=xwhole)
         for space, series in by_space.items()
     ]
     about_factors = f" {FACTORS}" if record.of("factors") is not None else ""
@@ -184,12 +186,12 @@ def _layers(shown: Sequence[LayerCurvature]) -> Figure:
 
     shares = series(lambda layer: layer.eigenvector_share)
     panels = [
-        Panel("top eigenvector", "block", "share of the eigenvector", shares),
-        Panel("trace", "block", "trace", series(lambda layer: layer.trace.value)),
+        Panel("top eigenvector", "block", "share of the eigenvector", shares, xwhole=True),
+        Panel("trace", "block", "trace", series(lambda layer: layer.trace.value), xwhole=True),
     ]
     if all(layer.largest is not None for layer in shown):
         largest = series(lambda layer: layer.largest.value if layer.largest else math.nan)
-        panels.append(Panel("largest eigenvalue", "block", "λ max", largest))
+        panels.append(Panel("largest eigenvalue", "block", "λ max", largest, xwhole=True))
     return Figure(
         "layers",
         "Layer by layer",
@@ -212,6 +214,7 @@ def _batches(noise: BatchNoise) -> Figure:
                 Series("each mini-batch", numbers, values, style="points"),
                 Series("their mean", ends, (mean, mean), style="dashed"),
             ],
+            xwhole=True,
         )
 
     return Figure(

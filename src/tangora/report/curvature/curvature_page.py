@@ -6,8 +6,6 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.table import Table as RichTable
-
 from tangora.curvature import BatchNoise, Eigenvalue, LayerCurvature, TraceEstimate
 from tangora.report import formats
 from tangora.report.curvature.curvature_figures import FACTORS, SPACE_NAMES, figures, spectrum_name
@@ -25,6 +23,7 @@ from tangora.report.layout import Section, render, repeat
 from tangora.report.record_files import write_atomic
 from tangora.report.report_table import Table
 from tangora.report.setup_facts import subject_facts
+from tangora.report.terminal_table import TerminalTable
 
 _MAX_LAYERS = 8
 _NARROW = ("over", "directions", "λ max", "residual", "trace", "‖H‖", "products")
@@ -85,7 +84,7 @@ def render_curvature(record: CurvatureRecord) -> str:
             "tangora curvature",
             f"adapter of {formats.ranks(record.ranks)}" if record.ranks else "no adapter",
             f"loss {formats.metric(record.loss)} on {examples}",
-            f"{record.products} products in {formats.seconds(record.seconds)}",
+            f"{formats.plural(record.products, 'product')} in {formats.seconds(record.seconds)}",
         ],
         record.created,
         curvature_sentences(record),
@@ -157,9 +156,8 @@ def _of_ball(ball: SharpnessRecord) -> str | None:
         return None
     return (
         f"Within a distance of {formats.significant(ball.radius)} {_WHERE[ball.space]} the loss can "
-        "increase from "
-        f"{formats.metric(ball.loss)} to {formats.metric(ball.loss + ball.rise)} at least; gradient and Hessian alone "
-        f"predict {formats.metric(ball.loss + ball.second_order)}."
+        f"rise from {formats.metric(ball.loss)} to at least {formats.metric(ball.loss + ball.rise)}; "
+        f"gradient and Hessian alone predict {formats.metric(ball.loss + ball.second_order)}."
     )
 
 
@@ -167,9 +165,10 @@ def _of_batches(noise: BatchNoise | None) -> str | None:
     if noise is None or noise.space == "factors":
         return None
     return (
-        f"Over {len(noise.batches)} mini-batches the largest curvature is {formats.significant(noise.largest.mean)} "
-        f"on average, with a standard deviation of {formats.significant(noise.largest.deviation)}; the "
-        f"curvature of the mean loss is {formats.significant(noise.whole.value)}."
+        f"Over {formats.plural(len(noise.batches), 'mini-batch', 'mini-batches')} the largest curvature is "
+        f"{formats.significant(noise.largest.mean)} on average, with a standard deviation of "
+        f"{formats.significant(noise.largest.deviation)}; the curvature of the mean loss is "
+        f"{formats.significant(noise.whole.value)}."
     )
 
 
@@ -299,17 +298,18 @@ def _sharpness_table(record: CurvatureRecord) -> Table:
     )
 
 
-def curvature_tables(record: CurvatureRecord) -> list[RichTable]:
+def curvature_tables(record: CurvatureRecord) -> list[TerminalTable]:
     """Make the tables for a terminal."""
     layers, table = record.layers, layer_curvature_table(record)
     top = sorted(range(len(layers)), key=lambda index: -layers[index].eigenvector_share)[:_MAX_LAYERS]
     found = {
         "Curvature of the loss": space_table(record).only(dict(zip(_NARROW, _NARROW, strict=True))),
         "Largest eigenvalues": eigenvalue_table(record),
-        f"Shares of the top eigenvector in {len(layers)} layers": replace(
+        f"Shares of the top eigenvector in {formats.plural(len(layers), 'layer')}": replace(
             table, rows=[table.rows[index] for index in top]
         ),
         "Mini-batches": batch_table(record),
         "Sharpness in a ball": _sharpness_table(record),
     }
-    return [table.rich(title) for title, table in found.items() if table.rows]
+    more = {"Curvature of the loss": "The page also has the lowest node and the gradient's norm."}
+    return [table.rich(title, caption=more.get(title)) for title, table in found.items() if table.rows]

@@ -41,7 +41,7 @@ _CAPTURED = (
     "model's."
 )
 _BEST = (
-    "Best: the most that any adapter of this rank can capture, the energy of the first 2 × rank "
+    "Best: the most that any adapter of the same rank can capture, the energy of the first 2 × rank "
     "singular values of the gradient. LoRA-GA is designed to reach it."
 )
 _SAMPLE = (
@@ -88,9 +88,7 @@ def render_diagnosis(record: DiagnosisRecord) -> str:
     ranks = diagnosis.plan
     plan_caption = (
         f"Ranks that cost {formats.count(ranks.parameters)} adapter parameters, within the "
-        f"{formats.count(ranks.budget)} of rank {ranks.r} everywhere, and could capture "
-        f"{formats.tenths(ranks.captured_energy)} of the gradient instead of "
-        f"{formats.tenths(ranks.uniform_captured_energy)}."
+        f"{formats.count(ranks.budget)} of rank {ranks.r} everywhere, and could capture {_plan_shares(ranks)}."
     )
     plan = Chart("plan", "Rank plan", plan_caption, figure_json(plan_figure(diagnosis)))
     shown = {key: name for key, (name, _) in views(diagnosis).items()}
@@ -122,9 +120,14 @@ def diagnosis_sentences(diagnosis: Diagnosis) -> list[str]:
         _of_ranks(kind_rows(diagnosis)[-1]),
         _of_plan(diagnosis.plan),
         _of_missed(diagnosis),
-        "These shares describe the first step of training on these data; they do not predict the final "
-        "result.",
+        f"These shares describe {_step(diagnosis)} on these data; they do not predict the final result.",
     )
+
+
+def _step(diagnosis: Diagnosis) -> str:
+    if diagnosis.totals.adapter is None or diagnosis.plain_start:
+        return "the first step of training"
+    return "one step of training, from the adapter's present weights or from an initialization,"
 
 
 def _of_adapter(diagnosis: Diagnosis) -> list[str]:
@@ -144,7 +147,8 @@ def _of_adapter(diagnosis: Diagnosis) -> list[str]:
 
 def _of_starts(diagnosis: Diagnosis) -> str:
     totals = diagnosis.totals
-    most = f"no adapter of this rank can capture more than {formats.small_share(totals.reachable)}."
+    same = "this rank" if len({layer.rank for layer in diagnosis.layers}) <= 1 else "these ranks"
+    most = f"no adapter of {same} can capture more than {formats.small_share(totals.reachable)}."
     others = sorted((start for start in totals.starts if start != "lora"), key=lambda s: -totals.starts[s])
     verbs = ["would capture ", *[""] * len(others)]
     seen = [
@@ -170,35 +174,34 @@ def _of_ranks(row: KindRow) -> str:
     largest = {row.ranks_needed[share]: share for share in SHARES}
     parts = [
         f"{share} % of the energy "
-        + (f"only beyond rank {row.known_rank}" if rank is None else f"from rank {rank}")
+        + (f"only beyond rank {row.known_rank}" if rank is None else f"from rank {rank} on")
         for rank, share in largest.items()
     ]
     return f"With one rank for all layers, adapters can capture {formats.listing(parts)}."
 
 
 def _of_plan(plan: RankPlan) -> str:
-    parameters = formats.count(plan.budget)
+    budget = f"{formats.count(plan.budget)} adapter parameters (rank {plan.r} in every layer)"
     if not plan.rank_pattern:
-        return (
-            f"No other distribution of rank {plan.r}'s {parameters} parameters over layers is expected to capture "
-            "more."
-        )
+        return f"No other distribution of {budget} over layers is expected to capture more."
     spread = f"the rank plan (ranks {min(plan.ranks.values())} to {max(plan.ranks.values())})"
-    shares = (
-        f"{formats.tenths(plan.captured_energy)} instead of {formats.tenths(plan.uniform_captured_energy)}"
-    )
+    shares = _plan_shares(plan)
     if plan.gain < _WORTH_IT:
-        return (
-            f"Distributing rank {plan.r}'s {parameters} parameters differently gains little: {spread} could capture "
-            f"{shares}."
-        )
-    text = f"With the {parameters} parameters of rank {plan.r} everywhere, {spread} could capture {shares}."
+        return f"Distributing {budget} differently gains little: {spread} could capture {shares}."
+    text = f"With {budget}, {spread} could capture {shares}."
     if not plan.at_limit:
         return text
     return (
         f"{text} {formats.plural(len(plan.at_limit), 'layer')} got the largest examined rank; a larger "
         "num_values may increase it."
     )
+
+
+def _plan_shares(plan: RankPlan) -> str:
+    # what reads the same is said once
+    planned, uniform = map(formats.tenths, (plan.captured_energy, plan.uniform_captured_energy))
+    instead = f", as rank {plan.r} everywhere does" if planned == uniform else f" instead of {uniform}"
+    return f"{planned} of the gradient's energy{instead}"
 
 
 def _of_missed(diagnosis: Diagnosis) -> str:
@@ -249,7 +252,7 @@ def views(diagnosis: Diagnosis) -> dict[str, tuple[str, _Read]]:
             f"{start_name(start).full} initialization, on other examples",
             lambda layer, start=start: layer.held_out and layer.held_out.starts[start],
         )
-    found["reachable"] = "the best possible at this rank", attrgetter("reachable")
+    found["reachable"] = "the best possible at the same rank", attrgetter("reachable")
     return found
 
 
@@ -336,5 +339,6 @@ def reach_panel(diagnosis: Diagnosis) -> Panel:
         "share of the gradient",
         series,
         xrange=(0, 1.03 * limit),
+        xwhole=True,
         layout={"height": 440, "showlegend": True, "yaxis": {"range": [0, 1.02], "tickformat": ".0%"}},
     )

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from rich.table import Table as RichTable
-
 from tangora.diagnostics import GRADIENT_STARTS, Diagnosis, LayerDiagnosis, LayerGradient
 from tangora.diagnostics.records import SHARES, Totals, totals
 from tangora.report import formats
 from tangora.report.layer_places import places
-from tangora.report.report_table import Table, terminal_table
+from tangora.report.report_table import Table
+from tangora.report.terminal_table import TerminalTable
 
 ALL = "all layers"
 _MAX_WORST = 5
@@ -230,7 +229,7 @@ def _norm(layer: LayerDiagnosis) -> str:
     return f"{text} ± {gradient.energy_error / (2 * gradient.norm):.1g}"
 
 
-def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
+def diagnosis_tables(diagnosis: Diagnosis) -> list[TerminalTable]:
     """Make the tables for a terminal."""
     worst = Table.of(
         "worst",
@@ -252,7 +251,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[RichTable]:
     ]
 
 
-def _short_kinds(diagnosis: Diagnosis) -> RichTable:
+def _short_kinds(diagnosis: Diagnosis) -> TerminalTable:
     # narrow enough for 80 columns: percentages without their sign, related numbers in one cell
     columns = [each for each in _kind_columns(diagnosis) if each.short]
     rows = [
@@ -261,4 +260,4 @@ def _short_kinds(diagnosis: Diagnosis) -> RichTable:
     ]
     ranks = formats.ranks(layer.rank for layer in diagnosis.layers)
     title = f"Percentage of the gradient's energy that adapters of {ranks} capture"
-    return terminal_table(title, [each.short for each in columns], rows)
+    return TerminalTable(title, [each.short for each in columns], rows)

@@ -11,7 +11,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tangora.report.drawing.panels import BAND_OPACITY, GREY, Figure, Heatmap, Numbers, Panel, Series, Style
+from tangora.report.drawing.panels import (
+    BAND_OPACITY,
+    GREY,
+    Figure,
+    Heatmap,
+    Numbers,
+    Panel,
+    Series,
+    Style,
+    whole_step,
+)
 from tangora.report.drawing.pictures import drawable, figure_styles, is_marked
 from tangora.report.layout import Chart, Section
 
@@ -84,6 +94,8 @@ def panel_figure(panel: Panel, styles: Mapping[str, Style]) -> go.Figure:
     figure.update_yaxes(**_axis(panel.yscale))
     if panel.xticks is not None:
         figure.update_xaxes(tickvals=list(panel.xticks), ticktext=list(panel.xticks.values()))
+    if panel.xwhole:
+        figure.update_xaxes(tick0=0, dtick=whole_step(panel))
     if panel.xrange is not None:
         figure.update_xaxes(range=panel.xrange)
     if panel.rows:

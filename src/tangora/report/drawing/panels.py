@@ -7,6 +7,7 @@ made, and whatever is not finite becomes ``None``, which figures leave out.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -47,7 +48,8 @@ MARKERS = {
     "star": ("★", "*"),
 }
 """By plotly's name, as text and in matplotlib."""
-# As many as dashes. 5 and 6 have no common factor: all 30 pairs of colour and dash come before one repeats.
+# As many as dashes. 5 and 6 have no common factor: all 30 pairs of colour and dash come before one repeats, and then
+# with another marker.
 _DASHES, _MARKERS = list(DASHES), list(MARKERS)[: len(DASHES)]
 
 
@@ -75,16 +77,30 @@ class Style:
         return replace(self, filled=False)
 
 
+# In the order of their styles, which must stay: a recipe looks the same on every page. The first six, which are most
+# often compared, differ in colour.
+_KNOWN = (
+    *("tangent-muon", "lora-pro", "lora-ga", "tangent", "dora", "pissa"),
+    *("rslora", "lora+", "polora", "lora-rite", "lora-muon", "factor-muon"),
+    *("lora-one", "orthogonal", "odelora-euler", "adalora", "full-muon", "p-lora"),
+    *("lora-one-plain", "one-step", "lora-pro-factor", "lora-pro-sgd", "odelora-heun", "odelora-rk4"),
+    *("odelora-bug", "lora-ga+pro", "orthogonal+tangent", "orthogonal+tangent-muon", "lora-ga+tangent-muon"),
+    *("lora-ga+tangent", "lora-one+tangent", "adalora+tangent-muon", "adalora+tangent", "adalora+lora-pro"),
+)
 _REFERENCES = {BASELINE: Style(GREY, "dash", "cross"), CEILING: Style(GREY, "solid", "star")}
 
 
 def recipe_styles(recipes: Iterable[str]) -> dict[str, Style]:
-    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey."""
+    """Give every recipe its style; LoRA and full fine-tuning, the references, are grey.
+
+    The style of a recipe that comes with the library depends on its name alone. Others get styles that are left.
+    """
     names = set(recipes)
     styles = {name: style for name, style in _REFERENCES.items() if name in names}
-    for index, name in enumerate(sorted(names - set(_REFERENCES))):
-        styles[name] = _style(index, dash=index)
-    return styles
+    styles |= {name: _style(index, dash=index) for index, name in enumerate(_KNOWN) if name in names}
+    taken = set(styles.values())
+    left = (style for style in (_style(index, dash=index) for index in count()) if style not in taken)
+    return styles | dict(zip(sorted(names - set(styles)), left, strict=False))
 
 
 def series_styles(names: Iterable[str]) -> dict[str, Style]:
@@ -95,7 +111,8 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
 
 def _style(index: int, dash: int) -> Style:
     turn = len(_DASHES)
-    return Style(_COLORS[index % len(_COLORS)], _DASHES[dash % turn], _MARKERS[index % turn])
+    marker = index + index // (turn * len(_COLORS))
+    return Style(_COLORS[index % len(_COLORS)], _DASHES[dash % turn], _MARKERS[marker % turn])
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,8 @@ class Panel:
     """Names of y = 0, 1, …, from the bottom up, around a line at x = 0."""
     xrange: Annotated[tuple[float, float] | None, _Unrecorded] = None
     xticks: Annotated[Mapping[float, str] | None, _Unrecorded] = None
+    xwhole: Annotated[bool, _Unrecorded] = False
+    """Whether the x axis counts things and has ticks at whole numbers only."""
     layout: Annotated[Mapping[str, Any], _Unrecorded] = field(default_factory=dict)
     """Further options of plotly's layout."""
 
@@ -190,6 +209,17 @@ class Figure:
         object.__setattr__(self, "panels", tuple(self.panels))
         if not self.panels:
             raise InputError(f"panels of figure {self.name!r} must not be empty")
+
+
+def whole_step(panel: Panel) -> int:
+    """Choose the distance of ticks at whole numbers: 1, 2, 5, 10, 20, … for six of them or a few less."""
+    ends = panel.xrange or [x for series in panel.series for x in series.x if x is not None] or (0, 1)
+    power = 1
+    while True:
+        for step in (power, 2 * power, 5 * power):
+            if 6 * step >= max(ends) - min(ends):
+                return step
+        power *= 10
 
 
 def decades(low: float, high: float) -> list[float]:

@@ -153,6 +153,8 @@ def _scale(axes: Any, panel: Panel) -> None:
     if panel.xticks is not None:
         axes.set_xticks(list(panel.xticks), list(panel.xticks.values()))
         axes.minorticks_off()
+    if panel.xwhole:
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if panel.xrange is not None:
         axes.set_xlim(panel.xrange)
 
