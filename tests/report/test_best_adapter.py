@@ -42,11 +42,11 @@ def test_of_one_recipe_the_seed_with_the_best_validation_metric_comes_first():
     assert [run.seed for run in by_preference(judged, recommend(judged))] == [0, 2, 1]
 
 
-def test_without_a_recommendation_the_best_test_result_decides():
+def test_with_one_seed_validation_data_decide_as_in_the_report():
     found = preferred(
         [make_record("a", test=0.8, validation=0.95)], [make_record("b", test=0.9, validation=0.9)]
     )
-    assert [run.recipe for run in found] == ["b", "a"]
+    assert [run.recipe for run in found] == ["a", "b"]
     assert preferred([diverged("lora", 1e-4)]) == []
 
 

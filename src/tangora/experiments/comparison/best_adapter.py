@@ -10,11 +10,12 @@ from tangora.report.statistics.selection import metric_value
 def by_preference(judged: Judgement, advice: Recommendation | None) -> list[Record]:
     """List the runs at the chosen learning rates, the one whose adapter to use first.
 
-    The recommended recipe comes first, then those that are not significantly worse than the best, the cheapest first,
-    then all others by test result. Of one recipe, the seed with the best validation metric comes first.
+    The recommended recipe comes first, or with one seed that with the best validation metric. Those that are not
+    significantly worse than the best follow, the cheapest first, then all others by test result. Of one recipe, the
+    seed with the best validation metric comes first.
     """
-    recipes = dict.fromkeys(advice.candidates if advice is not None else ())
-    recipes |= dict.fromkeys(row.recipe for row in judged.rows)
+    advised = () if advice is None else (advice.recipe, *advice.candidates)
+    recipes = dict.fromkeys([*advised, *(row.recipe for row in judged.rows)])
     comparison = judged.comparison
     sign = -1 if comparison.higher_is_better else 1
 
