@@ -1,4 +1,4 @@
-"""What training with an adapter holds and sends, as formulas of its layers; a test holds them against small real runs.
+"""Memory and messages of training with an adapter, as formulas of its layers; a test checks them on small real runs.
 
 A layer is (m, n, r): its factors are A (r x n) and B (m x r). Sizes are numbers of entries, of 4 bytes each in float32.
 """
@@ -13,7 +13,7 @@ HALF = 2
 
 @dataclass(frozen=True)
 class State:
-    """What an optimizer keeps of a layer from step to step, beside a counter of steps.
+    """Optimizer state of a layer, without the counter of steps.
 
     Attributes:
         factors: Pairs of matrices of the factors' shapes.
@@ -70,7 +70,7 @@ def state(recipe: str, shapes: Iterable[Shape]) -> int:
 
 @dataclass(frozen=True)
 class Messages:
-    """What processes send each other, in numbers.
+    """Numbers that processes send each other.
 
     Attributes:
         gathered: Made whole on every process from everybody's parts, padding included.

@@ -1,4 +1,4 @@
-"""What the optimizers cost on a GPU, at the size of Llama-8B: steps, waits, memory, a training step's share, starts.
+"""Costs of the optimizers on a GPU at the size of Llama-8B: steps, waits, memory, share of a step, initializations.
 
 Each part stands for itself: one that fails is recorded with its error, and the others go on. About five minutes on one
 card of 80 GB; with ``--quick`` it runs anywhere, and the numbers mean nothing:
@@ -98,7 +98,7 @@ TINY = Size(128, 256, 64, 2, 256)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         device: ``cuda``, or ``cpu`` to try.

@@ -1,4 +1,4 @@
-"""What a product with the Hessian costs, in LoRA gradients and in memory.
+"""Cost of a product with the Hessian, in LoRA gradients and in memory.
 
 All products and the gradient take turns in one process, on the same model and batch, and are compared round by round.
 The gradient is what LoRA training computes: a forward pass with the model's own attention and ``backward()``. Memory is
@@ -45,12 +45,12 @@ STD = 0.02  # of both factors: away from B = 0, where half of the Hessian vanish
 # model: kind, sequences and tokens per sequence
 MODELS = {"minilm-l6": ("classification", (16, 64)), "smollm2-135m": ("causal", (4, 128))}
 LIMITS = {STREAMED: 2.5, CACHED: 1.4}
-"""Of a product over the factors, in gradients."""
+"""Cost of a product over the factors, in gradients."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         models: Names of the models; of no meaning in a quick run.

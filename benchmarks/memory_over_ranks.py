@@ -1,4 +1,4 @@
-"""What training holds in memory, by method and rank: optimizer states against their formulas, and all tensors' peak.
+"""Memory of training, by method and rank: optimizer states against their formulas, and the peak of all tensors.
 
 Tensors are counted as they are made and freed, so the numbers do not depend on the machine. All are above the loaded
 base model.

@@ -1,4 +1,4 @@
-"""How long one optimizer step takes on the adapters of SmolLM2-135M, and how much it remembers.
+"""Time of one optimizer step on the adapters of SmolLM2-135M, and the size of its state.
 
 All optimizers take turns in one process, each on its own adapters (only the shapes of the model are needed), and are
 compared round by round. With ``--model`` also the share of a real training step of 1024 tokens. On a quiet machine:
@@ -70,7 +70,7 @@ Make = Callable[[PeftModel], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         ranks: Ranks of the adapters.

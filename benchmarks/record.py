@@ -1,4 +1,4 @@
-"""What every benchmark needs: interleaved timing, the facts of the machine, and JSON written whole or not at all."""
+"""Shared by the benchmarks: interleaved timing, facts of the machine, and JSON that is written whole or not at all."""
 
 import datetime
 import importlib.metadata

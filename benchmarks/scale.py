@@ -1,4 +1,4 @@
-"""What methods hold and send at the size of published models, computed from their shapes: no machine, no weights.
+"""Memory and messages of the methods at the size of published models, from their shapes: no machine, no weights.
 
 States and messages come from the formulas in ``formulas.py``; what a step and what forward and backward passes hold
 beside them is counted on fake tensors of the real shapes (``fake_steps.py``); a test holds both against small real

@@ -20,7 +20,7 @@ READ, REFUSED, WRONG, ABORTED = "the same", "refused", "differs", "aborts"
 
 @dataclass(frozen=True)
 class Readers:
-    """Where the servers are; ``None`` for one that is not there.
+    """Paths of the servers; ``None`` for one that is not installed.
 
     Attributes:
         work: Folder with ``prompts.json``, for files that pass between the processes.
@@ -37,7 +37,7 @@ class Readers:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PEFT's model says.
+    """Log-probabilities of PEFT's model.
 
     Attributes:
         sequences: Prompts with their greedy continuations, as token numbers.

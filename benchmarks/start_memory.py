@@ -1,4 +1,4 @@
-"""How much memory a start that reads gradients takes, next to the training that follows and to PEFT's LoRA-GA.
+"""Memory of an initialization from gradients, next to that of the training that follows and of PEFT's LoRA-GA.
 
 Each case has a process of its own, twice: once for the peak of its resident memory and its time, once with a counter of
 the tensors that are alive. All peaks are above the loaded base model. On a quiet machine:
@@ -40,7 +40,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         model: Name of the model; of no meaning in a quick run.

@@ -1,4 +1,4 @@
-"""How long a start that reads gradients takes next to PEFT's LoRA-GA, and how much of the gradient it captures.
+"""Time of an initialization from gradients next to PEFT's LoRA-GA, and the gradient energy that it captures.
 
 All starts take turns in one process, each on a fresh copy of the base model, on batches of real text. Captured is the
 share of the energy of the mean gradient that lies in the tangent space of the started factors, from dense gradients of
@@ -53,7 +53,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         model: Name of the model.
@@ -175,7 +175,7 @@ def measure(settings: Settings) -> dict[str, dict[str, Any]]:
     """Measure all starts.
 
     Args:
-        settings: What is measured.
+        settings: Settings of the measurement.
 
     Returns:
         Seconds, passes and captured energy of each.

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experiment:
-    """What can be said of an experiment before it is loaded."""
+    """Description of an experiment, known before it is loaded."""
 
     title: str
     source: str
     duration: str
-    """Of the full size on two cores, in words."""
+    """Duration of the full size on two cores, in words."""
 
 
 EXPERIMENTS = {

@@ -1,4 +1,4 @@
-"""What an experiment declares and hands over: checks, tables, figures and numbers, and the file they are kept in.
+"""Results of an experiment: checks, tables, figures and numbers, and their file.
 
 All of it survives strict JSON: tensors and arrays become tuples of plain numbers when an object is made, and whatever
 is not finite becomes ``None``.
@@ -151,7 +151,7 @@ class Result:
 
 
 class Record(Measurement):
-    """What an experiment found, and where it comes from: ``reproduction.json``."""
+    """Results of an experiment with their provenance: ``reproduction.json``."""
 
     name: str = Field(description="As on the command line.")
     source: str = Field(description="Paper and place in it.")

@@ -1,4 +1,4 @@
-r"""What the experiments on a low-rank shift $\Delta = W^* - W_0$ share: data, starts, angles and one descent loop.
+r"""Shared by the experiments on a low-rank shift $\Delta = W^* - W_0$: data, initializations, angles, one descent loop.
 
 Stacks of problems are dense float64 tensors with leading batch dimensions; $Y = B A$ is the update (scaling 1), so
 that LoRA-One's left and right (its weights act from the right) are our right and left.

@@ -1,4 +1,4 @@
-r"""How the effect of a step on a layer's output grows with the width, at one learning rate.
+r"""Growth with the width of a step's effect on a layer's output, at one learning rate.
 
 Stable feature learning means that the effect neither vanishes nor explodes as the layer grows: slope 0 in log-log.
 With inputs $h$ of order one per coordinate, $\|h\|^2 \propto n$, and (``standard`` readout) a gradient

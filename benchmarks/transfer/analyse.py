@@ -50,7 +50,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Regret:
-    """What one rate costs in one setting, as a share of the loss."""
+    """Cost of one rate in one setting, as a share of the loss."""
 
     setting: str
     best: float

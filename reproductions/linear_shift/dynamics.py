@@ -46,7 +46,7 @@ class Problems(NamedTuple):
 
 
 class Dynamics(NamedTuple):
-    """What is seen after each step, for each condition and seed."""
+    """Measurements after each step, for each condition and seed."""
 
     risk: _Curves
     r"""$\frac12\|B A - \Delta\|_F^2$."""

@@ -87,7 +87,7 @@ class Found:
 
     @property
     def speed_up(self) -> float:
-        """How many times as fast LoRA+'s step sizes align A."""
+        """Factor by which LoRA+'s step sizes align A faster."""
         return float(self.aligned[0] / self.aligned[1])
 
     @property

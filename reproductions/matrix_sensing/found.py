@@ -1,4 +1,4 @@
-"""What matrix sensing found, as sentences, tables and figures."""
+"""Results of matrix sensing, as sentences, tables and figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

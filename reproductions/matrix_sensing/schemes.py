@@ -27,7 +27,7 @@ class Scheme(NamedTuple):
     """A method of integration."""
 
     kind: Literal["factors", "low rank"]
-    """What it steps: a pair (A, B) under a field, or several `LowRank` under a `LowRankField`."""
+    """State of the scheme: a pair (A, B) under a field, or several `LowRank` under a `LowRankField`."""
     order: int
     """Order of accuracy."""
     evaluations: int | None

@@ -15,7 +15,7 @@ _DIVERGED = 1e3
 
 
 class Trace(NamedTuple):
-    """What came of a method on every problem."""
+    """Results of a method on every problem."""
 
     errors: Float[Tensor, "k s c"]
     """Relative error of the start and after every iteration; NaN once it diverged, and after the last iteration."""
@@ -24,7 +24,7 @@ class Trace(NamedTuple):
     evaluations: Float[Tensor, "s c"]
     """Gradients until then."""
     diverged: Bool[Tensor, "s c"]
-    """Where the error passed a thousand, or an iteration failed."""
+    """Iteration at which the error passed a thousand, or failed."""
 
     def column(self, index: int) -> "Trace":
         """Return the account of one condition number."""

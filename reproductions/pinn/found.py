@@ -1,4 +1,4 @@
-"""What the sweeps of a problem say: ranges of learning rates, sentences, tables and figures."""
+"""Results of the sweeps of a problem: ranges of learning rates, sentences, tables and figures."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _CHARTED = ("full", "baseline", "other", "ode")
 
 
 class Ranges(NamedTuple):
-    """How freely a method's learning rate may be chosen, in decades of the learning rates tried."""
+    """Width of a method's range of good learning rates, in decades of the rates tried."""
 
     stable: float
     """Learning rates around the best one that end below the starting error."""

@@ -96,7 +96,7 @@ def first_powers(method: Method, num: int) -> list[float]:
 
 
 class Budget(NamedTuple):
-    """What all methods of a problem share."""
+    """Settings that all methods of a problem share."""
 
     evaluations: int
     """Gradient evaluations."""
