@@ -69,8 +69,7 @@ def test_the_lowest_versions_are_those_that_are_declared():
         version = str(pin.specifier).removeprefix("==")
         assert requirement.specifier.contains(version), requirement
         floor = str(requirement.specifier).removeprefix(">=")
-        if requirement.name != "torch":
-            assert version == floor or version.startswith(f"{floor}."), requirement
+        assert version == floor or version.startswith(f"{floor}."), requirement
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tangora import InputError, LoRAPro, TangentAdam, TangentMuon, find_pairs
@@ -168,6 +169,7 @@ def lora_pro(momentum: Cotangent):
     return factor_velocity(A, B, at, project(at, coordinates(at, momentum)), "sylvester")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 compiles no context managers")
 @pytest.mark.messages  # wrapped in checks they do not compile
 @pytest.mark.parametrize("pure", [tangent, tangent_muon, lora_pro])
 def test_pure_steps_compile_whole(pure):
@@ -208,3 +210,11 @@ def test_compiled_steps_are_the_same_and_compile_once(name):
 def test_optimizers_without_steps_that_compile_refuse_to(name):
     with pytest.raises(InputError, match="cannot be compiled"):
         OPTIMIZERS[name](model_of_two_shapes()).compile()
+
+
+@pytest.mark.messages
+def test_an_old_torch_is_named(monkeypatch):
+    optimizer = OPTIMIZERS["tangent-muon"](model_of_two_shapes())
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    with pytest.raises(InputError, match=r"needs torch 2\.7"):
+        optimizer.compile()

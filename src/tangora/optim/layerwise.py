@@ -45,7 +45,7 @@ class LayerwiseOptimizer(PairOptimizer):
             **options: As for `torch.compile`, such as ``mode`` or ``backend``.
 
         Raises:
-            InputError: If no step compiles with the optimizer's options.
+            InputError: If no step compiles with the optimizer's options, or torch is older than 2.7.
         """
         if not any(self._may_guess(group) for group in self.param_groups if group.pairs):
             raise InputError(
@@ -53,6 +53,8 @@ class LayerwiseOptimizer(PairOptimizer):
                 "TangentAdam and LoRAPro support it, except with retraction='svd', and LoRAPro except "
                 "with moments='weight' and a retraction other than 'factors'"
             )
+        if torch.__version__ < "2.7":  # compared as versions
+            raise InputError(f"compile() needs torch 2.7 or newer; this is {torch.__version__}")
         self._compile_options, self._compiled = options, {}
 
     def _step_pairs(self, gathered: Sequence[Gathered], closure: Callable[[], Any] | None) -> None:
