@@ -49,3 +49,15 @@ def test_troubleshooting_quotes_messages_as_they_are():
     ]
     assert len(rows) > 60
     assert [part for part in parts if not any(part in text for text in said)] == []
+
+
+def test_lists_are_lists():
+    markdown = pytest.importorskip("markdown", reason="needs the extra docs")
+    pages = {page: page.read_text() for page in API.parent.rglob("*.md")}
+    texts = {
+        page: markdown.markdown(text, extensions=["tables", "fenced_code"]) for page, text in pages.items()
+    }
+    paragraphs = [
+        (page.name, part) for page, text in texts.items() for part in re.findall(r"(?s)<p>(.*?)</p>", text)
+    ]
+    assert [each for each in paragraphs if re.search(r"\n(- |\d+\. )", each[1])] == []

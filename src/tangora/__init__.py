@@ -1,4 +1,4 @@
-"""tangora: LoRA fine-tuning that follows full fine-tuning, shows how far it is from it, and proves it."""
+"""tangora: optimizers and initializations for LoRA beside PEFT; fair comparisons, diagnosis and curvature."""
 
 import logging
 from importlib import import_module

@@ -203,8 +203,8 @@ def test_the_cheapest_of_those_not_significantly_worse_is_recommended():
     assert low < -0.01 < 0 < high
     assert found.choice == ("cheap", "time", 2)
     assert recommendation_sentence(found) == (
-        "Recommendation: use cheap at 2e-4: it is not significantly worse than the best, best (difference −0.0100, "
-        f"95 % interval {formats.interval((low, high), sign=True)}); of these 2 recipes it is the fastest "
+        "Recommendation: use cheap at 2e-4. It is not significantly worse than the best, best (difference −0.0100, "
+        f"95 % interval {formats.interval((low, high), sign=True)}). Of these 2 recipes it is the fastest "
         "(10.0 s per run)."
     )
 
@@ -213,8 +213,8 @@ def test_the_best_may_be_the_cheapest_or_the_only_one_left():
     found = advised(runs("best", NOISY, time=taking(5)), runs("dear", CLEAR, time=taking(10)))
     assert (found.recipe, found.best, found.difference) == ("best", "best", None)
     assert recommendation_sentence(found) == (
-        "Recommendation: use best at 2e-4: it has the best test result, and 1 other recipe is not significantly "
-        "worse; of these 2 recipes it is the fastest (5.0 s per run)."
+        "Recommendation: use best at 2e-4. It has the best test result; 1 other recipe is not significantly "
+        "worse. Of these 2 recipes it is the fastest (5.0 s per run)."
     )
     found = advised(runs("a", BETTER, time=taking(9)), runs("b", [0.5, 0.51, 0.52], time=taking(1)))
     assert (found.candidates, found.choice) == (("a",), None)
@@ -237,37 +237,37 @@ DECIDED = {
     "memory": (
         {"a": (10.0, 900), "b": (10.4, 100), "c": (11.0, 1)},
         ("b", "memory", 2),
-        "of the 2 cheapest of these 3 recipes, within 5 % of each other in time, it needs the least memory (100 B ",
+        "The 2 cheapest of these 3 recipes need the same time (within 5 %); it needs the least memory (100 B ",
     ),
     "memory of all": (
         {"a": (10.0, 900), "b": (10.4, 100), "c": (10.2, 800)},
         ("b", "memory", 3),
-        "these 3 recipes are within 5 % of each other in time, and it needs the least memory (100 B peak memory)",
+        "These 3 recipes need the same time (within 5 %); it needs the least memory (100 B peak memory)",
     ),
     "test result": (
         {"a": (10.0, 722), "b": (10.4, 710), "c": (11.0, 1)},
         ("a", "test result", 2),
-        "of the 2 cheapest of these 3 recipes, within 5 % of each other in time and memory, the best test result",
+        "The 2 cheapest of these 3 recipes need the same time and memory (within 5 %); it has the best test result",
     ),
     "test result of all": (
         {"a": (10.0, 722), "b": (10.4, 710), "c": (10.2, 715)},
         ("a", "test result", 3),
-        "these 3 recipes are within 5 % of each other in time and memory, and the best test result decides",
+        "These 3 recipes need the same time and memory (within 5 %); it has the best test result",
     ),
     "busy, memory": (
         {"a": (None, 900), "b": (None, 100), "c": (None, 800)},
         ("b", "memory", 3),
-        "of these 3 recipes it needs the least memory (100 B peak memory); the machine was too busy",
+        "Of these 3 recipes it needs the least memory (100 B peak memory). The machine was too busy",
     ),
     "busy, test result": (
         {"a": (None, 722), "b": (None, 710), "c": (None, 715)},
         ("a", "test result", 3),
-        "within 5 % of each other in memory, and the best test result decides; the machine was too busy",
+        "the same memory (within 5 %); it has the best test result of them. The machine was too busy",
     ),
     "busy, test result of some": (
         {"a": (None, 722), "b": (None, 710), "c": (None, 900)},
         ("a", "test result", 2),
-        "of the 2 cheapest of these 3 recipes, within 5 % of each other in memory, the best test result",
+        "The 2 cheapest of these 3 recipes need the same memory (within 5 %); it has the best test result",
     ),
 }
 

@@ -23,7 +23,7 @@ _MEMORY = {
 }
 _HOW_TO_READ = (
     "Activations: the maximum of a forward pass, all examples at full length. Total: at the peak of a "
-    "backward pass, when gradients and activations need not be complete."
+    "backward pass. Python's and torch's own memory (some hundred MB) is not included."
 )
 
 

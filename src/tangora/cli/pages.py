@@ -152,4 +152,4 @@ def _section(heading: str, rows: Iterable[tuple[str, str, str]]) -> Group:
 
 
 def _short(rate: float) -> str:
-    return f"{rate:g}" if rate >= 0.1 else f"{rate:.0e}".replace("e-0", "e-")
+    return f"{rate:g}" if rate >= 0.1 else f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")

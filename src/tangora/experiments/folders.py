@@ -187,8 +187,8 @@ def _check_same(folder: Path, settings: Settings, origin: Mapping[str, str]) -> 
     for key in sorted((wanted.keys() | found.keys()) - _NO_PART - _ORIGIN.keys() - grown):
         if wanted.get(key) != found.get(key):
             raise InputError(
-                f"{folder} belongs to another configuration: {key} is {found.get(key)!r} there and "
-                f"{wanted.get(key)!r} here; choose another --output"
+                f"{folder} belongs to another configuration: {key} is {_set(found.get(key))} there and "
+                f"{_set(wanted.get(key))} here; choose another --output"
             )
     check_origin(folder, found, origin)
 
@@ -229,3 +229,8 @@ def _undone_without_work(folder: Path) -> Iterator[None]:
             for path, content in before.items():
                 path.write_bytes(content)
         raise
+
+
+def _set(value: Any) -> str:
+    # None stands for the default
+    return "not set" if value is None else repr(value)

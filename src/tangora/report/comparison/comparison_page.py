@@ -84,7 +84,7 @@ def save_picture(comparison: Comparison, path: str | Path) -> Path:
     """Draw training losses and the learning-rate sweep side by side, and write them as PNG."""
     judged, path = judge(comparison), Path(path)
     losses = loss_panel("Training at the best learning rate", loss_curves(judged))
-    sweep = sweep_panel(judged, "learning rate (ring: chosen, cross: diverged)")
+    sweep = sweep_panel(judged, "learning rate (ring: chosen, x: diverged)")
     figure = Figure(path.stem, comparison.title, "", [losses, sweep])
     return save_pictures([figure], path.parent, size=_PANEL_SIZE)[0]
 

@@ -143,7 +143,7 @@ def sweep_section(judged: Judgement) -> Section | None:
     chart = panel_chart(
         "sweep",
         panel,
-        f"{_plotted(judged)} A ring marks the chosen learning rate ({best} mean); a cross marks runs that diverged, "
+        f"{_plotted(judged)} A ring marks the chosen learning rate ({best} mean); an x marks runs that diverged, "
         "which have no value and are drawn at the worst one.",
         f"Chosen: {formats.listing(chosen)}" if chosen else "",
     )

@@ -168,8 +168,8 @@ def recommendation_sentence(found: Recommendation | None) -> str | None:
         return (
             f"Recommendation: {use}, the best; every other recipe with several seeds is significantly worse."
         )
-    busy = "; the machine was too busy to compare times" if found.seconds is None else ""
-    return f"Recommendation: {use}: {_level(found)}; {_reason(found, found.choice)}{busy}."
+    busy = " The machine was too busy to compare times." if found.seconds is None else ""
+    return f"Recommendation: {use}. {_level(found)}. {_reason(found, found.choice)}.{busy}"
 
 
 def _level(found: Recommendation) -> str:
@@ -177,32 +177,25 @@ def _level(found: Recommendation) -> str:
     if found.difference is None:
         others = len(found.candidates) - 1
         return (
-            f"it has the best test result, and {formats.plural(others, 'other recipe')} "
+            f"It has the best test result; {formats.plural(others, 'other recipe')} "
             f"{'is' if others == 1 else 'are'} not significantly worse"
         )
     noise = formats.interval(found.difference_interval, sign=True)
     known = "" if found.difference_interval is None else f", 95 % interval {noise}"
     return (
-        f"it is not significantly worse than the best, {found.best} (difference "
+        f"It is not significantly worse than the best, {found.best} (difference "
         f"{formats.difference(found.difference)}{known})"
     )
 
 
 def _reason(found: Recommendation, choice: Choice) -> str:
     number = len(found.candidates)
-    of = f"of these {number} recipes"
     if choice.by == "time":
-        return f"{of} it is the fastest ({formats.seconds(found.seconds)} per run)"
-    if choice.by == "memory":
-        decides, equal = (
-            f"it needs the least memory ({found.memory})",
-            None if found.seconds is None else "time",
-        )
-    else:
-        decides = "the best test result decides"
-        equal = "memory" if found.seconds is None else "time and memory"
-    if equal is None:
-        return f"{of} {decides}"
-    if choice.among == number:
-        return f"these {number} recipes are within 5 % of each other in {equal}, and {decides}"
-    return f"of the {choice.among} cheapest {of}, within 5 % of each other in {equal}, {decides}"
+        return f"Of these {number} recipes it is the fastest ({formats.seconds(found.seconds)} per run)"
+    least = f"it needs the least memory ({found.memory})"
+    if choice.by == "memory" and found.seconds is None:
+        return f"Of these {number} recipes {least}"
+    equal = "time" if choice.by == "memory" else "memory" if found.seconds is None else "time and memory"
+    decides = least if choice.by == "memory" else "it has the best test result of them"
+    some = f"These {number}" if choice.among == number else f"The {choice.among} cheapest of these {number}"
+    return f"{some} recipes need the same {equal} (within 5 %); {decides}"
