@@ -75,7 +75,12 @@ def results_section(judged: Judgement) -> Section:
         (
             "Below a number: its 95 % interval, and the p-value of no difference. ↑ ↓ next to a "
             f"learning rate: it is at the high or low end of its grid. vs {BASELINE}, vs {CEILING}: difference in test "
-            f"{comparison.metric}. Gap closed: the difference from {BASELINE} as a share of {CEILING} minus {BASELINE}."
+            f"{comparison.metric}."
+            + (
+                f" Gap closed: the difference from {BASELINE} as a share of {CEILING} minus {BASELINE}."
+                if any(row.gap_closed is not None for row in rows)
+                else ""
+            )
         ),
         *(
             f"No share of the gap is shown: {reason}."
