@@ -301,7 +301,7 @@ def check_named(key: str, value: Any) -> None:
     """Raise `InputError` for a recipe in place of its name: the processes of runs find recipes by name."""
     if isinstance(value, Recipe):
         raise InputError(
-            f"{key}: runs and comparisons take the names that tangora list shows, not Recipe objects; got the "
+            f"{key}: runs and comparisons take names of recipes, as tangora list shows them; got the "
             f"recipe {value.name!r}; train a recipe of your own with tangora.Trainer"
         )
 
