@@ -11,6 +11,7 @@ from rich.console import Console
 from tangora._checks import InputError
 from tangora.cli import output
 from tangora.experiments.comparison import pool
+from tangora.experiments.folders import locked
 from tangora.experiments.run.saving import Proof
 from tests.experiments.small import after_step, ctrl_c, write_classifier
 
@@ -58,10 +59,23 @@ def test_an_interrupted_training_says_from_where_it_goes_on(
         code, _, err = call(*arguments)
     assert (code, err) == (expected, "interrupted; the same command continues from step 2\n")
     assert signal.getsignal(signal.SIGTERM) is before
-    assert call(*arguments)[0] == 0
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "continues from step 2" in out
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
     assert "already finished" in out
+
+
+def test_a_second_command_leaves_the_checkpoints_of_the_first(call, small, tmp_path):
+    written = tmp_path / "out" / "checkpoints" / "checkpoint-2"  # not whole yet
+    written.mkdir(parents=True)
+    (tmp_path / "out" / "settings.json").write_text("{}")
+    with locked(tmp_path / "out"):
+        code, _, err = call("train", *flags(small, tmp_path / "out", steps=4, save_every=2), "--recipe=lora")
+    assert code == 2
+    assert "in use" in err
+    assert written.exists()
 
 
 def test_an_interrupted_training_without_checkpoints_says_so(call, small, tmp_path, monkeypatch):

@@ -58,8 +58,6 @@ def train_command(output: Output, config: ConfigFile = None, **values: Any) -> N
         return f"continues from step {step}" if step else again
 
     there = os.path.isfile(RunFolder(output).record)  # False for what is no name of a file, too
-    if not there and os.path.isdir(output) and (step := last_step(output)):
-        console.print(f"continues from step {step}", highlight=False)
     with interruptible(next_time, failed_elsewhere), notes_printed(), progress_bars() as bars:
         record = train(settings, output, progress=bar_of(bars, settings.recipe, visible=not there))
     if there:

@@ -83,6 +83,9 @@ def train(settings: RunSettings, output: str | Path, *, progress: Progress | Non
         if (finished := from_first(begun)) is not None:
             return from_first(lambda: with_judgement(finished))
         tell_user(*_unused_gpus(settings))
+        # not before the folder is claimed: looking removes checkpoints that are not whole
+        if step := from_first(lambda: last_step(folder.path)):
+            tell_user(f"continues from step {step}")
         with log_to(folder.log if is_first() else Path(os.devnull)):
             record = execute(
                 settings.model_copy(update={"kind": task.kind}),  # which the default learning rate depends on
