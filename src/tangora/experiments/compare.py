@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -75,7 +76,7 @@ class Outcome:
         """Whether the adapter to use, if there is one, does what the trained model did."""
         return self.proof is None or self.proof.holds
 
-    @property
+    @cached_property
     def recommendation(self) -> Recommendation | None:
         """The cheapest recipe that is not significantly worse than the best."""
         return recommendation(self.comparison)

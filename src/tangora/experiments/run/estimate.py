@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from tangora._names import Kind
 from tangora.adapters import attach_offset, linear_layers
 from tangora.experiments.run.machine import num_bytes
-from tangora.experiments.run.preparing import prepare_as
+from tangora.experiments.run.preparing import CHECKPOINTING, CHECKPOINTING_KWARGS, prepare_as
 from tangora.experiments.settings import RunSettings
 from tangora.init import start_method
 from tangora.recipes import Recipe
@@ -106,10 +106,7 @@ def _base(settings: RunSettings, config: PretrainedConfig, kind: Kind, num_label
     base: Any = empty_model(config, kind, num_labels, getattr(torch, settings.dtype))
     base.config.use_cache = False
     if settings.gradient_checkpointing:
-        # newer versions of transformers warn of the older name
-        name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-        enable = getattr(base, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        getattr(base, f"{CHECKPOINTING}_enable")(**CHECKPOINTING_KWARGS)
         base.enable_input_require_grads()
     return base
 

@@ -35,7 +35,14 @@ from tangora.experiments.run.measurements import (
     trajectory_points,
     trajectory_recorder,
 )
-from tangora.experiments.run.preparing import Run, check_recipes, load_base, prepare_run
+from tangora.experiments.run.preparing import (
+    CHECKPOINTING,
+    CHECKPOINTING_KWARGS,
+    Run,
+    check_recipes,
+    load_base,
+    prepare_run,
+)
 from tangora.experiments.run.saving import (
     check_space,
     data_format,
@@ -244,6 +251,9 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
     data, collate = run.encoded(run.task.train)
     if settings.packing:
         collate = packing_collator()
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        checkpointing = {CHECKPOINTING: True} | CHECKPOINTING_KWARGS
     arguments = transformers.TrainingArguments(
         output_dir=str(run.folder.checkpoints),
         max_steps=steps,
@@ -254,7 +264,7 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
         # the first step of a warm-up has the rate 0: at least one other must follow, or nothing is trained
         warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1),
         max_grad_norm=settings.clip,
-        **_checkpointing(settings.gradient_checkpointing),
+        **checkpointing,
         use_cpu=settings.device == "cpu" or (num_ranks() > 1 and not torch.cuda.is_available()),
         seed=settings.seed,
         data_seed=settings.seed,
@@ -298,16 +308,6 @@ def _trainer(run: Run, model: nn.Module, callbacks: list[transformers.TrainerCal
     # the run's own files say it all; the Trainer's printer would write a line of raw dictionaries per step
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    if not wanted:
-        return {}
-    # newer versions of transformers warn of the older name
-    newer = hasattr(transformers.TrainingArguments, "activation_checkpointing")
-    name = "activation_checkpointing" if newer else "gradient_checkpointing"
-    # the other kind finds no gradient where a frozen base has embedded the tokens
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _model_of(trainer: Trainer) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from tangora._checks import InputError, reason
 from tangora._folders import OutputFolder, RunFolder
@@ -36,6 +36,14 @@ from tangora.training.models import Kind, LoadedModel, load_model
 from tangora.training.ranks import dealt, num_ranks
 
 _SettingsT = TypeVar("_SettingsT", bound=DataSettings)
+
+_NEWER = hasattr(TrainingArguments, "activation_checkpointing")  # which warns of the older name
+
+CHECKPOINTING = "activation_checkpointing" if _NEWER else "gradient_checkpointing"
+"""Transformers' name of the option; with ``_enable`` that of a model's method."""
+
+# the other kind finds no gradient where a frozen base has embedded the tokens
+CHECKPOINTING_KWARGS: dict[str, Any] = {f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
 
 _SIZES = ("num_train", "num_validation", "num_test")
 _COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
